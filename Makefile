@@ -1,0 +1,55 @@
+# The everyday commands. `make help` lists them.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RECIPE ?=
+ARGS ?=
+UV_VERSION := 0.13.8
+# What to install: `cpu` or `cuda`, by what the machine has; override with `make setup ACCELERATOR=cpu`.
+ACCELERATOR ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
+LOCK := locks/$(ACCELERATOR).txt
+STAMP := $(VENV)/.installed-$(ACCELERATOR)
+# uv reads find-links from its own variable; a machine that configures pip keeps its wheels in sight that way.
+export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup lock sft grpo test lint format clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: $(STAMP) ## install everything, pinned, into .venv (costs nothing the second time)
+
+$(STAMP): $(LOCK) pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -r $(LOCK) \
+	  || $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --torch-backend $(if $(filter cpu,$(ACCELERATOR)),cpu,auto) -r $(LOCK)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
+	touch $@
+
+lock: ## resolve the pins of locks/*.txt anew
+	$(BIN)/uv pip compile pyproject.toml --quiet --upgrade --extra cpu --extra dev --override locks/overrides.txt \
+	  --python-version 3.11 --no-annotate --no-header --no-emit-find-links -o locks/cpu.txt
+	UV_FIND_LINKS= $(BIN)/uv pip compile pyproject.toml --quiet --upgrade --extra cuda --extra dev --override locks/overrides.txt \
+	  --python-version 3.11 --no-annotate --no-header -o locks/cuda.txt
+
+sft: $(STAMP) ## Chat SFT (RECIPE=recipes/nano/sft.yaml ARGS="key=value ...")
+	$(BIN)/align sft $(or $(RECIPE),recipes/nano/sft.yaml) $(ARGS)
+
+grpo: $(STAMP) ## Chat SFT, then GRPO (RECIPE=recipes/nano/grpo.yaml ARGS="key=value ...")
+	$(BIN)/align grpo $(or $(RECIPE),recipes/nano/grpo.yaml) $(ARGS)
+
+test: $(STAMP) ## lint, types, import contract and tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/pytest
+
+format: $(STAMP) ## format the code and mend what can be mended
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## take away the environment and caches; runs stay
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

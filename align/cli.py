@@ -1,0 +1,97 @@
+"""The `align` command."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from align.config import GrpoRecipe, SftRecipe, load_recipe
+from align.errors import UserError
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns its exit status."""
+    options = parser().parse_args(arguments)
+    try:
+        status: int = options.run(options)
+    except KeyboardInterrupt:
+        print("interrupted: everything was stopped", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    return status
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's grammar."""
+    top = argparse.ArgumentParser(
+        prog="align", description="The alignment stages of DeepSeek-V2: SFT, then GRPO, on Ray, vLLM and DeepSpeed."
+    )
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+    for name, run, text in (
+        ("sft", sft, "supervised fine-tuning of a policy"),
+        ("grpo", grpo, "reinforcement learning with GRPO, after SFT where the recipe says so"),
+        ("check", check, "read a recipe and say what is wrong with it; starts nothing"),
+    ):
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("recipe", type=Path, help="recipe file, for example recipes/nano/grpo.yaml")
+        command.add_argument("overrides", nargs="*", metavar="key=value", help="for example grpo.steps=20 seed=1")
+        command.set_defaults(run=run)
+    rewards = commands.add_parser("rewards", help="list the registered rewards with their parameters")
+    rewards.set_defaults(run=list_rewards)
+    return top
+
+
+def sft(options: argparse.Namespace) -> int:
+    """`align sft RECIPE`."""
+    recipe = load_recipe(options.recipe, options.overrides)
+    if not isinstance(recipe, SftRecipe):
+        raise UserError(f"{options.recipe} is a recipe for {recipe.stage}; run `align {recipe.stage}`")
+    from align.stages.pipeline import run_sft
+
+    return run_sft(recipe)
+
+
+def grpo(options: argparse.Namespace) -> int:
+    """`align grpo RECIPE`."""
+    recipe = load_recipe(options.recipe, options.overrides)
+    if not isinstance(recipe, GrpoRecipe):
+        raise UserError(f"{options.recipe} is a recipe for {recipe.stage}; run `align {recipe.stage}`")
+    first = None
+    if recipe.init_from is not None:
+        first = load_recipe(recipe.init_from, [f"seed={recipe.seed}"])
+        if not isinstance(first, SftRecipe):
+            raise UserError(f"init_from: {recipe.init_from} is a recipe for {first.stage}, not for sft")
+        if first.model.dtype != recipe.model.dtype:
+            raise UserError(
+                f"model.dtype is {recipe.model.dtype} in {options.recipe} and {first.model.dtype} in {recipe.init_from}: "
+                "the stages of a run share their rollout workers and need the same"
+            )
+    from align.stages.pipeline import run_grpo
+
+    return run_grpo(recipe, first)
+
+
+def check(options: argparse.Namespace) -> int:
+    """`align check RECIPE`."""
+    recipe = load_recipe(options.recipe, options.overrides)
+    print(f"{options.recipe}: a valid {recipe.stage} recipe; its run would go to {recipe.directory}")
+    return 0
+
+
+def list_rewards(options: argparse.Namespace) -> int:
+    """`align rewards`."""
+    from reward import available
+
+    for item in available():
+        parameters = ", ".join(p.name if p.required else f"{p.name}={p.default!r}" for p in item.parameters)
+        print(f"{item.name}({parameters})\n    {item.description}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

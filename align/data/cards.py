@@ -1,0 +1,280 @@
+"""Data cards: `data_cards/NAME.md`. The front matter is the loader's configuration, the text is for people.
+
+Keys that the loader does not act on (`title`, `licence`, `homepage`, what the `splits` are and `why` they are
+held apart so) are what a listing of the cards shows; there are no others.
+"""
+
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from itertools import combinations, pairwise
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
+
+from align.data.types import SplitName
+from align.errors import UserError
+
+CARDS = Path(__file__).parents[2] / "data_cards"
+Stage = Literal["sft", "grpo", "eval"]
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class Strict(BaseModel):
+    """Refuses keys it does not have, and names the nearest one it has."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown_keys(cls, data: Any) -> Any:
+        known = [field.alias or name for name, field in cls.model_fields.items()]
+        for key in data if isinstance(data, Mapping) else ():
+            if key not in known:
+                raise ValueError(f"unknown key {key!r}{nearest(str(key), known)}")
+        return data
+
+
+class Fields(Strict):
+    """Which column of a table is what."""
+
+    prompt: str
+    response: str | None = None
+    """A demonstration; None where the rows have none fit to imitate."""
+    answer: str | None = None
+    """The ground truth; a row without it is an error."""
+    answer_after: str | None = None
+    """The answer is what follows the last of these marks in its column."""
+
+
+class TableSplit(Strict):
+    """Some rows of a table: a share of its prompts, drawn by hash."""
+
+    table: str = Field(alias="from")
+    """A split of the hub's, or a file beside the card."""
+    percent: tuple[Annotated[int, Field(ge=0, le=100)], Annotated[int, Field(ge=0, le=100)]] = (0, 100)
+    """From where to where in the order of the hashes, the end excluded."""
+
+    def overlaps(self, other: "TableSplit") -> bool:
+        return self.table == other.table and (
+            max(self.percent[0], other.percent[0]) < min(self.percent[1], other.percent[1])
+        )
+
+
+class TableSource(Strict):
+    """What the hub's tables and local ones have in common."""
+
+    splits: dict[SplitName, TableSplit]
+    fields: Fields
+
+    @model_validator(mode="after")
+    def _hold_splits_apart(self) -> Self:
+        for (name, split), (other_name, other) in combinations(self.splits.items(), 2):
+            if split.overlaps(other):
+                raise ValueError(f"splits {name} and {other_name} take the same rows of {split.table!r}")
+        return self
+
+    @property
+    def has_demonstrations(self) -> bool:
+        return self.fields.response is not None
+
+
+class HubSource(TableSource):
+    """A data set of the Hugging Face hub."""
+
+    kind: Literal["hub"]
+    path: str
+    config: str | None = None
+    revision: str = "main"
+    files: dict[str, str] | None = None
+    """Split of the hub's -> pattern of its files, for a repository whose splits the hub cannot tell."""
+
+
+class FileSource(TableSource):
+    """Local files, JSON lines or Parquet by their suffix; relative paths start at the card."""
+
+    kind: Literal["file"]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _start_at_the_card(cls, data: Any, info: ValidationInfo) -> Any:
+        match data:
+            case {"splits": dict(splits)} if info.context:
+                return data | {
+                    "splits": {name: _beside(info.context, split) for name, split in splits.items()}
+                }
+        return data
+
+
+class NanoMathParams(Strict):
+    """See `align.data.nano_math.generate`."""
+
+    worked_share: float = Field(default=0.45, ge=0, le=1)
+
+
+class GeneratorSource(Strict):
+    """Problems that this project generates; the generator decides the splits."""
+
+    kind: Literal["generator"]
+    name: Literal["nano_math"]
+    params: NanoMathParams = NanoMathParams()
+
+    @property
+    def splits(self) -> tuple[SplitName, ...]:
+        return ("train", "validation", "test")
+
+    @property
+    def has_demonstrations(self) -> bool:
+        return True
+
+
+class SeedRange(Strict):
+    """Row i of a split is generated from `seed` + i."""
+
+    size: int = Field(ge=1)
+    seed: int = Field(ge=0)
+
+
+class ReasoningGymSource(Strict):
+    """A task of the library reasoning_gym."""
+
+    kind: Literal["reasoning_gym"]
+    task: str
+    params: dict[str, Any] = {}
+    """Of the task's configuration, other than size and seed."""
+    splits: dict[SplitName, SeedRange]
+
+    @model_validator(mode="after")
+    def _hold_splits_apart(self) -> Self:
+        by_seed = sorted(self.splits.items(), key=lambda item: item[1].seed)
+        for (name, split), (next_name, following) in pairwise(by_seed):
+            if split.seed + split.size > following.seed:
+                raise ValueError(
+                    f"splits {name} and {next_name} share seeds: row i comes from seed + i, "
+                    f"so {next_name} must start at {split.seed + split.size} or later"
+                )
+        return self
+
+    @property
+    def has_demonstrations(self) -> bool:
+        return False
+
+
+class Decontamination(Strict):
+    """How evaluation is kept out of training."""
+
+    method: Literal["exact_prompt"] = "exact_prompt"
+    """Equal but for case and white space."""
+    against: list[Literal["validation", "test"]] = Field(min_length=1)
+    why: str
+
+
+class DataCard(Strict):
+    """The front matter of a card."""
+
+    name: str
+    title: str
+    source: Annotated[
+        HubSource | FileSource | GeneratorSource | ReasoningGymSource, Field(discriminator="kind")
+    ]
+    instruction: str | None = None
+    """Follows each prompt, after a line break: what the source does not say about the form of an answer."""
+    licence: str
+    homepage: str | None = None
+    stages: list[Stage] = Field(min_length=1)
+    domain: str
+    splits: dict[SplitName, str]
+    """What each split is, in words; the same splits as the source has."""
+    decontamination: Decontamination
+
+    @model_validator(mode="after")
+    def _be_consistent(self) -> Self:
+        if set(self.splits) != set(self.source.splits):
+            raise ValueError(
+                f"splits: describes {sorted(self.splits)}, but the source has {sorted(self.source.splits)}"
+            )
+        if missing := sorted(set(self.decontamination.against) - set(self.splits)):
+            raise ValueError(f"decontamination.against: there is no split {', '.join(missing)}")
+        if "sft" in self.stages and not self.source.has_demonstrations:
+            raise ValueError("stages: sft needs demonstrations, and the source has none")
+        return self
+
+
+def load_card(name_or_path: str | Path, cards_dir: Path = CARDS) -> DataCard:
+    """The card of that name in `cards_dir`, or in the file of that path (which ends in .md).
+
+    Raises UserError, with the file and what is wrong in it.
+    """
+    path = Path(name_or_path)
+    if path.suffix != ".md":
+        path = cards_dir / f"{name_or_path}.md"
+        if not path.is_file():
+            names = _names(cards_dir)
+            raise UserError(
+                f"no data card {str(name_or_path)!r} in {cards_dir}{nearest(str(name_or_path), names)}. "
+                f"Cards: {', '.join(names) or 'none'}. A card elsewhere is named by its path, ending in .md"
+            )
+    card = check(DataCard, _front_matter(path), where=str(path), context=path.parent)
+    if card.name != path.stem:
+        raise UserError(f"{path}: the card is named {card.name!r}: its file must be {card.name}.md")
+    return card
+
+
+def list_cards(cards_dir: Path = CARDS) -> list[DataCard]:
+    """All cards of the directory, by name."""
+    return [load_card(name, cards_dir) for name in _names(cards_dir)]
+
+
+def require_stage(card: DataCard, stage: Stage) -> None:
+    """Raises UserError where the card is not meant for `stage`."""
+    if stage not in card.stages:
+        raise UserError(f"data card {card.name} is not for {stage}, only for {', '.join(card.stages)}")
+
+
+def check(model: type[Model], data: Any, *, where: str, context: Path | None = None) -> Model:
+    """`data` as a `model`. Raises UserError that says `where` and names each key that is wrong."""
+    try:
+        return model.model_validate(data, context=context)
+    except ValidationError as error:
+        raise UserError(f"{where}: " + "; ".join(_problem(detail) for detail in error.errors())) from None
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The hint that ends an error message about an unknown name."""
+    found = get_close_matches(name, list(known), n=1)
+    return f" (did you mean {found[0]!r}?)" if found else ""
+
+
+def _front_matter(path: Path) -> Any:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read data card {path}: {error}") from error
+    if lines[:1] != ["---"] or "---" not in lines[1:]:
+        raise UserError(f"{path}: a data card starts with YAML between two lines of ---")
+    try:
+        # The opening line stays as YAML's own mark of a document, so that YAML counts lines as the file does.
+        return yaml.safe_load("\n".join(lines[: lines.index("---", 1)]))
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: the front matter is not YAML: {error}") from error
+
+
+def _problem(detail: Any) -> str:
+    parts = [str(part) for part in detail["loc"]]
+    if parts[:1] == ["source"]:
+        # Pydantic names the chosen kind of source as if it were a key.
+        del parts[1:2]
+    message = detail["msg"].removeprefix("Value error, ")
+    return f"{'.'.join(parts)}: {message}" if parts else message
+
+
+def _names(cards_dir: Path) -> list[str]:
+    return sorted(path.stem for path in cards_dir.glob("*.md"))
+
+
+def _beside(directory: Path, split: Any) -> Any:
+    match split:
+        case {"from": str(table)}:
+            return split | {"from": str(directory / table)}
+    return split

@@ -1,0 +1,80 @@
+"""The agreement gate: the sampler and the learner must give the same token the same log-probability."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import expm1
+
+from align.config import AgreementOptions
+from align.learner.batch import TrainingSequence
+from align.learner.group import LearnerGroup
+from align.learner.objective import Sums
+from rollout import Completion, Fleet, Prompt, SamplingOptions
+
+PROBE_TOKENS = 16
+
+
+class AgreementError(Exception):
+    """Sampler and learner disagree beyond the recipe's limit: what is trained is not what was sampled."""
+
+
+@dataclass(frozen=True, slots=True)
+class Disagreement:
+    """|log-probability of the sampler - of the learner| over `tokens` tokens, in nats; `k3` estimates KL(sampler || learner)."""
+
+    mean: float
+    largest: float
+    k3: float
+    tokens: int
+
+    @classmethod
+    def of(cls, sums: Sums) -> "Disagreement":
+        """The disagreement that a learner's pass over a batch found."""
+        n = max(sums.compared, 1)
+        return cls(sums.difference / n, sums.max_difference, sums.sampler_kl / n, sums.compared)
+
+
+class AgreementGate:
+    """Warns, and beyond the limit raises, when sampler and learner part."""
+
+    def __init__(self, options: AgreementOptions, dtype: str, warn: Callable[[str], None]):
+        self._warn_mean, self._stop_mean = options.limits(dtype)
+        self._warn = warn
+
+    def check(self, found: Disagreement, when: str) -> Disagreement:
+        """Pass on `found`, having warned or raised AgreementError as its mean demands. NaN is beyond every limit."""
+        size = f"sampler and learner differ by {found.mean:.1e} nats a token on average, {found.largest:.1e} at most"
+        if not found.mean <= self._stop_mean:
+            raise AgreementError(
+                f"{when}: {size}; the limit (agreement.stop_mean) is {self._stop_mean:.1e}. What to look at:\n"
+                "  - does the sampler hold the learner's weights? `align doctor MODEL` sends an update and compares\n"
+                "  - vLLM's CPU rotary kernel is wrong for DeepSeek-V2: rollout.native_rotary must be true\n"
+                "  - do both compute in the same dtype (model.dtype)? In bfloat16 the limit has to be wider\n"
+                "  - is the chat model's softmax scale right (YaRN)? `align doctor MODEL` says"
+            )
+        if not found.mean <= self._warn_mean:
+            self._warn(f"{when}: {size} (agreement.warn_mean is {self._warn_mean:.1e})")
+        return found
+
+
+def probe(fleet: Fleet, learner: LearnerGroup, prompts: Sequence[Prompt]) -> Disagreement:
+    """Let the sampler continue some prompts and the learner judge the same tokens; nothing is trained."""
+    sampling = SamplingOptions(temperature=1.0, max_new_tokens=PROBE_TOKENS)
+    groups = fleet.generate(prompts, 1, sampling, seed=0, step=0)
+    completions = [group.completions[0] for group in groups]
+    return compare(completions, learner)
+
+
+def compare(completions: Sequence[Completion], learner: LearnerGroup) -> Disagreement:
+    """The disagreement on completions drawn at temperature 1."""
+    sequences = [
+        TrainingSequence([*c.prompt_token_ids, *c.token_ids], len(c.prompt_token_ids), 0.0) for c in completions
+    ]
+    learned = learner.log_probs(sequences, 1.0)
+    differences = [
+        float(mine) - theirs
+        for values, completion in zip(learned, completions, strict=True)
+        for mine, theirs in zip(values, completion.log_probs, strict=True)
+    ]
+    sizes = [abs(d) for d in differences]
+    return Disagreement(sum(sizes) / len(sizes), max(sizes), sum(expm1(d) - d for d in differences) / len(sizes), len(sizes))
+

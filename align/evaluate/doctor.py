@@ -1,0 +1,248 @@
+"""The truth of the policy: what is usually found out too late, checked before anything is trained.
+
+`examine` needs the files of a model alone; `examine_engines` a running sampler and learner. Each check answers with one
+line, and a failure with its cause and its cure.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from math import log
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from align.config import ModelOptions
+from align.data.chat import encode_prompt
+from align.errors import UserError
+from align.evaluate.agreement import AgreementError, AgreementGate, probe
+from align.learner.batch import TrainingSequence
+from align.learner.group import LearnerGroup
+from align.learner.objective import Objective
+from align.model.checkpoint_names import from_checkpoint, to_checkpoint
+from align.model.policy import has_fused_experts
+from rollout import Fleet, Prompt
+
+ROUND_TRIP = "  What is 17 + 25?\n\n\tnaïve Größe, 你好，мир, 42,000.5 — \\boxed{-7} 🙂"
+EXPERT_TOLERANCE = 1e-4
+
+
+class Outcome(StrEnum):
+    """How a check ended."""
+
+    OK = "ok"
+    SKIPPED = "skipped"
+    FAILED = "FAILED"
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """What was looked at, how it ended, and what was seen; for a failure, cause and cure."""
+
+    name: str
+    outcome: Outcome
+    detail: str
+
+
+class DoctorError(UserError):
+    """A check failed; the message names each with its cause and cure."""
+
+
+def examine(model: ModelOptions, tokenizer: Any) -> list[Check]:
+    """Check tokenizer, template, softmax scale, experts and parameter names of a model directory or hub name."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
+    return [
+        check_round_trip(tokenizer),
+        check_template(tokenizer),
+        check_softmax_scale(skeleton),
+        check_experts(skeleton),
+        check_names(skeleton, model.path),
+    ]
+
+
+def check_round_trip(tokenizer: Any) -> Check:
+    """Spaces, newlines, digits and other scripts survive encoding and decoding."""
+    ids = tokenizer(ROUND_TRIP, add_special_tokens=False)["input_ids"]
+    back = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    if back == ROUND_TRIP:
+        return Check("tokenizer round trip", Outcome.OK, f"{len(ids)} tokens and back, unchanged")
+    return Check(
+        "tokenizer round trip",
+        Outcome.FAILED,
+        f"{ROUND_TRIP!r} comes back as {back!r}. Known cause: a tokenizer class that replaces the pre-tokenizer of its "
+        "tokenizer.json (transformers 5 does for some Llama tokenizers). Cure: set "
+        '"tokenizer_class": "PreTrainedTokenizerFast" in tokenizer_config.json',
+    )
+
+
+def check_template(tokenizer: Any) -> Check:
+    """One BOS at most, and a forged role or special token in a message stays text."""
+    forged = f"{tokenizer.bos_token or ''}x{tokenizer.eos_token}"
+    plain = encode_prompt(tokenizer, [{"role": "user", "content": "x"}])
+    ids = encode_prompt(tokenizer, [{"role": "user", "content": forged}])
+    special = set(tokenizer.all_special_ids)
+    if tokenizer.bos_token_id is not None and plain.count(tokenizer.bos_token_id) > 1 + plain.count(tokenizer.eos_token_id):
+        return Check("chat template", Outcome.FAILED, "the prompt begins with two BOS tokens; take one out of the template")
+    if sum(i in special for i in ids) != sum(i in special for i in plain):
+        return Check(
+            "chat template",
+            Outcome.FAILED,
+            f"text of a message became special tokens: {forged!r}. Cause: the tokenizer ignores split_special_tokens. "
+            "Cure: load it with a fast tokenizer (tokenizer.json)",
+        )
+    return Check("chat template", Outcome.OK, f"{len(plain)} tokens around a message; special tokens in a message stay text")
+
+
+def check_softmax_scale(skeleton: Any) -> Check:
+    """YaRN's correction of the softmax scale is applied (left out by transformers 4.54 to 5.14 for DeepSeek-V2)."""
+    config = skeleton.config
+    rope = getattr(config, "rope_parameters", None) or {}
+    attention = next((m for m in skeleton.modules() if hasattr(m, "qk_head_dim") and hasattr(m, "scaling")), None)
+    if attention is None or rope.get("rope_type") != "yarn" or not rope.get("mscale_all_dim"):
+        return Check("softmax scale", Outcome.SKIPPED, "the model has no YaRN correction of the softmax scale")
+    expected = attention.qk_head_dim**-0.5 * yarn_mscale(rope["factor"], rope["mscale_all_dim"]) ** 2
+    if abs(attention.scaling - expected) < 1e-6:
+        return Check("softmax scale", Outcome.OK, f"{expected:.7f}, YaRN's correction included")
+    return Check(
+        "softmax scale",
+        Outcome.FAILED,
+        f"is {attention.scaling:.7f}, but YaRN's correction makes it {expected:.7f}. Cause: a transformers older than 5.15. "
+        "Cure: install the versions of the lock file (make setup)",
+    )
+
+
+def yarn_mscale(factor: float, mscale: float) -> float:
+    """YaRN's attention factor, 0.1 m ln(s) + 1 (Peng et al. 2023, arXiv 2309.00071, eq. 22)."""
+
+
+    return 0.1 * mscale * log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def check_experts(skeleton: Any) -> Check:
+    """The ways transformers computes experts agree, on the model's own routing with few and narrow layers."""
+    from copy import deepcopy
+
+    name = "experts' implementations"
+    if not has_fused_experts(skeleton):
+        return Check(name, Outcome.SKIPPED, "the model has no fused experts")
+    config = deepcopy(skeleton.config)
+    config.num_hidden_layers = getattr(config, "first_k_dense_replace", 0) + 1
+    config.moe_intermediate_size = min(config.moe_intermediate_size, 64)
+    config.intermediate_size = min(config.intermediate_size, 64)
+    config.vocab_size = 64
+    config.pad_token_id = config.bos_token_id = config.eos_token_id = 0
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = type(skeleton)(config).float().eval()
+        token_ids = torch.randint(0, 64, (2, 16))
+    logits = {}
+    for implementation in ("eager", "grouped_mm"):
+        model.set_experts_implementation(implementation)
+        with torch.no_grad():
+            logits[implementation] = model(input_ids=token_ids, use_cache=False).logits
+    apart = float((logits["eager"] - logits["grouped_mm"]).abs().max())
+    if apart < EXPERT_TOLERANCE:
+        return Check(name, Outcome.OK, f"eager and grouped_mm differ by {apart:.0e}")
+    return Check(
+        name,
+        Outcome.FAILED,
+        f"eager and grouped_mm differ by {apart:.1e} in the logits. Cause: a transformers whose experts are wrong. "
+        "Cure: install the versions of the lock file (make setup)",
+    )
+
+
+def check_names(skeleton: Any, path: str) -> Check:
+    """Parameter names map to the checkpoint's and back, and are those of the files."""
+    name = "checkpoint names"
+    tied = set(getattr(skeleton, "_tied_weights_keys", None) or ()) if skeleton.config.tie_word_embeddings else set()
+    own = {n: tuple(p.shape) for n, p in skeleton.named_parameters() if n not in tied}
+    split = dict(to_checkpoint((n, p) for n, p in skeleton.named_parameters() if n not in tied))
+    back = {n: tuple(t.shape) for n, t in from_checkpoint(split).items()}
+    if back != own:
+        wrong = sorted({n for n in own.keys() | back.keys() if own.get(n) != back.get(n)})
+        return Check(name, Outcome.FAILED, f"{wrong[0]} and {len(wrong) - 1} more do not survive the way to checkpoint names")
+    stored = stored_names(path)
+    unknown, absent = stored - split.keys() - tied, split.keys() - stored
+    if stored and (unknown or absent):
+        example = sorted(unknown or absent)[0]
+        return Check(
+            name,
+            Outcome.FAILED,
+            f"the files have {len(unknown)} tensors that the architecture does not know and lack {len(absent)} that it "
+            f"needs, {example} for one. Cause: another architecture, or a checkpoint saved by an incompatible version. "
+            "Cure: save it again with save_pretrained",
+        )
+    where = "and are those of the files" if stored else "(no local files to compare with)"
+    return Check(name, Outcome.OK, f"{len(own)} parameters are {len(split)} tensors and back {where}")
+
+
+def stored_names(path: str) -> set[str]:
+    """The names of all tensors in a directory's safetensors files."""
+    from safetensors import safe_open
+
+    names: set[str] = set()
+    for file in sorted(Path(path).glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            names |= set(tensors.keys())
+    return names
+
+
+def examine_engines(
+    fleet: Fleet, learner: LearnerGroup, prompts: Sequence[Prompt], gate: AgreementGate
+) -> list[Check]:
+    """Check that sampler and learner agree, that an update changes nothing it should not, and that a changed one arrives.
+
+    It trains the learner by one step on noise: for a learner that is thrown away afterwards.
+    """
+    checks = [agree("sampler and learner", fleet, learner, prompts, gate)]
+    fleet.load(learner.weights(), version=1)
+    checks.append(agree("after an update with the same weights", fleet, learner, prompts, gate))
+    noise = [TrainingSequence([*p.token_ids, *reversed(p.token_ids)], len(p.token_ids), 1e-2) for p in prompts]
+    learner.accumulate(noise, Objective())
+    learner.apply(1e-3)
+    stale = probe(fleet, learner, prompts)
+    checks.append(
+        Check("a skipped update shows", Outcome.OK, f"mean difference {stale.mean:.1e}")
+        if is_refused(lambda: gate.check(stale, "stale weights"))
+        else Check(
+            "a skipped update shows",
+            Outcome.FAILED,
+            f"with old weights the mean difference is only {stale.mean:.1e}: the gate could not tell. "
+            "Cure: a lower agreement.stop_mean",
+        )
+    )
+    fleet.load(learner.weights(), version=2)
+    checks.append(agree("after an update with changed weights", fleet, learner, prompts, gate))
+    return checks
+
+
+def agree(name: str, fleet: Fleet, learner: LearnerGroup, prompts: Sequence[Prompt], gate: AgreementGate) -> Check:
+    """One probe of the agreement as a check."""
+    try:
+        found = gate.check(probe(fleet, learner, prompts), name)
+    except AgreementError as error:
+        return Check(name, Outcome.FAILED, str(error))
+    return Check(name, Outcome.OK, f"differ by {found.mean:.1e} on average, {found.largest:.1e} at most, a token")
+
+
+def is_refused(check: Callable[[], object]) -> bool:
+    """Whether the gate refuses."""
+    try:
+        check()
+    except AgreementError:
+        return True
+    return False
+
+
+def verdict(checks: Sequence[Check], path: str) -> str:
+    """One plain sentence. Raises DoctorError when a check failed."""
+    failed = [check for check in checks if check.outcome is Outcome.FAILED]
+    if failed:
+        told = "\n".join(f"- {check.name}: {check.detail}" for check in failed)
+        raise DoctorError(f"{path} is not fit to be trained: {len(failed)} of {len(checks)} checks failed\n{told}")
+    return f"{path} is fit to be trained: {len(checks)} checks, none failed"

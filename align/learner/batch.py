@@ -1,0 +1,130 @@
+"""From sequences of any length to micro-batches: by token budget, balanced over ranks, padded on the right."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingSequence:
+    """One prompt with its completion, and what the loss needs to know of it.
+
+    `token_ids` [T] are prompt and completion; the completion begins at `prompt_length`. Every completion token counts in
+    the loss with `weight`, which carries the denominator of the whole batch (`align.losses.completion_weights`). For
+    GRPO, `advantage` is the group-relative one, and `sampler_log_probs` and `old_log_probs` [T - prompt_length] are the
+    log-probabilities the completion was drawn with and those of the learner before the step's first update.
+    """
+
+    token_ids: Sequence[int]
+    prompt_length: int
+    weight: float
+    advantage: float = 0.0
+    sampler_log_probs: Sequence[float] | None = None
+    old_log_probs: Sequence[float] | None = None
+
+    @property
+    def completion_length(self) -> int:
+        return len(self.token_ids) - self.prompt_length
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Padded tensors of B sequences; K positions, the last of each row, cover all completions.
+
+    `token_ids` [B, T] int64; `targets` [B, K] int64, `mask` [B, K] bool (true on completion tokens), `weights` [B, K],
+    `advantages` [B], `sampler_log_probs` and `old_log_probs` [B, K] float32 (None when the sequences have none).
+    """
+
+    token_ids: torch.Tensor
+    targets: torch.Tensor
+    mask: torch.Tensor
+    weights: torch.Tensor
+    advantages: torch.Tensor
+    sampler_log_probs: torch.Tensor | None
+    old_log_probs: torch.Tensor | None
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch on another device."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Batch(**{name: None if t is None else t.to(device) for name, t in moved.items()})
+
+
+def collate(sequences: Sequence[TrainingSequence], pad_id: int) -> Batch:
+    """Pad sequences on the right: under a causal mask no real token attends to padding, so none needs masking."""
+    width = max(len(s.token_ids) for s in sequences)
+    first = min(s.prompt_length for s in sequences)
+    rows, kept = len(sequences), width - first
+    token_ids = np.full((rows, width), pad_id, dtype=np.int64)
+    mask = np.zeros((rows, kept), dtype=bool)
+    weights = np.zeros((rows, kept), dtype=np.float32)
+    sampler = np.zeros((rows, kept), dtype=np.float32)
+    old = np.zeros((rows, kept), dtype=np.float32)
+    for row, s in enumerate(sequences):
+        token_ids[row, : len(s.token_ids)] = s.token_ids
+        span = slice(s.prompt_length - first, len(s.token_ids) - first)
+        mask[row, span] = True
+        weights[row, span] = s.weight
+        for values, given in ((sampler, s.sampler_log_probs), (old, s.old_log_probs)):
+            if given is not None:
+                values[row, span] = given
+    return Batch(
+        token_ids=torch.from_numpy(token_ids),
+        targets=torch.from_numpy(token_ids[:, first:].copy()),
+        mask=torch.from_numpy(mask),
+        weights=torch.from_numpy(weights),
+        advantages=torch.tensor([s.advantage for s in sequences], dtype=torch.float32),
+        sampler_log_probs=None if sequences[0].sampler_log_probs is None else torch.from_numpy(sampler),
+        old_log_probs=None if sequences[0].old_log_probs is None else torch.from_numpy(old),
+    )
+
+
+def plan_micro_batches(lengths: Sequence[int], token_budget: int, ranks: int) -> list[list[list[int]]]:
+    """Indices of sequences as [rank][micro-batch][place]: like lengths together, padded size within the budget.
+
+    Every rank gets the same number of micro-batches, as ZeRO's collectives demand, and about the same number of tokens.
+    A sequence longer than the budget is a micro-batch of its own. Where there are fewer micro-batches than needed, the
+    largest are halved; a rank that still has none gets an empty list (see `fill_empty`).
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    micro_batches: list[list[int]] = []
+    for i in order:
+        current = micro_batches[-1] if micro_batches else None
+        if current and lengths[current[0]] * (len(current) + 1) <= token_budget:
+            current.append(i)
+        else:
+            micro_batches.append([i])
+
+    def cost(micro_batch: list[int]) -> int:
+        return lengths[micro_batch[0]] * len(micro_batch)
+
+    while len(micro_batches) % ranks:
+        largest = max(micro_batches, key=lambda m: (len(m) > 1, cost(m)))
+        if len(largest) == 1:
+            micro_batches.append([])
+            continue
+        micro_batches.remove(largest)
+        half = len(largest) // 2
+        micro_batches += [largest[:half], largest[half:]]
+    micro_batches.sort(key=lambda m: cost(m) if m else 0, reverse=True)
+    plan: list[list[list[int]]] = [[] for _ in range(ranks)]
+    for start in range(0, len(micro_batches), ranks):
+        lightest = sorted(range(ranks), key=lambda r: (sum(cost(m) for m in plan[r] if m), r))
+        for rank, micro_batch in zip(lightest, micro_batches[start : start + ranks], strict=True):
+            plan[rank].append(micro_batch)
+    return plan
+
+
+def split_over_ranks(
+    sequences: Sequence[TrainingSequence], token_budget: int, ranks: int
+) -> tuple[list[list[list[TrainingSequence]]], list[list[list[int]]]]:
+    """The sequences as [rank][micro-batch][place], and their indices in the same shape.
+
+    A micro-batch that would be empty holds the first sequence with weight 0: it takes part in the collectives and leaves
+    the gradient as it is; its indices are an empty list.
+    """
+    plan = plan_micro_batches([len(s.token_ids) for s in sequences], token_budget, ranks)
+    idle = [replace(sequences[0], weight=0.0)]
+    return [[[sequences[i] for i in m] or idle for m in rank] for rank in plan], plan
+

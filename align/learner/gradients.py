@@ -1,0 +1,40 @@
+"""Which parameters have had a gradient: an expert that never gets one is not being trained."""
+
+from typing import Any
+
+import torch
+
+
+class GradientCensus:
+    """Watches a module's trainable parameters until each, and each expert of a fused one, had a non-zero gradient."""
+
+    def __init__(self, module: torch.nn.Module):
+        self._waiting: dict[str, torch.Tensor] = {}
+        self._handles: dict[str, Any] = {}
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad:
+                shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+                parts = shape[0] if ".experts." in name and len(shape) == 3 else 1
+                self._waiting[name] = torch.ones(parts, dtype=torch.bool)
+                self._handles[name] = parameter.register_hook(self._watch(name, parts))
+
+    def _watch(self, name: str, parts: int) -> Any:
+        def seen(gradient: torch.Tensor) -> None:
+            if name not in self._waiting:
+                return
+            self._waiting[name] &= ~(gradient.detach().reshape(parts, -1) != 0).any(dim=1).cpu()
+            if not self._waiting[name].any():
+                del self._waiting[name]
+                self._handles.pop(name).remove()
+
+        return seen
+
+    def missing(self) -> list[str]:
+        """Names still without a gradient; a fused expert is named `...experts.gate_up_proj[3]`."""
+        names = []
+        for name, waiting in self._waiting.items():
+            if len(waiting) == 1:
+                names.append(name)
+            else:
+                names += [f"{name}[{i}]" for i in waiting.nonzero().flatten().tolist()]
+        return names

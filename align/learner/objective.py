@@ -1,0 +1,104 @@
+"""What a learner computes on a micro-batch: log-probabilities, the loss, and the sums that become metrics."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from align.config import GrpoOptions
+from align.learner.batch import Batch
+from align.losses import agreement, grpo_token_loss, token_log_probs
+
+
+class LogProbs(torch.nn.Module):
+    """The policy as a function from token ids to the log-probabilities of the last K of them.
+
+    DeepSpeed wraps this module, so that the whole computation from ids to log-probabilities is its forward pass.
+    """
+
+    def __init__(self, policy: Any):
+        super().__init__()
+        self.policy = policy
+
+    def forward(
+        self, token_ids: torch.Tensor, targets: torch.Tensor, temperature: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`token_ids` [B, T], `targets` [B, K] (their last K columns) -> log-probabilities and entropies [B, K] float32."""
+        kept = targets.shape[1]
+        output = self.policy(input_ids=token_ids, use_cache=False, logits_to_keep=kept + 1)
+        return token_log_probs(output.logits[:, -(kept + 1) : -1], targets, temperature)
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """The loss to minimise: supervised when `grpo` is None. `temperature` is the sampler's."""
+
+    grpo: GrpoOptions | None = None
+    temperature: float = 1.0
+
+
+@dataclass(slots=True)
+class Sums:
+    """Sums over the completion tokens of a batch; add those of all micro-batches and ranks, then divide.
+
+    `loss` and `kl` are already divided by the batch's denominator (see `TrainingSequence.weight`).
+    """
+
+    loss: float = 0.0
+    kl: float = 0.0
+    tokens: int = 0
+    padded_tokens: int = 0
+    entropy: float = 0.0
+    clipped: int = 0
+    compared: int = 0
+    difference: float = 0.0
+    sampler_kl: float = 0.0
+    max_difference: float = 0.0
+
+    def add(self, other: "Sums") -> None:
+        for name in self.__slots__:
+            mine, theirs = getattr(self, name), getattr(other, name)
+            keep_nan = mine != mine or theirs != theirs
+            largest = float("nan") if keep_nan else max(mine, theirs)
+            setattr(self, name, largest if name == "max_difference" else mine + theirs)
+
+
+def loss_and_sums(
+    log_probs: torch.Tensor,
+    entropy: torch.Tensor,
+    reference_log_probs: torch.Tensor | None,
+    batch: Batch,
+    objective: Objective,
+) -> tuple[torch.Tensor, Sums]:
+    """The micro-batch's part of the loss, a scalar with gradient, and its sums."""
+    counted = batch.mask & (batch.weights > 0)
+    sums = Sums(tokens=int(counted.sum()), padded_tokens=batch.token_ids.numel())
+    sums.entropy = float(entropy[counted].sum())
+    if objective.grpo is None:
+        loss = -(torch.where(counted, log_probs, 0.0) * batch.weights).sum()
+        sums.loss = float(loss.detach())
+        return loss, sums
+    options = objective.grpo
+    terms = grpo_token_loss(
+        log_probs,
+        batch.old_log_probs,
+        reference_log_probs,
+        batch.advantages,
+        batch.mask,
+        clip_low=options.clip_low,
+        clip_high=options.clip_high,
+        kl_coefficient=options.kl_coefficient,
+        level=options.level,
+    )
+    loss = (terms.loss * batch.weights).sum()
+    sums.loss = float(loss.detach())
+    sums.kl = float((terms.kl * batch.weights).sum())
+    sums.clipped = int((terms.clipped & counted).sum())
+    if batch.sampler_log_probs is not None and sums.tokens:
+        at_sampling = log_probs if batch.old_log_probs is None else batch.old_log_probs
+        compared = agreement(at_sampling, batch.sampler_log_probs, counted)
+        sums.compared = compared.tokens
+        sums.difference = compared.mean_abs * compared.tokens
+        sums.sampler_kl = compared.k3 * compared.tokens
+        sums.max_difference = compared.max_abs
+    return loss, sums

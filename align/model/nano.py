@@ -1,0 +1,139 @@
+"""The nano policy: a DeepSeek-V2 architecture of two million parameters and its tokenizer.
+
+`python -m align.model.nano DIRECTORY` writes both as an ordinary Hugging Face directory without weights; the one in
+`recipes/nano/policy` was made so. The attention keeps DeepSeek-V2's latent sizes (512 + 64 for each token and layer),
+which are what vLLM's MLA kernels are written for, and YaRN's softmax scale; everything else is small.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+BOS = "<｜begin▁of▁sentence｜>"
+EOS = "<｜end▁of▁sentence｜>"
+VOCABULARY_SIZE = 512
+
+# DeepSeek-V2's template (DeepSeek-V2 repository, README section 8): no role tokens, no newline after the end of a turn,
+# and no space after the last "Assistant:".
+CHAT_TEMPLATE = (
+    "{% if add_generation_prompt is not defined %}{% set add_generation_prompt = false %}{% endif %}"
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{ message['content'] + '\\n\\n' }}"
+    "{% elif message['role'] == 'user' %}{{ 'User: ' + message['content'] + '\\n\\n' }}"
+    "{% elif message['role'] == 'assistant' %}{{ 'Assistant: ' + message['content'] + eos_token }}"
+    "{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+
+VOCABULARY_TEXT = [
+    *["User: What is + - = ?\n\nAssistant: \\boxed{0}, the answer is -"] * 50,
+    "What is + - * / = ( ) ? State the final answer as a number. Give your final result only.",
+    "so carry the one and borrow ten, then add, subtract, multiply or divide; there are more, less, total, left, each",
+    "How many does he have in all? She has been to the shop and bought some apples for her friends on that day.",
+    "It was said with all of them, not from this, but by an even or odd number which they would make from their own.",
+    "If each of the people buys three and gives two away, how much money is left after one hour, a week or a year?",
+    "Every minute, second, day, month; cost, price, dollars, cents; half, twice, double, third, between, until, before",
+]
+
+
+def nano_config() -> dict[str, object]:
+    """The `config.json` of a DeepSeek-V2 of two million parameters: one dense layer, then three with experts."""
+    return {
+        "architectures": ["DeepseekV2ForCausalLM"],
+        "model_type": "deepseek_v2",
+        "vocab_size": VOCABULARY_SIZE,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "q_lora_rank": None,
+        "kv_lora_rank": 512,
+        "qk_nope_head_dim": 32,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 32,
+        "moe_intermediate_size": 64,
+        "n_routed_experts": 8,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 2,
+        "first_k_dense_replace": 1,
+        "topk_method": "greedy",
+        "n_group": 1,
+        "topk_group": 1,
+        "routed_scaling_factor": 1.0,
+        "norm_topk_prob": False,
+        "aux_loss_alpha": 0.001,
+        "hidden_act": "silu",
+        "initializer_range": 0.06,
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "rope_scaling": {
+            "type": "yarn",
+            "factor": 4.0,
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "mscale": 0.707,
+            "mscale_all_dim": 0.707,
+            "original_max_position_embeddings": 512,
+        },
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": False,
+        "use_cache": True,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 1,
+        "torch_dtype": "float32",
+    }
+
+
+def nano_tokenizer() -> Tokenizer:
+    """A byte-level BPE tokenizer: any text survives a round trip, every digit is a token of its own."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"\d"), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY_SIZE,
+        min_frequency=1,
+        special_tokens=[AddedToken(BOS, special=True), AddedToken(EOS, special=True)],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(VOCABULARY_TEXT, trainer)
+    return tokenizer
+
+
+def write_nano_policy(directory: Path) -> None:
+    """Write configuration and tokenizer to `directory`, in the files that transformers and vLLM read."""
+    directory.mkdir(parents=True, exist_ok=True)
+    nano_tokenizer().save(str(directory / "tokenizer.json"))
+    tokenizer_config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": BOS,
+        "eos_token": EOS,
+        "pad_token": EOS,
+        "model_max_length": 2048,
+        "clean_up_tokenization_spaces": False,
+        "chat_template": CHAT_TEMPLATE,
+    }
+    generation_config = {"bos_token_id": 0, "eos_token_id": 1, "do_sample": True, "temperature": 1.0}
+    for name, content in (
+        ("config.json", nano_config()),
+        ("tokenizer_config.json", tokenizer_config),
+        ("generation_config.json", generation_config),
+    ):
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        (directory / name).write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write_nano_policy(Path(sys.argv[1]))

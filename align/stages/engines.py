@@ -1,0 +1,70 @@
+"""What every stage runs on: Ray, the rollout workers, the tokenizer, and the checks that a policy has to pass."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from align.config import ModelOptions, Recipe
+from align.evaluate.agreement import AgreementGate
+from align.evaluate.doctor import examine, verdict
+from align.model.policy import load_tokenizer, stop_token_ids, write_random_policy
+from align.stages.run import Run
+from rollout import Fleet
+
+OBJECT_STORE_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Engines:
+    """The sampler's side of a run. `policy` is where the workers' first weights came from."""
+
+    policy: ModelOptions
+    tokenizer: Any
+    fleet: Fleet
+    gate: AgreementGate
+
+
+@contextmanager
+def start_engines(recipe: Recipe, run: Run) -> Iterator[Engines]:
+    """Draw the policy where the recipe says so, examine it, and start the rollout workers; end them afterwards."""
+    policy = recipe.model
+    if policy.init == "random":
+        write_random_policy(policy, run.directory.initial_directory, recipe.seed)
+        policy = policy.model_copy(update={"path": str(run.directory.initial_directory), "init": "pretrained"})
+    tokenizer = load_tokenizer(policy.path, trust_remote_code=policy.trust_remote_code)
+    with local_ray():
+        fleet = Fleet(policy.path, policy.dtype, recipe.rollout, stop_token_ids(policy.path, tokenizer))
+        try:
+            run.progress.note(f"doctor: {verdict(examine(policy, tokenizer), recipe.model.path)}")
+            gate = AgreementGate(recipe.agreement, policy.dtype, run.warn)
+            yield Engines(policy, tokenizer, fleet, gate)
+        finally:
+            fleet.close()
+
+
+@contextmanager
+def local_ray() -> Iterator[None]:
+    """Ray for the time of a run: the cluster of RAY_ADDRESS where that is set, else one of this machine on loopback."""
+    import ray
+
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(log_to_driver=False)
+    else:
+        ray.init(
+            num_cpus=os.cpu_count(),
+            num_gpus=torch.cuda.device_count(),
+            object_store_memory=OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+            _node_ip_address="127.0.0.1",
+        )
+    try:
+        yield
+    finally:
+        ray.shutdown()

@@ -1,0 +1,271 @@
+"""Chat RL with GRPO: group-relative advantages, no critic (DeepSeekMath, arXiv 2402.03300; DeepSeek-V2 report, 4.2).
+
+One step samples G completions of each prompt, scores them, and takes the policy one or more updates along the clipped
+surrogate. It departs from the papers in what they leave open: the standard deviation of a group is that of a sample, with
+1e-4 added (see `align.losses.group_advantages`), and samples that nobody could judge are left out of their group.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from align.config import GrpoOptions, GrpoRecipe, ModelOptions
+from align.data.cards import load_card
+from align.data.loader import load_split
+from align.data.types import Example
+from align.errors import UserError
+from align.evaluate.agreement import Disagreement
+from align.evaluate.problems import Evaluation, encode_prompts, row, score_group
+from align.learner.batch import TrainingSequence
+from align.learner.group import LearnerGroup
+from align.learner.objective import Objective, Sums
+from align.learner.schedule import learning_rate
+from align.losses import completion_weights, group_advantages
+from align.run import write_samples
+from align.stages.engines import Engines
+from align.stages.held_out import HeldOut
+from align.stages.order import examples_of_step
+from align.stages.run import Run
+from reward import Mixture, SampleReward, Verdict
+from rollout import Completion, FinishReason, Prompt
+
+
+def train_grpo(
+    recipe: GrpoRecipe, policy: ModelOptions, engines: Engines, run: Run
+) -> tuple[ModelOptions, dict[str, Evaluation]]:
+    """Run the stage from `policy`, whose weights the rollout workers hold. Returns what it trained, and evaluations."""
+    options, progress = recipe.grpo, run.progress
+    held_out = HeldOut(recipe, engines, run)
+    examples, prompts = load_prompts(recipe, engines, run)
+    reference = policy if options.kl_coefficient else None
+    learner = LearnerGroup(policy, recipe.learner, seed=recipe.seed, reference=reference)
+    try:
+        progress.stage("GRPO", options.steps)
+        progress.phase("starting learners")
+        engines.fleet.wait_until_ready()
+        learner.wait_until_ready()
+        held_out.check_agreement(learner, "before GRPO")
+        evaluations: dict[str, Evaluation] = {}
+        if recipe.init_from is None:
+            evaluations["before GRPO"] = held_out.evaluate("before GRPO", 0)
+
+        for step in range(options.steps):
+            clock = Clock()
+            chosen = examples_of_step(examples, options.prompts_per_step, seed=recipe.seed, step=step)
+            progress.phase("sampling")
+            experience = sample(recipe, engines, chosen, prompts, held_out.mixture, step)
+            clock.lap("sampling")
+
+            sequences = training_sequences(experience, options)
+            progress.phase("training")
+            sums, found, norm = update(recipe, engines, learner, sequences, step)
+            clock.lap("training")
+
+            engines.fleet.load(learner.weights(), version=engines.fleet.weight_version + 1)
+            clock.lap("weights")
+
+            metrics = step_metrics(experience, sums, found, norm, clock)
+            run.metrics.write(step + 1, "grpo", metrics)
+            write_samples(run.directory.samples_file(step + 1), experience.rows)
+            shown = ("reward", "accuracy", "length", "agreement/mean", "step_seconds")
+            progress.step(step + 1, {name: metrics[name] for name in shown})
+            if recipe.evaluation.every and (step + 1) % recipe.evaluation.every == 0 and step + 1 < options.steps:
+                held_out.evaluate(f"GRPO step {step + 1}", step + 1)
+            if recipe.save_every and (step + 1) % recipe.save_every == 0:
+                learner.save(run.directory.checkpoint_directory(step + 1))
+
+        held_out.check_agreement(learner, "after GRPO")
+        evaluations["after GRPO"] = held_out.evaluate("after GRPO", options.steps)
+        learner.save(run.directory.final_directory)
+    finally:
+        learner.close()
+    return policy.model_copy(update={"path": str(run.directory.final_directory)}), evaluations
+
+
+class Clock:
+    """Seconds of the parts of a step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._at = time.perf_counter()
+
+    def lap(self, part: str) -> None:
+        """What passed since the last lap belongs to `part`."""
+        now = time.perf_counter()
+        self.seconds[part] = now - self._at
+        self._at = now
+
+
+@dataclass(frozen=True, slots=True)
+class Experience:
+    """What one step sampled: N completions with their rewards and advantages, in the order of prompts and index.
+
+    `valid` [N] is false where nobody could judge; `kept` [N] is true for what is trained on; `uniform_groups` is the
+    share of groups whose rewards are all equal, which teach nothing.
+    """
+
+    completions: Sequence[Completion]
+    rewards: Sequence[SampleReward]
+    advantages: Sequence[float]
+    valid: Sequence[bool]
+    kept: Sequence[bool]
+    uniform_groups: float
+    rows: Sequence[Mapping[str, Any]]
+
+
+def load_prompts(
+    recipe: GrpoRecipe, engines: Engines, run: Run
+) -> tuple[list[Example], Mapping[str, Prompt]]:
+    """The training problems and their prompts by id. Raises UserError for a missing answer or a prompt too long."""
+    data = recipe.data
+    loaded = load_split(
+        load_card(data.card), data.split, path=data.path, limit=data.limit, levels=data.levels, seed=recipe.seed, params=data.params
+    )
+    if loaded.dropped_contaminated:
+        run.warn(f"{loaded.dropped_contaminated} training problems are held-out problems too and were left out")
+    examples = loaded.examples
+    if len(examples) < recipe.grpo.prompts_per_step:
+        raise UserError(
+            f"grpo.prompts_per_step is {recipe.grpo.prompts_per_step}, but data card {data.card!r} gives only "
+            f"{len(examples)} problems"
+        )
+    longest = recipe.rollout.max_length - recipe.sampling.max_new_tokens
+    return examples, {prompt.id: prompt for prompt in encode_prompts(engines.tokenizer, examples, longest)}
+
+
+def sample(
+    recipe: GrpoRecipe,
+    engines: Engines,
+    examples: Sequence[Example],
+    prompts: Mapping[str, Prompt],
+    mixture: Mixture,
+    step: int,
+) -> Experience:
+    """Draw a group for each example, score groups as they finish, and compare each sample with its group."""
+    options = recipe.grpo
+    by_id = {example.id: example for example in examples}
+    drawn = engines.fleet.generate(
+        [prompts[id_] for id_ in by_id], options.group_size, recipe.sampling, seed=recipe.seed, step=step
+    )
+    scored = {g.prompt.id: score_group(g, by_id[g.prompt.id], engines.tokenizer, mixture) for g in drawn}
+    samples = [item for id_ in by_id for item in scored[id_]]
+    completions = [completion for completion, _, _ in samples]
+    rewards = [reward for _, _, reward in samples]
+
+    valid = torch.tensor([reward.value is not None for reward in rewards])
+    values = torch.tensor([reward.value or 0.0 for reward in rewards], dtype=torch.float64)
+    groups = torch.arange(len(examples)).repeat_interleave(options.group_size)
+    advantages, group_std = group_advantages(values, groups, valid, scale=options.advantage_scale)
+    uniform = group_std <= 1e-6
+    kept = valid.clone()
+    if options.drop_uniform_groups:
+        kept &= ~uniform[groups]
+    if not options.train_on_truncated:
+        kept &= torch.tensor([c.finish_reason is not FinishReason.LENGTH for c in completions])
+    rows = [
+        row(by_id[completion.prompt_id], completion, text, reward, greedy=False)
+        | {
+            "advantage": float(advantage),
+            "trained_on": bool(keep),
+            "prompt_token_ids": list(completion.prompt_token_ids),
+            "token_ids": list(completion.token_ids),
+            "sampler_log_probs": list(completion.log_probs),
+        }
+        for (completion, text, reward), advantage, keep in zip(samples, advantages, kept, strict=True)
+    ]
+    return Experience(
+        completions, rewards, advantages.tolist(), valid.tolist(), kept.tolist(), float(uniform.double().mean()), rows
+    )
+
+
+def training_sequences(experience: Experience, options: GrpoOptions) -> list[list[TrainingSequence]]:
+    """The kept samples as [update][place], each update's weights adding up to the mean that `aggregation` names."""
+    per_update = len(experience.completions) // options.updates_per_step
+    updates = []
+    for start in range(0, len(experience.completions), per_update):
+        places = range(start, start + per_update)
+        lengths = torch.tensor([len(experience.completions[i].token_ids) for i in places])
+        kept = torch.tensor([experience.kept[i] for i in places])
+        weights = completion_weights(lengths, kept, options.aggregation).tolist()
+        updates.append(
+            [
+                training_sequence(experience.completions[i], experience.advantages[i], weight)
+                for i, weight in zip(places, weights, strict=True)
+                if experience.kept[i]
+            ]
+        )
+    return updates
+
+
+def training_sequence(completion: Completion, advantage: float, weight: float) -> TrainingSequence:
+    """A completion as the learner takes it: the sampler's token ids, never tokenised again."""
+    return TrainingSequence(
+        token_ids=[*completion.prompt_token_ids, *completion.token_ids],
+        prompt_length=len(completion.prompt_token_ids),
+        weight=weight,
+        advantage=advantage,
+        sampler_log_probs=np.asarray(completion.log_probs, dtype=np.float32),
+    )
+
+
+def update(
+    recipe: GrpoRecipe, engines: Engines, learner: LearnerGroup, updates: list[list[TrainingSequence]], step: int
+) -> tuple[Sums, Disagreement, float]:
+    """The optimizer updates of a step; the gate compares sampler and learner before the first of them is applied."""
+    temperature = recipe.sampling.temperature
+    objective = Objective(recipe.grpo, temperature)
+    if len(updates) > 1:
+        everything = [sequence for part in updates for sequence in part]
+        old = iter(learner.log_probs(everything, temperature))
+        updates = [[replace(sequence, old_log_probs=next(old)) for sequence in part] for part in updates]
+    rate = learning_rate(step, recipe.grpo.steps, recipe.learner.optimizer)
+    total, norm = Sums(), 0.0
+    for part in updates:
+        if part:
+            sums = learner.accumulate(part, objective)
+            engines.gate.check(Disagreement.of(sums), f"GRPO step {step + 1}")
+            norm = learner.apply(rate)
+            total.add(sums)
+    return total, Disagreement.of(total), norm
+
+
+def step_metrics(
+    experience: Experience, sums: Sums, found: Disagreement, norm: float, clock: Clock
+) -> dict[str, float]:
+    """The statistics of a step. Lengths in tokens, log-probabilities and entropy in nats, times in seconds."""
+    judged = [reward for reward in experience.rewards if reward.value is not None]
+    lengths = np.array([len(c.token_ids) for c in experience.completions])
+    tokens = max(sums.tokens, 1)
+    seconds = sum(clock.seconds.values())
+    metrics = {
+        "reward": float(np.mean([reward.value for reward in judged])) if judged else float("nan"),
+        "reward_std": float(np.std([reward.value for reward in judged])) if judged else float("nan"),
+        "accuracy": float(np.mean([reward.verdict is Verdict.PASS for reward in judged])) if judged else float("nan"),
+        "uniform_groups": experience.uniform_groups,
+        "not_judged": 1 - float(np.mean(experience.valid)),
+        "trained_on": float(np.mean(experience.kept)),
+        "length": float(lengths.mean()),
+        "length_max": float(lengths.max()),
+        "truncated": float(np.mean([c.finish_reason is FinishReason.LENGTH for c in experience.completions])),
+        "weight_version": float(experience.completions[0].weight_version),
+        "loss": sums.loss,
+        "kl": sums.kl,
+        "entropy": sums.entropy / tokens,
+        "clip_fraction": sums.clipped / tokens,
+        "gradient_norm": norm,
+        "agreement/mean": found.mean,
+        "agreement/max": found.largest,
+        "agreement/k3": found.k3,
+        "step_seconds": seconds,
+        "tokens_per_second": float(lengths.sum()) / seconds,
+        "sampling_tokens_per_second": float(lengths.sum()) / clock.seconds["sampling"],
+        "training_tokens_per_second": sums.padded_tokens / clock.seconds["training"],
+    }
+    for name in judged[0].components if judged else ():
+        values = [reward.components[name].value for reward in judged if name in reward.components]
+        metrics[f"reward/{name}"] = float(np.mean(values))
+    return metrics | {f"seconds/{part}": value for part, value in clock.seconds.items()}

@@ -1,0 +1,57 @@
+r"""Verifiable rewards for any trainer: a sample in, a number or None out.
+
+    from reward import Mixture, RewardTerm, Sample
+
+    mixture = Mixture([RewardTerm(name="exact_answer"), RewardTerm(name="answer_format", weight=0.1)])
+    samples = [Sample(id="1", prompt="2 + 2?", completion=r"It is \boxed{4}.", answer="4")]
+    rewards = mixture.score(samples)
+    assert rewards[0].value == 1.1  # None would mean: nobody could judge it, leave it out
+
+A reward of your own is a function with `@register("name")` over it. Start reading at `reward.types`.
+"""
+
+from reward import answer_format, reasoning_gym_answer  # noqa: F401 (they register themselves)
+from reward.final_answer import boxed_answers, equal, extract_final_answer, normalise
+from reward.mixture import Mixture, RewardTerm
+from reward.registry import Parameter, Reward, available, check_params, get, register
+from reward.trl import trl_reward_func
+from reward.types import (
+    DomainError,
+    InfrastructureError,
+    ParameterError,
+    RewardContractError,
+    RewardError,
+    Sample,
+    SampleReward,
+    Score,
+    UnknownReward,
+    UnusableAnswer,
+    Verdict,
+)
+
+__all__ = [
+    "DomainError",
+    "InfrastructureError",
+    "Mixture",
+    "Parameter",
+    "ParameterError",
+    "Reward",
+    "RewardContractError",
+    "RewardError",
+    "RewardTerm",
+    "Sample",
+    "SampleReward",
+    "Score",
+    "UnknownReward",
+    "UnusableAnswer",
+    "Verdict",
+    "available",
+    "boxed_answers",
+    "check_params",
+    "equal",
+    "extract_final_answer",
+    "get",
+    "normalise",
+    "register",
+    "trl_reward_func",
+]

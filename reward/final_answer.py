@@ -1,0 +1,140 @@
+r"""The boxed final answer of a completion, and whether it equals the ground truth.
+
+Everything here is exact and linear in the length of the text: strings and rational numbers in ASCII digits,
+no evaluation of what the model wrote, no exponents, no floating point. Whatever cannot be read so is compared
+as text, and so are digits of other scripts, which are a way around a verifier and not an answer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+from reward.registry import register
+from reward.types import Sample, Score, UnusableAnswer, Verdict
+
+LONGEST_NUMBER = 64
+"""Characters; a longer number is compared as text."""
+LONGEST_UNWRAPPED = 512
+r"""Characters; in a longer answer `\text{}` stays, since taking off nested ones costs quadratic time."""
+
+_BRACES = re.compile(r"\\boxed\s*\{|\\.|\{|\}", re.DOTALL)
+_TEXT = re.compile(r"\\text\{([^{}]*)\}")
+# A first group of 0 would read the decimal comma of 0,125 as a thousands comma.
+_NUMBER = re.compile(r"([+-]?)(?=\.?[0-9])([1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]*)(?:\.([0-9]*))?")
+_RATIONAL = re.compile(r"[+-]?[0-9]+(?:\.[0-9]+|/0*[1-9][0-9]*)?")
+
+
+@dataclass(frozen=True)
+class Box:
+    r"""A `\boxed{content}` at `text[start:end]`."""
+
+    content: str
+    start: int
+    end: int
+
+
+def boxes(text: str) -> list[Box]:
+    """The well-balanced boxes that lie in no other such box, in order. Escaped braces are content."""
+    unclosed: list[tuple[int, int] | None] = []
+    found: list[tuple[int, int, int]] = []
+    for match in _BRACES.finditer(text):
+        token = match.group()
+        if token == "}":
+            opened = unclosed.pop() if unclosed else None
+            if opened is not None:
+                while found and found[-1][0] > opened[0]:
+                    found.pop()
+                found.append((*opened, match.end()))
+        elif token == "{":
+            unclosed.append(None)
+        elif token.endswith("{") and token != r"\{":
+            unclosed.append(match.span())
+    return [Box(text[inside : end - 1], start, end) for start, inside, end in found]
+
+
+def boxed_answers(text: str) -> list[str]:
+    r"""The contents of `boxes(text)`, stripped; the empty ones too."""
+    return [box.content.strip() for box in boxes(text)]
+
+
+def extract_final_answer(text: str) -> str | None:
+    r"""The content of the last well-balanced `\boxed{}`, stripped; None if it is blank or missing."""
+    answers = boxed_answers(text)
+    return answers[-1] if answers and normalise(answers[-1]) else None
+
+
+def is_spray(answers: Sequence[str]) -> bool:
+    """Whether the answers differ in value: several tries are not an answer, whichever of them is right."""
+    return any(not equal(answers[0], other) for other in answers[1:])
+
+
+def normalise(answer: str) -> str:
+    r"""The answer without what does not change its value; `normalise(normalise(a)) == normalise(a)`.
+
+    Takes off surrounding white space, dollar signs and `\text{}`; writes U+2212 as "-"; and of a decimal
+    number takes off a leading "+", leading zeros, thousands commas (1,234, not 12,34) and the zeros that end
+    its fraction.
+    """
+    text = answer.replace("\N{MINUS SIGN}", "-").replace(r"\$", "").replace("$", "").strip()
+    if len(text) <= LONGEST_UNWRAPPED:
+        while (unwrapped := _TEXT.sub(r"\1", text).strip()) != text:
+            text = unwrapped
+    number = _NUMBER.fullmatch(text)
+    return _plain(*number.groups(default="")) if number else text
+
+
+def _plain(sign: str, whole: str, fraction: str) -> str:
+    whole, fraction = whole.replace(",", "").lstrip("0") or "0", fraction.rstrip("0")
+    digits = f"{whole}.{fraction}" if fraction else whole
+    return f"-{digits}" if sign == "-" and digits != "0" else digits
+
+
+def equal(one: str, other: str) -> bool:
+    """Whether both normalise to one string or are one rational number (7, 7.0 and 14/2). An equivalence."""
+    return _value(one) == _value(other)
+
+
+def _value(answer: str) -> Fraction | str:
+    text = normalise(answer)
+    if len(text) <= LONGEST_NUMBER and _RATIONAL.fullmatch(text):
+        return Fraction(text)
+    return text
+
+
+def sole_answer(sample: Sample, wrong: float) -> str | Score:
+    """The answer that the completion commits itself to, or the score it gets for none or for several."""
+    answers = boxed_answers(sample.completion)
+    if not any(normalise(answer) for answer in answers):
+        return Score(wrong, Verdict.NO_ANSWER, r"no \boxed{} with something in it")
+    if is_spray(answers):
+        return Score(wrong, Verdict.WRONG, "several different answers: " + _shown(", ".join(answers)))
+    return answers[-1]
+
+
+def verdict_detail(answer: str, gold: str) -> str:
+    """One line for a human on a wrong answer, cut to a readable length."""
+    return f"{_shown(answer)!r} is not {_shown(gold)!r}"
+
+
+def _shown(text: str) -> str:
+    return text if len(text) <= 80 else text[:79] + "…"
+
+
+@register("exact_answer")
+def exact_answer(sample: Sample, *, right: float = 1.0, wrong: float = 0.0) -> Score:
+    r"""Whether the last `\boxed{}` equals the ground truth, as text or as a rational number.
+
+    Several different boxed answers are wrong even if one of them is right. Raises UnusableAnswer without a
+    ground truth.
+    """
+    if sample.answer is None or not normalise(sample.answer):
+        raise UnusableAnswer(sample.id, "no ground truth to compare with")
+    answer = sole_answer(sample, wrong)
+    if isinstance(answer, Score):
+        return answer
+    if equal(answer, sample.answer):
+        return Score(right, Verdict.PASS)
+    return Score(wrong, Verdict.WRONG, verdict_detail(answer, sample.answer))

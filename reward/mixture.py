@@ -1,0 +1,191 @@
+"""One number for each sample: the weighted sum of the rewards that apply to its domain.
+
+The sum comes first. The group's mean and deviation are the trainer's, over these sums (DeepSeek-V2 report,
+arXiv:2405.04434, section 4.2: the rewards are combined as in its eq. 36, and normalised as in its eq. 34).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import combinations
+from numbers import Real
+from time import perf_counter
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from reward import registry
+from reward.registry import Reward
+from reward.types import (
+    DomainError,
+    InfrastructureError,
+    RewardContractError,
+    RewardError,
+    Sample,
+    SampleReward,
+    Score,
+    UnusableAnswer,
+    Verdict,
+)
+
+_log = logging.getLogger(__name__)
+
+
+class RewardTerm(BaseModel):
+    """One summand: a reward by name, its weight, the domains it applies to (None: all), and its parameters.
+
+    A weight of 0 measures without rewarding.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    weight: float = Field(default=1.0, allow_inf_nan=False)
+    domains: list[str] | None = Field(default=None, min_length=1)
+    params: dict[str, Any] = Field(default_factory=dict)
+
+    def applies_to(self, domain: str) -> bool:
+        return self.domains is None or domain in self.domains
+
+    def __str__(self) -> str:
+        domains = "every domain" if self.domains is None else ", ".join(self.domains)
+        return f"{self.weight:g} x {self.name} ({domains})"
+
+
+class Mixture:
+    """The reward of a run: `score(samples)`. Can be pickled if the functions of its rewards can be.
+
+    `infra_error_limit`, in [0, 1], is the share of masked samples in one batch above which `score` raises.
+
+    Raises on construction: UnknownReward, ParameterError, or RewardError where there are no terms, the limit
+    is out of range, or two terms would give the same reward twice to one domain.
+    """
+
+    def __init__(self, terms: Sequence[RewardTerm], *, infra_error_limit: float = 0.05) -> None:
+        if not terms:
+            raise RewardError("a mixture needs at least one term")
+        if not 0.0 <= infra_error_limit <= 1.0:
+            raise RewardError(f"infra_error_limit is a share in [0, 1], not {infra_error_limit}")
+        for one, other in combinations(terms, 2):
+            if one.name == other.name and _share_a_domain(one, other):
+                raise RewardError(f"two terms for the same reward and domain: {one}; {other}")
+        for term in terms:
+            registry.check_params(term.name, term.params)
+        self.terms = tuple(terms)
+        self.infra_error_limit = infra_error_limit
+        self._rewards = {term.name: registry.get(term.name) for term in terms}
+
+    def score(self, samples: Sequence[Sample]) -> list[SampleReward]:
+        """The rewards of the samples, in their order.
+
+        A component that answers INFRA_ERROR is asked once more; if it still does, or finds the ground truth
+        unusable, and its weight is not 0, then the sample's value is None.
+
+        Raises DomainError, RewardContractError, or InfrastructureError above `infra_error_limit`.
+        """
+        for sample in samples:
+            if not any(term.weight and term.applies_to(sample.domain) for term in self.terms):
+                raise DomainError(sample.domain, sample.id, [str(term) for term in self.terms])
+        judged: list[list[tuple[RewardTerm, Score]]] = [[] for _ in samples]
+        for term in self.terms:
+            rows = [row for row, sample in enumerate(samples) if term.applies_to(sample.domain)]
+            scores = _judge(self._rewards[term.name], term.params, [samples[row] for row in rows])
+            for row, score in zip(rows, scores, strict=True):
+                judged[row].append((term, score))
+        self._refuse_too_many_masked(samples, judged)
+        return [_combine(scores) for scores in judged]
+
+    def _refuse_too_many_masked(
+        self, samples: Sequence[Sample], judged: Sequence[Sequence[tuple[RewardTerm, Score]]]
+    ) -> None:
+        reasons = [
+            f"reward {failed[0][0].name!r} on sample {sample.id!r}: {failed[0][1].detail or 'no detail'}"
+            for sample, scores in zip(samples, judged, strict=True)
+            if (failed := [(term, score) for term, score in scores if _masks(term, score)])
+        ]
+        if not reasons:
+            return
+        share = len(reasons) / len(samples)
+        if share > self.infra_error_limit:
+            raise InfrastructureError(share, self.infra_error_limit, reasons[0])
+        _log.warning("%d of %d samples masked. The first: %s", len(reasons), len(samples), reasons[0])
+
+
+def _share_a_domain(one: RewardTerm, other: RewardTerm) -> bool:
+    return one.domains is None or other.domains is None or not set(one.domains).isdisjoint(other.domains)
+
+
+def _masks(term: RewardTerm, score: Score) -> bool:
+    return term.weight != 0.0 and score.verdict is Verdict.INFRA_ERROR
+
+
+def _combine(scores: Sequence[tuple[RewardTerm, Score]]) -> SampleReward:
+    masked = any(_masks(term, score) for term, score in scores)
+    # A term of weight 0 may have the value nan, and 0 * nan is nan.
+    total = sum(term.weight * score.value for term, score in scores if term.weight)
+    return SampleReward(
+        value=None if masked else float(total),
+        verdict=scores[0][1].verdict,
+        components={term.name: score for term, score in scores},
+    )
+
+
+def _judge(reward: Reward, params: Mapping[str, Any], samples: Sequence[Sample]) -> list[Score]:
+    """One score for each sample; those nobody could judge are asked for twice."""
+    scores = _call(reward, params, samples)
+    failed = [row for row, score in enumerate(scores) if score.verdict is Verdict.INFRA_ERROR]
+    again = _call(reward, params, [samples[row] for row in failed])
+    for row, score in zip(failed, again, strict=True):
+        scores[row] = replace(score, seconds=scores[row].seconds + score.seconds)
+    return scores
+
+
+def _call(reward: Reward, params: Mapping[str, Any], samples: Sequence[Sample]) -> list[Score]:
+    if not samples:
+        return []
+    if not reward.batched:
+        return [_call_one(reward, params, sample) for sample in samples]
+    started = perf_counter()
+    ids = samples[0].id if len(samples) == 1 else f"{samples[0].id} … {samples[-1].id}"
+    try:
+        scores = reward.function(samples, **params)
+    except UnusableAnswer as error:
+        why = f"a batched reward returns INFRA_ERROR for the one sample instead of raising {error!r}"
+        raise RewardContractError(reward.name, error.sample_id, why) from error
+    except Exception as error:
+        raise RewardContractError(reward.name, ids, f"raised {error!r}") from error
+    if not isinstance(scores, Sequence):
+        raise RewardContractError(
+            reward.name, ids, f"returned {type(scores).__name__}, not a sequence of Score"
+        )
+    if len(scores) != len(samples):
+        raise RewardContractError(reward.name, ids, f"{len(scores)} scores for {len(samples)} samples")
+    seconds = (perf_counter() - started) / len(samples)
+    return [_checked(reward, sample, score, seconds) for sample, score in zip(samples, scores, strict=True)]
+
+
+def _call_one(reward: Reward, params: Mapping[str, Any], sample: Sample) -> Score:
+    started = perf_counter()
+    try:
+        score = reward.function(sample, **params)
+    except UnusableAnswer as error:
+        score = Score(math.nan, Verdict.INFRA_ERROR, str(error))
+    except Exception as error:
+        raise RewardContractError(reward.name, sample.id, f"raised {error!r}") from error
+    return _checked(reward, sample, score, perf_counter() - started)
+
+
+def _checked(reward: Reward, sample: Sample, score: Any, seconds: float) -> Score:
+    if not isinstance(score, Score) or not isinstance(score.verdict, Verdict):
+        raise RewardContractError(reward.name, sample.id, f"returned {score!r}, not a Score with a Verdict")
+    timed = replace(score, seconds=score.seconds or seconds)
+    if score.verdict is Verdict.INFRA_ERROR:
+        return replace(timed, value=math.nan)
+    if not isinstance(score.value, Real) or not math.isfinite(score.value):
+        raise RewardContractError(
+            reward.name, sample.id, f"returned the value {score.value!r}, not a finite number"
+        )
+    return replace(timed, value=float(score.value))

@@ -1,0 +1,39 @@
+"""Sampling from a policy with vLLM on Ray.
+
+    import ray
+    from rollout import Fleet, FleetOptions, Prompt, SamplingOptions
+
+    ray.init()
+    fleet = Fleet("path/to/model", "float32", FleetOptions(workers=2), stop_token_ids=[1])
+    groups = fleet.generate([Prompt("p0", [0, 17, 5])], 8, SamplingOptions(max_new_tokens=64), seed=0, step=0)
+
+`rollout.types` has the records, `Fleet` the workers together, `rollout.engine` one vLLM engine, `rollout.weights` how new
+weights get into it. This package knows nothing of training or rewards.
+"""
+
+from rollout.fleet import Fleet, Group
+from rollout.seeds import sample_seed
+from rollout.types import (
+    Completion,
+    EngineOptions,
+    FinishReason,
+    FleetOptions,
+    Prompt,
+    RolloutError,
+    SamplingOptions,
+    WeightUpdateError,
+)
+
+__all__ = [
+    "Completion",
+    "EngineOptions",
+    "FinishReason",
+    "Fleet",
+    "FleetOptions",
+    "Group",
+    "Prompt",
+    "RolloutError",
+    "SamplingOptions",
+    "WeightUpdateError",
+    "sample_seed",
+]

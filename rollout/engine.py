@@ -1,0 +1,134 @@
+"""A vLLM engine in this process: token ids in, token ids and log-probabilities out.
+
+The environment that vLLM reads at import is set by whoever starts the process (`rollout.worker.environment`).
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rollout.types import Completion, EngineOptions, FinishReason, Prompt, RolloutError, SamplingOptions
+from rollout.weights import load_weights
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One completion to be drawn: place `index` of the group of `prompt`, from `seed`."""
+
+    prompt: Prompt
+    index: int
+    seed: int
+
+
+class Engine:
+    """One copy of the policy, ready to sample."""
+
+    def __init__(self, model: str | Path, dtype: str, options: EngineOptions, stop_token_ids: Sequence[int]):
+        """Load `model` (a Hugging Face directory or hub name) in `dtype` ("float32" or "bfloat16").
+
+        `stop_token_ids` are the tokens that end a completion.
+        """
+        from vllm import LLM
+
+        self.weight_version = 0
+        self._options = options
+        self._stop_token_ids = list(stop_token_ids)
+        self._llm = LLM(model=str(model), dtype=dtype, **_engine_arguments(str(model), options))
+
+    def generate(self, requests: Sequence[Request], sampling: SamplingOptions) -> list[Completion]:
+        """Draw one completion for each request, in their order, as one engine batch."""
+        from vllm import SamplingParams
+
+        too_long = next((r for r in requests if len(r.prompt.token_ids) >= self._options.max_length), None)
+        if too_long is not None:
+            raise RolloutError(
+                f"prompt {too_long.prompt.id!r} has {len(too_long.prompt.token_ids)} tokens, "
+                f"but the sampler's context is {self._options.max_length}"
+            )
+        parameters = [
+            SamplingParams(
+                temperature=sampling.temperature,
+                max_tokens=min(
+                    sampling.max_new_tokens, self._options.max_length - len(request.prompt.token_ids)
+                ),
+                seed=request.seed if sampling.temperature > 0 else None,
+                stop_token_ids=self._stop_token_ids,
+                ignore_eos=True,
+                logprobs=0,
+                detokenize=False,
+                skip_special_tokens=False,
+            )
+            for request in requests
+        ]
+        outputs = self._llm.generate(
+            [{"prompt_token_ids": list(request.prompt.token_ids)} for request in requests],
+            parameters,
+            use_tqdm=False,
+        )
+        return [self._completion(r, output.outputs[0]) for r, output in zip(requests, outputs, strict=True)]
+
+    def load(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        """Replace the weights by the tensors of a checkpoint; what is sampled from now on carries `version`."""
+        self._llm.collective_rpc(partial(load_weights, named_tensors=named_tensors))
+        self._llm.reset_prefix_cache()
+        self.weight_version = version
+
+    def _completion(self, request: Request, output: Any) -> Completion:
+        token_ids = list(output.token_ids)
+        log_probs = [at[token].logprob for at, token in zip(output.logprobs, token_ids, strict=True)]
+        if not all(math.isfinite(value) for value in log_probs):
+            raise RolloutError(
+                f"the sampler returned a log-probability that is not finite for prompt {request.prompt.id!r}: "
+                "its weights hold NaN or infinity"
+            )
+        return Completion(
+            prompt_id=request.prompt.id,
+            index=request.index,
+            prompt_token_ids=request.prompt.token_ids,
+            token_ids=token_ids,
+            log_probs=log_probs,
+            finish_reason=FinishReason(output.finish_reason),
+            seed=request.seed,
+            weight_version=self.weight_version,
+        )
+
+
+def _engine_arguments(model: str, options: EngineOptions) -> dict[str, Any]:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model)
+    arguments: dict[str, Any] = {
+        "max_model_len": options.max_length,
+        "max_num_seqs": options.batch_sequences,
+        "enforce_eager": True,
+        "skip_tokenizer_init": True,
+        "logprobs_mode": "processed_logprobs",
+        "disable_log_stats": True,
+        "seed": 0,
+    }
+    if config.model_type.startswith("deepseek"):
+        arguments["hf_overrides"] = {"moe_router_dtype": "float32"}
+    if torch.cuda.is_available():
+        return arguments | {
+            "gpu_memory_utilization": options.gpu_memory_share,
+            "tensor_parallel_size": options.tensor_parallel,
+        }
+    arguments |= {
+        "distributed_executor_backend": "uni",
+        "kv_cache_memory_bytes": int(options.kv_cache_gb * 2**30),
+        # A seeded request cannot be prefilled in chunks on a CPU: its generator has no offset.
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(options.max_length, 4096),
+        "enable_prefix_caching": False,
+    }
+    if options.native_rotary:
+        arguments["compilation_config"] = {"custom_ops": ["-rotary_embedding"]}
+    if getattr(config, "kv_lora_rank", None):
+        # The backend that vLLM prefers on CPUs with AMX is for bfloat16 only and cannot take new weights.
+        arguments["attention_backend"] = "CPU_MLA"
+    return arguments

@@ -1,0 +1,91 @@
+"""The records of this package: what is asked of the sampler, and what comes back.
+
+Token ids go in and token ids come out. Text never crosses this boundary, so nothing is ever tokenised twice.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class RolloutError(Exception):
+    """The sampler could not do what was asked; the message says what and what to do."""
+
+
+class WeightUpdateError(RolloutError):
+    """An update did not write every parameter of the sampler: its weights cannot be trusted any more."""
+
+
+class FinishReason(StrEnum):
+    """Why a completion ended."""
+
+    STOP = "stop"  # the policy said so, with an end-of-sequence token
+    LENGTH = "length"  # cut off at the limit of new tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What to continue: `token_ids` are the whole prompt, with the tokens of the chat template."""
+
+    id: str
+    token_ids: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One sampled continuation of a prompt.
+
+    `token_ids` [T] include the end-of-sequence token when the policy ended by itself; `log_probs` [T] are the natural
+    logarithms of the probabilities that the tokens were drawn with, after temperature. `weight_version` is the version
+    of the weights that drew them, `seed` what seeded them, `index` the place in its group.
+    """
+
+    prompt_id: str
+    index: int
+    prompt_token_ids: Sequence[int]
+    token_ids: Sequence[int]
+    log_probs: Sequence[float]
+    finish_reason: FinishReason
+    seed: int
+    weight_version: int
+
+
+class SamplingOptions(BaseModel):
+    """How completions are drawn. A temperature of 0 is greedy."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    temperature: float = Field(1.0, ge=0, le=10)
+    max_new_tokens: int = Field(64, ge=1)
+
+
+class EngineOptions(BaseModel):
+    """How the vLLM engine of a worker is set up."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    max_length: int = Field(512, ge=16, description="longest prompt and completion together, in tokens")
+    batch_sequences: int = Field(
+        128,
+        ge=1,
+        description="sequences sampled together as one engine batch: the unit of work that is handed to a worker",
+    )
+    kv_cache_gb: float = Field(1.0, gt=0, description="memory for the KV cache of a worker on a CPU, in GiB")
+    gpu_memory_share: float = Field(0.85, gt=0, le=1, description="share of a GPU's memory for a worker on a GPU")
+    tensor_parallel: int = Field(1, ge=1, description="GPUs that hold one copy of the policy")
+    native_rotary: bool = Field(
+        True,
+        description="rotary embedding in PyTorch. vLLM's own CPU kernel rotates the wrong rows for DeepSeek-V2; "
+        "false is there to show that the agreement gate notices",
+    )
+
+
+class FleetOptions(EngineOptions):
+    """How many workers there are and what each may use."""
+
+    workers: int = Field(2, ge=1, description="rollout workers: processes with an engine each")
+    threads: int = Field(1, ge=1, description="CPU threads of a worker")
+    start_timeout_s: float = Field(300, gt=0, description="longest time a worker may take to load, in seconds")
+    batch_timeout_s: float = Field(600, gt=0, description="longest time one engine batch may take, in seconds")

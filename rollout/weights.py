@@ -1,0 +1,58 @@
+"""New weights for a running vLLM engine, without a restart."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from rollout.types import WeightUpdateError
+
+
+def load_weights(worker: Any, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Write a whole checkpoint, under its checkpoint names, into the model of a vLLM worker.
+
+    Raises WeightUpdateError when a name is unknown to the model or a parameter of the model was not written.
+    """
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+    model = worker.model_runner.get_model()
+    forget_derived_weights(model)
+    initialize_layerwise_reload(model)
+    # From here to the end of the reload the model has the parameters of a checkpoint, without what it derives of them.
+    expected = {name for name, _ in model.named_parameters()}
+    try:
+        loaded = model.load_weights(iter(named_tensors))
+    except (KeyError, ValueError, AssertionError) as error:
+        raise WeightUpdateError(
+            f"vLLM refused a tensor of the update ({type(error).__name__}: {error}); "
+            "the names or shapes that the learner sends are not those of this architecture's checkpoint"
+        ) from error
+    finally:
+        finalize_layerwise_reload(model, worker.model_runner.model_config)
+    derive_weights_again(model)
+    check_coverage(expected, loaded)
+
+
+def check_coverage(expected: set[str], loaded: set[str]) -> None:
+    """Raise WeightUpdateError unless every expected parameter was written."""
+    missing = sorted(expected - loaded)
+    if missing:
+        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        raise WeightUpdateError(
+            f"{len(missing)} of the sampler's {len(expected)} parameters were not written by the update: {shown}"
+        )
+
+
+def forget_derived_weights(model: torch.nn.Module) -> None:
+    """Make the mixture-of-experts layers build their kernels anew: a kept kernel skips its packing on an update."""
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        if getattr(method, "moe_kernel", None) is not None:
+            method.moe_kernel = None
+
+
+def derive_weights_again(model: torch.nn.Module) -> None:
+    """Pack a tied output head again: it keeps a packed copy, and no tensor of its own arrives to renew it."""
+    head = getattr(model, "lm_head", None)
+    if head is not None and getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+        head.quant_method.process_weights_after_loading(head)

@@ -1,0 +1,45 @@
+"""One rollout worker: a vLLM engine in a Ray actor."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from rollout.engine import Engine, Request
+from rollout.types import Completion, EngineOptions, SamplingOptions
+
+
+def environment(threads: int) -> dict[str, str]:
+    """What must be in the environment before the process of a worker starts.
+
+    vLLM then runs in the actor's own process: it loads in seconds, and no engine process can outlive a killed actor.
+    """
+    return {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_NO_USAGE_STATS": "1",
+        "OMP_NUM_THREADS": str(threads),
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+class RolloutWorker:
+    """Draws completions and takes new weights."""
+
+    def __init__(self, model: str, dtype: str, options: EngineOptions, threads: int, stop_token_ids: Sequence[int]):
+        torch.set_num_threads(threads)
+        self._engine = Engine(model, dtype, options, stop_token_ids)
+
+    def ready(self) -> int:
+        """The version of the weights, once the engine is loaded."""
+        return self._engine.weight_version
+
+    def generate(self, requests: Sequence[Request], sampling: SamplingOptions) -> list[Completion]:
+        """One completion for each request, in their order."""
+        return self._engine.generate(requests, sampling)
+
+    def load(self, named_tensors: Mapping[str, torch.Tensor], version: int) -> int:
+        """Take the tensors of a checkpoint as the new weights. Returns their version."""
+        self._engine.load(named_tensors.items(), version)
+        return self._engine.weight_version

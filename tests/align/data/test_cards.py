@@ -1,0 +1,116 @@
+import pytest
+import yaml
+
+from align.data import list_cards, load_card, require_stage
+from align.errors import UserError
+
+FILE_CARD = {
+    "name": "mine",
+    "title": "Mine",
+    "source": {
+        "kind": "file",
+        "splits": {"train": {"from": "train.jsonl"}, "test": {"from": "test.jsonl"}},
+        "fields": {"prompt": "q", "answer": "a"},
+    },
+    "licence": "CC0",
+    "stages": ["grpo", "eval"],
+    "domain": "arithmetic",
+    "splits": {"train": "some", "test": "others"},
+    "decontamination": {"against": ["test"], "why": "so"},
+}
+
+
+def write_card(directory, **changes):
+    path = directory / "mine.md"
+    path.write_text(f"---\n{yaml.safe_dump(FILE_CARD | changes)}---\n\n# Mine\n", encoding="utf-8")
+    return path
+
+
+def test_the_cards_of_the_repository_are_valid():
+    assert [card.name for card in list_cards()] == ["chain_sum", "gsm8k", "gsm_symbolic", "nano_math"]
+
+
+def test_a_card_is_found_by_name_and_by_path(tmp_path):
+    path = write_card(tmp_path)
+    assert load_card("mine", tmp_path) == load_card(path) == load_card(str(path))
+
+
+def test_files_start_at_the_card(tmp_path):
+    card = load_card(write_card(tmp_path))
+    assert card.source.splits["train"].table == str(tmp_path / "train.jsonl")
+
+
+def test_an_unknown_card_names_the_nearest():
+    with pytest.raises(UserError, match=r"no data card 'nano_maths'.*did you mean 'nano_math'"):
+        load_card("nano_maths")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"licens": "MIT"}, r"mine\.md: unknown key 'licens' \(did you mean 'licence'\?\)"),
+        (
+            {"source": FILE_CARD["source"] | {"field": {}}},
+            r"mine\.md: source: unknown key 'field' \(did you mean 'fields'\?\)",
+        ),
+        (
+            {"source": FILE_CARD["source"] | {"fields": {"prompt": "q", "anser": "a"}}},
+            r"source\.fields: unknown key 'anser' \(did you mean 'answer'\?\)",
+        ),
+        ({"source": FILE_CARD["source"] | {"fields": {}}}, r"source\.fields\.prompt: Field required"),
+        ({"source": {"kind": "hubb"}}, r"source: .*'hubb'.*'hub'"),
+        ({"splits": {"train": "some"}}, "describes .*train.*but the source has .*test"),
+        ({"decontamination": {"against": ["validation"], "why": "so"}}, "there is no split validation"),
+        ({"stages": ["sft"]}, "sft needs demonstrations"),
+        ({"name": "other"}, r"its file must be other\.md"),
+    ],
+)
+def test_a_wrong_card_names_file_and_key(tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        load_card(write_card(tmp_path, **changes))
+
+
+def test_splits_may_not_share_rows(tmp_path):
+    splits = {
+        "train": {"from": "a.jsonl", "percent": [4, 100]},
+        "test": {"from": "a.jsonl", "percent": [0, 5]},
+    }
+    with pytest.raises(UserError, match="test and train take the same rows"):
+        load_card(write_card(tmp_path, source=FILE_CARD["source"] | {"splits": splits}))
+
+
+def test_splits_may_not_share_seeds(tmp_path):
+    source = {
+        "kind": "reasoning_gym",
+        "task": "chain_sum",
+        "splits": {"train": {"size": 100, "seed": 0}, "test": {"size": 10, "seed": 99}},
+    }
+    with pytest.raises(UserError, match=r"train and test share seeds.*must start at 100"):
+        load_card(write_card(tmp_path, source=source))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("# Mine\n", "starts with YAML"),
+        ("---\nname: mine\n", "starts with YAML"),
+        ("---\nname: [\n---\n", "not YAML"),
+        ("---\n- name\n---\n", "valid dictionary"),
+    ],
+)
+def test_front_matter_that_is_none(tmp_path, text, message):
+    path = tmp_path / "mine.md"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_card(path)
+
+
+def test_a_missing_path_is_an_error_of_the_user(tmp_path):
+    with pytest.raises(UserError, match="cannot read data card"):
+        load_card(tmp_path / "none.md")
+
+
+def test_a_stage_the_card_is_not_for():
+    with pytest.raises(UserError, match="gsm8k is not for sft, only for grpo, eval"):
+        require_stage(load_card("gsm8k"), "sft")
+    require_stage(load_card("gsm8k"), "grpo")
