@@ -29,7 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """The command line's grammar."""
     top = argparse.ArgumentParser(
-        prog="align", description="The alignment stages of DeepSeek-V2: SFT, then GRPO, on Ray, vLLM and DeepSpeed."
+        prog="align",
+        description="The alignment stages of DeepSeek-V2: SFT, then GRPO, on Ray, vLLM and DeepSpeed.",
     )
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     for name, run, text in (
@@ -61,11 +62,12 @@ def grpo(options: argparse.Namespace) -> int:
     recipe = load_recipe(options.recipe, options.overrides)
     if not isinstance(recipe, GrpoRecipe):
         raise UserError(f"{options.recipe} is a recipe for {recipe.stage}; run `align {recipe.stage}`")
-    first = None
+    first: SftRecipe | None = None
     if recipe.init_from is not None:
-        first = load_recipe(recipe.init_from, [f"seed={recipe.seed}"])
-        if not isinstance(first, SftRecipe):
-            raise UserError(f"init_from: {recipe.init_from} is a recipe for {first.stage}, not for sft")
+        before = load_recipe(recipe.init_from, [f"seed={recipe.seed}"])
+        if not isinstance(before, SftRecipe):
+            raise UserError(f"init_from: {recipe.init_from} is a recipe for {before.stage}, not for sft")
+        first = before
         if first.model.dtype != recipe.model.dtype:
             raise UserError(
                 f"model.dtype is {recipe.model.dtype} in {options.recipe} and {first.model.dtype} in {recipe.init_from}: "

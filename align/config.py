@@ -95,7 +95,8 @@ class GrpoOptions(Section):
     clip_high: float = Field(0.2, ge=0)
     kl_coefficient: float = Field(0.0, ge=0, description="weight of the k3 KL to the reference (beta)")
     level: Literal["token", "sequence"] = Field(
-        "token", description="importance ratio of a token (DeepSeekMath eq. 3) or of a completion (report eq. 32)"
+        "token",
+        description="importance ratio of a token (DeepSeekMath eq. 3) or of a completion (report eq. 32)",
     )
     aggregation: Literal["sample_mean", "token_mean", "sequence_sum"] = Field(
         "sample_mean", description="how token losses become one loss; see align.losses.completion_weights"
@@ -155,7 +156,9 @@ class Recipe(Section):
     learner: LearnerOptions
     evaluation: EvaluationOptions = EvaluationOptions()
     agreement: AgreementOptions = AgreementOptions()
-    save_every: int | None = Field(None, ge=1, description="steps between checkpoints; only the final one when not given")
+    save_every: int | None = Field(
+        None, ge=1, description="steps between checkpoints; only the final one when not given"
+    )
 
     @property
     def directory(self) -> Path:
@@ -242,9 +245,7 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
     return values, lines
 
 
-def collect_lines(
-    node: yaml.Node | None, at: tuple[str, ...], lines: dict[tuple[str, ...], int], path: Path
-) -> None:
+def collect_lines(node: yaml.Node | None, at: tuple[str, ...], lines: dict[tuple[str, ...], int], path: Path) -> None:
     """Note the line of every key below `node`; a key given twice is refused."""
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
@@ -326,11 +327,18 @@ def known_keys(model: type[BaseModel], at: Sequence[str]) -> list[str]:
 
 def check_files(recipe: Recipe, path: Path, lines: Mapping[tuple[str, ...], int]) -> None:
     """Refuse files and directories that a recipe names and that are not there."""
-    named = {("data", "path"): recipe.data.path, ("evaluation", "path"): recipe.evaluation.path}
+    named: dict[tuple[str, ...], Path | None] = {
+        ("data", "path"): recipe.data.path,
+        ("evaluation", "path"): recipe.evaluation.path,
+    }
     if isinstance(recipe, GrpoRecipe):
         named[("init_from",)] = recipe.init_from
     model = Path(recipe.model.path)
-    if model.is_absolute() or recipe.model.path.startswith((".", "~")) or model.parent.is_dir() and len(model.parts) > 2:
+    if (
+        model.is_absolute()
+        or recipe.model.path.startswith((".", "~"))
+        or (model.parent.is_dir() and len(model.parts) > 2)
+    ):
         named[("model", "path")] = model
     for key, file in named.items():
         if file is not None and not file.exists():

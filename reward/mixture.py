@@ -158,9 +158,7 @@ def _call(reward: Reward, params: Mapping[str, Any], samples: Sequence[Sample]) 
     except Exception as error:
         raise RewardContractError(reward.name, ids, f"raised {error!r}") from error
     if not isinstance(scores, Sequence):
-        raise RewardContractError(
-            reward.name, ids, f"returned {type(scores).__name__}, not a sequence of Score"
-        )
+        raise RewardContractError(reward.name, ids, f"returned {type(scores).__name__}, not a sequence of Score")
     if len(scores) != len(samples):
         raise RewardContractError(reward.name, ids, f"{len(scores)} scores for {len(samples)} samples")
     seconds = (perf_counter() - started) / len(samples)
@@ -185,7 +183,5 @@ def _checked(reward: Reward, sample: Sample, score: Any, seconds: float) -> Scor
     if score.verdict is Verdict.INFRA_ERROR:
         return replace(timed, value=math.nan)
     if not isinstance(score.value, Real) or not math.isfinite(score.value):
-        raise RewardContractError(
-            reward.name, sample.id, f"returned the value {score.value!r}, not a finite number"
-        )
+        raise RewardContractError(reward.name, sample.id, f"returned the value {score.value!r}, not a finite number")
     return replace(timed, value=float(score.value))

@@ -18,9 +18,7 @@ class TrlReward:
         self.__name__ = name  # TRL names its metrics by it
         self._mixture = Mixture([RewardTerm(name=name, params=dict(params))])
 
-    def __call__(
-        self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
-    ) -> list[float | None]:
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
         rows = {
             name: column
             for name, column in columns.items()

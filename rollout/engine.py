@@ -53,9 +53,7 @@ class Engine:
         parameters = [
             SamplingParams(
                 temperature=sampling.temperature,
-                max_tokens=min(
-                    sampling.max_new_tokens, self._options.max_length - len(request.prompt.token_ids)
-                ),
+                max_tokens=min(sampling.max_new_tokens, self._options.max_length - len(request.prompt.token_ids)),
                 seed=request.seed if sampling.temperature > 0 else None,
                 stop_token_ids=self._stop_token_ids,
                 ignore_eos=True,

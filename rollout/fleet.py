@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -62,17 +63,16 @@ class Fleet:
             for prompt in prompts
             for index in range(group_size)
         ]
-        waiting = {prompt.id: [None] * group_size for prompt in prompts}
+        waiting: dict[str, dict[int, Completion]] = {prompt.id: {} for prompt in prompts}
         if len(waiting) != len(prompts):
             raise RolloutError("two prompts of one call have the same id")
-        left = dict.fromkeys(waiting, group_size)
         by_id = {prompt.id: prompt for prompt in prompts}
         for completions in self._run(engine_batches(requests, self._options.batch_sequences), sampling):
             for completion in completions:
                 waiting[completion.prompt_id][completion.index] = completion
-                left[completion.prompt_id] -= 1
-                if not left[completion.prompt_id]:
-                    yield Group(by_id[completion.prompt_id], waiting.pop(completion.prompt_id))
+                if len(waiting[completion.prompt_id]) == group_size:
+                    group = waiting.pop(completion.prompt_id)
+                    yield Group(by_id[completion.prompt_id], [group[index] for index in range(group_size)])
 
     def load(self, named_tensors: Mapping[str, torch.Tensor], version: int) -> None:
         """Give every worker the tensors of a checkpoint as its weights. Raises WeightUpdateError, RolloutError."""
@@ -93,9 +93,7 @@ class Fleet:
             ray.kill(worker)
         self._workers = []
 
-    def _run(
-        self, batches: Sequence[Sequence[Request]], sampling: SamplingOptions
-    ) -> Iterator[list[Completion]]:
+    def _run(self, batches: Sequence[Sequence[Request]], sampling: SamplingOptions) -> Iterator[list[Completion]]:
         import ray
 
         todo = list(reversed(batches))
@@ -140,4 +138,4 @@ def engine_batches(requests: Sequence[Request], largest: int) -> list[Sequence[R
     """Cut requests into the fewest batches of at most `largest`, of sizes that differ by one at most."""
     count = -(-len(requests) // largest)
     bounds = [len(requests) * i // count for i in range(count + 1)] if count else []
-    return [requests[start:end] for start, end in zip(bounds, bounds[1:], strict=False)]
+    return [requests[start:end] for start, end in pairwise(bounds)]

@@ -46,7 +46,7 @@ def check_coverage(expected: set[str], loaded: set[str]) -> None:
 def forget_derived_weights(model: torch.nn.Module) -> None:
     """Make the mixture-of-experts layers build their kernels anew: a kept kernel skips its packing on an update."""
     for module in model.modules():
-        method = getattr(module, "quant_method", None)
+        method: Any = getattr(module, "quant_method", None)
         if getattr(method, "moe_kernel", None) is not None:
             method.moe_kernel = None
 

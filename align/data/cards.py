@@ -101,9 +101,7 @@ class FileSource(TableSource):
     def _start_at_the_card(cls, data: Any, info: ValidationInfo) -> Any:
         match data:
             case {"splits": dict(splits)} if info.context:
-                return data | {
-                    "splits": {name: _beside(info.context, split) for name, split in splits.items()}
-                }
+                return data | {"splits": {name: _beside(info.context, split) for name, split in splits.items()}}
         return data
 
 
@@ -111,6 +109,7 @@ class NanoMathParams(Strict):
     """See `align.data.nano_math.generate`."""
 
     worked_share: float = Field(default=0.45, ge=0, le=1)
+    worked_differences: float | None = Field(default=None, ge=0, le=1)
 
 
 class GeneratorSource(Strict):
@@ -175,9 +174,7 @@ class DataCard(Strict):
 
     name: str
     title: str
-    source: Annotated[
-        HubSource | FileSource | GeneratorSource | ReasoningGymSource, Field(discriminator="kind")
-    ]
+    source: Annotated[HubSource | FileSource | GeneratorSource | ReasoningGymSource, Field(discriminator="kind")]
     instruction: str | None = None
     """Follows each prompt, after a line break: what the source does not say about the form of an answer."""
     licence: str

@@ -3,8 +3,8 @@
 A template is rendered with placeholders for the contents and cut at them. The template's own text is
 tokenised with special tokens recognised and none added, so that the only BOS is its own. Each content is
 tokenised apart from it, together with the white space before it, as plain text in which
-"<｜end▁of▁sentence｜>" is just letters and punctuation. Texts without such look-alikes get the ids that the rendered conversation has as a
-whole, wherever the tokenizer merges nothing over the end of a content.
+"<｜end▁of▁sentence｜>" is just letters and punctuation. Texts without such look-alikes get the ids that the
+rendered conversation has as a whole, wherever the tokenizer merges nothing over the end of a content.
 
 Added tokens that are not special, such as `<think>`, remain text in what users and systems say; in what an
 assistant says they are vocabulary that the model is to write. Added tokens of one character or of white space
@@ -111,8 +111,8 @@ def _response_layout(tokenizer: "PreTrainedTokenizerBase", template: str, roles:
     if not whole.startswith(prompt):
         raise UserError(
             f"the chat template of {_name(tokenizer)} ends a prompt in {prompt[-40:]!r}, but writes "
-            "something else before an answer that is given: demonstrations would train on another prompt than "
-            "the one that the model is asked with. Use a template whose conversations begin with their prompts"
+            "something else before an answer that is given: demonstrations would train on another prompt "
+            "than the model is asked with. Use a template whose conversations begin with their prompts"
         )
     before, _, after = _PLACEHOLDERS.split(whole[len(prompt) :])
     return _Layout(
@@ -143,9 +143,7 @@ def _template(tokenizer: "PreTrainedTokenizerBase") -> str:
     return template
 
 
-def _render(
-    tokenizer: "PreTrainedTokenizerBase", template: str, roles: tuple[str, ...], *, answering: bool
-) -> str:
+def _render(tokenizer: "PreTrainedTokenizerBase", template: str, roles: tuple[str, ...], *, answering: bool) -> str:
     import jinja2
 
     messages = [{"role": role, "content": _PLACEHOLDER.format(i)} for i, role in enumerate(roles)]
@@ -167,9 +165,7 @@ def _texts(rendered: str, roles: tuple[str, ...]) -> list[str]:
     found = [int(number) for number in parts[1::2]]
     if found != list(range(len(roles))):
         lost = [role for i, role in enumerate(roles) if i not in found]
-        fault = (
-            f"leaves out what the {' and the '.join(lost)} says" if lost else "repeats or reorders messages"
-        )
+        fault = f"leaves out what the {' and the '.join(lost)} says" if lost else "repeats or reorders messages"
         raise UserError(f"the chat template {fault}, given messages of {', '.join(roles)}")
     return parts[::2]
 
@@ -188,9 +184,7 @@ def _pieces(text: str, look_alikes: re.Pattern[str] | None) -> list[str]:
     return [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
 
 
-def _ids(
-    tokenizer: "PreTrainedTokenizerBase", text: str, *, template: bool, first: bool = False
-) -> list[int]:
+def _ids(tokenizer: "PreTrainedTokenizerBase", text: str, *, template: bool, first: bool = False) -> list[int]:
     if not text:
         return []
     if first or not _begins_with_space(tokenizer):
@@ -207,9 +201,7 @@ def _ids(
 
 
 def _encode(tokenizer: "PreTrainedTokenizerBase", text: str, *, template: bool) -> list[int]:
-    return tokenizer(text, add_special_tokens=False, split_special_tokens=not template, verbose=False)[
-        "input_ids"
-    ]
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=not template, verbose=False)["input_ids"]
 
 
 @lru_cache(maxsize=8)

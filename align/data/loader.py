@@ -39,15 +39,11 @@ def load_split(
     is left.
     """
     if split not in card.splits:
-        raise UserError(
-            f"data card {card.name} has no split {split!r}, only {', '.join(sorted(card.splits))}"
-        )
+        raise UserError(f"data card {card.name} has no split {split!r}, only {', '.join(sorted(card.splits))}")
     local = Path(path) if path is not None else None
     overrides = dict(params or {})
     examples = _read(card, split, local, seed, overrides)
-    held_out = [
-        name for name in HELD_OUT_FROM[split] if name in card.splits and name in card.decontamination.against
-    ]
+    held_out = [name for name in HELD_OUT_FROM[split] if name in card.splits and name in card.decontamination.against]
     unchecked = tuple(name for name in held_out if not _comparable(card, split, name, local))
     clean = without_prompts_of(
         examples,
@@ -60,9 +56,7 @@ def load_split(
     )
     chosen = _at_levels(clean, levels, f"data card {card.name}, split {split}")
     if not chosen:
-        raise UserError(
-            f"data card {card.name}, split {split}: no examples ({len(examples) - len(clean)} dropped)"
-        )
+        raise UserError(f"data card {card.name}, split {split}: no examples ({len(examples) - len(clean)} dropped)")
     if limit is not None:
         if limit < 1:
             raise UserError(f"a limit of {limit} leaves no examples; leave it out for all of them")
@@ -81,21 +75,15 @@ def without_prompts_of(examples: Sequence[Example], held_out: Sequence[Example])
     return [example for example in examples if normalised(example.prompt_text) not in forbidden]
 
 
-def _read(
-    card: DataCard, split: SplitName, path: Path | None, seed: int, params: dict[str, Any]
-) -> list[Example]:
+def _read(card: DataCard, split: SplitName, path: Path | None, seed: int, params: dict[str, Any]) -> list[Example]:
     source = card.source
     if isinstance(source, GeneratorSource | ReasoningGymSource):
         if path is not None:
-            raise UserError(
-                f"data card {card.name} is generated: it takes no path, and {path} would be ignored"
-            )
+            raise UserError(f"data card {card.name} is generated: it takes no path, and {path} would be ignored")
         if isinstance(source, ReasoningGymSource):
             return generate_task(card, source, split, params)
-        merged = check(
-            NanoMathParams, source.params.model_dump() | params, where=f"params of data card {card.name}"
-        )
-        return nano_math.generate(split, worked_share=merged.worked_share, seed=seed, domain=card.domain)
+        merged = check(NanoMathParams, source.params.model_dump() | params, where=f"params of data card {card.name}")
+        return nano_math.generate(split, **merged.model_dump(), seed=seed, domain=card.domain)
     if params:
         raise UserError(f"data card {card.name} is not generated: it takes no params ({', '.join(params)})")
     return read_table(card, source, split, path)
@@ -121,6 +109,4 @@ def _instructed(example: Example, instruction: str | None) -> Example:
     if instruction is None:
         return example
     *earlier, last = example.messages
-    return replace(
-        example, messages=(*earlier, {"role": last["role"], "content": f"{last['content']}\n{instruction}"})
-    )
+    return replace(example, messages=(*earlier, {"role": last["role"], "content": f"{last['content']}\n{instruction}"}))

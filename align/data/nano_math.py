@@ -17,15 +17,22 @@ VALIDATION_SHARE = 0.05
 
 
 def generate(
-    split: SplitName, *, worked_share: float, seed: int, domain: str = "arithmetic"
+    split: SplitName,
+    *,
+    worked_share: float,
+    worked_differences: float | None = None,
+    seed: int,
+    domain: str = "arithmetic",
 ) -> list[Example]:
     """The problems of `split`, each with one demonstration; `seed` draws which of the two kinds.
 
     About `worked_share` of the demonstrations are worked out, the others give the answer alone; the metadata
-    says which (`kind`). Draws of one seed are nested: a larger share only turns direct ones into worked ones.
+    says which (`kind`). `worked_differences` is the share for subtractions, where it is another. Draws of one seed are
+    nested: a larger share only turns direct ones into worked ones.
     """
+    shares = {"+": worked_share, "-": worked_share if worked_differences is None else worked_differences}
     return [
-        _example(a, operation, b, split, worked_share=worked_share, seed=seed, domain=domain)
+        _example(a, operation, b, split, worked_share=shares[operation], seed=seed, domain=domain)
         for a, operation, b in problems()
         if problem_split(a, operation, b) == split
     ]

@@ -29,9 +29,7 @@ def generate_task(
         raise UserError(f"data card {card.name}: {', '.join(sorted(clash))} belongs to splits, not to params")
     seeds = source.splits[split]
     try:
-        entries = reasoning_gym.create_dataset(
-            source.task, size=seeds.size, seed=seeds.seed, **source.params | params
-        )
+        entries = reasoning_gym.create_dataset(source.task, size=seeds.size, seed=seeds.seed, **source.params | params)
     except (AssertionError, TypeError, ValueError) as error:
         raise UserError(
             f"data card {card.name}: task {source.task} refuses {source.params | params}: {error}"

@@ -13,9 +13,7 @@ from align.run.samples import read_jsonl_lines
 Row = Mapping[str, Any]
 
 
-def read_table(
-    card: DataCard, source: HubSource | FileSource, split: SplitName, path: Path | None
-) -> list[Example]:
+def read_table(card: DataCard, source: HubSource | FileSource, split: SplitName, path: Path | None) -> list[Example]:
     """The rows of a split, in the order of the table and numbered as there, from 0.
 
     `path` is read in place of the source: one file, or a directory that has for each table `train.jsonl`,
@@ -77,9 +75,7 @@ def _text(row: Row, column: str, role: str, where: str) -> str:
     if value is None or value == "":
         raise UserError(f"{where}: the {role} is missing (column {column!r} is empty)")
     if not isinstance(value, str):
-        raise UserError(
-            f"{where}: column {column!r} holds a {type(value).__name__}, where the {role} is text"
-        )
+        raise UserError(f"{where}: column {column!r} holds a {type(value).__name__}, where the {role} is text")
     return check_unicode(value, f"{where}: column {column!r}")
 
 

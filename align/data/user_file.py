@@ -27,9 +27,7 @@ def read_user_file(path: str | Path) -> list[Example]:
         where = f"{path}, line {line}"
         example = _example(row, where)
         if example.id in first_seen:
-            raise UserError(
-                f"{where}: the id {example.id!r} is already that of line {first_seen[example.id]}"
-            )
+            raise UserError(f"{where}: the id {example.id!r} is already that of line {first_seen[example.id]}")
         first_seen[example.id] = line
         examples.append(example)
     if not examples:
@@ -40,9 +38,7 @@ def read_user_file(path: str | Path) -> list[Example]:
 def _example(row: Mapping[str, Any], where: str) -> Example:
     for key in row:
         if key not in KEYS:
-            raise UserError(
-                f"{where}: unknown key {key!r}{nearest(key, KEYS)}; extra data goes into metadata"
-            )
+            raise UserError(f"{where}: unknown key {key!r}{nearest(key, KEYS)}; extra data goes into metadata")
     return Example(
         id=_text(row, "id", where),
         messages=_messages(row, where),
@@ -60,13 +56,9 @@ def _messages(row: Mapping[str, Any], where: str) -> tuple[Message, ...]:
     if "messages" not in row:
         return ({"role": "user", "content": _text(row, "prompt", where)},)
     given = _typed(row, "messages", list, where)
-    messages = tuple(
-        _message(item, f"{where}, message {number}") for number, item in enumerate(given, start=1)
-    )
+    messages = tuple(_message(item, f"{where}, message {number}") for number, item in enumerate(given, start=1))
     if not messages or messages[-1]["role"] != "user":
-        raise UserError(
-            f"{where}: the last of the messages must be from the user, since the model answers it"
-        )
+        raise UserError(f"{where}: the last of the messages must be from the user, since the model answers it")
     return messages
 
 

@@ -76,5 +76,6 @@ def compare(completions: Sequence[Completion], learner: LearnerGroup) -> Disagre
         for mine, theirs in zip(values, completion.log_probs, strict=True)
     ]
     sizes = [abs(d) for d in differences]
-    return Disagreement(sum(sizes) / len(sizes), max(sizes), sum(expm1(d) - d for d in differences) / len(sizes), len(sizes))
-
+    return Disagreement(
+        sum(sizes) / len(sizes), max(sizes), sum(expm1(d) - d for d in differences) / len(sizes), len(sizes)
+    )

@@ -86,8 +86,14 @@ def check_template(tokenizer: Any) -> Check:
     plain = encode_prompt(tokenizer, [{"role": "user", "content": "x"}])
     ids = encode_prompt(tokenizer, [{"role": "user", "content": forged}])
     special = set(tokenizer.all_special_ids)
-    if tokenizer.bos_token_id is not None and plain.count(tokenizer.bos_token_id) > 1 + plain.count(tokenizer.eos_token_id):
-        return Check("chat template", Outcome.FAILED, "the prompt begins with two BOS tokens; take one out of the template")
+    if tokenizer.bos_token_id is not None and plain.count(tokenizer.bos_token_id) > 1 + plain.count(
+        tokenizer.eos_token_id
+    ):
+        return Check(
+            "chat template",
+            Outcome.FAILED,
+            "the prompt begins with two BOS tokens; take one out of the template",
+        )
     if sum(i in special for i in ids) != sum(i in special for i in plain):
         return Check(
             "chat template",
@@ -95,7 +101,11 @@ def check_template(tokenizer: Any) -> Check:
             f"text of a message became special tokens: {forged!r}. Cause: the tokenizer ignores split_special_tokens. "
             "Cure: load it with a fast tokenizer (tokenizer.json)",
         )
-    return Check("chat template", Outcome.OK, f"{len(plain)} tokens around a message; special tokens in a message stay text")
+    return Check(
+        "chat template",
+        Outcome.OK,
+        f"{len(plain)} tokens around a message; special tokens in a message stay text",
+    )
 
 
 def check_softmax_scale(skeleton: Any) -> Check:
@@ -118,7 +128,6 @@ def check_softmax_scale(skeleton: Any) -> Check:
 
 def yarn_mscale(factor: float, mscale: float) -> float:
     """YaRN's attention factor, 0.1 m ln(s) + 1 (Peng et al. 2023, arXiv 2309.00071, eq. 22)."""
-
 
     return 0.1 * mscale * log(factor) + 1.0 if factor > 1 else 1.0
 
@@ -165,7 +174,11 @@ def check_names(skeleton: Any, path: str) -> Check:
     back = {n: tuple(t.shape) for n, t in from_checkpoint(split).items()}
     if back != own:
         wrong = sorted({n for n in own.keys() | back.keys() if own.get(n) != back.get(n)})
-        return Check(name, Outcome.FAILED, f"{wrong[0]} and {len(wrong) - 1} more do not survive the way to checkpoint names")
+        return Check(
+            name,
+            Outcome.FAILED,
+            f"{wrong[0]} and {len(wrong) - 1} more do not survive the way to checkpoint names",
+        )
     stored = stored_names(path)
     unknown, absent = stored - split.keys() - tied, split.keys() - stored
     if stored and (unknown or absent):
@@ -192,9 +205,7 @@ def stored_names(path: str) -> set[str]:
     return names
 
 
-def examine_engines(
-    fleet: Fleet, learner: LearnerGroup, prompts: Sequence[Prompt], gate: AgreementGate
-) -> list[Check]:
+def examine_engines(fleet: Fleet, learner: LearnerGroup, prompts: Sequence[Prompt], gate: AgreementGate) -> list[Check]:
     """Check that sampler and learner agree, that an update changes nothing it should not, and that a changed one arrives.
 
     It trains the learner by one step on noise: for a learner that is thrown away afterwards.

@@ -2,9 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
+
+Floats = Sequence[float] | npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,8 +25,8 @@ class TrainingSequence:
     prompt_length: int
     weight: float
     advantage: float = 0.0
-    sampler_log_probs: Sequence[float] | None = None
-    old_log_probs: Sequence[float] | None = None
+    sampler_log_probs: Floats | None = None
+    old_log_probs: Floats | None = None
 
     @property
     def completion_length(self) -> int:
@@ -47,8 +51,9 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on another device."""
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Batch(**{name: None if t is None else t.to(device) for name, t in moved.items()})
+        tensors: Any = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved: dict[str, Any] = {name: t if t is None else t.to(device) for name, t in tensors.items()}
+        return Batch(**moved)
 
 
 def collate(sequences: Sequence[TrainingSequence], pad_id: int) -> Batch:
@@ -97,7 +102,7 @@ def plan_micro_batches(lengths: Sequence[int], token_budget: int, ranks: int) ->
             micro_batches.append([i])
 
     def cost(micro_batch: list[int]) -> int:
-        return lengths[micro_batch[0]] * len(micro_batch)
+        return lengths[micro_batch[0]] * len(micro_batch) if micro_batch else 0
 
     while len(micro_batches) % ranks:
         largest = max(micro_batches, key=lambda m: (len(m) > 1, cost(m)))
@@ -107,10 +112,10 @@ def plan_micro_batches(lengths: Sequence[int], token_budget: int, ranks: int) ->
         micro_batches.remove(largest)
         half = len(largest) // 2
         micro_batches += [largest[:half], largest[half:]]
-    micro_batches.sort(key=lambda m: cost(m) if m else 0, reverse=True)
+    micro_batches.sort(key=cost, reverse=True)
     plan: list[list[list[int]]] = [[] for _ in range(ranks)]
     for start in range(0, len(micro_batches), ranks):
-        lightest = sorted(range(ranks), key=lambda r: (sum(cost(m) for m in plan[r] if m), r))
+        lightest = sorted(range(ranks), key=lambda r: (sum(map(cost, plan[r])), r))
         for rank, micro_batch in zip(lightest, micro_batches[start : start + ranks], strict=True):
             plan[rank].append(micro_batch)
     return plan
@@ -127,4 +132,3 @@ def split_over_ranks(
     plan = plan_micro_batches([len(s.token_ids) for s in sequences], token_budget, ranks)
     idle = [replace(sequences[0], weight=0.0)]
     return [[[sequences[i] for i in m] or idle for m in rank] for rank in plan], plan
-

@@ -24,7 +24,12 @@ class LearnerGroup:
     """DeepSpeed learners as Ray actors, data parallel."""
 
     def __init__(
-        self, model: ModelOptions, options: LearnerOptions, *, seed: int, reference: ModelOptions | None = None
+        self,
+        model: ModelOptions,
+        options: LearnerOptions,
+        *,
+        seed: int,
+        reference: ModelOptions | None = None,
     ):
         """Start the ranks and load the policy in each (Ray must be running). Raises LearnerError, UserError."""
         import ray
@@ -67,9 +72,7 @@ class LearnerGroup:
         calls = [rank.apply.remote(learning_rate) for rank in self._ranks]
         return float(self._gather(calls, self._options.step_timeout_s, "updating the weights")[0])
 
-    def log_probs(
-        self, sequences: Sequence[TrainingSequence], temperature: float
-    ) -> list[npt.NDArray[np.float32]]:
+    def log_probs(self, sequences: Sequence[TrainingSequence], temperature: float) -> list[npt.NDArray[np.float32]]:
         """The policy's log-probabilities [completion length] of each completion."""
         work, plan = split_over_ranks(sequences, self._options.micro_batch_tokens, self._options.ranks)
         calls = [r.log_probs.remote(part, temperature) for r, part in zip(self._ranks, work, strict=True)]

@@ -70,7 +70,9 @@ class LearnerWorker:
             # gloo alone: the shared-memory operator would need a compiler on the user's machine.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(
-            dist_backend="gloo" if self._device.type == "cpu" else "nccl", verbose=False, auto_mpi_discovery=False
+            dist_backend="gloo" if self._device.type == "cpu" else "nccl",
+            verbose=False,
+            auto_mpi_discovery=False,
         )
         self._tokenizer = load_tokenizer(self._model.path, trust_remote_code=self._model.trust_remote_code)
         pad = self._tokenizer.pad_token_id
@@ -117,9 +119,7 @@ class LearnerWorker:
         self._engine.step()
         return self._norm if self._clips_itself else float(self._engine.get_global_grad_norm())
 
-    def log_probs(
-        self, micro_batches: MicroBatches, temperature: float
-    ) -> list[list[npt.NDArray[np.float32]]]:
+    def log_probs(self, micro_batches: MicroBatches, temperature: float) -> list[list[npt.NDArray[np.float32]]]:
         """Log-probabilities [completion length] of every completion, in the shape of the micro-batches."""
         self._engine.eval()
         results = []
@@ -217,5 +217,3 @@ def mark_moe_leaves(module: torch.nn.Module) -> None:
     marked = set_z3_leaf_modules(module, list(blocks))
     if {id(m) for m in marked} != {id(m) for m in wanted}:
         raise RuntimeError(f"ZeRO-3 marked {len(marked)} leaf modules where the model has {len(wanted)} expert blocks")
-
-

@@ -19,7 +19,9 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise UserError(f"model.path: {path} has no tokenizer that transformers can load: {first_line(error)}") from None
+        raise UserError(
+            f"model.path: {path} has no tokenizer that transformers can load: {first_line(error)}"
+        ) from None
 
 
 def load_policy(options: ModelOptions, dtype: torch.dtype | None = None) -> Any:

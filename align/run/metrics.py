@@ -52,9 +52,7 @@ class MetricsLog:
 
         if self._tensorboard is None:
             self._tensorboard = EventFileWriter(str(self._tensorboard_directory))
-        values = [
-            Summary.Value(tag=f"{stage}/{name}", simple_value=float(value)) for name, value in metrics.items()
-        ]
+        values = [Summary.Value(tag=f"{stage}/{name}", simple_value=float(value)) for name, value in metrics.items()]
         self._tensorboard.add_event(Event(wall_time=now, step=step, summary=Summary(value=values)))
         self._tensorboard.flush()
 

@@ -117,13 +117,17 @@ class Experience:
     rows: Sequence[Mapping[str, Any]]
 
 
-def load_prompts(
-    recipe: GrpoRecipe, engines: Engines, run: Run
-) -> tuple[list[Example], Mapping[str, Prompt]]:
+def load_prompts(recipe: GrpoRecipe, engines: Engines, run: Run) -> tuple[list[Example], Mapping[str, Prompt]]:
     """The training problems and their prompts by id. Raises UserError for a missing answer or a prompt too long."""
     data = recipe.data
     loaded = load_split(
-        load_card(data.card), data.split, path=data.path, limit=data.limit, levels=data.levels, seed=recipe.seed, params=data.params
+        load_card(data.card),
+        data.split,
+        path=data.path,
+        limit=data.limit,
+        levels=data.levels,
+        seed=recipe.seed,
+        params=data.params,
     )
     if loaded.dropped_contaminated:
         run.warn(f"{loaded.dropped_contaminated} training problems are held-out problems too and were left out")
@@ -178,7 +182,13 @@ def sample(
         for (completion, text, reward), advantage, keep in zip(samples, advantages, kept, strict=True)
     ]
     return Experience(
-        completions, rewards, advantages.tolist(), valid.tolist(), kept.tolist(), float(uniform.double().mean()), rows
+        completions,
+        rewards,
+        advantages.tolist(),
+        valid.tolist(),
+        kept.tolist(),
+        float(uniform.double().mean()),
+        rows,
     )
 
 
@@ -213,7 +223,11 @@ def training_sequence(completion: Completion, advantage: float, weight: float) -
 
 
 def update(
-    recipe: GrpoRecipe, engines: Engines, learner: LearnerGroup, updates: list[list[TrainingSequence]], step: int
+    recipe: GrpoRecipe,
+    engines: Engines,
+    learner: LearnerGroup,
+    updates: list[list[TrainingSequence]],
+    step: int,
 ) -> tuple[Sums, Disagreement, float]:
     """The optimizer updates of a step; the gate compares sampler and learner before the first of them is applied."""
     temperature = recipe.sampling.temperature
@@ -238,12 +252,13 @@ def step_metrics(
 ) -> dict[str, float]:
     """The statistics of a step. Lengths in tokens, log-probabilities and entropy in nats, times in seconds."""
     judged = [reward for reward in experience.rewards if reward.value is not None]
+    values = [float(reward.value) for reward in judged if reward.value is not None]
     lengths = np.array([len(c.token_ids) for c in experience.completions])
     tokens = max(sums.tokens, 1)
     seconds = sum(clock.seconds.values())
     metrics = {
-        "reward": float(np.mean([reward.value for reward in judged])) if judged else float("nan"),
-        "reward_std": float(np.std([reward.value for reward in judged])) if judged else float("nan"),
+        "reward": float(np.mean(values)) if judged else float("nan"),
+        "reward_std": float(np.std(values)) if judged else float("nan"),
         "accuracy": float(np.mean([reward.verdict is Verdict.PASS for reward in judged])) if judged else float("nan"),
         "uniform_groups": experience.uniform_groups,
         "not_judged": 1 - float(np.mean(experience.valid)),
@@ -266,6 +281,6 @@ def step_metrics(
         "training_tokens_per_second": sums.padded_tokens / clock.seconds["training"],
     }
     for name in judged[0].components if judged else ():
-        values = [reward.components[name].value for reward in judged if name in reward.components]
-        metrics[f"reward/{name}"] = float(np.mean(values))
+        scores = [reward.components[name].value for reward in judged if name in reward.components]
+        metrics[f"reward/{name}"] = float(np.mean(scores))
     return metrics | {f"seconds/{part}": value for part, value in clock.seconds.items()}

@@ -22,7 +22,11 @@ class HeldOut:
         self._engines, self._run = engines, run
         self.mixture = Mixture(recipe.rewards)
         self.examples = load_split(
-            load_card(options.card or recipe.data.card), options.split, path=options.path, limit=options.limit, levels=options.levels
+            load_card(options.card or recipe.data.card),
+            options.split,
+            path=options.path,
+            limit=options.limit,
+            levels=options.levels,
         ).examples
         longest = recipe.rollout.max_length - options.max_new_tokens
         self._probe = encode_prompts(engines.tokenizer, self.examples, longest)[:PROBE_PROMPTS]

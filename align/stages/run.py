@@ -9,7 +9,15 @@ from typing import Any
 
 from align.config import Recipe, dump_recipe
 from align.evaluate.problems import Evaluation
-from align.run import MetricsLog, Progress, RunDirectory, check_machine, environment_record, json_line, write_samples
+from align.run import (
+    MetricsLog,
+    Progress,
+    RunDirectory,
+    check_machine,
+    environment_record,
+    json_line,
+    write_samples,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +53,12 @@ def compare_stages(progress: Progress, evaluations: Mapping[str, Evaluation]) ->
     """Print the evaluations of a run one below the other."""
     ks: Sequence[int] = sorted({k for evaluation in evaluations.values() for k in evaluation.pass_at})
     rows = [
-        [name, f"{e.accuracy:.1%}", *(f"{e.pass_at[k]:.1%}" if k in e.pass_at else "" for k in ks), f"{e.mean_length:.1f}"]
+        [
+            name,
+            f"{e.accuracy:.1%}",
+            *(f"{e.pass_at[k]:.1%}" if k in e.pass_at else "" for k in ks),
+            f"{e.mean_length:.1f}",
+        ]
         for name, e in evaluations.items()
     ]
     columns = ["policy", "greedy accuracy", *(f"pass@{k}" for k in ks), "tokens an answer"]
@@ -102,4 +115,3 @@ def terminate_as_interrupt() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-

@@ -64,7 +64,10 @@ def train_sft(recipe: SftRecipe, engines: Engines, run: Run) -> tuple[ModelOptio
             if (step + 1) % options.validate_every == 0 or step + 1 == options.steps:
                 metrics["validation_loss"] = validation_loss(learner, validation)
             run.metrics.write(step + 1, "sft", metrics)
-            progress.step(step + 1, {k: metrics[k] for k in ("loss", "validation_loss", "tokens_per_second") if k in metrics})
+            progress.step(
+                step + 1,
+                {k: metrics[k] for k in ("loss", "validation_loss", "tokens_per_second") if k in metrics},
+            )
             if step + 1 == min(CENSUS_STEP, options.steps):
                 report_missing_gradients(learner, run)
             if recipe.save_every and (step + 1) % recipe.save_every == 0:
@@ -86,13 +89,24 @@ def load_sequences(
     data = recipe.data
     card = load_card(data.card)
     loaded = load_split(
-        card, data.split, path=data.path, limit=data.limit, levels=data.levels, seed=recipe.seed, params=data.params
+        card,
+        data.split,
+        path=data.path,
+        limit=data.limit,
+        levels=data.levels,
+        seed=recipe.seed,
+        params=data.params,
     )
     if loaded.dropped_contaminated:
         run.warn(f"{loaded.dropped_contaminated} training examples are held-out problems too and were left out")
     training = encode(loaded.examples, engines, recipe)
     held_out = load_split(
-        card, "validation", path=data.path, limit=recipe.sft.validation_limit, levels=data.levels, seed=recipe.seed,
+        card,
+        "validation",
+        path=data.path,
+        limit=recipe.sft.validation_limit,
+        levels=data.levels,
+        seed=recipe.seed,
         params=data.params,
     )
     if len(training) < recipe.sft.sequences_per_step:

@@ -54,9 +54,7 @@ class Batch:
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_token_log_probs_and_entropy_are_those_of_the_tempered_softmax(
-    dtype: torch.dtype, temperature: float
-) -> None:
+def test_token_log_probs_and_entropy_are_those_of_the_tempered_softmax(dtype: torch.dtype, temperature: float) -> None:
     torch.manual_seed(0)
     logits = (torch.randn(3, 5, 11) * 4).to(dtype)
     targets = torch.randint(0, 11, (3, 5))
@@ -197,9 +195,7 @@ def test_a_valid_reward_that_is_not_a_number_is_not_hidden() -> None:
 
 
 def test_no_samples_give_no_advantages() -> None:
-    advantages, std = group_advantages(
-        torch.zeros(0), torch.zeros(0, dtype=torch.long), torch.zeros(0).bool()
-    )
+    advantages, std = group_advantages(torch.zeros(0), torch.zeros(0, dtype=torch.long), torch.zeros(0).bool())
     assert advantages.shape == std.shape == (0,)
 
 
@@ -252,9 +248,7 @@ def test_kl_estimators_match_their_definitions(log_prob: float, ref: float) -> N
     assert kl_k1(p, r).item() == log_prob - ref
     assert kl_k2(p, r).item() == pytest.approx((log_prob - ref) ** 2 / 2)
     if ref - log_prob <= 20:
-        assert kl_k3(p, r).item() == pytest.approx(
-            math.exp(ref - log_prob) - (ref - log_prob) - 1, rel=1e-6, abs=1e-12
-        )
+        assert kl_k3(p, r).item() == pytest.approx(math.exp(ref - log_prob) - (ref - log_prob) - 1, rel=1e-6, abs=1e-12)
 
 
 @given(st.floats(-30, 0, width=32), st.floats(-30, 0, width=32))
@@ -544,9 +538,7 @@ def test_agreement_matches_plain_loops_and_ignores_padding() -> None:
     learner, sampler = batch.log_probs.detach().float(), batch.old.float()
     learner[~batch.mask] = NAN
     differences = [
-        learner[i, t].item() - sampler[i, t].item()
-        for i in range(len(batch.lengths))
-        for t in range(batch.lengths[i])
+        learner[i, t].item() - sampler[i, t].item() for i in range(len(batch.lengths)) for t in range(batch.lengths[i])
     ]
     found = agreement(learner, sampler, batch.mask)
     assert found.tokens == len(differences)

@@ -116,9 +116,7 @@ class Case:
             top_entropy_quantile=1.0,
             _entropy_bonus_enabled=False,
             current_gradient_accumulation_steps=1,
-            args=SimpleNamespace(
-                delta=None, use_bias_correction_kl=False, steps_per_generation=1, report_to=[]
-            ),
+            args=SimpleNamespace(delta=None, use_bias_correction_kl=False, steps_per_generation=1, report_to=[]),
             state=SimpleNamespace(global_step=0),
             accelerator=SimpleNamespace(
                 autocast=nullcontext,

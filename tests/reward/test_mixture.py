@@ -157,9 +157,7 @@ def test_too_many_masked_samples_stop_the_run() -> None:
     mixture = Mixture([RewardTerm(name="exact_answer")], infra_error_limit=0.5)
     half = [sample(answer=None, id="bare"), sample()]
     assert mixture.score(half)[0].value is None
-    with pytest.raises(
-        InfrastructureError, match=r"66.7%.*50.0%.*'exact_answer' on sample 'bare'.*no ground truth"
-    ):
+    with pytest.raises(InfrastructureError, match=r"66.7%.*50.0%.*'exact_answer' on sample 'bare'.*no ground truth"):
         mixture.score([*half, sample(answer=None)])
 
 
@@ -239,9 +237,7 @@ def test_a_mixture_is_refused_before_the_run_starts() -> None:
         Mixture([RewardTerm(name="exact_answer"), RewardTerm(name="exact_answer", domains=["math"])])
 
 
-@pytest.mark.parametrize(
-    "field", [{"wieght": 2.0}, {"weight": math.nan}, {"weight": math.inf}, {"domains": []}]
-)
+@pytest.mark.parametrize("field", [{"wieght": 2.0}, {"weight": math.nan}, {"weight": math.inf}, {"domains": []}])
 def test_a_term_that_would_do_nothing_or_harm_is_refused(field: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         RewardTerm(name="exact_answer", **field)

@@ -68,9 +68,7 @@ def test_other_tasks_are_refused(task: str) -> None:
         reasoning_gym_answer(sample(r"\boxed{5}", task, {"answer": "5"}))
 
 
-@pytest.mark.parametrize(
-    "metadata", [{}, {"reasoning_gym": {}}, {"reasoning_gym": {"task": "gcd", "entry": {}}}]
-)
+@pytest.mark.parametrize("metadata", [{}, {"reasoning_gym": {}}, {"reasoning_gym": {"task": "gcd", "entry": {}}}])
 def test_metadata_without_the_entry_is_unusable(metadata: dict[str, Any]) -> None:
     bare = Sample(id="s", prompt="?", completion=r"\boxed{5}", answer="5", metadata=metadata)
     with pytest.raises(UnusableAnswer, match="metadata needs"):

@@ -111,9 +111,7 @@ def test_a_broken_announcement_names_its_entry_point(tmp_path: Path, monkeypatch
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(RewardError, match="plugged = no_such_module_anywhere"):
         get("plugged")
-    (tmp_path / "plugin-1.0.dist-info" / "entry_points.txt").write_text(
-        "[moe_align.rewards]\nplugged = json\n"
-    )
+    (tmp_path / "plugin-1.0.dist-info" / "entry_points.txt").write_text("[moe_align.rewards]\nplugged = json\n")
     with pytest.raises(RewardError, match="did not register 'plugged'"):
         get("plugged")
 

@@ -42,9 +42,7 @@ def byte_level(template=CHATML, eos="<|im_end|>", added=("<tool_call>", "ü", " 
 def sentencepiece_like():
     """Puts "▁" before each text, as the tokenizers of Llama 2 and Mixtral do."""
     letters = ["<unk>", "<s>", "</s>", "▁", *(f"<0x{byte:02X}>" for byte in range(256)), *"abcdeINST[]/:!"]
-    backend = Tokenizer(
-        BPE({letter: i for i, letter in enumerate(letters)}, [], unk_token="<unk>", byte_fallback=True)
-    )
+    backend = Tokenizer(BPE({letter: i for i, letter in enumerate(letters)}, [], unk_token="<unk>", byte_fallback=True))
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     backend.decoder = decoders.Sequence(
         [

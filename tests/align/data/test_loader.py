@@ -18,10 +18,7 @@ def write_rows(path, rows):
 
 
 def gsm8k_rows(name, count):
-    return [
-        {"question": f"{name} asks {i}?", "answer": f"By <<1+1=2>> it is {i}.\n#### {i}"}
-        for i in range(count)
-    ]
+    return [{"question": f"{name} asks {i}?", "answer": f"By <<1+1=2>> it is {i}.\n#### {i}"} for i in range(count)]
 
 
 def file_card(directory, train, test, *, fields=None, train_suffix="jsonl"):
@@ -113,9 +110,7 @@ def test_gsm8k_from_a_local_directory_carves_validation_out_of_train(tmp_path):
     write_rows(tmp_path / "train.jsonl", gsm8k_rows("Train", 400))
     write_rows(tmp_path / "test.jsonl", [*gsm8k_rows("Test", 9), gsm8k_rows("Train", 400)[0]])
     card = load_card("gsm8k")
-    train, validation, test = (
-        load_split(card, split, path=tmp_path) for split in ("train", "validation", "test")
-    )
+    train, validation, test = (load_split(card, split, path=tmp_path) for split in ("train", "validation", "test"))
     kept = len(train.examples) + len(validation.examples)
     dropped = train.dropped_contaminated + validation.dropped_contaminated
     assert (kept, dropped) == (399, 1)
@@ -146,9 +141,7 @@ def test_parquet_in_shards_as_on_the_hub(tmp_path):
 
 
 def test_an_answer_without_its_mark_is_named(tmp_path):
-    path = write_rows(
-        tmp_path / "test.jsonl", [*gsm8k_rows("Test", 2), {"question": "Q?", "answer": "It is 4."}]
-    )
+    path = write_rows(tmp_path / "test.jsonl", [*gsm8k_rows("Test", 2), {"question": "Q?", "answer": "It is 4."}])
     with pytest.raises(UserError, match="line 3: no answer after '####' in column 'answer'"):
         load_split(load_card("gsm8k"), "test", path=path)
 
@@ -182,21 +175,21 @@ def test_the_hub_is_asked_for_what_the_card_says(monkeypatch):
     card = load_card("gsm8k")
     assert load_split(card, "train").unchecked == ()
     assert {split for _, _, split in asked} == {"train", "test"}
-    assert {(args, revision) for args, revision, _ in asked} == {
-        (("openai/gsm8k", "main"), card.source.revision)
-    }
+    assert {(args, revision) for args, revision, _ in asked} == {(("openai/gsm8k", "main"), card.source.revision)}
 
 
 def test_nano_math_takes_parameters_levels_and_a_seeded_limit():
     card = load_card("nano_math")
-    worked = load_split(card, "train", params={"worked_share": 1.0}, levels=[1], limit=20, seed=5)
-    assert {example.level for example in worked.examples} == {1}
-    assert {example.metadata["kind"] for example in worked.examples} == {"worked"}
-    assert worked == load_split(card, "train", params={"worked_share": 1.0}, levels=[1], limit=20, seed=5)
-    fewer = load_split(card, "train", levels=[1], limit=10, seed=5, params={"worked_share": 1.0})
-    assert fewer.examples == worked.examples[:10]
-    other = load_split(card, "train", levels=[1], limit=20, seed=6)
-    assert {example.id for example in worked.examples} != {example.id for example in other.examples}
+
+    def load(limit, seed):
+        params = {"worked_share": 1.0, "worked_differences": 1.0}
+        return load_split(card, "train", params=params, levels=[1], limit=limit, seed=seed).examples
+
+    worked = load(20, seed=5)
+    assert {(example.level, example.metadata["kind"]) for example in worked} == {(1, "worked")}
+    assert load(20, seed=5) == worked
+    assert load(10, seed=5) == worked[:10]
+    assert {example.id for example in load(20, seed=6)} != {example.id for example in worked}
 
 
 @pytest.mark.parametrize(
@@ -236,7 +229,7 @@ def test_generated_splits_are_disjoint_and_solved_by_the_verifier_of_their_task(
         json.dumps(example.metadata)
         sample = Sample(
             id=example.id,
-            messages=example.messages,
+            prompt=example.prompt_text,
             completion=rf"\boxed{{{example.answer}}}",
             answer=example.answer,
             domain=example.domain,

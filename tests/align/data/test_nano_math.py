@@ -110,3 +110,9 @@ def test_seed_and_share_draw_the_kind_of_the_one_demonstration():
 @pytest.mark.parametrize(("share", "kind"), [(0.0, "direct"), (1.0, "worked")])
 def test_extreme_shares_leave_one_kind(share, kind):
     assert {example.metadata["kind"] for example in generate("test", worked_share=share, seed=3)} == {kind}
+
+
+def test_differences_may_have_a_share_of_their_own():
+    examples = generate("test", worked_share=1.0, worked_differences=0.0, seed=3)
+    kinds = {(" + " in example.prompt_text, example.metadata["kind"]) for example in examples}
+    assert kinds == {(True, "worked"), (False, "direct")}

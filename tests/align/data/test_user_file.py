@@ -25,9 +25,7 @@ def test_prompts_and_messages_are_read_in_order(tmp_path):
         tmp_path,
         json.dumps(GOOD),
         "",
-        json.dumps(
-            {"id": "2", "messages": chat, "answer": "b", "level": 2, "domain": "d", "metadata": {"k": 1}}
-        ),
+        json.dumps({"id": "2", "messages": chat, "answer": "b", "level": 2, "domain": "d", "metadata": {"k": 1}}),
     )
     first, second = read_user_file(path)
     assert (first.id, first.messages, first.answer) == (

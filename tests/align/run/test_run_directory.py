@@ -39,9 +39,7 @@ def owner(path: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def tree(path: Path) -> dict[str, bytes | None]:
-    return {
-        str(p.relative_to(path)): p.read_bytes() if p.is_file() else None for p in sorted(path.rglob("*"))
-    }
+    return {str(p.relative_to(path)): p.read_bytes() if p.is_file() else None for p in sorted(path.rglob("*"))}
 
 
 def finished(path: Path) -> None:
@@ -149,9 +147,7 @@ def test_overwriting_spares_what_a_link_in_the_run_points_to(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-@pytest.mark.parametrize(
-    "name", ["thesis.tex", "status.json", "samples/thesis.tex", "sft/thesis.tex", "run.lock/a"]
-)
+@pytest.mark.parametrize("name", ["thesis.tex", "status.json", "samples/thesis.tex", "sft/thesis.tex", "run.lock/a"])
 def test_somebodys_files_are_never_taken_for_a_run(tmp_path: Path, name: str, overwrite: bool) -> None:
     file = tmp_path / "work" / name
     file.parent.mkdir(parents=True)

@@ -117,9 +117,7 @@ def test_the_processor_is_named_with_the_flags_that_matter(tmp_path: Path) -> No
     assert cpu_record(tmp_path / "missing")["flags"] == []
 
 
-def test_gpus_are_listed_and_their_absence_is_no_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gpus_are_listed_and_their_absence_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert gpu_records() == []
     program = tmp_path / "nvidia-smi"

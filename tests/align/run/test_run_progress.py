@@ -123,9 +123,7 @@ def test_a_terminal_gets_a_bar_and_the_log_gets_lines(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "value"), [("NO_COLOR", "1"), ("CI", "true"), ("TERM", "dumb")])
-def test_a_terminal_that_declines_gets_plain_lines(
-    monkeypatch: pytest.MonkeyPatch, name: str, value: str
-) -> None:
+def test_a_terminal_that_declines_gets_plain_lines(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
     monkeypatch.setenv(name, value)
     output = StringIO()
     with Progress(Console(file=output, force_terminal=True)) as progress:

@@ -1,0 +1,60 @@
+"""A recipe is checked before any process starts."""
+
+from pathlib import Path
+
+import pytest
+
+from align.config import GrpoRecipe, dump_recipe, load_recipe
+from align.errors import UserError
+
+NANO = Path(__file__).parents[2] / "recipes" / "nano"
+
+
+@pytest.fixture(autouse=True)
+def _in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(NANO.parents[1])
+
+
+@pytest.mark.parametrize("name", ["sft", "grpo"])
+def test_the_nano_recipes_are_valid_and_survive_being_saved(name: str, tmp_path: Path) -> None:
+    recipe = load_recipe(NANO / f"{name}.yaml")
+    saved = tmp_path / "recipe.yaml"
+    saved.write_text(dump_recipe(recipe))
+    assert load_recipe(saved) == recipe
+
+
+def test_an_unknown_key_is_named_with_its_line_and_the_nearest_known_one(tmp_path: Path) -> None:
+    file = tmp_path / "grpo.yaml"
+    file.write_text((NANO / "grpo.yaml").read_text().replace("  group_size: 16", "  groupsize: 16"))
+    line = next(i for i, text in enumerate(file.read_text().splitlines(), 1) if "groupsize" in text)
+    with pytest.raises(UserError) as refused:
+        load_recipe(file)
+    assert f"line {line}: unknown key 'grpo.groupsize'; did you mean 'group_size'?" in str(refused.value)
+    assert "missing key 'grpo.group_size'" in str(refused.value)
+
+
+def test_overrides_are_typed_and_named_when_wrong() -> None:
+    recipe = load_recipe(NANO / "grpo.yaml", ["grpo.steps=7", "data.levels=[1, 2]"])
+    assert isinstance(recipe, GrpoRecipe)
+    assert recipe.grpo.steps == 7
+    assert recipe.data.levels == [1, 2]
+    with pytest.raises(UserError, match=r"grpo\.steps.*integer.*'many'"):
+        load_recipe(NANO / "grpo.yaml", ["grpo.steps=many"])
+    with pytest.raises(UserError, match="key=value"):
+        load_recipe(NANO / "grpo.yaml", ["grpo.steps"])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("sampling.temperature=0", "greedy"),
+        ("sampling.max_new_tokens=500", "leaves no room"),
+        ("grpo.updates_per_step=5", "equal parts"),
+        ("model.init=pretrained", "no weights"),
+        ("data.path=/nowhere/x.jsonl", "does not exist"),
+        ("learner.zero_stage=4", "zero_stage"),
+    ],
+)
+def test_contradictions_and_missing_files_are_refused(override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_recipe(NANO / "grpo.yaml", [override])

@@ -1,0 +1,26 @@
+"""Micro-batches: every sequence once, the same number on every rank, within the budget."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from align.learner.batch import TrainingSequence, collate, plan_micro_batches
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(10, 200), st.integers(1, 4))
+def test_the_plan_holds_every_sequence_once_within_the_budget(lengths: list[int], budget: int, ranks: int) -> None:
+    plan = plan_micro_batches(lengths, budget, ranks)
+    assert sorted(i for rank in plan for micro_batch in rank for i in micro_batch) == list(range(len(lengths)))
+    assert len({len(rank) for rank in plan}) == 1
+    for micro_batch in (m for rank in plan for m in rank if len(m) > 1):
+        assert max(lengths[i] for i in micro_batch) * len(micro_batch) <= budget
+
+
+def test_collate_lines_up_targets_masks_and_values() -> None:
+    a = TrainingSequence([5, 6, 7, 8], 2, 0.5, 1.0, [-1.0, -2.0])
+    b = TrainingSequence([5, 6, 9], 1, 0.25, -1.0, [-3.0, -4.0])
+    batch = collate([a, b], pad_id=0)
+    assert batch.token_ids.tolist() == [[5, 6, 7, 8], [5, 6, 9, 0]]
+    assert batch.targets[batch.mask].tolist() == [7, 8, 6, 9]
+    assert batch.weights[batch.mask].tolist() == [0.5, 0.5, 0.25, 0.25]
+    assert batch.sampler_log_probs is not None
+    assert batch.sampler_log_probs[batch.mask].tolist() == [-1.0, -2.0, -3.0, -4.0]
