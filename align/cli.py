@@ -5,8 +5,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from align.config import GrpoRecipe, SftRecipe, load_recipe
+from align.config import GrpoRecipe, ModelOptions, SftRecipe, check_model_directory, load_recipe
 from align.errors import UserError
+from rollout import FleetOptions
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -42,6 +43,23 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("recipe", type=Path, help="recipe file, for example recipes/nano/grpo.yaml")
         command.add_argument("overrides", nargs="*", metavar="key=value", help="for example grpo.steps=20 seed=1")
         command.set_defaults(run=run)
+    examine = commands.add_parser(
+        "doctor", help="check that a model is fit to be trained and that the engines agree on it"
+    )
+    examine.add_argument("model", help="Hugging Face directory or hub name, with weights")
+    examine.set_defaults(run=doctor)
+    answer = commands.add_parser("eval", help="let a model answer a file of problems and score the answers")
+    answer.add_argument("--model", required=True, help="Hugging Face directory or hub name")
+    answer.add_argument("--data", type=Path, required=True, help='JSONL: {"id", "prompt" or "messages", "answer"}')
+    answer.add_argument(
+        "--out", type=Path, required=True, help="JSONL to write: completion, reward and verdict of each"
+    )
+    answer.add_argument("--max-new-tokens", type=int, default=64)
+    answer.set_defaults(run=evaluate)
+    for command in (examine, answer):
+        command.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+        command.add_argument("--max-length", type=int, default=512, help="prompt and completion, in tokens")
+        command.add_argument("--workers", type=int, default=1, help="rollout workers")
     rewards = commands.add_parser("rewards", help="list the registered rewards with their parameters")
     rewards.set_defaults(run=list_rewards)
     return top
@@ -83,6 +101,32 @@ def check(options: argparse.Namespace) -> int:
     recipe = load_recipe(options.recipe, options.overrides)
     print(f"{options.recipe}: a valid {recipe.stage} recipe; its run would go to {recipe.directory}")
     return 0
+
+
+def doctor(options: argparse.Namespace) -> int:
+    """`align doctor MODEL`."""
+    model, fleet = model_and_fleet(options)
+    from align.stages import standalone
+
+    print(standalone.doctor(model, fleet))
+    return 0
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    """`align eval --model DIR --data FILE --out FILE`."""
+    model, fleet = model_and_fleet(options)
+    from align.stages import standalone
+
+    print(standalone.evaluate_file(model, options.data, options.out, fleet, options.max_new_tokens))
+    return 0
+
+
+def model_and_fleet(options: argparse.Namespace) -> tuple[ModelOptions, FleetOptions]:
+    """The model that a command names and the workers to run it; refuses a directory that lacks something."""
+    model = ModelOptions(path=options.model, dtype=options.dtype)
+    if Path(options.model).is_dir():
+        check_model_directory(Path(options.model), model)
+    return model, FleetOptions(workers=options.workers, max_length=options.max_length)
 
 
 def list_rewards(options: argparse.Namespace) -> int:

@@ -1,0 +1,60 @@
+"""What can be done with a model outside a run: examine it, and let it answer a user's own file."""
+
+from pathlib import Path
+
+from align.config import AgreementOptions, LearnerOptions, ModelOptions, OptimizerOptions
+from align.data.user_file import read_user_file
+from align.errors import UserError
+from align.evaluate.agreement import AgreementGate
+from align.evaluate.doctor import examine, examine_engines, verdict
+from align.evaluate.problems import encode_prompts, evaluate
+from align.learner.group import LearnerGroup
+from align.model.policy import load_tokenizer, stop_token_ids
+from align.run import write_jsonl
+from align.stages.engines import local_ray
+from reward import Mixture, RewardTerm
+from rollout import Fleet, FleetOptions, Prompt
+
+PROBES = ["What is 17 + 25?", "Write a sentence about the sea.", "1, 2, 3,", "naïve Größe, 你好"]
+
+
+def evaluate_file(model: ModelOptions, data: Path, out: Path, rollout: FleetOptions, max_new_tokens: int) -> str:
+    """Answer every line of `data` greedily and write the answers with reward and verdict to `out`; returns a summary."""
+    if out.exists():
+        raise UserError(f"--out {out} exists already; give another file, or take it away")
+    examples = read_user_file(data)
+    tokenizer = load_tokenizer(model.path, trust_remote_code=model.trust_remote_code)
+    longest = rollout.max_length - max_new_tokens
+    encode_prompts(tokenizer, examples, longest)
+    mixture = Mixture([RewardTerm(name="exact_answer")])
+    with local_ray():
+        fleet = Fleet(model.path, model.dtype, rollout, stop_token_ids(model.path, tokenizer))
+        try:
+            fleet.wait_until_ready()
+            result = evaluate(fleet, tokenizer, examples, mixture, samples=0, max_new_tokens=max_new_tokens, seed=0)
+        finally:
+            fleet.close()
+    write_jsonl(out, result.rows)
+    verdicts = ", ".join(f"{count} {name}" for name, count in sorted(result.verdicts.items()))
+    return f"{result.accuracy:.1%} of {result.problems} right ({verdicts}); answers are in {out}"
+
+
+def doctor(model: ModelOptions, rollout: FleetOptions) -> str:
+    """Every check of a model, printed line by line; returns the verdict. Raises DoctorError when one failed."""
+    tokenizer = load_tokenizer(model.path, trust_remote_code=model.trust_remote_code)
+    checks = examine(model, tokenizer)
+    with local_ray():
+        fleet = Fleet(model.path, model.dtype, rollout, stop_token_ids(model.path, tokenizer))
+        options = LearnerOptions(ranks=1, threads=2, zero_stage=0, optimizer=OptimizerOptions(learning_rate=1e-3))
+        learner = LearnerGroup(model, options, seed=0)
+        try:
+            fleet.wait_until_ready()
+            learner.wait_until_ready()
+            prompts = [Prompt(str(i), tokenizer(text)["input_ids"]) for i, text in enumerate(PROBES)]
+            checks += examine_engines(fleet, learner, prompts, AgreementGate(AgreementOptions(), model.dtype, print))
+        finally:
+            learner.close()
+            fleet.close()
+    for check in checks:
+        print(f"{check.outcome:8} {check.name}: {check.detail}")
+    return verdict(checks, model.path)
