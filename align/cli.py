@@ -9,8 +9,10 @@ from align.config import GrpoRecipe, ModelOptions, SftRecipe, check_model_direct
 from align.errors import UserError
 from rollout import FleetOptions
 
+EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+OUR_PACKAGES = ("align", "rollout", "reward")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,6 +26,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] not in OUR_PACKAGES:
+            raise
+        print(f"stopped: {error}", file=sys.stderr)
+        return EXIT_FAILED
     return status
 
 
