@@ -1,0 +1,154 @@
+"""However many ranks, whatever the ZeRO stage and the split into micro-batches: the same losses and gradients.
+
+The reference is plain PyTorch in this process: one rank, one padded batch, no DeepSpeed.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from random import Random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from align.config import GrpoOptions, LearnerOptions, ModelOptions, OptimizerOptions
+from align.learner.batch import TrainingSequence, collate
+from align.learner.group import LearnerGroup
+from align.learner.objective import LogProbs, Objective
+from align.losses import grpo_token_loss
+from align.model.checkpoint_names import from_checkpoint
+from align.model.policy import load_policy
+
+STEPS = 10
+CLIP = 0.5
+# With a first beta of 0, Adam's first moment is the gradient that the last step was taken with.
+OPTIMIZER = OptimizerOptions(learning_rate=1e-3, betas=(0.0, 0.95), clip_norm=CLIP)
+GRPO = GrpoOptions(steps=1, prompts_per_step=1, group_size=2, kl_coefficient=0.1)
+
+
+def sequences(seed: int, count: int = 12) -> list[TrainingSequence]:
+    """Random tokens, weighted so that the loss is the mean over completion tokens."""
+    random = Random(seed)
+    drawn = []
+    for _ in range(count):
+        prompt, completion = random.randint(2, 20), random.randint(1, 30)
+        drawn.append(TrainingSequence([random.randrange(512) for _ in range(prompt + completion)], prompt, 1.0))
+    total = sum(s.completion_length for s in drawn)
+    return [replace(s, weight=1 / total) for s in drawn]
+
+
+def experience(policy_log_probs: Sequence[Any]) -> list[TrainingSequence]:
+    """The sequences as samples of an older policy: ratios inside and outside the trust region, advantages of both signs."""
+    random = np.random.default_rng(7)
+    return [
+        replace(
+            s,
+            weight=1 / (12 * s.completion_length),
+            advantage=float(random.normal()),
+            old_log_probs=(now + random.normal(0, 0.2, len(now))).astype(np.float32),
+        )
+        for s, now in zip(sequences(99), policy_log_probs, strict=True)
+    ]
+
+
+def plain_losses(policy: ModelOptions) -> list[float]:
+    model = load_policy(policy)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.0, 0.95), weight_decay=0.0)
+    losses = []
+    for step in range(STEPS):
+        batch = collate(sequences(step), pad_id=0)
+        labels = torch.full_like(batch.token_ids, -100)
+        kept = batch.targets.shape[1]
+        labels[:, -kept:] = torch.where(batch.mask, batch.targets, -100)
+        logits = model(input_ids=batch.token_ids, use_cache=False).logits
+        loss = cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def plain_gradient(weights: dict[str, torch.Tensor], policy: ModelOptions, batch_of: list[TrainingSequence]) -> Any:
+    module = LogProbs(load_policy(policy))
+    reference = LogProbs(load_policy(policy))
+    module.policy.load_state_dict(from_checkpoint(weights))
+    batch = collate(batch_of, pad_id=0)
+    log_probs, _ = module(batch.token_ids, batch.targets, 1.0)
+    with torch.no_grad():
+        before, _ = reference(batch.token_ids, batch.targets, 1.0)
+    terms = grpo_token_loss(
+        log_probs, batch.old_log_probs, before, batch.advantages, batch.mask, kl_coefficient=GRPO.kl_coefficient
+    )
+    (terms.loss * batch.weights).sum().backward()
+    torch.nn.utils.clip_grad_norm_(module.parameters(), CLIP)
+    return {name: p.grad for name, p in module.policy.named_parameters()}
+
+
+def gradient_of_last_step(learner: LearnerGroup) -> dict[str, torch.Tensor]:
+    """The whole gradient, gathered from the ranks' optimizers."""
+    import ray
+
+    def read(worker: Any) -> dict[str, torch.Tensor]:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        parameters = dict(worker._engine.module.policy.named_parameters())
+        if worker._options.zero_stage == 0:
+            return {name: worker._engine.optimizer.state[p]["exp_avg"] for name, p in parameters.items()}
+        if worker._options.zero_stage < 3:
+            # DeepSpeed links the states once, after the first parameter group's first step: too early for the others.
+            worker._optimizer._hp_optimizer_states_linked = False
+            worker._optimizer._lazy_init_hp_params_optimizer_state()
+        return {name: safe_get_full_optimizer_state(p, "exp_avg") for name, p in parameters.items()}
+
+    return ray.get([rank.__ray_call__.remote(read) for rank in learner._ranks])[0]
+
+
+@pytest.fixture(scope="module")
+def expected_losses(policy: ModelOptions) -> list[float]:
+    return plain_losses(policy)
+
+
+@pytest.fixture(
+    scope="module",
+    params=[(1, 1), (2, 0), (2, 1), (2, 2), (2, 3)],
+    ids=lambda p: f"{p[0]} rank{'s' * (p[0] > 1)}, ZeRO-{p[1]}",
+)
+def learner(request: pytest.FixtureRequest, policy: ModelOptions, ray_session: None) -> Iterator[LearnerGroup]:
+    ranks, zero_stage = request.param
+    options = LearnerOptions(ranks=ranks, zero_stage=zero_stage, micro_batch_tokens=200, optimizer=OPTIMIZER)
+    group = LearnerGroup(policy, options, seed=0, reference=policy)
+    group.wait_until_ready()
+    yield group
+    group.close()
+
+
+def test_ten_steps_have_the_losses_of_plain_pytorch(learner: LearnerGroup, expected_losses: list[float]) -> None:
+    losses = []
+    for step in range(STEPS):
+        losses.append(learner.accumulate(sequences(step), Objective()).loss)
+        learner.apply(1e-3)
+    assert losses[-1] < losses[0]
+    assert losses == pytest.approx(expected_losses, abs=1e-4)
+
+
+def test_every_parameter_and_every_expert_had_a_gradient(learner: LearnerGroup) -> None:
+    assert learner.missing_gradients() == []
+
+
+def test_the_grpo_gradient_is_the_same_under_every_split(learner: LearnerGroup, policy: ModelOptions) -> None:
+    batch = experience(learner.log_probs(sequences(99), 1.0))
+    expected = plain_gradient(learner.weights(), policy, batch)
+    size = torch.sqrt(sum(g.square().sum() for g in expected.values()))
+    for micro_batch_tokens, calls in ((50, 1), (200, 1), (200, 3), (10**6, 1)):
+        learner._options = learner._options.model_copy(update={"micro_batch_tokens": micro_batch_tokens})
+        for part in range(calls):
+            learner.accumulate(batch[part::calls], Objective(GRPO))
+        learner.apply(0.0)
+        found = gradient_of_last_step(learner)
+        assert found.keys() == expected.keys()
+        apart = torch.sqrt(sum((found[n] - g).square().sum() for n, g in expected.items()))
+        assert apart / size < 1e-5, (micro_batch_tokens, calls)

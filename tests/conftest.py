@@ -1,0 +1,26 @@
+"""What the tests that run real engines share: one Ray, and the nano policy with weights."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from align.config import ModelOptions
+from align.model.policy import write_random_policy
+from align.stages.engines import local_ray
+
+NANO = Path(__file__).parents[1] / "recipes" / "nano" / "policy"
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    with local_ray():
+        yield
+
+
+@pytest.fixture(scope="session")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> ModelOptions:
+    """The nano policy with random weights."""
+    directory = tmp_path_factory.mktemp("policy")
+    write_random_policy(ModelOptions(path=str(NANO), init="random"), directory, seed=0)
+    return ModelOptions(path=str(directory))
