@@ -77,7 +77,7 @@ class EngineOptions(BaseModel):
     tensor_parallel: int = Field(1, ge=1, description="GPUs that hold one copy of the policy")
     native_rotary: bool = Field(
         True,
-        description="rotary embedding in PyTorch. vLLM's own CPU kernel rotates the wrong rows for DeepSeek-V2; "
+        description="rotary embedding in PyTorch. vLLM's own CPU kernel rotates the wrong rows for DeepSeek-V2 without YaRN; "
         "false is there to show that the agreement gate notices",
     )
 

@@ -1,5 +1,7 @@
 """One rollout worker: a vLLM engine in a Ray actor."""
 
+import atexit
+import os
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -28,6 +30,8 @@ class RolloutWorker:
     """Draws completions and takes new weights."""
 
     def __init__(self, model: str, dtype: str, options: EngineOptions, threads: int, stop_token_ids: Sequence[int]):
+        # Interpreters full of native extensions can hang in their teardown: leave without it.
+        atexit.register(os._exit, 0)
         torch.set_num_threads(threads)
         self._engine = Engine(model, dtype, options, stop_token_ids)
 

@@ -47,7 +47,7 @@ class AgreementGate:
             raise AgreementError(
                 f"{when}: {size}; the limit (agreement.stop_mean) is {self._stop_mean:.1e}. What to look at:\n"
                 "  - does the sampler hold the learner's weights? `align doctor MODEL` sends an update and compares\n"
-                "  - vLLM's CPU rotary kernel is wrong for DeepSeek-V2: rollout.native_rotary must be true\n"
+                "  - vLLM's CPU rotary kernel is wrong for DeepSeek-V2 without YaRN: rollout.native_rotary must be true\n"
                 "  - do both compute in the same dtype (model.dtype)? In bfloat16 the limit has to be wider\n"
                 "  - is the chat model's softmax scale right (YaRN)? `align doctor MODEL` says"
             )

@@ -1,5 +1,6 @@
 """One learner rank: a DeepSpeed engine in a Ray actor."""
 
+import atexit
 import os
 import socket
 from contextlib import AbstractContextManager, nullcontext
@@ -42,6 +43,8 @@ class LearnerWorker:
     def __init__(self, model: ModelOptions, options: LearnerOptions):
         self._model = model
         self._options = options
+        # Interpreters full of native extensions can hang in their teardown: leave without it.
+        atexit.register(os._exit, 0)
         torch.set_num_threads(options.threads)
 
     def address(self) -> str:

@@ -28,6 +28,7 @@ class _Stage:
     completed: int
     started: float
     shown_at: float
+    measured_from: tuple[int, float] | None = None
     bar: "TaskID | None" = None
     phases: set[str] = field(default_factory=set)
 
@@ -81,15 +82,15 @@ class Progress:
         stage = self._current()
         now = time.monotonic()
         elapsed = now - stage.started
-        left = elapsed / max(step - stage.completed, 1) * max(stage.total_steps - step, 0)
+        left = _left(stage, step, now)
         text = "  ".join(f"{name} {compact(value)}" for name, value in numbers.items())
         if self._bars is not None and stage.bar is not None:
-            self._bars.update(stage.bar, completed=step, left=f"{_clock(left)} left", phase="", numbers=text)
+            self._bars.update(stage.bar, completed=step, left=left, phase="", numbers=text)
         every = math.ceil(stage.total_steps / LINES_PER_STAGE) or 1
         edge = step <= stage.completed + 1 or step >= stage.total_steps
         if edge or step % every == 0 or now - stage.shown_at >= QUIET_S:
             stage.shown_at = now
-            times = f"{_clock(elapsed)} elapsed, {_clock(left)} left"
+            times = ", ".join(filter(None, [f"{_clock(elapsed)} elapsed", left]))
             self._line(f"{stage.title} {step}/{stage.total_steps}  {times}  {text}".rstrip())
 
     def phase(self, text: str) -> None:
@@ -206,6 +207,16 @@ def _plain_table(table: "Table") -> str:
     with console.capture() as capture:
         console.print(table)
     return "\n".join(line.rstrip() for line in capture.get().splitlines() if line.strip())
+
+
+def _left(stage: _Stage, step: int, now: float) -> str:
+    """The time that the steps to come will take; said from the second on, as the first holds the start-up."""
+    if stage.measured_from is None:
+        stage.measured_from = (step, now)
+        return ""
+    first, since = stage.measured_from
+    seconds = (now - since) / max(step - first, 1) * max(stage.total_steps - step, 0)
+    return f"{_clock(seconds)} left"
 
 
 def _clock(seconds: float) -> str:

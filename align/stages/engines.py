@@ -49,9 +49,12 @@ def start_engines(recipe: Recipe, run: Run) -> Iterator[Engines]:
 @contextmanager
 def local_ray() -> Iterator[None]:
     """Ray for the time of a run: the cluster of RAY_ADDRESS where that is set, else one of this machine on loopback."""
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if not os.environ.get("RAY_ADDRESS"):
+        # Where Ray knows no clusters it listens on loopback alone; asked for 127.0.0.1 it would take the host's address.
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     import ray
 
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=False)
     else:
@@ -62,7 +65,6 @@ def local_ray() -> Iterator[None]:
             include_dashboard=False,
             log_to_driver=False,
             logging_level="ERROR",
-            _node_ip_address="127.0.0.1",
         )
     try:
         yield

@@ -71,9 +71,11 @@ def test_a_stage_taken_up_again_starts_from_what_was_done(monkeypatch: pytest.Mo
     monkeypatch.setattr(progress_module.time, "monotonic", lambda: float(next(clock)))
     output = StringIO()
     with Progress(Console(file=output)) as progress:
-        progress.stage("SFT", 100, completed=98)
-        progress.step(99, {})
-    assert "SFT 99/100  0:00:10 elapsed, 0:00:10 left" in output.getvalue()
+        progress.stage("SFT", 100, completed=94)
+        progress.step(95, {})
+        progress.step(96, {})
+    assert "SFT 95/100  0:00:10 elapsed\n" in output.getvalue(), "the first step holds the start-up and tells nothing"
+    assert "SFT 96/100  0:00:20 elapsed, 0:00:40 left" in output.getvalue()
 
 
 def test_the_log_holds_what_was_printed(tmp_path: Path) -> None:

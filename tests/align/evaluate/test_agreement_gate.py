@@ -1,0 +1,107 @@
+"""The gate with real engines: quiet when sampler and learner agree, and it stops what makes them part."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from align.config import AgreementOptions, LearnerOptions, ModelOptions, OptimizerOptions
+from align.evaluate.agreement import AgreementError, AgreementGate, Disagreement, compare, probe
+from align.evaluate.doctor import Outcome, examine_engines
+from align.learner.batch import TrainingSequence, collate
+from align.learner.group import LearnerGroup
+from align.learner.objective import LogProbs, Objective
+from align.model.policy import load_policy
+from rollout import Fleet, FleetOptions, Prompt, SamplingOptions
+
+PROMPTS = [Prompt(f"p{i}", [1, 40 + i, 60 + 3 * i, 17]) for i in range(8)]
+OPTIONS = FleetOptions(workers=1, max_length=64, kv_cache_gb=0.25)
+
+
+@pytest.fixture(scope="module")
+def without_yarn(policy: ModelOptions, tmp_path_factory: pytest.TempPathFactory) -> ModelOptions:
+    """The nano policy with plain rotary embeddings, for which vLLM has its own CPU kernel."""
+    directory = tmp_path_factory.mktemp("plain")
+    for file in Path(policy.path).iterdir():
+        (directory / file.name).write_bytes(file.read_bytes())
+    config = json.loads((directory / "config.json").read_text())
+    for key in ("rope_scaling", "rope_parameters"):
+        config.pop(key, None)
+    (directory / "config.json").write_text(json.dumps(config | {"rope_theta": 10000.0}))
+    return ModelOptions(path=str(directory))
+
+
+@pytest.fixture
+def engines(policy: ModelOptions, ray_session: None) -> Iterator[tuple[Fleet, LearnerGroup]]:
+    fleet = Fleet(policy.path, "float32", OPTIONS, stop_token_ids=[2])
+    learner = LearnerGroup(policy, LearnerOptions(ranks=1, optimizer=OptimizerOptions(learning_rate=1e-3)), seed=0)
+    fleet.wait_until_ready()
+    learner.wait_until_ready()
+    yield fleet, learner
+    learner.close()
+    fleet.close()
+
+
+def gate(warnings: list[str] | None = None) -> AgreementGate:
+    return AgreementGate(AgreementOptions(), "float32", [].append if warnings is None else warnings.append)
+
+
+class PlainLearner:
+    """Log-probabilities from transformers in this process, where a LearnerGroup would start ranks."""
+
+    def __init__(self, policy: ModelOptions):
+        self._module = LogProbs(load_policy(policy))
+
+    def log_probs(self, sequences: Sequence[TrainingSequence], temperature: float) -> list[Any]:
+        batch = collate(sequences, pad_id=0)
+        with torch.no_grad():
+            values, _ = self._module(batch.token_ids, batch.targets, temperature)
+        return [np.asarray(row[mask]) for row, mask in zip(values, batch.mask, strict=True)]
+
+
+def test_a_skipped_weight_update_is_caught_and_a_made_one_is_not(engines: tuple[Fleet, LearnerGroup]) -> None:
+    fleet, learner = engines
+    gate().check(probe(fleet, learner, PROMPTS), "start")
+    batch = [TrainingSequence([*p.token_ids, 5, 6, 7], 4, 0.05) for p in PROMPTS]
+    learner.accumulate(batch, Objective())
+    learner.apply(1e-2)
+    with pytest.raises(AgreementError, match=r"step 1: sampler and learner differ.*\n.*hold the learner's weights"):
+        gate().check(probe(fleet, learner, PROMPTS), "step 1")
+    fleet.load(learner.weights(), version=1)
+    assert gate().check(probe(fleet, learner, PROMPTS), "step 1").largest < 1e-4
+    checks = examine_engines(fleet, learner, PROMPTS, gate())
+    assert [check.outcome for check in checks] == [Outcome.OK] * 4
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_vllms_own_rotary_kernel_is_caught(native: bool, without_yarn: ModelOptions, ray_session: None) -> None:
+    fleet = Fleet(without_yarn.path, "float32", OPTIONS.model_copy(update={"native_rotary": native}), [2])
+    try:
+        sampling = SamplingOptions(max_new_tokens=16)
+        drawn = [g.completions[0] for g in fleet.generate(PROMPTS, 1, sampling, seed=0, step=0)]
+        found = compare(drawn, PlainLearner(without_yarn))  # type: ignore[arg-type]
+    finally:
+        fleet.close()
+    if native:
+        assert gate().check(found, "start").largest < 1e-4
+    else:
+        with pytest.raises(AgreementError, match=r"native_rotary must be true"):
+            gate().check(found, "start")
+
+
+def test_it_warns_before_it_stops() -> None:
+    warnings: list[str] = []
+    gate(warnings).check(Disagreement(mean=5e-6, largest=1e-4, k3=0.0, tokens=10), "step 3")
+    assert warnings == []
+    gate(warnings).check(Disagreement(mean=5e-4, largest=1e-2, k3=0.0, tokens=10), "step 4")
+    assert len(warnings) == 1
+    assert "step 4" in warnings[0]
+
+
+def test_what_is_not_a_number_is_beyond_every_limit() -> None:
+    with pytest.raises(AgreementError):
+        gate().check(Disagreement(mean=float("nan"), largest=float("nan"), k3=0.0, tokens=10), "step 1")

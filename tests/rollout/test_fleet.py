@@ -1,0 +1,116 @@
+"""A fleet with real vLLM engines: what it samples, and what it does with new weights."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from align.config import ModelOptions
+from align.model.checkpoint_names import from_checkpoint, to_checkpoint
+from rollout import FinishReason, Fleet, FleetOptions, Group, Prompt, RolloutError, SamplingOptions, WeightUpdateError
+
+PROMPTS = [Prompt(f"p{i}", [1, 40 + i, 60 + 3 * i, 17]) for i in range(6)]
+STOP = 2
+OPTIONS = FleetOptions(workers=1, max_length=64, kv_cache_gb=0.25, batch_sequences=16)
+
+
+@pytest.fixture(scope="module")
+def fleet(policy: ModelOptions, ray_session: None) -> Iterator[Fleet]:
+    fleet = Fleet(policy.path, "float32", OPTIONS, stop_token_ids=[STOP])
+    fleet.wait_until_ready()
+    yield fleet
+    fleet.close()
+
+
+@pytest.fixture
+def weights(policy: ModelOptions, fleet: Fleet) -> Iterator[dict[str, torch.Tensor]]:
+    """The policy's checkpoint; the fleet holds it again afterwards."""
+    checkpoint = dict(to_checkpoint(AutoModelForCausalLM.from_pretrained(policy.path).state_dict().items()))
+    yield dict(checkpoint)
+    fleet.load(checkpoint, version=0)
+
+
+def sample(fleet: Fleet, *, temperature: float = 1.0, seed: int = 0, step: int = 0) -> list[Group]:
+    sampling = SamplingOptions(temperature=temperature, max_new_tokens=12)
+    groups = fleet.generate(PROMPTS, 4, sampling, seed=seed, step=step)
+    return sorted(groups, key=lambda group: group.prompt.id)
+
+
+def tokens(groups: list[Group]) -> list[list[int]]:
+    return [list(completion.token_ids) for group in groups for completion in group.completions]
+
+
+def test_groups_hold_a_completion_of_each_index_with_its_log_probabilities(fleet: Fleet) -> None:
+    groups = sample(fleet)
+    assert [group.prompt.id for group in groups] == [prompt.id for prompt in PROMPTS]
+    for group in groups:
+        assert [completion.index for completion in group.completions] == [0, 1, 2, 3]
+        for completion in group.completions:
+            assert len(completion.token_ids) == len(completion.log_probs) <= 12
+            assert max(completion.log_probs) <= 0
+            stopped = completion.finish_reason is FinishReason.STOP
+            assert stopped == (completion.token_ids[-1] == STOP)
+
+
+def test_what_is_drawn_depends_on_seed_and_step_alone(fleet: Fleet) -> None:
+    first = tokens(sample(fleet))
+    assert tokens(sample(fleet)) == first
+    assert tokens(sample(fleet, seed=1)) != first
+    assert tokens(sample(fleet, step=1)) != first
+
+
+def test_greedy_completions_of_a_group_are_alike(fleet: Fleet) -> None:
+    for group in sample(fleet, temperature=0.0):
+        assert len({tuple(completion.token_ids) for completion in group.completions}) == 1
+
+
+def test_an_update_with_the_same_weights_changes_nothing(fleet: Fleet, weights: dict[str, torch.Tensor]) -> None:
+    before = sample(fleet)
+    fleet.load(weights, version=7)
+    after = sample(fleet)
+    assert tokens(after) == tokens(before)
+    assert {c.weight_version for group in after for c in group.completions} == {7}
+    for old, new in zip(before, after, strict=True):
+        for a, b in zip(old.completions, new.completions, strict=True):
+            assert a.log_probs == pytest.approx(b.log_probs, abs=1e-6)
+
+
+def test_new_weights_arrive_whole(fleet: Fleet, weights: dict[str, torch.Tensor], policy: ModelOptions) -> None:
+    """After an update of every weight the sampler gives the log-probabilities that transformers computes with them."""
+    generator = torch.Generator().manual_seed(1)
+    changed = {n: t + 0.02 * torch.randn(t.shape, generator=generator) for n, t in weights.items()}
+    fleet.load(changed, version=1)
+    model = AutoModelForCausalLM.from_pretrained(policy.path)
+    model.load_state_dict(from_checkpoint(changed))
+    for group in sample(fleet):
+        for completion in group.completions:
+            ids = torch.tensor([[*completion.prompt_token_ids, *completion.token_ids]])
+            with torch.no_grad():
+                logits = model(input_ids=ids, use_cache=False).logits[0, len(completion.prompt_token_ids) - 1 : -1]
+            expected = logits.log_softmax(-1).gather(-1, torch.tensor(completion.token_ids).unsqueeze(-1)).squeeze(-1)
+            assert completion.log_probs == pytest.approx(expected.tolist(), abs=2e-5)
+
+
+def test_an_update_that_leaves_a_parameter_out_is_refused_by_name(
+    fleet: Fleet, weights: dict[str, torch.Tensor]
+) -> None:
+    del weights["model.layers.2.self_attn.o_proj.weight"]
+    with pytest.raises(WeightUpdateError, match=r"1 of the sampler's \d+ parameters.*layers\.2\.self_attn\.o_proj"):
+        fleet.load(weights, version=1)
+
+
+def test_an_update_with_a_tensor_of_another_shape_is_refused(fleet: Fleet, weights: dict[str, torch.Tensor]) -> None:
+    weights["model.norm.weight"] = torch.ones(3)
+    with pytest.raises(RolloutError, match="refused a tensor"):
+        fleet.load(weights, version=1)
+
+
+def test_a_prompt_that_fills_the_context_is_refused_by_its_id(fleet: Fleet) -> None:
+    with pytest.raises(RolloutError, match=r"prompt 'long' has 64 tokens.*context is 64"):
+        list(fleet.generate([Prompt("long", [5] * 64)], 1, SamplingOptions(), seed=0, step=0))
+
+
+def test_two_prompts_of_one_id_are_refused(fleet: Fleet) -> None:
+    with pytest.raises(RolloutError, match="same id"):
+        list(fleet.generate([PROMPTS[0], PROMPTS[0]], 1, SamplingOptions(), seed=0, step=0))
