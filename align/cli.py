@@ -72,9 +72,18 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def read_recipe(path: Path, overrides: Sequence[str]) -> SftRecipe | GrpoRecipe:
+    """A recipe of which everything it names is there."""
+    recipe = load_recipe(path, overrides)
+    from align.stages.preflight import check_names
+
+    check_names(recipe, path)
+    return recipe
+
+
 def sft(options: argparse.Namespace) -> int:
     """`align sft RECIPE`."""
-    recipe = load_recipe(options.recipe, options.overrides)
+    recipe = read_recipe(options.recipe, options.overrides)
     if not isinstance(recipe, SftRecipe):
         raise UserError(f"{options.recipe} is a recipe for {recipe.stage}; run `align {recipe.stage}`")
     from align.stages.pipeline import run_sft
@@ -84,12 +93,12 @@ def sft(options: argparse.Namespace) -> int:
 
 def grpo(options: argparse.Namespace) -> int:
     """`align grpo RECIPE`."""
-    recipe = load_recipe(options.recipe, options.overrides)
+    recipe = read_recipe(options.recipe, options.overrides)
     if not isinstance(recipe, GrpoRecipe):
         raise UserError(f"{options.recipe} is a recipe for {recipe.stage}; run `align {recipe.stage}`")
     first: SftRecipe | None = None
     if recipe.init_from is not None:
-        before = load_recipe(recipe.init_from, [f"seed={recipe.seed}"])
+        before = read_recipe(recipe.init_from, [f"seed={recipe.seed}"])
         if not isinstance(before, SftRecipe):
             raise UserError(f"init_from: {recipe.init_from} is a recipe for {before.stage}, not for sft")
         first = before
@@ -105,7 +114,7 @@ def grpo(options: argparse.Namespace) -> int:
 
 def check(options: argparse.Namespace) -> int:
     """`align check RECIPE`."""
-    recipe = load_recipe(options.recipe, options.overrides)
+    recipe = read_recipe(options.recipe, options.overrides)
     print(f"{options.recipe}: a valid {recipe.stage} recipe; its run would go to {recipe.directory}")
     return 0
 

@@ -275,8 +275,9 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     *parents, last = key.split(".")
     at: Any = values
     for parent in parents:
-        at = at[int(parent)] if isinstance(at, list) and parent.isdigit() and int(parent) < len(at) else at
-        if isinstance(at, dict):
+        if isinstance(at, list) and parent.isdigit() and int(parent) < len(at):
+            at = at[int(parent)]
+        elif isinstance(at, dict):
             at = at.setdefault(parent, {})
     if isinstance(at, list) and last.isdigit() and int(last) < len(at):
         at[int(last)] = value

@@ -170,6 +170,20 @@ class RunDirectory:
     def interrupt(self) -> None:
         self._end("interrupted")
 
+    @property
+    def has_metrics(self) -> bool:
+        """Whether anything was measured here or in a stage inside."""
+        return any(file.stat().st_size > 0 for file in self.path.rglob("metrics.jsonl"))
+
+    def discard(self) -> None:
+        """Remove the run, so that the directory is free for the next one."""
+        _remove_run(self.path)
+        self.status_file.unlink(missing_ok=True)
+        self.lock_file.unlink(missing_ok=True)
+        if self.lock is not None:
+            self.lock.close()
+        _remove_if_empty(self.path)
+
     def _end(self, state: State, error: str | None = None) -> None:
         try:
             self._write_status((self.status() or {}) | {"state": state, "ended": _now(), "error": error})

@@ -11,6 +11,7 @@ import torch
 from align.config import ModelOptions, Recipe
 from align.evaluate.agreement import AgreementGate
 from align.evaluate.doctor import examine, verdict
+from align.learner.group import check_port
 from align.model.policy import load_tokenizer, stop_token_ids, write_random_policy
 from align.stages.run import Run
 from rollout import Fleet
@@ -28,20 +29,27 @@ class Engines:
     gate: AgreementGate
 
 
-@contextmanager
-def start_engines(recipe: Recipe, run: Run) -> Iterator[Engines]:
-    """Draw the policy where the recipe says so, examine it, and start the rollout workers; end them afterwards."""
+def prepare_policy(recipe: Recipe, run: Run) -> tuple[ModelOptions, Any]:
+    """The policy to start from, drawn where the recipe says so, and its tokenizer; both have passed the doctor."""
     policy = recipe.model
     if policy.init == "random":
         write_random_policy(policy, run.directory.initial_directory, recipe.seed)
         policy = policy.model_copy(update={"path": str(run.directory.initial_directory), "init": "pretrained"})
     tokenizer = load_tokenizer(policy.path, trust_remote_code=policy.trust_remote_code)
+    run.progress.note(f"doctor: {verdict(examine(policy, tokenizer), recipe.model.path)}")
+    return policy, tokenizer
+
+
+@contextmanager
+def start_engines(recipe: Recipe, policy: ModelOptions, tokenizer: Any, run: Run) -> Iterator[Engines]:
+    """Start Ray and the rollout workers; end them afterwards. Raises UserError when the learner's port is in use."""
+    if recipe.learner.port is not None:
+        check_port(recipe.learner.port)
+    stops = stop_token_ids(policy.path, tokenizer)
     with local_ray():
-        fleet = Fleet(policy.path, policy.dtype, recipe.rollout, stop_token_ids(policy.path, tokenizer))
+        fleet = Fleet(policy.path, policy.dtype, recipe.rollout, stops)
         try:
-            run.progress.note(f"doctor: {verdict(examine(policy, tokenizer), recipe.model.path)}")
-            gate = AgreementGate(recipe.agreement, policy.dtype, run.warn)
-            yield Engines(policy, tokenizer, fleet, gate)
+            yield Engines(policy, tokenizer, fleet, AgreementGate(recipe.agreement, policy.dtype, run.warn))
         finally:
             fleet.close()
 

@@ -14,10 +14,7 @@ import numpy as np
 import torch
 
 from align.config import GrpoOptions, GrpoRecipe, ModelOptions
-from align.data.cards import load_card
-from align.data.loader import load_split
 from align.data.types import Example
-from align.errors import UserError
 from align.evaluate.agreement import Disagreement
 from align.evaluate.problems import Evaluation, encode_prompts, row, score_group
 from align.learner.batch import TrainingSequence
@@ -27,20 +24,36 @@ from align.learner.schedule import learning_rate
 from align.losses import completion_weights, group_advantages
 from align.run import write_samples
 from align.stages.engines import Engines
-from align.stages.held_out import HeldOut
-from align.stages.order import examples_of_step
+from align.stages.examples import examples_of_step, training_examples
+from align.stages.held_out import CENSUS_STEP, HeldOut, Problems, load_problems
 from align.stages.run import Run
-from reward import Mixture, SampleReward, Verdict
+from reward import SampleReward, Verdict
 from rollout import Completion, FinishReason, Prompt
 
 
+@dataclass(frozen=True, slots=True)
+class GrpoData:
+    """What the stage trains on, the prompts by the example's id, and what it is evaluated on."""
+
+    examples: Sequence[Example]
+    prompts: Mapping[str, Prompt]
+    problems: Problems
+
+
+def load_grpo_data(recipe: GrpoRecipe, tokenizer: Any, run: Run) -> GrpoData:
+    """Everything the recipe names, read and checked. Raises UserError for what cannot be used."""
+    examples = training_examples(recipe, run, a_step=recipe.grpo.prompts_per_step, a_step_key="grpo.prompts_per_step")
+    longest = recipe.rollout.max_length - recipe.sampling.max_new_tokens
+    prompts = {prompt.id: prompt for prompt in encode_prompts(tokenizer, examples, longest)}
+    return GrpoData(examples, prompts, load_problems(recipe, tokenizer))
+
+
 def train_grpo(
-    recipe: GrpoRecipe, policy: ModelOptions, engines: Engines, run: Run
+    recipe: GrpoRecipe, data: GrpoData, policy: ModelOptions, engines: Engines, run: Run
 ) -> tuple[ModelOptions, dict[str, Evaluation]]:
     """Run the stage from `policy`, whose weights the rollout workers hold. Returns what it trained, and evaluations."""
     options, progress = recipe.grpo, run.progress
-    held_out = HeldOut(recipe, engines, run)
-    examples, prompts = load_prompts(recipe, engines, run)
+    held_out = HeldOut(recipe, data.problems, engines, run)
     reference = policy if options.kl_coefficient else None
     learner = LearnerGroup(policy, recipe.learner, seed=recipe.seed, reference=reference)
     try:
@@ -55,9 +68,9 @@ def train_grpo(
 
         for step in range(options.steps):
             clock = Clock()
-            chosen = examples_of_step(examples, options.prompts_per_step, seed=recipe.seed, step=step)
+            chosen = examples_of_step(data.examples, options.prompts_per_step, seed=recipe.seed, step=step)
             progress.phase("sampling")
-            experience = sample(recipe, engines, chosen, prompts, held_out.mixture, step)
+            experience = sample(recipe, engines, chosen, data, step)
             clock.lap("sampling")
 
             sequences = training_sequences(experience, options)
@@ -73,6 +86,8 @@ def train_grpo(
             write_samples(run.directory.samples_file(step + 1), experience.rows)
             shown = ("reward", "accuracy", "length", "agreement/mean", "step_seconds")
             progress.step(step + 1, {name: metrics[name] for name in shown})
+            if step + 1 == min(CENSUS_STEP, options.steps):
+                held_out.check_gradients(learner, step + 1)
             if recipe.evaluation.every and (step + 1) % recipe.evaluation.every == 0 and step + 1 < options.steps:
                 held_out.evaluate(f"GRPO step {step + 1}", step + 1)
             if recipe.save_every and (step + 1) % recipe.save_every == 0:
@@ -117,45 +132,20 @@ class Experience:
     rows: Sequence[Mapping[str, Any]]
 
 
-def load_prompts(recipe: GrpoRecipe, engines: Engines, run: Run) -> tuple[list[Example], Mapping[str, Prompt]]:
-    """The training problems and their prompts by id. Raises UserError for a missing answer or a prompt too long."""
-    data = recipe.data
-    loaded = load_split(
-        load_card(data.card),
-        data.split,
-        path=data.path,
-        limit=data.limit,
-        levels=data.levels,
-        seed=recipe.seed,
-        params=data.params,
-    )
-    if loaded.dropped_contaminated:
-        run.warn(f"{loaded.dropped_contaminated} training problems are held-out problems too and were left out")
-    examples = loaded.examples
-    if len(examples) < recipe.grpo.prompts_per_step:
-        raise UserError(
-            f"grpo.prompts_per_step is {recipe.grpo.prompts_per_step}, but data card {data.card!r} gives only "
-            f"{len(examples)} problems"
-        )
-    longest = recipe.rollout.max_length - recipe.sampling.max_new_tokens
-    return examples, {prompt.id: prompt for prompt in encode_prompts(engines.tokenizer, examples, longest)}
-
-
 def sample(
     recipe: GrpoRecipe,
     engines: Engines,
     examples: Sequence[Example],
-    prompts: Mapping[str, Prompt],
-    mixture: Mixture,
+    data: GrpoData,
     step: int,
 ) -> Experience:
     """Draw a group for each example, score groups as they finish, and compare each sample with its group."""
     options = recipe.grpo
     by_id = {example.id: example for example in examples}
     drawn = engines.fleet.generate(
-        [prompts[id_] for id_ in by_id], options.group_size, recipe.sampling, seed=recipe.seed, step=step
+        [data.prompts[id_] for id_ in by_id], options.group_size, recipe.sampling, seed=recipe.seed, step=step
     )
-    scored = {g.prompt.id: score_group(g, by_id[g.prompt.id], engines.tokenizer, mixture) for g in drawn}
+    scored = {g.prompt.id: score_group(g, by_id[g.prompt.id], engines.tokenizer, data.problems.mixture) for g in drawn}
     samples = [item for id_ in by_id for item in scored[id_]]
     completions = [completion for completion, _, _ in samples]
     rewards = [reward for _, _, reward in samples]

@@ -1,35 +1,55 @@
-"""The held-out side of a stage: its evaluation problems, and the probe of sampler against learner."""
+"""What a stage asks of the policy besides training it: evaluation, agreement, and whether all of it is being trained."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from align.config import Recipe
 from align.data.cards import load_card
 from align.data.loader import load_split
+from align.data.types import Example
 from align.evaluate.agreement import Disagreement, probe
 from align.evaluate.problems import Evaluation, encode_prompts, evaluate
 from align.learner.group import LearnerGroup
 from align.stages.engines import Engines
 from align.stages.run import Run
 from reward import Mixture
+from rollout import Prompt
 
 PROBE_PROMPTS = 8
+CENSUS_STEP = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Problems:
+    """Held-out problems, what scores their answers, and a few of their prompts to compare sampler and learner on."""
+
+    examples: Sequence[Example]
+    mixture: Mixture
+    probe: Sequence[Prompt]
+
+
+def load_problems(recipe: Recipe, tokenizer: Any) -> Problems:
+    """The problems that the recipe evaluates on. Raises UserError for one that cannot be used."""
+    options = recipe.evaluation
+    examples = load_split(
+        load_card(options.card or recipe.data.card),
+        options.split,
+        path=options.path,
+        limit=options.limit,
+        levels=options.levels,
+    ).examples
+    longest = recipe.rollout.max_length - options.max_new_tokens
+    probe = encode_prompts(tokenizer, examples, longest)[:PROBE_PROMPTS]
+    return Problems(examples, Mixture(recipe.rewards), probe)
 
 
 class HeldOut:
-    """What a stage asks of the policy besides training it. Everything the recipe names is loaded and checked at once."""
+    """The questions of a stage."""
 
-    def __init__(self, recipe: Recipe, engines: Engines, run: Run):
-        options = recipe.evaluation
-        self._stage, self._options, self._seed = recipe.stage, options, recipe.seed
-        self._engines, self._run = engines, run
-        self.mixture = Mixture(recipe.rewards)
-        self.examples = load_split(
-            load_card(options.card or recipe.data.card),
-            options.split,
-            path=options.path,
-            limit=options.limit,
-            levels=options.levels,
-        ).examples
-        longest = recipe.rollout.max_length - options.max_new_tokens
-        self._probe = encode_prompts(engines.tokenizer, self.examples, longest)[:PROBE_PROMPTS]
+    def __init__(self, recipe: Recipe, problems: Problems, engines: Engines, run: Run):
+        self._stage, self._options, self._seed = recipe.stage, recipe.evaluation, recipe.seed
+        self._problems, self._engines, self._run = problems, engines, run
 
     def evaluate(self, name: str, step: int) -> Evaluation:
         """Answer the held-out problems with the weights that the rollout workers hold, and record the result."""
@@ -37,8 +57,8 @@ class HeldOut:
         evaluation = evaluate(
             self._engines.fleet,
             self._engines.tokenizer,
-            self.examples,
-            self.mixture,
+            self._problems.examples,
+            self._problems.mixture,
             samples=self._options.samples,
             max_new_tokens=self._options.max_new_tokens,
             seed=self._seed,
@@ -48,9 +68,18 @@ class HeldOut:
 
     def check_agreement(self, learner: LearnerGroup, when: str) -> Disagreement:
         """Probe sampler and learner on fixed prompts. Raises AgreementError beyond the recipe's limit."""
-        found = self._engines.gate.check(probe(self._engines.fleet, learner, self._probe), when)
+        found = self._engines.gate.check(probe(self._engines.fleet, learner, self._problems.probe), when)
         self._run.progress.note(
             f"agreement {when}: sampler and learner differ by {found.mean:.1e} nats a token on average, "
             f"{found.largest:.1e} at most"
         )
         return found
+
+    def check_gradients(self, learner: LearnerGroup, steps: int) -> None:
+        """Warn of parameters that have had no gradient in the first steps; an expert among them is not being trained."""
+        missing = learner.missing_gradients()
+        if missing:
+            shown = ", ".join(missing[:4]) + (", ..." if len(missing) > 4 else "")
+            self._run.warn(
+                f"{len(missing)} trainable parameters or experts have had no gradient in {steps} steps: {shown}"
+            )

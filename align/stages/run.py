@@ -8,6 +8,7 @@ from types import FrameType
 from typing import Any
 
 from align.config import Recipe, dump_recipe
+from align.errors import UserError
 from align.evaluate.problems import Evaluation
 from align.run import (
     MetricsLog,
@@ -70,7 +71,7 @@ def open_run(recipe: Recipe, directory: RunDirectory | None = None, progress: Pr
     """Create the run of a recipe and own it; note how it ended. Ctrl-C and SIGTERM end it cleanly.
 
     With `directory` and `progress` it is a stage inside another run. Raises UserError before anything is written when
-    the machine is too small or the directory is taken.
+    the machine is too small or the directory is taken. A UserError before the first metrics takes the run back.
     """
     check_machine(
         cores=recipe.machine.cores,
@@ -92,6 +93,13 @@ def open_run(recipe: Recipe, directory: RunDirectory | None = None, progress: Pr
                 yield Run(directory, metrics, own)
     except KeyboardInterrupt:
         directory.interrupt()
+        raise
+    except UserError as error:
+        metrics.close()
+        if directory.has_metrics:
+            directory.fail(error)
+        else:
+            directory.discard()
         raise
     except BaseException as error:
         metrics.event("error", str(error), type=type(error).__name__)

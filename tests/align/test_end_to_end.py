@@ -2,32 +2,51 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
 from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["grpo.steps=2", "grpo.prompts_per_step=8", "grpo.group_size=4", "evaluation.limit=16", "evaluation.samples=2"]
+SMALL += ["rollout.batch_sequences=8", "init_from=null"]
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("runs") / "nano"
-    command = [sys.executable, "-m", "align.cli", "grpo", "recipes/nano/grpo.yaml", f"run.dir={directory}", *SMALL]
+def command(directory: Path, *overrides: str) -> list[str]:
+    return [sys.executable, "-m", "align.cli", "grpo", "recipes/nano/grpo.yaml", f"run.dir={directory}", *overrides]
+
+
+def finished_run(directory: Path, *overrides: str) -> Path:
     done = subprocess.run(
-        [*command, "init_from=null"], cwd=ROOT, env={**os.environ, "NO_COLOR": "1"}, capture_output=True, text=True
+        command(directory, *SMALL, *overrides),
+        cwd=ROOT,
+        env=os.environ | {"NO_COLOR": "1"},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return directory
 
 
-def test_sampler_and_learner_agree_at_every_step(run: Path) -> None:
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return finished_run(tmp_path_factory.mktemp("runs") / "nano")
+
+
+def steps_of(run: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    steps = [line for line in lines if "agreement/max" in line]
+    return [line for line in lines if "agreement/max" in line]
+
+
+def test_sampler_and_learner_agree_at_every_step(run: Path) -> None:
+    steps = steps_of(run)
     assert [line["step"] for line in steps] == [1, 2]
     assert all(line["agreement/max"] <= 1e-4 for line in steps)
 
@@ -44,3 +63,51 @@ def test_the_final_policy_is_an_ordinary_checkpoint(run: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(run / "final")
     assert model.config.model_type == "deepseek_v2"
     assert json.loads((run / "status.json").read_text())["state"] == "finished"
+
+
+def test_the_same_seed_with_one_worker_samples_and_trains_the_same_to_the_last_bit(run: Path, tmp_path: Path) -> None:
+    other = finished_run(tmp_path / "one", "rollout.workers=1")
+    for step in (1, 2):
+        name = f"samples/step_{step:05d}.parquet"
+        assert pq.read_table(run / name).equals(pq.read_table(other / name))
+    exact = ("loss", "reward", "entropy", "gradient_norm", "agreement/mean", "agreement/max")
+    assert [[s[key] for key in exact] for s in steps_of(run)] == [[s[key] for key in exact] for s in steps_of(other)]
+    assert (run / "final/model.safetensors").read_bytes() == (other / "final/model.safetensors").read_bytes()
+
+
+def test_ctrl_c_stops_every_process_and_says_so(tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    process = subprocess.Popen(
+        command(directory, *SMALL, "grpo.steps=100"),
+        cwd=ROOT,
+        env=os.environ | {"NO_COLOR": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    family = psutil.Process(process.pid)
+    metrics = directory / "metrics.jsonl"
+    while not (metrics.exists() and '"agreement/max"' in metrics.read_text()):
+        assert process.poll() is None
+        time.sleep(0.5)
+    children = family.children(recursive=True)
+    assert len(children) > 4
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.rstrip().endswith("interrupted: everything was stopped")
+    assert "Traceback" not in errors
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert alive == []
+    assert json.loads((directory / "status.json").read_text())["state"] == "interrupted"
+
+
+def test_servers_listen_on_loopback_alone(ray_session: None) -> None:
+    import ray
+
+    ray.get(ray.remote(lambda: None).remote())
+    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    listening = {c.laddr.ip for p in processes for c in p.net_connections() if c.status == psutil.CONN_LISTEN}
+    assert listening
+    assert all(address.removeprefix("::ffff:") in ("127.0.0.1", "::1") for address in listening)

@@ -1,0 +1,110 @@
+"""A user's mistake gets one clear message and exit status 2, and leaves nothing behind."""
+
+import json
+import shutil
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from align.cli import EXIT_USER_ERROR, main
+
+ROOT = Path(__file__).parents[2]
+GRPO = "recipes/nano/grpo.yaml"
+
+Refusal = Callable[..., str]
+
+
+@pytest.fixture
+def refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Refusal:
+    """Runs the command line and returns the error it must end with."""
+    monkeypatch.chdir(ROOT)
+
+    def run(*arguments: str) -> str:
+        assert main(arguments) == EXIT_USER_ERROR
+        error = capfd.readouterr().err
+        assert "Traceback" not in error
+        assert not (tmp_path / "run").exists()
+        return error[error.index("error: ") :]
+
+    return run
+
+
+def grpo(tmp_path: Path, *overrides: str) -> list[str]:
+    return ["grpo", GRPO, f"run.dir={tmp_path / 'run'}", "init_from=null", *overrides]
+
+
+def problems(tmp_path: Path, *lines: str) -> str:
+    file = tmp_path / "problems.jsonl"
+    file.write_text("".join(line + "\n" for line in lines))
+    return str(file)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("rewards.0.name=exact_anser", "unknown reward 'exact_anser'. Did you mean 'exact_answer'?"),
+        ("rewards.0.params={wrng: 1}", "unknown parameter 'wrng'. Did you mean 'wrong'?"),
+        ("data.card=nano_maths", "no data card 'nano_maths'"),
+        ("evaluation.card=gsm8", "did you mean 'gsm8k'?"),
+        ("machine.cores=4096", "this machine is too small: the recipe needs 4096 cores"),
+        ("machine.memory_gb=1e6", "GB of free memory"),
+        ("model.path=recipes/nano", "has no config.json"),
+        ("data.levels=[9]", "no level 9; there are only 1, 2, 3"),
+        ("data.limit=5", "grpo.prompts_per_step is 32, but data card 'nano_math' gives only 5 examples"),
+        ("rollout.max_length=50", "tokens, but rollout.max_length leaves room for"),
+    ],
+)
+def test_a_recipe_that_cannot_be_run(override: str, message: str, refusal: Refusal, tmp_path: Path) -> None:
+    assert message in refusal(*grpo(tmp_path, override))
+
+
+def test_a_model_directory_without_a_tokenizer(refusal: Refusal, tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "recipes/nano/policy", tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").unlink()
+    assert "has no tokenizer (tokenizer.json)" in refusal(*grpo(tmp_path, f"model.path={tmp_path / 'model'}"))
+
+
+def test_a_port_in_use(refusal: Refusal, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        assert f"learner.port: {port} cannot be used" in refusal(*grpo(tmp_path, f"learner.port={port}"))
+
+
+def test_a_run_directory_that_holds_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd) -> None:  # type: ignore[no-untyped-def]
+    from align.run import RunDirectory
+
+    monkeypatch.chdir(ROOT)
+    RunDirectory.create(tmp_path / "run").finish()
+    before = sorted(path.name for path in (tmp_path / "run").iterdir())
+    assert main(grpo(tmp_path)) == EXIT_USER_ERROR
+    assert "already holds a run, finished" in capfd.readouterr().err
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (['{"id": "1", "prompt": "What is 1 + 1?", "answer": "2"}', '{"id": "2", '], "problems.jsonl, line 2: "),
+        ([], "problems.jsonl is empty"),
+        (['{"id": "1", "prompt": "What is 1 + 1?"}'], "problems.jsonl, line 1: answer is missing"),
+        ([json.dumps({"id": "long", "prompt": "x" * 900, "answer": "2"})], "prompt 'long' has"),
+    ],
+    ids=["broken line", "empty", "no answer", "longer than the context"],
+)
+def test_a_file_of_problems_that_cannot_be_used(
+    lines: list[str], message: str, refusal: Refusal, tmp_path: Path, policy
+) -> None:  # type: ignore[no-untyped-def]
+    out = tmp_path / "out.jsonl"
+    data = problems(tmp_path, *lines)
+    assert message in refusal("eval", "--model", policy.path, "--data", data, "--out", str(out))
+    assert not out.exists()
+
+
+def test_an_output_file_is_never_written_over(refusal: Refusal, tmp_path: Path, policy) -> None:  # type: ignore[no-untyped-def]
+    out = tmp_path / "out.jsonl"
+    out.write_text("mine")
+    data = problems(tmp_path, '{"id": "1", "prompt": "What is 1 + 1?", "answer": "2"}')
+    assert "exists already" in refusal("eval", "--model", policy.path, "--data", data, "--out", str(out))
+    assert out.read_text() == "mine"
