@@ -1,0 +1,124 @@
+"""Log-probabilities and the KL estimators, against their definitions and on what float32 cannot hold."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from align.losses import (
+    kl_k1,
+    kl_k2,
+    kl_k3,
+    token_log_probs,
+)
+
+INF = float("inf")
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_token_log_probs_and_entropy_are_those_of_the_tempered_softmax(dtype: torch.dtype, temperature: float) -> None:
+    torch.manual_seed(0)
+    logits = (torch.randn(3, 5, 11) * 4).to(dtype)
+    targets = torch.randint(0, 11, (3, 5))
+    log_probs, entropy = token_log_probs(logits, targets, temperature)
+    assert log_probs.dtype == entropy.dtype == torch.float32
+    for b in range(3):
+        for t in range(5):
+            scores = [x / temperature for x in logits[b, t].double().tolist()]
+            norm = math.log(sum(math.exp(x) for x in scores))
+            assert log_probs[b, t].item() == pytest.approx(scores[targets[b, t]] - norm, abs=3e-6)
+            assert entropy[b, t].item() == pytest.approx(
+                -sum(math.exp(x - norm) * (x - norm) for x in scores), abs=3e-6
+            )
+
+
+def test_token_log_probs_gradient_is_one_hot_minus_softmax() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(2, 3, 5, requires_grad=True)
+    targets = torch.randint(0, 5, (2, 3))
+    log_probs, entropy = token_log_probs(logits, targets, 0.5)
+    assert not entropy.requires_grad
+    log_probs.sum().backward()
+    expected = (torch.nn.functional.one_hot(targets, 5) - (logits.detach() / 0.5).softmax(-1)) / 0.5
+    torch.testing.assert_close(logits.grad, expected)
+
+
+def test_token_log_probs_allows_forbidden_tokens_and_refuses_temperature_zero() -> None:
+    logits = torch.tensor([[[0.0, 0.0, -INF]]])
+    log_probs, entropy = token_log_probs(logits, torch.tensor([[1]]))
+    assert log_probs.item() == pytest.approx(-math.log(2))
+    assert entropy.item() == pytest.approx(math.log(2))
+    with pytest.raises(ValueError, match="temperature"):
+        token_log_probs(logits, torch.tensor([[1]]), 0.0)
+
+
+logs = st.floats(-30, 0)
+
+
+@given(logs, logs)
+def test_kl_estimators_match_their_definitions(log_prob: float, ref: float) -> None:
+    p, r = torch.tensor(log_prob, dtype=torch.float64), torch.tensor(ref, dtype=torch.float64)
+    assert kl_k1(p, r).item() == log_prob - ref
+    assert kl_k2(p, r).item() == pytest.approx((log_prob - ref) ** 2 / 2)
+    if ref - log_prob <= 20:
+        assert kl_k3(p, r).item() == pytest.approx(math.exp(ref - log_prob) - (ref - log_prob) - 1, rel=1e-6, abs=1e-12)
+
+
+@given(st.floats(-30, 0, width=32), st.floats(-30, 0, width=32))
+def test_k3_is_never_negative_and_zero_only_for_equals(log_prob: float, ref: float) -> None:
+    value = kl_k3(torch.tensor(log_prob), torch.tensor(ref)).item()
+    assert value >= 0
+    if log_prob == ref:
+        assert value == 0
+    elif abs(log_prob - ref) > 1e-6:
+        assert value > 0
+
+
+def test_kl_estimators_have_the_mean_of_the_divergence_under_the_policy() -> None:
+    torch.manual_seed(0)
+    policy, reference = torch.randn(2, 9, dtype=torch.float64).log_softmax(-1)
+    exact = (policy.exp() * (policy - reference)).sum()
+    for estimator in (kl_k1, kl_k3):
+        torch.testing.assert_close((policy.exp() * estimator(policy, reference)).sum(), exact)
+
+
+def test_kl_gradients_as_losses_are_what_their_docstrings_say() -> None:
+    """Expected over samples of pi: k1 nothing, k2 that of KL(pi || ref), k3 that of KL(ref || pi)."""
+    torch.manual_seed(0)
+    logits = torch.randn(9, dtype=torch.float64, requires_grad=True)
+    reference = torch.randn(9, dtype=torch.float64).log_softmax(-1)
+    policy = logits.log_softmax(-1)
+
+    def gradient(loss: Tensor) -> Tensor:
+        return torch.autograd.grad(loss, logits, retain_graph=True)[0]
+
+    def as_loss(values: Tensor) -> Tensor:
+        return gradient((policy.detach().exp() * values).sum())
+
+    zero = torch.zeros(9, dtype=torch.float64)
+    torch.testing.assert_close(as_loss(kl_k1(policy, reference)), zero)
+    forward = gradient((policy.exp() * (policy - reference)).sum())
+    torch.testing.assert_close(as_loss(kl_k2(policy, reference)), forward)
+    reverse = gradient((reference.exp() * (reference - policy)).sum())
+    torch.testing.assert_close(as_loss(kl_k3(policy, reference)), reverse)
+
+
+@pytest.mark.parametrize("difference", [-1e-2, -1e-4, 1e-4, 1e-2])
+def test_k3_of_a_small_difference_does_not_cancel_in_float32(difference: float) -> None:
+    """`exp(d) - d - 1` in float32 is all rounding below 1e-3, and an on-policy KL lives there."""
+    value = kl_k3(torch.tensor(0.0), torch.tensor(difference)).item()
+    assert value == pytest.approx(difference**2 / 2 + difference**3 / 6, rel=2e-3)
+
+
+@pytest.mark.parametrize("difference", [-1e4, -50.0, 19.0, 50.0, 1e4])
+def test_k3_neither_overflows_nor_has_an_infinite_gradient(difference: float) -> None:
+    log_prob = torch.tensor(-difference, requires_grad=True)
+    value = kl_k3(log_prob, torch.tensor(0.0))
+    value.backward()
+    assert value.isfinite()
+    assert log_prob.grad is not None
+    assert log_prob.grad.isfinite()
