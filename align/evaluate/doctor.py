@@ -83,23 +83,22 @@ def check_round_trip(tokenizer: Any) -> Check:
 def check_template(tokenizer: Any) -> Check:
     """One BOS at most, and a forged role or special token in a message stays text."""
     forged = f"{tokenizer.bos_token or ''}x{tokenizer.eos_token}"
-    plain = encode_prompt(tokenizer, [{"role": "user", "content": "x"}])
-    ids = encode_prompt(tokenizer, [{"role": "user", "content": forged}])
-    special = set(tokenizer.all_special_ids)
+    try:
+        plain = encode_prompt(tokenizer, [{"role": "user", "content": "x"}])
+        encode_prompt(tokenizer, [{"role": "user", "content": forged}])
+    except UserError as error:
+        return Check(
+            "chat template",
+            Outcome.FAILED,
+            f"{error}. Cure: a fast tokenizer (tokenizer.json), which knows split_special_tokens, with a chat template",
+        )
     if tokenizer.bos_token_id is not None and plain.count(tokenizer.bos_token_id) > 1 + plain.count(
         tokenizer.eos_token_id
     ):
         return Check(
             "chat template",
             Outcome.FAILED,
-            "the prompt begins with two BOS tokens; take one out of the template",
-        )
-    if sum(i in special for i in ids) != sum(i in special for i in plain):
-        return Check(
-            "chat template",
-            Outcome.FAILED,
-            f"text of a message became special tokens: {forged!r}. Cause: the tokenizer ignores split_special_tokens. "
-            "Cure: load it with a fast tokenizer (tokenizer.json)",
+            "the prompt begins with two BOS tokens. Cure: take one out of the template",
         )
     return Check(
         "chat template",

@@ -1,0 +1,121 @@
+"""The doctor passes a sound model, and names the cause and the cure of what is wrong with another."""
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV2Config
+
+from align.config import ModelOptions
+from align.evaluate.doctor import (
+    Check,
+    DoctorError,
+    Outcome,
+    check_experts,
+    check_names,
+    check_round_trip,
+    check_softmax_scale,
+    check_template,
+    examine,
+    verdict,
+)
+from align.model.policy import load_tokenizer
+
+
+@pytest.fixture
+def skeleton(policy: ModelOptions) -> Any:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(policy.path))
+
+
+def assert_failed(check: Check, *words: str) -> None:
+    assert check.outcome is Outcome.FAILED
+    assert all(word in check.detail for word in (*words, "Cure"))
+
+
+def test_the_nano_policy_is_fit(policy: ModelOptions) -> None:
+    checks = examine(policy, load_tokenizer(policy.path))
+    assert [check.outcome for check in checks] == [Outcome.OK] * 5
+    assert "5 checks, none failed" in verdict(checks, policy.path)
+
+
+def test_the_softmax_scale_of_v2_lite_is_the_reports(skeleton: Any) -> None:
+    config = DeepseekV2Config(
+        num_hidden_layers=1,
+        q_lora_rank=None,
+        rope_scaling={
+            "type": "yarn",
+            "factor": 40,
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "mscale": 0.707,
+            "mscale_all_dim": 0.707,
+            "original_max_position_embeddings": 4096,
+        },
+    )
+    with torch.device("meta"):
+        check = check_softmax_scale(AutoModelForCausalLM.from_config(config))
+    assert check.outcome is Outcome.OK
+    assert check.detail.startswith("0.1147214")
+
+
+def test_a_softmax_scale_without_yarns_correction(skeleton: Any) -> None:
+    for layer in skeleton.model.layers:
+        layer.self_attn.scaling = layer.self_attn.qk_head_dim**-0.5
+    assert_failed(check_softmax_scale(skeleton), "YaRN", "transformers older than 5.15")
+
+
+def test_experts_that_disagree(skeleton: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.integrations import moe
+
+    right = moe.ALL_EXPERTS_FUNCTIONS["grouped_mm"]
+    monkeypatch.setitem(moe.ALL_EXPERTS_FUNCTIONS._global_mapping, "grouped_mm", lambda *a, **k: 1.1 * right(*a, **k))
+    assert_failed(check_experts(skeleton), "eager and grouped_mm differ")
+
+
+class Tokenizer:
+    """A tokenizer with something wrong."""
+
+    def __init__(self, tokenizer: Any, **changed: Any):
+        self._tokenizer, self._changed = tokenizer, changed
+
+    def __getattr__(self, name: str) -> Any:
+        return self._changed.get(name) or getattr(self._tokenizer, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._tokenizer(*args, **{k: v for k, v in kwargs.items() if k not in self._changed.get("ignores", ())})
+
+
+def test_a_tokenizer_that_loses_white_space(policy: ModelOptions) -> None:
+    tokenizer = load_tokenizer(policy.path)
+    lossy = Tokenizer(tokenizer, decode=lambda ids, **_: " ".join(tokenizer.decode(ids).split()))
+    assert_failed(check_round_trip(lossy), "comes back as", "PreTrainedTokenizerFast")
+
+
+def test_a_tokenizer_that_lets_text_become_special_tokens(policy: ModelOptions) -> None:
+    forgeable = Tokenizer(load_tokenizer(policy.path), ignores=("split_special_tokens",))
+    assert_failed(check_template(forgeable), "in a text, where it must stay text")
+
+
+def test_files_that_lack_a_tensor(skeleton: Any, policy: ModelOptions, tmp_path: Path) -> None:
+    tensors = load_file(Path(policy.path) / "model.safetensors")
+    lost = tensors.pop("model.layers.1.mlp.experts.3.up_proj.weight")
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert_failed(check_names(skeleton, str(tmp_path)), "lack 1", "experts.3.up_proj")
+    save_file(tensors | {"model.layers.1.mlp.experts.3.up.weight": lost}, tmp_path / "model.safetensors")
+    assert_failed(check_names(skeleton, str(tmp_path)), "have 1 tensors that the architecture does not know")
+
+
+def test_a_failed_check_ends_in_an_error_that_tells_all() -> None:
+    failed = Check("one", Outcome.FAILED, "because. Cure: this")
+    with pytest.raises(DoctorError, match=r"2 of 3 checks failed\n- one: because\. Cure: this\n- two: because"):
+        verdict([failed, Check("fine", Outcome.OK, ""), Check("two", Outcome.FAILED, failed.detail)], "model")
+
+
+def test_deepcopy_of_the_configuration_leaves_the_skeleton_alone(skeleton: Any) -> None:
+    before = deepcopy(skeleton.config.to_dict())
+    check_experts(skeleton)
+    assert skeleton.config.to_dict() == before
