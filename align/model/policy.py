@@ -1,6 +1,9 @@
 """Building and loading the policy as a transformers model."""
 
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,10 @@ from align.config import ModelOptions
 from align.errors import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+if not torch.cuda.is_available():
+    # transformers imports DeepSpeed where it is installed, which otherwise warns that it looked for a GPU.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
@@ -51,8 +58,21 @@ def write_random_policy(options: ModelOptions, directory: Path, seed: int) -> No
 
 def save_policy(model: Any, tokenizer: Any, directory: Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
     """Write a Hugging Face checkpoint: safetensors under the architecture's checkpoint names, and the tokenizer."""
-    model.save_pretrained(directory, state_dict=state_dict)
+    with no_progress_bars():
+        model.save_pretrained(directory, state_dict=state_dict)
     tokenizer.save_pretrained(directory)
+
+
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Keep transformers' bars off the terminal, where the run's own display is."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
 
 
 def use_fast_experts(model: Any) -> None:
