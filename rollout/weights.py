@@ -20,6 +20,9 @@ def load_weights(worker: Any, named_tensors: Iterable[tuple[str, torch.Tensor]])
     initialize_layerwise_reload(model)
     # From here to the end of the reload the model has the parameters of a checkpoint, without what it derives of them.
     expected = {name for name, _ in model.named_parameters()}
+    if head_is_tied(model):
+        # The head has no tensor of its own in a checkpoint: it is the embedding, and packed again below.
+        expected.discard("lm_head.weight")
     try:
         loaded = model.load_weights(iter(named_tensors))
     except (KeyError, ValueError, AssertionError) as error:
@@ -53,6 +56,11 @@ def forget_derived_weights(model: torch.nn.Module) -> None:
 
 def derive_weights_again(model: torch.nn.Module) -> None:
     """Pack a tied output head again: it keeps a packed copy, and no tensor of its own arrives to renew it."""
-    head = getattr(model, "lm_head", None)
-    if head is not None and getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+    if head_is_tied(model):
+        head: Any = model.lm_head
         head.quant_method.process_weights_after_loading(head)
+
+
+def head_is_tied(model: torch.nn.Module) -> bool:
+    """Whether the output head is the embedding."""
+    return hasattr(model, "lm_head") and bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False))
