@@ -67,6 +67,9 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
         command.add_argument("--max-length", type=int, default=512, help="prompt and completion, in tokens")
         command.add_argument("--workers", type=int, default=1, help="rollout workers")
+    sandbox = commands.add_parser("sandbox", help="the sandbox that runs a model's code")
+    actions = sandbox.add_subparsers(required=True, metavar="ACTION")
+    actions.add_parser("check", help="say what this machine allows of it").set_defaults(run=check_sandbox)
     rewards = commands.add_parser("rewards", help="list the registered rewards with their parameters")
     rewards.set_defaults(run=list_rewards)
     return top
@@ -143,6 +146,17 @@ def model_and_fleet(options: argparse.Namespace) -> tuple[ModelOptions, FleetOpt
     if Path(options.model).is_dir():
         check_model_directory(Path(options.model), model)
     return model, FleetOptions(workers=options.workers, max_length=options.max_length)
+
+
+def check_sandbox(options: argparse.Namespace) -> int:
+    """`align sandbox check`: 0 where code can be isolated, 1 where it cannot."""
+    from reward.sandbox import check as check_machine
+
+    pieces = check_machine()
+    for piece in pieces:
+        state = "yes" if piece.ok else "MISSING" if piece.needed else "no"
+        print(f"{state:8}{piece.name}{': ' + piece.detail if piece.detail else ''}")
+    return 0 if all(piece.ok for piece in pieces if piece.needed) else EXIT_FAILED
 
 
 def list_rewards(options: argparse.Namespace) -> int:

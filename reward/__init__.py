@@ -10,7 +10,7 @@ r"""Verifiable rewards for any trainer: a sample in, a number or None out.
 A reward of your own is a function with `@register("name")` over it. Start reading at `reward.types`.
 """
 
-from reward import answer_format, reasoning_gym_answer  # noqa: F401 (they register themselves)
+from reward import answer_format, code_tests, reasoning_gym_answer  # noqa: F401 (they register themselves)
 from reward.final_answer import boxed_answers, equal, extract_final_answer, normalise
 from reward.mixture import Mixture, RewardTerm
 from reward.registry import Parameter, Reward, available, check_params, get, register
