@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -73,9 +74,15 @@ def test_no_wrong_body_passes_humaneval(body: str) -> None:
 
 def expected(source: str) -> str:
     """What plain Python prints."""
-    ended = subprocess.run(
-        [sys.executable, "-I", "-c", source], input=STDIN, capture_output=True, text=True, check=True
-    )
+    with tempfile.TemporaryDirectory() as directory:
+        ended = subprocess.run(
+            [sys.executable, "-I", "-c", source],
+            input=STDIN,
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=directory,
+        )
     return ended.stdout
 
 
