@@ -10,7 +10,13 @@ r"""Verifiable rewards for any trainer: a sample in, a number or None out.
 A reward of your own is a function with `@register("name")` over it. Start reading at `reward.types`.
 """
 
-from reward import answer_format, code_tests, reasoning_gym_answer  # noqa: F401 (they register themselves)
+from reward import (  # noqa: F401 (they register themselves)
+    answer_format,
+    code_tests,
+    math_answer,
+    reasoning_gym_answer,
+    rules,
+)
 from reward.final_answer import boxed_answers, equal, extract_final_answer, normalise
 from reward.mixture import Mixture, RewardTerm
 from reward.registry import Parameter, Reward, available, check_params, get, register

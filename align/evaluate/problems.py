@@ -120,7 +120,7 @@ def score_group(
             answer=example.answer,
             domain=example.domain,
             truncated=completion.finish_reason is FinishReason.LENGTH,
-            metadata=example.metadata,
+            metadata={**example.metadata, "completion_tokens": len(completion.token_ids)},
         )
         for completion, text in zip(group.completions, texts, strict=True)
     ]
