@@ -88,30 +88,26 @@ def collate(sequences: Sequence[TrainingSequence], pad_id: int) -> Batch:
 def plan_micro_batches(lengths: Sequence[int], token_budget: int, ranks: int) -> list[list[list[int]]]:
     """Indices of sequences as [rank][micro-batch][place]: like lengths together, padded size within the budget.
 
-    Every rank gets the same number of micro-batches, as ZeRO's collectives demand, and about the same number of tokens.
-    A sequence longer than the budget is a micro-batch of its own. Where there are fewer micro-batches than needed, the
-    largest are halved; a rank that still has none gets an empty list (see `fill_empty`).
+    Every rank gets the same number of micro-batches, as ZeRO's collectives demand, and about the same number of tokens:
+    of that number, the micro-batches are those whose largest is smallest. A sequence longer than the budget is a
+    micro-batch of its own. Where there are fewer sequences than micro-batches, some are empty lists.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    micro_batches: list[list[int]] = []
-    for i in order:
-        current = micro_batches[-1] if micro_batches else None
-        if current and lengths[current[0]] * (len(current) + 1) <= token_budget:
-            current.append(i)
+    fewest = len(fill(order, lengths, token_budget))
+    count = -(-fewest // ranks) * ranks
+    too_small, enough = 0, token_budget
+    while enough - too_small > 1:
+        middle = (too_small + enough) // 2
+        if len(fill(order, lengths, middle)) <= count:
+            enough = middle
         else:
-            micro_batches.append([i])
+            too_small = middle
+    micro_batches = fill(order, lengths, enough)
+    micro_batches += [[] for _ in range(count - len(micro_batches))]
 
     def cost(micro_batch: list[int]) -> int:
         return lengths[micro_batch[0]] * len(micro_batch) if micro_batch else 0
 
-    while len(micro_batches) % ranks:
-        largest = max(micro_batches, key=lambda m: (len(m) > 1, cost(m)))
-        if len(largest) == 1:
-            micro_batches.append([])
-            continue
-        micro_batches.remove(largest)
-        half = len(largest) // 2
-        micro_batches += [largest[:half], largest[half:]]
     micro_batches.sort(key=cost, reverse=True)
     plan: list[list[list[int]]] = [[] for _ in range(ranks)]
     for start in range(0, len(micro_batches), ranks):
@@ -119,6 +115,18 @@ def plan_micro_batches(lengths: Sequence[int], token_budget: int, ranks: int) ->
         for rank, micro_batch in zip(lightest, micro_batches[start : start + ranks], strict=True):
             plan[rank].append(micro_batch)
     return plan
+
+
+def fill(order: Sequence[int], lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Micro-batches of at most `capacity` padded tokens, filled one after the other from longest to shortest."""
+    micro_batches: list[list[int]] = []
+    for i in order:
+        current = micro_batches[-1] if micro_batches else None
+        if current and lengths[current[0]] * (len(current) + 1) <= capacity:
+            current.append(i)
+        else:
+            micro_batches.append([i])
+    return micro_batches
 
 
 def split_over_ranks(

@@ -58,14 +58,16 @@ def start_engines(recipe: Recipe, policy: ModelOptions, tokenizer: Any, run: Run
 def local_ray() -> Iterator[None]:
     """Ray for the time of a run: the cluster of RAY_ADDRESS where that is set, else one of this machine on loopback."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    if not os.environ.get("RAY_ADDRESS"):
-        # Where Ray knows no clusters it listens on loopback alone; asked for 127.0.0.1 it would take the host's address.
-        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     import ray
+    from ray._private import ray_constants
 
     if os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=False)
     else:
+        # Where Ray knows no clusters it listens on loopback alone; asked for 127.0.0.1 it would take the host's address.
+        # The variable tells the processes it starts; this one has read it already.
+        os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
+        ray_constants.ENABLE_RAY_CLUSTER = False
         ray.init(
             num_cpus=os.cpu_count(),
             num_gpus=torch.cuda.device_count(),

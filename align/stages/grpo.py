@@ -30,6 +30,8 @@ from align.stages.run import Run
 from reward import SampleReward, Verdict
 from rollout import Completion, FinishReason, Prompt
 
+SHOWN = ("reward", "accuracy", "length", "agreement/mean", "step_seconds")
+
 
 @dataclass(frozen=True, slots=True)
 class GrpoData:
@@ -65,6 +67,7 @@ def train_grpo(
         evaluations: dict[str, Evaluation] = {}
         if recipe.init_from is None:
             evaluations["before GRPO"] = held_out.evaluate("before GRPO", 0)
+        learning_steps = 0
 
         for step in range(options.steps):
             clock = Clock()
@@ -81,12 +84,11 @@ def train_grpo(
             engines.fleet.load(learner.weights(), version=engines.fleet.weight_version + 1)
             clock.lap("weights")
 
-            metrics = step_metrics(experience, sums, found, norm, clock)
-            run.metrics.write(step + 1, "grpo", metrics)
             write_samples(run.directory.samples_file(step + 1), experience.rows)
-            shown = ("reward", "accuracy", "length", "agreement/mean", "step_seconds")
-            progress.step(step + 1, {name: metrics[name] for name in shown})
-            if step + 1 == min(CENSUS_STEP, options.steps):
+            metrics = step_metrics(experience, sums, found, norm, clock)
+            run.record_step("grpo", step + 1, metrics, SHOWN)
+            learning_steps += norm > 0
+            if norm > 0 and learning_steps == CENSUS_STEP:
                 held_out.check_gradients(learner, step + 1)
             if recipe.evaluation.every and (step + 1) % recipe.evaluation.every == 0 and step + 1 < options.steps:
                 held_out.evaluate(f"GRPO step {step + 1}", step + 1)

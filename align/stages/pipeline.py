@@ -32,7 +32,7 @@ def run_grpo(recipe: GrpoRecipe, first: SftRecipe | None) -> int:
         evaluations: dict[str, Evaluation] = {}
         with start_engines(recipe, policy, tokenizer, run) as engines:
             if first is not None:
-                with open_run(first, run.directory.child("sft"), run.progress) as inner:
+                with open_run(first, run.directory.child("sft"), run) as inner:
                     policy, evaluations = train_sft(first, sft_data, engines, inner)
             trained, after = train_grpo(recipe, data, policy, engines, run)
         finish(run, trained, evaluations | after)

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import Any, Self
 
 from align.config import Recipe, dump_recipe
 from align.errors import UserError
@@ -28,6 +28,13 @@ class Run:
     directory: RunDirectory
     metrics: MetricsLog
     progress: Progress
+    stop: "StopRequest"
+
+    def record_step(self, stage: str, step: int, metrics: Mapping[str, float], shown: Sequence[str]) -> None:
+        """Write the metrics of a step and show some of them. Raises KeyboardInterrupt when the run was asked to stop."""
+        self.metrics.write(step, stage, metrics)
+        self.progress.step(step, {name: metrics[name] for name in shown if name in metrics})
+        self.stop.check()
 
     def warn(self, text: str) -> None:
         """A warning: a line on the terminal and an event of the run."""
@@ -67,10 +74,10 @@ def compare_stages(progress: Progress, evaluations: Mapping[str, Evaluation]) ->
 
 
 @contextmanager
-def open_run(recipe: Recipe, directory: RunDirectory | None = None, progress: Progress | None = None) -> Iterator[Run]:
+def open_run(recipe: Recipe, directory: RunDirectory | None = None, outer: Run | None = None) -> Iterator[Run]:
     """Create the run of a recipe and own it; note how it ended. Ctrl-C and SIGTERM end it cleanly.
 
-    With `directory` and `progress` it is a stage inside another run. Raises UserError before anything is written when
+    With `directory` and `outer` it is a stage inside another run. Raises UserError before anything is written when
     the machine is too small or the directory is taken. A UserError before the first metrics takes the run back.
     """
     check_machine(
@@ -84,13 +91,12 @@ def open_run(recipe: Recipe, directory: RunDirectory | None = None, progress: Pr
     directory.save_environment(environment_record())
     directory.enter(recipe.stage)
     metrics = MetricsLog(directory)
-    own = progress or Progress(log=directory.log_file)
     try:
-        if progress is not None:
-            yield Run(directory, metrics, own)
+        if outer is not None:
+            yield Run(directory, metrics, outer.progress, outer.stop)
         else:
-            with own, terminate_as_interrupt():
-                yield Run(directory, metrics, own)
+            with Progress(log=directory.log_file) as progress, StopRequest() as stop:
+                yield Run(directory, metrics, progress, stop)
     except KeyboardInterrupt:
         directory.interrupt()
         raise
@@ -111,15 +117,30 @@ def open_run(recipe: Recipe, directory: RunDirectory | None = None, progress: Pr
         metrics.close()
 
 
-@contextmanager
-def terminate_as_interrupt() -> Iterator[None]:
-    """Treat SIGTERM as Ctrl-C."""
+class StopRequest:
+    """Ctrl-C and SIGTERM, as KeyboardInterrupt where they come and, should that be lost, at the end of the step.
 
-    def interrupt(number: int, frame: FrameType | None) -> Any:
+    Python loses an exception that is raised inside a destructor or a callback of native code.
+    """
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._interrupt)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def check(self) -> None:
+        """Raise KeyboardInterrupt when a signal has come."""
+        if self._asked:
+            raise KeyboardInterrupt
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        self._asked = True
         raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

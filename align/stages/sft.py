@@ -80,11 +80,7 @@ def train_sft(
             }
             if (step + 1) % options.validate_every == 0 or step + 1 == options.steps:
                 metrics["validation_loss"] = validation_loss(learner, data.validation)
-            run.metrics.write(step + 1, "sft", metrics)
-            progress.step(
-                step + 1,
-                {k: metrics[k] for k in ("loss", "validation_loss", "tokens_per_second") if k in metrics},
-            )
+            run.record_step("sft", step + 1, metrics, ("loss", "validation_loss", "tokens_per_second"))
             if step + 1 == min(CENSUS_STEP, options.steps):
                 held_out.check_gradients(learner, step + 1)
             if recipe.save_every and (step + 1) % recipe.save_every == 0:

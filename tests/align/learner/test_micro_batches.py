@@ -15,6 +15,14 @@ def test_the_plan_holds_every_sequence_once_within_the_budget(lengths: list[int]
         assert max(lengths[i] for i in micro_batch) * len(micro_batch) <= budget
 
 
+def test_ranks_get_like_shares() -> None:
+    """Greedy filling of a budget of 4096 would leave one rank a third more."""
+    lengths = [64 + i % 20 for i in range(128)]
+    plan = plan_micro_batches(lengths, 4096, 2)
+    first, second = (sum(max(lengths[i] for i in m) * len(m) for m in rank) for rank in plan)
+    assert max(first, second) < 1.02 * min(first, second)
+
+
 def test_collate_lines_up_targets_masks_and_values() -> None:
     a = TrainingSequence([5, 6, 7, 8], 2, 0.5, 1.0, [-1.0, -2.0])
     b = TrainingSequence([5, 6, 9], 1, 0.25, -1.0, [-3.0, -4.0])
