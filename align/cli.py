@@ -5,8 +5,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
+
 from align.config import GrpoRecipe, ModelOptions, SftRecipe, check_model_directory, load_recipe
 from align.errors import UserError
+from reward import RewardTerm
 from rollout import FleetOptions
 
 EXIT_FAILED = 1
@@ -67,6 +70,12 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
         command.add_argument("--max-length", type=int, default=512, help="prompt and completion, in tokens")
         command.add_argument("--workers", type=int, default=1, help="rollout workers")
+    judge = commands.add_parser("score", help="score a file of completions by a registered reward")
+    judge.add_argument("--reward", required=True, help="name of a reward; `align rewards` lists them")
+    judge.add_argument("--params", default="{}", help='its parameters as YAML, for example "{partial: true}"')
+    judge.add_argument("--data", type=Path, required=True, help='JSONL: {"id", "completion", "answer", "tests", ...}')
+    judge.add_argument("--out", type=Path, required=True, help="JSONL to write: value, verdict and detail of each")
+    judge.set_defaults(run=score)
     sandbox = commands.add_parser("sandbox", help="the sandbox that runs a model's code")
     actions = sandbox.add_subparsers(required=True, metavar="ACTION")
     actions.add_parser("check", help="say what this machine allows of it").set_defaults(run=check_sandbox)
@@ -146,6 +155,17 @@ def model_and_fleet(options: argparse.Namespace) -> tuple[ModelOptions, FleetOpt
     if Path(options.model).is_dir():
         check_model_directory(Path(options.model), model)
     return model, FleetOptions(workers=options.workers, max_length=options.max_length)
+
+
+def score(options: argparse.Namespace) -> int:
+    """`align score --reward NAME --data FILE --out FILE`."""
+    from align.evaluate.score import score_file
+
+    params = yaml.safe_load(options.params)
+    if not isinstance(params, dict):
+        raise UserError(f"--params {options.params!r} is no mapping; write it like {{partial: true}}")
+    print(score_file(RewardTerm(name=options.reward, params=params), options.data, options.out))
+    return 0
 
 
 def check_sandbox(options: argparse.Namespace) -> int:

@@ -58,6 +58,7 @@ class Engine:
                 stop_token_ids=self._stop_token_ids,
                 ignore_eos=True,
                 logprobs=0,
+                flat_logprobs=True,
                 detokenize=False,
                 skip_special_tokens=False,
             )
@@ -77,8 +78,9 @@ class Engine:
         self.weight_version = version
 
     def _completion(self, request: Request, output: Any) -> Completion:
-        token_ids = list(output.token_ids)
-        log_probs = [at[token].logprob for at, token in zip(output.logprobs, token_ids, strict=True)]
+        token_ids, log_probs = list(output.token_ids), list(output.logprobs.logprobs)
+        if token_ids != output.logprobs.token_ids:
+            raise RolloutError(f"vLLM's log-probabilities for prompt {request.prompt.id!r} are not those of its tokens")
         if not all(math.isfinite(value) for value in log_probs):
             raise RolloutError(
                 f"the sampler returned a log-probability that is not finite for prompt {request.prompt.id!r}: "

@@ -1,6 +1,7 @@
 """One rollout worker: a vLLM engine in a Ray actor."""
 
 import atexit
+import gc
 import os
 from collections.abc import Mapping, Sequence
 
@@ -34,6 +35,9 @@ class RolloutWorker:
         atexit.register(os._exit, 0)
         torch.set_num_threads(threads)
         self._engine = Engine(model, dtype, options, stop_token_ids)
+        # What was loaded stays: a full collection would walk through all of it, in the middle of a step.
+        gc.collect()
+        gc.freeze()
 
     def ready(self) -> int:
         """The version of the weights, once the engine is loaded."""

@@ -1,6 +1,7 @@
 """One learner rank: a DeepSpeed engine in a Ray actor."""
 
 import atexit
+import gc
 import os
 import socket
 from contextlib import AbstractContextManager, nullcontext
@@ -96,6 +97,9 @@ class LearnerWorker:
         self._reference = None
         if reference is not None:
             self._reference = LogProbs(load_policy(reference)).to(self._device).eval().requires_grad_(False)
+        # What was loaded stays: a full collection would walk through all of it, in the middle of a step.
+        gc.collect()
+        gc.freeze()
         return sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters() if p.requires_grad)
 
     def accumulate(self, micro_batches: MicroBatches, objective: Objective) -> Sums:
