@@ -1,6 +1,5 @@
 """What every stage runs on: Ray, the rollout workers, the tokenizer, and the checks that a policy has to pass."""
 
-import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,9 +48,6 @@ def start_engines(recipe: Recipe, policy: ModelOptions, tokenizer: Any, run: Run
     stops = stop_token_ids(policy.path, tokenizer)
     with local_ray():
         fleet = Fleet(policy.path, policy.dtype, recipe.rollout, stops)
-        # As in the workers: collections need not walk through everything that was imported.
-        gc.collect()
-        gc.freeze()
         try:
             yield Engines(policy, tokenizer, fleet, AgreementGate(recipe.agreement, policy.dtype, run.warn))
         finally:
