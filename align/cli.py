@@ -161,9 +161,14 @@ def score(options: argparse.Namespace) -> int:
     """`align score --reward NAME --data FILE --out FILE`."""
     from align.evaluate.score import score_file
 
-    params = yaml.safe_load(options.params)
-    if not isinstance(params, dict):
-        raise UserError(f"--params {options.params!r} is no mapping; write it like {{partial: true}}")
+    try:
+        params = yaml.safe_load(options.params)
+    except yaml.YAMLError:
+        params = None
+    if not isinstance(params, dict) or not all(isinstance(name, str) for name in params):
+        raise UserError(
+            f"--params {options.params!r} is no mapping of names to values; write it like {{partial: true}}"
+        )
     print(score_file(RewardTerm(name=options.reward, params=params), options.data, options.out))
     return 0
 

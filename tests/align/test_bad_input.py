@@ -108,3 +108,11 @@ def test_an_output_file_is_never_written_over(refusal: Refusal, tmp_path: Path, 
     data = problems(tmp_path, '{"id": "1", "prompt": "What is 1 + 1?", "answer": "2"}')
     assert "exists already" in refusal("eval", "--model", policy.path, "--data", data, "--out", str(out))
     assert out.read_text() == "mine"
+
+
+@pytest.mark.parametrize("params", ["{partial", "[1]", "{1: 2}"])
+def test_parameters_of_a_reward_that_are_no_mapping(params: str, refusal: Refusal, tmp_path: Path) -> None:
+    data = problems(tmp_path, '{"id": "1", "completion": "x", "answer": "2"}')
+    out = str(tmp_path / "out.jsonl")
+    arguments = ["score", "--reward", "exact_answer", "--params", params, "--data", data, "--out", out]
+    assert "is no mapping of names to values" in refusal(*arguments)

@@ -36,7 +36,7 @@ def findings() -> list[Finding]:
     tried = [_needed("user namespaces", namespace(0), _user_namespace_hint())]
     for name, flag in _NAMESPACES.items():
         tried.append(_needed(f"{name} namespace", namespace(flag), _user_namespace_hint()))
-    folders = ", ".join(root.library_folders())
+    folders = ", ".join(root.system_folders())
     tried.append(_needed("read-only root", lambda: root.enter(proc), f"it shows {folders}, which must be readable"))
     tried.append(_needed("whole run", lambda: _whole(proc), _user_namespace_hint()))
     tried.append(_needed("no-new-privileges", lambda: kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1), "needs Linux 3.5"))

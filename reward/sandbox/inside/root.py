@@ -27,7 +27,7 @@ def enter(proc: int) -> None:
     _own_mounts(proc)
     kernel.mount("none", "/", None, kernel.MS_REC | kernel.MS_PRIVATE)
     root = "/tmp" if os.path.isdir("/tmp") else "/mnt"
-    libraries = library_folders()
+    libraries = system_folders()
     # Descriptors keep what the new tmpfs may cover within reach.
     sources = {path: os.open(path, os.O_PATH) for path in libraries}
     kernel.mount("tmpfs", root, "tmpfs", _SHUT, "mode=755,size=1m,nr_inodes=1024")
@@ -64,7 +64,7 @@ def give_up_root() -> None:
 
 
 @cache
-def library_folders() -> list[str]:
+def system_folders() -> list[str]:
     """Where the standard library lies, outermost folders only; asked first while the machine's root is in sight."""
     named = {sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), os.path.dirname(os.__file__)}
     folders = sorted({os.path.abspath(path) for path in named if os.path.isdir(path)})
@@ -73,7 +73,7 @@ def library_folders() -> list[str]:
 
 def work_folder() -> str:
     """Where a case finds its empty folder: /tmp, unless Python itself lies below it."""
-    libraries = library_folders()
+    libraries = system_folders()
     free = [path for path in ("/tmp", "/var/tmp") if not any(library.startswith(path + "/") for library in libraries)]
     return [*free, "/work"][0]
 

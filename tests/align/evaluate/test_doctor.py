@@ -42,7 +42,7 @@ def test_the_nano_policy_is_fit(policy: ModelOptions) -> None:
     assert "5 checks, none failed" in verdict(checks, policy.path)
 
 
-def test_the_softmax_scale_of_v2_lite_is_the_reports(skeleton: Any) -> None:
+def test_the_softmax_scale_of_v2_lite_is_the_reports() -> None:
     config = DeepseekV2Config(
         num_hidden_layers=1,
         q_lora_rank=None,
