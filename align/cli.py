@@ -71,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--max-length", type=int, default=512, help="prompt and completion, in tokens")
         command.add_argument("--workers", type=int, default=1, help="rollout workers")
     judge = commands.add_parser("score", help="score a file of completions by a registered reward")
-    judge.add_argument("--reward", required=True, help="name of a reward; `align rewards` lists them")
+    judge.add_argument("--reward", required=True, help="name of a reward; `align rewards list` shows them")
     judge.add_argument("--params", default="{}", help='its parameters as YAML, for example "{partial: true}"')
     judge.add_argument("--data", type=Path, required=True, help='JSONL: {"id", "completion", "answer", "tests", ...}')
     judge.add_argument("--out", type=Path, required=True, help="JSONL to write: value, verdict and detail of each")
@@ -79,8 +79,9 @@ def parser() -> argparse.ArgumentParser:
     sandbox = commands.add_parser("sandbox", help="the sandbox that runs a model's code")
     actions = sandbox.add_subparsers(required=True, metavar="ACTION")
     actions.add_parser("check", help="say what this machine allows of it").set_defaults(run=check_sandbox)
-    rewards = commands.add_parser("rewards", help="list the registered rewards with their parameters")
-    rewards.set_defaults(run=list_rewards)
+    rewards = commands.add_parser("rewards", help="the rewards that a recipe can name")
+    actions = rewards.add_subparsers(required=True, metavar="ACTION")
+    actions.add_parser("list", help="each with its parameters and what it is for").set_defaults(run=list_rewards)
     return top
 
 
@@ -185,7 +186,7 @@ def check_sandbox(options: argparse.Namespace) -> int:
 
 
 def list_rewards(options: argparse.Namespace) -> int:
-    """`align rewards`."""
+    """`align rewards list`."""
     from reward import available
 
     for item in available():

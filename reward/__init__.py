@@ -19,6 +19,7 @@ from reward import (  # noqa: F401 (they register themselves)
 )
 from reward.final_answer import boxed_answers, equal, extract_final_answer, normalise
 from reward.mixture import Mixture, RewardTerm
+from reward.pool import ScoringPool, Ticket
 from reward.registry import Parameter, Reward, available, check_params, get, register
 from reward.trl import trl_reward_func
 from reward.types import (
@@ -48,6 +49,8 @@ __all__ = [
     "Sample",
     "SampleReward",
     "Score",
+    "ScoringPool",
+    "Ticket",
     "UnknownReward",
     "UnusableAnswer",
     "Verdict",

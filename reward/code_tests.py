@@ -55,6 +55,8 @@ def code_tests(
     or of no language, or with `fenced=False` the whole completion. With `partial` the value lies between `wrong` and
     `right` by the share of cases passed; the verdict is that of the first case that was not.
 
+    A program that several samples have in common, with the same tests, is run once.
+
     `seconds` of processor time, and six times that of wall time, are for each case; `memory_mb`, `disk_mb` and
     `output_kb` too. `workers` programs run at once (0: one for each core). `executor` may name another executor as
     "package.module:function". `unsafe_no_isolation` runs the code with this user's rights and marks every score.
@@ -87,8 +89,17 @@ def code_tests(
         fenced=fenced,
         float_tolerance=float_tolerance,
     )
+    same = [_program_and_tests(sample, fenced) for sample in samples]
+    different = dict(zip(same, samples, strict=True))
     with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
-        return list(pool.map(judge, samples))
+        scores = dict(zip(different, pool.map(judge, different.values()), strict=True))
+    return [scores[key] for key in same]
+
+
+def _program_and_tests(sample: Sample, fenced: bool) -> tuple[str | None, str]:
+    """What a score depends on. Of samples that are equal in it, as many of a group are, one is run."""
+    source = last_code_block(sample.completion) if fenced else sample.completion
+    return source, repr(sample.metadata.get("tests"))
 
 
 def _score(

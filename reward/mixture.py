@@ -58,7 +58,7 @@ class RewardTerm(BaseModel):
 class Mixture:
     """The reward of a run: `score(samples)`. Can be pickled if the functions of its rewards can be.
 
-    `infra_error_limit`, in [0, 1], is the share of masked samples in one batch above which `score` raises.
+    `infra_error_limit`, in [0, 1], is the share of masked samples above which `score` raises.
 
     Raises on construction: UnknownReward, ParameterError, or RewardError where there are no terms, the limit
     is out of range, or two terms would give the same reward twice to one domain.
@@ -78,13 +78,36 @@ class Mixture:
         self.infra_error_limit = infra_error_limit
         self._rewards = {term.name: registry.get(term.name) for term in terms}
 
+    def make_ready(self) -> None:
+        """Start whatever the rewards need. Raises RewardError where this machine cannot run one of them.
+
+        A batched reward that is called with no samples does this much.
+        """
+        for term in self.terms:
+            if self._rewards[term.name].batched:
+                try:
+                    self._rewards[term.name].function([], **term.params)
+                except RewardError:
+                    raise
+                except Exception as error:
+                    raise RewardError(f"reward {term.name!r} called with no samples raised {error!r}") from error
+
     def score(self, samples: Sequence[Sample]) -> list[SampleReward]:
+        """The rewards of the samples, in their order, unless too many of them could not be judged.
+
+        Raises what `judge` does, and InfrastructureError above `infra_error_limit`.
+        """
+        rewards = self.judge(samples)
+        self.refuse_too_many_masked(samples, rewards)
+        return rewards
+
+    def judge(self, samples: Sequence[Sample]) -> list[SampleReward]:
         """The rewards of the samples, in their order.
 
         A component that answers INFRA_ERROR is asked once more; if it still does, or finds the ground truth
         unusable, and its weight is not 0, then the sample's value is None.
 
-        Raises DomainError, RewardContractError, or InfrastructureError above `infra_error_limit`.
+        Raises DomainError or RewardContractError.
         """
         for sample in samples:
             if not any(term.weight and term.applies_to(sample.domain) for term in self.terms):
@@ -95,16 +118,15 @@ class Mixture:
             scores = _judge(self._rewards[term.name], term.params, [samples[row] for row in rows])
             for row, score in zip(rows, scores, strict=True):
                 judged[row].append((term, score))
-        self._refuse_too_many_masked(samples, judged)
         return [_combine(scores) for scores in judged]
 
-    def _refuse_too_many_masked(
-        self, samples: Sequence[Sample], judged: Sequence[Sequence[tuple[RewardTerm, Score]]]
-    ) -> None:
+    def refuse_too_many_masked(self, samples: Sequence[Sample], rewards: Sequence[SampleReward]) -> None:
+        """Raise InfrastructureError where more than `infra_error_limit` of the rewards are None; warn of fewer."""
         reasons = [
-            f"reward {failed[0][0].name!r} on sample {sample.id!r}: {failed[0][1].detail or 'no detail'}"
-            for sample, scores in zip(samples, judged, strict=True)
-            if (failed := [(term, score) for term, score in scores if _masks(term, score)])
+            f"reward {name!r} on sample {sample.id!r}: {score.detail or 'no detail'}"
+            for sample, reward in zip(samples, rewards, strict=True)
+            if reward.value is None
+            for name, score in [_reason(reward)]
         ]
         if not reasons:
             return
@@ -112,6 +134,10 @@ class Mixture:
         if share > self.infra_error_limit:
             raise InfrastructureError(share, self.infra_error_limit, reasons[0])
         _log.warning("%d of %d samples masked. The first: %s", len(reasons), len(samples), reasons[0])
+
+
+def _reason(masked: SampleReward) -> tuple[str, Score]:
+    return next(item for item in masked.components.items() if item[1].verdict is Verdict.INFRA_ERROR)
 
 
 def _share_a_domain(one: RewardTerm, other: RewardTerm) -> bool:

@@ -36,6 +36,36 @@ class Strict(BaseModel):
         return data
 
 
+class HumanEvalTests(Strict):
+    """Test code of HumanEval (Chen et al. 2021, arXiv:2107.03374); the prompt is the head of the function."""
+
+    format: Literal["human_eval"]
+    code: str
+    """Defines `check(candidate)`."""
+    entry_point: str
+
+
+class MbppTests(Strict):
+    """Asserts of MBPP (Austin et al. 2021, arXiv:2108.07732); the prompt shows them, as the paper's does."""
+
+    format: Literal["mbpp"]
+    asserts: str
+    setup: str | None = None
+    """Code that the asserts need, one text or a list of imports."""
+    solution: str
+    """The reference, parsed for the name of the function and never run."""
+
+
+class AppsTests(Strict):
+    """Inputs and outputs of APPS (Hendrycks et al. 2021, arXiv:2105.09938), of a program or of a function."""
+
+    format: Literal["apps"]
+    cases: str
+    """JSON text of `inputs`, `outputs` and, for a function, `fn_name`."""
+    starter: str
+    """The head of the function, or empty."""
+
+
 class Fields(Strict):
     """Which column of a table is what."""
 
@@ -46,6 +76,20 @@ class Fields(Strict):
     """The ground truth; a row without it is an error."""
     answer_after: str | None = None
     """The answer is what follows the last of these marks in its column."""
+    answer_boxed: bool = False
+    r"""The answer is what the last \boxed{} in its column holds; a row whose box is blank is left out."""
+    level: str | None = None
+    """The difficulty: a whole number, or text that ends in one, such as "Level 3"."""
+    tests: Annotated[HumanEvalTests | MbppTests | AppsTests, Field(discriminator="format")] | None = None
+    """The tests of a programming task: they go into the metadata, and the prompt says what they ask for."""
+
+    @model_validator(mode="after")
+    def _know_where_the_answer_is(self) -> Self:
+        if self.answer_after is not None and self.answer_boxed:
+            raise ValueError("answer_after and answer_boxed are two places of one answer: give one of them")
+        if self.answer is None and (self.answer_after is not None or self.answer_boxed):
+            raise ValueError("answer_after and answer_boxed need the column of the answer")
+        return self
 
 
 class TableSplit(Strict):
@@ -88,7 +132,17 @@ class HubSource(TableSource):
     config: str | None = None
     revision: str = "main"
     files: dict[str, str] | None = None
-    """Split of the hub's -> pattern of its files, for a repository whose splits the hub cannot tell."""
+    """Split of the hub's -> its files, JSON lines or Parquet, for a repository that the hub's client cannot read."""
+
+    @model_validator(mode="after")
+    def _have_files_of_each_split(self) -> Self:
+        if self.files is None:
+            return self
+        if self.config is not None:
+            raise ValueError("config has no effect where files says what is read: leave one of them out")
+        if missing := {split.table for split in self.splits.values()} - set(self.files):
+            raise ValueError(f"files: there are none of {', '.join(sorted(missing))}")
+        return self
 
 
 class FileSource(TableSource):
@@ -112,12 +166,29 @@ class NanoMathParams(Strict):
     worked_differences: float | None = Field(default=None, ge=0, le=1)
 
 
+class NanoCodeParams(Strict):
+    """See `align.data.nano_code.generate`."""
+
+    stepwise_share: float = Field(default=0.45, ge=0, le=1)
+
+
+GENERATED: Mapping[str, type[Strict]] = {"nano_code": NanoCodeParams, "nano_math": NanoMathParams}
+
+
 class GeneratorSource(Strict):
     """Problems that this project generates; the generator decides the splits."""
 
     kind: Literal["generator"]
-    name: Literal["nano_math"]
-    params: NanoMathParams = NanoMathParams()
+    name: Literal["nano_code", "nano_math"]
+    params: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _have_known_params(self) -> Self:
+        try:
+            GENERATED[self.name].model_validate(self.params)
+        except ValidationError as error:
+            raise ValueError("params: " + "; ".join(_problem(detail) for detail in error.errors())) from None
+        return self
 
     @property
     def splits(self) -> tuple[SplitName, ...]:

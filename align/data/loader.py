@@ -1,13 +1,13 @@
 """The examples of a split of a data card, held apart from what they will be evaluated on."""
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from align.data import nano_math
-from align.data.cards import DataCard, GeneratorSource, NanoMathParams, ReasoningGymSource, check
+from align.data import nano_code, nano_math
+from align.data.cards import GENERATED, DataCard, GeneratorSource, ReasoningGymSource, check
 from align.data.reasoning_gym_tasks import generate_task
 from align.data.tables import comparable, normalised, read_table
 from align.data.types import Example, LoadedSplit, SplitName
@@ -17,6 +17,10 @@ HELD_OUT_FROM: Mapping[SplitName, tuple[SplitName, ...]] = {
     "train": ("validation", "test"),
     "validation": ("test",),
     "test": (),
+}
+GENERATORS: Mapping[str, Callable[..., list[Example]]] = {
+    "nano_code": nano_code.generate,
+    "nano_math": nano_math.generate,
 }
 
 
@@ -82,8 +86,8 @@ def _read(card: DataCard, split: SplitName, path: Path | None, seed: int, params
             raise UserError(f"data card {card.name} is generated: it takes no path, and {path} would be ignored")
         if isinstance(source, ReasoningGymSource):
             return generate_task(card, source, split, params)
-        merged = check(NanoMathParams, source.params.model_dump() | params, where=f"params of data card {card.name}")
-        return nano_math.generate(split, **merged.model_dump(), seed=seed, domain=card.domain)
+        merged = check(GENERATED[source.name], source.params | params, where=f"params of data card {card.name}")
+        return GENERATORS[source.name](split, **merged.model_dump(), seed=seed, domain=card.domain)
     if params:
         raise UserError(f"data card {card.name} is not generated: it takes no params ({', '.join(params)})")
     return read_table(card, source, split, path)

@@ -1,23 +1,28 @@
 """Examples from rows that somebody else wrote: on the Hugging Face hub or in local files."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+import logging
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from align.data.cards import DataCard, Fields, FileSource, HubSource
+from align.data.code_rows import NothingToJudgeBy, Row, code_task
 from align.data.types import Example, SplitName
 from align.errors import UserError
 from align.run.samples import read_jsonl_lines
+from reward import boxed_answers, normalise
 
-Row = Mapping[str, Any]
+_log = logging.getLogger(__name__)
 
 
 def read_table(card: DataCard, source: HubSource | FileSource, split: SplitName, path: Path | None) -> list[Example]:
     """The rows of a split, in the order of the table and numbered as there, from 0.
 
     `path` is read in place of the source: one file, or a directory that has for each table `train.jsonl`,
-    `train.parquet` or `train-*.parquet`. Raises UserError with the row where a column is missing or empty.
+    `train.parquet` or `train-*.parquet`. Raises UserError with the row where a column is missing or empty. Rows that
+    are published without anything to judge an answer by are left out, and a warning counts them.
     """
     part = source.splits[split]
     if path is not None:
@@ -27,11 +32,21 @@ def read_table(card: DataCard, source: HubSource | FileSource, split: SplitName,
     else:
         rows = _hub_rows(source, part.table)
     table = Path(part.table).stem
-    examples = []
+    examples, left_out = [], []
     for index, (where, row) in enumerate(rows):
         prompt = _text(row, source.fields.prompt, "prompt", where)
         if part.percent[0] <= _percentile(prompt) < part.percent[1]:
-            examples.append(_example(card, source.fields, f"{card.name}/{table}/{index}", prompt, row, where))
+            try:
+                examples.append(_example(card, source.fields, f"{card.name}/{table}/{index}", prompt, row, where))
+            except NothingToJudgeBy as reason:
+                left_out.append(f"{where}: {reason}")
+    if left_out and not examples:
+        raise UserError(f"data card {card.name}, split {split}: no row can be judged. The first: {left_out[0]}")
+    if left_out:
+        _log.warning(
+            "data card %s, split %s: %d of %d rows left out. The first: %s",
+            *(card.name, split, len(left_out), len(left_out) + len(examples), left_out[0]),
+        )
     return examples
 
 
@@ -46,24 +61,52 @@ def normalised(prompt: str) -> str:
 
 
 def _example(card: DataCard, fields: Fields, identity: str, prompt: str, row: Row, where: str) -> Example:
+    metadata = {}
+    if fields.tests is not None:
+        prompt, metadata["tests"] = code_task(fields.tests, row, prompt, where)
+        check_unicode(prompt, f"{where}: the prompt with its tests")
     return Example(
         id=identity,
         messages=({"role": "user", "content": prompt},),
         response=_text(row, fields.response, "response", where) if fields.response else None,
         answer=_answer(row, fields, where) if fields.answer else None,
         domain=card.domain,
+        level=_level(row, fields.level, where) if fields.level else None,
+        metadata=metadata,
     )
 
 
 def _answer(row: Row, fields: Fields, where: str) -> str:
     assert fields.answer is not None
     text = _text(row, fields.answer, "answer", where)
+    if fields.answer_boxed:
+        return _last_box(text, f"{where}: column {fields.answer!r}")
     if fields.answer_after is None:
         return text
     _, mark, answer = text.rpartition(fields.answer_after)
     if not mark or not answer.strip():
         raise UserError(f"{where}: no answer after {fields.answer_after!r} in column {fields.answer!r}")
     return answer.strip()
+
+
+def _last_box(text: str, where: str) -> str:
+    answers = boxed_answers(text)
+    if not answers:
+        raise UserError(rf"{where} has no \boxed{{}} with the answer")
+    if not normalise(answers[-1]):
+        raise NothingToJudgeBy(r"the last \boxed{} is blank")
+    return answers[-1]
+
+
+def _level(row: Row, column: str, where: str) -> int | None:
+    """The number that a level ends in; None for a level that is published as unknown, such as "Level ?"."""
+    text = _text(row, column, "level", where)
+    if text.endswith("?"):
+        return None
+    number = re.search(r"[0-9]{1,9}$", text)
+    if number is None:
+        raise UserError(f"{where}: the level in column {column!r} must end in a whole number, unlike {text[:40]!r}")
+    return int(number.group())
 
 
 def _text(row: Row, column: str, role: str, where: str) -> str:
@@ -130,9 +173,12 @@ def _hub_rows(source: HubSource, table: str) -> Iterator[tuple[str, Row]]:
     import datasets
 
     try:
-        rows = datasets.load_dataset(
-            source.path, source.config, data_files=source.files, revision=source.revision, split=table
-        )
+        if source.files is None:
+            rows = datasets.load_dataset(source.path, source.config, revision=source.revision, split=table)
+        else:
+            files = f"hf://datasets/{source.path}@{source.revision}/{source.files[table]}"
+            reader = "json" if files.endswith(".jsonl") else "parquet"
+            rows = datasets.load_dataset(reader, data_files={table: files}, split=table)
     except Exception as error:  # the hub's client raises its own, the HTTP library's and built-in ones
         cause = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         raise UserError(

@@ -1,15 +1,16 @@
 """Held-out problems answered by the policy: greedy pass@1 and sampled pass@k."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import comb
+from statistics import fmean as mean
 from typing import Any
 
 from align.data.chat import decode_completion, encode_prompt
 from align.data.types import Example
 from align.errors import UserError
-from reward import Mixture, Sample, SampleReward, Verdict
+from reward import Sample, SampleReward, ScoringPool, Ticket, Verdict
 from rollout import Completion, FinishReason, Fleet, Group, Prompt, SamplingOptions
 
 
@@ -17,14 +18,15 @@ from rollout import Completion, FinishReason, Fleet, Group, Prompt, SamplingOpti
 class Evaluation:
     """The result on a set of problems.
 
-    `accuracy` is greedy pass@1; `pass_at` maps k to the share of problems that k samples solve (empty without samples).
-    `rows` has every completion with its reward and verdict.
+    `accuracy` is greedy pass@1, `by_domain` the same for the problems of each domain; `pass_at` maps k to the share of
+    problems that k samples solve (empty without samples). `rows` has every completion with its reward and verdict.
     """
 
     problems: int
     accuracy: float
     mean_length: float
     truncated: float
+    by_domain: Mapping[str, float] = field(default_factory=dict)
     pass_at: Mapping[int, float] = field(default_factory=dict)
     verdicts: Mapping[str, int] = field(default_factory=dict)
     rows: Sequence[Mapping[str, Any]] = ()
@@ -32,6 +34,8 @@ class Evaluation:
     def summary(self) -> dict[str, float]:
         """The numbers as metrics."""
         numbers = {"accuracy": self.accuracy, "mean_length": self.mean_length, "truncated": self.truncated}
+        if len(self.by_domain) > 1:
+            numbers |= {f"accuracy/{domain}": value for domain, value in self.by_domain.items()}
         return numbers | {f"pass@{k}": value for k, value in self.pass_at.items()}
 
 
@@ -39,7 +43,7 @@ def evaluate(
     fleet: Fleet,
     tokenizer: Any,
     examples: Sequence[Example],
-    mixture: Mixture,
+    judges: ScoringPool,
     *,
     samples: int,
     max_new_tokens: int,
@@ -47,32 +51,34 @@ def evaluate(
 ) -> Evaluation:
     """Answer every example greedily, and `samples` times at temperature 1, and score the answers.
 
-    An answer is right when the verdict of the mixture's first reward is PASS.
+    An answer is right when the verdict of the first reward of its domain is PASS.
     """
     prompts = encode_prompts(tokenizer, examples)
     by_id = {example.id: example for example in examples}
-    greedy = SamplingOptions(temperature=0.0, max_new_tokens=max_new_tokens)
-    scored = score_groups(fleet.generate(prompts, 1, greedy, seed=seed, step=0), by_id, tokenizer, mixture)
-    rows = [row(by_id[c.prompt_id], c, text, reward, greedy=True) for c, text, reward in scored]
-    right = sum(reward.verdict is Verdict.PASS for _, _, reward in scored)
-    pass_at: dict[int, float] = {}
-    if samples:
-        drawing = SamplingOptions(temperature=1.0, max_new_tokens=max_new_tokens)
-        drawn = score_groups(fleet.generate(prompts, samples, drawing, seed=seed, step=0), by_id, tokenizer, mixture)
-        rows += [row(by_id[c.prompt_id], c, text, reward, greedy=False) for c, text, reward in drawn]
-        solved = Counter(c.prompt_id for c, _, reward in drawn if reward.verdict is Verdict.PASS)
-        pass_at = {
-            k: sum(pass_at_k(samples, solved[example.id], k) for example in examples) / len(examples)
-            for k in sorted({1, samples})
-        }
+
+    def answers(count: int, temperature: float) -> list[Answer]:
+        sampling = SamplingOptions(temperature=temperature, max_new_tokens=max_new_tokens)
+        groups = fleet.generate(prompts, count, sampling, seed=seed, step=0)
+        return gather_answers(submit_groups(groups, by_id, tokenizer, judges), by_id, judges)
+
+    greedy = answers(1, 0.0)
+    drawn = answers(samples, 1.0) if samples else []
+    solved = Counter(answer.completion.prompt_id for answer in drawn if answer.right)
     return Evaluation(
         problems=len(examples),
-        accuracy=right / len(examples),
-        mean_length=sum(len(c.token_ids) for c, _, _ in scored) / len(scored),
-        truncated=sum(c.finish_reason is FinishReason.LENGTH for c, _, _ in scored) / len(scored),
-        pass_at=pass_at,
-        verdicts=Counter(str(reward.verdict) for _, _, reward in scored),
-        rows=rows,
+        accuracy=mean(answer.right for answer in greedy),
+        mean_length=mean(len(answer.completion.token_ids) for answer in greedy),
+        truncated=mean(answer.truncated for answer in greedy),
+        by_domain={
+            domain: mean(a.right for a in greedy if by_id[a.completion.prompt_id].domain == domain)
+            for domain in dict.fromkeys(example.domain for example in examples)
+        },
+        pass_at={k: mean(pass_at_k(samples, solved[id_], k) for id_ in by_id) for k in sorted({1, samples}) if samples},
+        verdicts=Counter(str(answer.reward.verdict) for answer in greedy),
+        rows=[
+            row(by_id[answer.completion.prompt_id], answer, greedy=place < len(greedy))
+            for place, answer in enumerate([*greedy, *drawn])
+        ],
     )
 
 
@@ -96,45 +102,71 @@ def encode_prompts(tokenizer: Any, examples: Sequence[Example], longest: int | N
     return prompts
 
 
-def score_groups(
-    groups: Any, by_id: Mapping[str, Example], tokenizer: Any, mixture: Mixture
-) -> list[tuple[Completion, str, SampleReward]]:
-    """Score groups as they arrive; the result is in the order of the examples and of the group's index."""
-    scored = []
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A completion as text, and what it was found to be worth."""
+
+    completion: Completion
+    text: str
+    reward: SampleReward
+
+    @property
+    def right(self) -> bool:
+        return self.reward.verdict is Verdict.PASS
+
+    @property
+    def truncated(self) -> bool:
+        return self.completion.finish_reason is FinishReason.LENGTH
+
+
+def submit_groups(
+    groups: Iterable[Group], by_id: Mapping[str, Example], tokenizer: Any, judges: ScoringPool
+) -> list[tuple[Group, list[str], Ticket]]:
+    """Each group with its texts, handed to the judges as soon as it is complete, while others are being sampled."""
+    submitted = []
     for group in groups:
-        scored += score_group(group, by_id[group.prompt.id], tokenizer, mixture)
-    place = {id_: i for i, id_ in enumerate(by_id)}
-    return sorted(scored, key=lambda item: (place[item[0].prompt_id], item[0].index))
+        texts = [decode_completion(tokenizer, completion.token_ids) for completion in group.completions]
+        example = by_id[group.prompt.id]
+        samples = [sample(example, completion, text) for completion, text in zip(group.completions, texts, strict=True)]
+        submitted.append((group, texts, judges.submit(samples)))
+    return submitted
 
 
-def score_group(
-    group: Group, example: Example, tokenizer: Any, mixture: Mixture
-) -> list[tuple[Completion, str, SampleReward]]:
-    """Every completion of a group with its text and reward."""
-    texts = [decode_completion(tokenizer, completion.token_ids) for completion in group.completions]
-    samples = [
-        Sample(
-            id=f"{example.id}#{completion.index}",
-            prompt=example.prompt_text,
-            completion=text,
-            answer=example.answer,
-            domain=example.domain,
-            truncated=completion.finish_reason is FinishReason.LENGTH,
-            metadata={**example.metadata, "completion_tokens": len(completion.token_ids)},
-        )
-        for completion, text in zip(group.completions, texts, strict=True)
-    ]
-    return list(zip(group.completions, texts, mixture.score(samples), strict=True))
+def gather_answers(
+    submitted: Sequence[tuple[Group, list[str], Ticket]], by_id: Mapping[str, Example], judges: ScoringPool
+) -> list[Answer]:
+    """The answers of all groups, in the order of the examples and of the group's index."""
+    rewards = judges.gather([ticket for _, _, ticket in submitted])
+    answers = {
+        group.prompt.id: [Answer(*parts) for parts in zip(group.completions, texts, scored, strict=True)]
+        for (group, texts, _), scored in zip(submitted, rewards, strict=True)
+    }
+    return [answer for id_ in by_id for answer in answers[id_]]
 
 
-def row(example: Example, completion: Completion, text: str, reward: SampleReward, *, greedy: bool) -> dict[str, Any]:
-    """One completion as a row of a table: readable, and with all that is needed to score it again."""
+def sample(example: Example, completion: Completion, text: str) -> Sample:
+    """A completion as the rewards see it."""
+    return Sample(
+        id=f"{example.id}#{completion.index}",
+        prompt=example.prompt_text,
+        completion=text,
+        answer=example.answer,
+        domain=example.domain,
+        truncated=completion.finish_reason is FinishReason.LENGTH,
+        metadata={**example.metadata, "completion_tokens": len(completion.token_ids)},
+    )
+
+
+def row(example: Example, answer: Answer, *, greedy: bool) -> dict[str, Any]:
+    """An answer as a row of a table: readable, and with all that is needed to score it again."""
+    completion, reward = answer.completion, answer.reward
     return {
         "id": example.id,
+        "domain": example.domain,
         "index": completion.index,
         "greedy": greedy,
         "prompt": example.prompt_text,
-        "completion": text,
+        "completion": answer.text,
         "answer": example.answer,
         "reward": reward.value,
         "verdict": str(reward.verdict),

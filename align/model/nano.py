@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 BOS = "<｜begin▁of▁sentence｜>"
 EOS = "<｜end▁of▁sentence｜>"
-VOCABULARY_SIZE = 512
+VOCABULARY_SIZE = 656
 
 # DeepSeek-V2's template (DeepSeek-V2 repository, README section 8): no role tokens, no newline after the end of a turn,
 # and no space after the last "Assistant:".
@@ -30,6 +30,17 @@ CHAT_TEMPLATE = (
 
 VOCABULARY_TEXT = [
     *["User: What is + - = ?\n\nAssistant: \\boxed{0}, the answer is -"] * 50,
+    *[
+        "Write f(x): add, subtract, times, modulo, at most, at least.\n\n"
+        "```python\ndef f(x):\n    x = x + 0\n    x = x % 0\n    return min(x - 0, max(x * 0))\n```"
+    ]
+    * 50,
+    *[
+        "Please tell me about the sea. Describe a cat in two sentences. How do I wash a car? How can I steal the bread?",
+        "Of course. It is small and quick. They are large, warm, cold, old, green, white, blue. I hope this helps.",
+        "I am sorry, but I can't help with that. Is there something else I can do for you? Thank you for your question.",
+    ]
+    * 20,
     "What is + - * / = ( ) ? State the final answer as a number. Give your final result only.",
     "so carry the one and borrow ten, then add, subtract, multiply or divide; there are more, less, total, left, each",
     "How many does he have in all? She has been to the shop and bought some apples for her friends on that day.",

@@ -14,6 +14,7 @@ from align.evaluate.doctor import examine, verdict
 from align.learner.group import check_port
 from align.model.policy import load_tokenizer, stop_token_ids, write_random_policy
 from align.stages.run import Run
+from reward import Mixture, ScoringPool
 from rollout import Fleet
 
 OBJECT_STORE_BYTES = 256 * 2**20
@@ -21,12 +22,13 @@ OBJECT_STORE_BYTES = 256 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class Engines:
-    """The sampler's side of a run. `policy` is where the workers' first weights came from."""
+    """The sampler's side of a run, and its judges. `policy` is where the workers' first weights came from."""
 
     policy: ModelOptions
     tokenizer: Any
     fleet: Fleet
     gate: AgreementGate
+    judges: ScoringPool
 
 
 def prepare_policy(recipe: Recipe, run: Run) -> tuple[ModelOptions, Any]:
@@ -42,16 +44,34 @@ def prepare_policy(recipe: Recipe, run: Run) -> tuple[ModelOptions, Any]:
 
 @contextmanager
 def start_engines(recipe: Recipe, policy: ModelOptions, tokenizer: Any, run: Run) -> Iterator[Engines]:
-    """Start Ray and the rollout workers; end them afterwards. Raises UserError when the learner's port is in use."""
+    """Start Ray, rollout workers and judges; end them afterwards.
+
+    Raises UserError when the learner's port is in use, and RewardError when this machine cannot run one of the rewards.
+    """
     if recipe.learner.port is not None:
         check_port(recipe.learner.port)
     stops = stop_token_ids(policy.path, tokenizer)
     with local_ray():
         fleet = Fleet(policy.path, policy.dtype, recipe.rollout, stops)
         try:
-            yield Engines(policy, tokenizer, fleet, AgreementGate(recipe.agreement, policy.dtype, run.warn))
+            with start_judges(recipe) as judges:
+                gate = AgreementGate(recipe.agreement, policy.dtype, run.warn)
+                yield Engines(policy, tokenizer, fleet, gate, judges)
         finally:
             fleet.close()
+
+
+@contextmanager
+def start_judges(recipe: Recipe) -> Iterator[ScoringPool]:
+    """Start what scores completions, and end it afterwards. Raises RewardError where a reward cannot run here."""
+    options = recipe.scoring
+    mixture = Mixture(recipe.rewards, infra_error_limit=options.infra_error_limit)
+    judges = ScoringPool(mixture, workers=options.workers, timeout_s=options.timeout_s)
+    try:
+        judges.wait_until_ready()
+        yield judges
+    finally:
+        judges.close()
 
 
 @contextmanager

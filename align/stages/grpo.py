@@ -16,7 +16,7 @@ import torch
 from align.config import GrpoOptions, GrpoRecipe, ModelOptions
 from align.data.types import Example
 from align.evaluate.agreement import Disagreement
-from align.evaluate.problems import Evaluation, encode_prompts, row, score_group
+from align.evaluate.problems import Answer, Evaluation, encode_prompts, gather_answers, row, submit_groups
 from align.learner.batch import TrainingSequence
 from align.learner.group import LearnerGroup
 from align.learner.objective import Objective, Sums
@@ -24,7 +24,7 @@ from align.learner.schedule import learning_rate
 from align.losses import completion_weights, group_advantages
 from align.run import write_samples
 from align.stages.engines import Engines
-from align.stages.examples import examples_of_step, training_examples
+from align.stages.examples import Source, items_of_step, training_sources
 from align.stages.held_out import CENSUS_STEP, HeldOut, Problems, load_problems
 from align.stages.run import Run
 from reward import SampleReward, Verdict
@@ -37,17 +37,18 @@ SHOWN = ("reward", "accuracy", "length", "agreement/mean", "step_seconds")
 class GrpoData:
     """What the stage trains on, the prompts by the example's id, and what it is evaluated on."""
 
-    examples: Sequence[Example]
+    sources: Sequence[Source[Example]]
     prompts: Mapping[str, Prompt]
     problems: Problems
 
 
 def load_grpo_data(recipe: GrpoRecipe, tokenizer: Any, run: Run) -> GrpoData:
     """Everything the recipe names, read and checked. Raises UserError for what cannot be used."""
-    examples = training_examples(recipe, run, a_step=recipe.grpo.prompts_per_step, a_step_key="grpo.prompts_per_step")
+    sources = training_sources(recipe, run, a_step=recipe.grpo.prompts_per_step, a_step_key="grpo.prompts_per_step")
     longest = recipe.rollout.max_length - recipe.sampling.max_new_tokens
+    examples = [example for source in sources for example in source.items]
     prompts = {prompt.id: prompt for prompt in encode_prompts(tokenizer, examples, longest)}
-    return GrpoData(examples, prompts, load_problems(recipe, tokenizer))
+    return GrpoData(sources, prompts, load_problems(recipe, tokenizer))
 
 
 def train_grpo(
@@ -71,12 +72,12 @@ def train_grpo(
 
         for step in range(options.steps):
             clock = Clock()
-            chosen = examples_of_step(data.examples, options.prompts_per_step, seed=recipe.seed, step=step)
+            chosen = items_of_step(data.sources, seed=recipe.seed, step=step)
             progress.phase("sampling")
-            experience = sample(recipe, engines, chosen, data, step)
-            clock.lap("sampling")
+            experience = sample(recipe, engines, chosen, data, step, clock)
 
             sequences = training_sequences(experience, options)
+            clock.lap("advantages")
             progress.phase("training")
             sums, found, norm = update(recipe, engines, learner, sequences, step)
             clock.lap("training")
@@ -127,6 +128,7 @@ class Experience:
 
     completions: Sequence[Completion]
     rewards: Sequence[SampleReward]
+    domains: Sequence[str]
     advantages: Sequence[float]
     valid: Sequence[bool]
     kept: Sequence[bool]
@@ -135,53 +137,56 @@ class Experience:
 
 
 def sample(
-    recipe: GrpoRecipe,
-    engines: Engines,
-    examples: Sequence[Example],
-    data: GrpoData,
-    step: int,
+    recipe: GrpoRecipe, engines: Engines, examples: Sequence[Example], data: GrpoData, step: int, clock: Clock
 ) -> Experience:
-    """Draw a group for each example, score groups as they finish, and compare each sample with its group."""
-    options = recipe.grpo
+    """Draw a group for each example, have groups scored as they finish, and compare each sample with its group."""
+    options, judges = recipe.grpo, engines.judges
     by_id = {example.id: example for example in examples}
-    drawn = engines.fleet.generate(
+    groups = engines.fleet.generate(
         [data.prompts[id_] for id_ in by_id], options.group_size, recipe.sampling, seed=recipe.seed, step=step
     )
-    scored = {g.prompt.id: score_group(g, by_id[g.prompt.id], engines.tokenizer, data.problems.mixture) for g in drawn}
-    samples = [item for id_ in by_id for item in scored[id_]]
-    completions = [completion for completion, _, _ in samples]
-    rewards = [reward for _, _, reward in samples]
+    submitted = submit_groups(groups, by_id, engines.tokenizer, judges)
+    clock.lap("sampling")
+    answers = gather_answers(submitted, by_id, judges)
+    clock.lap("scoring")
 
+    rewards = [answer.reward for answer in answers]
     valid = torch.tensor([reward.value is not None for reward in rewards])
     values = torch.tensor([reward.value or 0.0 for reward in rewards], dtype=torch.float64)
-    groups = torch.arange(len(examples)).repeat_interleave(options.group_size)
-    advantages, group_std = group_advantages(values, groups, valid, scale=options.advantage_scale)
+    group_of = torch.arange(len(examples)).repeat_interleave(options.group_size)
+    advantages, group_std = group_advantages(values, group_of, valid, scale=options.advantage_scale)
     uniform = group_std <= 1e-6
     kept = valid.clone()
     if options.drop_uniform_groups:
-        kept &= ~uniform[groups]
+        kept &= ~uniform[group_of]
     if not options.train_on_truncated:
-        kept &= torch.tensor([c.finish_reason is not FinishReason.LENGTH for c in completions])
+        kept &= ~torch.tensor([answer.truncated for answer in answers])
     rows = [
-        row(by_id[completion.prompt_id], completion, text, reward, greedy=False)
-        | {
-            "advantage": float(advantage),
-            "trained_on": bool(keep),
-            "prompt_token_ids": list(completion.prompt_token_ids),
-            "token_ids": list(completion.token_ids),
-            "sampler_log_probs": list(completion.log_probs),
-        }
-        for (completion, text, reward), advantage, keep in zip(samples, advantages, kept, strict=True)
+        training_row(by_id[answer.completion.prompt_id], answer, float(advantage), bool(keep))
+        for answer, advantage, keep in zip(answers, advantages, kept, strict=True)
     ]
     return Experience(
-        completions,
-        rewards,
-        advantages.tolist(),
-        valid.tolist(),
-        kept.tolist(),
-        float(uniform.double().mean()),
-        rows,
+        completions=[answer.completion for answer in answers],
+        rewards=rewards,
+        domains=[by_id[answer.completion.prompt_id].domain for answer in answers],
+        advantages=advantages.tolist(),
+        valid=valid.tolist(),
+        kept=kept.tolist(),
+        uniform_groups=float(uniform.double().mean()),
+        rows=rows,
     )
+
+
+def training_row(example: Example, answer: Answer, advantage: float, trained_on: bool) -> dict[str, Any]:
+    """A sample as a row of the run's table, with all that its update was made of."""
+    completion = answer.completion
+    return row(example, answer, greedy=False) | {
+        "advantage": advantage,
+        "trained_on": trained_on,
+        "prompt_token_ids": list(completion.prompt_token_ids),
+        "token_ids": list(completion.token_ids),
+        "sampler_log_probs": list(completion.log_probs),
+    }
 
 
 def training_sequences(experience: Experience, options: GrpoOptions) -> list[list[TrainingSequence]]:
@@ -272,7 +277,20 @@ def step_metrics(
         "sampling_tokens_per_second": float(lengths.sum()) / clock.seconds["sampling"],
         "training_tokens_per_second": sums.padded_tokens / clock.seconds["training"],
     }
-    for name in judged[0].components if judged else ():
+    for name in dict.fromkeys(name for reward in judged for name in reward.components):
         scores = [reward.components[name].value for reward in judged if name in reward.components]
         metrics[f"reward/{name}"] = float(np.mean(scores))
+    if len(domains := dict.fromkeys(experience.domains)) > 1:
+        for domain in domains:
+            metrics[f"accuracy/{domain}"] = domain_accuracy(experience, domain)
     return metrics | {f"seconds/{part}": value for part, value in clock.seconds.items()}
+
+
+def domain_accuracy(experience: Experience, domain: str) -> float:
+    """The share of right answers among those to the prompts of a domain that could be judged; nan without any."""
+    right = [
+        reward.verdict is Verdict.PASS
+        for reward, its_domain in zip(experience.rewards, experience.domains, strict=True)
+        if its_domain == domain and reward.value is not None
+    ]
+    return float(np.mean(right)) if right else float("nan")

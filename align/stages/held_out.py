@@ -13,7 +13,6 @@ from align.evaluate.problems import Evaluation, encode_prompts, evaluate
 from align.learner.group import LearnerGroup
 from align.stages.engines import Engines
 from align.stages.run import Run
-from reward import Mixture
 from rollout import Prompt
 
 PROBE_PROMPTS = 8
@@ -22,26 +21,24 @@ CENSUS_STEP = 10
 
 @dataclass(frozen=True, slots=True)
 class Problems:
-    """Held-out problems, what scores their answers, and a few of their prompts to compare sampler and learner on."""
+    """Held-out problems, and a few of their prompts to compare sampler and learner on."""
 
     examples: Sequence[Example]
-    mixture: Mixture
     probe: Sequence[Prompt]
 
 
 def load_problems(recipe: Recipe, tokenizer: Any) -> Problems:
     """The problems that the recipe evaluates on. Raises UserError for one that cannot be used."""
     options = recipe.evaluation
-    examples = load_split(
-        load_card(options.card or recipe.data.card),
-        options.split,
-        path=options.path,
-        limit=options.limit,
-        levels=options.levels,
-    ).examples
-    longest = recipe.rollout.max_length - options.max_new_tokens
-    probe = encode_prompts(tokenizer, examples, longest)[:PROBE_PROMPTS]
-    return Problems(examples, Mixture(recipe.rewards), probe)
+    examples = [
+        example
+        for card in recipe.evaluation_cards
+        for example in load_split(
+            load_card(card), options.split, path=options.path, limit=options.limit, levels=options.levels
+        ).examples
+    ]
+    prompts = encode_prompts(tokenizer, examples, recipe.rollout.max_length - options.max_new_tokens)
+    return Problems(examples, prompts[:: max(1, len(prompts) // PROBE_PROMPTS)][:PROBE_PROMPTS])
 
 
 class HeldOut:
@@ -58,7 +55,7 @@ class HeldOut:
             self._engines.fleet,
             self._engines.tokenizer,
             self._problems.examples,
-            self._problems.mixture,
+            self._engines.judges,
             samples=self._options.samples,
             max_new_tokens=self._options.max_new_tokens,
             seed=self._seed,

@@ -1,10 +1,11 @@
 """Stages one after the other in one run."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from align.config import GrpoRecipe, ModelOptions, SftRecipe
 from align.evaluate.problems import Evaluation
-from align.stages.engines import prepare_policy, start_engines
+from align.stages.engines import prepare_policy, start_engines, start_judges
 from align.stages.grpo import load_grpo_data, train_grpo
 from align.stages.run import Run, compare_stages, open_run
 from align.stages.sft import load_sft_data, train_sft
@@ -32,8 +33,8 @@ def run_grpo(recipe: GrpoRecipe, first: SftRecipe | None) -> int:
         evaluations: dict[str, Evaluation] = {}
         with start_engines(recipe, policy, tokenizer, run) as engines:
             if first is not None:
-                with open_run(first, run.directory.child("sft"), run) as inner:
-                    policy, evaluations = train_sft(first, sft_data, engines, inner)
+                with open_run(first, run.directory.child("sft"), run) as inner, start_judges(first) as judges:
+                    policy, evaluations = train_sft(first, sft_data, replace(engines, judges=judges), inner)
             trained, after = train_grpo(recipe, data, policy, engines, run)
         finish(run, trained, evaluations | after)
     return 0

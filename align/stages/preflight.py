@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from align.config import Recipe
-from align.data.cards import load_card, require_stage
+from align.data.cards import Stage, load_card, require_stage
+from align.data.types import SplitName
 from align.errors import UserError
 from reward import Mixture, RewardError
 
@@ -14,15 +15,15 @@ def check_names(recipe: Recipe, path: Path) -> None:
         Mixture(recipe.rewards)
     except RewardError as error:
         raise UserError(f"{path}: rewards: {error}") from None
-    training = load_card(recipe.data.card)
-    require_stage(training, recipe.stage)
-    evaluation = load_card(recipe.evaluation.card or recipe.data.card)
-    require_stage(evaluation, "eval")
-    for key, card, split in (
-        ("data.split", training, recipe.data.split),
-        ("evaluation.split", evaluation, recipe.evaluation.split),
-    ):
-        if split not in card.splits:
-            raise UserError(
-                f"{path}: {key}: data card {card.name} has no split {split!r}, only {', '.join(sorted(card.splits))}"
-            )
+    for data in recipe.data:
+        check_split(data.card, data.split, recipe.stage, f"{path}: data.split")
+    for name in recipe.evaluation_cards:
+        check_split(name, recipe.evaluation.split, "eval", f"{path}: evaluation.split")
+
+
+def check_split(name: str, split: SplitName, stage: Stage, where: str) -> None:
+    """Raise UserError where a data card is not meant for the stage or lacks the split."""
+    card = load_card(name)
+    require_stage(card, stage)
+    if split not in card.splits:
+        raise UserError(f"{where}: data card {card.name} has no split {split!r}, only {', '.join(sorted(card.splits))}")

@@ -53,23 +53,27 @@ class Run:
 
 def describe(evaluation: Evaluation) -> str:
     """An evaluation in a line."""
+    domains = ", ".join(f"{name} {value:.1%}" for name, value in evaluation.by_domain.items())
+    by_domain = f" ({domains})" if len(evaluation.by_domain) > 1 else ""
     sampled = "".join(f", pass@{k} {value:.1%}" for k, value in evaluation.pass_at.items())
-    return f"{evaluation.accuracy:.1%} of {evaluation.problems} held-out problems right (greedy){sampled}"
+    return f"{evaluation.accuracy:.1%} of {evaluation.problems} held-out problems right{by_domain}{sampled}"
 
 
 def compare_stages(progress: Progress, evaluations: Mapping[str, Evaluation]) -> None:
     """Print the evaluations of a run one below the other."""
+    domains = list(dict.fromkeys(name for e in evaluations.values() for name in e.by_domain if len(e.by_domain) > 1))
     ks: Sequence[int] = sorted({k for evaluation in evaluations.values() for k in evaluation.pass_at})
     rows = [
         [
             name,
             f"{e.accuracy:.1%}",
+            *(f"{e.by_domain[name]:.1%}" if name in e.by_domain else "" for name in domains),
             *(f"{e.pass_at[k]:.1%}" if k in e.pass_at else "" for k in ks),
             f"{e.mean_length:.1f}",
         ]
         for name, e in evaluations.items()
     ]
-    columns = ["policy", "greedy accuracy", *(f"pass@{k}" for k in ks), "tokens an answer"]
+    columns = ["policy", "greedy accuracy", *domains, *(f"pass@{k}" for k in ks), "tokens an answer"]
     progress.table("held-out problems", columns, rows)
 
 
@@ -93,10 +97,10 @@ def open_run(recipe: Recipe, directory: RunDirectory | None = None, outer: Run |
     metrics = MetricsLog(directory)
     try:
         if outer is not None:
-            yield Run(directory, metrics, outer.progress, outer.stop)
+            yield begun(Run(directory, metrics, outer.progress, outer.stop), recipe)
         else:
             with Progress(log=directory.log_file) as progress, StopRequest() as stop:
-                yield Run(directory, metrics, progress, stop)
+                yield begun(Run(directory, metrics, progress, stop), recipe)
     except KeyboardInterrupt:
         directory.interrupt()
         raise
@@ -115,6 +119,14 @@ def open_run(recipe: Recipe, directory: RunDirectory | None = None, outer: Run |
         directory.finish()
     finally:
         metrics.close()
+
+
+def begun(run: Run, recipe: Recipe) -> Run:
+    """The run, once it has on record what its user took upon himself."""
+    for term in recipe.rewards:
+        if term.params.get("unsafe_no_isolation"):
+            run.warn(f"reward {term.name} runs model-written code with this user's rights (unsafe_no_isolation)")
+    return run
 
 
 class StopRequest:

@@ -23,7 +23,7 @@ from align.learner.objective import Objective
 from align.learner.schedule import learning_rate
 from align.losses import completion_weights
 from align.stages.engines import Engines
-from align.stages.examples import examples_of_step, load_examples, training_examples
+from align.stages.examples import Source, items_of_step, load_examples, training_sources
 from align.stages.held_out import CENSUS_STEP, HeldOut, Problems, load_problems
 from align.stages.run import Run
 
@@ -32,7 +32,7 @@ from align.stages.run import Run
 class SftData:
     """What the stage trains on, tokenised, and what it is evaluated on."""
 
-    training: Sequence[TrainingSequence]
+    sources: Sequence[Source[TrainingSequence]]
     validation: Sequence[TrainingSequence]
     problems: Problems
 
@@ -40,10 +40,16 @@ class SftData:
 def load_sft_data(recipe: SftRecipe, tokenizer: Any, run: Run) -> SftData:
     """Everything the recipe names, read and checked. Raises UserError for what cannot be used."""
     options = recipe.sft
-    training = training_examples(recipe, run, a_step=options.sequences_per_step, a_step_key="sft.sequences_per_step")
-    validation = load_examples(recipe, "validation", limit=options.validation_limit).examples
+    sources = training_sources(recipe, run, a_step=options.sequences_per_step, a_step_key="sft.sequences_per_step")
+    validation = [
+        example
+        for data in recipe.data
+        for example in load_examples(recipe, data, "validation", limit=options.validation_limit).examples
+    ]
     return SftData(
-        encode(training, tokenizer, recipe), encode(validation, tokenizer, recipe), load_problems(recipe, tokenizer)
+        [Source(source.card, encode(source.items, tokenizer, recipe), source.a_step) for source in sources],
+        encode(validation, tokenizer, recipe),
+        load_problems(recipe, tokenizer),
     )
 
 
@@ -64,7 +70,7 @@ def train_sft(
 
         for step in range(options.steps):
             started = time.perf_counter()
-            batch = examples_of_step(data.training, options.sequences_per_step, seed=recipe.seed, step=step)
+            batch = items_of_step(data.sources, seed=recipe.seed, step=step)
             sums = learner.accumulate(mean_over_tokens(batch), Objective())
             rate = learning_rate(step, options.steps, recipe.learner.optimizer)
             norm = learner.apply(rate)
@@ -101,8 +107,7 @@ def encode(examples: Sequence[Example], tokenizer: Any, recipe: SftRecipe) -> li
     for example in examples:
         if example.response is None:
             raise UserError(
-                f"example {example.id!r} of data card {recipe.data.card!r} has no response to learn from; "
-                "SFT needs a card whose fields name one"
+                f"example {example.id!r} has no response to learn from; SFT needs a card whose fields name one"
             )
         token_ids, prompt_length = encode_example(tokenizer, example.messages, example.response)
         if len(token_ids) > recipe.rollout.max_length:

@@ -12,7 +12,7 @@ from align.learner.group import LearnerGroup
 from align.model.policy import load_tokenizer, stop_token_ids
 from align.run import write_jsonl
 from align.stages.engines import local_ray
-from reward import Mixture, RewardTerm
+from reward import Mixture, RewardTerm, ScoringPool
 from rollout import Fleet, FleetOptions, Prompt
 
 PROBES = ["What is 17 + 25?", "Write a sentence about the sea.", "1, 2, 3,", "naïve Größe, 你好"]
@@ -29,10 +29,12 @@ def evaluate_file(model: ModelOptions, data: Path, out: Path, rollout: FleetOpti
     mixture = Mixture([RewardTerm(name="exact_answer")])
     with local_ray():
         fleet = Fleet(model.path, model.dtype, rollout, stop_token_ids(model.path, tokenizer))
+        judges = ScoringPool(mixture, workers=1, timeout_s=rollout.batch_timeout_s)
         try:
             fleet.wait_until_ready()
-            result = evaluate(fleet, tokenizer, examples, mixture, samples=0, max_new_tokens=max_new_tokens, seed=0)
+            result = evaluate(fleet, tokenizer, examples, judges, samples=0, max_new_tokens=max_new_tokens, seed=0)
         finally:
+            judges.close()
             fleet.close()
     write_jsonl(out, result.rows)
     verdicts = ", ".join(f"{count} {name}" for name, count in sorted(result.verdicts.items()))

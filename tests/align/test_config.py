@@ -15,7 +15,7 @@ def _in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(NANO.parents[1])
 
 
-@pytest.mark.parametrize("name", ["sft", "grpo"])
+@pytest.mark.parametrize("name", sorted(path.stem for path in NANO.glob("*.yaml")))
 def test_the_nano_recipes_are_valid_and_survive_being_saved(name: str, tmp_path: Path) -> None:
     recipe = load_recipe(NANO / f"{name}.yaml")
     saved = tmp_path / "recipe.yaml"
@@ -37,7 +37,7 @@ def test_overrides_are_typed_and_named_when_wrong() -> None:
     recipe = load_recipe(NANO / "grpo.yaml", ["grpo.steps=7", "data.levels=[1, 2]"])
     assert isinstance(recipe, GrpoRecipe)
     assert recipe.grpo.steps == 7
-    assert recipe.data.levels == [1, 2]
+    assert recipe.data[0].levels == [1, 2]
     with pytest.raises(UserError, match=r"grpo\.steps.*integer.*'many'"):
         load_recipe(NANO / "grpo.yaml", ["grpo.steps=many"])
     with pytest.raises(UserError, match="key=value"):
@@ -53,8 +53,19 @@ def test_overrides_are_typed_and_named_when_wrong() -> None:
         ("model.init=pretrained", "no weights"),
         ("data.path=/nowhere/x.jsonl", "does not exist"),
         ("learner.zero_stage=4", "zero_stage"),
+        ("data.levls=[1]", "unknown key 'data.levls'; did you mean 'levels'"),
+        ("evaluation={cards: [nano_math, gsm8k], levels: [1]}", "evaluation.levels is for a single data card"),
     ],
 )
 def test_contradictions_and_missing_files_are_refused(override: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_recipe(NANO / "grpo.yaml", [override])
+
+
+def test_the_data_of_a_recipe_are_one_card_or_several() -> None:
+    one, several = load_recipe(NANO / "grpo.yaml"), load_recipe(NANO / "grpo_reasoning.yaml", ["data.1.share=3"])
+    assert [data.card for data in one.data] == ["nano_math"]
+    assert [(data.card, data.share) for data in several.data] == [("nano_math", 1), ("nano_code", 3)]
+    assert several.evaluation_cards == ["nano_math", "nano_code"]
+    with pytest.raises(UserError, match=r"unknown key 'data\.1\.crd'; did you mean 'card'"):
+        load_recipe(NANO / "grpo_reasoning.yaml", ["data.1.crd=nano_math"])

@@ -19,6 +19,13 @@ FILE_CARD = {
     "decontamination": {"against": ["test"], "why": "so"},
 }
 
+FIELDS = FILE_CARD["source"]["fields"]
+HUB = FILE_CARD["source"] | {
+    "kind": "hub",
+    "path": "owner/name",
+    "splits": {"train": {"from": "train"}, "test": {"from": "test"}},
+}
+
 
 def write_card(directory, **changes):
     path = directory / "mine.md"
@@ -27,7 +34,8 @@ def write_card(directory, **changes):
 
 
 def test_the_cards_of_the_repository_are_valid():
-    assert [card.name for card in list_cards()] == ["chain_sum", "gsm8k", "gsm_symbolic", "nano_math"]
+    names = ["apps", "chain_sum", "gsm8k", "gsm_symbolic", "humaneval", "math", "mbpp", "nano_code", "nano_math"]
+    assert [card.name for card in list_cards()] == names
 
 
 def test_a_card_is_found_by_name_and_by_path(tmp_path):
@@ -58,6 +66,24 @@ def test_an_unknown_card_names_the_nearest():
             r"source\.fields: unknown key 'anser' \(did you mean 'answer'\?\)",
         ),
         ({"source": FILE_CARD["source"] | {"fields": {}}}, r"source\.fields\.prompt: Field required"),
+        (
+            {"source": FILE_CARD["source"] | {"fields": FIELDS | {"answer_after": "#", "answer_boxed": True}}},
+            r"source\.fields: answer_after and answer_boxed are two places of one answer",
+        ),
+        (
+            {"source": FILE_CARD["source"] | {"fields": {"prompt": "q", "answer_boxed": True}}},
+            r"source\.fields: answer_after and answer_boxed need the column of the answer",
+        ),
+        (
+            {"source": FILE_CARD["source"] | {"fields": FIELDS | {"tests": {"format": "mbp"}}}},
+            r"source\.fields\.tests: .*'mbp'.*'human_eval', 'mbpp', 'apps'",
+        ),
+        (
+            {"source": FILE_CARD["source"] | {"fields": FIELDS | {"tests": {"format": "apps", "casses": "c"}}}},
+            r"source\.fields\.tests\.apps: unknown key 'casses' \(did you mean 'cases'\?\)",
+        ),
+        ({"source": HUB | {"files": {"train": "a.jsonl"}}}, "source: files: there are none of test"),
+        ({"source": HUB | {"files": {"train": "a", "test": "b"}, "config": "c"}}, "source: config has no effect"),
         ({"source": {"kind": "hubb"}}, r"source: .*'hubb'.*'hub'"),
         ({"splits": {"train": "some"}}, "describes .*train.*but the source has .*test"),
         ({"decontamination": {"against": ["validation"], "why": "so"}}, "there is no split validation"),

@@ -1,0 +1,222 @@
+"""The recipe: what a stage does, as typed values. Every key that a YAML file may have is explained here."""
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from reward import RewardTerm
+from rollout.types import FleetOptions, SamplingOptions
+
+
+class Section(BaseModel):
+    """A part of a recipe: unknown keys are refused, values are not changed once read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RunOptions(Section):
+    """Where a run's files go."""
+
+    dir: Path | None = Field(None, description="run directory; runs/NAME when not given")
+    overwrite: bool = Field(False, description="replace the run that the directory already holds")
+
+
+class ModelOptions(Section):
+    """The policy to start from."""
+
+    path: str = Field(description="Hugging Face directory or hub name")
+    init: Literal["pretrained", "random"] = Field(
+        "pretrained", description="take the weights that are there, or draw new ones from the recipe's seed"
+    )
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    trust_remote_code: bool = False
+
+
+class DataOptions(Section):
+    """Which examples of which data card. A recipe may list several; each step then takes from all of them."""
+
+    card: str = Field(description="name of a card in data_cards/, or a path to one")
+    split: Literal["train", "validation", "test"] = "train"
+    path: Path | None = Field(None, description="local file to read in place of the card's source")
+    levels: list[int] | None = Field(None, description="difficulty levels to keep; all when not given")
+    limit: int | None = Field(None, ge=1, description="first so many examples, after a seeded shuffle")
+    params: dict[str, Any] = Field({}, description="parameters of a generated source")
+    share: float = Field(1.0, gt=0, description="part of each step that comes from here, relative to the others")
+
+
+class OptimizerOptions(Section):
+    """AdamW and its schedule."""
+
+    learning_rate: float = Field(gt=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    warmup_steps: int = Field(0, ge=0)
+    schedule: Literal["cosine", "constant"] = "cosine"
+    final_ratio: float = Field(0.1, ge=0, le=1, description="last learning rate as a share of the highest")
+    clip_norm: float = Field(1.0, ge=0, description="largest gradient norm; 0 does not clip")
+
+
+class LearnerOptions(Section):
+    """The DeepSpeed learners."""
+
+    ranks: int = Field(2, ge=1, description="learner processes, data parallel")
+    threads: int = Field(1, ge=1, description="CPU threads of a rank")
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    micro_batch_tokens: int = Field(4096, ge=1, description="tokens of a micro-batch, padding included")
+    gradient_checkpointing: bool = False
+    port: int | None = Field(None, ge=1024, le=65535, description="where the ranks meet; a free port when not given")
+    optimizer: OptimizerOptions
+    start_timeout_s: float = Field(600, gt=0)
+    step_timeout_s: float = Field(1800, gt=0)
+
+
+class SftOptions(Section):
+    """Supervised fine-tuning (DeepSeek-V2 report, section 4.1)."""
+
+    steps: int = Field(ge=1, description="optimizer steps")
+    sequences_per_step: int = Field(64, ge=1)
+    validate_every: int = Field(100, ge=1, description="steps between two validation losses")
+    validation_limit: int = Field(256, ge=1, description="examples of the validation loss")
+
+
+class GrpoOptions(Section):
+    """Group Relative Policy Optimization (DeepSeekMath, arXiv 2402.03300, section 4.1; DeepSeek-V2 report, eq. 32-34)."""
+
+    steps: int = Field(ge=1, description="exploration steps: sample, score, train, send weights")
+    prompts_per_step: int = Field(ge=1)
+    group_size: int = Field(ge=2, description="completions of a prompt (G)")
+    updates_per_step: int = Field(1, ge=1, description="optimizer updates on the samples of one step")
+    clip_low: float = Field(0.2, ge=0, lt=1)
+    clip_high: float = Field(0.2, ge=0)
+    kl_coefficient: float = Field(0.0, ge=0, description="weight of the k3 KL to the reference (beta)")
+    level: Literal["token", "sequence"] = Field(
+        "token",
+        description="importance ratio of a token (DeepSeekMath eq. 3) or of a completion (report eq. 32)",
+    )
+    aggregation: Literal["sample_mean", "token_mean", "sequence_sum"] = Field(
+        "sample_mean", description="how token losses become one loss; see align.losses.completion_weights"
+    )
+    advantage_scale: Literal["std", "none"] = Field(
+        "std", description="divide by the group's standard deviation, or only centre"
+    )
+    train_on_truncated: bool = Field(True, description="train on completions cut off at the length limit")
+    drop_uniform_groups: bool = Field(False, description="leave out groups whose rewards are all equal")
+
+
+class AgreementOptions(Section):
+    """How far sampler and learner may differ in the log-probability of a token."""
+
+    warn_mean: float | None = Field(None, gt=0, description="mean |difference|; by dtype when not given")
+    stop_mean: float | None = Field(None, gt=0, description="mean |difference|; by dtype when not given")
+
+    def limits(self, dtype: str) -> tuple[float, float]:
+        """(warn, stop): mean |difference| in nats a token, as given or as the dtype can hold."""
+        by_dtype = {"float32": (1e-5, 1e-3), "bfloat16": (0.03, 0.15)}
+        warn, stop = by_dtype[dtype]
+        return self.warn_mean or warn, self.stop_mean or stop
+
+
+class EvaluationOptions(Section):
+    """Held-out problems answered by the policy, before and after the stage."""
+
+    cards: list[str] | None = Field(None, description="data cards; those of the training data when not given")
+    split: Literal["validation", "test"] = "test"
+    path: Path | None = Field(None, description="local file to read in place of the source of the only card")
+    levels: list[int] | None = Field(None, description="difficulty levels to keep of the only card")
+    limit: int = Field(256, ge=1, description="problems of a card, after a seeded shuffle")
+    samples: int = Field(4, ge=0, description="samples a problem for pass@k; 0 leaves it out")
+    every: int | None = Field(None, ge=1, description="also every so many steps")
+    max_new_tokens: int = Field(64, ge=1)
+
+
+class ScoringOptions(Section):
+    """The pool of processes that judge completions while others are being sampled."""
+
+    workers: int = Field(1, ge=1)
+    timeout_s: float = Field(600, gt=0, description="longest time a group may take to be judged")
+    infra_error_limit: float = Field(
+        0.05, ge=0, le=1, description="share of samples that nobody could judge above which the run stops"
+    )
+
+
+class MachineOptions(Section):
+    """What the machine must have."""
+
+    cores: int = Field(1, ge=1)
+    memory_gb: float = Field(1.0, gt=0, description="GiB that must be free")
+
+
+class Recipe(Section):
+    """What every stage has."""
+
+    stage: Literal["sft", "grpo"]
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = Field(0, ge=0)
+    run: RunOptions = RunOptions()
+    machine: MachineOptions = MachineOptions()
+    model: ModelOptions
+    data: list[DataOptions] = Field(min_length=1, description="one mapping, or a list of them")
+    rewards: list[RewardTerm] = Field(min_length=1)
+    scoring: ScoringOptions = ScoringOptions()
+    rollout: FleetOptions = FleetOptions()
+    learner: LearnerOptions
+    evaluation: EvaluationOptions = EvaluationOptions()
+    agreement: AgreementOptions = AgreementOptions()
+    save_every: int | None = Field(
+        None, ge=1, description="steps between checkpoints; only the final one when not given"
+    )
+
+    @property
+    def directory(self) -> Path:
+        return self.run.dir or Path("runs") / self.name
+
+    @property
+    def evaluation_cards(self) -> list[str]:
+        """The data cards whose held-out problems the policy answers, each once."""
+        return list(dict.fromkeys(self.evaluation.cards or [data.card for data in self.data]))
+
+    @model_validator(mode="after")
+    def _one_card_for_a_path(self) -> Self:
+        for key in ("path", "levels"):
+            if getattr(self.evaluation, key) is not None and len(self.evaluation_cards) > 1:
+                raise ValueError(f"evaluation.{key} is for a single data card; name it in evaluation.cards")
+        return self
+
+
+class SftRecipe(Recipe):
+    """Supervised fine-tuning."""
+
+    stage: Literal["sft"]
+    sft: SftOptions
+
+
+class GrpoRecipe(Recipe):
+    """Reinforcement learning with GRPO."""
+
+    stage: Literal["grpo"]
+    init_from: Path | None = Field(
+        None, description="SFT recipe that trains the starting policy, run first and with this recipe's seed"
+    )
+    sampling: SamplingOptions = SamplingOptions()
+    grpo: GrpoOptions
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.sampling.temperature == 0:
+            raise ValueError("sampling.temperature is 0: greedy completions of a group are all alike; use 1.0")
+        if self.sampling.max_new_tokens >= self.rollout.max_length:
+            raise ValueError(
+                f"sampling.max_new_tokens ({self.sampling.max_new_tokens}) leaves no room for a prompt in "
+                f"rollout.max_length ({self.rollout.max_length})"
+            )
+        if self.grpo.prompts_per_step % self.grpo.updates_per_step:
+            raise ValueError(
+                f"grpo.prompts_per_step ({self.grpo.prompts_per_step}) cannot be split into "
+                f"grpo.updates_per_step ({self.grpo.updates_per_step}) equal parts"
+            )
+        return self
+
+
+STAGES: dict[str, type[Recipe]] = {"sft": SftRecipe, "grpo": GrpoRecipe}

@@ -1,0 +1,129 @@
+"""Scoring in Ray workers: the same rewards as in this process, whatever becomes of a worker."""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import ray
+
+from reward import (
+    InfrastructureError,
+    Mixture,
+    RewardContractError,
+    RewardError,
+    RewardTerm,
+    Sample,
+    SampleReward,
+    Score,
+    ScoringPool,
+    Verdict,
+    register,
+)
+
+pytestmark = pytest.mark.usefixtures("own_rewards", "ray_session")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _functions_of_this_file_travel_whole() -> Iterator[None]:
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    yield
+    ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+
+
+def batches(count: int, size: int = 2) -> list[list[Sample]]:
+    return [
+        [
+            Sample(id=f"{batch}#{place}", prompt="?", completion=rf"\boxed{{{place}}}", answer="1")
+            for place in range(size)
+        ]
+        for batch in range(count)
+    ]
+
+
+def scored(
+    mixture: Mixture, samples: list[list[Sample]], *, workers: int = 1, timeout_s: float = 60
+) -> list[list[SampleReward]]:
+    pool = ScoringPool(mixture, workers=workers, timeout_s=timeout_s)
+    try:
+        pool.wait_until_ready()
+        return pool.gather([pool.submit(batch) for batch in samples])
+    finally:
+        pool.close()
+
+
+def verdicts(rewards: list[list[SampleReward]]) -> list[list[Verdict]]:
+    return [[reward.verdict for reward in batch] for batch in rewards]
+
+
+def deadly(file: Path, deaths: int) -> Callable[[Sample], Score]:
+    """Kills the process that judges sample 1#0, so many times."""
+
+    def judge(sample: Sample) -> Score:
+        died = len(file.read_text()) if file.exists() else 0
+        if sample.id == "1#0" and died < deaths:
+            file.write_text("x" * (died + 1))
+            time.sleep(0.5)  # what was judged before is on its way
+            os._exit(1)
+        return Score(1.0, Verdict.PASS)
+
+    return judge
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_rewards_are_those_of_the_mixture_in_the_order_of_the_batches(workers: int) -> None:
+    mixture = Mixture([RewardTerm(name="exact_answer"), RewardTerm(name="answer_format", weight=0.1)])
+    samples = batches(5, size=3)
+    here = [[reward.value for reward in mixture.score(batch)] for batch in samples]
+    there = [[reward.value for reward in batch] for batch in scored(mixture, samples, workers=workers)]
+    assert there == here
+
+
+def test_a_batch_whose_worker_died_is_judged_by_the_next(tmp_path: Path) -> None:
+    register("deadly")(deadly(tmp_path / "deaths", 1))
+    rewards = scored(Mixture([RewardTerm(name="deadly")]), batches(4))
+    assert verdicts(rewards) == [[Verdict.PASS] * 2] * 4
+
+
+def test_a_batch_that_killed_two_workers_is_masked_and_no_other(tmp_path: Path) -> None:
+    register("deadly")(deadly(tmp_path / "deaths", 2))
+    rewards = scored(Mixture([RewardTerm(name="deadly")], infra_error_limit=0.3), batches(4))
+    assert verdicts(rewards) == [[Verdict.PASS] * 2, [Verdict.INFRA_ERROR] * 2, [Verdict.PASS] * 2, [Verdict.PASS] * 2]
+    assert [reward.value for reward in rewards[1]] == [None, None]
+
+
+def test_the_limit_on_masked_samples_is_for_all_batches_together(tmp_path: Path) -> None:
+    register("deadly")(deadly(tmp_path / "deaths", 2))
+    with pytest.raises(InfrastructureError, match=r"25.0% of the samples.*limit is 20.0%.*died, twice"):
+        scored(Mixture([RewardTerm(name="deadly")], infra_error_limit=0.2), batches(4))
+
+
+def sleeps(sample: Sample) -> Score:
+    time.sleep(3600 if sample.id.startswith("1#") else 0)
+    return Score(1.0, Verdict.PASS)
+
+
+def test_a_reward_that_hangs_is_an_error_with_the_ids_of_the_samples() -> None:
+    register("sleeps")(sleeps)
+    with pytest.raises(
+        RewardContractError, match=r"'sleeps' on sample '1#0 … 1#1': none of them was judged within 3 s"
+    ):
+        scored(Mixture([RewardTerm(name="sleeps")]), batches(2), timeout_s=3)
+
+
+def raises(sample: Sample) -> Score:
+    raise KeyError("lost")
+
+
+def test_a_reward_that_raises_is_named_with_the_sample() -> None:
+    register("raises")(raises)
+    with pytest.raises(RewardContractError, match=r"'raises' on sample '0#0': raised KeyError"):
+        scored(Mixture([RewardTerm(name="raises")]), batches(2))
+
+
+def test_a_reward_that_cannot_run_here_says_so_before_the_first_sample() -> None:
+    mixture = Mixture([RewardTerm(name="code_tests", params={"executor": "nowhere:executor"})])
+    with pytest.raises(RewardError, match=r"executor 'nowhere:executor' must be"):
+        scored(mixture, [])
