@@ -36,6 +36,8 @@ LAYOUT = frozenset(
         "initial",
         "checkpoints",
         "final",
+        "report.html",
+        "report.md",
     }
 )
 
@@ -58,6 +60,15 @@ class RunDirectory:
         Raises UserError when another process owns the run; when `path` holds a run and `overwrite` is false;
         when it holds files that no run wrote; or when it cannot be written. What was there is then untouched.
         """
+        return cls._own(path, earlier_run="replace" if overwrite else "refuse")
+
+    @classmethod
+    def reopen(cls, path: str | Path) -> Self:
+        """Own the run in `path` again with all that it holds, or make a new one. Raises UserError as `create` does."""
+        return cls._own(path, earlier_run="keep")
+
+    @classmethod
+    def _own(cls, path: str | Path, *, earlier_run: Literal["refuse", "replace", "keep"]) -> Self:
         root = Path(path).expanduser().absolute()
         with ExitStack() as undo:
             try:
@@ -66,9 +77,10 @@ class RunDirectory:
                 lock = _acquire(root, undo)
                 _refuse_foreign_files(root)
                 earlier = read_status(root)
-                if earlier is not None and not overwrite:
+                if earlier is not None and earlier_run == "refuse":
                     raise UserError(_holds_a_run(root, earlier))
-                _remove_run(root)
+                if earlier is None or earlier_run != "keep":
+                    _remove_run(root)
                 run = cls(root, lock)
                 run._write_status({"state": "running", "started": _now()})
             except OSError as error:

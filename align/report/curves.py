@@ -1,0 +1,131 @@
+"""Learning curves: which metrics of a stage share a panel, and their points, thinned where there are very many."""
+
+import itertools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from align.report.read import Stage, finite, number
+
+MOST_POINTS = 1_000
+LEAST_POINTS = 40
+POINTS_OF_A_PAGE = 150_000
+WRITTEN_BY_THE_LOG = ("step", "stage", "time")
+
+# (title, unit, logarithmic, metrics): a metric goes to the first panel that takes it.
+PANELS = (
+    ("loss", "", False, r"loss|.*_loss"),
+    ("reward", "", False, r"reward|reward_std"),
+    ("reward by component", "", False, r"reward/.*"),
+    ("accuracy", "", False, r"accuracy|accuracy/.*"),
+    ("held-out problems", "", False, r"evaluation/(?!mean_length).*"),
+    ("length", "tokens", False, r"length|length_max|evaluation/mean_length"),
+    ("shares of the samples", "", False, r"truncated|uniform_groups|not_judged|trained_on|clip_fraction"),
+    ("agreement of sampler and learner", "nats", True, r"agreement/(mean|max)"),
+    ("agreement: k3", "nats", True, r"agreement/k3"),
+    ("KL to the reference", "nats", False, r"kl|kl/.*"),
+    ("entropy", "nats", False, r"entropy"),
+    ("gradient norm", "", False, r"gradient_norm"),
+    ("learning rate", "", False, r"learning_rate"),
+    ("seconds by part", "s", False, r"seconds/.*|step_seconds"),
+    ("throughput", "tokens/s", False, r"(.*_)?tokens_per_second"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """One metric: `values` [N] over `steps` [N], rising; a value that is no finite number is None."""
+
+    name: str
+    steps: Sequence[int]
+    values: Sequence[float | None]
+
+    @property
+    def last(self) -> float | None:
+        return next((value for value in reversed(self.values) if value is not None), None)
+
+
+@dataclass(slots=True)
+class Panel:
+    """Metrics that are drawn over one another."""
+
+    title: str
+    unit: str = ""
+    log: bool = False
+    series: list[Series] = field(default_factory=list)
+
+
+def panels(stage: Stage) -> list[Panel]:
+    """Every numeric metric of a stage, in panels: those known here first, then the others by their prefix."""
+    known = {title: Panel(title, unit, log) for title, unit, log, _ in PANELS}
+    others: dict[str, Panel] = {}
+    for key, points in _points(stage.metrics).items():
+        title, name = _place(key)
+        panel = known.get(title) or others.setdefault(title, Panel(title))
+        steps = sorted(points)
+        panel.series.append(Series(name, steps, [points[step] for step in steps]))
+    return [panel for panel in (*known.values(), *others.values()) if panel.series]
+
+
+def as_data(stages: Sequence[Stage]) -> list[dict[str, Any]]:
+    """The curves of every stage that has some, for the page's script."""
+    drawn = [(stage.label, found) for stage in stages if (found := panels(stage))]
+    lines = sum(len(panel.series) for _, found in drawn for panel in found)
+    limit = max(LEAST_POINTS, min(MOST_POINTS, POINTS_OF_A_PAGE // max(lines, 1)))
+    return [{"label": label, "panels": [_panel_data(panel, limit) for panel in found]} for label, found in drawn]
+
+
+def thin(series: Series, limit: int) -> Series:
+    """At most `limit` points: of each stretch of the series its least and its greatest, so that no spike is lost."""
+    if len(series.steps) <= limit:
+        return series
+    stretches = max(limit // 2, 1)
+    bounds = [round(i * len(series.steps) / stretches) for i in range(stretches + 1)]
+    kept: list[int] = []
+    for start, end in itertools.pairwise(bounds):
+        measured = [(value, i) for i in range(start, end) if (value := series.values[i]) is not None]
+        kept += sorted({min(measured)[1], max(measured)[1]}) if measured else [start]
+    return Series(series.name, [series.steps[i] for i in kept], [series.values[i] for i in kept])
+
+
+def _points(metrics: Iterable[Mapping[str, Any]]) -> dict[str, dict[int, float | None]]:
+    """Each metric's value by step; where a step was written twice, as after a resumed run, the later one."""
+    points: dict[str, dict[int, float | None]] = {}
+    for record in metrics:
+        step = record.get("step")
+        if not isinstance(step, int):
+            continue
+        for key, raw in record.items():
+            if number(raw) is not None and key not in WRITTEN_BY_THE_LOG:
+                points.setdefault(key, {})[step] = finite(raw)
+    return points
+
+
+def _place(key: str) -> tuple[str, str]:
+    """The title of a metric's panel, and its name there."""
+    for title, _, _, pattern in PANELS:
+        if re.fullmatch(pattern, key):
+            prefix, _, rest = key.partition("/")
+            return title, rest if rest and prefix in ("reward", "seconds", "agreement", "evaluation") else key
+    first, *parts = key.split("/")
+    if not parts:
+        return key, key
+    # Of expert_load/layer_3/max, what is counted (layer_3) makes the lines, what is measured (max) the panel.
+    counted = [part for part in parts if re.search(r"\d", part)] or parts[-1:]
+    return "/".join([first, *(part for part in parts if part not in counted)]), "/".join(counted)
+
+
+def _panel_data(panel: Panel, limit: int) -> dict[str, Any]:
+    series = [thin(each, limit) for each in panel.series]
+    return {
+        "title": panel.title,
+        "unit": panel.unit,
+        "log": panel.log,
+        "thinned": any(len(each.steps) > limit for each in panel.series),
+        "series": [{"name": s.name, "steps": s.steps, "values": [_short(v) for v in s.values]} for s in series],
+    }
+
+
+def _short(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.5g}")

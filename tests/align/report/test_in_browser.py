@@ -1,0 +1,162 @@
+"""The page in a real browser: it runs from a file, asks for nothing, and does what its controls say."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from align.report import write_report
+
+EVIL = "</script><script>document.title='taken'</script><img src=http://evil.invalid/x onerror=alert(1)>"
+
+
+@pytest.fixture
+def page(tmp_path: Path, browser: Any, write_run: Callable[..., Path], sample_row: Callable[..., Any]) -> Path:
+    """The report on a small run, with hostile texts among its own, open in the browser."""
+    rows = {
+        step: [
+            sample_row(
+                f"{step}+{i}=2",
+                i / 10,
+                id=f"step{step}/{i}",
+                domain="code" if i == 7 else "math",
+                prompt=f"{EVIL} {step}",
+                detail=EVIL,
+            )
+            for i in range(8)
+        ]
+        + [sample_row("2", None, id=f"step{step}/masked")]
+        for step in (1, 2, 3)
+    }
+    load = {f"expert_load/layer_{layer}/max": layer / 10 for layer in range(12)}
+    root = write_run(
+        tmp_path / "run",
+        metrics=[
+            {"step": s, "stage": "grpo", "time": s, "loss": 1 / s, "agreement/mean": 10.0**-s, EVIL: s} | load
+            for s in range(1, 101)
+        ],
+        events=[{"time": 1.0, "kind": "warning", "message": EVIL}],
+        evaluations=[
+            ({"name": "after GRPO", "step": 100, "problems": 1, "accuracy": 1.0}, [sample_row(EVIL, 1.0, greedy=True)])
+        ],
+        samples=rows,
+    )
+    path = write_report(root)
+    browser.open(path)
+    return path
+
+
+def cards(browser: Any) -> list[str]:
+    found: list[str] = browser.js("[...document.querySelectorAll('.sample header')].map((h) => h.textContent)")
+    return found
+
+
+def test_it_asks_for_nothing_and_complains_of_nothing(browser: Any, page: Path) -> None:
+    assert browser.js("document.querySelectorAll('.sample').length") == 25
+    assert browser.js("document.title") == "run"
+    assert browser.js("document.querySelectorAll('img').length") == 0
+    browser.js("new Promise((done) => setTimeout(() => done(1), 200))")
+    assert browser.requests == [page.as_uri()]
+    assert browser.complaints == []
+
+
+def test_its_policy_refuses_what_gets_in_all_the_same(browser: Any, page: Path) -> None:
+    browser.js("document.body.append(Object.assign(document.createElement('img'), {src: 'http://evil.invalid/x'})), 1")
+    browser.js("document.body.append(Object.assign(document.createElement('script'), {text: 'window.taken = 1'})), 1")
+    browser.wait("document.images[0].complete")
+    assert browser.js("window.taken") is None
+    refused = [note["entry"]["text"] for note in browser.complaints if "entry" in note]
+    assert len(refused) == 2
+    assert all("Content Security Policy" in text for text in refused)
+
+
+def test_samples_are_filtered(browser: Any, page: Path) -> None:
+    browser.enter("samples-verdict", "pass")
+    assert len(cards(browser)) == 3 * 2 + 1
+    assert all(card.startswith("pass") for card in cards(browser))
+    browser.enter("samples-first_step", "2")
+    browser.enter("samples-last_step", "2")
+    assert len(cards(browser)) == 2
+    browser.enter("samples-verdict", "")
+    browser.enter("samples-low", "0.3")
+    browser.enter("samples-high", "0.4")
+    assert sorted(card.partition("step2/")[2] for card in cards(browser)) == ["3 #0", "4 #0"]
+    for field in ("first_step", "last_step", "low", "high"):
+        browser.enter(f"samples-{field}", "")
+    browser.enter("samples-text", "STEP3/MASKED")
+    assert len(cards(browser)) == 1
+    browser.enter("samples-text", "")
+    browser.enter("samples-masked", True)
+    assert len(cards(browser)) == 3
+    assert "3 of 28 samples match" in browser.js("document.getElementById('samples-count').textContent")
+    browser.enter("samples-masked", False)
+    browser.enter("samples-domain", "code")
+    assert len(cards(browser)) == 3
+    browser.enter("samples-domain", "")
+    browser.enter("samples-from", "after GRPO (grpo)")
+    assert len(cards(browser)) == 1
+    assert browser.complaints == []
+
+
+def test_samples_are_sorted_and_those_without_the_number_stand_last(browser: Any, page: Path) -> None:
+    browser.enter("samples-from", "training (grpo)")
+    browser.js("document.getElementById('more').click()")
+    for order, ends in (("reward_low", ("reward 0", "reward 0.7")), ("reward_high", ("reward 0.7", "reward 0"))):
+        browser.enter("samples-order", order)
+        browser.js("document.getElementById('more').click()")
+        found = cards(browser)
+        assert len(found) == 27
+        assert ends[0] in found[0]
+        assert ends[1] in found[23]
+        assert all(card.startswith("infra_error") for card in found[24:])
+
+
+def test_a_token_under_the_pointer_says_its_probability(browser: Any, page: Path) -> None:
+    browser.enter("samples-text", "step1/5")
+    assert browser.js("document.querySelector('.completion').textContent") == "1+5=2<｜end▁of▁sentence｜>"
+    kinds = browser.js("[...document.querySelectorAll('.token')].map((t) => t.className)")
+    assert kinds == ["token p0", "token p1", "token p2", "token p2", "token p3", "token p3 special"]
+    browser.point("document.querySelectorAll('.token')[1]")
+    assert browser.js("getComputedStyle(document.getElementById('tip')).visibility") == "visible"
+    assert browser.js("document.getElementById('tip').textContent") == (
+        '"+"\ntoken 2: log-probability -0.5, probability 0.6065'
+    )
+
+
+def test_curves_say_the_values_of_the_step_under_the_pointer(browser: Any, page: Path) -> None:
+    read = "['figcaption span', '.legend'].map((part) => panel.querySelector(part).textContent).join(': ')"
+    values = f"[...document.querySelectorAll('.panel')].slice(0, 2).map((panel) => {read})"
+    assert browser.js(values)[0] == "last: loss 0.01"
+    loss = "document.querySelector('.panel svg')"
+    # The plot begins at 48 and ends at 350 of 360 units, for steps 1 to 100.
+    browser.point(loss, across=(48 + 302 * 49 / 99) / 360)
+    first, second = browser.js(values)
+    assert first == "step 50: loss 0.02"
+    assert second == "log scale, step 50: mean 1e-50"
+    browser.js(f"{loss}.focus(), 1")
+    browser.press("ArrowRight")
+    assert browser.js(values)[0] == "step 51: loss 0.01961"
+    browser.point("document.querySelector('h1')")
+    assert browser.js(values)[0] == "last: loss 0.01"
+
+
+def test_of_many_curves_the_nearest_is_named(browser: Any, page: Path) -> None:
+    last = "[...document.querySelectorAll('.panel')].find((p) => p.innerText.includes('expert_load'))"
+    assert "12 lines, 0 to 1.1" in browser.js(f"{last}.innerText")
+    browser.point(f"{last}.querySelector('svg')", across=0.6)
+    assert "layer_5 0.5" in browser.js(f"{last}.innerText")
+    assert browser.js(f"{last}.querySelectorAll('.near').length") == 1
+
+
+def test_smoothing_draws_the_raw_curve_behind_the_smooth_one(browser: Any, page: Path) -> None:
+    assert browser.js("document.querySelectorAll('.panel .raw').length") == 0
+    browser.enter("smoothing", "0.9")
+    assert browser.js("document.querySelector('.panel').querySelectorAll('path').length") == 2
+    assert browser.complaints == []
+
+
+def test_a_telephone_needs_no_sideways_scrolling(browser: Any, page: Path) -> None:
+    browser.open(page, width=400)
+    assert browser.js("document.documentElement.scrollWidth") <= 400
+    assert browser.js("document.querySelector('.panel').getBoundingClientRect().width") > 300

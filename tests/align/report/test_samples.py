@@ -1,0 +1,119 @@
+"""Which samples a page holds, and their tokens as text."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from align.report.escape import for_script
+from align.report.read import read_run
+from align.report.samples import (
+    CHARACTERS_OF_A_TEXT,
+    EVALUATION_SAMPLES,
+    TRAINING_SAMPLES,
+    Decoder,
+    as_data,
+    by_interest,
+    by_problem,
+)
+
+NANO = Path(__file__).parents[3] / "recipes" / "nano" / "policy" / "tokenizer.json"
+
+WriteRun = Callable[..., Path]
+SampleRow = Callable[..., dict[str, Any]]
+
+
+def test_masked_best_and_worst_samples_come_first() -> None:
+    rows: list[dict[str, Any]] = [{"reward": i / 100, "trained_on": True} for i in range(100)]
+    rows[40]["trained_on"] = False
+    rows[60]["reward"] = None
+    rows[61]["reward"] = float("nan")
+    order = by_interest(rows)
+    assert sorted(order) == list(range(100))
+    assert {40, 60, 61, 99, 98, 0, 1} <= set(order[:12])
+
+
+def test_evaluations_show_the_same_problems_whatever_their_rewards() -> None:
+    def rows(reward: float) -> list[dict[str, Any]]:
+        return [{"reward": reward * i, "greedy": greedy} for greedy in (True, False) for i in range(50)]
+
+    assert by_problem(rows(1.0)) == by_problem(rows(-3.0))
+    assert all(place < 50 for place in by_problem(rows(1.0))[:50])
+
+
+def test_tokens_become_the_text_that_they_are_pieces_of(
+    tmp_path: Path, write_run: WriteRun, sample_row: SampleRow
+) -> None:
+    row = sample_row("1+1=2 \\boxed{2}", 1.0)
+    data = as_data(read_run(write_run(tmp_path / "run", samples={1: [row]})))
+    (packed,) = data["rows"]
+    texts = [data["pieces"][place] for place in packed["pieces"]]
+    assert "".join(texts[:-1]) == "1+1=2 \\boxed{2}"
+    assert packed["special"] == [len(texts) - 1]
+    assert packed["log_probs"] == row["sampler_log_probs"]
+    assert packed["mean_log_prob"] == pytest.approx(sum(row["sampler_log_probs"]) / len(texts), abs=1e-3)
+
+
+@pytest.mark.parametrize("text", ["日本語 and 🦊🦊", "ﷺ naïve", "a\n\n  b"])
+def test_a_character_of_several_tokens_is_one_piece(text: str) -> None:
+    from tokenizers import Tokenizer
+
+    ids = Tokenizer.from_file(str(NANO)).encode(text, add_special_tokens=False).ids
+    pieces = Decoder(NANO).pieces(ids)
+    assert len(pieces) == len(ids)
+    assert "".join(pieces) == text
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_a_character_that_never_ends_is_shown_as_broken() -> None:
+    from tokenizers import Tokenizer
+
+    ids = Tokenizer.from_file(str(NANO)).encode("a🦊", add_special_tokens=False).ids
+    assert Decoder(NANO).pieces(ids[:-1])[-1].startswith("\ufffd")
+
+
+def test_tokens_stay_uncoloured_where_no_tokenizer_fits(
+    tmp_path: Path, write_run: WriteRun, sample_row: SampleRow
+) -> None:
+    rows = [sample_row("2", 1.0), sample_row("2", 1.0) | {"completion": "another text"}]
+    none = as_data(read_run(write_run(tmp_path / "none", samples={1: rows}, tokenizer=False)))
+    assert ["pieces" in row for row in none["rows"]] == [False, False]
+    foreign = as_data(read_run(write_run(tmp_path / "foreign", samples={1: rows})))
+    assert {row["completion"]: "pieces" in row for row in foreign["rows"]} == {"2": True, "another text": False}
+    broken = write_run(tmp_path / "broken", samples={1: rows}, tokenizer=False)
+    (broken / "final").mkdir()
+    (broken / "final" / "tokenizer.json").write_text("{}")
+    assert not any("pieces" in row for row in as_data(read_run(broken))["rows"])
+
+
+def test_a_page_holds_as_many_of_each_step_and_no_more_than_the_cap(
+    tmp_path: Path, write_run: WriteRun, sample_row: SampleRow
+) -> None:
+    row = sample_row("2", 0.3)
+    step = [row] * 600 + [row | {"reward": 9.0, "completion": "best"}, row | {"trained_on": False}]
+    answers = [row | {"greedy": True}] * 1500
+    root = write_run(
+        tmp_path / "run",
+        samples=dict.fromkeys((1, 2, 30, 400, 5000), step),
+        evaluations=[({"name": "after", "step": 5000}, answers)],
+    )
+    data = as_data(read_run(root))
+    assert [source["shown"] for source in data["sources"]] == [TRAINING_SAMPLES // 5] * 5 + [EVALUATION_SAMPLES]
+    assert [source["total"] for source in data["sources"]] == [602] * 5 + [1500]
+    assert sum(row["completion"] == "best" for row in data["rows"]) == 5
+    assert sum(row["masked"] for row in data["rows"]) == 5
+    assert data["texts"] == ["What is 1 + 1?"]
+
+
+def test_the_bytes_of_the_samples_are_bounded(tmp_path: Path, write_run: WriteRun, sample_row: SampleRow) -> None:
+    row = sample_row("2", 0.3)
+    long = [row | {"completion": f"{i}" + "<&>" * 9000} for i in range(12)]
+    run = read_run(write_run(tmp_path / "run", samples={1: long, 2: long, 3: long}))
+    whole, small = as_data(run, limit=50_000_000), as_data(run, limit=1_000_000)
+    assert len(whole["rows"]) == 36
+    assert 0 < len(small["rows"]) < 36
+    assert len(for_script(small).encode()) <= 1_100_000
+    assert all(len(row["completion"]) < CHARACTERS_OF_A_TEXT + 40 for row in whole["rows"])
+    assert small["sources"][-1]["step"] == 3
+    assert as_data(run, limit=10)["rows"] == []
