@@ -7,6 +7,7 @@ from typing import Any
 from align.data.cards import DataCard, ReasoningGymSource, nearest
 from align.data.types import Example, SplitName
 from align.errors import UserError
+from reward.reasoning_gym_answer import REFUSED_TASKS
 
 
 def generate_task(
@@ -14,7 +15,9 @@ def generate_task(
 ) -> list[Example]:
     """The problems of a split, with the task's own entry in the metadata, where its verifier looks for it.
 
-    `params` go before those of the card. Raises UserError where the task does not take them.
+    The answer is None where a task has many solutions and gives none: its scorer judges by the entry. A problem
+    whose answer is empty text is left out, since no completion can state it. `params` go before those of the card.
+    Raises UserError where the task does not take them, or where the reward refuses the task.
     """
     with warnings.catch_warnings():
         # A dependency of the library compares with `is`, of which Python warns when it compiles it.
@@ -25,6 +28,11 @@ def generate_task(
     if source.task not in DATASETS:
         hint = nearest(source.task, DATASETS)
         raise UserError(f"data card {card.name}: reasoning_gym has no task {source.task!r}{hint}")
+    if why := REFUSED_TASKS.get(source.task):
+        raise UserError(
+            f"data card {card.name}: the reward refuses the task {source.task!r} of reasoning_gym: {why}. "
+            "Choose another task for the source of the card"
+        )
     if clash := {"seed", "size"} & set(params | source.params):
         raise UserError(f"data card {card.name}: {', '.join(sorted(clash))} belongs to splits, not to params")
     seeds = source.splits[split]
@@ -34,12 +42,14 @@ def generate_task(
         raise UserError(
             f"data card {card.name}: task {source.task} refuses {source.params | params}: {error}"
         ) from error
-    return [_example(card, source.task, f"{card.name}/{split}/{i}", entry) for i, entry in enumerate(entries)]
+    return [
+        _example(card, source.task, f"{card.name}/{split}/{i}", entry)
+        for i, entry in enumerate(entries)
+        if entry["answer"] != ""
+    ]
 
 
 def _example(card: DataCard, task: str, identity: str, entry: dict[str, Any]) -> Example:
-    if not isinstance(entry["answer"], str) or not entry["answer"]:
-        raise UserError(f"{identity}: task {task} gives no answer, so that nothing can be checked against it")
     return Example(
         id=identity,
         messages=({"role": "user", "content": entry["question"]},),

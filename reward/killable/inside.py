@@ -1,6 +1,6 @@
 """What runs in the worker processes of `reward.killable`: a script of its own that imports nothing of ours.
 
-    python -P killable_worker.py JOB.py MEMORY_BYTES PARENT_PID
+    python -P inside.py JOB.py MEMORY_BYTES PARENT_PID
 
 Standard input is the control socket. The process loads and warms the job once, says so, and from then on only
 forks: each fork serves one socket that it was handed, within hard limits, until it is killed. The mother process
