@@ -7,7 +7,16 @@ from pathlib import Path
 
 import yaml
 
-from align.config import GrpoRecipe, ModelOptions, SftRecipe, check_model_directory, load_recipe
+from align.config import (
+    GrpoRecipe,
+    ModelOptions,
+    PreferencesRecipe,
+    Recipe,
+    SftRecipe,
+    check_model_directory,
+    load_pipeline,
+    load_recipe,
+)
 from align.errors import UserError
 from reward import RewardTerm
 from rollout import FleetOptions
@@ -47,12 +56,18 @@ def parser() -> argparse.ArgumentParser:
     for name, run, text in (
         ("sft", sft, "supervised fine-tuning of a policy"),
         ("grpo", grpo, "reinforcement learning with GRPO, after SFT where the recipe says so"),
+        ("preferences", preferences, "preference data from a policy's own answers, judged by the recipe's rewards"),
         ("check", check, "read a recipe and say what is wrong with it; starts nothing"),
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("recipe", type=Path, help="recipe file, for example recipes/nano/grpo.yaml")
         command.add_argument("overrides", nargs="*", metavar="key=value", help="for example grpo.steps=20 seed=1")
         command.set_defaults(run=run)
+    chain = commands.add_parser("pipeline", help="run the stages that a file names, one after the other")
+    chain.add_argument("file", type=Path, help="pipeline file, for example recipes/nano/pipeline.yaml")
+    chain.add_argument("overrides", nargs="*", metavar="key=value", help="for example seed=1 run.dir=runs/second")
+    chain.add_argument("--from", dest="start", metavar="STAGE", help="run this stage and all after it anew")
+    chain.set_defaults(run=pipeline)
     examine = commands.add_parser(
         "doctor", help="check that a model is fit to be trained and that the engines agree on it"
     )
@@ -76,6 +91,10 @@ def parser() -> argparse.ArgumentParser:
     judge.add_argument("--data", type=Path, required=True, help='JSONL: {"id", "completion", "answer", "tests", ...}')
     judge.add_argument("--out", type=Path, required=True, help="JSONL to write: value, verdict and detail of each")
     judge.set_defaults(run=score)
+    page = commands.add_parser("report", help="write a page about a run: settings, curves, evaluations and its samples")
+    page.add_argument("directory", type=Path, help="run directory, for example runs/nano-grpo", metavar="RUN")
+    page.add_argument("--out", type=Path, help="HTML file, or directory, to write to; RUN/report.html when not given")
+    page.set_defaults(run=report)
     sandbox = commands.add_parser("sandbox", help="the sandbox that runs a model's code")
     actions = sandbox.add_subparsers(required=True, metavar="ACTION")
     actions.add_parser("check", help="say what this machine allows of it").set_defaults(run=check_sandbox)
@@ -85,7 +104,7 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def read_recipe(path: Path, overrides: Sequence[str]) -> SftRecipe | GrpoRecipe:
+def read_recipe(path: Path, overrides: Sequence[str]) -> Recipe:
     """A recipe of which everything it names is there."""
     recipe = load_recipe(path, overrides)
     from align.stages.preflight import check_names
@@ -99,7 +118,7 @@ def sft(options: argparse.Namespace) -> int:
     recipe = read_recipe(options.recipe, options.overrides)
     if not isinstance(recipe, SftRecipe):
         raise UserError(f"{options.recipe} is a recipe for {recipe.stage}; run `align {recipe.stage}`")
-    from align.stages.pipeline import run_sft
+    from align.stages.commands import run_sft
 
     return run_sft(recipe)
 
@@ -120,9 +139,35 @@ def grpo(options: argparse.Namespace) -> int:
                 f"model.dtype is {recipe.model.dtype} in {options.recipe} and {first.model.dtype} in {recipe.init_from}: "
                 "the stages of a run share their rollout workers and need the same"
             )
-    from align.stages.pipeline import run_grpo
+    from align.stages.commands import run_grpo
 
     return run_grpo(recipe, first)
+
+
+def preferences(options: argparse.Namespace) -> int:
+    """`align preferences RECIPE`."""
+    recipe = read_recipe(options.recipe, options.overrides)
+    if not isinstance(recipe, PreferencesRecipe):
+        raise UserError(f"{options.recipe} is a recipe for {recipe.stage}; run `align {recipe.stage}`")
+    from align.stages.commands import run_preferences
+
+    return run_preferences(recipe)
+
+
+def pipeline(options: argparse.Namespace) -> int:
+    """`align pipeline FILE`."""
+    plan = load_pipeline(options.file, options.overrides)
+    from align.stages.pipeline import run_pipeline
+    from align.stages.preflight import check_names
+
+    for stage in plan.stages:
+        check_names(stage.recipe, stage.entry.recipe)
+    status = run_pipeline(plan, options.start)
+    if status == 0:
+        from align.report import write_report
+
+        print(f"the report is in {write_report(plan.directory)}")
+    return status
 
 
 def check(options: argparse.Namespace) -> int:
@@ -171,6 +216,14 @@ def score(options: argparse.Namespace) -> int:
             f"--params {options.params!r} is no mapping of names to values; write it like {{partial: true}}"
         )
     print(score_file(RewardTerm(name=options.reward, params=params), options.data, options.out))
+    return 0
+
+
+def report(options: argparse.Namespace) -> int:
+    """`align report RUN`."""
+    from align.report import write_report
+
+    print(f"the report is in {write_report(options.directory, options.out)}")
     return 0
 
 

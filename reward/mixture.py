@@ -37,7 +37,8 @@ _log = logging.getLogger(__name__)
 class RewardTerm(BaseModel):
     """One summand: a reward by name, its weight, the domains it applies to (None: all), and its parameters.
 
-    A weight of 0 measures without rewarding.
+    A weight of 0 measures without rewarding. Its component is named by the `label`, or else by the reward; two terms
+    for one reward, such as two reward models, need a label to tell them apart.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -46,13 +47,18 @@ class RewardTerm(BaseModel):
     weight: float = Field(default=1.0, allow_inf_nan=False)
     domains: list[str] | None = Field(default=None, min_length=1)
     params: dict[str, Any] = Field(default_factory=dict)
+    label: str | None = Field(default=None, min_length=1)
+
+    @property
+    def component(self) -> str:
+        return self.label or self.name
 
     def applies_to(self, domain: str) -> bool:
         return self.domains is None or domain in self.domains
 
     def __str__(self) -> str:
         domains = "every domain" if self.domains is None else ", ".join(self.domains)
-        return f"{self.weight:g} x {self.name} ({domains})"
+        return f"{self.weight:g} x {self.component} ({domains})"
 
 
 class Mixture:
@@ -70,8 +76,8 @@ class Mixture:
         if not 0.0 <= infra_error_limit <= 1.0:
             raise RewardError(f"infra_error_limit is a share in [0, 1], not {infra_error_limit}")
         for one, other in combinations(terms, 2):
-            if one.name == other.name and _share_a_domain(one, other):
-                raise RewardError(f"two terms for the same reward and domain: {one}; {other}")
+            if one.component == other.component and _share_a_domain(one, other):
+                raise RewardError(f"two terms for the same reward and domain need a label each: {one}; {other}")
         for term in terms:
             registry.check_params(term.name, term.params)
         self.terms = tuple(terms)
@@ -155,7 +161,7 @@ def _combine(scores: Sequence[tuple[RewardTerm, Score]]) -> SampleReward:
     return SampleReward(
         value=None if masked else float(total),
         verdict=scores[0][1].verdict,
-        components={term.name: score for term, score in scores},
+        components={term.component: score for term, score in scores},
     )
 
 

@@ -149,7 +149,7 @@ class ScoringPool:
 
     def _masked(self) -> SampleReward:
         score = Score(math.nan, Verdict.INFRA_ERROR, "the process that was judging it died, twice")
-        return SampleReward(None, Verdict.INFRA_ERROR, {term.name: score for term in self.mixture.terms})
+        return SampleReward(None, Verdict.INFRA_ERROR, {term.component: score for term in self.mixture.terms})
 
     def _hanging(self, ticket: Ticket) -> RewardContractError:
         names = ", ".join(term.name for term in self.mixture.terms)

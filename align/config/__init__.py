@@ -1,4 +1,4 @@
-"""The recipe: `options` says what it can hold, `reading` gets it from a file."""
+"""Recipes: `options` says what they can hold, `reading` gets one from a file, `pipeline` puts several in order."""
 
 from align.config.options import (
     STAGES,
@@ -7,15 +7,22 @@ from align.config.options import (
     EvaluationOptions,
     GrpoOptions,
     GrpoRecipe,
+    GuardOptions,
     LearnerOptions,
     MachineOptions,
     ModelOptions,
     OptimizerOptions,
+    PolicyRecipe,
+    PreferencesOptions,
+    PreferencesRecipe,
     Recipe,
     RunOptions,
+    SamplingRecipe,
+    ScoringOptions,
     SftOptions,
     SftRecipe,
 )
+from align.config.pipeline import Pipeline, PlannedStage, load_pipeline
 from align.config.reading import check_model_directory, dump_recipe, load_recipe
 
 __all__ = [
@@ -25,15 +32,24 @@ __all__ = [
     "EvaluationOptions",
     "GrpoOptions",
     "GrpoRecipe",
+    "GuardOptions",
     "LearnerOptions",
     "MachineOptions",
     "ModelOptions",
     "OptimizerOptions",
+    "Pipeline",
+    "PlannedStage",
+    "PolicyRecipe",
+    "PreferencesOptions",
+    "PreferencesRecipe",
     "Recipe",
     "RunOptions",
+    "SamplingRecipe",
+    "ScoringOptions",
     "SftOptions",
     "SftRecipe",
     "check_model_directory",
     "dump_recipe",
+    "load_pipeline",
     "load_recipe",
 ]

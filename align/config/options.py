@@ -8,6 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from reward import RewardTerm
 from rollout.types import FleetOptions, SamplingOptions
 
+DataStage = Literal["sft", "grpo"]
+
 
 class Section(BaseModel):
     """A part of a recipe: unknown keys are refused, values are not changed once read."""
@@ -105,6 +107,23 @@ class GrpoOptions(Section):
     drop_uniform_groups: bool = Field(False, description="leave out groups whose rewards are all equal")
 
 
+class GuardOptions(Section):
+    """An alarm for over-optimisation: the reward that is learned from goes up while the one that is trusted goes down."""
+
+    learned: str = Field(description="component of the reward, such as the label of a reward model")
+    trusted: str = Field(description="component that is not trained on, such as a rule of weight 0")
+    window: int = Field(5, ge=2, description="steps that are compared with as many before them")
+
+
+class PreferencesOptions(Section):
+    """Pairs of the policy's own answers, the better one known by its verdict (DeepSeek-V2 report, section 4.2)."""
+
+    prompts: int = Field(512, ge=1, description="training prompts of each data card")
+    held_out_prompts: int = Field(128, ge=1, description="prompts of each of the card's other splits")
+    samples: int = Field(8, ge=2, description="answers of a prompt")
+    pairs_per_prompt: int = Field(2, ge=1, description="pairs of a prompt at most, no answer in two of them")
+
+
 class AgreementOptions(Section):
     """How far sampler and learner may differ in the log-probability of a token."""
 
@@ -151,26 +170,41 @@ class MachineOptions(Section):
 class Recipe(Section):
     """What every stage has."""
 
-    stage: Literal["sft", "grpo"]
+    stage: Literal["sft", "grpo", "preferences"]
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     seed: int = Field(0, ge=0)
     run: RunOptions = RunOptions()
     machine: MachineOptions = MachineOptions()
     model: ModelOptions
     data: list[DataOptions] = Field(min_length=1, description="one mapping, or a list of them")
+
+    @property
+    def directory(self) -> Path:
+        return self.run.dir or Path("runs") / self.name
+
+    @property
+    def data_stage(self) -> DataStage:
+        """The stage that the cards of its data must be meant for."""
+        raise NotImplementedError
+
+
+class SamplingRecipe(Recipe):
+    """A stage in which the policy answers prompts and the answers are judged."""
+
     rewards: list[RewardTerm] = Field(min_length=1)
     scoring: ScoringOptions = ScoringOptions()
     rollout: FleetOptions = FleetOptions()
+
+
+class PolicyRecipe(SamplingRecipe):
+    """A stage that trains the policy."""
+
     learner: LearnerOptions
     evaluation: EvaluationOptions = EvaluationOptions()
     agreement: AgreementOptions = AgreementOptions()
     save_every: int | None = Field(
         None, ge=1, description="steps between checkpoints; only the final one when not given"
     )
-
-    @property
-    def directory(self) -> Path:
-        return self.run.dir or Path("runs") / self.name
 
     @property
     def evaluation_cards(self) -> list[str]:
@@ -185,22 +219,34 @@ class Recipe(Section):
         return self
 
 
-class SftRecipe(Recipe):
+class SftRecipe(PolicyRecipe):
     """Supervised fine-tuning."""
 
     stage: Literal["sft"]
     sft: SftOptions
 
+    @property
+    def data_stage(self) -> DataStage:
+        return "sft"
 
-class GrpoRecipe(Recipe):
+
+class GrpoRecipe(PolicyRecipe):
     """Reinforcement learning with GRPO."""
 
     stage: Literal["grpo"]
     init_from: Path | None = Field(
         None, description="SFT recipe that trains the starting policy, run first and with this recipe's seed"
     )
+    reference: Path | None = Field(
+        None, description="checkpoint of the KL's reference; the policy at the start of the stage when not given"
+    )
     sampling: SamplingOptions = SamplingOptions()
     grpo: GrpoOptions
+    guard: GuardOptions | None = None
+
+    @property
+    def data_stage(self) -> DataStage:
+        return "grpo"
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -219,4 +265,16 @@ class GrpoRecipe(Recipe):
         return self
 
 
-STAGES: dict[str, type[Recipe]] = {"sft": SftRecipe, "grpo": GrpoRecipe}
+class PreferencesRecipe(SamplingRecipe):
+    """Preference data from the policy's own answers."""
+
+    stage: Literal["preferences"]
+    sampling: SamplingOptions = SamplingOptions()
+    preferences: PreferencesOptions = PreferencesOptions()
+
+    @property
+    def data_stage(self) -> DataStage:
+        return "grpo"
+
+
+STAGES: dict[str, type[Recipe]] = {"sft": SftRecipe, "grpo": GrpoRecipe, "preferences": PreferencesRecipe}

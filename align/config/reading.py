@@ -8,12 +8,15 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from align.config.options import STAGES, GrpoRecipe, ModelOptions, Recipe, SftRecipe
+from align.config.options import STAGES, GrpoRecipe, ModelOptions, PolicyRecipe, Recipe
 from align.errors import UserError
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = ()) -> SftRecipe | GrpoRecipe:
-    """Read and check a recipe. Raises UserError that names the file, the line and the key of a mistake."""
+def load_recipe(path: Path, overrides: Sequence[str] = (), *, pending: Path | None = None) -> Recipe:
+    """Read and check a recipe. Raises UserError that names the file, the line and the key of a mistake.
+
+    Files below `pending` need not be there yet.
+    """
     values, lines = read_yaml(path)
     for override in overrides:
         apply_override(values, override)
@@ -27,8 +30,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> SftRecipe | GrpoRe
         recipe = STAGES[stage].model_validate(values)
     except ValidationError as error:
         raise UserError("\n".join(explain(error, path, lines, STAGES[stage], single_data=single))) from None
-    check_files(recipe, path, lines)
-    assert isinstance(recipe, SftRecipe | GrpoRecipe)
+    check_files(recipe, path, lines, pending)
     return recipe
 
 
@@ -146,29 +148,34 @@ def known_keys(model: type[BaseModel], at: Sequence[str]) -> list[str]:
     return list(model.model_fields)
 
 
-def check_files(recipe: Recipe, path: Path, lines: Mapping[tuple[str, ...], int]) -> None:
+def check_files(recipe: Recipe, path: Path, lines: Mapping[tuple[str, ...], int], pending: Path | None) -> None:
     """Refuse files and directories that a recipe names and that are not there."""
-    named: dict[tuple[str, ...], Path | None] = {
-        **{("data", str(index), "path"): data.path for index, data in enumerate(recipe.data)},
-        ("evaluation", "path"): recipe.evaluation.path,
-    }
-    if isinstance(recipe, GrpoRecipe):
-        named[("init_from",)] = recipe.init_from
-    model = Path(recipe.model.path)
-    if (
-        model.is_absolute()
-        or recipe.model.path.startswith((".", "~"))
-        or (model.parent.is_dir() and len(model.parts) > 2)
-    ):
-        named[("model", "path")] = model
-    for key, file in named.items():
-        if len(recipe.data) == 1 and key[:2] == ("data", "0"):
-            key = ("data", *key[2:])
-        if file is not None and not file.exists():
+    for key, file in named_files(recipe).items():
+        if pending is not None and file.is_relative_to(pending):
+            continue
+        if not file.exists():
             line = f", line {lines[key]}" if key in lines else ""
             raise UserError(f"{path}{line}: {'.'.join(key)} names {file}, which does not exist")
-    if model.is_dir():
+    model = Path(recipe.model.path)
+    if model.is_dir() and not (pending is not None and model.is_relative_to(pending)):
         check_model_directory(model, recipe.model)
+
+
+def named_files(recipe: Recipe) -> dict[tuple[str, ...], Path]:
+    """What a recipe names on this machine, by key. A model may be a name on the hub instead."""
+    named: dict[tuple[str, ...], Path | None] = {
+        ("data", "path") if len(recipe.data) == 1 else ("data", str(index), "path"): data.path
+        for index, data in enumerate(recipe.data)
+    }
+    if isinstance(recipe, PolicyRecipe):
+        named[("evaluation", "path")] = recipe.evaluation.path
+    if isinstance(recipe, GrpoRecipe):
+        named |= {("init_from",): recipe.init_from, ("reference",): recipe.reference}
+    model = Path(recipe.model.path)
+    local = model.is_absolute() or recipe.model.path.startswith((".", "~"))
+    if local or (model.parent.is_dir() and len(model.parts) > 2):
+        named[("model", "path")] = model
+    return {key: file for key, file in named.items() if file is not None}
 
 
 def check_model_directory(directory: Path, options: ModelOptions) -> None:

@@ -28,7 +28,7 @@ def score_file(term: RewardTerm, data: Path, out: Path) -> str:
         rewards = Mixture([term], infra_error_limit=1.0).score(samples)
     except RewardError as error:
         raise UserError(str(error)) from None
-    scores = [reward.components[term.name] for reward in rewards]
+    scores = [reward.components[term.component] for reward in rewards]
     write_jsonl(
         out,
         [

@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from align.config import ModelOptions, Recipe
-from align.evaluate.agreement import AgreementGate
+from align.config import ModelOptions, PolicyRecipe, Recipe, SamplingRecipe
 from align.evaluate.doctor import examine, verdict
 from align.learner.group import check_port
 from align.model.policy import load_tokenizer, stop_token_ids, write_random_policy
@@ -27,7 +26,6 @@ class Engines:
     policy: ModelOptions
     tokenizer: Any
     fleet: Fleet
-    gate: AgreementGate
     judges: ScoringPool
 
 
@@ -43,26 +41,25 @@ def prepare_policy(recipe: Recipe, run: Run) -> tuple[ModelOptions, Any]:
 
 
 @contextmanager
-def start_engines(recipe: Recipe, policy: ModelOptions, tokenizer: Any, run: Run) -> Iterator[Engines]:
+def start_engines(recipe: SamplingRecipe, policy: ModelOptions, tokenizer: Any) -> Iterator[Engines]:
     """Start Ray, rollout workers and judges; end them afterwards.
 
     Raises UserError when the learner's port is in use, and RewardError when this machine cannot run one of the rewards.
     """
-    if recipe.learner.port is not None:
+    if isinstance(recipe, PolicyRecipe) and recipe.learner.port is not None:
         check_port(recipe.learner.port)
     stops = stop_token_ids(policy.path, tokenizer)
     with local_ray():
         fleet = Fleet(policy.path, policy.dtype, recipe.rollout, stops)
         try:
             with start_judges(recipe) as judges:
-                gate = AgreementGate(recipe.agreement, policy.dtype, run.warn)
-                yield Engines(policy, tokenizer, fleet, gate, judges)
+                yield Engines(policy, tokenizer, fleet, judges)
         finally:
             fleet.close()
 
 
 @contextmanager
-def start_judges(recipe: Recipe) -> Iterator[ScoringPool]:
+def start_judges(recipe: SamplingRecipe) -> Iterator[ScoringPool]:
     """Start what scores completions, and end it afterwards. Raises RewardError where a reward cannot run here."""
     options = recipe.scoring
     mixture = Mixture(recipe.rewards, infra_error_limit=options.infra_error_limit)

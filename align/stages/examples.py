@@ -54,7 +54,7 @@ def training_sources(recipe: Recipe, run: Run, *, a_step: int, a_step_key: str) 
 def load_examples(recipe: Recipe, data: DataOptions, split: SplitName, *, limit: int | None) -> LoadedSplit:
     """A split of a training card. Raises UserError where the card is not meant for the stage."""
     card = load_card(data.card)
-    require_stage(card, recipe.stage)
+    require_stage(card, recipe.data_stage)
     return load_split(
         card, split, path=data.path, limit=limit, levels=data.levels, seed=recipe.seed, params=data.params
     )

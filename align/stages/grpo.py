@@ -15,7 +15,7 @@ import torch
 
 from align.config import GrpoOptions, GrpoRecipe, ModelOptions
 from align.data.types import Example
-from align.evaluate.agreement import Disagreement
+from align.evaluate.agreement import AgreementGate, Disagreement
 from align.evaluate.problems import Answer, Evaluation, encode_prompts, gather_answers, row, submit_groups
 from align.learner.batch import TrainingSequence
 from align.learner.group import LearnerGroup
@@ -26,6 +26,7 @@ from align.run import write_samples
 from align.stages.engines import Engines
 from align.stages.examples import Source, items_of_step, training_sources
 from align.stages.held_out import CENSUS_STEP, HeldOut, Problems, load_problems
+from align.stages.over_optimisation import OverOptimisationGuard
 from align.stages.run import Run
 from reward import SampleReward, Verdict
 from rollout import Completion, FinishReason, Prompt
@@ -57,7 +58,10 @@ def train_grpo(
     """Run the stage from `policy`, whose weights the rollout workers hold. Returns what it trained, and evaluations."""
     options, progress = recipe.grpo, run.progress
     held_out = HeldOut(recipe, data.problems, engines, run)
-    reference = policy if options.kl_coefficient else None
+    reference = None
+    if options.kl_coefficient:
+        reference = policy if recipe.reference is None else policy.model_copy(update={"path": str(recipe.reference)})
+    guard = OverOptimisationGuard(recipe.guard) if recipe.guard else None
     learner = LearnerGroup(policy, recipe.learner, seed=recipe.seed, reference=reference)
     try:
         progress.stage("GRPO", options.steps)
@@ -79,7 +83,7 @@ def train_grpo(
             sequences = training_sequences(experience, options)
             clock.lap("advantages")
             progress.phase("training")
-            sums, found, norm = update(recipe, engines, learner, sequences, step)
+            sums, found, norm = update(recipe, held_out.gate, learner, sequences, step)
             clock.lap("training")
 
             engines.fleet.load(learner.weights(), version=engines.fleet.weight_version + 1)
@@ -88,6 +92,8 @@ def train_grpo(
             write_samples(run.directory.samples_file(step + 1), experience.rows)
             metrics = step_metrics(experience, sums, found, norm, clock)
             run.record_step("grpo", step + 1, metrics, SHOWN)
+            if guard and (alarm := guard.observe(experience.rewards)):
+                run.warn(f"GRPO step {step + 1}: {alarm}")
             learning_steps += norm > 0
             if norm > 0 and learning_steps == CENSUS_STEP:
                 held_out.check_gradients(learner, step + 1)
@@ -221,7 +227,7 @@ def training_sequence(completion: Completion, advantage: float, weight: float) -
 
 def update(
     recipe: GrpoRecipe,
-    engines: Engines,
+    gate: AgreementGate,
     learner: LearnerGroup,
     updates: list[list[TrainingSequence]],
     step: int,
@@ -238,7 +244,7 @@ def update(
     for part in updates:
         if part:
             sums = learner.accumulate(part, objective)
-            engines.gate.check(Disagreement.of(sums), f"GRPO step {step + 1}")
+            gate.check(Disagreement.of(sums), f"GRPO step {step + 1}")
             norm = learner.apply(rate)
             total.add(sums)
     return total, Disagreement.of(total), norm

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from align.config import Recipe
+from align.config import PolicyRecipe
 from align.data.cards import load_card
 from align.data.loader import load_split
 from align.data.types import Example
-from align.evaluate.agreement import Disagreement, probe
+from align.evaluate.agreement import AgreementGate, Disagreement, probe
 from align.evaluate.problems import Evaluation, encode_prompts, evaluate
 from align.learner.group import LearnerGroup
 from align.stages.engines import Engines
@@ -27,7 +27,7 @@ class Problems:
     probe: Sequence[Prompt]
 
 
-def load_problems(recipe: Recipe, tokenizer: Any) -> Problems:
+def load_problems(recipe: PolicyRecipe, tokenizer: Any) -> Problems:
     """The problems that the recipe evaluates on. Raises UserError for one that cannot be used."""
     options = recipe.evaluation
     examples = [
@@ -44,9 +44,10 @@ def load_problems(recipe: Recipe, tokenizer: Any) -> Problems:
 class HeldOut:
     """The questions of a stage."""
 
-    def __init__(self, recipe: Recipe, problems: Problems, engines: Engines, run: Run):
+    def __init__(self, recipe: PolicyRecipe, problems: Problems, engines: Engines, run: Run):
         self._stage, self._options, self._seed = recipe.stage, recipe.evaluation, recipe.seed
         self._problems, self._engines, self._run = problems, engines, run
+        self.gate = AgreementGate(recipe.agreement, engines.policy.dtype, run.warn)
 
     def evaluate(self, name: str, step: int) -> Evaluation:
         """Answer the held-out problems with the weights that the rollout workers hold, and record the result."""
@@ -65,7 +66,7 @@ class HeldOut:
 
     def check_agreement(self, learner: LearnerGroup, when: str) -> Disagreement:
         """Probe sampler and learner on fixed prompts. Raises AgreementError beyond the recipe's limit."""
-        found = self._engines.gate.check(probe(self._engines.fleet, learner, self._problems.probe), when)
+        found = self.gate.check(probe(self._engines.fleet, learner, self._problems.probe), when)
         self._run.progress.note(
             f"agreement {when}: sampler and learner differ by {found.mean:.1e} nats a token on average, "
             f"{found.largest:.1e} at most"

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from align.config import Recipe
+from align.config import PolicyRecipe, Recipe, SamplingRecipe
 from align.data.cards import Stage, load_card, require_stage
 from align.data.types import SplitName
 from align.errors import UserError
@@ -11,14 +11,16 @@ from reward import Mixture, RewardError
 
 def check_names(recipe: Recipe, path: Path) -> None:
     """Raise UserError for a reward or data card of the recipe that is not there, or not meant for its stage."""
-    try:
-        Mixture(recipe.rewards)
-    except RewardError as error:
-        raise UserError(f"{path}: rewards: {error}") from None
+    if isinstance(recipe, SamplingRecipe):
+        try:
+            Mixture(recipe.rewards)
+        except RewardError as error:
+            raise UserError(f"{path}: rewards: {error}") from None
     for data in recipe.data:
-        check_split(data.card, data.split, recipe.stage, f"{path}: data.split")
-    for name in recipe.evaluation_cards:
-        check_split(name, recipe.evaluation.split, "eval", f"{path}: evaluation.split")
+        check_split(data.card, data.split, recipe.data_stage, f"{path}: data.split")
+    if isinstance(recipe, PolicyRecipe):
+        for name in recipe.evaluation_cards:
+            check_split(name, recipe.evaluation.split, "eval", f"{path}: evaluation.split")
 
 
 def check_split(name: str, split: SplitName, stage: Stage, where: str) -> None:

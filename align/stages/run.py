@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any, Self
 
-from align.config import Recipe, dump_recipe
+from align.config import Recipe, SamplingRecipe, dump_recipe
 from align.errors import UserError
 from align.evaluate.problems import Evaluation
 from align.run import (
@@ -123,9 +123,9 @@ def open_run(recipe: Recipe, directory: RunDirectory | None = None, outer: Run |
 
 def begun(run: Run, recipe: Recipe) -> Run:
     """The run, once it has on record what its user took upon himself."""
-    for term in recipe.rewards:
+    for term in recipe.rewards if isinstance(recipe, SamplingRecipe) else ():
         if term.params.get("unsafe_no_isolation"):
-            run.warn(f"reward {term.name} runs model-written code with this user's rights (unsafe_no_isolation)")
+            run.warn(f"reward {term.component} runs model-written code with this user's rights (unsafe_no_isolation)")
     return run
 
 

@@ -153,6 +153,15 @@ def test_a_missing_ground_truth_masks_the_sample_and_says_so() -> None:
     assert "no ground truth" in rewards[0].components["exact_answer"].detail
 
 
+def test_two_terms_for_one_reward_are_told_apart_by_their_labels() -> None:
+    terms = [RewardTerm(name="exact_answer"), RewardTerm(name="exact_answer", label="again", weight=0.5)]
+    [reward] = Mixture(terms).score([sample()])
+    assert reward.value == 1.5
+    assert list(reward.components) == ["exact_answer", "again"]
+    with pytest.raises(RewardError, match="need a label each"):
+        Mixture([*terms, terms[1]])
+
+
 def test_too_many_masked_samples_stop_the_run() -> None:
     mixture = Mixture([RewardTerm(name="exact_answer")], infra_error_limit=0.5)
     half = [sample(answer=None, id="bare"), sample()]

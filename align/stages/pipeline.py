@@ -1,0 +1,95 @@
+"""A pipeline: one stage after the other, each a process and a run of its own inside the pipeline's directory.
+
+What is done is skipped. A stage that was cut short is run again from its start with the same seed, and so ends as it would
+have.
+"""
+
+import signal
+import subprocess
+import sys
+
+from align.config import Pipeline, PlannedStage, dump_recipe
+from align.errors import UserError
+from align.run import RunDirectory, environment_record, read_status
+from align.stages.run import StopRequest
+
+COMMANDS = {"sft": "sft", "reward_model": "reward-model", "preferences": "preferences", "grpo": "grpo"}
+INTERRUPTED = 130
+
+
+def run_pipeline(pipeline: Pipeline, start: str | None) -> int:
+    """Run what is not done yet, or everything from the stage `start` on. Returns the exit status of the command.
+
+    Raises UserError when the pipeline has no such stage, or when a finished stage was run with another recipe.
+    """
+    todo = stages_to_run(pipeline, start)
+    directory = RunDirectory.reopen(pipeline.directory)
+    directory.save_recipe(pipeline.text)
+    directory.save_environment(environment_record())
+    with StopRequest():
+        for number, stage in enumerate(pipeline.stages, start=1):
+            directory.enter(stage.entry.name)
+            what = "done before" if stage not in todo else f"align {COMMANDS[stage.recipe.stage]} {stage.entry.recipe}"
+            say(directory, f"[{number}/{len(pipeline.stages)}] {stage.entry.name}: {what}")
+            status = run_stage(stage) if stage in todo else 0
+            if status:
+                end(directory, stage, status)
+                return status
+    directory.finish()
+    return 0
+
+
+def say(directory: RunDirectory, text: str) -> None:
+    """A line on the terminal and in the pipeline's log. The stages draw their own progress between such lines."""
+    print(text, flush=True)
+    with directory.log_file.open("a", encoding="utf-8") as file:
+        file.write(text + "\n")
+
+
+def end(directory: RunDirectory, stage: PlannedStage, status: int) -> None:
+    """Note where the pipeline stopped."""
+    say(directory, f"stopped in stage {stage.entry.name}; the same command goes on there")
+    if status == INTERRUPTED:
+        directory.interrupt()
+    else:
+        directory.fail(f"stage {stage.entry.name} ended with exit status {status}")
+
+
+def stages_to_run(pipeline: Pipeline, start: str | None) -> list[PlannedStage]:
+    """The stages from the first that is not done, or from `start`. Raises UserError as `run_pipeline` says."""
+    names = [stage.entry.name for stage in pipeline.stages]
+    if start is not None and start not in names:
+        raise UserError(f"--from {start}: the pipeline has no such stage; its stages are {', '.join(names)}")
+    first = names.index(start) if start is not None else len(names)
+    for number, stage in enumerate(pipeline.stages[:first]):
+        if not is_done(stage):
+            if start is not None:
+                raise UserError(f"--from {start}: stage {stage.entry.name!r} before it is not done yet")
+            return list(pipeline.stages[number:])
+    return list(pipeline.stages[first:])
+
+
+def is_done(stage: PlannedStage) -> bool:
+    """Whether the stage has finished with this recipe. Raises UserError where it has with another."""
+    status = read_status(stage.directory)
+    if status is None or status["state"] != "finished":
+        return False
+    saved = RunDirectory(stage.directory).recipe_file.read_text(encoding="utf-8")
+    if saved != dump_recipe(stage.recipe):
+        raise UserError(
+            f"stage {stage.entry.name!r} was run with another recipe ({stage.directory / 'recipe.yaml'}); run it anew with "
+            f"--from {stage.entry.name}, or give another run.dir"
+        )
+    return True
+
+
+def run_stage(stage: PlannedStage) -> int:
+    """Run a stage in a process of its own; returns its exit status. Ctrl-C and SIGTERM are handed on, once."""
+    command = [COMMANDS[stage.recipe.stage], str(stage.entry.recipe), *stage.overrides]
+    process = subprocess.Popen([sys.executable, "-m", "align.cli", *command], start_new_session=True)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        process.send_signal(signal.SIGINT)
+        process.wait()
+        return INTERRUPTED

@@ -1,0 +1,104 @@
+"""Which stages of a pipeline run: what is done is skipped, and nothing is mixed with what another recipe made."""
+
+from pathlib import Path
+
+import pytest
+
+from align.config import Pipeline, dump_recipe, load_pipeline
+from align.errors import UserError
+from align.run import RunDirectory
+from align.stages.pipeline import stages_to_run
+
+ROOT = Path(__file__).parents[3]
+STAGES = """\
+name: three
+stages:
+  - {name: sft, recipe: recipes/nano/sft.yaml, set: [sft.steps=5]}
+  - {name: math, recipe: recipes/nano/grpo.yaml, set: ["model={path: '${sft}'}", init_from=null]}
+  - {name: more, recipe: recipes/nano/grpo.yaml, set: ["model={path: '${math}'}", "reference=${sft}", init_from=null]}
+"""
+
+
+@pytest.fixture(autouse=True)
+def _in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def pipeline(tmp_path: Path, *overrides: str, text: str = STAGES) -> Pipeline:
+    file = tmp_path / "pipeline.yaml"
+    file.write_text(text)
+    return load_pipeline(file, [f"run.dir={tmp_path / 'run'}", *overrides])
+
+
+def finish(plan: Pipeline, *names: str) -> None:
+    """As if these stages had run."""
+    for stage in plan.stages:
+        if stage.entry.name in names:
+            directory = RunDirectory.create(stage.directory, overwrite=True)
+            directory.save_recipe(dump_recipe(stage.recipe))
+            directory.finish()
+
+
+def to_run(plan: Pipeline, start: str | None = None) -> list[str]:
+    return [stage.entry.name for stage in stages_to_run(plan, start)]
+
+
+def test_a_stage_takes_what_stages_before_it_made(tmp_path: Path) -> None:
+    plan = pipeline(tmp_path, "seed=7")
+    sft, math, more = plan.stages
+    assert math.recipe.model.path == str(tmp_path / "run" / "sft" / "final")
+    assert more.recipe.model.path == str(tmp_path / "run" / "math" / "final")
+    assert more.recipe.reference == tmp_path / "run" / "sft" / "final"  # type: ignore[attr-defined]
+    assert sft.recipe.sft.steps == 5  # type: ignore[attr-defined]
+    assert {stage.recipe.seed for stage in plan.stages} == {7}
+    assert more.recipe.directory == tmp_path / "run" / "more"
+
+
+def test_what_is_done_is_skipped_up_to_the_first_that_is_not(tmp_path: Path) -> None:
+    plan = pipeline(tmp_path)
+    assert to_run(plan) == ["sft", "math", "more"]
+    finish(plan, "sft")
+    assert to_run(plan) == ["math", "more"]
+    finish(plan, "more")
+    assert to_run(plan) == ["math", "more"]
+    finish(plan, "math")
+    assert to_run(plan) == []
+
+
+def test_it_can_start_at_any_stage_whose_inputs_are_there(tmp_path: Path) -> None:
+    plan = pipeline(tmp_path)
+    finish(plan, "sft", "math", "more")
+    assert to_run(plan, "math") == ["math", "more"]
+    assert to_run(plan, "sft") == ["sft", "math", "more"]
+    with pytest.raises(UserError, match=r"no such stage; its stages are sft, math, more"):
+        to_run(plan, "maths")
+
+
+def test_it_does_not_start_after_a_stage_that_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"stage 'sft' before it is not done yet"):
+        to_run(pipeline(tmp_path), "math")
+
+
+def test_a_stage_that_was_run_with_another_recipe_is_never_taken_for_this_one(tmp_path: Path) -> None:
+    finish(pipeline(tmp_path), "sft")
+    with pytest.raises(UserError, match=r"stage 'sft' was run with another recipe .*--from sft"):
+        to_run(pipeline(tmp_path, "seed=1"))
+    assert to_run(pipeline(tmp_path, "seed=1"), "sft") == ["sft", "math", "more"]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("${math}", "${maths}", r"stage 'more' takes \$\{maths\}, but before it there is only sft, math"),
+        ("name: math", "name: sft", "two stages are named 'sft'"),
+        ("sft.steps=5", "sft.stepz=5", r"stage 'sft': .*unknown key 'sft.stepz'; did you mean 'steps'"),
+        ("recipes/nano/sft.yaml", "recipes/nano/sfd.yaml", r"stage 'sft': recipes/nano/sfd.yaml: no such recipe"),
+        ("name: three", "nam: three", r"line 1: unknown key 'nam'; did you mean 'name'"),
+        ("'${sft}'", "'/nowhere/at/all'", r"stage 'math': .*model.path names /nowhere/at/all, which does not exist"),
+    ],
+)
+def test_a_pipeline_with_a_mistake_is_refused_before_its_first_stage(
+    before: str, after: str, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        pipeline(tmp_path, text=STAGES.replace(before, after))
