@@ -13,7 +13,7 @@ STAMP := $(VENV)/.installed-$(ACCELERATOR)
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock sft grpo bench test test-slow format clean
+.PHONY: help setup lock sft grpo bench bench-rewards test test-slow format clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -42,6 +42,9 @@ grpo: $(STAMP) ## Chat SFT, then GRPO (RECIPE=recipes/nano/grpo.yaml ARGS="key=v
 
 bench: $(STAMP) ## a GRPO step against TRL and the bare engines (ARGS="--settings short")
 	$(BIN)/python benchmarks/grpo_step.py $(ARGS)
+
+bench-rewards: $(STAMP) ## math answers and sandboxed programs per second
+	$(BIN)/python benchmarks/rewards.py
 
 test: $(STAMP) ## lint, types, import contract and tests
 	$(BIN)/ruff check .

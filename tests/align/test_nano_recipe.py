@@ -1,4 +1,4 @@
-"""What the README promises of `make grpo`, at full size."""
+"""What the README promises of the nano recipes, at full size."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -19,11 +20,8 @@ GB = 10**9
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_sft_learns_some_of_it_and_grpo_nearly_all(seed: int, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "align.cli", "grpo", "recipes/nano/grpo.yaml", f"seed={seed}", f"run.dir={run}"]
-    largest = watch_memory(command)
-    accuracy = {}
-    for line in (run / "evaluations.jsonl", run / "sft" / "evaluations.jsonl"):
-        accuracy |= {record["name"]: record["accuracy"] for record in map(json.loads, line.read_text().splitlines())}
+    largest = watch_memory(grpo("recipes/nano/grpo.yaml", run, seed))
+    accuracy = {name: record["accuracy"] for name, record in evaluations(run).items()}
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     disagreement = max(step["agreement/max"] for step in steps if "agreement/max" in step)
     print(f"seed {seed}: {accuracy}, disagreement at most {disagreement:.1e}, {largest / GB:.2f} GB")
@@ -32,6 +30,29 @@ def test_sft_learns_some_of_it_and_grpo_nearly_all(seed: int, tmp_path: Path) ->
     assert accuracy["after GRPO"] >= 0.92
     assert disagreement <= 1e-4
     assert largest < 8 * GB
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_reasoning_alignment_raises_arithmetic_and_code_together(seed: int, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    watch_memory(grpo("recipes/nano/grpo_reasoning.yaml", run, seed))
+    after = evaluations(run)
+    for domain in ("arithmetic", "code"):
+        sft, rl = (after[f"after {stage}"][f"accuracy/{domain}"] for stage in ("SFT", "GRPO"))
+        print(f"seed {seed}: {domain} {sft:.1%} after SFT, {rl:.1%} after GRPO")
+        assert rl - sft >= 0.15
+
+
+def grpo(recipe: str, run: Path, seed: int) -> list[str]:
+    return [sys.executable, "-m", "align.cli", "grpo", recipe, f"seed={seed}", f"run.dir={run}"]
+
+
+def evaluations(run: Path) -> dict[str, Any]:
+    """The evaluations of a run and of the SFT inside it, by name."""
+    lines = [line for part in (run / "sft", run) for line in (part / "evaluations.jsonl").read_text().splitlines()]
+    return {record["name"]: record for record in map(json.loads, lines)}
 
 
 def watch_memory(command: list[str]) -> float:
