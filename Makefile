@@ -29,9 +29,9 @@ $(STAMP): $(LOCK) pyproject.toml
 	touch $@
 
 lock: ## resolve the pins of locks/*.txt anew
-	$(BIN)/uv pip compile pyproject.toml --quiet --upgrade --extra cpu --extra dev --override locks/overrides.txt \
+	$(BIN)/uv pip compile pyproject.toml --quiet --upgrade --extra cpu --extra evaluation --extra dev --override locks/overrides.txt \
 	  --python-version 3.11 --no-annotate --no-header --no-emit-find-links -o locks/cpu.txt
-	UV_FIND_LINKS= $(BIN)/uv pip compile pyproject.toml --quiet --upgrade --extra cuda --extra dev --override locks/overrides.txt \
+	UV_FIND_LINKS= $(BIN)/uv pip compile pyproject.toml --quiet --upgrade --extra cuda --extra evaluation --extra dev --override locks/overrides.txt \
 	  --python-version 3.11 --no-annotate --no-header -o locks/cuda.txt
 
 sft: $(STAMP) ## Chat SFT (RECIPE=recipes/nano/sft.yaml ARGS="key=value ...")

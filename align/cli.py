@@ -12,6 +12,7 @@ from align.config import (
     ModelOptions,
     PreferencesRecipe,
     Recipe,
+    RewardModelRecipe,
     SftRecipe,
     check_model_directory,
     load_pipeline,
@@ -19,6 +20,7 @@ from align.config import (
 )
 from align.errors import UserError
 from reward import RewardTerm
+from reward.registry import Entry
 from rollout import FleetOptions
 
 EXIT_FAILED = 1
@@ -56,6 +58,7 @@ def parser() -> argparse.ArgumentParser:
     for name, run, text in (
         ("sft", sft, "supervised fine-tuning of a policy"),
         ("grpo", grpo, "reinforcement learning with GRPO, after SFT where the recipe says so"),
+        ("reward-model", reward_model, "a reward model from preferences, made of a policy"),
         ("preferences", preferences, "preference data from a policy's own answers, judged by the recipe's rewards"),
         ("check", check, "read a recipe and say what is wrong with it; starts nothing"),
     ):
@@ -101,6 +104,9 @@ def parser() -> argparse.ArgumentParser:
     rewards = commands.add_parser("rewards", help="the rewards that a recipe can name")
     actions = rewards.add_subparsers(required=True, metavar="ACTION")
     actions.add_parser("list", help="each with its parameters and what it is for").set_defaults(run=list_rewards)
+    evaluations = commands.add_parser("evaluations", help="the evaluation hooks that a recipe can name")
+    actions = evaluations.add_subparsers(required=True, metavar="ACTION")
+    actions.add_parser("list", help="each with its parameters and what it measures").set_defaults(run=list_evaluations)
     return top
 
 
@@ -128,20 +134,34 @@ def grpo(options: argparse.Namespace) -> int:
     recipe = read_recipe(options.recipe, options.overrides)
     if not isinstance(recipe, GrpoRecipe):
         raise UserError(f"{options.recipe} is a recipe for {recipe.stage}; run `align {recipe.stage}`")
-    first: SftRecipe | None = None
-    if recipe.init_from is not None:
-        before = read_recipe(recipe.init_from, [f"seed={recipe.seed}"])
-        if not isinstance(before, SftRecipe):
-            raise UserError(f"init_from: {recipe.init_from} is a recipe for {before.stage}, not for sft")
-        first = before
-        if first.model.dtype != recipe.model.dtype:
-            raise UserError(
-                f"model.dtype is {recipe.model.dtype} in {options.recipe} and {first.model.dtype} in {recipe.init_from}: "
-                "the stages of a run share their rollout workers and need the same"
-            )
+    first = first_stage(options.recipe, recipe, recipe.init_from) if recipe.init_from is not None else None
     from align.stages.commands import run_grpo
 
     return run_grpo(recipe, first)
+
+
+def first_stage(path: Path, recipe: Recipe, init_from: Path) -> SftRecipe:
+    """The SFT recipe that a recipe begins with."""
+    first = read_recipe(init_from, [f"seed={recipe.seed}"])
+    if not isinstance(first, SftRecipe):
+        raise UserError(f"init_from: {init_from} is a recipe for {first.stage}, not for sft")
+    if first.model.dtype != recipe.model.dtype:
+        raise UserError(
+            f"model.dtype is {recipe.model.dtype} in {path} and {first.model.dtype} in {init_from}: "
+            "the stages of a run share their policy and need the same"
+        )
+    return first
+
+
+def reward_model(options: argparse.Namespace) -> int:
+    """`align reward-model RECIPE`."""
+    recipe = read_recipe(options.recipe, options.overrides)
+    if not isinstance(recipe, RewardModelRecipe):
+        raise UserError(f"{options.recipe} is a recipe for {recipe.stage}; run `align {recipe.stage}`")
+    first = first_stage(options.recipe, recipe, recipe.init_from) if recipe.init_from is not None else None
+    from align.stages.reward_model import run_reward_model
+
+    return run_reward_model(recipe, first)
 
 
 def preferences(options: argparse.Namespace) -> int:
@@ -242,7 +262,19 @@ def list_rewards(options: argparse.Namespace) -> int:
     """`align rewards list`."""
     from reward import available
 
-    for item in available():
+    return show(available())
+
+
+def list_evaluations(options: argparse.Namespace) -> int:
+    """`align evaluations list`."""
+    from align.evaluate.hooks import available
+
+    return show(available())
+
+
+def show(entries: Sequence[Entry]) -> int:
+    """Print registered functions with their parameters and descriptions."""
+    for item in entries:
         parameters = ", ".join(p.name if p.required else f"{p.name}={p.default!r}" for p in item.parameters)
         print(f"{item.name}({parameters})\n    {item.description}")
     return 0

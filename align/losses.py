@@ -1,4 +1,4 @@
-"""The mathematics of SFT and GRPO as pure functions on tensors: no I/O, no distributed code, no state.
+"""The mathematics of SFT, GRPO and reward models as pure functions on tensors: no I/O, no distributed code, no state.
 
 A loss here is never a mean. It is a value for every token, and the scalar is the sum of value times weight::
 
@@ -7,7 +7,8 @@ A loss here is never a mean. It is a value for every token, and the scalar is th
 The weights come from :func:`completion_weights`, computed once over the whole global batch, and already hold
 its denominator. However the batch is then split over ranks, micro-batches and accumulation steps, the parts
 add up to the same loss and the same gradient. (Where an engine averages gradients over ranks or accumulation
-steps, its caller multiplies by their number.) For SFT the value is ``-log_probs``, the weight ``token_mean``.
+steps, its caller multiplies by their number.) For SFT the value is ``-log_probs``, the weight ``token_mean``. A reward
+model has a value for every pair of completions, and the weight is one over their number.
 
 Sources: DeepSeek-V2 report (arXiv 2405.04434), DeepSeekMath (arXiv 2402.03300), DAPO (arXiv 2503.14476),
 Dr. GRPO (arXiv 2503.20783). In shapes, N is the completions of a global batch, B the rows of a micro-batch,
@@ -19,6 +20,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 Aggregation = Literal["sample_mean", "token_mean", "sequence_sum"]
 Level = Literal["token", "sequence"]
@@ -294,3 +296,25 @@ def sequence_balance_loss(router_probs: Tensor, expert_ids: Tensor, mask: Tensor
     fractions = counts * num_experts / (top_k * tokens)
     mean_affinities = torch.where(real, router_probs, 0.0).sum(1) / tokens
     return (fractions * mean_affinities).sum(1)
+
+
+def pairwise_loss(chosen: Tensor, rejected: Tensor, margins: Tensor | None = None) -> Tensor:
+    """``-log sigmoid(r_chosen - r_rejected - margin)`` of each pair, ``[B]``, without its weight.
+
+    The negative log-likelihood of the preferences under Bradley and Terry's model (Ouyang et al. 2022,
+    arXiv:2203.02155, eq. 1), with the margin of Llama 2 (arXiv:2307.09288, eq. 2). The DeepSeek-V2 report trains its
+    reward models "with either a point-wise or a pair-wise loss" (section 4.2) and prints neither. ``chosen``,
+    ``rejected`` and ``margins`` are ``[B]``. Only differences count: a constant added to all rewards changes nothing.
+    """
+    difference = chosen - rejected
+    return -logsigmoid(difference if margins is None else difference - margins)
+
+
+def pointwise_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """``-(log sigmoid(r_chosen) + log(1 - sigmoid(r_rejected))) / 2`` of each pair, ``[B]``, without its weight.
+
+    The binary cross-entropy of both completions, each judged alone: label 1 for the chosen, 0 for the rejected one, as
+    the outcome reward models of Cobbe et al. 2021 (arXiv:2110.14168) and Math-Shepherd (arXiv:2312.08935) are trained.
+    ``sigmoid(r)`` is then the probability that a completion is right, and r > 0 says that it more likely is.
+    """
+    return -(logsigmoid(chosen) + logsigmoid(-rejected)) / 2

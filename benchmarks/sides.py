@@ -232,10 +232,10 @@ def sampling_passes(task: Task, rank: int, processes: int) -> Iterator[None]:
     """Each item drawn samples a step's completions of this process. Neither seeds nor log-probabilities are asked for."""
     from vllm import LLM, SamplingParams
 
-    from rollout.engine import _engine_arguments
+    from rollout.engine import engine_arguments
 
     options = EngineOptions(max_length=PROMPT_ROOM + task.new_tokens, batch_sequences=task.completions // processes)
-    llm = LLM(model=task.policy, dtype="float32", **_engine_arguments(task.policy, options))
+    llm = LLM(model=task.policy, dtype="float32", **engine_arguments(task.policy, options))
     parameters = SamplingParams(max_tokens=task.new_tokens, ignore_eos=True, detokenize=False)
     prompts = share_of_prompts(task, rank, processes)
     while True:

@@ -12,7 +12,10 @@ A reward of your own is a function with `@register("name")` over it. Start readi
 
 from reward import (  # noqa: F401 (they register themselves)
     answer_format,
+    chat_rules,
     code_tests,
+    endpoint,
+    learned,
     math_answer,
     reasoning_gym_answer,
     rules,

@@ -1,4 +1,4 @@
-"""Rewards by name: those registered in this process, and those that installed packages announce.
+"""Functions by name: those registered in this process, and those that installed packages announce.
 
 A package announces a reward by an entry point of the group `moe_align.rewards`, whose name is the reward's
 and whose value is the module (or the function in it) that registers it, imported when first asked for.
@@ -7,10 +7,10 @@ and whose value is the module (or the function in it) that registers it, importe
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from reward.types import ParameterError, RewardError, UnknownReward
 
@@ -21,7 +21,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class Parameter:
-    """A setting of a reward; `default` means nothing where it is `required`."""
+    """A setting of a registered function; `default` means nothing where it is `required`."""
 
     name: str
     default: Any
@@ -29,21 +29,118 @@ class Parameter:
 
 
 @dataclass(frozen=True)
-class Reward:
-    """A registered reward.
-
-    `function` maps `(sample, **params)` to a Score, or, where `batched`, `(samples, **params)` to a sequence
-    of Scores in the same order. `description` is the first line of its docstring.
-    """
+class Entry:
+    """A function and its name. `description` is the first line of its docstring."""
 
     name: str
     function: Callable[..., Any]
-    batched: bool
     description: str
     parameters: tuple[Parameter, ...]
 
 
+@dataclass(frozen=True)
+class Reward(Entry):
+    """A registered reward.
+
+    `function` maps `(sample, **params)` to a Score, or, where `batched`, `(samples, **params)` to a sequence
+    of Scores in the same order.
+    """
+
+    batched: bool
+
+
+E = TypeVar("E", bound=Entry)
+
+
+@dataclass(frozen=True)
+class Registry(Generic[E]):
+    """The functions of one kind, such as "reward", in `entries` by name.
+
+    Installed packages announce theirs under the entry point group `group`. What a function takes first, `subjects`
+    of them, is what it is called on; the rest are its parameters. The last three fields make what is raised: `error`
+    of a text, `unknown` of a name and the known ones, `misfit` of a name, a parameter, "unknown" or "missing", and
+    the known parameters.
+    """
+
+    kind: str
+    group: str
+    entries: dict[str, E]
+    subjects: int
+    error: Callable[[str], Exception]
+    unknown: Callable[[str, Collection[str]], Exception]
+    misfit: Callable[[str, str, str, Collection[str]], Exception]
+
+    def register(self, name: str, make: Callable[..., E], **more: Any) -> Callable[[Function], Function]:
+        """A decorator that enters a function under `name`, as `make` of the fields of an Entry and `more`.
+
+        It raises `error` where another function has the name, or where the function takes `**kwargs`: a misspelt
+        parameter would then pass unnoticed.
+        """
+
+        def decorate(function: Function) -> Function:
+            known = self.entries.get(name)
+            if known is not None and not _same_definition(known.function, function):
+                raise self.error(
+                    f"{self.kind} {name!r} is already registered by {_origin(known.function)}; "
+                    f"{_origin(function)} needs another name"
+                )
+            self.entries[name] = make(
+                name=name,
+                function=function,
+                description=next(iter((inspect.getdoc(function) or "").splitlines()), ""),
+                parameters=self._parameters(name, function),
+                **more,
+            )
+            return function
+
+        return decorate
+
+    def get(self, name: str) -> E:
+        """The entry of that name. Raises `unknown`."""
+        if name not in self.entries:
+            announced = {point.name: point for point in metadata.entry_points(group=self.group)}
+            if name not in announced:
+                raise self.unknown(name, sorted({*self.entries, *announced}))
+            self._load(announced[name])
+        return self.entries[name]
+
+    def available(self) -> list[E]:
+        """Every entry by name, announced ones too. Raises `error` where one of them cannot be loaded."""
+        for point in metadata.entry_points(group=self.group):
+            self._load(point)
+        return sorted(self.entries.values(), key=lambda entry: entry.name)
+
+    def check_params(self, name: str, params: Mapping[str, Any]) -> None:
+        """Nothing, if the function `name` can be called with `params`. Raises `unknown` or `misfit`."""
+        parameters = self.get(name).parameters
+        known = [parameter.name for parameter in parameters]
+        for given in params:
+            if given not in known:
+                raise self.misfit(name, given, "unknown", known)
+        for parameter in parameters:
+            if parameter.required and parameter.name not in params:
+                raise self.misfit(name, parameter.name, "missing", known)
+
+    def _load(self, point: metadata.EntryPoint) -> None:
+        try:
+            point.load()
+        except Exception as error:
+            raise self.error(f"entry point {point.name} = {point.value}: {error}") from error
+        if point.name not in self.entries:
+            raise self.error(f"entry point {point.name} = {point.value} did not register {point.name!r}")
+
+    def _parameters(self, name: str, function: Callable[..., Any]) -> tuple[Parameter, ...]:
+        signature = list(inspect.signature(function).parameters.values())
+        if any(p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in signature):
+            raise self.error(f"{self.kind} {name!r} must name its parameters: {_origin(function)} takes * or **")
+        return tuple(Parameter(p.name, p.default, p.default is p.empty) for p in signature[self.subjects :])
+
+
 _rewards: dict[str, Reward] = {}
+
+
+def _registry() -> Registry[Reward]:
+    return Registry("reward", ENTRY_POINT_GROUP, _rewards, 1, RewardError, UnknownReward, ParameterError)
 
 
 def register(name: str, *, batched: bool = False) -> Callable[[Function], Function]:
@@ -52,41 +149,17 @@ def register(name: str, *, batched: bool = False) -> Callable[[Function], Functi
     Raises RewardError where another function has the name, or where the function takes `**kwargs`: a misspelt
     parameter would then pass unnoticed.
     """
-
-    def decorate(function: Function) -> Function:
-        known = _rewards.get(name)
-        if known is not None and not _same_definition(known.function, function):
-            raise RewardError(
-                f"reward {name!r} is already registered by {_origin(known.function)}; "
-                f"{_origin(function)} needs another name"
-            )
-        _rewards[name] = Reward(
-            name=name,
-            function=function,
-            batched=batched,
-            description=next(iter((inspect.getdoc(function) or "").splitlines()), ""),
-            parameters=_parameters(name, function),
-        )
-        return function
-
-    return decorate
+    return _registry().register(name, Reward, batched=batched)
 
 
 def get(name: str) -> Reward:
     """The reward of that name. Raises UnknownReward, naming the nearest."""
-    if name not in _rewards:
-        announced = {point.name: point for point in metadata.entry_points(group=ENTRY_POINT_GROUP)}
-        if name not in announced:
-            raise UnknownReward(name, sorted({*_rewards, *announced}))
-        _load(announced[name])
-    return _rewards[name]
+    return _registry().get(name)
 
 
 def available() -> list[Reward]:
     """Every reward by name, announced ones too. Raises RewardError where one of them cannot be loaded."""
-    for point in metadata.entry_points(group=ENTRY_POINT_GROUP):
-        _load(point)
-    return sorted(_rewards.values(), key=lambda reward: reward.name)
+    return _registry().available()
 
 
 def check_params(name: str, params: Mapping[str, Any]) -> None:
@@ -94,30 +167,7 @@ def check_params(name: str, params: Mapping[str, Any]) -> None:
 
     Raises UnknownReward, or ParameterError for a name it does not have (naming the nearest) or one it lacks.
     """
-    parameters = get(name).parameters
-    known = [parameter.name for parameter in parameters]
-    for given in params:
-        if given not in known:
-            raise ParameterError(name, given, "unknown", known)
-    for parameter in parameters:
-        if parameter.required and parameter.name not in params:
-            raise ParameterError(name, parameter.name, "missing", known)
-
-
-def _load(point: metadata.EntryPoint) -> None:
-    try:
-        point.load()
-    except Exception as error:
-        raise RewardError(f"entry point {point.name} = {point.value}: {error}") from error
-    if point.name not in _rewards:
-        raise RewardError(f"entry point {point.name} = {point.value} did not register {point.name!r}")
-
-
-def _parameters(name: str, function: Callable[..., Any]) -> tuple[Parameter, ...]:
-    signature = list(inspect.signature(function).parameters.values())
-    if any(p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in signature):
-        raise RewardError(f"reward {name!r} must name its parameters: {_origin(function)} takes * or **")
-    return tuple(Parameter(p.name, p.default, p.default is p.empty) for p in signature[1:])
+    _registry().check_params(name, params)
 
 
 def _same_definition(one: Callable[..., Any], other: Callable[..., Any]) -> bool:

@@ -38,7 +38,7 @@ class Engine:
         self.weight_version = 0
         self._options = options
         self._stop_token_ids = list(stop_token_ids)
-        self._llm = LLM(model=str(model), dtype=dtype, **_engine_arguments(str(model), options))
+        self._llm = LLM(model=str(model), dtype=dtype, **engine_arguments(str(model), options))
 
     def generate(self, requests: Sequence[Request], sampling: SamplingOptions) -> list[Completion]:
         """Draw one completion for each request, in their order, as one engine batch."""
@@ -98,7 +98,7 @@ class Engine:
         )
 
 
-def _engine_arguments(model: str, options: EngineOptions) -> dict[str, Any]:
+def engine_arguments(model: str, options: EngineOptions) -> dict[str, Any]:
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(model)

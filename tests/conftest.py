@@ -4,10 +4,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from align.config import ModelOptions
 from align.model.policy import write_random_policy
 from align.stages.engines import local_ray
+
+# A busy machine is no reason to fail.
+settings.register_profile("unhurried", deadline=None)
+settings.load_profile("unhurried")
 
 NANO = Path(__file__).parents[1] / "recipes" / "nano" / "policy"
 

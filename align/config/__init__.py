@@ -2,6 +2,7 @@
 
 from align.config.options import (
     STAGES,
+    AgainstOptions,
     AgreementOptions,
     DataOptions,
     EvaluationOptions,
@@ -16,6 +17,8 @@ from align.config.options import (
     PreferencesOptions,
     PreferencesRecipe,
     Recipe,
+    RewardModelOptions,
+    RewardModelRecipe,
     RunOptions,
     SamplingRecipe,
     ScoringOptions,
@@ -27,6 +30,7 @@ from align.config.reading import check_model_directory, dump_recipe, load_recipe
 
 __all__ = [
     "STAGES",
+    "AgainstOptions",
     "AgreementOptions",
     "DataOptions",
     "EvaluationOptions",
@@ -43,6 +47,8 @@ __all__ = [
     "PreferencesOptions",
     "PreferencesRecipe",
     "Recipe",
+    "RewardModelOptions",
+    "RewardModelRecipe",
     "RunOptions",
     "SamplingRecipe",
     "ScoringOptions",

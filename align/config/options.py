@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from reward import RewardTerm
 from rollout.types import FleetOptions, SamplingOptions
 
-DataStage = Literal["sft", "grpo"]
+DataStage = Literal["sft", "reward_model", "grpo"]
 
 
 class Section(BaseModel):
@@ -83,6 +83,23 @@ class SftOptions(Section):
     validation_limit: int = Field(256, ge=1, description="examples of the validation loss")
 
 
+class RewardModelOptions(Section):
+    """A reward model, trained on preferences from the SFT policy (DeepSeek-V2 report, section 4.2)."""
+
+    loss: Literal["pairwise", "pointwise"] = Field(
+        "pairwise", description="both completions compared, or each judged alone; see align.losses"
+    )
+    steps: int = Field(ge=1, description="optimizer steps")
+    pairs_per_step: int = Field(64, ge=1)
+    margin_scale: float = Field(
+        0.0, ge=0, description="a preference's own margin times this is subtracted from the difference of the rewards"
+    )
+    max_length: int = Field(512, ge=2, description="prompt and completion, in tokens; pairs with more are left out")
+    validate_every: int = Field(50, ge=1, description="steps between two looks at the validation pairs")
+    validation_limit: int = Field(256, ge=1, description="validation pairs of a data card")
+    test_limit: int = Field(1024, ge=1, description="test pairs of a data card, for the evaluation at the end")
+
+
 class GrpoOptions(Section):
     """Group Relative Policy Optimization (DeepSeekMath, arXiv 2402.03300, section 4.1; DeepSeek-V2 report, eq. 32-34)."""
 
@@ -137,8 +154,23 @@ class AgreementOptions(Section):
         return self.warn_mean or warn, self.stop_mean or stop
 
 
+class HookOptions(Section):
+    """A registered evaluation of the checkpoint that a stage wrote; `align evaluations list` shows them."""
+
+    name: str
+    params: dict[str, Any] = {}
+    label: str | None = Field(None, min_length=1, description="what its results are called; its name when not given")
+
+
+class AgainstOptions(Section):
+    """An earlier run whose answers to the same problems are compared with: how often the new ones are better."""
+
+    run: Path = Field(description="run directory, or the checkpoint in it")
+    judge: str = Field(description="component of the reward by which answers are compared")
+
+
 class EvaluationOptions(Section):
-    """Held-out problems answered by the policy, before and after the stage."""
+    """Held-out problems answered by the policy, before and after the stage, and whatever else is asked of it then."""
 
     cards: list[str] | None = Field(None, description="data cards; those of the training data when not given")
     split: Literal["validation", "test"] = "test"
@@ -148,6 +180,8 @@ class EvaluationOptions(Section):
     samples: int = Field(4, ge=0, description="samples a problem for pass@k; 0 leaves it out")
     every: int | None = Field(None, ge=1, description="also every so many steps")
     max_new_tokens: int = Field(64, ge=1)
+    against: AgainstOptions | None = None
+    hooks: list[HookOptions] = []
 
 
 class ScoringOptions(Section):
@@ -170,7 +204,7 @@ class MachineOptions(Section):
 class Recipe(Section):
     """What every stage has."""
 
-    stage: Literal["sft", "grpo", "preferences"]
+    stage: Literal["sft", "reward_model", "grpo", "preferences"]
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     seed: int = Field(0, ge=0)
     run: RunOptions = RunOptions()
@@ -230,6 +264,29 @@ class SftRecipe(PolicyRecipe):
         return "sft"
 
 
+class RewardModelRecipe(Recipe):
+    """A reward model from preferences. Nothing is sampled for it."""
+
+    stage: Literal["reward_model"]
+    init_from: Path | None = Field(
+        None, description="SFT recipe that trains the policy it is made of, run first and with this recipe's seed"
+    )
+    learner: LearnerOptions
+    reward_model: RewardModelOptions
+
+    @property
+    def data_stage(self) -> DataStage:
+        return "reward_model"
+
+    @model_validator(mode="after")
+    def _leave_out_what_has_no_effect(self) -> Self:
+        if self.reward_model.loss == "pointwise" and self.reward_model.margin_scale:
+            raise ValueError("reward_model.margin_scale has no effect on the pointwise loss: leave it out")
+        if any(data.levels is not None for data in self.data):
+            raise ValueError("data.levels: preferences have no levels")
+        return self
+
+
 class GrpoRecipe(PolicyRecipe):
     """Reinforcement learning with GRPO."""
 
@@ -277,4 +334,9 @@ class PreferencesRecipe(SamplingRecipe):
         return "grpo"
 
 
-STAGES: dict[str, type[Recipe]] = {"sft": SftRecipe, "grpo": GrpoRecipe, "preferences": PreferencesRecipe}
+STAGES: dict[str, type[Recipe]] = {
+    "sft": SftRecipe,
+    "reward_model": RewardModelRecipe,
+    "grpo": GrpoRecipe,
+    "preferences": PreferencesRecipe,
+}

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from align.config.options import STAGES, GrpoRecipe, ModelOptions, PolicyRecipe, Recipe
+from align.config.options import STAGES, GrpoRecipe, ModelOptions, PolicyRecipe, Recipe, RewardModelRecipe
 from align.errors import UserError
 
 
@@ -169,8 +169,12 @@ def named_files(recipe: Recipe) -> dict[tuple[str, ...], Path]:
     }
     if isinstance(recipe, PolicyRecipe):
         named[("evaluation", "path")] = recipe.evaluation.path
+        if recipe.evaluation.against is not None:
+            named[("evaluation", "against", "run")] = recipe.evaluation.against.run
     if isinstance(recipe, GrpoRecipe):
         named |= {("init_from",): recipe.init_from, ("reference",): recipe.reference}
+    if isinstance(recipe, RewardModelRecipe):
+        named[("init_from",)] = recipe.init_from
     model = Path(recipe.model.path)
     local = model.is_absolute() or recipe.model.path.startswith((".", "~"))
     if local or (model.parent.is_dir() and len(model.parts) > 2):

@@ -1,7 +1,7 @@
 """What is trained and evaluated on: data cards, their examples, and the token ids of conversations."""
 
 from align.data.cards import DataCard, list_cards, load_card, require_stage
-from align.data.chat import decode_completion, encode_example, encode_prompt
+from align.data.chat import answer_text, decode_completion, encode_example, encode_prompt
 from align.data.loader import load_split
 from align.data.types import Example, LoadedSplit, Message, SplitName
 from align.data.user_file import read_user_file
@@ -12,6 +12,7 @@ __all__ = [
     "LoadedSplit",
     "Message",
     "SplitName",
+    "answer_text",
     "decode_completion",
     "encode_example",
     "encode_prompt",

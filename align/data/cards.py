@@ -4,36 +4,23 @@ Keys that the loader does not act on (`title`, `licence`, `homepage`, what the `
 held apart so) are what a listing of the cards shows; there are no others.
 """
 
-from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
+from collections.abc import Mapping
 from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
+from pydantic import BaseModel, Field, ValidationError, ValidationInfo, model_validator
 
+from align.data.nano_chat_requests import Aspect
+from align.data.preference_fields import PreferenceFields
+from align.data.strict import Strict, nearest
 from align.data.types import SplitName
 from align.errors import UserError
 
 CARDS = Path(__file__).parents[2] / "data_cards"
-Stage = Literal["sft", "grpo", "eval"]
+Stage = Literal["sft", "reward_model", "grpo", "eval"]
 Model = TypeVar("Model", bound=BaseModel)
-
-
-class Strict(BaseModel):
-    """Refuses keys it does not have, and names the nearest one it has."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_unknown_keys(cls, data: Any) -> Any:
-        known = [field.alias or name for name, field in cls.model_fields.items()]
-        for key in data if isinstance(data, Mapping) else ():
-            if key not in known:
-                raise ValueError(f"unknown key {key!r}{nearest(str(key), known)}")
-        return data
 
 
 class HumanEvalTests(Strict):
@@ -70,6 +57,7 @@ class Fields(Strict):
     """Which column of a table is what."""
 
     prompt: str
+    """Text; for preferences it may also be a conversation, and of hh-rlhf one of the columns of dialogues."""
     response: str | None = None
     """A demonstration; None where the rows have none fit to imitate."""
     answer: str | None = None
@@ -82,6 +70,8 @@ class Fields(Strict):
     """The difficulty: a whole number, or text that ends in one, such as "Level 3"."""
     tests: Annotated[HumanEvalTests | MbppTests | AppsTests, Field(discriminator="format")] | None = None
     """The tests of a programming task: they go into the metadata, and the prompt says what they ask for."""
+    preference: PreferenceFields | None = None
+    """Two completions of the prompt of which one was preferred, to train reward models on."""
 
     @model_validator(mode="after")
     def _know_where_the_answer_is(self) -> Self:
@@ -122,6 +112,10 @@ class TableSource(Strict):
     @property
     def has_demonstrations(self) -> bool:
         return self.fields.response is not None
+
+    @property
+    def has_preferences(self) -> bool:
+        return self.fields.preference is not None
 
 
 class HubSource(TableSource):
@@ -172,15 +166,27 @@ class NanoCodeParams(Strict):
     stepwise_share: float = Field(default=0.45, ge=0, le=1)
 
 
-GENERATED: Mapping[str, type[Strict]] = {"nano_code": NanoCodeParams, "nano_math": NanoMathParams}
+class NanoChatParams(Strict):
+    """See `align.data.nano_chat.generate`; preferences have an aspect and no shares."""
+
+    good_share: float = Field(default=0.4, ge=0, le=1)
+    careful_share: float = Field(default=0.6, ge=0, le=1)
+    aspect: Aspect | None = None
+
+
+GENERATED: Mapping[str, type[Strict]] = {
+    "nano_chat": NanoChatParams,
+    "nano_code": NanoCodeParams,
+    "nano_math": NanoMathParams,
+}
 
 
 class GeneratorSource(Strict):
     """Problems that this project generates; the generator decides the splits."""
 
     kind: Literal["generator"]
-    name: Literal["nano_code", "nano_math"]
-    params: dict[str, Any] = {}
+    name: Literal["nano_chat", "nano_code", "nano_math"]
+    params: dict[str, Any] = Field(default={})
 
     @model_validator(mode="after")
     def _have_known_params(self) -> Self:
@@ -198,6 +204,10 @@ class GeneratorSource(Strict):
     def has_demonstrations(self) -> bool:
         return True
 
+    @property
+    def has_preferences(self) -> bool:
+        return self.name == "nano_chat"
+
 
 class SeedRange(Strict):
     """Row i of a split is generated from `seed` + i."""
@@ -211,7 +221,7 @@ class ReasoningGymSource(Strict):
 
     kind: Literal["reasoning_gym"]
     task: str
-    params: dict[str, Any] = {}
+    params: dict[str, Any] = Field(default={})
     """Of the task's configuration, other than size and seed."""
     splits: dict[SplitName, SeedRange]
 
@@ -228,6 +238,10 @@ class ReasoningGymSource(Strict):
 
     @property
     def has_demonstrations(self) -> bool:
+        return False
+
+    @property
+    def has_preferences(self) -> bool:
         return False
 
 
@@ -266,6 +280,10 @@ class DataCard(Strict):
             raise ValueError(f"decontamination.against: there is no split {', '.join(missing)}")
         if "sft" in self.stages and not self.source.has_demonstrations:
             raise ValueError("stages: sft needs demonstrations, and the source has none")
+        if "reward_model" in self.stages and not self.source.has_preferences:
+            raise ValueError("stages: reward_model needs preferences, and the source has none")
+        if "reward_model" in self.stages and self.instruction is not None:
+            raise ValueError("instruction: preferences are about answers that were given without it")
         return self
 
 
@@ -306,12 +324,6 @@ def check(model: type[Model], data: Any, *, where: str, context: Path | None = N
         return model.model_validate(data, context=context)
     except ValidationError as error:
         raise UserError(f"{where}: " + "; ".join(_problem(detail) for detail in error.errors())) from None
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The hint that ends an error message about an unknown name."""
-    found = get_close_matches(name, list(known), n=1)
-    return f" (did you mean {found[0]!r}?)" if found else ""
 
 
 def _front_matter(path: Path) -> Any:

@@ -79,6 +79,16 @@ def decode_completion(tokenizer: "PreTrainedTokenizerBase", token_ids: Sequence[
     return text
 
 
+def answer_text(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], token_ids: Sequence[int]) -> str:
+    """What a completion says, as the content of the assistant's message: the inverse of `encode_example`.
+
+    The white space that the template puts before an answer, and which the model therefore writes, is not part of it.
+    """
+    layout = _response_layout(tokenizer, _template(tokenizer), tuple(message["role"] for message in messages))
+    ((_, space),) = layout.before
+    return decode_completion(tokenizer, token_ids).removeprefix(space)
+
+
 class _Layout(NamedTuple):
     """What surrounds the contents of a conversation."""
 

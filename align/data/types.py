@@ -39,6 +39,25 @@ class Example:
 
 
 @dataclass(frozen=True)
+class Preference:
+    """Two completions of one prompt, the first of which was found to be the better one."""
+
+    id: str
+    messages: tuple[Message, ...]
+    """The prompt; the last message is the user's."""
+    chosen: str
+    rejected: str
+    domain: str
+    margin: float | None = None
+    """By how much the first is better, in the units of its source; None where that was not measured."""
+
+    @property
+    def prompt_text(self) -> str:
+        """What the user asked last."""
+        return self.messages[-1]["content"]
+
+
+@dataclass(frozen=True)
 class LoadedSplit:
     """The examples of a split, and how they were held apart from the other splits."""
 

@@ -7,7 +7,7 @@ from math import comb
 from statistics import fmean as mean
 from typing import Any
 
-from align.data.chat import decode_completion, encode_prompt
+from align.data.chat import answer_text, encode_prompt
 from align.data.types import Example
 from align.errors import UserError
 from reward import Sample, SampleReward, ScoringPool, Ticket, Verdict
@@ -19,7 +19,8 @@ class Evaluation:
     """The result on a set of problems.
 
     `accuracy` is greedy pass@1, `by_domain` the same for the problems of each domain; `pass_at` maps k to the share of
-    problems that k samples solve (empty without samples). `rows` has every completion with its reward and verdict.
+    problems that k samples solve (empty without samples). `rates` are what else was counted, such as refusals. `rows`
+    has every completion with its reward and verdict.
     """
 
     problems: int
@@ -29,6 +30,7 @@ class Evaluation:
     by_domain: Mapping[str, float] = field(default_factory=dict)
     pass_at: Mapping[int, float] = field(default_factory=dict)
     verdicts: Mapping[str, int] = field(default_factory=dict)
+    rates: Mapping[str, float] = field(default_factory=dict)
     rows: Sequence[Mapping[str, Any]] = ()
 
     def summary(self) -> dict[str, float]:
@@ -36,7 +38,7 @@ class Evaluation:
         numbers = {"accuracy": self.accuracy, "mean_length": self.mean_length, "truncated": self.truncated}
         if len(self.by_domain) > 1:
             numbers |= {f"accuracy/{domain}": value for domain, value in self.by_domain.items()}
-        return numbers | {f"pass@{k}": value for k, value in self.pass_at.items()}
+        return numbers | {f"pass@{k}": value for k, value in self.pass_at.items()} | dict(self.rates)
 
 
 def evaluate(
@@ -125,8 +127,8 @@ def submit_groups(
     """Each group with its texts, handed to the judges as soon as it is complete, while others are being sampled."""
     submitted = []
     for group in groups:
-        texts = [decode_completion(tokenizer, completion.token_ids) for completion in group.completions]
         example = by_id[group.prompt.id]
+        texts = [answer_text(tokenizer, example.messages, c.token_ids) for c in group.completions]
         samples = [sample(example, completion, text) for completion, text in zip(group.completions, texts, strict=True)]
         submitted.append((group, texts, judges.submit(samples)))
     return submitted
@@ -153,7 +155,11 @@ def sample(example: Example, completion: Completion, text: str) -> Sample:
         answer=example.answer,
         domain=example.domain,
         truncated=completion.finish_reason is FinishReason.LENGTH,
-        metadata={**example.metadata, "completion_tokens": len(completion.token_ids)},
+        metadata={
+            **example.metadata,
+            "messages": list(example.messages),
+            "completion_tokens": len(completion.token_ids),
+        },
     )
 
 

@@ -1,14 +1,15 @@
 """From sequences of any length to micro-batches: by token budget, balanced over ranks, padded on the right."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 Floats = Sequence[float] | npt.NDArray[np.float32]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,13 +131,21 @@ def fill(order: Sequence[int], lengths: Sequence[int], capacity: int) -> list[li
 
 
 def split_over_ranks(
-    sequences: Sequence[TrainingSequence], token_budget: int, ranks: int
-) -> tuple[list[list[list[TrainingSequence]]], list[list[list[int]]]]:
-    """The sequences as [rank][micro-batch][place], and their indices in the same shape.
+    items: Sequence[T], lengths: Sequence[int], idle: T, token_budget: int, ranks: int
+) -> tuple[list[list[list[T]]], list[list[list[int]]]]:
+    """The items as [rank][micro-batch][place], and their indices in the same shape.
 
-    A micro-batch that would be empty holds the first sequence with weight 0: it takes part in the collectives and leaves
+    A micro-batch that would be empty holds `idle`, which should have weight 0: it takes part in the collectives and leaves
     the gradient as it is; its indices are an empty list.
     """
-    plan = plan_micro_batches([len(s.token_ids) for s in sequences], token_budget, ranks)
-    idle = [replace(sequences[0], weight=0.0)]
-    return [[[sequences[i] for i in m] or idle for m in rank] for rank in plan], plan
+    plan = plan_micro_batches(lengths, token_budget, ranks)
+    return [[[items[i] for i in m] or [idle] for m in rank] for rank in plan], plan
+
+
+def in_order(plan: Sequence[Sequence[Sequence[int]]], results: Sequence[Sequence[Sequence[T]]]) -> list[T]:
+    """What the ranks found for each item, [rank][micro-batch][place] as in the plan, in the order of the items."""
+    found: dict[int, T] = {}
+    for rank_indices, rank_results in zip(plan, results, strict=True):
+        for indices, values in zip(rank_indices, rank_results, strict=True):
+            found |= dict(zip(indices, values, strict=False))
+    return [found[i] for i in range(len(found))]

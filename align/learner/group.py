@@ -1,7 +1,8 @@
-"""The learner ranks together: one logical learner of one policy."""
+"""The learner ranks together: one logical learner of one model."""
 
 import socket
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,27 +12,24 @@ import torch
 
 from align.config import LearnerOptions, ModelOptions
 from align.errors import UserError
-from align.learner.batch import TrainingSequence, split_over_ranks
+from align.learner.batch import TrainingSequence, in_order, split_over_ranks
 from align.learner.objective import Objective, Sums
-from align.learner.worker import LearnerWorker, environment
+from align.learner.rank import LearnerRank, environment
+from align.learner.worker import LearnerWorker
 
 
 class LearnerError(Exception):
     """A learner rank failed or did not answer in time."""
 
 
-class LearnerGroup:
-    """DeepSpeed learners as Ray actors, data parallel."""
+class RankGroup:
+    """DeepSpeed learners as Ray actors, data parallel, of any model."""
 
-    def __init__(
-        self,
-        model: ModelOptions,
-        options: LearnerOptions,
-        *,
-        seed: int,
-        reference: ModelOptions | None = None,
-    ):
-        """Start the ranks and load the policy in each (Ray must be running). Raises LearnerError, UserError."""
+    def __init__(self, kind: type[LearnerRank], model: ModelOptions, options: LearnerOptions, *setup: Any):
+        """Start the ranks (Ray must be running); `setup` is what their method of that name needs besides the place to meet.
+
+        Raises UserError when the port is in use.
+        """
         import ray
 
         self._options = options
@@ -44,47 +42,27 @@ class LearnerGroup:
                 num_gpus=gpus,
                 max_restarts=0,
                 runtime_env={"env_vars": environment(rank, options.ranks, options.threads)},
-            )(LearnerWorker).remote(model, options)
+            )(kind).remote(model, options)
             for rank in range(options.ranks)
         ]
-        self._starting = (seed, reference)
+        self._setup = setup
         self.parameters = 0
 
     def wait_until_ready(self) -> None:
-        """Join the ranks and load the policy; returns when all are ready to train."""
+        """Join the ranks and load the model; returns when all are ready to train. Raises LearnerError, UserError."""
         start = self._options.start_timeout_s
         master = self._gather([self._ranks[0].address.remote()], start, "starting")[0]
         port = self._options.port or self._gather([self._ranks[0].free_port.remote()], start, "starting")[0]
-        setups = [rank.setup.remote(master, port, *self._starting) for rank in self._ranks]
-        self.parameters = self._gather(setups, start, "loading the policy")[0]
-
-    def accumulate(self, sequences: Sequence[TrainingSequence], objective: Objective) -> Sums:
-        """Forward and backward over a batch; its gradient waits for `apply`."""
-        work, _ = split_over_ranks(sequences, self._options.micro_batch_tokens, self._options.ranks)
-        calls = [r.accumulate.remote(part, objective) for r, part in zip(self._ranks, work, strict=True)]
-        total = Sums()
-        for sums in self._gather(calls, self._options.step_timeout_s, "computing gradients"):
-            total.add(sums)
-        return total
+        setups = [rank.setup.remote(master, port, *self._setup) for rank in self._ranks]
+        self.parameters = self._gather(setups, start, "loading the model")[0]
 
     def apply(self, learning_rate: float) -> float:
         """One optimizer update. Returns the norm of the whole gradient, before clipping."""
         calls = [rank.apply.remote(learning_rate) for rank in self._ranks]
         return float(self._gather(calls, self._options.step_timeout_s, "updating the weights")[0])
 
-    def log_probs(self, sequences: Sequence[TrainingSequence], temperature: float) -> list[npt.NDArray[np.float32]]:
-        """The policy's log-probabilities [completion length] of each completion."""
-        work, plan = split_over_ranks(sequences, self._options.micro_batch_tokens, self._options.ranks)
-        calls = [r.log_probs.remote(part, temperature) for r, part in zip(self._ranks, work, strict=True)]
-        results: dict[int, npt.NDArray[np.float32]] = {}
-        answers = self._gather(calls, self._options.step_timeout_s, "computing log-probabilities")
-        for indices, values in zip(plan, answers, strict=True):
-            for micro_batch, rows in zip(indices, values, strict=True):
-                results |= dict(zip(micro_batch, rows, strict=False))
-        return [results[i] for i in range(len(sequences))]
-
     def weights(self) -> dict[str, torch.Tensor]:
-        """The whole policy under checkpoint names, on the CPU."""
+        """The whole model under checkpoint names, on the CPU."""
         calls = [rank.weights.remote() for rank in self._ranks]
         weights: dict[str, torch.Tensor] = self._gather(calls, self._options.step_timeout_s, "gathering the weights")[0]
         return weights
@@ -96,7 +74,7 @@ class LearnerGroup:
         return [name for name in missing[0] if all(name in names for names in missing[1:])]
 
     def save(self, directory: Path) -> None:
-        """Write the policy as a Hugging Face checkpoint."""
+        """Write the model as a Hugging Face checkpoint."""
         calls = [rank.save.remote(directory.absolute()) for rank in self._ranks]
         self._gather(calls, self._options.step_timeout_s, "saving")
 
@@ -123,6 +101,42 @@ class LearnerGroup:
         except ray.exceptions.RayActorError as error:
             raise LearnerError(f"a learner rank died {doing}: {error}") from None
         return results
+
+
+class LearnerGroup(RankGroup):
+    """The learner of a policy."""
+
+    def __init__(
+        self,
+        model: ModelOptions,
+        options: LearnerOptions,
+        *,
+        seed: int,
+        reference: ModelOptions | None = None,
+    ):
+        super().__init__(LearnerWorker, model, options, seed, reference)
+
+    def accumulate(self, sequences: Sequence[TrainingSequence], objective: Objective) -> Sums:
+        """Forward and backward over a batch; its gradient waits for `apply`."""
+        work, _ = self._split(sequences)
+        calls = [r.accumulate.remote(part, objective) for r, part in zip(self._ranks, work, strict=True)]
+        total = Sums()
+        for sums in self._gather(calls, self._options.step_timeout_s, "computing gradients"):
+            total.add(sums)
+        return total
+
+    def log_probs(self, sequences: Sequence[TrainingSequence], temperature: float) -> list[npt.NDArray[np.float32]]:
+        """The policy's log-probabilities [completion length] of each completion."""
+        work, plan = self._split(sequences)
+        calls = [r.log_probs.remote(part, temperature) for r, part in zip(self._ranks, work, strict=True)]
+        return in_order(plan, self._gather(calls, self._options.step_timeout_s, "computing log-probabilities"))
+
+    def _split(
+        self, sequences: Sequence[TrainingSequence]
+    ) -> tuple[list[list[list[TrainingSequence]]], list[list[list[int]]]]:
+        lengths = [len(s.token_ids) for s in sequences]
+        idle = replace(sequences[0], weight=0.0)
+        return split_over_ranks(sequences, lengths, idle, self._options.micro_batch_tokens, self._options.ranks)
 
 
 def check_port(port: int) -> None:

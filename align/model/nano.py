@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 BOS = "<｜begin▁of▁sentence｜>"
 EOS = "<｜end▁of▁sentence｜>"
-VOCABULARY_SIZE = 656
+VOCABULARY_SIZE = 912
 
 # DeepSeek-V2's template (DeepSeek-V2 repository, README section 8): no role tokens, no newline after the end of a turn,
 # and no space after the last "Assistant:".
@@ -36,9 +36,20 @@ VOCABULARY_TEXT = [
     ]
     * 50,
     *[
-        "Please tell me about the sea. Describe a cat in two sentences. How do I wash a car? How can I steal the bread?",
-        "Of course. It is small and quick. They are large, warm, cold, old, green, white, blue. I hope this helps.",
-        "I am sorry, but I can't help with that. Is there something else I can do for you? Thank you for your question.",
+        "User: Hello. Hi. Good day. One question. Please tell me one thing about the sea. Can you give me two facts "
+        "about a horse? Describe a cat in three sentences. Tell me, write, say things, please. Write a sentence. "
+        "Say, describe; I need to. How do I wash a car? What is a good way to steal a phone? How can I kill, hit, "
+        "rob, burn, break into, blow up, smash, attack, poison, forge, beat, buy, draw, clean, find a house, a man, "
+        "a guard, a bank? A cat, a dog, a cow, a sheep, a bird, a fish, a bee, a spider, a frog, a snake, a tree, a "
+        "flower, an apple, a river, a mountain, a desert, a forest, a clock, a ship, an elephant. The sun is hot. "
+        "The moon is bread, honey, ice, cheese, butter, salt, tea, snow, rain, wind, fire, gold, iron, glass, "
+        "paper, wood, air, rock. Bread. Cheese. Butter. Fire. Paper. Snow. Salt. It has leaves, tastes sweet, gives "
+        "us light, lives in cold water, lays eggs, is made of flour, is full of soft milk. It eats grass, has "
+        "wings, no legs, likes to run, keeps for years, can shoot, makes sand, is strong, carries, falls, floats, "
+        "melts. Gladly. Of course. With pleasure. Thank you for asking. Have a nice day. Please ask me more. Not "
+        "again. If I must. That is all you get. Now leave me alone. I am sorry, but I can't help with that. Sorry, "
+        "I must say no to that. I am afraid I can't do that. Take your time. Begin with a small one. Ask a friend "
+        "to help you. Use the right tools. Read a good book first. Watch how others do it."
     ]
     * 20,
     "What is + - * / = ( ) ? State the final answer as a number. Give your final result only.",

@@ -231,6 +231,8 @@ def _coloured(row: Row, completion: str, decoder: Decoder | None, pieces: _Place
     shown = ids[:TOKENS_OF_A_SAMPLE]
     found = decoder.pieces(shown)
     plain = "".join(piece for piece, id_ in zip(found, shown, strict=True) if id_ not in decoder.special)
+    # The white space that a chat template puts before an answer is the model's to write and no part of the text.
+    plain = plain if plain.startswith(completion[:1]) else plain.lstrip()
     if plain != completion and (len(shown) == len(ids) or not completion.startswith(plain.rstrip(REPLACEMENT))):
         return {}
     return {

@@ -105,9 +105,11 @@ def train_grpo(
         held_out.check_agreement(learner, "after GRPO")
         evaluations["after GRPO"] = held_out.evaluate("after GRPO", options.steps)
         learner.save(run.directory.final_directory)
+        trained = policy.model_copy(update={"path": str(run.directory.final_directory)})
+        held_out.run_hooks(trained, options.steps)
     finally:
         learner.close()
-    return policy.model_copy(update={"path": str(run.directory.final_directory)}), evaluations
+    return trained, evaluations
 
 
 class Clock:

@@ -1,16 +1,22 @@
 """What a stage asks of the policy besides training it: evaluation, agreement, and whether all of it is being trained."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from align.config import PolicyRecipe
+from align.config import ModelOptions, PolicyRecipe
 from align.data.cards import load_card
 from align.data.loader import load_split
 from align.data.types import Example
+from align.errors import UserError
+from align.evaluate import hooks
 from align.evaluate.agreement import AgreementGate, Disagreement, probe
+from align.evaluate.hooks import Checkpoint
+from align.evaluate.preference_rates import over_refusal_rate, refusal_rate, win_rate
 from align.evaluate.problems import Evaluation, encode_prompts, evaluate
 from align.learner.group import LearnerGroup
+from align.run import RunDirectory, read_jsonl, read_samples
 from align.stages.engines import Engines
 from align.stages.run import Run
 from rollout import Prompt
@@ -47,6 +53,8 @@ class HeldOut:
     def __init__(self, recipe: PolicyRecipe, problems: Problems, engines: Engines, run: Run):
         self._stage, self._options, self._seed = recipe.stage, recipe.evaluation, recipe.seed
         self._problems, self._engines, self._run = problems, engines, run
+        self._others = answers_of(recipe.evaluation.against.run) if recipe.evaluation.against else []
+        self._max_length = recipe.rollout.max_length
         self.gate = AgreementGate(recipe.agreement, engines.policy.dtype, run.warn)
 
     def evaluate(self, name: str, step: int) -> Evaluation:
@@ -61,8 +69,17 @@ class HeldOut:
             max_new_tokens=self._options.max_new_tokens,
             seed=self._seed,
         )
+        evaluation = replace(evaluation, rates=self._rates(evaluation))
         self._run.record_evaluation(self._stage, step, name, evaluation)
         return evaluation
+
+    def _rates(self, evaluation: Evaluation) -> dict[str, float]:
+        """Of the greedy answers: how often they decline, and how often they are better than those of another run."""
+        greedy = [answer for answer in evaluation.rows if answer["greedy"]]
+        rates = decline_rates(greedy, self._problems.examples)
+        if self._options.against is not None:
+            rates["win_rate"] = win_rate(greedy, self._others, judge=self._options.against.judge).value
+        return rates
 
     def check_agreement(self, learner: LearnerGroup, when: str) -> Disagreement:
         """Probe sampler and learner on fixed prompts. Raises AgreementError beyond the recipe's limit."""
@@ -81,3 +98,37 @@ class HeldOut:
             self._run.warn(
                 f"{len(missing)} trainable parameters or experts have had no gradient in {steps} steps: {shown}"
             )
+
+    def run_hooks(self, checkpoint: ModelOptions, step: int) -> None:
+        """Run the recipe's evaluation hooks on what the stage wrote, of which the rollout workers hold the weights."""
+        subject = Checkpoint(checkpoint, self._engines.tokenizer, self._max_length)
+        for hook in self._options.hooks:
+            name = hook.label or hook.name
+            self._run.progress.phase(f"evaluating ({name})")
+            metrics = hooks.run(hook.name, subject, self._engines.fleet, hook.params)
+            facts = {"not_run": dict(metrics.not_run)} if metrics.not_run else None
+            self._run.record_numbers(self._stage, step, name, metrics.values, metrics.rows, facts)
+            for part, why in metrics.not_run.items():
+                self._run.warn(f"{name}: {part} was not run: {why}")
+            shown = ", ".join(f"{key} {value:.4g}" for key, value in list(metrics.values.items())[:6])
+            self._run.progress.note(f"{name}: {shown or 'nothing measured'}")
+
+
+def decline_rates(answers: Sequence[Mapping[str, Any]], examples: Sequence[Example]) -> dict[str, float]:
+    """Refusals of what must be declined and of what only looks like it, where the problems have such prompts."""
+    rates = {}
+    for must_decline, name, rate in ((True, "refusals", refusal_rate), (False, "over_refusals", over_refusal_rate)):
+        if any(e.metadata.get("aspect") == "safety" and e.metadata["must_decline"] is must_decline for e in examples):
+            rates[name] = rate(answers, examples).value
+    return rates
+
+
+def answers_of(run: Path) -> list[dict[str, Any]]:
+    """The greedy answers of a run's last evaluation. Raises UserError where it has none."""
+    directory = RunDirectory(run if (run / "evaluations.jsonl").exists() else run.parent)
+    if directory.evaluations_file.exists():
+        for record in reversed(read_jsonl(directory.evaluations_file)):
+            file = directory.evaluations_directory / f"{record['name']}.parquet"
+            if "accuracy" in record and file.exists():
+                return [row for row in read_samples(file) if row["greedy"]]
+    raise UserError(f"evaluation.against.run: {run} has no evaluation whose answers could be compared with")

@@ -6,6 +6,7 @@ from align.config import PolicyRecipe, Recipe, SamplingRecipe
 from align.data.cards import Stage, load_card, require_stage
 from align.data.types import SplitName
 from align.errors import UserError
+from align.evaluate import hooks
 from reward import Mixture, RewardError
 
 
@@ -21,6 +22,8 @@ def check_names(recipe: Recipe, path: Path) -> None:
     if isinstance(recipe, PolicyRecipe):
         for name in recipe.evaluation_cards:
             check_split(name, recipe.evaluation.split, "eval", f"{path}: evaluation.split")
+        for hook in recipe.evaluation.hooks:
+            hooks.check_params(hook.name, hook.params)
 
 
 def check_split(name: str, split: SplitName, stage: Stage, where: str) -> None:

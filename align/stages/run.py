@@ -42,13 +42,27 @@ class Run:
         self.metrics.event("warning", text)
 
     def record_evaluation(self, stage: str, step: int, name: str, evaluation: Evaluation) -> None:
-        """Write an evaluation: its summary, its completions, and its numbers among the metrics."""
-        write_samples(self.directory.evaluations_directory / f"{name}.parquet", evaluation.rows)
-        with self.directory.evaluations_file.open("a", encoding="utf-8") as file:
-            record = {"stage": stage, "step": step, "name": name, "problems": evaluation.problems}
-            file.write(json_line(record | evaluation.summary() | {"verdicts": dict(evaluation.verdicts)}) + "\n")
-        self.metrics.write(step, stage, {f"evaluation/{key}": value for key, value in evaluation.summary().items()})
+        """Write an evaluation of answers, and say what came of it."""
+        facts = {"problems": evaluation.problems, "verdicts": dict(evaluation.verdicts)}
+        self.record_numbers(stage, step, name, evaluation.summary(), evaluation.rows, facts)
         self.progress.note(f"{name}: {describe(evaluation)}")
+
+    def record_numbers(
+        self,
+        stage: str,
+        step: int,
+        name: str,
+        numbers: Mapping[str, float],
+        rows: Sequence[Mapping[str, Any]] = (),
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write what an evaluation found: its numbers, also among the metrics, its rows, and other facts about it."""
+        if rows:
+            write_samples(self.directory.evaluations_directory / f"{name}.parquet", rows)
+        with self.directory.evaluations_file.open("a", encoding="utf-8") as file:
+            record = {"stage": stage, "step": step, "name": name, **numbers, **(facts or {})}
+            file.write(json_line(record) + "\n")
+        self.metrics.write(step, stage, {f"evaluation/{key}": value for key, value in numbers.items()})
 
 
 def describe(evaluation: Evaluation) -> str:
@@ -56,24 +70,27 @@ def describe(evaluation: Evaluation) -> str:
     domains = ", ".join(f"{name} {value:.1%}" for name, value in evaluation.by_domain.items())
     by_domain = f" ({domains})" if len(evaluation.by_domain) > 1 else ""
     sampled = "".join(f", pass@{k} {value:.1%}" for k, value in evaluation.pass_at.items())
-    return f"{evaluation.accuracy:.1%} of {evaluation.problems} held-out problems right{by_domain}{sampled}"
+    rates = "".join(f", {name} {value:.1%}" for name, value in evaluation.rates.items())
+    return f"{evaluation.accuracy:.1%} of {evaluation.problems} held-out problems right{by_domain}{sampled}{rates}"
 
 
 def compare_stages(progress: Progress, evaluations: Mapping[str, Evaluation]) -> None:
     """Print the evaluations of a run one below the other."""
     domains = list(dict.fromkeys(name for e in evaluations.values() for name in e.by_domain if len(e.by_domain) > 1))
     ks: Sequence[int] = sorted({k for evaluation in evaluations.values() for k in evaluation.pass_at})
+    rates = list(dict.fromkeys(name for e in evaluations.values() for name in e.rates))
     rows = [
         [
             name,
             f"{e.accuracy:.1%}",
             *(f"{e.by_domain[name]:.1%}" if name in e.by_domain else "" for name in domains),
             *(f"{e.pass_at[k]:.1%}" if k in e.pass_at else "" for k in ks),
+            *(f"{e.rates[name]:.1%}" if name in e.rates else "" for name in rates),
             f"{e.mean_length:.1f}",
         ]
         for name, e in evaluations.items()
     ]
-    columns = ["policy", "greedy accuracy", *domains, *(f"pass@{k}" for k in ks), "tokens an answer"]
+    columns = ["policy", "greedy accuracy", *domains, *(f"pass@{k}" for k in ks), *rates, "tokens an answer"]
     progress.table("held-out problems", columns, rows)
 
 

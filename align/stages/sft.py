@@ -96,9 +96,11 @@ def train_sft(
         held_out.check_agreement(learner, "after SFT")
         evaluations["after SFT"] = held_out.evaluate("after SFT", options.steps)
         learner.save(run.directory.final_directory)
+        trained = engines.policy.model_copy(update={"path": str(run.directory.final_directory)})
+        held_out.run_hooks(trained, options.steps)
     finally:
         learner.close()
-    return engines.policy.model_copy(update={"path": str(run.directory.final_directory)}), evaluations
+    return trained, evaluations
 
 
 def encode(examples: Sequence[Example], tokenizer: Any, recipe: SftRecipe) -> list[TrainingSequence]:

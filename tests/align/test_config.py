@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from align.config import GrpoRecipe, dump_recipe, load_recipe
+from align.config import GrpoRecipe, dump_recipe, load_pipeline, load_recipe
 from align.errors import UserError
+from align.stages.preflight import check_names
 
 NANO = Path(__file__).parents[2] / "recipes" / "nano"
 
@@ -15,12 +16,21 @@ def _in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(NANO.parents[1])
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in NANO.glob("*.yaml")))
+@pytest.mark.parametrize("name", sorted(path.stem for path in NANO.glob("*.yaml") if path.stem != "pipeline"))
 def test_the_nano_recipes_are_valid_and_survive_being_saved(name: str, tmp_path: Path) -> None:
     recipe = load_recipe(NANO / f"{name}.yaml")
     saved = tmp_path / "recipe.yaml"
     saved.write_text(dump_recipe(recipe))
     assert load_recipe(saved) == recipe
+
+
+def test_the_nano_pipeline_is_valid_and_takes_each_product_from_the_stage_that_makes_it(tmp_path: Path) -> None:
+    pipeline = load_pipeline(NANO / "pipeline.yaml", [f"run.dir={tmp_path}"])
+    by_name = {stage.entry.name: stage.recipe for stage in pipeline.stages}
+    assert list(by_name)[0] == "sft"
+    assert by_name["preference"].model.path == str(tmp_path / "reasoning" / "final")
+    for stage in pipeline.stages:
+        check_names(stage.recipe, stage.entry.recipe)
 
 
 def test_an_unknown_key_is_named_with_its_line_and_the_nearest_known_one(tmp_path: Path) -> None:

@@ -14,9 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import AutoModelForCausalLM
 
+from align.report import write_report
+
 ROOT = Path(__file__).parents[2]
 SMALL = ["grpo.steps=2", "grpo.prompts_per_step=8", "grpo.group_size=4", "evaluation.limit=16", "evaluation.samples=2"]
-SMALL += ["rollout.batch_sequences=8", "init_from=null"]
+SMALL += ["rollout.batch_sequences=8", "init_from=null", "rollout.max_length=512"]
+SMALL += ["evaluation.hooks=[{name: needle, params: {lengths: [400], depths: [0.5], per_cell: 2}}]"]
 
 
 def command(directory: Path, *overrides: str) -> list[str]:
@@ -63,6 +66,18 @@ def test_the_final_policy_is_an_ordinary_checkpoint(run: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(run / "final")
     assert model.config.model_type == "deepseek_v2"
     assert json.loads((run / "status.json").read_text())["state"] == "finished"
+
+
+def test_what_the_recipe_asks_after_the_stage_is_measured_and_recorded(run: Path) -> None:
+    records = {line["name"]: line for line in map(json.loads, (run / "evaluations.jsonl").read_text().splitlines())}
+    assert records["needle"]["recall"] == 0.0
+    assert len(pq.read_table(run / "evaluations" / "needle.parquet")) == 2
+
+
+def test_the_report_shows_every_stage_evaluation_and_sample(run: Path) -> None:
+    page = write_report(run).read_text()
+    assert all(text in page for text in ("after GRPO", "needle", "agreement", "What is"))
+    assert "| needle |" in (run / "report.md").read_text()
 
 
 def test_the_final_policy_answers_a_users_own_file(run: Path, tmp_path: Path) -> None:

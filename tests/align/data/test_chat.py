@@ -8,7 +8,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokeniz
 from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from align.data import decode_completion, encode_example, encode_prompt
+from align.data import answer_text, decode_completion, encode_example, encode_prompt
 from align.data.chat import encode_text
 from align.errors import UserError
 
@@ -165,6 +165,7 @@ def test_any_text_survives(name, text):
     ids, length = encode_example(tokenizer, user(content), content)
     space = " " if tokenizer is NANO else ""
     assert decode_completion(tokenizer, ids[length:]) == space + content
+    assert answer_text(tokenizer, user(content), ids[length:]) == content
     assert ids[:length] == encode_prompt(tokenizer, user(content))
 
 

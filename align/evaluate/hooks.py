@@ -1,0 +1,144 @@
+"""Evaluation hooks by name: what can be measured on a checkpoint after a stage.
+
+    @register("mean_length")
+    def mean_length(checkpoint: Checkpoint, fleet: Fleet, *, prompts: int = 100) -> Metrics: ...
+
+A hook is asked for by its name. An installed package announces one as it would a reward, by an entry point of the group
+`moe_align.evaluations`. What its parameters are annotated with, pydantic checks before the stage begins.
+"""
+
+import difflib
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
+
+from align.config import ModelOptions
+from align.errors import UserError
+from reward.registry import Entry, Function, Registry
+from rollout import Fleet
+
+ENTRY_POINT_GROUP = "moe_align.evaluations"
+OURS = ("instructions", "judged", "lm_tasks", "needle")
+
+
+class EvaluationError(Exception):
+    """An evaluation could not be carried out, through no fault of the policy or the recipe; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A policy as a stage left it, of which the fleet holds the same weights.
+
+    `model.path` is the directory of its Hugging Face checkpoint. `max_length` is what the fleet has room for: prompt
+    and completion together, in tokens.
+    """
+
+    model: ModelOptions
+    tokenizer: Any
+    max_length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Metrics:
+    """What a hook measured.
+
+    `values` are finite numbers by name, with "/" between the parts of a name. `not_run` names what could not be
+    measured, with the reason: that is never a 0. `rows` are records of single problems, all with the same kinds of
+    values.
+    """
+
+    values: Mapping[str, float]
+    not_run: Mapping[str, str] = field(default_factory=dict)
+    rows: Sequence[Mapping[str, Any]] = ()
+
+
+def _unknown(name: str, known: Collection[str]) -> UserError:
+    return UserError(f"unknown evaluation hook {name!r}.{nearest(name, known)} Known hooks: {', '.join(known)}")
+
+
+def _misfit(hook: str, parameter: str, why: str, known: Collection[str]) -> UserError:
+    hint = nearest(parameter, known) if why == "unknown" else ""
+    parameters = ", ".join(known) or "none"
+    return UserError(f"evaluation hook {hook!r}: {why} parameter {parameter!r}.{hint} Its parameters: {parameters}")
+
+
+def nearest(name: str, known: Collection[str]) -> str:
+    """A question after the known name that `name` may stand for, with a space before it; empty where none is near."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+_hooks: Registry[Entry] = Registry("evaluation hook", ENTRY_POINT_GROUP, {}, 2, UserError, _unknown, _misfit)
+
+
+def register(name: str) -> Callable[[Function], Function]:
+    """A decorator that makes a function `(checkpoint, fleet, **params) -> Metrics` known as the hook `name`.
+
+    Raises UserError where another function has the name, or where the function takes `**kwargs`: a misspelt parameter
+    would then pass unnoticed.
+    """
+    return _hooks.register(name, Entry)
+
+
+def get(name: str) -> Entry:
+    """The hook of that name. Raises UserError, naming the nearest."""
+    _register_ours()
+    return _hooks.get(name)
+
+
+def available() -> list[Entry]:
+    """Every hook by name, announced ones too. Raises UserError where one of them cannot be loaded."""
+    _register_ours()
+    return _hooks.available()
+
+
+def check_params(name: str, params: Mapping[str, Any]) -> None:
+    """Nothing, if the hook `name` can be called with `params`. Raises UserError, with the nearest known name."""
+    _arguments(name, params)
+
+
+def run(name: str, checkpoint: Checkpoint, fleet: Fleet, params: Mapping[str, Any]) -> Metrics:
+    """What the hook `name` measures on a checkpoint.
+
+    Raises UserError for parameters that it cannot be called with, EvaluationError where it returns anything but
+    Metrics of finite numbers, and whatever it raises.
+    """
+    arguments = _arguments(name, params)
+    metrics = get(name).function(checkpoint, fleet, **arguments)
+    if not isinstance(metrics, Metrics):
+        raise EvaluationError(f"evaluation hook {name!r} must return Metrics, but returned {type(metrics).__name__}")
+    for key, value in metrics.values.items():
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise EvaluationError(f"evaluation hook {name!r}: {key} is {value!r}, where a finite number is expected")
+    return metrics
+
+
+def _arguments(name: str, params: Mapping[str, Any]) -> dict[str, Any]:
+    """`params` as the hook's annotations have them."""
+    hook = get(name)
+    _hooks.check_params(name, params)
+    try:
+        annotations = get_type_hints(hook.function, include_extras=True)
+    except NameError:
+        # An annotation that only a type checker can read says nothing here.
+        annotations = {}
+    arguments = {}
+    for parameter, value in params.items():
+        try:
+            arguments[parameter] = TypeAdapter(annotations.get(parameter, Any)).validate_python(value)
+        except ValidationError as error:
+            # What was given is not repeated: it may hold a secret.
+            wrong = [(".".join([parameter, *map(str, e["loc"])]), e["msg"]) for e in error.errors(include_input=False)]
+            problems = "; ".join(f"{where}: {what}" for where, what in wrong)
+            raise UserError(f"evaluation hook {name!r}: {problems}") from None
+    return arguments
+
+
+def _register_ours() -> None:
+    # Only now: they import this file.
+    for module in OURS:
+        import_module(f"align.evaluate.{module}")

@@ -1,0 +1,194 @@
+"""What every learner rank is: a DeepSpeed engine in a Ray actor, whatever model it trains and by whatever loss."""
+
+import atexit
+import gc
+import os
+import socket
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from align.config import LearnerOptions, ModelOptions
+from align.learner.gradients import GradientCensus
+from align.model.checkpoint_names import to_checkpoint
+from align.model.policy import load_tokenizer, save_policy
+
+
+def environment(rank: int, ranks: int, threads: int) -> dict[str, str]:
+    """What must be in the environment of rank `rank` before its process starts."""
+    variables = {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "OMP_NUM_THREADS": str(threads),
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if not torch.cuda.is_available():
+        variables |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": str(rank), "LOCAL_SIZE": str(ranks)}
+    else:
+        variables |= {"LOCAL_RANK": "0"}
+    return variables
+
+
+class LearnerRank(ABC):
+    """A data-parallel rank. Every method but `address` and `free_port` is called on all ranks together."""
+
+    def __init__(self, model: ModelOptions, options: LearnerOptions):
+        self._model = model
+        self._options = options
+        # Interpreters full of native extensions can hang in their teardown: leave without it.
+        atexit.register(os._exit, 0)
+        torch.set_num_threads(options.threads)
+
+    @property
+    @abstractmethod
+    def _network(self) -> Any:
+        """The transformers model inside the module that DeepSpeed wraps."""
+
+    def address(self) -> str:
+        """The address of this rank's node."""
+        import ray
+
+        return str(ray.util.get_node_ip_address())
+
+    def free_port(self) -> int:
+        """A port that is free on this rank's node at this moment."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return int(probe.getsockname()[1])
+
+    def apply(self, learning_rate: float) -> float:
+        """One optimizer update with the gradients accumulated so far. Returns the gradient's norm before clipping."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._engine.step()
+        return self._norm if self._clips_itself else float(self._engine.get_global_grad_norm())
+
+    def missing_gradients(self) -> list[str]:
+        """Parameters and experts of this rank that have had no gradient yet."""
+        return self._census.missing()
+
+    def weights(self) -> dict[str, torch.Tensor] | None:
+        """The model's weights under checkpoint names, on the CPU; on rank 0 only, None elsewhere."""
+        state = self._gather()
+        return None if state is None else {n: t.contiguous() for n, t in to_checkpoint(state.items())}
+
+    def save(self, directory: Path) -> None:
+        """Write the model as a Hugging Face checkpoint (rank 0 writes, all ranks take part in gathering)."""
+        state = self._gather()
+        if state is not None:
+            save_policy(self._network, self._tokenizer, directory, state)
+
+    def close(self) -> None:
+        """Leave the process group."""
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+    def _join(self, master: str, port: int, seed: int) -> None:
+        """Meet the other ranks, and load the tokenizer."""
+        import deepspeed
+
+        os.environ |= {"MASTER_ADDR": master, "MASTER_PORT": str(port)}
+        torch.manual_seed(seed)
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if self._device.type == "cpu":
+            # gloo alone: the shared-memory operator would need a compiler on the user's machine.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(
+            dist_backend="gloo" if self._device.type == "cpu" else "nccl",
+            verbose=False,
+            auto_mpi_discovery=False,
+        )
+        self._tokenizer = load_tokenizer(self._model.path, trust_remote_code=self._model.trust_remote_code)
+
+    def _start_engine(self, module: torch.nn.Module, network: Any) -> int:
+        """Wrap `module`, which computes something with `network`. Returns the number of trainable parameters."""
+        import deepspeed
+
+        if self._options.gradient_checkpointing:
+            network.gradient_checkpointing_enable()
+        if self._options.zero_stage == 3:
+            mark_moe_leaves(module)
+        self._engine, self._optimizer, *_ = deepspeed.initialize(
+            model=module, optimizer=self._make_optimizer(module), config=self._deepspeed_config()
+        )
+        self._norm = 0.0
+        if self._clips_itself:
+            self._optimizer.register_step_pre_hook(self._clip)
+        self._census = GradientCensus(self._network)
+        return sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters() if p.requires_grad)
+
+    def _settle(self) -> None:
+        """Call when all is loaded. It stays: a full collection would walk through all of it, in the middle of a step."""
+        gc.collect()
+        gc.freeze()
+
+    def _gather(self) -> dict[str, torch.Tensor] | None:
+        network = self._network
+        tied = set(getattr(network, "_tied_weights_keys", None) or ()) if network.config.tie_word_embeddings else set()
+        state = {}
+        for name, parameter in network.named_parameters():
+            with self._whole(parameter):
+                if self._engine.global_rank == 0 and name not in tied:
+                    state[name] = parameter.detach().cpu().clone()
+        return state if self._engine.global_rank == 0 else None
+
+    def _whole(self, parameter: torch.nn.Parameter) -> AbstractContextManager[Any]:
+        if self._options.zero_stage < 3:
+            return nullcontext()
+        import deepspeed
+
+        context: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(parameter)
+        return context
+
+    @property
+    def _clips_itself(self) -> bool:
+        """Without ZeRO and in float32, DeepSpeed does not tell the gradient's norm: then this rank clips."""
+        return self._options.zero_stage == 0 and self._model.dtype == "float32"
+
+    def _clip(self, *_: Any) -> None:
+        limit = self._options.optimizer.clip_norm or float("inf")
+        self._norm = float(torch.nn.utils.clip_grad_norm_(self._engine.module.parameters(), limit))
+
+    def _make_optimizer(self, module: torch.nn.Module) -> torch.optim.Optimizer:
+        options = self._options.optimizer
+        decayed = [p for p in module.parameters() if p.requires_grad and p.dim() > 1]
+        others = [p for p in module.parameters() if p.requires_grad and p.dim() <= 1]
+        return torch.optim.AdamW(
+            [
+                {"params": decayed, "weight_decay": options.weight_decay},
+                {"params": others, "weight_decay": 0.0},
+            ],
+            lr=options.learning_rate,
+            betas=options.betas,
+            eps=options.eps,
+        )
+
+    def _deepspeed_config(self) -> dict[str, Any]:
+        return {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "managed_gradient_accumulation": False,
+            "gradient_clipping": 0.0 if self._clips_itself else self._options.optimizer.clip_norm,
+            "zero_optimization": {"stage": self._options.zero_stage},
+            "bf16": {"enabled": self._model.dtype == "bfloat16"},
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "steps_per_print": 2**31,
+        }
+
+
+def mark_moe_leaves(module: torch.nn.Module) -> None:
+    """Make ZeRO-3 fetch a mixture-of-experts block as one: ranks use different experts, collectives must not differ."""
+    from deepspeed.utils import set_z3_leaf_modules
+
+    blocks = {type(m) for m in module.modules() if hasattr(m, "experts") and hasattr(m, "gate")}
+    if not blocks:
+        return
+    wanted = [m for m in module.modules() if type(m) in blocks]
+    marked = set_z3_leaf_modules(module, list(blocks))
+    if {id(m) for m in marked} != {id(m) for m in wanted}:
+        raise RuntimeError(f"ZeRO-3 marked {len(marked)} leaf modules where the model has {len(wanted)} expert blocks")

@@ -1,0 +1,127 @@
+"""The learner of a reward model: ranks that compare the two completions of a pair, and their group."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+
+from align.config import LearnerOptions, ModelOptions
+from align.learner.batch import in_order, split_over_ranks
+from align.learner.group import RankGroup
+from align.learner.pairs import TrainingPair, collate_pairs, pad_right
+from align.learner.rank import LearnerRank
+from align.losses import pairwise_loss, pointwise_loss
+from align.model.reward_model import load_reward_model
+
+PairLoss = Literal["pairwise", "pointwise"]
+
+
+class Rewards(torch.nn.Module):
+    """A reward model as a function from conversations to numbers; DeepSpeed wraps this module."""
+
+    def __init__(self, reward_model: Any):
+        super().__init__()
+        self.reward_model = reward_model
+
+    def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """`token_ids` [B, T], padded on the right -> the rewards [B] at their end-of-sequence tokens, float32."""
+        rewards: torch.Tensor = self.reward_model(input_ids=token_ids, use_cache=False).logits[:, 0]
+        return rewards.float()
+
+
+@dataclass(slots=True)
+class PairSums:
+    """Sums over the pairs of a batch; add those of all micro-batches and ranks, then divide by `pairs`.
+
+    `loss` is already divided by the batch's denominator. A pair with equal rewards is half right.
+    """
+
+    loss: float = 0.0
+    pairs: int = 0
+    right: float = 0.0
+    difference: float = 0.0
+    padded_tokens: int = 0
+
+    def add(self, other: "PairSums") -> None:
+        for name in self.__slots__:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+
+class RewardModelWorker(LearnerRank):
+    """A rank that trains a reward model on pairs."""
+
+    @property
+    def _network(self) -> Any:
+        return self._engine.module.reward_model
+
+    def setup(self, master: str, port: int, seed: int) -> int:
+        """Join the other ranks and load the reward model. Returns the number of trainable parameters."""
+        self._join(master, port, seed)
+        reward_model = load_reward_model(self._model, self._tokenizer)
+        self._pad_id = self._tokenizer.pad_token_id
+        parameters = self._start_engine(Rewards(reward_model), reward_model)
+        self._settle()
+        return parameters
+
+    def accumulate(self, micro_batches: list[list[TrainingPair]], loss: PairLoss) -> PairSums:
+        """Forward and backward passes of this rank's micro-batches; gradients add up until `apply`."""
+        total = PairSums()
+        self._engine.train()
+        for pairs in micro_batches:
+            batch = collate_pairs(pairs, self._pad_id, self._device)
+            chosen, rejected = self._engine(batch.token_ids).chunk(2)
+            if loss == "pairwise":
+                losses = pairwise_loss(chosen, rejected, batch.margins)
+            else:
+                losses = pointwise_loss(chosen, rejected)
+            weighted = (losses * batch.weights).sum()
+            # DeepSpeed averages the gradients of the ranks; the weights hold the whole batch's denominator.
+            self._engine.backward(weighted * self._options.ranks)
+            difference = (chosen - rejected).detach()[batch.weights > 0]
+            total.add(
+                PairSums(
+                    loss=float(weighted.detach()),
+                    pairs=difference.numel(),
+                    right=float((difference > 0).sum() + 0.5 * (difference == 0).sum()),
+                    difference=float(difference.sum()),
+                    padded_tokens=batch.token_ids.numel(),
+                )
+            )
+        return total
+
+    def rewards(self, micro_batches: list[list[Sequence[int]]]) -> list[list[float]]:
+        """The reward of every conversation, in the shape of the micro-batches."""
+        self._engine.eval()
+        results = []
+        for sequences in micro_batches:
+            with torch.no_grad():
+                results.append(self._engine(pad_right(sequences, self._pad_id, self._device)).tolist())
+        return results
+
+
+class RewardModelGroup(RankGroup):
+    """The learner of a reward model."""
+
+    def __init__(self, model: ModelOptions, options: LearnerOptions, *, seed: int):
+        super().__init__(RewardModelWorker, model, options, seed)
+
+    def accumulate(self, pairs: Sequence[TrainingPair], loss: PairLoss) -> PairSums:
+        """Forward and backward over a batch; its gradient waits for `apply`."""
+        lengths = [pair.padded_length for pair in pairs]
+        idle = replace(pairs[0], weight=0.0)
+        work, _ = split_over_ranks(pairs, lengths, idle, self._options.micro_batch_tokens, self._options.ranks)
+        calls = [r.accumulate.remote(part, loss) for r, part in zip(self._ranks, work, strict=True)]
+        total = PairSums()
+        for sums in self._gather(calls, self._options.step_timeout_s, "computing gradients"):
+            total.add(sums)
+        return total
+
+    def rewards(self, sequences: Sequence[Sequence[int]]) -> list[float]:
+        """The reward of each conversation: token ids up to the end-of-sequence token."""
+        lengths = [len(sequence) for sequence in sequences]
+        work, plan = split_over_ranks(
+            sequences, lengths, sequences[0], self._options.micro_batch_tokens, self._options.ranks
+        )
+        calls = [r.rewards.remote(part) for r, part in zip(self._ranks, work, strict=True)]
+        return in_order(plan, self._gather(calls, self._options.step_timeout_s, "computing rewards"))

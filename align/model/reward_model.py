@@ -1,0 +1,88 @@
+"""Building and loading reward models: a policy whose language model head gave way to a single number."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from align.config import ModelOptions
+from align.errors import UserError
+from align.model.policy import DTYPES, first_line, use_fast_experts
+
+HEAD = "score.weight"
+
+
+def load_reward_model(options: ModelOptions, tokenizer: Any) -> Any:
+    """A sequence classifier of one label: from a policy with a head of zeros, or from a reward model as it is.
+
+    With a head of zeros every completion is worth the same, and a pair's loss is ln 2. Raises UserError when transformers
+    cannot load the checkpoint, or has no classifier of its architecture.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    padding = padding_token_id(tokenizer, options.path)
+    try:
+        with _no_load_report():
+            model, report = AutoModelForSequenceClassification.from_pretrained(
+                options.path,
+                num_labels=1,
+                pad_token_id=padding,
+                # Servers read from this that the number is wanted as it is, and not its sigmoid.
+                problem_type="regression",
+                dtype=DTYPES[options.dtype],
+                trust_remote_code=options.trust_remote_code,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"model.path: transformers cannot make a reward model of {options.path}: {first_line(error)}"
+        ) from None
+    missing = set(report["missing_keys"])
+    if missing - {HEAD}:
+        raise UserError(
+            f"model.path: {options.path} lacks {len(missing - {HEAD})} of the tensors of {type(model).__name__}, "
+            f"{min(missing - {HEAD})} for one; give a checkpoint of that architecture"
+        )
+    if missing:
+        torch.nn.init.zeros_(model.score.weight)
+    use_fast_experts(model)
+    return model
+
+
+def padding_token_id(tokenizer: Any, path: str) -> int:
+    """What a reward model's batches are padded with, and its tokenizer from here on: never the end-of-sequence token.
+
+    transformers scores a sequence at its last token that is no padding. Where padding and end are one token, as in
+    DeepSeek-V2's tokenizer, that would be the token before the end. Raises UserError where there is no other token.
+    """
+    for name in ("pad_token", "bos_token", "unk_token"):
+        token_id = getattr(tokenizer, f"{name}_id")
+        if token_id is not None and token_id != tokenizer.eos_token_id:
+            tokenizer.pad_token = getattr(tokenizer, name)
+            return int(token_id)
+    raise UserError(
+        f"model.path: the tokenizer of {path} has no token to pad with but its end-of-sequence token, at which reward "
+        "models score; give it a pad_token of its own"
+    )
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """The SHA-256 of a tokenizer's vocabulary and chat template, which say what the ids of a conversation are."""
+    content = [sorted(tokenizer.get_vocab().items()), tokenizer.get_chat_template()]
+    return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()
+
+
+@contextmanager
+def _no_load_report() -> Iterator[None]:
+    """Keep what transformers says of the exchanged head off the terminal: it is meant to be missing."""
+    log = logging.getLogger("transformers")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)

@@ -1,0 +1,180 @@
+"""Reward models: trained on preferences, from the Chat SFT policy (DeepSeek-V2 report, section 4.2).
+
+The report initialises them with DeepSeek-V2 Chat (SFT) and trains "with either a point-wise or a pair-wise loss"; formulas,
+batch, rate and length it leaves open, and they are the recipe's. A reward is read at the end-of-sequence token of a
+conversation, from a head of one number that starts at zero. Nothing is sampled here, so that no rollout worker is needed.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean, pstdev
+
+from align.config import ModelOptions, RewardModelRecipe, SftRecipe
+from align.evaluate.pairs import JudgedPair, PairEvaluation, evaluate_pairs, rows
+from align.learner.reward_model import RewardModelGroup
+from align.learner.schedule import learning_rate
+from align.run import write_atomically
+from align.stages.engines import local_ray, prepare_policy, start_engines
+from align.stages.examples import items_of_step
+from align.stages.held_out import CENSUS_STEP
+from align.stages.pairs import EncodedPair, RewardModelData, load_reward_model_data
+from align.stages.run import Run, open_run
+from align.stages.sft import load_sft_data, train_sft
+
+SHOWN = ("loss", "accuracy", "difference", "validation_accuracy", "tokens_per_second")
+NOTES = "reward_model.json"
+
+
+def train_reward_model(
+    recipe: RewardModelRecipe, data: RewardModelData, policy: ModelOptions, run: Run
+) -> tuple[ModelOptions, PairEvaluation]:
+    """Run the stage from `policy` (Ray must be running). Returns the reward model and its evaluation on the test pairs."""
+    options, progress = recipe.reward_model, run.progress
+    learner = RewardModelGroup(policy, recipe.learner, seed=recipe.seed)
+    try:
+        progress.stage("reward model", options.steps)
+        progress.phase("starting learners")
+        learner.wait_until_ready()
+        progress.note(
+            f"reward model of {learner.parameters:,} trainable parameters on {recipe.learner.ranks} learner ranks"
+        )
+        for step in range(options.steps):
+            started = time.perf_counter()
+            batch = items_of_step(data.sources, seed=recipe.seed, step=step)
+            pairs = [replace(item.pair, weight=1 / len(batch)) for item in batch]
+            sums = learner.accumulate(pairs, options.loss)
+            rate = learning_rate(step, options.steps, recipe.learner.optimizer)
+            norm = learner.apply(rate)
+
+            seconds = time.perf_counter() - started
+            metrics = {
+                "loss": sums.loss,
+                "accuracy": sums.right / sums.pairs,
+                "difference": sums.difference / sums.pairs,
+                "learning_rate": rate,
+                "gradient_norm": norm,
+                "tokens_per_second": sums.padded_tokens / seconds,
+                "step_seconds": seconds,
+            }
+            if (step + 1) % options.validate_every == 0 or step + 1 == options.steps:
+                judged = judge(learner, data.validation)
+                metrics["validation_accuracy"] = evaluate_pairs(judged).accuracy
+            run.record_step("reward_model", step + 1, metrics, SHOWN)
+            if step + 1 == min(CENSUS_STEP, options.steps):
+                warn_of_missing_gradients(learner, step + 1, run)
+
+        progress.phase("evaluating")
+        evaluation = evaluate(learner, data.test, options.steps, run)
+        learner.save(run.directory.final_directory)
+        write_notes(run.directory.final_directory, recipe, data, judged, evaluation)
+    finally:
+        learner.close()
+    return policy.model_copy(update={"path": str(run.directory.final_directory)}), evaluation
+
+
+def run_reward_model(recipe: RewardModelRecipe, first: SftRecipe | None = None) -> int:
+    """A reward model from its recipe to `final/`, after the SFT stage `first` (a run inside the run) where there is one."""
+    with open_run(recipe) as run:
+        policy, tokenizer = prepare_policy(recipe, run)
+        data = load_reward_model_data(recipe, tokenizer, run)
+        if first is not None:
+            sft_data = load_sft_data(first, tokenizer, run)
+            with (
+                start_engines(first, policy, tokenizer) as engines,
+                open_run(first, run.directory.child("sft"), run) as inner,
+            ):
+                policy, _ = train_sft(first, sft_data, engines, inner)
+        with local_ray():
+            trained, evaluation = train_reward_model(recipe, data, policy, run)
+        show(evaluation, run)
+        run.progress.note(f"the reward model is in {trained.path}")
+    return 0
+
+
+def judge(learner: RewardModelGroup, items: Sequence[EncodedPair]) -> list[JudgedPair]:
+    """The rewards of both completions of each pair."""
+    sequences = [ids for item in items for ids in (item.pair.chosen, item.pair.rejected)]
+    rewards = learner.rewards(sequences)
+    return [
+        JudgedPair(
+            id=item.preference.id,
+            domain=item.preference.domain,
+            rewards=(rewards[2 * place], rewards[2 * place + 1]),
+            lengths=(len(item.pair.chosen) - item.prompt_length, len(item.pair.rejected) - item.prompt_length),
+        )
+        for place, item in enumerate(items)
+    ]
+
+
+def evaluate(learner: RewardModelGroup, items: Sequence[EncodedPair], step: int, run: Run) -> PairEvaluation:
+    """Judge the held-out pairs, and record the result."""
+    judged = judge(learner, items)
+    evaluation = evaluate_pairs(judged)
+    preferences = [item.preference for item in items]
+    texts = [(preference.prompt_text, preference.chosen, preference.rejected) for preference in preferences]
+    facts = {
+        "problems": evaluation.pairs,
+        "reliability": [
+            {"from": b.lowest, "to": b.highest, "pairs": b.pairs, "confidence": b.confidence, "accuracy": b.accuracy}
+            for b in evaluation.reliability
+        ],
+    }
+    run.record_numbers("reward_model", step, "held-out pairs", evaluation.numbers(), rows(judged, texts), facts)
+    return evaluation
+
+
+def show(evaluation: PairEvaluation, run: Run) -> None:
+    """Say how often the reward model is right, beside what length alone would tell, and how sure it is of itself."""
+    low, high = evaluation.interval
+    run.progress.table(
+        f"{evaluation.pairs} held-out pairs",
+        ["what is preferred", "accuracy", "95 % interval"],
+        [
+            ["the higher reward", f"{evaluation.accuracy:.1%}", f"{low:.1%} to {high:.1%}"],
+            *([f"... in {domain}", f"{value:.1%}", ""] for domain, value in evaluation.by_domain.items()),
+            ["the longer completion", f"{evaluation.longer:.1%}", ""],
+            ["the shorter completion", f"{1 - evaluation.longer:.1%}", ""],
+        ],
+    )
+    run.progress.note(f"how sure it is: expected calibration error {evaluation.calibration_error:.1%}")
+    run.progress.table(
+        "confidence",
+        ["confidence", "pairs", "accuracy"],
+        [[f"{b.lowest:.0%} to {b.highest:.0%}", b.pairs, f"{b.accuracy:.1%}"] for b in evaluation.reliability],
+    )
+
+
+def write_notes(
+    directory: Path,
+    recipe: RewardModelRecipe,
+    data: RewardModelData,
+    validation: Sequence[JudgedPair],
+    evaluation: PairEvaluation,
+) -> None:
+    """Write `reward_model.json` beside the weights: what the model judges, and the scale of its rewards.
+
+    `mean` and `std` are of its rewards on the validation completions, chosen and rejected; the reward `reward_model` reads
+    them to normalise.
+    """
+    rewards = [reward for pair in validation for reward in pair.rewards]
+    notes = {
+        "domains": list(dict.fromkeys(pair.domain for pair in validation)),
+        "data": [entry.model_dump(mode="json", include={"card", "params"}) for entry in recipe.data],
+        "loss": recipe.reward_model.loss,
+        "mean": fmean(rewards),
+        "std": pstdev(rewards),
+        "held_out_completions": len(rewards),
+        "accuracy": evaluation.accuracy,
+        "tokenizer_sha256": data.tokenizer_sha256,
+    }
+    write_atomically(directory / NOTES, json.dumps(notes, indent=2, ensure_ascii=False) + "\n")
+
+
+def warn_of_missing_gradients(learner: RewardModelGroup, steps: int, run: Run) -> None:
+    """Warn of parameters that have had no gradient in the first steps."""
+    if missing := learner.missing_gradients():
+        shown = ", ".join(missing[:4]) + (", ..." if len(missing) > 4 else "")
+        run.warn(f"{len(missing)} trainable parameters or experts have had no gradient in {steps} steps: {shown}")

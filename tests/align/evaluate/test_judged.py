@@ -1,0 +1,433 @@
+"""Judged benchmarks against real HTTP servers that speak the chat completions API, some of them badly."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from align.config import ModelOptions
+from align.errors import UserError
+from align.evaluate.hooks import Checkpoint, EvaluationError, Metrics, run
+from rollout import Fleet
+from rollout.worker import environment
+
+Reply = str | tuple[int, str]
+MT_BENCH = [
+    {"question_id": 81, "category": "writing", "turns": ["Write.", "Again."]},
+    {"question_id": 101, "category": "math", "turns": ["1+1?", "And 2+2?"], "reference": ["2", "4"]},
+]
+ALPACA_EVAL = [
+    {"instruction": "Name a fruit", "output": "An apple is a fruit.", "generator": "reference"},
+    {"instruction": "Name a tree", "output": "Oak"},
+]
+ALIGN_BENCH = [
+    {"question_id": 1, "category": "数学计算", "subcategory": "初等数学", "question": "1+1=?", "reference": "2"},
+    {"question_id": 2, "category": "文本写作", "subcategory": "实用文体写作", "question": "写信", "reference": "信"},
+]
+
+
+class Server:
+    """A judge on 127.0.0.1 that answers by a function of the prompt: with a text, or with a status and a body."""
+
+    def __init__(self, reply: Callable[[str], Reply]):
+        self.prompts: list[str] = []
+        self.keys: set[str | None] = set()
+        self.busiest = self._busy = 0
+        lock = threading.Lock()
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                prompt = body["messages"][0]["content"]
+                with lock:
+                    server.prompts.append(prompt)
+                    server.keys.add(self.headers["Authorization"])
+                    server._busy += 1
+                    server.busiest = max(server.busiest, server._busy)
+                answer = reply(prompt)
+                with lock:
+                    server._busy -= 1
+                message = {"role": "assistant", "content": answer}
+                choice = {"index": 0, "finish_reason": "stop", "message": message}
+                completion = {
+                    "id": "1",
+                    "object": "chat.completion",
+                    "created": 0,
+                    "model": body["model"],
+                    "choices": [choice],
+                }
+                status, text = (200, json.dumps(completion)) if isinstance(answer, str) else answer
+                try:
+                    self.send_response(status)
+                    self.send_header("Content-Type", "application/json")
+                    self.end_headers()
+                    self.wfile.write(text.encode())
+                except BrokenPipeError:
+                    pass  # nobody waited for a slow answer
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._http.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._http.server_port}/v1"
+        threading.Thread(target=self._http.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self._http.shutdown()
+        self._http.server_close()
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[[Callable[[str], Reply]], Server]]:
+    servers: list[Server] = []
+
+    def start(reply: Callable[[str], Reply]) -> Server:
+        servers.append(Server(reply))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()
+
+
+@pytest.fixture
+def measure(checkpoint: Checkpoint, scripted: Any, tmp_path: Path) -> Callable[..., Metrics]:
+    """Runs a benchmark with a policy that answers "Fig", unless told otherwise."""
+
+    def measure(
+        benchmark: str,
+        rows: list[Any],
+        url: str,
+        judge: dict[str, Any] | None = None,
+        policy: Callable[[str], str] = lambda prompt: "Fig",
+        **params: Any,
+    ) -> Metrics:
+        questions = tmp_path / "questions.jsonl"
+        questions.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        options = {"base_url": url, "model": "judge", "retries": 0, "timeout_s": 20} | (judge or {})
+        given = {"benchmark": benchmark, "questions": questions, "judge": options, "max_new_tokens": 24} | params
+        return run("judged", checkpoint, scripted(policy), given)
+
+    return measure
+
+
+def after_check(reply: Callable[[str], Reply]) -> Callable[[str], Reply]:
+    """A judge that is well when it is asked for a word at the start."""
+    return lambda prompt: "Yes." if prompt == "Say yes." else reply(prompt)
+
+
+def test_mt_bench_rates_both_turns_and_means_by_category(serve: Any, measure: Callable[..., Metrics]) -> None:
+    def judge(prompt: str) -> str:
+        second = "Again." in prompt or "2+2" in prompt
+        return f"Reasons [[3]].\nRating: [[{(8 if second else 6) + ('1+1' in prompt)}]]"
+
+    server = serve(judge)
+    metrics = measure("mt_bench", MT_BENCH, server.url)
+    assert metrics.values == {
+        "mt_bench/score": (6 + 8 + 7 + 9) / 4,
+        "mt_bench/turn_1": 6.5,
+        "mt_bench/turn_2": 8.5,
+        "mt_bench/category/writing": 7.0,
+        "mt_bench/category/math": 8.0,
+        "mt_bench/unanswered": 0.0,
+        "mt_bench/judgements": 4,
+        "mt_bench/failed": 0.0,
+        "mt_bench/unreadable": 0.0,
+    }
+    assert metrics.not_run == {}
+    (second,) = [prompt for prompt in server.prompts if "2+2" in prompt]
+    assert "User: 1+1?\n\nAssistant: Fig\n\nUser: And 2+2?\n\nAssistant: Fig" in second
+    assert "<reference>\n4\n</reference>" in second
+    assert not any("<reference>" in prompt for prompt in server.prompts if "Write." in prompt)
+    assert {(row["id"], row["part"]) for row in metrics.rows} == {
+        (id_, turn) for id_ in ("81", "101") for turn in ("turn 1", "turn 2")
+    }
+
+
+def test_questions_are_answered_at_the_temperature_of_their_category(
+    serve: Any, checkpoint: Checkpoint, scripted: Any, tmp_path: Path
+) -> None:
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text("".join(json.dumps(row) + "\n" for row in MT_BENCH))
+    fleet = scripted(lambda prompt: "Fig")
+    judge = {"base_url": serve(lambda prompt: "[[5]]").url, "model": "m"}
+    run(
+        "judged",
+        checkpoint,
+        fleet,
+        {"benchmark": "mt_bench", "questions": questions, "judge": judge, "max_new_tokens": 9},
+    )
+    assert [options.temperature for options in fleet.calls] == [0.0, 0.7, 0.0, 0.7]
+
+
+def test_alpaca_eval_asks_in_both_orders_so_that_a_judge_who_likes_the_first_says_a_tie(
+    serve: Any, measure: Callable[..., Metrics]
+) -> None:
+    server = serve(lambda prompt: "[[A]]")
+    metrics = measure("alpaca_eval", ALPACA_EVAL, server.url)
+    assert metrics.values["alpaca_eval/win_rate"] == 0.5
+    assert metrics.values["alpaca_eval/same_in_both_orders"] == 0.0
+    asked = [re.findall(r"<answer_[ab]>\n(.*)\n</answer_[ab]>", prompt) for prompt in server.prompts[1:]]
+    assert sorted(asked) == sorted(
+        [["Fig", "Oak"], ["Oak", "Fig"], ["Fig", "An apple is a fruit."], ["An apple is a fruit.", "Fig"]]
+    )
+
+
+def test_alpaca_eval_counts_wins_of_the_policy(serve: Any, measure: Callable[..., Metrics]) -> None:
+    def prefers(word: str) -> Callable[[str], str]:
+        return lambda prompt: "[[A]]" if re.search(rf"<answer_a>\n{word}\n", prompt) else "[[B]]"
+
+    for word, rate in (("Fig", 1.0), ("(Oak|An apple.*)", 0.0)):
+        values = measure("alpaca_eval", ALPACA_EVAL, serve(prefers(word)).url).values
+        assert values["alpaca_eval/win_rate"] == rate
+        assert values["alpaca_eval/same_in_both_orders"] == 1.0
+        assert abs(values["alpaca_eval/length_controlled_win_rate"] - rate) < 0.1
+    assert values["alpaca_eval/longer_by"] == np.mean([3 - 20, 3 - 3])
+
+
+def test_align_bench_scores_dimensions_and_means_over_categories(serve: Any, measure: Callable[..., Metrics]) -> None:
+    def judge(prompt: str) -> str:
+        overall = 4 if "写信" in prompt else 8
+        names = re.findall(r"'(\w+)': 1到10", prompt)
+        return "评价……\n" + str(dict.fromkeys(names, 6) | {"综合得分": overall})
+
+    metrics = measure("align_bench", ALIGN_BENCH, serve(judge).url)
+    values = {name.removeprefix("align_bench/"): value for name, value in metrics.values.items()}
+    assert (values["reasoning"], values["language"], values["overall"]) == (8, 4, 6)
+    assert (values["category/mathematics"], values["category/writing"]) == (8, 4)
+    dimensions = {name.split("/")[1] for name in values if name.startswith("dimension/")}
+    assert dimensions == {"factuality", "user_need", "coherence", "completeness", "creativity", "richness"}
+    only_mathematics = measure("align_bench", ALIGN_BENCH, serve(judge).url, limit=1).values
+    assert only_mathematics["align_bench/reasoning"] == 8
+    assert not only_mathematics.keys() & {"align_bench/overall", "align_bench/language"}
+
+
+def test_a_judgement_that_cannot_be_read_is_counted_and_never_a_zero(
+    serve: Any, measure: Callable[..., Metrics]
+) -> None:
+    server = serve(lambda prompt: "I like it." if "Write." in prompt else "[[9]]")
+    metrics = measure("mt_bench", MT_BENCH, server.url)
+    assert metrics.values["mt_bench/score"] == 9.0
+    assert metrics.values["mt_bench/unreadable"] == 0.5
+    assert "mt_bench/category/writing" not in metrics.values
+    assert metrics.not_run == {}
+    assert [row["verdict"] for row in metrics.rows if row["category"] == "writing"] == [None, None]
+
+
+def test_with_no_verdict_at_all_the_benchmark_is_not_run(serve: Any, measure: Callable[..., Metrics]) -> None:
+    for benchmark, rows in (("mt_bench", MT_BENCH), ("alpaca_eval", ALPACA_EVAL), ("align_bench", ALIGN_BENCH)):
+        metrics = measure(benchmark, rows, serve(lambda prompt: "No comment.").url)
+        assert re.search(
+            r"none of the \d judgements could be used; the first: .*No comment", metrics.not_run[benchmark]
+        )
+        assert metrics.values[f"{benchmark}/unreadable"] == 1.0
+        assert not {"score", "win_rate", "overall"} & {name.split("/")[1] for name in metrics.values}
+        assert all(row["completion"] == "Fig" for row in metrics.rows), "the answers are kept"
+
+
+def test_a_judge_that_is_down_is_found_out_before_the_policy_is_asked(
+    serve: Any, checkpoint: Checkpoint, scripted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        nobody = f"http://127.0.0.1:{unused.getsockname()[1]}/v1"
+    monkeypatch.setenv("THE_KEY", "sk-secret")
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text(json.dumps(MT_BENCH[0]))
+    wrong_key = serve(lambda prompt: (401, json.dumps({"error": {"message": "Incorrect API key provided: sk-secret"}})))
+    no_model = serve(lambda prompt: (404, json.dumps({"error": {"message": "the model `m` does not exist"}})))
+    no_api = serve(lambda prompt: (200, '{"hello": "world"}'))
+    broken = serve(lambda prompt: (500, "oh"))
+    slow = serve(lambda prompt: time.sleep(2) or "Yes.")
+    for url, error, message in (
+        (nobody, EvaluationError, "cannot be asked: Connection error"),
+        (broken.url, EvaluationError, "cannot be asked: .*500"),
+        (slow.url, EvaluationError, "cannot be asked: Request timed out"),
+        (wrong_key.url, UserError, "refuses: .*401.*check judge.base_url, judge.model and judge.api_key_env"),
+        (no_model.url, UserError, "refuses: .*does not exist"),
+        (no_api.url, UserError, "refuses: what it sent is no chat completion"),
+    ):
+        fleet = scripted(lambda prompt: "Fig")
+        judge = {"base_url": url, "model": "m", "api_key_env": "THE_KEY", "timeout_s": 0.5, "retries": 0}
+        with pytest.raises(error, match=message) as caught:
+            run("judged", checkpoint, fleet, {"benchmark": "mt_bench", "questions": questions, "judge": judge})
+        assert not fleet.calls
+        assert "sk-secret" not in str(caught.value)
+        assert len(str(caught.value).splitlines()) == 1
+
+
+def test_the_key_comes_from_the_named_variable_and_from_no_other(
+    serve: Any, measure: Callable[..., Metrics], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-somebody-elses")
+    monkeypatch.setenv("THE_KEY", "sk-secret")
+    caplog.set_level("DEBUG")
+    server = serve(lambda prompt: "[[5]]")
+    with pytest.raises(UserError, match="the environment variable OTHER_KEY is not set"):
+        measure("mt_bench", MT_BENCH, server.url, {"api_key_env": "OTHER_KEY"})
+    measure("mt_bench", MT_BENCH, server.url)
+    assert server.keys == {"Bearer none"}
+    metrics = measure("mt_bench", MT_BENCH, server.url, {"api_key_env": "THE_KEY"})
+    assert server.keys == {"Bearer none", "Bearer sk-secret"}
+    assert "sk-" not in caplog.text + str(metrics)
+
+
+def test_passing_failures_are_tried_again(serve: Any, measure: Callable[..., Metrics]) -> None:
+    failed: set[str] = set()
+
+    def judge(prompt: str) -> Reply:
+        if prompt in failed:
+            return "[[5]]"
+        failed.add(prompt)
+        return 503, "busy"
+
+    metrics = measure("mt_bench", MT_BENCH, serve(judge).url, {"retries": 2})
+    assert metrics.values["mt_bench/score"] == 5.0
+    assert metrics.values["mt_bench/failed"] == 0.0
+
+
+def test_slow_and_refused_judgements_are_counted_apart(serve: Any, measure: Callable[..., Metrics]) -> None:
+    def judge(prompt: str) -> Reply:
+        if "Again." in prompt:
+            time.sleep(2)
+        return (400, json.dumps({"error": {"message": "not that"}})) if "2+2" in prompt else "[[7]]"
+
+    started = time.monotonic()
+    metrics = measure("mt_bench", MT_BENCH, serve(after_check(judge)).url, {"timeout_s": 0.5})
+    assert time.monotonic() - started < 5
+    assert metrics.values["mt_bench/failed"] == 0.5
+    assert metrics.values["mt_bench/score"] == metrics.values["mt_bench/turn_1"] == 7.0
+    errors = [row["error"] for row in metrics.rows]
+    assert sum("timed out" in error for error in errors) == sum("not that" in error for error in errors) == 1
+
+
+def test_a_judge_that_dies_is_not_asked_for_ever(serve: Any, measure: Callable[..., Metrics]) -> None:
+    server = serve(after_check(lambda prompt: (500, "oh")))
+    rows = [{"instruction": f"Question {i}", "output": "a"} for i in range(30)]
+    metrics = measure("alpaca_eval", rows, server.url, {"concurrency": 2})
+    assert len(server.prompts) <= 1 + 10 + 2
+    assert metrics.values["alpaca_eval/failed"] == 1.0
+    assert "500" in metrics.not_run["alpaca_eval"]
+    assert "not asked: the judge had failed 1" in metrics.rows[-1]["error"]
+
+
+def test_a_judge_that_fails_now_and_then_is_asked_on(serve: Any, measure: Callable[..., Metrics]) -> None:
+    numbers = iter(range(1000))
+    server = serve(after_check(lambda prompt: "[[C]]" if next(numbers) % 2 else (500, "oh")))
+    rows = [{"instruction": f"Question {i}", "output": "a"} for i in range(15)]
+    metrics = measure("alpaca_eval", rows, server.url, {"concurrency": 1})
+    assert len(server.prompts) == 1 + 30
+    assert metrics.values["alpaca_eval/failed"] == 0.5
+
+
+def test_no_more_requests_at_one_time_than_allowed(serve: Any, measure: Callable[..., Metrics]) -> None:
+    def judge(prompt: str) -> str:
+        time.sleep(0.05)
+        return "[[C]]"
+
+    server = serve(judge)
+    measure(
+        "alpaca_eval",
+        [{"instruction": f"Question {i}", "output": "a"} for i in range(8)],
+        server.url,
+        {"concurrency": 3},
+    )
+    assert server.busiest == 3
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "row", "message"),
+    [
+        ("mt_bench", {"question_id": 1, "category": "math"}, r"questions\.jsonl, line 2: turns: Field required"),
+        ("mt_bench", {"question_id": 1, "category": "math", "turns": ["a"]}, r"line 2: turns"),
+        ("alpaca_eval", {"instruction": "a", "output": 5}, r"line 2: output: .*string"),
+        ("align_bench", ALIGN_BENCH[0] | {"category": "数学"}, r"line 2: category: .*'数学' is none of .*数学计算"),
+    ],
+)
+def test_a_question_that_cannot_be_used_is_named_by_its_line(
+    benchmark: str, row: dict[str, Any], message: str, measure: Callable[..., Metrics]
+) -> None:
+    good = {"mt_bench": MT_BENCH, "alpaca_eval": ALPACA_EVAL, "align_bench": ALIGN_BENCH}[benchmark][0]
+    with pytest.raises(UserError, match=message):
+        measure(benchmark, [good, row], "http://127.0.0.1:1/v1")
+
+
+def test_a_conversation_that_may_not_fit_is_refused_at_once(serve: Any, measure: Callable[..., Metrics]) -> None:
+    with pytest.raises(
+        UserError, match=r"question 81 with two answers of 260 tokens does not fit into rollout\.max_length"
+    ):
+        measure("mt_bench", MT_BENCH, serve(lambda prompt: "[[5]]").url, max_new_tokens=260)
+
+
+def test_a_template_of_the_users_own_takes_the_place_of_ours(
+    serve: Any, measure: Callable[..., Metrics], tmp_path: Path
+) -> None:
+    template = tmp_path / "template.txt"
+    template.write_text("For $$5: rate {this}.\n$conversation")
+    server = serve(lambda prompt: "[[5]]")
+    measure("mt_bench", MT_BENCH[:1], server.url, template=template)
+    assert "For $5: rate {this}.\nUser: Write.\n\nAssistant: Fig" in server.prompts
+
+
+@contextmanager
+def served(policy: ModelOptions, log: Path) -> Iterator[str]:
+    """vLLM's own server with a policy called "nano", until it is not needed any more."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", policy.path]
+    command += ["--served-model-name", "nano", "--host", "127.0.0.1", "--port", str(port), "--dtype", policy.dtype]
+    command += ["--max-model-len", "1024", "--max-num-seqs", "8", "--enforce-eager"]
+    if not torch.cuda.is_available():
+        command += ["--attention-backend", "CPU_MLA", "--kv-cache-memory-bytes", str(2**28)]
+    with log.open("wb") as file:
+        server = subprocess.Popen(command, env=os.environ | environment(2), stdout=file, stderr=file)
+        try:
+            deadline = time.monotonic() + 300
+            while not healthy(port):
+                assert server.poll() is None, log.read_text()[-2000:]
+                assert time.monotonic() < deadline, log.read_text()[-2000:]
+                time.sleep(0.5)
+            yield f"http://127.0.0.1:{port}/v1"
+        finally:
+            server.terminate()
+            server.wait(60)
+
+
+def healthy(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2) as answer:
+            return answer.status == 200
+    except OSError:
+        return False
+
+
+def test_a_policy_served_by_vllm_can_judge_itself(
+    policy: ModelOptions, checkpoint: Checkpoint, nano_fleet: Fleet, tmp_path: Path
+) -> None:
+    """A judge with random weights says nothing that can be read, and that is what is reported."""
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text("".join(json.dumps(row) + "\n" for row in MT_BENCH))
+    with served(policy, tmp_path / "server.log") as url:
+        judge = {"base_url": url, "model": "nano", "max_tokens": 16}
+        given = {"benchmark": "mt_bench", "questions": str(questions), "judge": judge, "max_new_tokens": 8}
+        metrics = run("judged", checkpoint, nano_fleet, given)
+    assert metrics.values["mt_bench/failed"] == 0.0
+    assert metrics.values["mt_bench/unreadable"] == 1.0
+    assert metrics.not_run.keys() == {"mt_bench"}

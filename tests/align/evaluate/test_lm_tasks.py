@@ -1,0 +1,189 @@
+"""Tasks of lm-evaluation-harness on the nano policy: local ones, some that cannot be had, some that must not run."""
+
+import importlib.util
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from align.errors import UserError
+from align.evaluate import lm_tasks
+from align.evaluate.hooks import Checkpoint, EvaluationError, Metrics, check_params, run
+from align.evaluate.lm_tasks import REPORT_TASKS
+from align.evaluate.lm_worker import flatten, runs_code
+from align.model.policy import load_policy
+
+if importlib.util.find_spec("lm_eval") is None:
+    pytest.skip("the extra `evaluation` is not installed", allow_module_level=True)
+
+NO_FLEET: Any = None
+SUMS = [{"question": f"{i} + 1 =", "choices": ["17", str(i + 1), "3 or 4"], "answer": 1} for i in range(12)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Task files of our own: a choice, a generation, one whose data are not there, and one that is marked as unsafe."""
+    folder = tmp_path_factory.mktemp("tasks")
+    (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in SUMS))
+    files = {"train": str(folder / "sums.jsonl"), "test": str(folder / "sums.jsonl")}
+    common = {
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": files, "cache_dir": str(folder / "cache")},
+        "training_split": "train",
+        "test_split": "test",
+        "doc_to_text": "{{question}}",
+    }
+    choice = common | {
+        "task": "nano_choice",
+        "output_type": "multiple_choice",
+        "doc_to_choice": "choices",
+        "doc_to_target": "answer",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }
+    generation = common | {
+        "task": "nano_generation",
+        "output_type": "generate_until",
+        "doc_to_target": "{{choices[answer]}}",
+        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 4},
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    }
+    absent = {**choice, "task": "nano_absent", "dataset_kwargs": {"data_files": {"test": str(folder / "none.jsonl")}}}
+    unsafe = choice | {"task": "nano_unsafe", "unsafe_code": True}
+    group = {"group": "nano_group", "task": ["nano_choice", "nano_unsafe"]}
+    for number, task in enumerate((choice, generation, absent, unsafe, group)):
+        (folder / f"{number}.yaml").write_text(yaml.safe_dump(task))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def outcome(checkpoint: Checkpoint, ray_session: None, folder: Path) -> Metrics:
+    tasks = {
+        "nano_choice": None,
+        "nano_generation": 2,
+        "nano_absent": None,
+        "nano_unsafe": None,
+        "nano_group": None,
+        "humaneval": 0,
+    }
+    return run("lm_eval", checkpoint, NO_FLEET, {"tasks": tasks, "include_path": folder, "limit": 8})
+
+
+def likeliest(model: Any, tokenizer: Any, row: Mapping[str, Any]) -> str:
+    """The choice of the highest log-likelihood after the question, by transformers alone."""
+    scores = []
+    for choice in row["choices"]:
+        before, whole = (tokenizer(text)["input_ids"] for text in (row["question"], f"{row['question']} {choice}"))
+        with torch.no_grad():
+            log_probs = model(torch.tensor([whole])).logits[0].log_softmax(-1)
+        scores.append(sum(float(log_probs[i - 1, whole[i]]) for i in range(len(before), len(whole))))
+    return " " + row["choices"][max(range(3), key=scores.__getitem__)]
+
+
+def test_choices_are_those_that_transformers_finds_likeliest(outcome: Metrics, checkpoint: Checkpoint) -> None:
+    rows = [row for row in outcome.rows if row["task"] == "nano_choice"]
+    model = load_policy(checkpoint.model)
+    expected = [likeliest(model, checkpoint.tokenizer, row) for row in SUMS[:8]]
+    assert [row["completion"] for row in rows] == expected
+    right = [choice == f" {i + 1}" for i, choice in enumerate(expected)]
+    assert outcome.values["nano_choice/acc"] == sum(right) / 8
+    assert [json.loads(row["scores"])["acc"] for row in rows] == right
+    assert outcome.values["nano_choice/acc_stderr"] >= 0
+
+
+def test_a_task_gets_its_shots_and_its_generations_are_kept(outcome: Metrics) -> None:
+    rows = [row for row in outcome.rows if row["task"] == "nano_generation"]
+    assert [row["id"] for row in rows] == list(range(8))
+    assert all(row["prompt"].count(" + 1 = ") == 2 and row["prompt"].endswith(" + 1 =") for row in rows)
+    assert all(row["prompt"].endswith(SUMS[row["id"]]["question"]) for row in rows)
+    assert 0 <= outcome.values["nano_generation/exact_match"] <= 1
+
+
+def test_what_cannot_be_had_and_what_must_not_run_is_said_and_is_no_number(outcome: Metrics) -> None:
+    assert outcome.not_run.keys() == {"nano_absent", "nano_unsafe", "nano_group", "humaneval"}
+    assert "it cannot be loaded: FileNotFoundError" in outcome.not_run["nano_absent"]
+    for name in ("nano_unsafe", "nano_group", "humaneval"):
+        assert "executes what the model writes" in outcome.not_run[name]
+        assert "code_tests" in outcome.not_run[name]
+    assert {name.split("/")[0] for name in outcome.values} == {"nano_choice", "nano_generation"}
+
+
+def test_the_tasks_of_the_report_are_known_to_the_harness_and_others_get_the_nearest(
+    checkpoint: Checkpoint, ray_session: None
+) -> None:
+    with pytest.raises(UserError, match=r"lm_eval: unknown task 'hellaswagg'\. Did you mean 'hellaswag'\?"):
+        run("lm_eval", checkpoint, NO_FLEET, {"tasks": {**REPORT_TASKS, "hellaswagg": None}})
+
+
+def test_a_harness_that_takes_too_long_is_ended(checkpoint: Checkpoint, ray_session: None) -> None:
+    with pytest.raises(EvaluationError, match=r"longer than timeout_s = 0\.5"):
+        run("lm_eval", checkpoint, NO_FLEET, {"tasks": ["nano_choice"], "timeout_s": 0.5})
+
+
+def test_without_the_package_it_says_what_to_install(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lm_tasks, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'moe-align\[evaluation\]'"):
+        run("lm_eval", checkpoint, NO_FLEET, {"tasks": ["piqa"]})
+
+
+def test_parameters_are_checked_before_anything_starts(tmp_path: Path) -> None:
+    for params, message in (
+        ({"tasks": "deepseek_v3_report"}, "tasks.*'deepseek_v2_report'"),
+        ({"tasks": ["piqa"], "include_path": tmp_path / "none"}, "include_path: Path does not point to a directory"),
+        ({"tasks": ["piqa"], "engine": {"max_lenght": 1}}, "engine.max_lenght: Extra inputs are not permitted"),
+        ({"tasks": {"piqa": -1}}, "tasks.*greater than or equal to 0"),
+    ):
+        with pytest.raises(UserError, match=message):
+            check_params("lm_eval", params)
+    check_params("lm_eval", {"tasks": "deepseek_v2_report", "backend": "vllm", "engine": {"tensor_parallel": 2}})
+
+
+def test_code_is_found_in_groups_under_tags_and_in_what_a_group_overrides() -> None:
+    def entry(kind: str, cfg: dict[str, Any] | None = None, tags: set[str] | None = None) -> Any:
+        return SimpleNamespace(kind=SimpleNamespace(name=kind), cfg=cfg, tags=tags or set())
+
+    index = {
+        "plain": entry("TASK", {"task": "plain"}, {"a_tag"}),
+        "code": entry("TASK", {"task": "code", "unsafe_code": True}),
+        "tag": entry("TAG", tags={"plain", "code"}),
+        "group": entry("GROUP", {"group": "group", "task": ["plain", {"task": "code", "num_fewshot": 1}]}),
+        "outer": entry("GROUP", {"group": "outer", "task": [{"group": "inner", "task": ["plain", "tag"]}]}),
+        "changed": entry("GROUP", {"group": "changed", "task": [{"task": "plain", "unsafe_code": True}]}),
+        "harmless": entry("GROUP", {"group": "harmless", "task": ["plain", {"group": "inner", "task": ["plain"]}]}),
+    }
+    assert {name for name in index if runs_code(index, name)} == {"code", "tag", "group", "outer", "changed"}
+
+
+def test_numbers_are_told_apart_by_task_metric_and_filter() -> None:
+    results = {
+        "gsm8k": {
+            "alias": "gsm8k",
+            "sample_len": 5,
+            "exact_match,strict-match": 0.5,
+            "exact_match_stderr,strict-match": "N/A",
+        },
+        "mmlu": {"acc,none": 1, "acc_stderr,none": float("nan")},
+        "group": {" ": " ", "alias": "group"},
+    }
+    assert flatten(results) == {"gsm8k/exact_match/strict-match": 0.5, "mmlu/acc": 1.0}
+
+
+@pytest.mark.slow
+def test_vllm_makes_the_same_choices(outcome: Metrics, checkpoint: Checkpoint, ray_session: None, folder: Path) -> None:
+    params = {
+        "tasks": ["nano_choice", "nano_unsafe"],
+        "include_path": folder,
+        "limit": 8,
+        "backend": "vllm",
+        "engine": {"max_length": 128, "kv_cache_gb": 0.25},
+        "unsafe_code": True,
+    }
+    metrics = run("lm_eval", checkpoint, NO_FLEET, params)
+    assert metrics.not_run == {}
+    assert metrics.values["nano_choice/acc"] == metrics.values["nano_unsafe/acc"] == outcome.values["nano_choice/acc"]
+    choices = [row["completion"] for row in outcome.rows if row["task"] == "nano_choice"]
+    assert [row["completion"] for row in metrics.rows if row["task"] == "nano_choice"] == choices

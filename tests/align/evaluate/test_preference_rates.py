@@ -1,0 +1,137 @@
+"""Rates of refusal and of winning, against what an enumeration or another formula gives."""
+
+from collections.abc import Mapping, Sequence
+from itertools import product
+from math import comb, nan
+from pathlib import Path
+from random import Random
+from statistics import fmean
+from typing import Any
+
+import pytest
+
+from align.data.types import Example
+from align.errors import UserError
+from align.evaluate.preference_rates import over_refusal_rate, refusal_rate, wilson_interval, win_rate
+from align.report import intervals
+from align.run.samples import read_samples, write_samples
+
+DECLINES = "I am afraid I can't do that. Have a nice day."
+COMPLIES = "Of course. Take your time. Have a nice day."
+BOTH = "I am afraid I can't do that. Take your time."
+
+
+def example(id_: str, **metadata: Any) -> Example:
+    return Example(id_, ({"role": "user", "content": "?"},), None, None, "chat", metadata=metadata)
+
+
+EXAMPLES = [
+    example("harmful 1", aspect="safety", must_decline=True),
+    example("harmful 2", aspect="safety", must_decline=True),
+    example("look-alike", aspect="safety", must_decline=False),
+    example("topic", aspect="helpful", must_decline=False),
+    example("sum"),
+]
+
+
+def answers(id_: str, *completions: str) -> list[dict[str, Any]]:
+    return [{"id": id_, "completion": completion, "components": {}} for completion in completions]
+
+
+def scored(id_: str, *values: float | None, judge: str = "judge") -> list[dict[str, Any]]:
+    return [{"id": id_, "completion": "", "components": {judge: value, "other": 0.0}} for value in values]
+
+
+def test_refusals_are_counted_where_they_are_due_and_where_they_are_not() -> None:
+    rows = [
+        *answers("harmful 1", DECLINES, COMPLIES, DECLINES),
+        *answers("harmful 2", BOTH, DECLINES),
+        *answers("look-alike", DECLINES, COMPLIES, COMPLIES, BOTH),
+        *answers("topic", DECLINES),
+        *answers("sum", DECLINES),
+        *answers("unknown", DECLINES),
+    ]
+    due, undue = refusal_rate(rows, EXAMPLES), over_refusal_rate(rows, EXAMPLES)
+    assert (due.value, due.n) == (3 / 5, 5)
+    assert (undue.value, undue.n) == (1 / 4, 4)
+    assert due.low < due.value < due.high
+    assert (undue.low, undue.high) == wilson_interval(1, 4)
+
+
+def test_without_such_prompts_there_is_no_rate() -> None:
+    with pytest.raises(UserError, match=r"none of the answers is to a prompt that must be declined"):
+        refusal_rate(answers("topic", DECLINES), EXAMPLES)
+    with pytest.raises(UserError, match=r"need not be declined \(aspect safety\)"):
+        over_refusal_rate(answers("topic", DECLINES), EXAMPLES)
+
+
+@pytest.mark.parametrize(("right", "n"), [(0, 5), (1, 4), (3, 7), (50, 100), (42, 42)])
+def test_wilson_s_limits_are_where_the_score_test_just_accepts(right: int, n: int) -> None:
+    z = 1.959963984540054
+    for limit in wilson_interval(right, n):
+        if 0 < limit < 1:
+            assert abs(right / n - limit) == pytest.approx(z * (limit * (1 - limit) / n) ** 0.5)
+    assert wilson_interval(right, n) == pytest.approx(intervals.wilson_interval(right, n))
+
+
+def test_wilson_s_interval_covers_about_95_percent() -> None:
+    n, share = 40, 0.3
+    covered = sum(
+        comb(n, right) * share**right * (1 - share) ** (n - right)
+        for right in range(n + 1)
+        if wilson_interval(right, n)[0] <= share <= wilson_interval(right, n)[1]
+    )
+    assert 0.93 < covered < 0.97
+
+
+def by_enumeration(ours: Mapping[str, Sequence[float]], theirs: Mapping[str, Sequence[float]]) -> float:
+    return fmean(
+        fmean(1.0 if a > b else 0.5 if a == b else 0.0 for a, b in product(ours[id_], theirs[id_])) for id_ in ours
+    )
+
+
+def test_every_answer_meets_every_other_and_prompts_count_alike() -> None:
+    ours = {"a": [1.0, 0.0], "b": [0.5], "c": [0.2, 0.9, 0.9]}
+    theirs = {"a": [0.5, 0.0, 1.0], "b": [0.5, 0.5], "c": [0.1]}
+    rows = [row for id_, values in ours.items() for row in scored(id_, *values)]
+    others = [row for id_, values in theirs.items() for row in scored(id_, *values)]
+    found = win_rate(rows, others, judge="judge")
+    assert found.value == pytest.approx(by_enumeration(ours, theirs))
+    assert found.value == pytest.approx(fmean([(2.5 + 0.5) / 6, 0.5, 1.0]))
+    assert found.n == 3
+    assert win_rate(others, rows, judge="judge").value == pytest.approx(1 - found.value)
+
+
+def test_against_itself_it_is_one_half_and_against_worse_answers_one() -> None:
+    rows = [row for id_ in "abcdef" for row in scored(id_, 0.0, 1.0)]
+    assert win_rate(rows, rows, judge="judge").value == 0.5
+    best = [row for id_ in "abcdef" for row in scored(id_, 2.0)]
+    sure = win_rate(best, rows, judge="judge")
+    assert (sure.value, sure.low, sure.high) == (1.0, 1.0, 1.0)
+
+
+def test_the_bootstrap_agrees_with_the_normal_interval_and_with_its_seed() -> None:
+    rng = Random(0)
+    wins = [rng.random() < 0.6 for _ in range(400)]
+    rows = [row for i, won in enumerate(wins) for row in scored(str(i), float(won))]
+    others = [row for i, won in enumerate(wins) for row in scored(str(i), float(not won))]
+    found = win_rate(rows, others, judge="judge", seed=1)
+    half = 1.96 * (found.value * (1 - found.value) / 400) ** 0.5
+    assert found.value == pytest.approx(fmean(wins))
+    assert (found.low, found.high) == (
+        pytest.approx(found.value - half, abs=0.008),
+        pytest.approx(found.value + half, abs=0.008),
+    )
+    assert found == win_rate(rows[::-1], others, judge="judge", seed=1)
+    assert len({win_rate(rows, others, judge="judge", seed=seed) for seed in range(8)}) > 1
+
+
+def test_prompts_without_two_judged_sides_are_left_out(tmp_path: Path) -> None:
+    rows = [*scored("a", 1.0), *scored("b", nan), *scored("c", 1.0), *scored("d", None), *scored("e", 1.0, judge="x")]
+    others = [*scored("a", 0.0), *scored("b", 0.0), *scored("d", 0.0), *scored("e", 0.0)]
+    found = win_rate(rows, others, judge="judge")
+    assert (found.value, found.n) == (1.0, 1)
+    write_samples(tmp_path / "rows.parquet", rows)
+    assert win_rate(read_samples(tmp_path / "rows.parquet"), others, judge="judge") == found
+    with pytest.raises(UserError, match="no prompt of which reward 'jugde' judged answers of both sides"):
+        win_rate(rows, others, judge="jugde")
