@@ -13,7 +13,7 @@ STAMP := $(VENV)/.installed-$(ACCELERATOR)
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock sft grpo bench bench-rewards test test-slow format clean
+.PHONY: help setup lock sft grpo reward-models pipeline bench bench-rewards test test-slow format clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -39,6 +39,12 @@ sft: $(STAMP) ## Chat SFT (RECIPE=recipes/nano/sft.yaml ARGS="key=value ...")
 
 grpo: $(STAMP) ## Chat SFT, then GRPO (RECIPE=recipes/nano/grpo.yaml ARGS="key=value ...")
 	$(BIN)/align grpo $(or $(RECIPE),recipes/nano/grpo.yaml) $(ARGS)
+
+reward-models: $(STAMP) ## the nano pipeline up to its reward models: helpful, safety, math, code (ARGS="key=value ...")
+	$(BIN)/align pipeline recipes/nano/pipeline.yaml --to rm_code $(ARGS)
+
+pipeline: $(STAMP) ## the whole alignment at nano size, with evaluations and one report (ARGS="key=value ...")
+	$(BIN)/align pipeline $(or $(RECIPE),recipes/nano/pipeline.yaml) $(ARGS)
 
 bench: $(STAMP) ## a GRPO step against TRL and the bare engines (ARGS="--settings short")
 	$(BIN)/python benchmarks/grpo_step.py $(ARGS)

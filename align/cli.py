@@ -70,6 +70,7 @@ def parser() -> argparse.ArgumentParser:
     chain.add_argument("file", type=Path, help="pipeline file, for example recipes/nano/pipeline.yaml")
     chain.add_argument("overrides", nargs="*", metavar="key=value", help="for example seed=1 run.dir=runs/second")
     chain.add_argument("--from", dest="start", metavar="STAGE", help="run this stage and all after it anew")
+    chain.add_argument("--to", dest="last", metavar="STAGE", help="stop after this stage")
     chain.set_defaults(run=pipeline)
     examine = commands.add_parser(
         "doctor", help="check that a model is fit to be trained and that the engines agree on it"
@@ -182,7 +183,7 @@ def pipeline(options: argparse.Namespace) -> int:
 
     for stage in plan.stages:
         check_names(stage.recipe, stage.entry.recipe)
-    status = run_pipeline(plan, options.start)
+    status = run_pipeline(plan, options.start, options.last)
     if status == 0:
         from align.report import write_report
 

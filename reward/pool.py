@@ -50,10 +50,13 @@ class Ticket:
 class ScoringPool:
     """Workers that each hold the mixture; a batch goes to the one with the fewest batches waiting."""
 
-    def __init__(self, mixture: Mixture, *, workers: int, timeout_s: float) -> None:
-        """Start the workers. `timeout_s`: how long all of them together may take until one more batch is judged."""
+    def __init__(self, mixture: Mixture, *, workers: int, timeout_s: float, gpus: float = 0.0) -> None:
+        """Start the workers, each with `gpus` GPUs.
+
+        `timeout_s`: how long all of them together may take until one more batch is judged.
+        """
         self.mixture = mixture
-        self._timeout_s = timeout_s
+        self._timeout_s, self._gpus = timeout_s, gpus
         self._workers = [self._start() for _ in range(workers)]
         self._waiting = [0] * workers
         self._handed_out = 0
@@ -112,7 +115,9 @@ class ScoringPool:
     def _start(self) -> Any:
         import ray
 
-        actor = ray.remote(num_cpus=0, max_restarts=0, runtime_env={"env_vars": _ENVIRONMENT})(ScoringWorker)
+        actor = ray.remote(num_cpus=0, num_gpus=self._gpus, max_restarts=0, runtime_env={"env_vars": _ENVIRONMENT})(
+            ScoringWorker
+        )
         return actor.remote(self.mixture)
 
     def _hand_out(self, ticket: Ticket) -> None:

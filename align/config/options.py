@@ -188,6 +188,9 @@ class ScoringOptions(Section):
     """The pool of processes that judge completions while others are being sampled."""
 
     workers: int = Field(1, ge=1)
+    gpus: float = Field(
+        0, ge=0, description="GPUs of a worker, for reward models; a share lets workers have one together"
+    )
     timeout_s: float = Field(600, gt=0, description="longest time a group may take to be judged")
     infra_error_limit: float = Field(
         0.05, ge=0, le=1, description="share of samples that nobody could judge above which the run stops"

@@ -63,7 +63,7 @@ def start_judges(recipe: SamplingRecipe) -> Iterator[ScoringPool]:
     """Start what scores completions, and end it afterwards. Raises RewardError where a reward cannot run here."""
     options = recipe.scoring
     mixture = Mixture(recipe.rewards, infra_error_limit=options.infra_error_limit)
-    judges = ScoringPool(mixture, workers=options.workers, timeout_s=options.timeout_s)
+    judges = ScoringPool(mixture, workers=options.workers, timeout_s=options.timeout_s, gpus=options.gpus)
     try:
         judges.wait_until_ready()
         yield judges

@@ -17,19 +17,21 @@ COMMANDS = {"sft": "sft", "reward_model": "reward-model", "preferences": "prefer
 INTERRUPTED = 130
 
 
-def run_pipeline(pipeline: Pipeline, start: str | None) -> int:
-    """Run what is not done yet, or everything from the stage `start` on. Returns the exit status of the command.
+def run_pipeline(pipeline: Pipeline, start: str | None, last: str | None = None) -> int:
+    """Run what is not done yet, or everything from the stage `start` on, up to `last`. Returns the exit status.
 
     Raises UserError when the pipeline has no such stage, or when a finished stage was run with another recipe.
     """
-    todo = stages_to_run(pipeline, start)
+    todo = stages_to_run(pipeline, start, last)
     directory = RunDirectory.reopen(pipeline.directory)
     directory.save_recipe(pipeline.text)
     directory.save_environment(environment_record())
     with StopRequest():
         for number, stage in enumerate(pipeline.stages, start=1):
             directory.enter(stage.entry.name)
-            what = "done before" if stage not in todo else f"align {COMMANDS[stage.recipe.stage]} {stage.entry.recipe}"
+            what = f"align {COMMANDS[stage.recipe.stage]} {stage.entry.recipe}" if stage in todo else "not now"
+            if stage not in todo and is_done(stage):
+                what = "done before"
             say(directory, f"[{number}/{len(pipeline.stages)}] {stage.entry.name}: {what}")
             status = run_stage(stage) if stage in todo else 0
             if status:
@@ -55,18 +57,24 @@ def end(directory: RunDirectory, stage: PlannedStage, status: int) -> None:
         directory.fail(f"stage {stage.entry.name} ended with exit status {status}")
 
 
-def stages_to_run(pipeline: Pipeline, start: str | None) -> list[PlannedStage]:
-    """The stages from the first that is not done, or from `start`. Raises UserError as `run_pipeline` says."""
-    names = [stage.entry.name for stage in pipeline.stages]
-    if start is not None and start not in names:
-        raise UserError(f"--from {start}: the pipeline has no such stage; its stages are {', '.join(names)}")
-    first = names.index(start) if start is not None else len(names)
+def stages_to_run(pipeline: Pipeline, start: str | None, last: str | None = None) -> list[PlannedStage]:
+    """The stages from the first that is not done, or from `start`, up to `last`. Raises UserError as `run_pipeline` says."""
+    first = place(pipeline, "--from", start) if start is not None else len(pipeline.stages)
+    end = place(pipeline, "--to", last) + 1 if last is not None else len(pipeline.stages)
     for number, stage in enumerate(pipeline.stages[:first]):
         if not is_done(stage):
             if start is not None:
                 raise UserError(f"--from {start}: stage {stage.entry.name!r} before it is not done yet")
-            return list(pipeline.stages[number:])
-    return list(pipeline.stages[first:])
+            return list(pipeline.stages[number:end])
+    return list(pipeline.stages[first:end])
+
+
+def place(pipeline: Pipeline, option: str, name: str) -> int:
+    """Which stage has the name. Raises UserError where none has."""
+    names = [stage.entry.name for stage in pipeline.stages]
+    if name not in names:
+        raise UserError(f"{option} {name}: the pipeline has no such stage; its stages are {', '.join(names)}")
+    return names.index(name)
 
 
 def is_done(stage: PlannedStage) -> bool:

@@ -16,18 +16,25 @@ def _in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(NANO.parents[1])
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in NANO.glob("*.yaml") if path.stem != "pipeline"))
-def test_the_nano_recipes_are_valid_and_survive_being_saved(name: str, tmp_path: Path) -> None:
-    recipe = load_recipe(NANO / f"{name}.yaml")
+RECIPES = sorted(NANO.parent.glob("*/*.yaml"))
+
+
+@pytest.mark.parametrize(
+    "file", [f for f in RECIPES if f.stem != "pipeline"], ids=lambda f: f"{f.parent.name}/{f.stem}"
+)
+def test_every_recipe_is_valid_and_survives_being_saved(file: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(file)
+    check_names(recipe, file)
     saved = tmp_path / "recipe.yaml"
     saved.write_text(dump_recipe(recipe))
     assert load_recipe(saved) == recipe
 
 
-def test_the_nano_pipeline_is_valid_and_takes_each_product_from_the_stage_that_makes_it(tmp_path: Path) -> None:
-    pipeline = load_pipeline(NANO / "pipeline.yaml", [f"run.dir={tmp_path}"])
+@pytest.mark.parametrize("size", ["nano", "v2_lite", "v2"])
+def test_every_pipeline_is_valid_and_takes_each_product_from_the_stage_that_makes_it(size: str, tmp_path: Path) -> None:
+    pipeline = load_pipeline(NANO.parent / size / "pipeline.yaml", [f"run.dir={tmp_path}"])
     by_name = {stage.entry.name: stage.recipe for stage in pipeline.stages}
-    assert list(by_name)[0] == "sft"
+    assert next(iter(by_name)) == "sft"
     assert by_name["preference"].model.path == str(tmp_path / "reasoning" / "final")
     for stage in pipeline.stages:
         check_names(stage.recipe, stage.entry.recipe)

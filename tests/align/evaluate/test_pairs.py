@@ -1,5 +1,7 @@
 """What is said of judged pairs: accuracy with its interval, calibration, and the baselines of length."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -40,7 +42,7 @@ def test_calibration_error_against_numpy() -> None:
     confidence, right = np.maximum(p, 1 - p), differences > 0
     edges = np.linspace(0.5, 1, 11)
     expected = 0.0
-    for low, high in zip(edges, edges[1:], strict=False):
+    for low, high in pairwise(edges):
         inside = (confidence >= low) & (confidence < high)
         if inside.any():
             expected += inside.sum() / 500 * abs(right[inside].mean() - confidence[inside].mean())

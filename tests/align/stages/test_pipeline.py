@@ -74,6 +74,15 @@ def test_it_can_start_at_any_stage_whose_inputs_are_there(tmp_path: Path) -> Non
         to_run(plan, "maths")
 
 
+def test_it_can_stop_after_any_stage(tmp_path: Path) -> None:
+    plan = pipeline(tmp_path)
+    assert [stage.entry.name for stage in stages_to_run(plan, None, "math")] == ["sft", "math"]
+    finish(plan, "sft", "math")
+    assert [stage.entry.name for stage in stages_to_run(plan, None, "math")] == []
+    with pytest.raises(UserError, match=r"--to maths: the pipeline has no such stage"):
+        stages_to_run(plan, None, "maths")
+
+
 def test_it_does_not_start_after_a_stage_that_is_missing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"stage 'sft' before it is not done yet"):
         to_run(pipeline(tmp_path), "math")

@@ -15,9 +15,11 @@ from align.data.chat import encode_example
 from align.errors import UserError
 from align.model.policy import load_tokenizer
 from align.run import read_samples
+from align.stages.engines import prepare_policy
 from align.stages.pairs import load_reward_model_data
 from align.stages.preflight import check_names
-from align.stages.reward_model import run_reward_model
+from align.stages.reward_model import show, train_reward_model
+from align.stages.run import open_run
 from reward import Mixture, RewardTerm, Sample
 
 NANO = Path(__file__).parents[3] / "recipes" / "nano" / "policy"
@@ -88,10 +90,16 @@ def recipe(directory: Path, **changes: Any) -> RewardModelRecipe:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> Path:
+    """The directory of a run; what `run_reward_model` does, but in the Ray that the tests share."""
     directory = tmp_path_factory.mktemp("reward_model")
     write_preferences(directory / "pairs")
-    assert run_reward_model(recipe(directory)) == 0
+    polite = recipe(directory)
+    with open_run(polite) as run:
+        policy, tokenizer = prepare_policy(polite, run)
+        trained, evaluation = train_reward_model(polite, load_reward_model_data(polite, tokenizer, run), policy, run)
+        show(evaluation, run)
+    assert trained.path == str(directory / "run" / "final")
     return directory / "run"
 
 
@@ -130,7 +138,7 @@ def test_the_evaluation_is_recorded_beside_what_length_tells(trained: Path) -> N
     )
     log = (trained / "log.txt").read_text()
     assert "the longer completion" in log
-    assert "expected calibration error" in log
+    assert "how sure it is: expected calibration error" in log
 
 
 def test_transformers_gives_the_same_rewards_from_the_files_alone(trained: Path) -> None:
