@@ -2,7 +2,7 @@
 
 The template is rendered with placeholders for the contents and cut at them. Its own text may hold special tokens; each
 content is tokenised apart from it as plain text, with the white space before it, so that a completion that spells out a
-special token cannot forge a turn. (Reward models that `align` trains see the same ids in training.)
+special token cannot forge a turn.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def _layout(tokenizer: Any, roles: tuple[str, ...]) -> _Layout:
             f"the chat template of {_name(tokenizer)} does not begin an answered conversation with its prompt"
         )
     space, after = _texts(whole[len(prompt) :], 1, first=len(roles))
-    split = [_split_space(tokenizer, text) for text in before]
+    split = [_split_space(tokenizer, text, first=place == 0) for place, text in enumerate(before)]
     answer_ids, answer_space = _split_space(tokenizer, space)
     split.append((_ids(tokenizer, opening) + answer_ids, answer_space))
     end = tokenizer.eos_token_id
@@ -94,18 +94,32 @@ def _texts(rendered: str, contents: int, first: int = 0) -> list[str]:
     return parts[::2]
 
 
-def _split_space(tokenizer: Any, text: str) -> tuple[tuple[int, ...], str]:
-    ids, head = _ids(tokenizer, text), text.rstrip()
-    head_ids = _ids(tokenizer, head)
+def _split_space(tokenizer: Any, text: str, *, first: bool = False) -> tuple[tuple[int, ...], str]:
+    ids, head = _ids(tokenizer, text, first=first), text.rstrip()
+    head_ids = _ids(tokenizer, head, first=first)
     # A token may take in the white space that follows it: then there is none left to pass on.
     return (ids, "") if ids == head_ids else (head_ids, text[len(head) :])
 
 
-def _ids(tokenizer: Any, text: str) -> tuple[int, ...]:
-    return tuple(_encode(tokenizer, text, special=True)) if text else ()
+def _ids(tokenizer: Any, text: str, *, first: bool = False) -> tuple[int, ...]:
+    return tuple(_encode(tokenizer, text, special=True, first=first))
 
 
-def _encode(tokenizer: Any, text: str, *, special: bool) -> list[int]:
+def _encode(tokenizer: Any, text: str, *, special: bool, first: bool = False) -> list[int]:
+    if not text or first or not _begins_with_space(tokenizer):
+        return _plain_ids(tokenizer, text, special)
+    # SentencePiece puts a space before what it tokenises: let it do so before a line break, then drop both.
+    head = len(_plain_ids(tokenizer, "\n", special))
+    return _plain_ids(tokenizer, "\n" + text, special)[head:]
+
+
+@lru_cache(maxsize=8)
+def _begins_with_space(tokenizer: Any) -> bool:
+    first = tokenizer.convert_ids_to_tokens(_plain_ids(tokenizer, "a", special=False))[0]
+    return str(first).startswith(("▁", "Ġ"))
+
+
+def _plain_ids(tokenizer: Any, text: str, special: bool) -> list[int]:
     ids: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=not special, verbose=False)[
         "input_ids"
     ]

@@ -87,7 +87,7 @@ class _Server:
         if self.attempts < 1:
             raise RewardError(f"reward_endpoint: attempts must be 1 or more, not {self.attempts}")
 
-    def numbers(self, conversations: Sequence[list[int]], batch_size: int) -> list[float | str]:
+    def numbers(self, conversations: Sequence[Sequence[int]], batch_size: int) -> list[float | str]:
         """The number of each conversation, or why there is none."""
         found: list[float | str] = []
         for start in range(0, len(conversations), batch_size):
@@ -98,7 +98,7 @@ class _Server:
                 found += [f"{self.url}: {error}"] * len(batch)
         return found
 
-    def ask(self, conversations: Sequence[list[int]]) -> list[float]:
+    def ask(self, conversations: Sequence[Sequence[int]]) -> list[float]:
         """The numbers that the server gives. Raises _Unanswered when the last attempt has failed."""
         for attempt in range(1, self.attempts + 1):
             try:
@@ -109,9 +109,9 @@ class _Server:
                 time.sleep(min(FIRST_PAUSE_S * 2 ** (attempt - 1), LONGEST_PAUSE_S))
         raise AssertionError("an attempt returns or raises")
 
-    def _ask_once(self, conversations: Sequence[list[int]]) -> list[float]:
+    def _ask_once(self, conversations: Sequence[Sequence[int]]) -> list[float]:
         # Without use_activation the server would hand out the sigmoid of the number.
-        body = {"model": self.model, "input": list(conversations), "use_activation": False}
+        body = {"model": self.model, "input": [list(ids) for ids in conversations], "use_activation": False}
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
         request = urllib.request.Request(f"{self.url}/classify", json.dumps(body).encode(), headers)
         try:

@@ -72,20 +72,23 @@ def judge(
     *,
     longest: int,
     scale: Scale,
-    numbers: Callable[[Sequence[list[int]]], Sequence[float | str]],
+    numbers: Callable[[Sequence[Sequence[int]]], Sequence[float | str]],
 ) -> list[Score]:
     """A score for each sample from the number that its conversation gets, or INFRA_ERROR with the reason, a text."""
-    conversations: dict[int, list[int]] = {}
     scores: dict[int, Score] = {}
+    conversations: dict[int, list[int]] = {}
     for place, sample in enumerate(samples):
         try:
             conversations[place] = encode_conversation(tokenizer, messages_of(sample), sample.completion)
         except (RewardError, KeyError, TypeError) as error:
             scores[place] = Score(math.nan, Verdict.INFRA_ERROR, f"its conversation cannot be read: {error!r}")
-    cut = {place: shortened(ids, longest, tokenizer.bos_token_id) for place, ids in conversations.items()}
-    for place, number in zip(cut, numbers(list(cut.values())) if cut else (), strict=True):
-        lost = len(conversations[place]) - len(cut[place])
-        scores[place] = _score(number, scale, f"; its first {lost} tokens were cut off" if lost else "")
+    cut = {place: tuple(shortened(ids, longest, tokenizer.bos_token_id)) for place, ids in conversations.items()}
+    # Each conversation once: the last digit of a number depends on its batch, and equal completions are to be worth the same.
+    different = list(dict.fromkeys(cut.values()))
+    found = dict(zip(different, numbers(different), strict=True)) if different else {}
+    for place, ids in cut.items():
+        lost = len(conversations[place]) - len(ids)
+        scores[place] = _score(found[ids], scale, f"; its first {lost} tokens were cut off" if lost else "")
     return [scores[place] for place in range(len(samples))]
 
 
@@ -124,7 +127,7 @@ class _Model:
     network: Any
     longest: int
 
-    def numbers(self, conversations: Sequence[list[int]], batch_size: int) -> list[float]:
+    def numbers(self, conversations: Sequence[Sequence[int]], batch_size: int) -> list[float]:
         """The number at the end of each conversation, in batches of like length, padded on the right."""
         import torch
 

@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import exp, sqrt
-from statistics import NormalDist, fmean
+from math import exp
+from statistics import fmean
 from typing import Any
 
-Z = NormalDist().inv_cdf(0.975)
+from align.statistics import wilson_interval
+
 BINS = 10
 
 
@@ -115,14 +116,6 @@ def reliability_bins(differences: Sequence[float]) -> list[Bin]:
         )
         for place in sorted(set(places))
     ]
-
-
-def wilson_interval(right: float, n: int) -> tuple[float, float]:
-    """The 95 % score interval of the proportion right / n (Wilson 1927)."""
-    centre = (right + Z * Z / 2) / (n + Z * Z)
-    half = Z / (n + Z * Z) * sqrt(right * (n - right) / n + Z * Z / 4)
-    # Where all or none are right, the interval ends there but for the last digit.
-    return max(0.0, min(centre - half, right / n)), min(1.0, max(centre + half, right / n))
 
 
 def rows(judged: Sequence[JudgedPair], texts: Sequence[tuple[str, str, str]]) -> list[dict[str, Any]]:

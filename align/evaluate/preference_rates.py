@@ -6,18 +6,17 @@ All of it is computed from rows as `align.evaluate.problems.row` writes them.
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite, sqrt
-from statistics import NormalDist
+from math import isfinite
 from typing import Any
 
 import numpy as np
 
 from align.data.types import Example
 from align.errors import UserError
+from align.statistics import wilson_interval
 from reward.chat_rules import Stance, stance
 
 Row = Mapping[str, Any]
-Z = NormalDist().inv_cdf(0.975)
 RESAMPLES = 2000
 
 
@@ -65,13 +64,6 @@ def win_rate(rows: Iterable[Row], others: Iterable[Row], *, judge: str, seed: in
     draws = np.random.default_rng(seed).integers(len(wins), size=(RESAMPLES, len(wins)))
     low, high = np.quantile(wins[draws].mean(axis=1), [0.025, 0.975])
     return Rate(float(wins.mean()), float(low), float(high), len(wins))
-
-
-def wilson_interval(right: int, n: int) -> tuple[float, float]:
-    """The 95 % score interval of the proportion right / n (Wilson, JASA 22:209-212, 1927)."""
-    centre = (right + Z * Z / 2) / (n + Z * Z)
-    half = Z / (n + Z * Z) * sqrt(right * (n - right) / n + Z * Z / 4)
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def _declining(rows: Iterable[Row], examples: Iterable[Example], *, must_decline: bool) -> Rate:

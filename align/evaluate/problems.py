@@ -3,13 +3,13 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import comb
 from statistics import fmean as mean
 from typing import Any
 
 from align.data.chat import answer_text, encode_prompt
 from align.data.types import Example
 from align.errors import UserError
+from align.statistics import pass_at_k
 from reward import Sample, SampleReward, ScoringPool, Ticket, Verdict
 from rollout import Completion, FinishReason, Fleet, Group, Prompt, SamplingOptions
 
@@ -82,14 +82,6 @@ def evaluate(
             for place, answer in enumerate([*greedy, *drawn])
         ],
     )
-
-
-def pass_at_k(n: int, c: int, k: int) -> float:
-    """The chance that k of n samples, c of them right, hold a right one: 1 - C(n-c, k) / C(n, k).
-
-    The unbiased estimator of Chen et al. 2021 (arXiv 2107.03374, eq. 1).
-    """
-    return 1.0 - comb(n - c, k) / comb(n, k)
 
 
 def encode_prompts(tokenizer: Any, examples: Sequence[Example], longest: int | None = None) -> list[Prompt]:

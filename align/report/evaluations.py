@@ -7,8 +7,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from align.report.intervals import Interval, mean_interval, paired_interval, pass_at_k, unpaired_interval
 from align.report.read import Record, RunRecord, Stage, finite, read_columns
+from align.statistics import Interval, mean_interval, paired_interval, pass_at_k, unpaired_interval
 
 PAIRED = "paired: score interval (Tango 1998, Statistics in Medicine 17:891-908), which agrees with McNemar's test"
 UNPAIRED = "unpaired: Newcombe 1998, Statistics in Medicine 17:873-890, method 10"

@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from align.evaluate.pairs import JudgedPair, evaluate_pairs, reliability_bins, rows, wilson_interval
+from align.evaluate.pairs import JudgedPair, evaluate_pairs, reliability_bins, rows
 
 
 def pair(difference: float, lengths: tuple[int, int] = (5, 5), domain: str = "x") -> JudgedPair:
@@ -24,15 +24,6 @@ def test_length_alone_is_right_where_the_longer_one_was_chosen() -> None:
     found = evaluate_pairs([pair(1, (9, 5)), pair(1, (9, 5)), pair(1, (2, 5)), pair(1, (5, 5))])
     numbers = found.numbers()
     assert (numbers["preference/longer"], numbers["preference/shorter"]) == (2.5 / 4, 1.5 / 4)
-
-
-@pytest.mark.parametrize(
-    ("right", "n", "expected"),
-    [(81, 263, (0.2553, 0.3662)), (15, 148, (0.0624, 0.1605)), (0, 20, (0.0, 0.1611)), (29, 29, (0.8830, 1.0))],
-)
-def test_wilsons_interval_as_newcombe_printed_it(right: int, n: int, expected: tuple[float, float]) -> None:
-    """R. G. Newcombe, Statistics in Medicine 17:857-872 (1998), table I, method 3."""
-    assert wilson_interval(right, n) == pytest.approx(expected, abs=6e-5)
 
 
 def test_calibration_error_against_numpy() -> None:

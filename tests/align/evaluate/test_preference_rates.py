@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from itertools import product
-from math import comb, nan
+from math import nan
 from pathlib import Path
 from random import Random
 from statistics import fmean
@@ -12,9 +12,9 @@ import pytest
 
 from align.data.types import Example
 from align.errors import UserError
-from align.evaluate.preference_rates import over_refusal_rate, refusal_rate, wilson_interval, win_rate
-from align.report import intervals
+from align.evaluate.preference_rates import over_refusal_rate, refusal_rate, win_rate
 from align.run.samples import read_samples, write_samples
+from align.statistics import wilson_interval
 
 DECLINES = "I am afraid I can't do that. Have a nice day."
 COMPLIES = "Of course. Take your time. Have a nice day."
@@ -63,25 +63,6 @@ def test_without_such_prompts_there_is_no_rate() -> None:
         refusal_rate(answers("topic", DECLINES), EXAMPLES)
     with pytest.raises(UserError, match=r"need not be declined \(aspect safety\)"):
         over_refusal_rate(answers("topic", DECLINES), EXAMPLES)
-
-
-@pytest.mark.parametrize(("right", "n"), [(0, 5), (1, 4), (3, 7), (50, 100), (42, 42)])
-def test_wilson_s_limits_are_where_the_score_test_just_accepts(right: int, n: int) -> None:
-    z = 1.959963984540054
-    for limit in wilson_interval(right, n):
-        if 0 < limit < 1:
-            assert abs(right / n - limit) == pytest.approx(z * (limit * (1 - limit) / n) ** 0.5)
-    assert wilson_interval(right, n) == pytest.approx(intervals.wilson_interval(right, n))
-
-
-def test_wilson_s_interval_covers_about_95_percent() -> None:
-    n, share = 40, 0.3
-    covered = sum(
-        comb(n, right) * share**right * (1 - share) ** (n - right)
-        for right in range(n + 1)
-        if wilson_interval(right, n)[0] <= share <= wilson_interval(right, n)[1]
-    )
-    assert 0.93 < covered < 0.97
 
 
 def by_enumeration(ours: Mapping[str, Sequence[float]], theirs: Mapping[str, Sequence[float]]) -> float:

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from align.report.evaluations import MEANS, PAIRED, UNPAIRED, Change, Table, evaluation_table
-from align.report.intervals import mean_interval, paired_interval, unpaired_interval
 from align.report.markdown import markdown_page
 from align.report.read import read_run
+from align.statistics import mean_interval, paired_interval, unpaired_interval
 
 WriteRun = Callable[..., Path]
 Evaluated = tuple[dict[str, Any], list[dict[str, Any]]]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from align.report.intervals import mean_interval, paired_interval, pass_at_k, unpaired_interval, wilson_interval
+from align.statistics import mean_interval, paired_interval, pass_at_k, unpaired_interval, wilson_interval
 
 Z = 1.959963984540054
 
@@ -82,6 +82,25 @@ def test_the_unpaired_interval_is_the_one_that_newcombe_printed() -> None:
     # Statistics in Medicine 17:873-890 (1998), table II, method 10: 56/70 - 48/80 and 10/10 - 0/10.
     assert unpaired_interval(48, 80, 56, 70) == pytest.approx((0.0524, 0.3339), abs=5e-5)
     assert unpaired_interval(0, 10, 10, 10) == pytest.approx((0.6075, 1.0), abs=5e-5)
+
+
+@pytest.mark.parametrize(
+    ("right", "n", "expected"),
+    [(81, 263, (0.2553, 0.3662)), (15, 148, (0.0624, 0.1605)), (0, 20, (0.0, 0.1611)), (29, 29, (0.8830, 1.0))],
+)
+def test_wilsons_interval_as_newcombe_printed_it(right: int, n: int, expected: tuple[float, float]) -> None:
+    """R. G. Newcombe, Statistics in Medicine 17:857-872 (1998), table I, method 3."""
+    assert wilson_interval(right, n) == pytest.approx(expected, abs=6e-5)
+
+
+def test_wilson_s_interval_covers_about_95_percent() -> None:
+    n, share = 40, 0.3
+    covered = sum(
+        comb(n, right) * share**right * (1 - share) ** (n - right)
+        for right in range(n + 1)
+        if wilson_interval(right, n)[0] <= share <= wilson_interval(right, n)[1]
+    )
+    assert 0.93 < covered < 0.97
 
 
 @given(st.integers(0, 50), st.integers(1, 50))

@@ -1,4 +1,4 @@
-"""Confidence intervals for a difference: of two proportions, paired or not, and of two means over the same problems."""
+"""Confidence intervals of proportions, of their differences and of differences of means; and pass@k."""
 
 from collections.abc import Callable, Sequence
 from math import comb, sqrt
@@ -42,11 +42,12 @@ def unpaired_interval(before: int, before_n: int, after: int, after_n: int) -> I
     return change - sqrt((p - p_low) ** 2 + (q_high - q) ** 2), change + sqrt((p_high - p) ** 2 + (q - q_low) ** 2)
 
 
-def wilson_interval(right: int, n: int) -> Interval:
-    """The 95 % score interval of the proportion right / n (Wilson 1927)."""
+def wilson_interval(right: float, n: int) -> Interval:
+    """The 95 % score interval of the proportion right / n (Wilson, JASA 22:209-212, 1927)."""
     centre = (right + Z * Z / 2) / (n + Z * Z)
     half = Z / (n + Z * Z) * sqrt(right * (n - right) / n + Z * Z / 4)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # Where all or none are right, the interval ends there but for the last digit.
+    return max(0.0, min(centre - half, right / n)), min(1.0, max(centre + half, right / n))
 
 
 def mean_interval(differences: Sequence[float]) -> Interval | None:
