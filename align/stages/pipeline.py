@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 
-from align.config import Pipeline, PlannedStage, dump_recipe
+from align.config import Pipeline, PlannedStage, load_recipe
 from align.errors import UserError
 from align.run import RunDirectory, environment_record, read_status
 from align.stages.run import StopRequest
@@ -82,8 +82,8 @@ def is_done(stage: PlannedStage) -> bool:
     status = read_status(stage.directory)
     if status is None or status["state"] != "finished":
         return False
-    saved = RunDirectory(stage.directory).recipe_file.read_text(encoding="utf-8")
-    if saved != dump_recipe(stage.recipe):
+    saved = load_recipe(RunDirectory(stage.directory).recipe_file, pending=stage.directory.parent)
+    if saved != stage.recipe:
         raise UserError(
             f"stage {stage.entry.name!r} was run with another recipe ({stage.directory / 'recipe.yaml'}); run it anew with "
             f"--from {stage.entry.name}, or give another run.dir"

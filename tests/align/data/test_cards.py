@@ -2,6 +2,7 @@ import pytest
 import yaml
 
 from align.data import list_cards, load_card, require_stage
+from align.data.cards import CARDS
 from align.errors import UserError
 
 FILE_CARD = {
