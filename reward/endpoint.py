@@ -49,9 +49,10 @@ def reward_endpoint(
     """The number that a reward model behind `url` gives to a completion; it passes above 0.
 
     `url` is that of the server, such as http://127.0.0.1:8000, and `model` the name it serves the reward model by. `path`
-    is the checkpoint, or a directory with its tokenizer and `reward_model.json`. `normalise`, `clip` and `max_length` (None:
-    as the tokenizer says) are those of the reward `reward_model`. A request of `batch_size` conversations may take
-    `timeout_s` and is tried `attempts` times, with growing pauses; then its samples are INFRA_ERROR. The key for the
+    is the checkpoint, or a directory with its tokenizer and `reward_model.json`. `normalise`, `clip` and `max_length` are
+    those of the reward `reward_model`; give the server's own `max_length` where it takes fewer tokens than the tokenizer
+    says, as it refuses a whole request for one conversation that is too long. A request of `batch_size` conversations may
+    take `timeout_s` and is tried `attempts` times, with growing pauses; then its samples are INFRA_ERROR. The key for the
     server, if it wants one, is in the environment variable `api_key_env`.
 
     Raises RewardError, naming the url, where the server cannot be asked when the reward is made ready.

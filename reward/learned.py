@@ -183,4 +183,5 @@ def _load(path: str, dtype: str, device: str) -> _Model:
     if any(name.endswith("experts.gate_up_proj") for name, _ in network.named_parameters()):
         network.set_experts_implementation("grouped_mm")
     encode_conversation(tokenizer, [{"role": "user", "content": "?"}], "!")
-    return _Model(tokenizer, network, min(network.config.max_position_embeddings, tokenizer.model_max_length))
+    longest = tokenizer.model_max_length
+    return _Model(tokenizer, network, min(getattr(network.config, "max_position_embeddings", longest), longest))

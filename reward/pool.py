@@ -163,5 +163,5 @@ class ScoringPool:
 
 
 def _cause(error: Any) -> RewardError:
-    cause = error.as_instanceof_cause()
+    cause = error.cause
     return cause if isinstance(cause, RewardError) else RewardError(f"a scoring worker failed:\n{error}")

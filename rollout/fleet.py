@@ -125,9 +125,8 @@ class Fleet:
         except ray.exceptions.GetTimeoutError:
             raise RolloutError(f"the rollout workers were not done {doing} within {timeout_s:g} s") from None
         except ray.exceptions.RayTaskError as error:
-            cause = error.as_instanceof_cause()
-            if isinstance(cause, RolloutError):
-                raise cause from None
+            if isinstance(error.cause, RolloutError):
+                raise error.cause from None
             raise RolloutError(f"a rollout worker failed {doing}:\n{error}") from None
         except ray.exceptions.RayActorError as error:
             raise RolloutError(f"a rollout worker died {doing}: {error}") from None

@@ -94,9 +94,8 @@ class RankGroup:
         except ray.exceptions.GetTimeoutError:
             raise LearnerError(f"the learner ranks were not done {doing} within {timeout_s:g} s") from None
         except ray.exceptions.RayTaskError as error:
-            cause = error.as_instanceof_cause()
-            if isinstance(cause, UserError):
-                raise cause from None
+            if isinstance(error.cause, UserError):
+                raise error.cause from None
             raise LearnerError(f"a learner rank failed {doing}:\n{error}") from None
         except ray.exceptions.RayActorError as error:
             raise LearnerError(f"a learner rank died {doing}: {error}") from None

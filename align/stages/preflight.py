@@ -17,6 +17,15 @@ def check_names(recipe: Recipe, path: Path) -> None:
             Mixture(recipe.rewards)
         except RewardError as error:
             raise UserError(f"{path}: rewards: {error}") from None
+        domains = {load_card(data.card).domain for data in recipe.data}
+        if isinstance(recipe, PolicyRecipe):
+            domains |= {load_card(name).domain for name in recipe.evaluation_cards}
+        for domain in sorted(domains):
+            if not any(term.weight and term.applies_to(domain) for term in recipe.rewards):
+                raise UserError(
+                    f"{path}: rewards: none with a weight is for the domain {domain!r} of the recipe's data or evaluation; "
+                    f"add one such as {{name: NAME, domains: [{domain}]}}"
+                )
     for data in recipe.data:
         check_split(data.card, data.split, recipe.data_stage, f"{path}: data.split")
     if isinstance(recipe, PolicyRecipe):

@@ -129,12 +129,13 @@ def evaluate(learner: RewardModelGroup, items: Sequence[EncodedPair], step: int,
 def show(evaluation: PairEvaluation, run: Run) -> None:
     """Say how often the reward model is right, beside what length alone would tell, and how sure it is of itself."""
     low, high = evaluation.interval
+    domains = evaluation.by_domain if len(evaluation.by_domain) > 1 else {}
     run.progress.table(
         f"{evaluation.pairs} held-out pairs",
         ["what is preferred", "accuracy", "95 % interval"],
         [
             ["the higher reward", f"{evaluation.accuracy:.1%}", f"{low:.1%} to {high:.1%}"],
-            *([f"... in {domain}", f"{value:.1%}", ""] for domain, value in evaluation.by_domain.items()),
+            *([f"... in {domain}", f"{value:.1%}", ""] for domain, value in domains.items()),
             ["the longer completion", f"{evaluation.longer:.1%}", ""],
             ["the shorter completion", f"{1 - evaluation.longer:.1%}", ""],
         ],

@@ -119,8 +119,9 @@ def raises(sample: Sample) -> Score:
 
 def test_a_reward_that_raises_is_named_with_the_sample() -> None:
     register("raises")(raises)
-    with pytest.raises(RewardContractError, match=r"'raises' on sample '0#0': raised KeyError"):
+    with pytest.raises(RewardContractError, match=r"'raises' on sample '0#0': raised KeyError") as raised:
         scored(Mixture([RewardTerm(name="raises")]), batches(2))
+    assert type(raised.value) is RewardContractError
 
 
 def test_a_reward_that_cannot_run_here_says_so_before_the_first_sample() -> None:
