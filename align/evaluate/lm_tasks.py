@@ -88,9 +88,8 @@ def lm_eval_tasks(
     except ray.exceptions.GetTimeoutError:
         raise EvaluationError(f"lm_eval: the tasks took longer than timeout_s = {timeout_s:g}") from None
     except ray.exceptions.RayTaskError as error:
-        cause = error.as_instanceof_cause()
-        if isinstance(cause, UserError):
-            raise cause from None
+        if isinstance(error.cause, UserError):
+            raise error.cause from None
         raise EvaluationError(f"lm_eval: the harness failed:\n{error}") from None
     except ray.exceptions.RayActorError as error:
         raise EvaluationError(f"lm_eval: the process of the harness died: {error}") from None
