@@ -85,15 +85,29 @@ def local_ray() -> Iterator[None]:
         # The variable tells the processes it starts; this one has read it already.
         os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
         ray_constants.ENABLE_RAY_CLUSTER = False
-        ray.init(
-            num_cpus=os.cpu_count(),
-            num_gpus=torch.cuda.device_count(),
-            object_store_memory=OBJECT_STORE_BYTES,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="ERROR",
-        )
+        start_node()
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def start_node(attempts: int = 3) -> None:
+    """Start Ray on this machine. It gives itself 30 seconds, which are too few on a busy one: then it is tried again."""
+    import ray
+
+    for attempt in range(1, attempts + 1):
+        try:
+            ray.init(
+                num_cpus=os.cpu_count(),
+                num_gpus=torch.cuda.device_count(),
+                object_store_memory=OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="ERROR",
+            )
+            return
+        except Exception as error:  # Ray raises nothing more specific
+            ray.shutdown()
+            if attempt == attempts or "timed out during startup" not in str(error):
+                raise

@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, normalizers
+from tokenizers.models import BPE
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from align.data.chat import encode_example
 from reward.conversation import encode_conversation, messages_of, shortened
@@ -27,7 +29,23 @@ def tokenizer_of(family: str) -> Any:
     return tokenizer
 
 
+def letters_with_a_space_before_each_text() -> Any:
+    """A tokenizer that, like those of Llama 2, puts a space before whatever it is given."""
+    vocabulary = ["<unk>", "<s>", "</s>", "▁", *(f"<0x{byte:02X}>" for byte in range(256)), *"abcdeINST[]/"]
+    model = BPE({token: i for i, token in enumerate(vocabulary)}, [], unk_token="<unk>", byte_fallback=True)
+    backend = Tokenizer(model)
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    template = (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %} {{ m.content }}{{ eos_token }}"
+        "{% else %}[INST] {{ m.content }} [/INST]{% endif %}{% endfor %}"
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>", chat_template=template
+    )
+
+
 TOKENIZERS = {family: tokenizer_of(family) for family in ("deepseek", "chatml")}
+TOKENIZERS["llama 2"] = letters_with_a_space_before_each_text()
 texts = st.text(max_size=30) | st.sampled_from(
     [
         " a",
