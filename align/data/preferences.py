@@ -19,7 +19,7 @@ from align.data.preference_fields import (
     PreferenceFields,
     SignedResponses,
 )
-from align.data.tables import _hub_rows, _local_rows, _percentile, _replacement, check_unicode, comparable, normalised
+from align.data.tables import check_unicode, comparable, normalised, percentile, table_rows
 from align.data.types import Message, Preference, Role, SplitName
 from align.errors import UserError
 
@@ -108,7 +108,7 @@ def _read_table(
     """The rows of a split, numbered as in the table. Published ones that prefer nothing are left out and counted."""
     part = source.splits[split]
     preferences, left_out = [], []
-    for index, (where, row) in enumerate(_rows(source, part.table, path)):
+    for index, (where, row) in enumerate(table_rows(source, part.table, path)):
         try:
             pair = _pair(fields, source.fields.prompt, row, where)
             if pair.chosen == pair.rejected:
@@ -118,7 +118,7 @@ def _read_table(
                 raise UserError(f"{where}: {reason}") from None
             left_out.append(f"{where}: {reason}")
             continue
-        if part.percent[0] <= _percentile(_opening(pair.messages)) < part.percent[1]:
+        if part.percent[0] <= percentile(_opening(pair.messages)) < part.percent[1]:
             identity = f"{card.name}/{Path(part.table).stem}/{index}"
             domain = pair.domain or card.domain
             preferences.append(Preference(identity, pair.messages, pair.chosen, pair.rejected, domain, pair.margin))
@@ -127,12 +127,6 @@ def _read_table(
             "data card %s, split %s: %d rows left out. The first: %s", card.name, split, len(left_out), left_out[0]
         )
     return preferences
-
-
-def _rows(source: HubSource | FileSource, table: str, path: Path | None) -> Iterator[tuple[str, Row]]:
-    if path is not None:
-        return _local_rows(_replacement(path, table))
-    return _local_rows([Path(table)]) if isinstance(source, FileSource) else _hub_rows(source, table)
 
 
 class _Pair(NamedTuple):

@@ -25,17 +25,11 @@ def read_table(card: DataCard, source: HubSource | FileSource, split: SplitName,
     are published without anything to judge an answer by are left out, and a warning counts them.
     """
     part = source.splits[split]
-    if path is not None:
-        rows = _local_rows(_replacement(path, part.table))
-    elif isinstance(source, FileSource):
-        rows = _local_rows([Path(part.table)])
-    else:
-        rows = _hub_rows(source, part.table)
     table = Path(part.table).stem
     examples, left_out = [], []
-    for index, (where, row) in enumerate(rows):
+    for index, (where, row) in enumerate(table_rows(source, part.table, path)):
         prompt = _text(row, source.fields.prompt, "prompt", where)
-        if part.percent[0] <= _percentile(prompt) < part.percent[1]:
+        if part.percent[0] <= percentile(prompt) < part.percent[1]:
             try:
                 examples.append(_example(card, source.fields, f"{card.name}/{table}/{index}", prompt, row, where))
             except NothingToJudgeBy as reason:
@@ -48,6 +42,13 @@ def read_table(card: DataCard, source: HubSource | FileSource, split: SplitName,
             *(card.name, split, len(left_out), len(left_out) + len(examples), left_out[0]),
         )
     return examples
+
+
+def table_rows(source: HubSource | FileSource, table: str, path: Path | None) -> Iterator[tuple[str, Row]]:
+    """The rows of a table, each with where it is, for messages; `path` as in `read_table`."""
+    if path is not None:
+        return _local_rows(_replacement(path, table))
+    return _local_rows([Path(table)]) if isinstance(source, FileSource) else _hub_rows(source, table)
 
 
 def comparable(source: HubSource | FileSource, split: SplitName, other: SplitName, path: Path | None) -> bool:
@@ -131,7 +132,8 @@ def check_unicode(text: str, where: str) -> str:
     return text
 
 
-def _percentile(prompt: str) -> int:
+def percentile(prompt: str) -> int:
+    """Where the prompt is in the order of the hashes, 0 to 99."""
     # Of the prompt, not of the row, so that repeated prompts stay together.
     return int.from_bytes(hashlib.sha256(normalised(prompt).encode()).digest()[:8], "big") % 100
 
@@ -177,7 +179,7 @@ def _hub_rows(source: HubSource, table: str) -> Iterator[tuple[str, Row]]:
             rows = datasets.load_dataset(source.path, source.config, revision=source.revision, split=table)
         else:
             files = f"hf://datasets/{source.path}@{source.revision}/{source.files[table]}"
-            reader = "json" if files.endswith(".jsonl") else "parquet"
+            reader = "parquet" if files.endswith(".parquet") else "json"
             rows = datasets.load_dataset(reader, data_files={table: files}, split=table)
     except Exception as error:  # the hub's client raises its own, the HTTP library's and built-in ones
         cause = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

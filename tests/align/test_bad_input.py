@@ -48,7 +48,10 @@ def problems(tmp_path: Path, *lines: str) -> str:
         ("rewards.0.params={wrng: 1}", "unknown parameter 'wrng'. Did you mean 'wrong'?"),
         ("data.card=nano_maths", "no data card 'nano_maths'"),
         ("evaluation.cards=[gsm8]", "did you mean 'gsm8k'?"),
-        ("rewards.0.domains=[code]", "rewards: none with a weight is for the domain 'arithmetic'"),
+        (
+            "rewards=[{name: exact_answer, domains: [code]}]",
+            "rewards: none with a weight is for the domain 'arithmetic'",
+        ),
         ("machine.cores=4096", "this machine is too small: the recipe needs 4096 cores"),
         ("machine.memory_gb=1e6", "GB of free memory"),
         ("model.path=recipes/nano", "has no config.json"),
