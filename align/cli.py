@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import yaml
 
@@ -27,6 +28,8 @@ EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 OUR_PACKAGES = ("align", "rollout", "reward")
+
+R = TypeVar("R", bound=Recipe)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -120,11 +123,18 @@ def read_recipe(path: Path, overrides: Sequence[str]) -> Recipe:
     return recipe
 
 
+def recipe_for(kind: type[R], options: argparse.Namespace) -> R:
+    """The recipe that a command names. Raises UserError where it is for another command."""
+    recipe = read_recipe(options.recipe, options.overrides)
+    if not isinstance(recipe, kind):
+        command = recipe.stage.replace("_", "-")
+        raise UserError(f"{options.recipe} is a recipe for {recipe.stage}; run `align {command} {options.recipe}`")
+    return recipe
+
+
 def sft(options: argparse.Namespace) -> int:
     """`align sft RECIPE`."""
-    recipe = read_recipe(options.recipe, options.overrides)
-    if not isinstance(recipe, SftRecipe):
-        raise UserError(f"{options.recipe} is a recipe for {recipe.stage}; run `align {recipe.stage}`")
+    recipe = recipe_for(SftRecipe, options)
     from align.stages.commands import run_sft
 
     return run_sft(recipe)
@@ -132,9 +142,7 @@ def sft(options: argparse.Namespace) -> int:
 
 def grpo(options: argparse.Namespace) -> int:
     """`align grpo RECIPE`."""
-    recipe = read_recipe(options.recipe, options.overrides)
-    if not isinstance(recipe, GrpoRecipe):
-        raise UserError(f"{options.recipe} is a recipe for {recipe.stage}; run `align {recipe.stage}`")
+    recipe = recipe_for(GrpoRecipe, options)
     first = first_stage(options.recipe, recipe, recipe.init_from) if recipe.init_from is not None else None
     from align.stages.commands import run_grpo
 
@@ -156,9 +164,7 @@ def first_stage(path: Path, recipe: Recipe, init_from: Path) -> SftRecipe:
 
 def reward_model(options: argparse.Namespace) -> int:
     """`align reward-model RECIPE`."""
-    recipe = read_recipe(options.recipe, options.overrides)
-    if not isinstance(recipe, RewardModelRecipe):
-        raise UserError(f"{options.recipe} is a recipe for {recipe.stage}; run `align {recipe.stage}`")
+    recipe = recipe_for(RewardModelRecipe, options)
     first = first_stage(options.recipe, recipe, recipe.init_from) if recipe.init_from is not None else None
     from align.stages.reward_model import run_reward_model
 
@@ -167,9 +173,7 @@ def reward_model(options: argparse.Namespace) -> int:
 
 def preferences(options: argparse.Namespace) -> int:
     """`align preferences RECIPE`."""
-    recipe = read_recipe(options.recipe, options.overrides)
-    if not isinstance(recipe, PreferencesRecipe):
-        raise UserError(f"{options.recipe} is a recipe for {recipe.stage}; run `align {recipe.stage}`")
+    recipe = recipe_for(PreferencesRecipe, options)
     from align.stages.commands import run_preferences
 
     return run_preferences(recipe)

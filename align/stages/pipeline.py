@@ -26,6 +26,8 @@ def run_pipeline(pipeline: Pipeline, start: str | None, last: str | None = None)
     directory = RunDirectory.reopen(pipeline.directory)
     directory.save_recipe(pipeline.text)
     directory.save_environment(environment_record())
+    for stage in todo:
+        forget(stage)
     with StopRequest():
         for number, stage in enumerate(pipeline.stages, start=1):
             directory.enter(stage.entry.name)
@@ -39,6 +41,12 @@ def run_pipeline(pipeline: Pipeline, start: str | None, last: str | None = None)
                 return status
     directory.finish()
     return 0
+
+
+def forget(stage: PlannedStage) -> None:
+    """A stage that is to run again is no longer done: its inputs may change before its turn, and it may never come."""
+    if read_status(stage.directory) is not None:
+        RunDirectory.reopen(stage.directory).interrupt()
 
 
 def say(directory: RunDirectory, text: str) -> None:

@@ -7,7 +7,7 @@ import pytest
 from align.config import Pipeline, dump_recipe, load_pipeline
 from align.errors import UserError
 from align.run import RunDirectory
-from align.stages.pipeline import stages_to_run
+from align.stages.pipeline import forget, stages_to_run
 
 ROOT = Path(__file__).parents[3]
 STAGES = """\
@@ -72,6 +72,15 @@ def test_it_can_start_at_any_stage_whose_inputs_are_there(tmp_path: Path) -> Non
     assert to_run(plan, "sft") == ["sft", "math", "more"]
     with pytest.raises(UserError, match=r"no such stage; its stages are sft, math, more"):
         to_run(plan, "maths")
+
+
+def test_what_is_to_run_again_is_no_longer_done(tmp_path: Path) -> None:
+    plan = pipeline(tmp_path)
+    finish(plan, "sft", "math", "more")
+    for stage in stages_to_run(plan, "math"):
+        forget(stage)
+    finish(plan, "math")  # and then the pipeline was stopped
+    assert to_run(plan) == ["more"]
 
 
 def test_it_can_stop_after_any_stage(tmp_path: Path) -> None:
