@@ -99,7 +99,7 @@ def coin(sample: reward.Sample) -> reward.Score:
 
 def ours(task: Task) -> Result:
     """This project's stage as `align grpo` runs it, samples and metrics written: two workers, two learner ranks."""
-    from align.stages.pipeline import run_grpo
+    from align.stages.commands import run_grpo
 
     # Ray runs its workers at niceness 15; on a machine that has other work to do, the sides would not be equals.
     os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 (its name)
@@ -146,7 +146,9 @@ def ours(task: Task) -> Result:
     rows = [row for row in rows if "step_seconds" in row]
     check_lengths(task, [row["length"] for row in rows])
     timed = rows[task.warmup :]
-    parts = {name: median(row[f"seconds/{name}"] for row in timed) for name in ("sampling", "training", "weights")}
+    parts = {
+        name: median(row[f"seconds/{name}"] for row in timed) for name in ("sampling", "scoring", "training", "weights")
+    }
     # From one line of metrics to the next, so that what a step does outside its own clock counts too.
     return task.timed(ends[: len(rows)]) | {
         "parts": parts,

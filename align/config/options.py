@@ -1,9 +1,10 @@
 """The recipe: what a stage does, as typed values. Every key that a YAML file may have is explained here."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from reward import RewardTerm
 from rollout.types import FleetOptions, SamplingOptions
@@ -214,6 +215,11 @@ class Recipe(Section):
     machine: MachineOptions = MachineOptions()
     model: ModelOptions
     data: list[DataOptions] = Field(min_length=1, description="one mapping, or a list of them")
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _one_or_several(cls, data: Any) -> Any:
+        return [data] if isinstance(data, Mapping) else data
 
     @property
     def directory(self) -> Path:

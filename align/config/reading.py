@@ -24,8 +24,6 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), *, pending: Path | No
     if stage not in STAGES:
         raise UserError(f"{path}: stage must be one of {', '.join(STAGES)}, but is {stage!r}")
     single = isinstance(values.get("data"), dict)
-    if single:
-        values["data"] = [values["data"]]
     try:
         recipe = STAGES[stage].model_validate(values)
     except ValidationError as error:

@@ -43,12 +43,10 @@ def load_split(
     generator leaves to chance. `params` go before those of the card's source. Raises UserError when nothing
     is left.
     """
-    if split not in card.splits:
-        raise UserError(f"data card {card.name} has no split {split!r}, only {', '.join(sorted(card.splits))}")
+    held_out = held_out_splits(card, split)
     local = Path(path) if path is not None else None
     overrides = dict(params or {})
     examples = _read(card, split, local, seed, overrides)
-    held_out = [name for name in HELD_OUT_FROM[split] if name in card.splits and name in card.decontamination.against]
     unchecked = tuple(name for name in held_out if not _comparable(card, split, name, local))
     clean = without_prompts_of(
         examples,
@@ -72,6 +70,13 @@ def load_split(
         dropped_contaminated=len(examples) - len(clean),
         unchecked=unchecked,
     )
+
+
+def held_out_splits(card: DataCard, split: SplitName) -> list[SplitName]:
+    """The splits whose prompts may not occur in `split`. Raises UserError where the card has no such split."""
+    if split not in card.splits:
+        raise UserError(f"data card {card.name} has no split {split!r}, only {', '.join(sorted(card.splits))}")
+    return [name for name in HELD_OUT_FROM[split] if name in card.splits and name in card.decontamination.against]
 
 
 def without_prompts_of(examples: Sequence[Example], held_out: Sequence[Example]) -> list[Example]:

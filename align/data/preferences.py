@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, get_args
 from align.data import nano_chat
 from align.data.cards import GENERATED, DataCard, FileSource, GeneratorSource, HubSource, check
 from align.data.code_rows import NothingToJudgeBy, Row
-from align.data.loader import HELD_OUT_FROM
+from align.data.loader import held_out_splits
 from align.data.preference_fields import (
     ChosenRejected,
     HhDialogues,
@@ -56,12 +56,10 @@ def load_preferences(
     The arguments are those of `align.data.loader.load_split`. Raises UserError, with file and row, for a row that cannot
     be used, and when nothing is left.
     """
-    if split not in card.splits:
-        raise UserError(f"data card {card.name} has no split {split!r}, only {', '.join(sorted(card.splits))}")
+    held_out = held_out_splits(card, split)
     local = Path(path) if path is not None else None
     overrides = dict(params or {})
     found = _read(card, split, local, seed, overrides)
-    held_out = [name for name in HELD_OUT_FROM[split] if name in card.splits and name in card.decontamination.against]
     unchecked = tuple(
         name
         for name in held_out

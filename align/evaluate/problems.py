@@ -3,7 +3,8 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import fmean as mean
+from math import nan
+from statistics import fmean
 from typing import Any
 
 from align.data.chat import answer_text, encode_prompt
@@ -12,6 +13,27 @@ from align.errors import UserError
 from align.statistics import pass_at_k
 from reward import Sample, SampleReward, ScoringPool, Ticket, Verdict
 from rollout import Completion, FinishReason, Fleet, Group, Prompt, SamplingOptions
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A completion as text, and what it was found to be worth."""
+
+    completion: Completion
+    text: str
+    reward: SampleReward
+
+    @property
+    def right(self) -> bool:
+        return self.reward.verdict is Verdict.PASS
+
+    @property
+    def judged(self) -> bool:
+        return self.reward.verdict is not Verdict.INFRA_ERROR
+
+    @property
+    def truncated(self) -> bool:
+        return self.completion.finish_reason is FinishReason.LENGTH
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,25 +85,45 @@ def evaluate(
         groups = fleet.generate(prompts, count, sampling, seed=seed, step=0)
         return gather_answers(submit_groups(groups, by_id, tokenizer, judges), by_id, judges)
 
-    greedy = answers(1, 0.0)
-    drawn = answers(samples, 1.0) if samples else []
-    solved = Counter(answer.completion.prompt_id for answer in drawn if answer.right)
+    return summarise(by_id, answers(1, 0.0), answers(samples, 1.0) if samples else [])
+
+
+def summarise(by_id: Mapping[str, Example], greedy: Sequence[Answer], drawn: Sequence[Answer]) -> Evaluation:
+    """What came of a greedy answer to each example and of equally many sampled ones, or none.
+
+    An answer that nobody could judge counts as neither right nor wrong. Of k samples, only problems with k judged ones tell.
+    """
+    judged = [answer for answer in greedy if answer.judged]
+    counts: dict[str, list[bool]] = {id_: [] for id_ in by_id}
+    for answer in drawn:
+        if answer.judged:
+            counts[answer.completion.prompt_id].append(answer.right)
+    samples = len(drawn) // len(by_id)
     return Evaluation(
-        problems=len(examples),
-        accuracy=mean(answer.right for answer in greedy),
-        mean_length=mean(len(answer.completion.token_ids) for answer in greedy),
-        truncated=mean(answer.truncated for answer in greedy),
+        problems=len(by_id),
+        accuracy=mean_of([answer.right for answer in judged]),
+        mean_length=mean_of([len(answer.completion.token_ids) for answer in greedy]),
+        truncated=mean_of([answer.truncated for answer in greedy]),
         by_domain={
-            domain: mean(a.right for a in greedy if by_id[a.completion.prompt_id].domain == domain)
-            for domain in dict.fromkeys(example.domain for example in examples)
+            domain: mean_of([a.right for a in judged if by_id[a.completion.prompt_id].domain == domain])
+            for domain in dict.fromkeys(example.domain for example in by_id.values())
         },
-        pass_at={k: mean(pass_at_k(samples, solved[id_], k) for id_ in by_id) for k in sorted({1, samples}) if samples},
+        pass_at={
+            k: mean_of([pass_at_k(len(right), sum(right), k) for right in counts.values() if len(right) >= k])
+            for k in sorted({1, samples})
+            if samples
+        },
         verdicts=Counter(str(answer.reward.verdict) for answer in greedy),
         rows=[
             row(by_id[answer.completion.prompt_id], answer, greedy=place < len(greedy))
             for place, answer in enumerate([*greedy, *drawn])
         ],
     )
+
+
+def mean_of(values: Sequence[float]) -> float:
+    """The mean; nan where there is nothing to take it of."""
+    return fmean(values) if values else nan
 
 
 def encode_prompts(tokenizer: Any, examples: Sequence[Example], longest: int | None = None) -> list[Prompt]:
@@ -94,23 +136,6 @@ def encode_prompts(tokenizer: Any, examples: Sequence[Example], longest: int | N
                 f"{longest} before the completion; raise rollout.max_length, or leave the prompt out"
             )
     return prompts
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """A completion as text, and what it was found to be worth."""
-
-    completion: Completion
-    text: str
-    reward: SampleReward
-
-    @property
-    def right(self) -> bool:
-        return self.reward.verdict is Verdict.PASS
-
-    @property
-    def truncated(self) -> bool:
-        return self.completion.finish_reason is FinishReason.LENGTH
 
 
 def submit_groups(
