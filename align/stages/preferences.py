@@ -39,7 +39,7 @@ def load_prompts(recipe: PreferencesRecipe, tokenizer: Any) -> list[SplitPrompts
     found = []
     for data in recipe.data:
         for split in load_card(data.card).splits:
-            limit = options.prompts if split == "train" else options.held_out_prompts
+            limit = (data.limit or options.prompts) if split == "train" else options.held_out_prompts
             examples = load_examples(recipe, data, split, limit=limit).examples
             found.append(SplitPrompts(split, examples, encode_prompts(tokenizer, examples, longest)))
     return found
