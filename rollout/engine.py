@@ -71,9 +71,11 @@ class Engine:
         )
         return [self._completion(r, output.outputs[0]) for r, output in zip(requests, outputs, strict=True)]
 
-    def load(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """Replace the weights by the tensors of a checkpoint; what is sampled from now on carries `version`."""
-        self._llm.collective_rpc(partial(load_weights, named_tensors=named_tensors))
+    def load(
+        self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int, modules: Sequence[str] | None = None
+    ) -> None:
+        """Replace the weights, or those of some modules, by the tensors of a checkpoint; samples then carry `version`."""
+        self._llm.collective_rpc(partial(load_weights, named_tensors=named_tensors, modules=modules))
         self._llm.reset_prefix_cache()
         self.weight_version = version
 

@@ -74,12 +74,17 @@ class Fleet:
                     group = waiting.pop(completion.prompt_id)
                     yield Group(by_id[completion.prompt_id], [group[index] for index in range(group_size)])
 
-    def load(self, named_tensors: Mapping[str, torch.Tensor], version: int) -> None:
-        """Give every worker the tensors of a checkpoint as its weights. Raises WeightUpdateError, RolloutError."""
+    def load(
+        self, named_tensors: Mapping[str, torch.Tensor], version: int, modules: Sequence[str] | None = None
+    ) -> None:
+        """Give every worker the tensors of a checkpoint as its weights. Raises WeightUpdateError, RolloutError.
+
+        With `modules`, such as `model.layers.0.self_attn`, they are the tensors of these alone; all else stays as it is.
+        """
         import ray
 
         stored = ray.put(dict(named_tensors))
-        loads = [worker.load.remote(stored, version) for worker in self._workers]
+        loads = [worker.load.remote(stored, version, modules) for worker in self._workers]
         versions = self._gather(loads, self._options.batch_timeout_s, "taking new weights")
         if versions != [version] * len(self._workers):
             raise RolloutError(f"after the update to version {version} the workers hold versions {versions}")

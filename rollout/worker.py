@@ -47,7 +47,9 @@ class RolloutWorker:
         """One completion for each request, in their order."""
         return self._engine.generate(requests, sampling)
 
-    def load(self, named_tensors: Mapping[str, torch.Tensor], version: int) -> int:
-        """Take the tensors of a checkpoint as the new weights. Returns their version."""
-        self._engine.load(named_tensors.items(), version)
+    def load(
+        self, named_tensors: Mapping[str, torch.Tensor], version: int, modules: Sequence[str] | None = None
+    ) -> int:
+        """Take the tensors of a checkpoint, or of some of its modules, as the new weights. Returns their version."""
+        self._engine.load(named_tensors.items(), version, modules)
         return self._engine.weight_version

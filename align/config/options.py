@@ -61,6 +61,25 @@ class OptimizerOptions(Section):
     clip_norm: float = Field(1.0, ge=0, description="largest gradient norm; 0 does not clip")
 
 
+class LoraOptions(Section):
+    """Low-rank adapters (LoRA, arXiv 2106.09685): W + alpha / rank * B A, of which only A and B are trained."""
+
+    rank: int = Field(16, ge=1)
+    alpha: int = Field(32, ge=1, description="the adapter's product is scaled by alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="on what goes into attention's adapters; 0 for all others")
+    targets: list[str] = Field(
+        ["attention"],
+        min_length=1,
+        description="presets (attention; attention+shared: also shared experts and dense layers; experts: the routed ones) "
+        "and names such as q_proj or shared_experts.down_proj, one or a list; the router is frozen unless named (mlp.gate)",
+    )
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _one_or_several(cls, targets: Any) -> Any:
+        return [targets] if isinstance(targets, str) else targets
+
+
 class LearnerOptions(Section):
     """The DeepSpeed learners."""
 
@@ -71,6 +90,7 @@ class LearnerOptions(Section):
     gradient_checkpointing: bool = False
     port: int | None = Field(None, ge=1024, le=65535, description="where the ranks meet; a free port when not given")
     optimizer: OptimizerOptions
+    lora: LoraOptions | None = Field(None, description="train adapters alone; all parameters when not given")
     start_timeout_s: float = Field(600, gt=0)
     step_timeout_s: float = Field(1800, gt=0)
 
@@ -318,6 +338,10 @@ class GrpoRecipe(PolicyRecipe):
     def _consistent(self) -> Self:
         if self.sampling.temperature == 0:
             raise ValueError("sampling.temperature is 0: greedy completions of a group are all alike; use 1.0")
+        if self.learner.lora is not None and self.learner.lora.dropout:
+            raise ValueError(
+                "learner.lora.dropout must be 0: with it the learner would judge another policy than the one that sampled"
+            )
         if self.sampling.max_new_tokens >= self.rollout.max_length:
             raise ValueError(
                 f"sampling.max_new_tokens ({self.sampling.max_new_tokens}) leaves no room for a prompt in "

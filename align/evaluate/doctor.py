@@ -210,7 +210,7 @@ def examine_engines(fleet: Fleet, learner: LearnerGroup, prompts: Sequence[Promp
     It trains the learner by one step on noise: for a learner that is thrown away afterwards.
     """
     checks = [agree("sampler and learner", fleet, learner, prompts, gate)]
-    fleet.load(learner.weights(), version=1)
+    fleet.load(learner.weights(), version=1, modules=learner.trained.modules)
     checks.append(agree("after an update with the same weights", fleet, learner, prompts, gate))
     noise = [TrainingSequence([*p.token_ids, *reversed(p.token_ids)], len(p.token_ids), 1e-2) for p in prompts]
     learner.accumulate(noise, Objective())
@@ -226,7 +226,7 @@ def examine_engines(fleet: Fleet, learner: LearnerGroup, prompts: Sequence[Promp
             "Cure: a lower agreement.stop_mean",
         )
     )
-    fleet.load(learner.weights(), version=2)
+    fleet.load(learner.weights(), version=2, modules=learner.trained.modules)
     checks.append(agree("after an update with changed weights", fleet, learner, prompts, gate))
     return checks
 

@@ -14,7 +14,7 @@ from align.config import LearnerOptions, ModelOptions
 from align.errors import UserError
 from align.learner.batch import TrainingSequence, in_order, split_over_ranks
 from align.learner.objective import Objective, Sums
-from align.learner.rank import LearnerRank, environment
+from align.learner.rank import LearnerRank, Trained, environment
 from align.learner.worker import LearnerWorker
 
 
@@ -46,7 +46,7 @@ class RankGroup:
             for rank in range(options.ranks)
         ]
         self._setup = setup
-        self.parameters = 0
+        self.trained = Trained("", None)
 
     def wait_until_ready(self) -> None:
         """Join the ranks and load the model; returns when all are ready to train. Raises LearnerError, UserError."""
@@ -54,7 +54,7 @@ class RankGroup:
         master = self._gather([self._ranks[0].address.remote()], start, "starting")[0]
         port = self._options.port or self._gather([self._ranks[0].free_port.remote()], start, "starting")[0]
         setups = [rank.setup.remote(master, port, *self._setup) for rank in self._ranks]
-        self.parameters = self._gather(setups, start, "loading the model")[0]
+        self.trained = self._gather(setups, start, "loading the model")[0]
 
     def apply(self, learning_rate: float) -> float:
         """One optimizer update. Returns the norm of the whole gradient, before clipping."""
@@ -62,7 +62,7 @@ class RankGroup:
         return float(self._gather(calls, self._options.step_timeout_s, "updating the weights")[0])
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """The whole model under checkpoint names, on the CPU."""
+        """The model under checkpoint names, on the CPU: all of it, or the modules that `trained` names."""
         calls = [rank.weights.remote() for rank in self._ranks]
         weights: dict[str, torch.Tensor] = self._gather(calls, self._options.step_timeout_s, "gathering the weights")[0]
         return weights

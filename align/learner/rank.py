@@ -5,7 +5,9 @@ import gc
 import os
 import socket
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,18 @@ import torch
 from align.config import LearnerOptions, ModelOptions
 from align.learner.gradients import GradientCensus
 from align.model.checkpoint_names import to_checkpoint
+from align.model.lora import (
+    ADAPTER_DIRECTORY,
+    Task,
+    adapted_modules,
+    adapter_layers,
+    add_adapter,
+    describe,
+    factors,
+    merged,
+    plain_parameters,
+    save_adapter,
+)
 from align.model.policy import load_tokenizer, save_policy
 
 
@@ -31,6 +45,14 @@ def environment(rank: int, ranks: int, threads: int) -> dict[str, str]:
     else:
         variables |= {"LOCAL_RANK": "0"}
     return variables
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What a learner trains, in words, and the names of the modules that change with it; None is all of them."""
+
+    description: str
+    modules: list[str] | None
 
 
 class LearnerRank(ABC):
@@ -72,15 +94,22 @@ class LearnerRank(ABC):
         return self._census.missing()
 
     def weights(self) -> dict[str, torch.Tensor] | None:
-        """The model's weights under checkpoint names, on the CPU; on rank 0 only, None elsewhere."""
-        state = self._gather()
+        """The weights of what changes under checkpoint names, on the CPU; on rank 0 only, None elsewhere."""
+        state = self._gather(self._trained.modules)
         return None if state is None else {n: t.contiguous() for n, t in to_checkpoint(state.items())}
 
     def save(self, directory: Path) -> None:
-        """Write the model as a Hugging Face checkpoint (rank 0 writes, all ranks take part in gathering)."""
+        """Write the model as a Hugging Face checkpoint, and an adapter's own file in `adapter` beside it.
+
+        Rank 0 writes, all ranks take part in gathering.
+        """
+        network, lora = self._network, self._options.lora
         state = self._gather()
+        adapter = None if lora is None else self._gather_trained()
         if state is not None:
-            save_policy(self._network, self._tokenizer, directory, state)
+            save_policy(network if lora is None else network.get_base_model(), self._tokenizer, directory, state)
+        if adapter is not None:
+            save_adapter(network, directory / ADAPTER_DIRECTORY, adapter)
 
     def close(self) -> None:
         """Leave the process group."""
@@ -104,8 +133,13 @@ class LearnerRank(ABC):
         )
         self._tokenizer = load_tokenizer(self._model.path, trust_remote_code=self._model.trust_remote_code)
 
-    def _start_engine(self, module: torch.nn.Module, network: Any) -> int:
-        """Wrap `module`, which computes something with `network`. Returns the number of trainable parameters."""
+    def _with_adapter(self, model: Any, task: Task) -> Any:
+        """The model with the recipe's adapter, where there is one."""
+        lora = self._options.lora
+        return model if lora is None else add_adapter(model, lora, task, self._model.path)
+
+    def _start_engine(self, module: torch.nn.Module, network: Any) -> Trained:
+        """Wrap `module`, which computes something with `network`. Returns what is trained."""
         import deepspeed
 
         if self._options.gradient_checkpointing:
@@ -119,29 +153,56 @@ class LearnerRank(ABC):
         if self._clips_itself:
             self._optimizer.register_step_pre_hook(self._clip)
         self._census = GradientCensus(self._network)
-        return sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters() if p.requires_grad)
+        self._trained = self._what_is_trained()
+        return self._trained
+
+    def _what_is_trained(self) -> Trained:
+        network, lora = self._network, self._options.lora
+        trained = sum(size(p) for p in network.parameters() if p.requires_grad)
+        if lora is None:
+            return Trained(f"{trained:,} trainable parameters", None)
+        total = sum(map(size, plain_parameters(network).values()))
+        return Trained(describe(network, total, trained, lora), adapted_modules(network))
 
     def _settle(self) -> None:
         """Call when all is loaded. It stays: a full collection would walk through all of it, in the middle of a step."""
         gc.collect()
         gc.freeze()
 
-    def _gather(self) -> dict[str, torch.Tensor] | None:
-        network = self._network
+    def _gather(self, modules: Sequence[str] | None = None) -> dict[str, torch.Tensor] | None:
+        """The parameters of the model, or of some of its modules, with the adapter in them; on rank 0 only."""
+        network, lora = self._network, self._options.lora
         tied = set(getattr(network, "_tied_weights_keys", None) or ()) if network.config.tie_word_embeddings else set()
+        parameters = dict(network.named_parameters()) if lora is None else plain_parameters(network)
+        layers = {} if lora is None else adapter_layers(network)
+        below = ("",) if modules is None else tuple(f"{module}." for module in modules)
         state = {}
-        for name, parameter in network.named_parameters():
-            with self._whole(parameter):
-                if self._engine.global_rank == 0 and name not in tied:
-                    state[name] = parameter.detach().cpu().clone()
+        for name, parameter in parameters.items():
+            if name in tied or not name.startswith(below):
+                continue
+            layer = layers.get(name)
+            with self._whole([parameter] if layer is None else [parameter, *factors(layer)]):
+                if self._engine.global_rank == 0:
+                    whole = parameter if layer is None else merged(parameter, layer)
+                    state[name] = whole.detach().cpu().clone()
         return state if self._engine.global_rank == 0 else None
 
-    def _whole(self, parameter: torch.nn.Parameter) -> AbstractContextManager[Any]:
+    def _gather_trained(self) -> dict[str, torch.Tensor] | None:
+        """What is trained under the names it has in the network; on rank 0 only."""
+        state = {}
+        for name, parameter in self._network.named_parameters():
+            if parameter.requires_grad:
+                with self._whole([parameter]):
+                    if self._engine.global_rank == 0:
+                        state[name] = parameter.detach().cpu().clone()
+        return state if self._engine.global_rank == 0 else None
+
+    def _whole(self, parameters: Sequence[torch.nn.Parameter]) -> AbstractContextManager[Any]:
         if self._options.zero_stage < 3:
             return nullcontext()
         import deepspeed
 
-        context: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(parameter)
+        context: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(list(parameters))
         return context
 
     @property
@@ -157,11 +218,12 @@ class LearnerRank(ABC):
         options = self._options.optimizer
         decayed = [p for p in module.parameters() if p.requires_grad and p.dim() > 1]
         others = [p for p in module.parameters() if p.requires_grad and p.dim() <= 1]
+        groups = [
+            {"params": decayed, "weight_decay": options.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
         return torch.optim.AdamW(
-            [
-                {"params": decayed, "weight_decay": options.weight_decay},
-                {"params": others, "weight_decay": 0.0},
-            ],
+            [group for group in groups if group["params"]],
             lr=options.learning_rate,
             betas=options.betas,
             eps=options.eps,
@@ -181,11 +243,24 @@ class LearnerRank(ABC):
         }
 
 
-def mark_moe_leaves(module: torch.nn.Module) -> None:
-    """Make ZeRO-3 fetch a mixture-of-experts block as one: ranks use different experts, collectives must not differ."""
-    from deepspeed.utils import set_z3_leaf_modules
+def size(parameter: torch.nn.Parameter) -> int:
+    """The number of a parameter's elements on all ranks together."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
-    blocks = {type(m) for m in module.modules() if hasattr(m, "experts") and hasattr(m, "gate")}
+
+def mark_moe_leaves(module: torch.nn.Module) -> None:
+    """Make ZeRO-3 fetch a mixture-of-experts block as one: ranks use different experts, collectives must not differ.
+
+    So too a layer whose weight PEFT replaces by its sum with the adapter's, for which it needs all three at once.
+    """
+    from deepspeed.utils import set_z3_leaf_modules
+    from peft.tuners.lora.layer import ParamWrapper
+
+    blocks = {
+        type(m)
+        for m in module.modules()
+        if (hasattr(m, "experts") and hasattr(m, "gate")) or isinstance(m, ParamWrapper)
+    }
     if not blocks:
         return
     wanted = [m for m in module.modules() if type(m) in blocks]

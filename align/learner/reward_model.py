@@ -10,7 +10,7 @@ from align.config import LearnerOptions, ModelOptions
 from align.learner.batch import in_order, split_over_ranks
 from align.learner.group import RankGroup
 from align.learner.pairs import TrainingPair, collate_pairs, pad_right
-from align.learner.rank import LearnerRank
+from align.learner.rank import LearnerRank, Trained
 from align.losses import pairwise_loss, pointwise_loss
 from align.model.reward_model import load_reward_model
 
@@ -55,14 +55,14 @@ class RewardModelWorker(LearnerRank):
     def _network(self) -> Any:
         return self._engine.module.reward_model
 
-    def setup(self, master: str, port: int, seed: int) -> int:
-        """Join the other ranks and load the reward model. Returns the number of trainable parameters."""
+    def setup(self, master: str, port: int, seed: int) -> Trained:
+        """Join the other ranks and load the reward model."""
         self._join(master, port, seed)
-        reward_model = load_reward_model(self._model, self._tokenizer)
+        reward_model = self._with_adapter(load_reward_model(self._model, self._tokenizer), "SEQ_CLS")
         self._pad_id = self._tokenizer.pad_token_id
-        parameters = self._start_engine(Rewards(reward_model), reward_model)
+        trained = self._start_engine(Rewards(reward_model), reward_model)
         self._settle()
-        return parameters
+        return trained
 
     def accumulate(self, micro_batches: list[list[TrainingPair]], loss: PairLoss) -> PairSums:
         """Forward and backward passes of this rank's micro-batches; gradients add up until `apply`."""

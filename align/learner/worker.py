@@ -1,5 +1,6 @@
 """One learner rank of a policy."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -7,9 +8,9 @@ import numpy.typing as npt
 import torch
 
 from align.config import ModelOptions
-from align.learner.batch import TrainingSequence, collate
+from align.learner.batch import Batch, TrainingSequence, collate
 from align.learner.objective import LogProbs, Objective, Sums, loss_and_sums
-from align.learner.rank import LearnerRank
+from align.learner.rank import LearnerRank, Trained
 from align.model.policy import load_policy
 
 MicroBatches = list[list[TrainingSequence]]
@@ -22,21 +23,24 @@ class LearnerWorker(LearnerRank):
     def _network(self) -> Any:
         return self._engine.module.policy
 
-    def setup(self, master: str, port: int, seed: int, reference: ModelOptions | None) -> int:
+    def setup(self, master: str, port: int, seed: int, reference: ModelOptions | None) -> Trained:
         """Join the other ranks and load the policy, and the frozen reference where there is one.
 
-        Returns the number of trainable parameters.
+        Where the policy is an adapter on the reference, the reference is the policy without it, and not a second copy.
         """
         self._join(master, port, seed)
         pad = self._tokenizer.pad_token_id
         self._pad_id = self._tokenizer.eos_token_id if pad is None else pad
-        policy = load_policy(self._model)
-        parameters = self._start_engine(LogProbs(policy), policy)
-        self._reference = None
-        if reference is not None:
+        policy = self._with_adapter(load_policy(self._model), "CAUSAL_LM")
+        trained = self._start_engine(LogProbs(policy), policy)
+        self._reference: Any = None
+        self._shares_reference = self._options.lora is not None and reference == self._model
+        if self._shares_reference:
+            self._reference = self._engine.module
+        elif reference is not None:
             self._reference = LogProbs(load_policy(reference)).to(self._device).eval().requires_grad_(False)
         self._settle()
-        return parameters
+        return trained
 
     def accumulate(self, micro_batches: MicroBatches, objective: Objective) -> Sums:
         """Forward and backward passes of this rank's micro-batches; gradients add up until `apply`."""
@@ -44,16 +48,22 @@ class LearnerWorker(LearnerRank):
         self._engine.train()
         for sequences in micro_batches:
             batch = collate(sequences, self._pad_id).to(self._device)
+            # First, for where it shares the policy's modules: backward must find them as the policy's forward left them.
+            reference = self._reference_log_probs(batch, objective.temperature)
             log_probs, entropy = self._engine(batch.token_ids, batch.targets, objective.temperature)
-            reference = None
-            if self._reference is not None:
-                with torch.no_grad():
-                    reference, _ = self._reference(batch.token_ids, batch.targets, objective.temperature)
             loss, sums = loss_and_sums(log_probs, entropy, reference, batch, objective)
             # DeepSpeed averages the gradients of the ranks; the loss's weights hold the whole batch's denominator.
             self._engine.backward(loss * self._options.ranks)
             total.add(sums)
         return total
+
+    def _reference_log_probs(self, batch: Batch, temperature: float) -> torch.Tensor | None:
+        if self._reference is None:
+            return None
+        off: AbstractContextManager[Any] = self._network.disable_adapter() if self._shares_reference else nullcontext()
+        with torch.no_grad(), off:
+            log_probs: torch.Tensor = self._reference(batch.token_ids, batch.targets, temperature)[0]
+        return log_probs
 
     def log_probs(self, micro_batches: MicroBatches, temperature: float) -> list[list[npt.NDArray[np.float32]]]:
         """Log-probabilities [completion length] of every completion, in the shape of the micro-batches."""

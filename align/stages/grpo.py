@@ -68,6 +68,7 @@ def train_grpo(
         progress.phase("starting learners")
         engines.fleet.wait_until_ready()
         learner.wait_until_ready()
+        progress.note(f"policy on {recipe.learner.ranks} learner ranks: {learner.trained.description}")
         held_out.check_agreement(learner, "before GRPO")
         evaluations: dict[str, Evaluation] = {}
         if recipe.init_from is None:
@@ -86,7 +87,8 @@ def train_grpo(
             sums, found, norm = update(recipe, held_out.gate, learner, sequences, step)
             clock.lap("training")
 
-            engines.fleet.load(learner.weights(), version=engines.fleet.weight_version + 1)
+            version = engines.fleet.weight_version + 1
+            engines.fleet.load(learner.weights(), version, modules=learner.trained.modules)
             clock.lap("weights")
 
             write_samples(run.directory.samples_file(step + 1), experience.rows)

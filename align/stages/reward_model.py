@@ -38,9 +38,7 @@ def train_reward_model(
         progress.stage("reward model", options.steps)
         progress.phase("starting learners")
         learner.wait_until_ready()
-        progress.note(
-            f"reward model of {learner.parameters:,} trainable parameters on {recipe.learner.ranks} learner ranks"
-        )
+        progress.note(f"reward model on {recipe.learner.ranks} learner ranks: {learner.trained.description}")
         for step in range(options.steps):
             started = time.perf_counter()
             batch = items_of_step(data.sources, seed=recipe.seed, step=step)

@@ -65,7 +65,7 @@ def train_sft(
         progress.phase("starting rollout workers and learners")
         engines.fleet.wait_until_ready()
         learner.wait_until_ready()
-        progress.note(f"policy of {learner.parameters:,} trainable parameters on {recipe.learner.ranks} learner ranks")
+        progress.note(f"policy on {recipe.learner.ranks} learner ranks: {learner.trained.description}")
         evaluations = {"before SFT": held_out.evaluate("before SFT", 0)}
 
         for step in range(options.steps):
@@ -92,7 +92,8 @@ def train_sft(
             if recipe.save_every and (step + 1) % recipe.save_every == 0:
                 learner.save(run.directory.checkpoint_directory(step + 1))
 
-        engines.fleet.load(learner.weights(), version=engines.fleet.weight_version + 1)
+        version = engines.fleet.weight_version + 1
+        engines.fleet.load(learner.weights(), version, modules=learner.trained.modules)
         held_out.check_agreement(learner, "after SFT")
         evaluations["after SFT"] = held_out.evaluate("after SFT", options.steps)
         learner.save(run.directory.final_directory)

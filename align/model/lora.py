@@ -1,0 +1,282 @@
+"""LoRA through PEFT: which parts of a model get an adapter, the weights with the adapter in them, and adapters on disk.
+
+PEFT moves targets of a model with fused experts that are named `gate_proj`, `up_proj`, `down_proj` or `gate` onto the routed
+experts and the router. Such layers are named to it as parameters, which it leaves where they are.
+"""
+
+import json
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from align.config import LoraOptions
+from align.errors import UserError
+from align.model.policy import first_line, has_fused_experts, load_tokenizer, save_policy
+
+ADAPTER = "default"
+ADAPTER_DIRECTORY = "adapter"
+MOVED_BY_PEFT = {"gate", "gate_proj", "up_proj", "down_proj"}
+# vLLM ignores an adapter on kv_b_proj, which it has folded into the attention: an adapter of a preset can be served there.
+NOT_SERVED = "kv_b_proj"
+
+Task = Literal["CAUSAL_LM", "SEQ_CLS"]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What can have an adapter: `parameter` is its whole name, `name` the one that users know it by, without layers."""
+
+    parameter: str
+    name: str
+    is_linear: bool
+
+    @property
+    def module(self) -> str:
+        """The linear layer."""
+        return self.parameter.removesuffix(".weight")
+
+
+def parts_of(model: Any) -> list[Part]:
+    """The linear layers but for the head, the fused experts and the routers of a model, in its order."""
+    head = {id(model.get_output_embeddings()), id(getattr(model, "score", None))}
+    parts = []
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and id(module) not in head:
+            parts.append(Part(f"{name}.weight", without_layers(name), True))
+        elif hasattr(module, "experts") and isinstance(getattr(module, "gate", None), torch.nn.Module):
+            if not isinstance(module.gate, torch.nn.Linear):
+                parts.append(Part(f"{name}.gate.weight", without_layers(f"{name}.gate"), False))
+        elif name.endswith(".experts"):
+            stacked = (n for n, p in module.named_parameters(recurse=False) if p.dim() == 3)
+            parts += [Part(f"{name}.{n}", without_layers(f"{name}.{n}"), False) for n in stacked]
+    return parts
+
+
+def without_layers(name: str) -> str:
+    """`model.layers.3.self_attn.q_proj` -> `self_attn.q_proj`."""
+    return re.sub(r"^.*?\.\d+\.", "", name)
+
+
+def chosen_parts(model: Any, targets: Iterable[str]) -> list[Part]:
+    """The parts that a recipe's targets mean. Raises UserError for a target that the model has nothing for."""
+    parts, chosen = parts_of(model), []
+    for target in targets:
+        found = [part for part in parts if is_meant(part, target)]
+        if not found:
+            names = ", ".join(dict.fromkeys(part.name for part in parts))
+            raise UserError(
+                f"learner.lora.targets: {type(model).__name__} has nothing that is called {target!r}; there are the presets "
+                f"attention, attention+shared and experts, and the names {names}"
+            )
+        chosen += found
+    return [part for part in parts if part in chosen]
+
+
+def is_meant(part: Part, target: str) -> bool:
+    """Whether a preset or a name, from any dot on, means the part."""
+    in_attention = part.is_linear and "attn" in part.name and not part.name.endswith(NOT_SERVED)
+    match target:
+        case "attention":
+            return in_attention
+        case "attention+shared":
+            return in_attention or (part.is_linear and "attn" not in part.name and not part.name.endswith("gate"))
+        case "experts":
+            return ".experts." in f".{part.name}" and not part.is_linear
+        case _:
+            return any(f".{name}".endswith(f".{target}") for name in (part.module, part.name))
+
+
+def add_adapter(model: Any, options: LoraOptions, task: Task, base: str) -> Any:
+    """`model`, frozen, in a PeftModel whose new adapter changes nothing yet; `base` is where `model` came from.
+
+    A sequence classifier's head is trained beside the adapter. Raises UserError for targets that the model has not.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    parts = chosen_parts(model, options.targets)
+    fused = has_fused_experts(model)
+    modules = [p.module for p in parts if p.is_linear and not (fused and p.module.split(".")[-1] in MOVED_BY_PEFT)]
+    parameters = [p.parameter for p in parts if p.module not in modules]
+    if options.dropout and parameters:
+        raise UserError(
+            f"learner.lora.dropout must be 0 for adapters of {without_layers(parameters[0])}: PEFT has none for them"
+        )
+    config = LoraConfig(
+        task_type=task,
+        r=options.rank,
+        lora_alpha=options.alpha,
+        lora_dropout=options.dropout,
+        target_modules=modules,
+        target_parameters=parameters or None,
+        modules_to_save=["score"] if task == "SEQ_CLS" else None,
+    )
+    adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
+    adapted.peft_config[ADAPTER].base_model_name_or_path = str(Path(base).absolute()) if Path(base).is_dir() else base
+    check_adapter(adapted, parts)
+    return adapted
+
+
+def check_adapter(adapted: Any, wanted: Iterable[Part]) -> None:
+    """Raise RuntimeError unless every wanted part has an adapter, no other has, and nothing else but a head is trained."""
+    expected = {part.parameter for part in wanted}
+    found = set(adapter_layers(adapted))
+    if found != expected:
+        raise RuntimeError(
+            f"PEFT made adapters for {len(found)} parameters where {len(expected)} were wanted; "
+            f"they differ in {', '.join(sorted(found ^ expected)[:4])}"
+        )
+    trained = [name for name, p in adapted.named_parameters() if p.requires_grad]
+    foreign = [name for name in trained if not is_adapter(name)]
+    if foreign:
+        raise RuntimeError(f"{len(foreign)} parameters outside the adapter would be trained, {foreign[0]} for one")
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter is an adapter's, or the copy of a head that is trained beside it."""
+    return ".lora_A." in name or ".lora_B." in name or ".modules_to_save." in name
+
+
+def adapter_layers(adapted: Any) -> dict[str, Any]:
+    """PEFT's layers by the parameters that they adapt, under the names that the model has without them."""
+    from peft.tuners.lora import LoraLayer
+
+    layers = {}
+    for name, module in adapted.get_base_model().named_modules():
+        if isinstance(module, LoraLayer):
+            layers[f"{plain(name)}.{getattr(module, 'parameter_name', 'weight')}"] = module
+    return layers
+
+
+def plain_parameters(adapted: Any) -> dict[str, torch.nn.Parameter]:
+    """The model's own parameters under their names without PEFT; of a head that is trained, the trained copy."""
+    return {
+        plain(name): parameter
+        for name, parameter in adapted.get_base_model().named_parameters()
+        if ".lora_" not in name and ".original_module." not in name
+    }
+
+
+def plain(name: str) -> str:
+    """A name without what PEFT put into it."""
+    return name.replace(".base_layer", "").replace(f".modules_to_save.{ADAPTER}", "")
+
+
+def adapted_modules(adapted: Any) -> list[str]:
+    """The innermost blocks (an attention, an MLP, a bank of experts, a head) that hold what is trained."""
+    heads = {
+        plain(n).rpartition(".")[0] for n, _ in adapted.get_base_model().named_parameters() if ".modules_to_save." in n
+    }
+    blocks = {block_of(name) for name in adapter_layers(adapted)} | heads
+    return sorted(b for b in blocks if not any(b.startswith(f"{other}.") for other in blocks))
+
+
+def block_of(parameter: str) -> str:
+    """`...self_attn.q_proj.weight` -> `...self_attn`; `...experts.down_proj` -> `...experts`."""
+    return parameter.removesuffix(".weight").rpartition(".")[0]
+
+
+def factors(layer: Any) -> list[torch.nn.Parameter]:
+    """The adapter's A and B."""
+    return [layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight]
+
+
+def merged(weight: torch.Tensor, layer: Any) -> torch.Tensor:
+    """W + alpha / rank * B A of the layer that adapts W, in W's dtype, computed in float32; W itself stays.
+
+    PEFT's `get_delta_weight` would give new storage to A and B in bfloat16 on a CPU, behind DeepSpeed's back.
+    """
+    a, b = (factor.detach().float() for factor in factors(layer))
+    if weight.dim() == 3:
+        experts = weight.shape[0]
+        a, b = a.reshape(experts, -1, a.shape[-1]), b.reshape(b.shape[0], -1, experts)
+        product = torch.einsum("ore,eri->eoi", b, a)
+        if getattr(layer.get_base_layer(), "is_transposed", False):
+            product = product.transpose(1, 2)
+    else:
+        product = b @ a
+    return (weight.detach().float() + layer.scaling[ADAPTER] * product).to(weight.dtype)
+
+
+def describe(adapted: Any, total: int, trained: int, options: LoraOptions) -> str:
+    """What is trained: how many parameters, which share, and where."""
+    counts: dict[str, int] = {}
+    for name in adapter_layers(adapted):
+        short = without_layers(name.removesuffix(".weight"))
+        counts[short] = counts.get(short, 0) + 1
+    where = ", ".join(f"{count} {name}" for name, count in counts.items())
+    heads = [n for n in adapted_modules(adapted) if "." not in n]
+    return (
+        f"{trained:,} trainable parameters in adapters of rank {options.rank} ({trained / total:.2%} of {total:,}): {where}"
+        + (f"; and {', '.join(heads)} as a whole" if heads else "")
+    )
+
+
+def save_adapter(adapted: Any, directory: Path, state_dict: Mapping[str, torch.Tensor]) -> None:
+    """Write the adapter as PEFT does, into `directory`; `state_dict` holds what is trained, gathered from the ranks."""
+    adapted.save_pretrained(directory, state_dict=dict(state_dict), save_embedding_layers=False)
+
+
+def merge_adapter(adapter: Path, out: Path, base: str | None = None) -> str:
+    """Write base and adapter as one Hugging Face checkpoint to `out`; returns where the base came from.
+
+    `base` is used in place of the one that the adapter names. Raises UserError where they are not what is needed.
+    """
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    config = read_adapter_config(adapter)
+    if out.exists():
+        raise UserError(f"{out} exists already; give another directory, or take it away")
+    origin = base or config["base_model_name_or_path"]
+    if Path(origin).is_absolute() and not Path(origin).is_dir():
+        raise UserError(f"{adapter}: its base {origin} is not there (any more); say with --base where it is now")
+    classifies = config["task_type"] == "SEQ_CLS"
+    kind = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
+    try:
+        model = kind.from_pretrained(origin, dtype="auto", **({"num_labels": 1} if classifies else {}))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{adapter}: transformers cannot load its base {origin}: {first_line(error)}") from None
+    check_names(adapter, config, model, origin)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            whole = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    except (RuntimeError, ValueError, UserWarning) as error:
+        shapes = re.search(r"size mismatch for .*", str(error))
+        raise UserError(f"{adapter}: is not for {origin}: {shapes[0] if shapes else first_line(error)}") from None
+    tokenizer = load_tokenizer(adapter if (adapter / "tokenizer.json").is_file() else origin)
+    save_policy(whole, tokenizer, out)
+    return str(origin)
+
+
+def read_adapter_config(adapter: Path) -> dict[str, Any]:
+    """An adapter's `adapter_config.json`. Raises UserError for a directory that holds no LoRA adapter."""
+    file = adapter / "adapter_config.json"
+    if not file.is_file() or not (adapter / "adapter_model.safetensors").is_file():
+        inside = adapter / ADAPTER_DIRECTORY
+        hint = f"; did you mean {inside}?" if inside.is_dir() else ""
+        raise UserError(f"{adapter} is no adapter of PEFT (adapter_config.json and adapter_model.safetensors){hint}")
+    try:
+        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if config["peft_type"] != "LORA":
+            raise UserError(f"{file}: is an adapter of the kind {config['peft_type']}, not LORA")
+        config["base_model_name_or_path"], config["task_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: cannot be read as the configuration of an adapter: {error!r}") from None
+    return config
+
+
+def check_names(adapter: Path, config: Mapping[str, Any], base: Any, origin: str) -> None:
+    """Raise UserError where an adapter names, in full, parameters that its base does not have."""
+    names = {name for name, _ in base.named_parameters()}
+    targets = [*(f"{m}.weight" for m in config["target_modules"] or []), *(config.get("target_parameters") or [])]
+    absent = sorted(target for target in targets if ".layers." in target and target not in names)
+    if absent:
+        raise UserError(
+            f"{adapter}: is not for {origin}, which lacks {len(absent)} of what it adapts, {absent[0]} for one"
+        )
