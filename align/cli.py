@@ -75,6 +75,11 @@ def parser() -> argparse.ArgumentParser:
     chain.add_argument("--from", dest="start", metavar="STAGE", help="run this stage and all after it anew")
     chain.add_argument("--to", dest="last", metavar="STAGE", help="stop after this stage")
     chain.set_defaults(run=pipeline)
+    merge = commands.add_parser("merge", help="write a LoRA adapter and its base as one Hugging Face checkpoint")
+    merge.add_argument("adapter", type=Path, help="directory of an adapter as PEFT writes it: RUN/final/adapter")
+    merge.add_argument("out", type=Path, help="directory to write to")
+    merge.add_argument("--base", help="directory or hub name of the base, where it is not what the adapter names")
+    merge.set_defaults(run=merge_adapter)
     examine = commands.add_parser(
         "doctor", help="check that a model is fit to be trained and that the engines agree on it"
     )
@@ -226,6 +231,15 @@ def model_and_fleet(options: argparse.Namespace) -> tuple[ModelOptions, FleetOpt
     if Path(options.model).is_dir():
         check_model_directory(Path(options.model), model)
     return model, FleetOptions(workers=options.workers, max_length=options.max_length)
+
+
+def merge_adapter(options: argparse.Namespace) -> int:
+    """`align merge ADAPTER OUT`."""
+    from align.model.lora import merge_adapter as merge
+
+    origin = merge(options.adapter, options.out, options.base)
+    print(f"{options.adapter} on {origin}, merged, is in {options.out}")
+    return 0
 
 
 def score(options: argparse.Namespace) -> int:

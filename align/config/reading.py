@@ -182,6 +182,11 @@ def named_files(recipe: Recipe) -> dict[tuple[str, ...], Path]:
 
 def check_model_directory(directory: Path, options: ModelOptions) -> None:
     """Refuse a model directory that lacks its configuration, tokenizer or weights."""
+    if (directory / "adapter_config.json").is_file():
+        raise UserError(
+            f"model.path: {directory} is an adapter, not a model; give the checkpoint that it lies in, into which it is merged "
+            "already, or make one with `align merge ADAPTER OUT`"
+        )
     if not (directory / "config.json").is_file():
         raise UserError(f"model.path: {directory} has no config.json; give a Hugging Face model directory")
     if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):

@@ -1,0 +1,110 @@
+"""Adapters and the sampler: an update of the modules that changed arrives, keeps the rest, and is checked like a whole one."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from align.config import LearnerOptions, LoraOptions, ModelOptions, OptimizerOptions
+from align.evaluate.agreement import Disagreement, probe
+from align.learner.group import LearnerGroup
+from rollout import Fleet, FleetOptions, Prompt, WeightUpdateError
+
+PROMPTS = [Prompt(f"p{i}", [1, 40 + i, 60 + 3 * i, 17]) for i in range(6)]
+FLEET = FleetOptions(workers=1, max_length=64, kv_cache_gb=0.25, batch_sequences=16)
+
+
+class Engines(NamedTuple):
+    fleet: Fleet
+    learner: LearnerGroup
+
+    @property
+    def apart(self) -> Disagreement:
+        return probe(self.fleet, self.learner, PROMPTS)
+
+    def send(self, version: int) -> None:
+        self.fleet.load(self.learner.weights(), version, modules=self.learner.trained.modules)
+
+
+@pytest.fixture(
+    scope="module",
+    params=[["attention+shared", "kv_b_proj"], ["experts.down_proj", "mlp.gate"]],
+    ids=["attention and shared experts", "routed experts and router"],
+)
+def engines(request: pytest.FixtureRequest, policy: ModelOptions, ray_session: None) -> Iterator[Engines]:
+    """A sampler that has just loaded the base, and a learner whose adapters are far from it."""
+    options = LearnerOptions(
+        ranks=1,
+        zero_stage=0,
+        optimizer=OptimizerOptions(learning_rate=1e-3),
+        lora=LoraOptions(rank=4, targets=request.param),
+    )
+    fleet = Fleet(policy.path, "float32", FLEET, stop_token_ids=[2])
+    learner = LearnerGroup(policy, options, seed=0)
+    fleet.wait_until_ready()
+    learner.wait_until_ready()
+    yield Engines(fleet, learner)
+    learner.close()
+    fleet.close()
+
+
+def test_sampler_and_learner_agree_before_and_after_updates_of_perturbed_adapters(engines: Engines) -> None:
+    assert engines.apart.mean < 1e-5
+    engines.send(1)
+    assert engines.apart.mean < 1e-5
+    for version in (2, 3):
+        perturb(engines.learner, seed=version)
+        assert engines.apart.mean > 1e-4
+        engines.send(version)
+        found = engines.apart
+        print(f"version {version}: differ by {found.mean:.1e} on average, {found.largest:.1e} at most")
+        assert found.mean < 1e-5
+
+
+def test_a_whole_update_may_follow(engines: Engines) -> None:
+    perturb(engines.learner, seed=4)
+    engines.fleet.load(whole(engines.learner), 4)
+    assert engines.apart.mean < 1e-5
+
+
+def test_a_tensor_too_few_or_too_many_or_a_module_unknown_is_refused(engines: Engines) -> None:
+    modules = engines.learner.trained.modules
+    assert modules
+    sent = engines.learner.weights()
+    last = max(name for name in sent if name.startswith(modules[-1]))
+    with pytest.raises(WeightUpdateError, match=r"parameters were not written by the update: model\.layers"):
+        engines.fleet.load({name: t for name, t in sent.items() if name != last}, 9, modules=modules)
+    engines.send(10)
+    with pytest.raises(WeightUpdateError, match=r"wrote model\.norm\.weight, which is in none of the modules"):
+        engines.fleet.load(sent | {"model.norm.weight": torch.ones(128)}, 11, modules=modules)
+    with pytest.raises(WeightUpdateError, match=r"model\.layers\.9\.self_attn.*no module of that name"):
+        engines.fleet.load(sent, 12, modules=[*modules, "model.layers.9.self_attn"])
+    engines.fleet.load(whole(engines.learner), 13)
+    assert engines.apart.mean < 1e-5
+
+
+def perturb(learner: LearnerGroup, seed: int) -> None:
+    """Add noise to A and B of every adapter."""
+    import ray
+
+    def add_noise(worker: Any) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in worker._network.parameters():
+            if parameter.requires_grad:
+                parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+
+    ray.get([rank.__ray_call__.remote(add_noise) for rank in learner._ranks])
+
+
+def whole(learner: LearnerGroup) -> dict[str, torch.Tensor]:
+    """Every tensor of the learner's policy, adapters included."""
+    import ray
+
+    def gather(worker: Any) -> dict[str, torch.Tensor]:
+        from align.model.checkpoint_names import to_checkpoint
+
+        return {name: tensor.contiguous() for name, tensor in to_checkpoint(worker._gather().items())}
+
+    weights: dict[str, torch.Tensor] = ray.get([rank.__ray_call__.remote(gather) for rank in learner._ranks])[0]
+    return weights

@@ -1,0 +1,218 @@
+"""Adapters: where they go, what they do to the weights, and how they are merged; the mistakes that users make with them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from align.cli import main
+from align.config import LoraOptions, ModelOptions, check_model_directory
+from align.errors import UserError
+from align.model.lora import (
+    adapted_modules,
+    adapter_layers,
+    add_adapter,
+    is_adapter,
+    merge_adapter,
+    merged,
+    plain_parameters,
+    save_adapter,
+)
+from align.model.policy import load_policy, load_tokenizer, save_policy, write_random_policy
+from align.model.reward_model import load_reward_model
+
+IDS = torch.arange(3, 43).reshape(2, 20)
+LAYERS, MOE = range(4), (1, 2, 3)
+ATTENTION = {
+    f"model.layers.{i}.self_attn.{n}.weight" for i in LAYERS for n in ("q_proj", "kv_a_proj_with_mqa", "o_proj")
+}
+MLP = ("gate_proj", "up_proj", "down_proj")
+SHARED = {f"model.layers.{i}.mlp.shared_experts.{n}.weight" for i in MOE for n in MLP}
+DENSE = {f"model.layers.0.mlp.{n}.weight" for n in MLP}
+EXPERTS = {f"model.layers.{i}.mlp.experts.{n}" for i in MOE for n in ("gate_up_proj", "down_proj")}
+
+
+def adapted(policy: ModelOptions, *targets: str, perturbed: bool = True, **options: Any) -> Any:
+    """The policy with an adapter of which neither factor is zero."""
+    lora = LoraOptions(rank=4, targets=list(targets) or ["attention"], **options)
+    torch.manual_seed(0)
+    model = add_adapter(load_policy(policy), lora, "CAUSAL_LM", policy.path)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if perturbed and is_adapter(name):
+            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def saved(model: Any, directory: Path) -> Path:
+    save_adapter(model, directory, {n: p.detach() for n, p in model.named_parameters() if p.requires_grad})
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        (["attention"], ATTENTION),
+        (["attention+shared"], ATTENTION | SHARED | DENSE),
+        (["experts"], EXPERTS),
+        (["attention", "experts.down_proj"], ATTENTION | {n for n in EXPERTS if n.endswith("down_proj")}),
+        (["shared_experts.up_proj"], {n for n in SHARED if "up_proj" in n}),
+        (["kv_b_proj"], {f"model.layers.{i}.self_attn.kv_b_proj.weight" for i in LAYERS}),
+        (["mlp.gate"], {f"model.layers.{i}.mlp.gate.weight" for i in MOE}),
+        (["model.layers.2.self_attn.q_proj"], {"model.layers.2.self_attn.q_proj.weight"}),
+    ],
+    ids=lambda value: "+".join(value) if isinstance(value, list) else "",
+)
+def test_targets_are_adapted_where_they_are_and_nothing_else_is(
+    policy: ModelOptions, targets: list[str], expected: set[str]
+) -> None:
+    model = adapted(policy, *targets)
+    assert adapter_layers(model).keys() == expected
+    assert all(p.requires_grad == is_adapter(name) for name, p in model.named_parameters())
+
+
+def test_an_unknown_target_is_refused_with_the_names_that_there_are(policy: ModelOptions) -> None:
+    with pytest.raises(UserError, match=r"'q_porj'; there are the presets attention.*self_attn\.q_proj.*mlp\.gate"):
+        adapted(policy, "attention", "q_porj")
+    with pytest.raises(UserError, match="lm_head"):
+        adapted(policy, "lm_head")
+
+
+def test_dropout_is_for_attention_alone(policy: ModelOptions) -> None:
+    adapted(policy, "attention", dropout=0.1)
+    with pytest.raises(UserError, match=r"dropout must be 0 for adapters of mlp\.experts"):
+        adapted(policy, "attention", "experts", dropout=0.1)
+
+
+def test_a_new_adapter_changes_nothing(policy: ModelOptions) -> None:
+    before = load_policy(policy)(input_ids=IDS, use_cache=False).logits
+    after = adapted(policy, "attention+shared", "experts", perturbed=False)(input_ids=IDS, use_cache=False).logits
+    assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_merged_weights_are_those_of_peft_and_leave_the_base_as_it_was(policy: ModelOptions, dtype: str) -> None:
+    base = policy.model_copy(update={"dtype": dtype})
+    model = adapted(base, "attention+shared", "experts", "mlp.gate")
+    layers, own = adapter_layers(model), plain_parameters(model)
+    found = {name: merged(p, layers[name]) if name in layers else p.detach() for name, p in own.items()}
+    before = dict(load_policy(base).named_parameters())
+    assert own.keys() == before.keys()
+    assert all(torch.equal(own[name], parameter) for name, parameter in before.items())
+    for name, parameter in model.merge_and_unload().named_parameters():
+        # PEFT rounds the product to bfloat16 before it adds it.
+        rtol, atol = (1.6e-2, 1e-3) if dtype == "bfloat16" else (1e-6, 1e-7)
+        torch.testing.assert_close(found[name], parameter.detach(), rtol=rtol, atol=atol)
+        assert torch.equal(found[name], before[name]) == (name not in layers)
+
+
+def test_the_blocks_that_change_are_named_once(policy: ModelOptions) -> None:
+    assert adapted_modules(adapted(policy, "experts", "model.layers.2.self_attn.q_proj")) == [
+        "model.layers.1.mlp.experts",
+        "model.layers.2.mlp.experts",
+        "model.layers.2.self_attn",
+        "model.layers.3.mlp.experts",
+    ]
+    assert adapted_modules(adapted(policy, "mlp.gate", "experts")) == [f"model.layers.{i}.mlp" for i in MOE]
+
+
+def test_gradient_checkpointing_changes_no_gradient(policy: ModelOptions) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        model = adapted(policy, "attention+shared", "experts").train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model(input_ids=IDS, use_cache=False).logits.square().mean().backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient)
+        assert gradient.any()
+
+
+def test_align_merge_writes_a_checkpoint_with_the_log_probabilities_of_base_and_adapter(
+    policy: ModelOptions, tmp_path: Path
+) -> None:
+    model = adapted(policy, "attention+shared", "experts")
+    adapter = saved(model, tmp_path / "adapter")
+    assert main(["merge", str(adapter), str(tmp_path / "merged")]) == 0
+    expected = model(input_ids=IDS, use_cache=False).logits
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(input_ids=IDS, use_cache=False).logits
+    torch.testing.assert_close(whole, expected, atol=2e-5, rtol=0)
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").get_chat_template()
+    names = load_file(tmp_path / "merged" / "model.safetensors").keys()
+    assert names == load_file(Path(policy.path) / "model.safetensors").keys()
+
+
+def test_a_reward_model_s_head_is_in_the_adapter_and_in_what_is_merged(policy: ModelOptions, tmp_path: Path) -> None:
+    base = load_reward_model(policy, load_tokenizer(policy.path))
+    model = add_adapter(base, LoraOptions(rank=4), "SEQ_CLS", policy.path)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert "base_model.model.score.modules_to_save.default.weight" in trained
+    assert len(trained) == 1 + 2 * len(ATTENTION)
+    assert adapted_modules(model)[-1] == "score"
+    for name, parameter in model.named_parameters():
+        if name in trained:
+            parameter.data += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    expected = model(input_ids=IDS).logits
+    adapter = saved(model, tmp_path / "adapter")
+    again = AutoModelForSequenceClassification.from_pretrained(policy.path, num_labels=1, pad_token_id=0)
+    torch.testing.assert_close(PeftModel.from_pretrained(again, str(adapter))(input_ids=IDS).logits, expected)
+    merge_adapter(adapter, tmp_path / "merged")
+    whole = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(whole(input_ids=IDS).logits, expected, atol=2e-5, rtol=0)
+
+
+@pytest.fixture
+def adapter(policy: ModelOptions, tmp_path: Path) -> Path:
+    return saved(adapted(policy, "attention"), tmp_path / "final" / "adapter")
+
+
+def test_a_directory_that_is_no_adapter_is_refused(policy: ModelOptions, adapter: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no adapter of PEFT"):
+        merge_adapter(Path(policy.path), tmp_path / "out")
+    with pytest.raises(UserError, match=r"did you mean .*final/adapter\?"):
+        merge_adapter(adapter.parent, tmp_path / "out")
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"peft_type": "IA3"}))
+    with pytest.raises(UserError, match="kind IA3, not LORA"):
+        merge_adapter(adapter, tmp_path / "out")
+    file.write_text("{")
+    with pytest.raises(UserError, match="cannot be read as the configuration"):
+        merge_adapter(adapter, tmp_path / "out")
+
+
+def test_a_base_that_is_missing_is_refused_and_can_be_given(
+    policy: ModelOptions, adapter: Path, tmp_path: Path
+) -> None:
+    file = adapter / "adapter_config.json"
+    assert json.loads(file.read_text())["base_model_name_or_path"] == policy.path
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "/nowhere/base"}))
+    with pytest.raises(UserError, match=r"base /nowhere/base is not there.*--base"):
+        merge_adapter(adapter, tmp_path / "out")
+    assert main(["merge", str(adapter), str(tmp_path / "out"), "--base", policy.path]) == 0
+    with pytest.raises(UserError, match="exists already"):
+        merge_adapter(adapter, tmp_path / "out", policy.path)
+
+
+@pytest.mark.parametrize(("key", "value"), [("hidden_size", 64), ("num_hidden_layers", 2), ("num_hidden_layers", 3)])
+def test_a_base_of_another_shape_is_refused(
+    adapter: Path, policy: ModelOptions, tmp_path: Path, key: str, value: int
+) -> None:
+    other = tmp_path / "other"
+    save_policy(load_policy(policy), load_tokenizer(policy.path), other)
+    config = json.loads((other / "config.json").read_text()) | {key: value}
+    (other / "config.json").write_text(json.dumps(config))
+    write_random_policy(ModelOptions(path=str(other), init="random"), tmp_path / "smaller", seed=0)
+    with pytest.raises(UserError, match=r"is not for .*smaller"):
+        merge_adapter(adapter, tmp_path / "out", str(tmp_path / "smaller"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_as_model_path_is_refused_with_what_to_give(adapter: Path, policy: ModelOptions) -> None:
+    with pytest.raises(UserError, match=r"is an adapter, not a model.*align merge"):
+        check_model_directory(adapter, policy)
