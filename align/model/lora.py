@@ -16,7 +16,7 @@ import torch
 
 from align.config import LoraOptions
 from align.errors import UserError
-from align.model.policy import first_line, has_fused_experts, load_tokenizer, save_policy
+from align.model.policy import first_line, has_fused_experts, load_tokenizer, no_progress_bars, save_policy
 
 ADAPTER = "default"
 ADAPTER_DIRECTORY = "adapter"
@@ -238,7 +238,8 @@ def merge_adapter(adapter: Path, out: Path, base: str | None = None) -> str:
     classifies = config["task_type"] == "SEQ_CLS"
     kind = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
     try:
-        model = kind.from_pretrained(origin, dtype="auto", **({"num_labels": 1} if classifies else {}))
+        with no_progress_bars():
+            model = kind.from_pretrained(origin, dtype="auto", **({"num_labels": 1} if classifies else {}))
     except (OSError, ValueError) as error:
         raise UserError(f"{adapter}: transformers cannot load its base {origin}: {first_line(error)}") from None
     check_names(adapter, config, model, origin)

@@ -70,6 +70,8 @@ def test_overrides_are_typed_and_named_when_wrong() -> None:
         ("model.init=pretrained", "no weights"),
         ("data.path=/nowhere/x.jsonl", "does not exist"),
         ("learner.zero_stage=4", "zero_stage"),
+        ("learner.lora={dropout: 0.1}", "learner.lora.dropout must be 0"),
+        ("learner.lora={target: attention}", "unknown key 'learner.lora.target'; did you mean 'targets'"),
         ("data.levls=[1]", "unknown key 'data.levls'; did you mean 'levels'"),
         ("evaluation={cards: [nano_math, gsm8k], levels: [1]}", "evaluation.levels is for a single data card"),
     ],
@@ -77,6 +79,17 @@ def test_overrides_are_typed_and_named_when_wrong() -> None:
 def test_contradictions_and_missing_files_are_refused(override: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_recipe(NANO / "grpo.yaml", [override])
+
+
+def test_the_targets_of_lora_are_one_or_several() -> None:
+    for given, targets in (
+        ("experts", ["experts"]),
+        ("[attention, experts.down_proj]", ["attention", "experts.down_proj"]),
+    ):
+        recipe = load_recipe(NANO / "grpo.yaml", [f"learner.lora={{targets: {given}}}"])
+        assert isinstance(recipe, GrpoRecipe)
+        assert recipe.learner.lora is not None
+        assert recipe.learner.lora.targets == targets
 
 
 def test_the_data_of_a_recipe_are_one_card_or_several() -> None:

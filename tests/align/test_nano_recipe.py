@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -10,6 +11,8 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
 GB = 10**9
@@ -43,6 +46,22 @@ def test_reasoning_alignment_raises_arithmetic_and_code_together(seed: int, tmp_
         sft, rl = (after[f"after {stage}"][f"accuracy/{domain}"] for stage in ("SFT", "GRPO"))
         print(f"seed {seed}: {domain} {sft:.1%} after SFT, {rl:.1%} after GRPO")
         assert rl - sft >= 0.15
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_grpo_on_adapters_learns_nearly_all_and_leaves_the_base_alone(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    watch_memory(grpo("recipes/nano/grpo_lora.yaml", run, 0))
+    accuracy = evaluations(run)["after GRPO"]["accuracy"]
+    print(f"{accuracy:.1%} after GRPO on adapters")
+    assert accuracy >= 0.9
+    assert (run / "final" / "adapter" / "adapter_model.safetensors").stat().st_size < 10**6
+    before, after = (load_file(run / part / "model.safetensors") for part in ("sft/final", "final"))
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    adapted = re.compile(r"(q_proj|kv_a_proj_with_mqa|o_proj|shared_experts\.\w+|layers\.0\.mlp\.\w+)\.weight$")
+    assert changed == {name for name in before if adapted.search(name)}
 
 
 def grpo(recipe: str, run: Path, seed: int) -> list[str]:
