@@ -14,9 +14,9 @@ from typing import Any, BinaryIO, Literal, Self
 from align.errors import UserError
 from align.run.files import TEMPORARY_SUFFIX, write_atomically
 
-State = Literal["running", "finished", "failed", "interrupted"]
+State = Literal["running", "finished", "paused", "failed", "interrupted"]
 
-STATES: tuple[State, ...] = ("running", "finished", "failed", "interrupted")
+STATES: tuple[State, ...] = ("running", "finished", "paused", "failed", "interrupted")
 STATUS_KEYS = ("state", "stage", "started", "ended", "error")
 LOCK = "run.lock"
 STATUS = "status.json"
@@ -175,6 +175,10 @@ class RunDirectory:
 
     def finish(self) -> None:
         self._end("finished")
+
+    def pause(self) -> None:
+        """Some of it is done, as was asked, and the rest is not."""
+        self._end("paused")
 
     def fail(self, error: BaseException | str) -> None:
         self._end("failed", error=error if isinstance(error, str) else f"{type(error).__name__}: {error}")

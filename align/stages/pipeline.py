@@ -20,26 +20,35 @@ INTERRUPTED = 130
 def run_pipeline(pipeline: Pipeline, start: str | None, last: str | None = None) -> int:
     """Run what is not done yet, or everything from the stage `start` on, up to `last`. Returns the exit status.
 
-    Raises UserError when the pipeline has no such stage, or when a finished stage was run with another recipe.
+    The pipeline has finished when all its stages have, and is paused when those after `last` are still to run. Raises
+    UserError when the pipeline has no such stage or `last` is before `start`, and when a finished stage was run with
+    another recipe.
     """
-    todo = stages_to_run(pipeline, start, last)
+    due = stages_to_run(pipeline, start)
+    end = place(pipeline, "--to", last) if last is not None else len(pipeline.stages)
+    if start is not None and end < place(pipeline, "--from", start):
+        raise UserError(f"--to {last} comes before --from {start}: nothing would be run")
     directory = RunDirectory.reopen(pipeline.directory)
     directory.save_recipe(pipeline.text)
     directory.save_environment(environment_record())
-    for stage in todo:
+    for stage in due:
         forget(stage)
     with StopRequest():
-        for number, stage in enumerate(pipeline.stages, start=1):
-            directory.enter(stage.entry.name)
-            what = f"align {COMMANDS[stage.recipe.stage]} {stage.entry.recipe}" if stage in todo else "not now"
-            if stage not in todo and is_done(stage):
-                what = "done before"
-            say(directory, f"[{number}/{len(pipeline.stages)}] {stage.entry.name}: {what}")
-            status = run_stage(stage) if stage in todo else 0
-            if status:
-                end(directory, stage, status)
+        for number, stage in enumerate(pipeline.stages):
+            now = stage in due and number <= end
+            what = "not now" if stage in due else "done before"
+            if now:
+                directory.enter(stage.entry.name)
+                what = f"align {COMMANDS[stage.recipe.stage]} {stage.entry.recipe}"
+            say(directory, f"[{number + 1}/{len(pipeline.stages)}] {stage.entry.name}: {what}")
+            if now and (status := run_stage(stage)):
+                stopped(directory, stage, status)
                 return status
-    directory.finish()
+    if any(stage in due for stage in pipeline.stages[end + 1 :]):
+        say(directory, f"paused after stage {last}; the same command without --to goes on there")
+        directory.pause()
+    else:
+        directory.finish()
     return 0
 
 
@@ -56,7 +65,7 @@ def say(directory: RunDirectory, text: str) -> None:
         file.write(text + "\n")
 
 
-def end(directory: RunDirectory, stage: PlannedStage, status: int) -> None:
+def stopped(directory: RunDirectory, stage: PlannedStage, status: int) -> None:
     """Note where the pipeline stopped."""
     say(directory, f"stopped in stage {stage.entry.name}; the same command goes on there")
     if status == INTERRUPTED:
@@ -65,16 +74,18 @@ def end(directory: RunDirectory, stage: PlannedStage, status: int) -> None:
         directory.fail(f"stage {stage.entry.name} ended with exit status {status}")
 
 
-def stages_to_run(pipeline: Pipeline, start: str | None, last: str | None = None) -> list[PlannedStage]:
-    """The stages from the first that is not done, or from `start`, up to `last`. Raises UserError as `run_pipeline` says."""
+def stages_to_run(pipeline: Pipeline, start: str | None) -> list[PlannedStage]:
+    """The stages from the first that is not done, or from `start`, to the end: what was made after it is out of date.
+
+    Raises UserError as `run_pipeline` says.
+    """
     first = place(pipeline, "--from", start) if start is not None else len(pipeline.stages)
-    end = place(pipeline, "--to", last) + 1 if last is not None else len(pipeline.stages)
     for number, stage in enumerate(pipeline.stages[:first]):
         if not is_done(stage):
             if start is not None:
                 raise UserError(f"--from {start}: stage {stage.entry.name!r} before it is not done yet")
-            return list(pipeline.stages[number:end])
-    return list(pipeline.stages[first:end])
+            return list(pipeline.stages[number:])
+    return list(pipeline.stages[first:])
 
 
 def place(pipeline: Pipeline, option: str, name: str) -> int:

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from align.config import Pipeline, dump_recipe, load_pipeline
+from align.config import Pipeline, PlannedStage, dump_recipe, load_pipeline
 from align.errors import UserError
-from align.run import RunDirectory
-from align.stages.pipeline import forget, stages_to_run
+from align.run import RunDirectory, read_status
+from align.stages.pipeline import forget, run_pipeline, stages_to_run
 
 ROOT = Path(__file__).parents[3]
 STAGES = """\
@@ -83,13 +83,35 @@ def test_what_is_to_run_again_is_no_longer_done(tmp_path: Path) -> None:
     assert to_run(plan) == ["more"]
 
 
-def test_it_can_stop_after_any_stage(tmp_path: Path) -> None:
+def test_it_can_stop_after_any_stage_and_then_says_that_it_is_not_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plan = pipeline(tmp_path)
-    assert [stage.entry.name for stage in stages_to_run(plan, None, "math")] == ["sft", "math"]
-    finish(plan, "sft", "math")
-    assert [stage.entry.name for stage in stages_to_run(plan, None, "math")] == []
+    ran = []
+
+    def run_stage(stage: PlannedStage) -> int:
+        ran.append(stage.entry.name)
+        finish(plan, stage.entry.name)
+        return 0
+
+    monkeypatch.setattr("align.stages.pipeline.run_stage", run_stage)
+    for arguments, names, state in (
+        ((None, "math"), ["sft", "math"], "paused"),
+        ((None, "sft"), [], "paused"),
+        ((None, None), ["more"], "finished"),
+        ((None, "math"), [], "finished"),
+        (("sft", "sft"), ["sft"], "paused"),  # what was made of the old one is out of date
+        ((None, None), ["math", "more"], "finished"),
+    ):
+        ran.clear()
+        assert run_pipeline(plan, *arguments) == 0
+        assert ran == names
+        assert read_status(plan.directory)["state"] == state  # type: ignore[index]
     with pytest.raises(UserError, match=r"--to maths: the pipeline has no such stage"):
-        stages_to_run(plan, None, "maths")
+        run_pipeline(plan, None, "maths")
+    with pytest.raises(UserError, match=r"--to sft comes before --from more: nothing would be run"):
+        run_pipeline(plan, "more", "sft")
+    assert read_status(plan.directory)["state"] == "finished"  # type: ignore[index]
 
 
 def test_it_does_not_start_after_a_stage_that_is_missing(tmp_path: Path) -> None:
