@@ -23,7 +23,7 @@ GROUPS = (
     ("answers", r"truncated|[^/]*length[^/]*"),
     ("other", r"[^/]*"),
 )
-SHARES = re.compile(r"(accuracy|truncated)(/.*)?|pass@.*|.*_(rate|share)")
+SHARES = re.compile(r"(accuracy|truncated)(/.*)?|pass@.*|.*_(rate|share)|[^/]+/(acc|acc_norm|exact_match)(/.*)?")
 
 
 @dataclass(frozen=True, slots=True)

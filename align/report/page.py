@@ -71,7 +71,8 @@ def _head(run: RunRecord, table: Table) -> str:
     facts = stage_facts(run.whole)
     tiles = [_tile(facts["took"], f"{run.whole.status['state']}, started {facts['started']}")]
     if table.rows:
-        last = table.rows[-1]
+        # What the hooks measured comes after it.
+        last = next((row for row in reversed(table.rows) if "accuracy" in row.numbers), table.rows[-1])
         against = f" against {last.against}" if last.against else ""
         for column in [name for name in table.columns if name in last.numbers][:1] + _highest_pass_at(last):
             change = last.changes.get(column)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,8 @@ import pytest
 import torch
 import yaml
 
+from align.data.chat import encode_prompt
+from align.data.nano_math import generate
 from align.errors import UserError
 from align.evaluate import lm_tasks
 from align.evaluate.hooks import Checkpoint, EvaluationError, Metrics, check_params, run
@@ -22,6 +25,7 @@ if importlib.util.find_spec("lm_eval") is None:
     pytest.skip("the extra `evaluation` is not installed", allow_module_level=True)
 
 NO_FLEET: Any = None
+NANO_TASKS = Path(__file__).parents[3] / "recipes" / "nano" / "lm_eval"
 SUMS = [{"question": f"{i} + 1 =", "choices": ["17", str(i + 1), "3 or 4"], "answer": 1} for i in range(12)]
 
 
@@ -110,6 +114,36 @@ def test_what_cannot_be_had_and_what_must_not_run_is_said_and_is_no_number(outco
         assert "executes what the model writes" in outcome.not_run[name]
         assert "code_tests" in outcome.not_run[name]
     assert {name.split("/")[0] for name in outcome.values} == {"nano_choice", "nano_generation"}
+
+
+def test_the_task_of_the_nano_pipeline_asks_test_problems_in_the_words_of_training(
+    checkpoint: Checkpoint, ray_session: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(NANO_TASKS.parents[2])
+    params = {"tasks": ["nano_arithmetic"], "include_path": NANO_TASKS, "apply_chat_template": True, "limit": 4}
+    metrics = run("lm_eval", checkpoint, NO_FLEET, params)
+    assert metrics.not_run == {}
+    assert "nano_arithmetic/exact_match/boxed" in metrics.values
+    test = {example.prompt_text: example.answer for example in generate("test", worked_share=0, seed=0)}
+    rows = [json.loads(line) for line in (NANO_TASKS / "nano_arithmetic.jsonl").read_text().splitlines()]
+    assert len({row["question"] for row in rows}) == 96
+    for row in rows:
+        assert test[row["question"]] == row["answer"]
+    for row, asked in zip(rows, metrics.rows, strict=False):
+        prompt = encode_prompt(checkpoint.tokenizer, [{"role": "user", "content": row["question"]}])
+        assert checkpoint.tokenizer(asked["prompt"], add_special_tokens=False)["input_ids"] == prompt
+
+
+def test_the_task_of_the_nano_pipeline_reads_the_last_boxed_number() -> None:
+    task = yaml.safe_load((NANO_TASKS / "nano_arithmetic.yaml").read_text())
+    pattern = task["filter_list"][0]["filter"][0]["regex_pattern"]
+    for text, answers in (
+        (r"45-3: 5-3=2, 4-0=4 \boxed{-42}", ["-42"]),
+        (r"\boxed{1} \boxed{23}", ["1", "23"]),
+        ("42", []),
+    ):
+        assert re.findall(pattern, text) == answers
+    assert task["filter_list"][0]["filter"][0]["group_select"] == -1
 
 
 def test_the_tasks_of_the_report_are_known_to_the_harness_and_others_get_the_nearest(

@@ -110,6 +110,7 @@ def test_every_number_of_a_record_is_a_column_in_its_group(tmp_path: Path, write
         "win_rate": 0.4,
         "judge": 7.5,
         "needle/recall": 0.3,
+        "sums/exact_match/boxed": 0.75,
     }
     more |= {"mean_length": 20.5, "truncated": 0.25}
     table = table_of(tmp_path, write_run, [evaluated("after SFT", "rw", **more)], [])
@@ -120,6 +121,7 @@ def test_every_number_of_a_record_is_a_column_in_its_group(tmp_path: Path, write
         ("answers", ["mean_length", "truncated"]),
         ("other", ["judge"]),
         ("needle", ["needle/recall"]),
+        ("sums", ["sums/exact_match/boxed"]),
     ]
     text = markdown_page(read_run(tmp_path / "run"), table, None)
-    assert "| 50.0% | 50.0% | 80.0% | 90.0% | 10.0% | 40.0% | 20.5 | 25.0% | 7.5 | 0.3 |" in text
+    assert "| 50.0% | 50.0% | 80.0% | 90.0% | 10.0% | 40.0% | 20.5 | 25.0% | 7.5 | 0.3 | 75.0% |" in text
