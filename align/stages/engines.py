@@ -92,7 +92,7 @@ def local_ray() -> Iterator[None]:
         ray.shutdown()
 
 
-def start_node(attempts: int = 3) -> None:
+def start_node(attempts: int = 5) -> None:
     """Start Ray on this machine. It gives itself 30 seconds, which are too few on a busy one: then it is tried again."""
     import ray
 
