@@ -93,8 +93,14 @@ def parser() -> argparse.ArgumentParser:
     )
     answer.add_argument("--max-new-tokens", type=int, default=64)
     answer.set_defaults(run=evaluate)
-    for command in (examine, answer):
+    turn = commands.add_parser("convert", help="turn a GGUF file into a Hugging Face directory, and say what is lost")
+    turn.add_argument("file", type=Path, help="for example SmolLM2-135M-Instruct.Q4_1.gguf", metavar="FILE.gguf")
+    turn.add_argument("directory", type=Path, help="to be written; must not be there yet, or be empty", metavar="DIR")
+    turn.add_argument("--chat-template", type=Path, metavar="FILE", help="Jinja template, where the model has none")
+    turn.set_defaults(run=convert)
+    for command in (examine, answer, turn):
         command.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    for command in (examine, answer):
         command.add_argument("--max-length", type=int, default=512, help="prompt and completion, in tokens")
         command.add_argument("--workers", type=int, default=1, help="rollout workers")
     judge = commands.add_parser("score", help="score a file of completions by a registered reward")
@@ -222,6 +228,15 @@ def evaluate(options: argparse.Namespace) -> int:
     from align.stages import standalone
 
     print(standalone.evaluate_file(model, options.data, options.out, fleet, options.max_new_tokens))
+    return 0
+
+
+def convert(options: argparse.Namespace) -> int:
+    """`align convert FILE.gguf DIR`."""
+    from align.model.gguf import convert_gguf
+
+    for line in convert_gguf(options.file, options.directory, dtype=options.dtype, chat_template=options.chat_template):
+        print(line)
     return 0
 
 
