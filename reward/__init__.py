@@ -15,6 +15,7 @@ from reward import (  # noqa: F401 (they register themselves)
     chat_rules,
     code_tests,
     endpoint,
+    instructions,
     learned,
     math_answer,
     reasoning_gym_answer,

@@ -174,7 +174,12 @@ class NanoChatParams(Strict):
     aspect: Aspect | None = None
 
 
+class InstructionParams(Strict):
+    """None: see `align.data.instructions.generate`."""
+
+
 GENERATED: Mapping[str, type[Strict]] = {
+    "instructions": InstructionParams,
     "nano_chat": NanoChatParams,
     "nano_code": NanoCodeParams,
     "nano_math": NanoMathParams,
@@ -185,7 +190,7 @@ class GeneratorSource(Strict):
     """Problems that this project generates; the generator decides the splits."""
 
     kind: Literal["generator"]
-    name: Literal["nano_chat", "nano_code", "nano_math"]
+    name: Literal["instructions", "nano_chat", "nano_code", "nano_math"]
     params: dict[str, Any] = Field(default={})
 
     @model_validator(mode="after")
@@ -202,7 +207,7 @@ class GeneratorSource(Strict):
 
     @property
     def has_demonstrations(self) -> bool:
-        return True
+        return self.name != "instructions"
 
     @property
     def has_preferences(self) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from align.data import nano_chat, nano_code, nano_math
+from align.data import instructions, nano_chat, nano_code, nano_math
 from align.data.cards import GENERATED, DataCard, GeneratorSource, ReasoningGymSource, check
 from align.data.reasoning_gym_tasks import generate_task
 from align.data.tables import comparable, normalised, read_table
@@ -19,6 +19,7 @@ HELD_OUT_FROM: Mapping[SplitName, tuple[SplitName, ...]] = {
     "test": (),
 }
 GENERATORS: Mapping[str, Callable[..., list[Example]]] = {
+    "instructions": instructions.generate,
     "nano_chat": nano_chat.generate,
     "nano_code": nano_code.generate,
     "nano_math": nano_math.generate,

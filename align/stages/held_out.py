@@ -13,6 +13,7 @@ from align.errors import UserError
 from align.evaluate import hooks
 from align.evaluate.agreement import AgreementGate, Disagreement, probe
 from align.evaluate.hooks import Checkpoint
+from align.evaluate.instruction_rates import instruction_rates
 from align.evaluate.preference_rates import over_refusal_rate, refusal_rate, win_rate
 from align.evaluate.problems import Evaluation, encode_prompts, evaluate
 from align.learner.group import LearnerGroup
@@ -74,9 +75,10 @@ class HeldOut:
         return evaluation
 
     def _rates(self, evaluation: Evaluation) -> dict[str, float]:
-        """Of the greedy answers: how often they decline, and how often they are better than those of another run."""
+        """Of the greedy answers: how often they decline, what instructions they follow, and how often they are better
+        than those of another run."""
         greedy = [answer for answer in evaluation.rows if answer["greedy"]]
-        rates = decline_rates(greedy, self._problems.examples)
+        rates = decline_rates(greedy, self._problems.examples) | instruction_rates(greedy, self._problems.examples)
         if self._options.against is not None:
             rates["win_rate"] = win_rate(greedy, self._others, judge=self._options.against.judge).value
         return rates
