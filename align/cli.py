@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import yaml
+from pydantic import ValidationError
 
 from align.config import (
     GrpoRecipe,
@@ -22,7 +23,7 @@ from align.config import (
 from align.errors import UserError
 from reward import RewardTerm
 from reward.registry import Entry
-from rollout import FleetOptions
+from rollout import EngineOptions, FleetOptions, SamplingOptions
 
 EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
@@ -93,15 +94,23 @@ def parser() -> argparse.ArgumentParser:
     )
     answer.add_argument("--max-new-tokens", type=int, default=64)
     answer.set_defaults(run=evaluate)
+    talk = commands.add_parser("chat", help="talk with a model in the terminal")
+    talk.add_argument("--model", required=True, help="Hugging Face directory or hub name")
+    talk.add_argument("--system", help="what the system message says; the template's own when not given")
+    talk.add_argument("--temperature", type=float, default=0.7, help="0 takes the likeliest token each time")
+    talk.add_argument("--max-new-tokens", type=int, default=256, help="longest answer")
+    talk.add_argument("--seed", type=int, default=0)
+    talk.set_defaults(run=chat)
     turn = commands.add_parser("convert", help="turn a GGUF file into a Hugging Face directory, and say what is lost")
     turn.add_argument("file", type=Path, help="for example SmolLM2-135M-Instruct.Q4_1.gguf", metavar="FILE.gguf")
     turn.add_argument("directory", type=Path, help="to be written; must not be there yet, or be empty", metavar="DIR")
     turn.add_argument("--chat-template", type=Path, metavar="FILE", help="Jinja template, where the model has none")
     turn.set_defaults(run=convert)
-    for command in (examine, answer, turn):
+    for command in (examine, answer, talk, turn):
         command.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    for command, longest in ((examine, 512), (answer, 512), (talk, 2048)):
+        command.add_argument("--max-length", type=int, default=longest, help="prompt and completion, in tokens")
     for command in (examine, answer):
-        command.add_argument("--max-length", type=int, default=512, help="prompt and completion, in tokens")
         command.add_argument("--workers", type=int, default=1, help="rollout workers")
     judge = commands.add_parser("score", help="score a file of completions by a registered reward")
     judge.add_argument("--reward", required=True, help="name of a reward; `align rewards list` shows them")
@@ -231,6 +240,21 @@ def evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
+def chat(options: argparse.Namespace) -> int:
+    """`align chat --model DIR`."""
+    model = model_of(options)
+    from align.stages.chat import chat_in_terminal
+
+    try:
+        sampling = SamplingOptions(temperature=options.temperature, max_new_tokens=options.max_new_tokens)
+        engine = EngineOptions(max_length=options.max_length, batch_sequences=1)
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        raise UserError(f"--{str(wrong['loc'][0]).replace('_', '-')} {wrong['input']}: {wrong['msg']}") from None
+    chat_in_terminal(model, engine, sampling, system=options.system, seed=options.seed)
+    return 0
+
+
 def convert(options: argparse.Namespace) -> int:
     """`align convert FILE.gguf DIR`."""
     from align.model.gguf import convert_gguf
@@ -242,10 +266,15 @@ def convert(options: argparse.Namespace) -> int:
 
 def model_and_fleet(options: argparse.Namespace) -> tuple[ModelOptions, FleetOptions]:
     """The model that a command names and the workers to run it; refuses a directory that lacks something."""
+    return model_of(options), FleetOptions(workers=options.workers, max_length=options.max_length)
+
+
+def model_of(options: argparse.Namespace) -> ModelOptions:
+    """The model that a command names. Raises UserError for a directory that lacks something."""
     model = ModelOptions(path=options.model, dtype=options.dtype)
     if Path(options.model).is_dir():
         check_model_directory(Path(options.model), model)
-    return model, FleetOptions(workers=options.workers, max_length=options.max_length)
+    return model
 
 
 def merge_adapter(options: argparse.Namespace) -> int:

@@ -4,7 +4,7 @@ The environment that vLLM reads at import is set by whoever starts the process (
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -42,34 +42,39 @@ class Engine:
 
     def generate(self, requests: Sequence[Request], sampling: SamplingOptions) -> list[Completion]:
         """Draw one completion for each request, in their order, as one engine batch."""
-        from vllm import SamplingParams
-
         too_long = next((r for r in requests if len(r.prompt.token_ids) >= self._options.max_length), None)
         if too_long is not None:
             raise RolloutError(
                 f"prompt {too_long.prompt.id!r} has {len(too_long.prompt.token_ids)} tokens, "
                 f"but the sampler's context is {self._options.max_length}"
             )
-        parameters = [
-            SamplingParams(
-                temperature=sampling.temperature,
-                max_tokens=min(sampling.max_new_tokens, self._options.max_length - len(request.prompt.token_ids)),
-                seed=request.seed if sampling.temperature > 0 else None,
-                stop_token_ids=self._stop_token_ids,
-                ignore_eos=True,
-                logprobs=0,
-                flat_logprobs=True,
-                detokenize=False,
-                skip_special_tokens=False,
-            )
-            for request in requests
-        ]
+        parameters = [self._parameters(request, sampling) for request in requests]
         outputs = self._llm.generate(
             [{"prompt_token_ids": list(request.prompt.token_ids)} for request in requests],
             parameters,
             use_tqdm=False,
         )
         return [self._completion(r, output.outputs[0]) for r, output in zip(requests, outputs, strict=True)]
+
+    def stream(self, request: Request, sampling: SamplingOptions) -> Generator[Sequence[int]]:
+        """Draw one completion, token by token: yields the ids that are new. An abandoned iterator ends the request."""
+        engine = self._llm.llm_engine
+        # vLLM gives ids of its own to requests.
+        id_ = engine.add_request(
+            request.prompt.id,
+            {"prompt_token_ids": list(request.prompt.token_ids)},
+            self._parameters(request, sampling),
+        )
+        told = 0
+        try:
+            while engine.has_unfinished_requests():
+                for output in engine.step():
+                    token_ids = list(output.outputs[0].token_ids)
+                    yield token_ids[told:]
+                    told = len(token_ids)
+        finally:
+            if engine.has_unfinished_requests():
+                engine.abort_request([id_], internal=True)
 
     def load(
         self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int, modules: Sequence[str] | None = None
@@ -78,6 +83,21 @@ class Engine:
         self._llm.collective_rpc(partial(load_weights, named_tensors=named_tensors, modules=modules))
         self._llm.reset_prefix_cache()
         self.weight_version = version
+
+    def _parameters(self, request: Request, sampling: SamplingOptions) -> Any:
+        from vllm import SamplingParams
+
+        return SamplingParams(
+            temperature=sampling.temperature,
+            max_tokens=min(sampling.max_new_tokens, self._options.max_length - len(request.prompt.token_ids)),
+            seed=request.seed if sampling.temperature > 0 else None,
+            stop_token_ids=self._stop_token_ids,
+            ignore_eos=True,
+            logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+            skip_special_tokens=False,
+        )
 
     def _completion(self, request: Request, output: Any) -> Completion:
         token_ids, log_probs = list(output.token_ids), list(output.logprobs.logprobs)
