@@ -7,7 +7,7 @@ from importlib import resources
 from string import Template
 from typing import Any
 
-from align.report import curves, samples
+from align.report import before_after, curves, samples
 from align.report.escape import for_html, for_script, percent, plain, points, signed
 from align.report.evaluations import Change, Row, Table, is_share
 from align.report.published import Published
@@ -38,6 +38,7 @@ def html_page(run: RunRecord, table: Table, published: Published | None) -> str:
         ("stages", "Stages", _stages(run)),
         ("evaluations", "Evaluations", _evaluations(table, published)),
         ("curves", "Learning curves", _curves(drawn)),
+        ("compared", "Before and after", before_after.section(run)),
         ("samples", "Samples", _samples(browsed)),
         ("events", "Warnings and events", _events(run)),
         ("settings", "Settings", _settings(run)),
