@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RECIPE ?=
+MODEL ?=
 ARGS ?=
 UV_VERSION := 0.13.8
 # What to install: `cpu` or `cuda`, by what the machine has; override with `make setup ACCELERATOR=cpu`.
@@ -13,7 +14,7 @@ STAMP := $(VENV)/.installed-$(ACCELERATOR)
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock sft grpo reward-models pipeline bench bench-rewards test test-slow format clean
+.PHONY: help setup lock sft grpo smol reward-models pipeline bench bench-rewards test test-slow format clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -39,6 +40,10 @@ sft: $(STAMP) ## Chat SFT (RECIPE=recipes/nano/sft.yaml ARGS="key=value ...")
 
 grpo: $(STAMP) ## Chat SFT, then GRPO (RECIPE=recipes/nano/grpo.yaml ARGS="key=value ...")
 	$(BIN)/align grpo $(or $(RECIPE),recipes/nano/grpo.yaml) $(ARGS)
+
+smol: $(STAMP) ## GRPO of SmolLM2-135M-Instruct on checkable instructions (MODEL=DIR, else hub or package; ARGS="key=value ...")
+	model=$$($(BIN)/python recipes/smollm2/find_model.py models/smollm2-135m-instruct $(MODEL)) \
+	  && $(BIN)/align grpo $(or $(RECIPE),recipes/smollm2/grpo.yaml) model.path=$$model $(ARGS)
 
 reward-models: $(STAMP) ## the nano pipeline up to its reward models: helpful, safety, math, code (ARGS="key=value ...")
 	$(BIN)/align pipeline recipes/nano/pipeline.yaml --to rm_code $(ARGS)

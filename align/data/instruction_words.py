@@ -23,7 +23,7 @@ REQUESTS = [
         "Write a short note to a friend about {}.",
         "Tell a very short story about {}.",
     ),
-    *("Give a beginner a little advice about {}.", "Say in a few words what comes to mind about {}."),
+    *("Give a beginner a little advice about {}.", "Say in a sentence or two what comes to mind about {}."),
     *("What would you tell a visitor about {}?", "Write a few lines about {}."),
 ]
 SPLIT_OF_TEN: Sequence[SplitName] = ("train",) * 6 + ("validation",) + ("test",) * 3

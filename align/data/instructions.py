@@ -13,7 +13,7 @@ from align.data.types import Example, SplitName
 from reward.instructions import SENTENCES
 
 SIZES: Mapping[SplitName, int] = {"train": 3000, "validation": 200, "test": 600}
-COUNTS, COUNT_WEIGHTS = (1, 2, 3), (5, 3, 2)
+COUNTS, COUNT_WEIGHTS = (1, 2, 3), (6, 3, 1)
 HELD_OUT_SHARE = 1 / 3
 """Of the test's requests, those with an instruction of a kind that is not trained on."""
 

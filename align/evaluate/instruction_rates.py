@@ -15,7 +15,7 @@ def instruction_rates(answers: Sequence[Mapping[str, Any]], examples: Sequence[E
     """Shares, of greedy `answers` (rows of an evaluation) to those `examples` that have checkable instructions.
 
     `accuracy/seen_kinds` and `accuracy/unseen_kinds`: right answers, to requests of kinds that are trained on alone, and of
-    others. `accuracy/KIND`: instructions of the kind that are met by an answer that is none of the degenerate ones, of
+    others. `accuracy/kind/KIND`: instructions of the kind that are met by an answer that is none of the degenerate ones, of
     which `degenerate_share` is the share. Empty where no example has instructions.
     """
     asked = {example.id: example for example in examples if "instructions" in example.metadata}
@@ -39,6 +39,6 @@ def instruction_rates(answers: Sequence[Mapping[str, Any]], examples: Sequence[E
         counts[f"accuracy/{of}"].append(found.passes and not cut_off)
         counts["degenerate_share"].append(bool(found.degenerate))
         for kind, met in zip(found.kinds, found.met, strict=True):
-            counts[f"accuracy/{kind.partition(':')[2]}"].append(met and not found.degenerate)
+            counts[f"accuracy/kind/{kind.partition(':')[2]}"].append(met and not found.degenerate)
     first = ["degenerate_share", "accuracy/seen_kinds", "accuracy/unseen_kinds"]
     return {name: fmean(counts[name]) for name in [*first, *sorted(counts.keys() - set(first))] if counts[name]}

@@ -70,15 +70,20 @@ def describe(evaluation: Evaluation) -> str:
     domains = ", ".join(f"{name} {value:.1%}" for name, value in evaluation.by_domain.items())
     by_domain = f" ({domains})" if len(evaluation.by_domain) > 1 else ""
     sampled = "".join(f", pass@{k} {value:.1%}" for k, value in evaluation.pass_at.items())
-    rates = "".join(f", {name} {value:.1%}" for name, value in evaluation.rates.items())
+    rates = "".join(f", {name} {value:.1%}" for name, value in main_rates(evaluation).items())
     return f"{evaluation.accuracy:.1%} of {evaluation.problems} held-out problems right{by_domain}{sampled}{rates}"
+
+
+def main_rates(evaluation: Evaluation) -> dict[str, float]:
+    """The rates that a line has room for: those of every single kind, such as "accuracy/kind/title", are in the report."""
+    return {name: value for name, value in evaluation.rates.items() if name.count("/") < 2}
 
 
 def compare_stages(progress: Progress, evaluations: Mapping[str, Evaluation]) -> None:
     """Print the evaluations of a run one below the other."""
     domains = list(dict.fromkeys(name for e in evaluations.values() for name in e.by_domain if len(e.by_domain) > 1))
     ks: Sequence[int] = sorted({k for evaluation in evaluations.values() for k in evaluation.pass_at})
-    rates = list(dict.fromkeys(name for e in evaluations.values() for name in e.rates))
+    rates = list(dict.fromkeys(name for e in evaluations.values() for name in main_rates(e)))
     rows = [
         [
             name,
