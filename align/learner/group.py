@@ -13,6 +13,7 @@ import torch
 from align.config import LearnerOptions, ModelOptions
 from align.errors import UserError
 from align.learner.batch import TrainingSequence, in_order, split_over_ranks
+from align.learner.expert_load import add_loads, load_metrics
 from align.learner.objective import Objective, Sums
 from align.learner.rank import LearnerRank, Trained, environment
 from align.learner.worker import LearnerWorker
@@ -123,6 +124,11 @@ class LearnerGroup(RankGroup):
         for sums in self._gather(calls, self._options.step_timeout_s, "computing gradients"):
             total.add(sums)
         return total
+
+    def expert_load(self) -> dict[str, float]:
+        """How evenly the tokens of all `accumulate` since the last time went to the experts; see `load_metrics`."""
+        calls = [rank.take_expert_load.remote() for rank in self._ranks]
+        return load_metrics(add_loads(self._gather(calls, self._options.step_timeout_s, "counting tokens of experts")))
 
     def log_probs(self, sequences: Sequence[TrainingSequence], temperature: float) -> list[npt.NDArray[np.float32]]:
         """The policy's log-probabilities [completion length] of each completion."""

@@ -9,6 +9,7 @@ import torch
 
 from align.config import ModelOptions
 from align.learner.batch import Batch, TrainingSequence, collate
+from align.learner.expert_load import ExpertCounter, Loads
 from align.learner.objective import LogProbs, Objective, Sums, loss_and_sums
 from align.learner.rank import LearnerRank, Trained
 from align.model.policy import load_policy
@@ -39,6 +40,7 @@ class LearnerWorker(LearnerRank):
             self._reference = self._engine.module
         elif reference is not None:
             self._reference = LogProbs(load_policy(reference)).to(self._device).eval().requires_grad_(False)
+        self._expert_counter = ExpertCounter(policy)
         self._settle()
         return trained
 
@@ -50,12 +52,18 @@ class LearnerWorker(LearnerRank):
             batch = collate(sequences, self._pad_id).to(self._device)
             # First, for where it shares the policy's modules: backward must find them as the policy's forward left them.
             reference = self._reference_log_probs(batch, objective.temperature)
-            log_probs, entropy = self._engine(batch.token_ids, batch.targets, objective.temperature)
+            trained_on = [len(s.token_ids) if s.weight > 0 else 0 for s in sequences]
+            with self._expert_counter.counting(batch.token_ids, trained_on):
+                log_probs, entropy = self._engine(batch.token_ids, batch.targets, objective.temperature)
             loss, sums = loss_and_sums(log_probs, entropy, reference, batch, objective)
             # DeepSpeed averages the gradients of the ranks; the loss's weights hold the whole batch's denominator.
             self._engine.backward(loss * self._options.ranks)
             total.add(sums)
         return total
+
+    def take_expert_load(self) -> Loads:
+        """Where this rank's tokens went since the last time this was asked."""
+        return self._expert_counter.take()
 
     def _reference_log_probs(self, batch: Batch, temperature: float) -> torch.Tensor | None:
         if self._reference is None:

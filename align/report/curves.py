@@ -26,6 +26,7 @@ PANELS = (
     ("agreement: k3", "nats", True, r"agreement/k3"),
     ("KL to the reference", "nats", False, r"kl|kl/.*"),
     ("entropy", "nats", False, r"entropy"),
+    ("expert load", "", False, r"experts/[^/]*"),
     ("gradient norm", "", False, r"gradient_norm"),
     ("learning rate", "", False, r"learning_rate"),
     ("seconds by part", "s", False, r"seconds/.*|step_seconds"),
@@ -107,7 +108,13 @@ def _place(key: str) -> tuple[str, str]:
     for title, _, _, pattern in PANELS:
         if re.fullmatch(pattern, key):
             prefix, _, rest = key.partition("/")
-            return title, rest if rest and prefix in ("reward", "seconds", "agreement", "evaluation") else key
+            return title, rest if rest and prefix in (
+                "reward",
+                "seconds",
+                "agreement",
+                "evaluation",
+                "experts",
+            ) else key
     first, *parts = key.split("/")
     if not parts:
         return key, key

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from align.report.escape import for_markdown, percent, plain, points, signed
 from align.report.evaluations import Row, Table, is_share
+from align.report.experts import HEADS, NOTE, expert_loads
 from align.report.published import Published
 from align.report.read import RunRecord
 from align.report.summary import events, last_metrics, stage_facts
@@ -14,6 +15,9 @@ def markdown_page(run: RunRecord, table: Table, published: Published | None) -> 
     parts = [f"# {for_markdown(run.name)}", "## Stages", _stages(run), "## Evaluations", _evaluations(table)]
     if published:
         parts += [f"### Published for {for_markdown(published.model)}", _published(published)]
+    if loads := expert_loads(run):
+        parts += ["## Expert load", NOTE]
+        parts += [text for load in loads for text in (f"### {for_markdown(load.stage)}", _table(HEADS, load.rows))]
     parts += ["## Last metrics", *_metrics(run), "## Warnings and events", _events(run)]
     return "\n\n".join(parts) + "\n"
 

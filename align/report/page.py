@@ -10,6 +10,7 @@ from typing import Any
 from align.report import before_after, curves, samples
 from align.report.escape import for_html, for_script, percent, plain, points, signed
 from align.report.evaluations import Change, Row, Table, is_share
+from align.report.experts import HEADS, NOTE, StageLoad, expert_loads
 from align.report.published import Published
 from align.report.read import RunRecord
 from align.report.summary import alarms, events, last_value, settings, stage_facts
@@ -39,6 +40,7 @@ def html_page(run: RunRecord, table: Table, published: Published | None) -> str:
         ("evaluations", "Evaluations", _evaluations(table, published)),
         ("curves", "Learning curves", _curves(drawn)),
         ("compared", "Before and after", before_after.section(run)),
+        *([("experts", "Expert load", _experts(loads))] if (loads := expert_loads(run)) else []),
         ("samples", "Samples", _samples(browsed)),
         ("events", "Warnings and events", _events(run)),
         ("settings", "Settings", _settings(run)),
@@ -194,6 +196,16 @@ def _curves(stages: Sequence[Mapping[str, Any]]) -> str:
         f"read the values of a step in all curves of its stage.{thinned}</p>"
         '<div id="charts"></div><noscript><p>The curves need JavaScript.</p></noscript>'
     )
+
+
+def _experts(loads: Sequence[StageLoad]) -> str:
+    heads = [_heading(HEADS[0]), *(_heading(name, "number") for name in HEADS[1:])]
+    tables = [
+        f"<h3>{for_html(load.stage)}</h3>"
+        + _table(heads, ["".join(_cell(cell, "number") for cell in row) for row in load.rows], "facts")
+        for load in loads
+    ]
+    return f'<p class="note">{for_html(NOTE)}</p>{"".join(tables)}'
 
 
 def _samples(data: Mapping[str, Any]) -> str:

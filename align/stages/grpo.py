@@ -92,7 +92,7 @@ def train_grpo(
             clock.lap("weights")
 
             write_samples(run.directory.samples_file(step + 1), experience.rows)
-            metrics = step_metrics(experience, sums, found, norm, clock)
+            metrics = step_metrics(experience, sums, found, norm, clock) | learner.expert_load()
             run.record_step("grpo", step + 1, metrics, SHOWN)
             if guard and (alarm := guard.observe(experience.rewards)):
                 run.warn(f"GRPO step {step + 1}: {alarm}")

@@ -83,6 +83,7 @@ def train_sft(
                 "tokens": sums.tokens,
                 "tokens_per_second": sums.padded_tokens / seconds,
                 "step_seconds": seconds,
+                **learner.expert_load(),
             }
             if (step + 1) % options.validate_every == 0 or step + 1 == options.steps:
                 metrics["validation_loss"] = validation_loss(learner, data.validation)
