@@ -3,11 +3,13 @@
     @register("mean_length")
     def mean_length(checkpoint: Checkpoint, fleet: Fleet, *, prompts: int = 100) -> Metrics: ...
 
-A hook is asked for by its name. An installed package announces one as it would a reward, by an entry point of the group
+A hook is asked for by its name. What it can find out before anything is trained, such as whether a server answers, is
+in a function that names the parameters it looks at, `register("mean_length", ready=...)`. An installed package announces one as it would a reward, by an entry point of the group
 `moe_align.evaluations`. What its parameters are annotated with, pydantic checks before the stage begins.
 """
 
 import difflib
+import inspect
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +29,13 @@ OURS = ("instructions", "judged", "lm_tasks", "needle")
 
 class EvaluationError(Exception):
     """An evaluation could not be carried out, through no fault of the policy or the recipe; the message says why."""
+
+
+@dataclass(frozen=True)
+class Hook(Entry):
+    """A registered hook; `ready` takes some of its parameters, and raises where it could not be run."""
+
+    ready: Callable[..., None] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,25 +81,26 @@ def nearest(name: str, known: Collection[str]) -> str:
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
-_hooks: Registry[Entry] = Registry("evaluation hook", ENTRY_POINT_GROUP, {}, 2, UserError, _unknown, _misfit)
+_hooks: Registry[Hook] = Registry("evaluation hook", ENTRY_POINT_GROUP, {}, 2, UserError, _unknown, _misfit)
 
 
-def register(name: str) -> Callable[[Function], Function]:
+def register(name: str, *, ready: Callable[..., None] | None = None) -> Callable[[Function], Function]:
     """A decorator that makes a function `(checkpoint, fleet, **params) -> Metrics` known as the hook `name`.
 
-    Raises UserError where another function has the name, or where the function takes `**kwargs`: a misspelt parameter
+    `ready` is called before the stage, with those of the parameters that it names, and raises UserError or
+    EvaluationError where the hook could not be run after it. Raises UserError where another function has the name, or where the function takes `**kwargs`: a misspelt parameter
     would then pass unnoticed.
     """
-    return _hooks.register(name, Entry)
+    return _hooks.register(name, Hook, ready=ready)
 
 
-def get(name: str) -> Entry:
+def get(name: str) -> Hook:
     """The hook of that name. Raises UserError, naming the nearest."""
     _register_ours()
     return _hooks.get(name)
 
 
-def available() -> list[Entry]:
+def available() -> list[Hook]:
     """Every hook by name, announced ones too. Raises UserError where one of them cannot be loaded."""
     _register_ours()
     return _hooks.available()
@@ -99,6 +109,18 @@ def available() -> list[Entry]:
 def check_params(name: str, params: Mapping[str, Any]) -> None:
     """Nothing, if the hook `name` can be called with `params`. Raises UserError, with the nearest known name."""
     _arguments(name, params)
+
+
+def check_ready(name: str, params: Mapping[str, Any]) -> None:
+    """Nothing, if the hook `name` could be run now as far as it can tell. Raises UserError, before any work is lost."""
+    arguments = _arguments(name, params)
+    ready = get(name).ready
+    if ready is not None:
+        named = inspect.signature(ready).parameters
+        try:
+            ready(**{parameter: value for parameter, value in arguments.items() if parameter in named})
+        except EvaluationError as error:
+            raise UserError(f"evaluation hook {name!r}: {error}") from None
 
 
 def run(name: str, checkpoint: Checkpoint, fleet: Fleet, params: Mapping[str, Any]) -> Metrics:

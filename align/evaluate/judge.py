@@ -58,14 +58,21 @@ class Judge:
         self._failures = 0
 
     def check(self) -> None:
-        """Ask for a word. Raises UserError where the endpoint refuses, EvaluationError where it cannot be reached."""
+        """Ask for a word. Raises UserError where the endpoint refuses, EvaluationError where it cannot be reached.
+
+        With all attempts it takes no longer than an attempt may.
+        """
         import openai
 
         where = f"the judge {self._options.model!r} at {self._options.base_url}"
         try:
-            asyncio.run(self._ask_once("Say yes."))
-        except (openai.APIConnectionError, openai.InternalServerError, openai.RateLimitError, TimeoutError) as error:
-            raise EvaluationError(f"{where} cannot be asked: {self._reason(error)}; nothing was sampled") from None
+            asyncio.run(asyncio.wait_for(self._ask_once("Say yes."), self._options.timeout_s))
+        except (openai.APITimeoutError, TimeoutError):
+            raise EvaluationError(
+                f"{where} cannot be asked: no answer within judge.timeout_s = {self._options.timeout_s:g} s"
+            ) from None
+        except (openai.APIConnectionError, openai.InternalServerError, openai.RateLimitError) as error:
+            raise EvaluationError(f"{where} cannot be asked: {self._reason(error)}") from None
         except (openai.OpenAIError, _NoCompletionError) as error:
             raise UserError(
                 f"{where} refuses: {self._reason(error)}; check judge.base_url, judge.model and judge.api_key_env"

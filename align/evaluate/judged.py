@@ -25,7 +25,14 @@ from align.run.samples import read_jsonl_lines
 from rollout import Fleet
 
 
-@register("judged")
+def ready(benchmark: str, questions: Path, judge: JudgeOptions, template: Path | None = None) -> None:
+    """The questions and the template can be read, and the judge answers."""
+    read_questions(questions, BENCHMARKS[benchmark].question)
+    judge_template(benchmark, template)
+    Judge(judge).check()
+
+
+@register("judged", ready=ready)
 def judged(
     checkpoint: Checkpoint,
     fleet: Fleet,

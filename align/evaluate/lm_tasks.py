@@ -3,13 +3,14 @@
 import os
 from collections.abc import Mapping
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import DirectoryPath, Field
 
 from align.errors import UserError
 from align.evaluate.hooks import Checkpoint, EvaluationError, Metrics, register
-from align.evaluate.lm_worker import Harness, HarnessEngine, HarnessRequest
+from align.evaluate.lm_worker import Harness, HarnessEngine, HarnessRequest, find_tasks
 from rollout import Fleet
 from rollout.worker import environment
 
@@ -40,12 +41,34 @@ The prompts are the harness's.
 """
 
 
-@register("lm_eval")
+Tasks = Literal["deepseek_v2_report"] | list[str] | dict[str, Annotated[int, Field(ge=0)] | None]
+
+
+def ready(tasks: Tasks, include_path: Path | None = None) -> None:
+    """The package is there and knows the tasks."""
+    require_package()
+    find_tasks(with_shots(tasks), include_path)
+
+
+def require_package() -> None:
+    """Raise UserError where the harness is not installed."""
+    if find_spec("lm_eval") is None:
+        raise UserError("the hook lm_eval needs the package lm_eval: pip install 'moe-align[evaluation]'")
+
+
+def with_shots(tasks: Tasks) -> Mapping[str, int | None]:
+    """The tasks by name, with their shots, or None for the task's own number of them."""
+    if tasks == "deepseek_v2_report":
+        return REPORT_TASKS
+    return tasks if isinstance(tasks, dict) else dict.fromkeys(tasks)
+
+
+@register("lm_eval", ready=ready)
 def lm_eval_tasks(
     checkpoint: Checkpoint,
     fleet: Fleet,
     *,
-    tasks: Literal["deepseek_v2_report"] | list[str] | dict[str, Annotated[int, Field(ge=0)] | None],
+    tasks: Tasks,
     limit: Annotated[int, Field(ge=1)] | None = None,
     include_path: DirectoryPath | None = None,
     backend: Literal["hf", "vllm"] = "hf",
@@ -66,13 +89,10 @@ def lm_eval_tasks(
     """
     import ray
 
-    if find_spec("lm_eval") is None:
-        raise UserError("the hook lm_eval needs the package lm_eval: pip install 'moe-align[evaluation]'")
-    if tasks == "deepseek_v2_report":
-        tasks = dict(REPORT_TASKS)
+    require_package()
     request = HarnessRequest(
         model=checkpoint.model,
-        tasks=tasks if isinstance(tasks, dict) else dict.fromkeys(tasks),
+        tasks=with_shots(tasks),
         limit=limit,
         include_path=include_path and include_path.absolute(),
         backend=backend,

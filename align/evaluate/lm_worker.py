@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -49,15 +49,8 @@ class Harness:
         Raises UserError for an unknown task.
         """
         from lm_eval import simple_evaluate
-        from lm_eval.tasks import TaskManager
 
-        manager = TaskManager(include_path=request.include_path)
-        for name in request.tasks:
-            if name not in manager.task_index:
-                raise UserError(
-                    f"lm_eval: unknown task {name!r}.{nearest(name, manager.all_tasks)} `lm_eval ls tasks` lists those "
-                    "of the harness; tasks of your own need include_path"
-                )
+        manager = find_tasks(request.tasks, request.include_path)
         loaded, not_run = load_tasks(manager, request)
         values: dict[str, float] = {}
         rows: list[dict[str, Any]] = []
@@ -79,6 +72,20 @@ class Harness:
             values |= flatten(results["results"] | results.get("groups", {}))
             rows += [row(task, sample) for task, samples in results["samples"].items() for sample in samples]
         return values, not_run, rows
+
+
+def find_tasks(names: Iterable[str], include_path: Path | None) -> Any:
+    """The harness's TaskManager. Raises UserError for a name that it does not know."""
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=include_path)
+    for name in names:
+        if name not in manager.task_index:
+            raise UserError(
+                f"lm_eval: unknown task {name!r}.{nearest(name, manager.all_tasks)} `lm_eval ls tasks` lists those "
+                "of the harness; tasks of your own need include_path"
+            )
+    return manager
 
 
 def load_tasks(manager: Any, request: HarnessRequest) -> tuple[dict[str, list[Any]], dict[str, str]]:

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 from align.config import ModelOptions, PolicyRecipe, Recipe, SamplingRecipe
+from align.errors import UserError
 from align.evaluate.doctor import examine, verdict
 from align.learner.group import check_port
 from align.model.policy import load_tokenizer, stop_token_ids, write_random_policy
 from align.stages.run import Run
-from reward import Mixture, ScoringPool
+from reward import Mixture, RewardError, ScoringPool
 from rollout import Fleet
 
 OBJECT_STORE_BYTES = 256 * 2**20
@@ -44,7 +45,7 @@ def prepare_policy(recipe: Recipe, run: Run) -> tuple[ModelOptions, Any]:
 def start_engines(recipe: SamplingRecipe, policy: ModelOptions, tokenizer: Any) -> Iterator[Engines]:
     """Start Ray, rollout workers and judges; end them afterwards.
 
-    Raises UserError when the learner's port is in use, and RewardError when this machine cannot run one of the rewards.
+    Raises UserError when the learner's port is in use, and when one of the rewards cannot run here: no sandbox, no server.
     """
     if isinstance(recipe, PolicyRecipe) and recipe.learner.port is not None:
         check_port(recipe.learner.port)
@@ -60,12 +61,15 @@ def start_engines(recipe: SamplingRecipe, policy: ModelOptions, tokenizer: Any) 
 
 @contextmanager
 def start_judges(recipe: SamplingRecipe) -> Iterator[ScoringPool]:
-    """Start what scores completions, and end it afterwards. Raises RewardError where a reward cannot run here."""
+    """Start what scores completions, and end it afterwards. Raises UserError where a reward cannot run here."""
     options = recipe.scoring
     mixture = Mixture(recipe.rewards, infra_error_limit=options.infra_error_limit)
     judges = ScoringPool(mixture, workers=options.workers, timeout_s=options.timeout_s, gpus=options.gpus)
     try:
-        judges.wait_until_ready()
+        try:
+            judges.wait_until_ready()
+        except RewardError as error:
+            raise UserError(f"rewards: {error}") from None
         yield judges
     finally:
         judges.close()

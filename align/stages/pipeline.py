@@ -11,6 +11,7 @@ import sys
 from align.config import Pipeline, PlannedStage, load_recipe
 from align.errors import UserError
 from align.run import RunDirectory, environment_record, read_status
+from align.stages.preflight import check_ready
 from align.stages.run import StopRequest
 
 COMMANDS = {"sft": "sft", "reward_model": "reward-model", "preferences": "preferences", "grpo": "grpo"}
@@ -21,13 +22,16 @@ def run_pipeline(pipeline: Pipeline, start: str | None, last: str | None = None)
     """Run what is not done yet, or everything from the stage `start` on, up to `last`. Returns the exit status.
 
     The pipeline has finished when all its stages have, and is paused when those after `last` are still to run. Raises
-    UserError when the pipeline has no such stage or `last` is before `start`, and when a finished stage was run with
-    another recipe.
+    UserError when the pipeline has no such stage or `last` is before `start`, when a finished stage was run with another
+    recipe, and when an evaluation of a stage to come could not be run, such as one whose judge is down.
     """
     due = stages_to_run(pipeline, start)
     end = place(pipeline, "--to", last) if last is not None else len(pipeline.stages)
     if start is not None and end < place(pipeline, "--from", start):
         raise UserError(f"--to {last} comes before --from {start}: nothing would be run")
+    for stage in pipeline.stages[: end + 1]:
+        if stage in due:
+            check_ready(stage.recipe)
     directory = RunDirectory.reopen(pipeline.directory)
     directory.save_recipe(pipeline.text)
     directory.save_environment(environment_record())

@@ -35,6 +35,13 @@ def check_names(recipe: Recipe, path: Path) -> None:
             hooks.check_params(hook.name, hook.params)
 
 
+def check_ready(recipe: Recipe) -> None:
+    """Raise UserError where an evaluation hook of the recipe could not be run now, such as one whose judge is down."""
+    if isinstance(recipe, PolicyRecipe):
+        for hook in recipe.evaluation.hooks:
+            hooks.check_ready(hook.name, hook.params)
+
+
 def check_split(name: str, split: SplitName, stage: Stage, where: str) -> None:
     """Raise UserError where a data card is not meant for the stage or lacks the split."""
     card = load_card(name)

@@ -19,6 +19,7 @@ from align.run import (
     json_line,
     write_samples,
 )
+from align.stages.preflight import check_ready
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +105,7 @@ def open_run(recipe: Recipe, directory: RunDirectory | None = None, outer: Run |
     """Create the run of a recipe and own it; note how it ended. Ctrl-C and SIGTERM end it cleanly.
 
     With `directory` and `outer` it is a stage inside another run. Raises UserError before anything is written when
-    the machine is too small or the directory is taken. A UserError before the first metrics takes the run back.
+    the machine is too small, an evaluation's server does not answer or the directory is taken. A UserError before the first metrics takes the run back.
     """
     check_machine(
         cores=recipe.machine.cores,
@@ -112,6 +113,7 @@ def open_run(recipe: Recipe, directory: RunDirectory | None = None, outer: Run |
         hint="rollout.workers, rollout.kv_cache_gb and learner.ranks lower what is needed; then lower machine.cores and "
         "machine.memory_gb to match",
     )
+    check_ready(recipe)
     directory = directory or RunDirectory.create(recipe.directory, overwrite=recipe.run.overwrite)
     directory.save_recipe(dump_recipe(recipe))
     directory.save_environment(environment_record())

@@ -10,7 +10,17 @@ import pytest
 
 from align.errors import UserError
 from align.evaluate import hooks
-from align.evaluate.hooks import Checkpoint, EvaluationError, Metrics, available, check_params, get, register, run
+from align.evaluate.hooks import (
+    Checkpoint,
+    EvaluationError,
+    Metrics,
+    available,
+    check_params,
+    check_ready,
+    get,
+    register,
+    run,
+)
 from rollout import Fleet
 
 NO_FLEET: Any = None
@@ -131,3 +141,24 @@ def test_what_asks_the_policy_runs_with_real_rollout_workers(checkpoint: Checkpo
         assert all(0 <= value <= 1 for value in metrics.values.values())
         assert any(row["completion"] for row in metrics.rows)
         assert run(name, checkpoint, nano_fleet, params) == metrics
+
+
+def test_a_hook_says_before_the_stage_what_will_not_work_after_it() -> None:
+    asked = []
+
+    def ready(server: str, port: int = 80) -> None:
+        asked.append((server, port))
+        if server == "away":
+            raise EvaluationError("the server is away")
+
+    @register("distant", ready=ready)
+    def distant(checkpoint: Checkpoint, fleet: Fleet, *, server: str, port: int = 80, limit: int = 1) -> Metrics:
+        return Metrics({})
+
+    check_ready("distant", {"server": "here", "port": "8000", "limit": 3})
+    assert asked == [("here", 8000)]
+    with pytest.raises(UserError, match="evaluation hook 'distant': the server is away"):
+        check_ready("distant", {"server": "away"})
+    with pytest.raises(UserError, match="missing parameter 'server'"):
+        check_ready("distant", {})
+    check_ready("needle", {"lengths": [128]})

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from align.errors import UserError
-from align.evaluate.hooks import Checkpoint, EvaluationError, Metrics, run
+from align.evaluate.hooks import Checkpoint, EvaluationError, Metrics, check_ready, run
 
 Reply = str | tuple[int, str]
 MT_BENCH = [
@@ -245,22 +245,35 @@ def test_a_judge_that_is_down_is_found_out_before_the_policy_is_asked(
     no_model = serve(lambda prompt: (404, json.dumps({"error": {"message": "the model `m` does not exist"}})))
     no_api = serve(lambda prompt: (200, '{"hello": "world"}'))
     broken = serve(lambda prompt: (500, "oh"))
-    slow = serve(lambda prompt: time.sleep(2) or "Yes.")
+    slow = serve(lambda prompt: time.sleep(4) or "Yes.")
     for url, error, message in (
         (nobody, EvaluationError, "cannot be asked: Connection error"),
         (broken.url, EvaluationError, "cannot be asked: .*500"),
-        (slow.url, EvaluationError, "cannot be asked: Request timed out"),
+        (slow.url, EvaluationError, r"cannot be asked: no answer within judge\.timeout_s = 1\.5 s"),
         (wrong_key.url, UserError, "refuses: .*401.*check judge.base_url, judge.model and judge.api_key_env"),
         (no_model.url, UserError, "refuses: .*does not exist"),
         (no_api.url, UserError, "refuses: what it sent is no chat completion"),
     ):
         fleet = scripted(lambda prompt: "Fig")
-        judge = {"base_url": url, "model": "m", "api_key_env": "THE_KEY", "timeout_s": 0.5, "retries": 0}
+        judge = {"base_url": url, "model": "m", "api_key_env": "THE_KEY", "timeout_s": 1.5, "retries": 0}
         with pytest.raises(error, match=message) as caught:
             run("judged", checkpoint, fleet, {"benchmark": "mt_bench", "questions": questions, "judge": judge})
         assert not fleet.calls
-        assert "sk-secret" not in str(caught.value)
-        assert len(str(caught.value).splitlines()) == 1
+        # And before the stage, in no more time than one attempt may take.
+        patient = {"benchmark": "mt_bench", "questions": questions, "judge": judge | {"retries": 50}}
+        started = time.monotonic()
+        with pytest.raises(UserError, match="the judge 'm' at http") as before:
+            check_ready("judged", patient)
+        assert time.monotonic() - started < 4
+        for found in (caught, before):
+            assert "sk-secret" not in str(found.value)
+            assert len(str(found.value).splitlines()) == 1
+    fine = serve(lambda prompt: "Yes.")
+    check_ready("judged", patient | {"judge": judge | {"base_url": fine.url}})
+    assert fine.prompts == ["Say yes."]
+    questions.write_text("{}")
+    with pytest.raises(UserError, match=r"questions\.jsonl, line 1: question_id: Field required"):
+        check_ready("judged", patient | {"judge": judge | {"base_url": fine.url}})
 
 
 def test_the_key_comes_from_the_named_variable_and_from_no_other(

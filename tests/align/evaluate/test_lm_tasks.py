@@ -16,7 +16,7 @@ from align.data.chat import encode_prompt
 from align.data.nano_math import generate
 from align.errors import UserError
 from align.evaluate import lm_tasks
-from align.evaluate.hooks import Checkpoint, EvaluationError, Metrics, check_params, run
+from align.evaluate.hooks import Checkpoint, EvaluationError, Metrics, check_params, check_ready, run
 from align.evaluate.lm_tasks import REPORT_TASKS
 from align.evaluate.lm_worker import flatten, runs_code
 from align.model.policy import load_policy
@@ -151,6 +151,8 @@ def test_the_tasks_of_the_report_are_known_to_the_harness_and_others_get_the_nea
 ) -> None:
     with pytest.raises(UserError, match=r"lm_eval: unknown task 'hellaswagg'\. Did you mean 'hellaswag'\?"):
         run("lm_eval", checkpoint, NO_FLEET, {"tasks": {**REPORT_TASKS, "hellaswagg": None}})
+    with pytest.raises(UserError, match=r"lm_eval: unknown task 'nano_arithmetics'\. Did you mean 'nano_arithmetic'\?"):
+        check_ready("lm_eval", {"tasks": {"nano_arithmetics": 0}, "include_path": NANO_TASKS})
 
 
 def test_a_harness_that_takes_too_long_is_ended(checkpoint: Checkpoint, ray_session: None) -> None:
@@ -162,6 +164,8 @@ def test_without_the_package_it_says_what_to_install(checkpoint: Checkpoint, mon
     monkeypatch.setattr(lm_tasks, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'moe-align\[evaluation\]'"):
         run("lm_eval", checkpoint, NO_FLEET, {"tasks": ["piqa"]})
+    with pytest.raises(UserError, match=r"pip install 'moe-align\[evaluation\]'"):
+        check_ready("lm_eval", {"tasks": ["piqa"]})
 
 
 def test_parameters_are_checked_before_anything_starts(tmp_path: Path) -> None:

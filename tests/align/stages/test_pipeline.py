@@ -1,13 +1,15 @@
 """Which stages of a pipeline run: what is done is skipped, and nothing is mixed with what another recipe made."""
 
+import socket
 from pathlib import Path
 
 import pytest
 
-from align.config import Pipeline, PlannedStage, dump_recipe, load_pipeline
+from align.config import MachineOptions, Pipeline, PlannedStage, dump_recipe, load_pipeline
 from align.errors import UserError
 from align.run import RunDirectory, read_status
 from align.stages.pipeline import forget, run_pipeline, stages_to_run
+from align.stages.run import open_run
 
 ROOT = Path(__file__).parents[3]
 STAGES = """\
@@ -112,6 +114,31 @@ def test_it_can_stop_after_any_stage_and_then_says_that_it_is_not_finished(
     with pytest.raises(UserError, match=r"--to sft comes before --from more: nothing would be run"):
         run_pipeline(plan, "more", "sft")
     assert read_status(plan.directory)["state"] == "finished"  # type: ignore[index]
+
+
+def test_it_does_not_begin_where_the_judge_of_a_stage_to_come_is_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        nobody = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text('{"instruction": "Name a fruit", "output": "An apple"}\n')
+    judged = (
+        f"{{benchmark: alpaca_eval, questions: {questions}, judge: {{base_url: '{nobody}', model: m, retries: 0}}}}"
+    )
+    hook = f'"evaluation.hooks=[{{name: judged, params: {judged}}}]"'
+    plan = pipeline(tmp_path, text=STAGES.replace('"reference=${sft}"', hook))
+    with pytest.raises(UserError, match=f"the judge 'm' at {nobody} cannot be asked: Connection error"):
+        run_pipeline(plan, None)
+    assert not plan.directory.exists()
+    monkeypatch.setattr("align.stages.pipeline.run_stage", lambda stage: 0)
+    assert run_pipeline(plan, None, "math") == 0
+    with (
+        pytest.raises(UserError, match="cannot be asked: Connection error"),
+        open_run(plan.stages[-1].recipe.model_copy(update={"machine": MachineOptions()})),
+    ):
+        pytest.fail("a stage begins whose judge is down")
+    assert not plan.stages[-1].directory.exists()
 
 
 def test_it_does_not_start_after_a_stage_that_is_missing(tmp_path: Path) -> None:
