@@ -28,7 +28,7 @@ class PipelineOptions(Section):
     """What a pipeline file holds."""
 
     name: str = Field(pattern=NAME)
-    seed: int = Field(0, ge=0, description="the seed of every stage")
+    seed: int = Field(0, ge=0, description="the seed of every stage that sets none of its own")
     run: RunOptions = RunOptions()
     stages: list[StageEntry] = Field(min_length=1)
 
@@ -85,7 +85,7 @@ def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> Pipeline:
 def _planned(entry: StageEntry, options: PipelineOptions, directory: Path, path: Path) -> PlannedStage:
     own = directory / entry.name
     given = [PRODUCT.sub(lambda match: str(directory / match[1] / "final"), override) for override in entry.set]
-    overrides = [*given, f"seed={options.seed}", f"run.dir={own}", "run.overwrite=true"]
+    overrides = [f"seed={options.seed}", *given, f"run.dir={own}", "run.overwrite=true"]
     try:
         recipe = load_recipe(entry.recipe, overrides, pending=directory)
     except UserError as error:

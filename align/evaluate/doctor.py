@@ -49,13 +49,17 @@ class DoctorError(UserError):
     """A check failed; the message names each with its cause and cure."""
 
 
-def examine(model: ModelOptions, tokenizer: Any) -> list[Check]:
-    """Check tokenizer, template, softmax scale, experts and parameter names of a model directory or hub name."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+def examine(model: ModelOptions, tokenizer: Any, *, reward_model: bool = False) -> list[Check]:
+    """Check tokenizer, template, softmax scale, experts and parameter names of a model directory or hub name.
+
+    It should be a policy, or with `reward_model` a sequence classifier.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     config = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
+    architecture = AutoModelForSequenceClassification if reward_model else AutoModelForCausalLM
     with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
+        skeleton = architecture.from_config(config, trust_remote_code=model.trust_remote_code)
     return [
         check_round_trip(tokenizer),
         check_template(tokenizer),

@@ -16,6 +16,14 @@ from align.model.policy import DTYPES, first_line, use_fast_experts
 HEAD = "score.weight"
 
 
+def is_reward_model(options: ModelOptions) -> bool:
+    """Whether the checkpoint is a sequence classifier already, such as a reward model that is to learn more."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(options.path, trust_remote_code=options.trust_remote_code)
+    return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+
+
 def load_reward_model(options: ModelOptions, tokenizer: Any) -> Any:
     """A sequence classifier of one label: from a policy with a head of zeros, or from a reward model as it is.
 

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
-from align.config import ModelOptions, PolicyRecipe, Recipe, SamplingRecipe
+from align.config import ModelOptions, PolicyRecipe, Recipe, RewardModelRecipe, SamplingRecipe
 from align.errors import UserError
 from align.evaluate.doctor import examine, verdict
 from align.learner.group import check_port
 from align.model.policy import load_tokenizer, stop_token_ids, write_random_policy
+from align.model.reward_model import is_reward_model
 from align.stages.run import Run
 from reward import Mixture, RewardError, ScoringPool
 from rollout import Fleet
@@ -31,13 +32,17 @@ class Engines:
 
 
 def prepare_policy(recipe: Recipe, run: Run) -> tuple[ModelOptions, Any]:
-    """The policy to start from, drawn where the recipe says so, and its tokenizer; both have passed the doctor."""
+    """The policy to start from, drawn where the recipe says so, and its tokenizer; both have passed the doctor.
+
+    For a reward model it may be a reward model too, which then learns more.
+    """
     policy = recipe.model
     if policy.init == "random":
         write_random_policy(policy, run.directory.initial_directory, recipe.seed)
         policy = policy.model_copy(update={"path": str(run.directory.initial_directory), "init": "pretrained"})
     tokenizer = load_tokenizer(policy.path, trust_remote_code=policy.trust_remote_code)
-    run.progress.note(f"doctor: {verdict(examine(policy, tokenizer), recipe.model.path)}")
+    goes_on = isinstance(recipe, RewardModelRecipe) and is_reward_model(policy)
+    run.progress.note(f"doctor: {verdict(examine(policy, tokenizer, reward_model=goes_on), recipe.model.path)}")
     return policy, tokenizer
 
 

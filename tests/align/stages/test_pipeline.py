@@ -51,6 +51,8 @@ def test_a_stage_takes_what_stages_before_it_made(tmp_path: Path) -> None:
     assert math.recipe.model.path == str(tmp_path / "run" / "sft" / "final")
     assert more.recipe.model.path == str(tmp_path / "run" / "math" / "final")
     assert more.recipe.reference == tmp_path / "run" / "sft" / "final"  # type: ignore[attr-defined]
+    own = pipeline(tmp_path, "seed=7", text=STAGES.replace("sft.steps=5", "sft.steps=5, seed=3"))
+    assert [stage.recipe.seed for stage in own.stages] == [3, 7, 7]
     assert sft.recipe.sft.steps == 5  # type: ignore[attr-defined]
     assert {stage.recipe.seed for stage in plan.stages} == {7}
     assert more.recipe.directory == tmp_path / "run" / "more"

@@ -10,9 +10,10 @@ import torch
 import yaml
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from align.config import RewardModelRecipe, load_recipe
+from align.config import ModelOptions, RewardModelRecipe, load_recipe
 from align.data.chat import encode_example
 from align.errors import UserError
+from align.evaluate.doctor import DoctorError, examine, verdict
 from align.model.policy import load_tokenizer
 from align.run import read_samples
 from align.stages.engines import prepare_policy
@@ -170,6 +171,31 @@ def test_as_a_reward_it_gives_the_same_order_on_the_scale_of_its_notes(trained: 
     recorded = [row[f"{side}_reward"] for row in rows for side in ("chosen", "rejected")]
     assert found == pytest.approx([(value - notes["mean"]) / notes["std"] for value in recorded], abs=1e-3)
     assert sorted(range(40), key=found.__getitem__) == sorted(range(40), key=recorded.__getitem__)
+
+
+def test_a_reward_model_learns_on_from_what_it_was_with_a_tenth_of_earlier_pairs(trained: Path, tmp_path: Path) -> None:
+    data = [
+        {"card": "own_preferences", "path": str(write_preferences(tmp_path / "pairs")), "share": 0.9},
+        {"card": "own_preferences", "path": str(trained.parent / "pairs"), "share": 0.1},
+    ]
+    options = {"steps": 2, "pairs_per_step": 20, "max_length": 200, "test_limit": 20}
+    more = recipe(tmp_path, model={"path": str(trained / "final")}, data=data, reward_model=options)
+    with open_run(more) as run:
+        start, tokenizer = prepare_policy(more, run)
+        pairs = load_reward_model_data(more, tokenizer, run)
+        assert [source.a_step for source in pairs.sources] == [18, 2]
+        train_reward_model(more, pairs, start, run)
+    first = lines(tmp_path / "run" / "metrics.jsonl")[0]
+    assert first["loss"] < 0.35  # a new head would have ln 2
+    assert first["accuracy"] > 0.9
+
+
+def test_a_reward_model_is_no_policy_to_start_from(trained: Path) -> None:
+    model = ModelOptions(path=str(trained / "final"))
+    tokenizer = load_tokenizer(model.path)
+    with pytest.raises(DoctorError, match=r"checkpoint names: .*score\.weight"):
+        verdict(examine(model, tokenizer), model.path)
+    verdict(examine(model, tokenizer, reward_model=True), model.path)
 
 
 class Told:
