@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from align.config import MachineOptions, Pipeline, PlannedStage, dump_recipe, load_pipeline
+from align.config import GrpoRecipe, MachineOptions, Pipeline, PlannedStage, dump_recipe, load_pipeline
 from align.errors import UserError
 from align.run import RunDirectory, read_status
 from align.stages.pipeline import forget, run_pipeline, stages_to_run
+from align.stages.preflight import check_names
 from align.stages.run import open_run
 
 ROOT = Path(__file__).parents[3]
@@ -171,3 +172,25 @@ def test_a_pipeline_with_a_mistake_is_refused_before_its_first_stage(
 ) -> None:
     with pytest.raises(UserError, match=message):
         pipeline(tmp_path, text=STAGES.replace(before, after))
+
+
+def test_a_round_of_iterative_grpo_goes_on_from_the_policy_and_the_reward_model_of_the_round_before(
+    tmp_path: Path,
+) -> None:
+    plan = load_pipeline(Path("recipes/nano/pipeline_iterative.yaml"), [f"run.dir={tmp_path}"])
+    made = {stage.entry.name: stage for stage in plan.stages}
+    for stage in plan.stages:
+        check_names(stage.recipe, stage.entry.recipe)
+    final = {name: str(tmp_path / name / "final") for name in made}
+    pairs, reward, policy = (made[name].recipe for name in ("pairs_2", "reward_2", "policy_2"))
+    assert pairs.model.path == policy.model.path == final["policy_1"]
+    assert reward.model.path == final["reward_1"]
+    assert [(str(data.path), data.share) for data in reward.data] == [
+        (final["pairs_2"] + "/arithmetic", 0.9),
+        (final["pairs_1"] + "/arithmetic", 0.1),
+    ]
+    assert isinstance(policy, GrpoRecipe)
+    assert policy.grpo.kl_coefficient
+    assert policy.reference is None  # the policy at the start of the stage
+    assert [term.params.get("path") for term in policy.rewards] == [None, final["reward_2"]]
+    assert {stage.recipe.seed for name, stage in made.items() if name.endswith("_2")} == {1}
