@@ -175,7 +175,10 @@ class NanoChatParams(Strict):
 
 
 class InstructionParams(Strict):
-    """None: see `align.data.instructions.generate`."""
+    """See `align.data.instructions.generate`."""
+
+    demonstrations: bool = False
+    aware_share: float = Field(default=0.5, ge=0, le=1)
 
 
 GENERATED: Mapping[str, type[Strict]] = {
@@ -207,7 +210,7 @@ class GeneratorSource(Strict):
 
     @property
     def has_demonstrations(self) -> bool:
-        return self.name != "instructions"
+        return True
 
     @property
     def has_preferences(self) -> bool:

@@ -6,7 +6,9 @@ import pytest
 
 from align.data import instruction_words as lists
 from align.data.cards import load_card
-from align.data.instructions import APART, KINDS, SEEN, SIZES, UNSEEN, generate
+from align.data.instruction_answers import SENTENCES
+from align.data.instruction_kinds import APART, KINDS, SEEN, UNSEEN
+from align.data.instructions import SIZES, generate
 from align.data.loader import load_split
 from align.data.types import Example, SplitName
 from reward import Sample
@@ -61,8 +63,8 @@ def test_some_kinds_are_only_in_the_test(examples: dict[SplitName, list[Example]
 
 
 def test_the_seed_decides(examples: dict[SplitName, list[Example]]) -> None:
-    assert generate("train", seed=0) == examples["train"]
-    assert generate("train", seed=1)[:20] != examples["train"][:20]
+    assert generate("train", seed=0, demonstrations=False) == examples["train"]
+    assert generate("train", seed=1, demonstrations=False)[:20] != examples["train"][:20]
 
 
 def test_no_request_is_at_odds_with_itself(examples: dict[SplitName, list[Example]]) -> None:
@@ -85,3 +87,35 @@ def test_the_request_itself_is_a_degenerate_answer(examples: dict[SplitName, lis
     for example in examples["test"]:
         args = [one["args"] for one in example.metadata["instructions"]]
         assert degenerate(example.prompt_text, example.prompt_text, example.metadata["topic"], args)
+
+
+@pytest.fixture(scope="module")
+def shown() -> list[Example]:
+    return generate("validation", seed=0, demonstrations=True, aware_share=0.5)
+
+
+def follows(example: Example) -> bool:
+    assert example.response is not None
+    return judge(
+        Sample("1", example.prompt_text, example.response, None, example.domain, metadata=example.metadata)
+    ).passes
+
+
+def test_demonstrations_follow_the_instructions_as_often_as_asked(shown: list[Example]) -> None:
+    assert 0.5 < sum(map(follows, shown)) / len(shown) < 0.75, "the unaware ones are right by accident at times"
+    aware = generate("validation", seed=0, demonstrations=True, aware_share=1.0)
+    assert all(map(follows, aware))
+    assert len(aware) > 0.9 * SIZES["validation"]
+
+
+def test_demonstrations_change_nothing_else_and_the_test_has_none(shown: list[Example]) -> None:
+    bare = {example.id: example for example in generate("validation", seed=0, demonstrations=False)}
+    assert all(bare[example.id].messages == example.messages for example in shown)
+    assert all(example.response is None for example in generate("test", seed=0, demonstrations=True)[:20])
+
+
+def test_the_sentences_avoid_what_instructions_forbid() -> None:
+    text = " ".join(SENTENCES).casefold()
+    assert "," not in text
+    for split in SPLITS:
+        assert not set(lists.UNWANTED[split]) & set(text.replace(".", "").split())
