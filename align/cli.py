@@ -70,6 +70,15 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("recipe", type=Path, help="recipe file, for example recipes/nano/grpo.yaml")
         command.add_argument("overrides", nargs="*", metavar="key=value", help="for example grpo.steps=20 seed=1")
         command.set_defaults(run=run)
+    space = commands.add_parser(
+        "plan", help="where a recipe's processes go on a cluster, their memory and time; starts nothing"
+    )
+    space.add_argument("recipe", type=Path, help="recipe file, for example recipes/v2_lite/sft.yaml")
+    space.add_argument("overrides", nargs="*", metavar="key=value", help="for example learner.ranks=16")
+    space.add_argument("--nodes", type=int, default=1)
+    space.add_argument("--gpus-per-node", type=int, required=True, help="0 for one machine without GPUs")
+    space.add_argument("--gpu-memory", type=float, default=0.0, metavar="GIB", help="of each GPU, for example 80")
+    space.set_defaults(run=plan)
     chain = commands.add_parser("pipeline", help="run the stages that a file names, one after the other")
     chain.add_argument("file", type=Path, help="pipeline file, for example recipes/nano/pipeline.yaml")
     chain.add_argument("overrides", nargs="*", metavar="key=value", help="for example seed=1 run.dir=runs/second")
@@ -201,17 +210,17 @@ def preferences(options: argparse.Namespace) -> int:
 
 def pipeline(options: argparse.Namespace) -> int:
     """`align pipeline FILE`."""
-    plan = load_pipeline(options.file, options.overrides)
+    chain = load_pipeline(options.file, options.overrides)
     from align.stages.pipeline import run_pipeline
     from align.stages.preflight import check_names
 
-    for stage in plan.stages:
+    for stage in chain.stages:
         check_names(stage.recipe, stage.entry.recipe)
-    status = run_pipeline(plan, options.start, options.last)
+    status = run_pipeline(chain, options.start, options.last)
     if status == 0:
         from align.report import write_report
 
-        print(f"the report is in {write_report(plan.directory)}")
+        print(f"the report is in {write_report(chain.directory)}")
     return status
 
 
@@ -220,6 +229,23 @@ def check(options: argparse.Namespace) -> int:
     recipe = read_recipe(options.recipe, options.overrides)
     print(f"{options.recipe}: a valid {recipe.stage} recipe; its run would go to {recipe.directory}")
     return 0
+
+
+def plan(options: argparse.Namespace) -> int:
+    """`align plan RECIPE --nodes N --gpus-per-node M --gpu-memory G`: 0 where it fits, 1 where it does not."""
+    recipe = read_recipe(options.recipe, options.overrides)
+    from align.model.sizes import empty_model, model_sizes, read_config
+    from align.plan.placement import cluster_of
+    from align.plan.plan import make_plan
+    from align.plan.show import as_text
+
+    cluster = cluster_of(options.nodes, options.gpus_per_node, options.gpu_memory)
+    sizes = model_sizes(empty_model(read_config(recipe.model.path)))
+    made = make_plan(recipe, sizes, cluster)
+    print(as_text(recipe, sizes, cluster, made), flush=True)
+    for refusal in made.refusals:
+        print(f"does not fit: {refusal}", file=sys.stderr)
+    return EXIT_FAILED if made.refusals else 0
 
 
 def doctor(options: argparse.Namespace) -> int:

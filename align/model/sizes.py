@@ -1,0 +1,140 @@
+"""How large a model is, read from its configuration: every parameter's shape on the meta device, without weights."""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from align.errors import UserError
+from align.model.policy import first_line
+
+KNOWN = Path(__file__).parent / "known"
+KNOWN_NAMES = {
+    "deepseek-ai/DeepSeek-V2-Lite": "deepseek_v2_lite.json",
+    "deepseek-ai/DeepSeek-V2-Lite-Chat": "deepseek_v2_lite.json",
+    "deepseek-ai/DeepSeek-V2": "deepseek_v2.json",
+    "deepseek-ai/DeepSeek-V2-Chat": "deepseek_v2.json",
+}
+LAYER = re.compile(r"\.layers\.\d+\.")
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSizes:
+    """The sizes of a model in elements.
+
+    `parameters` by name; `kv_a_token` in the KV cache for a token in all layers (a latent and a rotary key a layer with MLA,
+    576 in DeepSeek-V2: report, section 2.1.2); `experts_a_token` is the share of the routed experts that a token goes
+    through.
+    """
+
+    parameters: Mapping[str, Shape]
+    layers: int
+    hidden: int
+    vocabulary: int
+    heads: int
+    kv_a_token: int
+    experts_a_token: float
+
+    @property
+    def total(self) -> int:
+        """All parameters."""
+        return sum(map(math.prod, self.parameters.values()))
+
+    @property
+    def active(self) -> int:
+        """The parameters that a token is multiplied with; of the embedding it takes a row."""
+        return round(sum(self._share(n) * math.prod(s) for n, s in self.parameters.items() if "embed_tokens" not in n))
+
+    @property
+    def largest_block(self) -> int:
+        """What ZeRO-3 fetches as one at most: a mixture-of-experts block, or a single parameter."""
+        blocks: dict[str, int] = {}
+        for name, shape in self.parameters.items():
+            block = re.sub(r"\.(experts|gate|shared_experts)\..*$", "", name) if self.is_mixture else name
+            blocks[block] = blocks.get(block, 0) + math.prod(shape)
+        return max(blocks.values())
+
+    @property
+    def is_mixture(self) -> bool:
+        """Whether there are routed experts."""
+        return any(".experts." in name for name in self.parameters)
+
+    @property
+    def activations(self) -> tuple[int, int]:
+        """Elements that backward needs of a token: in the layer that needs most, and in all layers.
+
+        Of each linear layer its result and one thing made of it; of the residual stream eight copies (two norms in float32).
+        """
+        layers: dict[str, float] = {}
+        for name, shape in self.parameters.items():
+            if (found := LAYER.search(name)) and len(shape) > 1:
+                layers[found[0]] = layers.get(found[0], 8.0 * self.hidden) + 2 * shape[-2] * self._uses(name)
+        return round(max(layers.values())), round(sum(layers.values()))
+
+    def _share(self, name: str) -> float:
+        return self.experts_a_token if ".experts." in name else 1.0
+
+    def _uses(self, name: str) -> float:
+        """How often a token passes through a parameter: through as many experts as it is sent to."""
+        return self.experts_a_token * self.parameters[name][0] if ".experts." in name else 1.0
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """The `config.json` of a model directory, or of a hub name: what is known here, else the hub's. Raises UserError."""
+    file = KNOWN / KNOWN_NAMES[path] if path in KNOWN_NAMES else Path(path) / "config.json"
+    if file.is_file():
+        try:
+            config = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"model.path: {file} cannot be read as a model's configuration: {error}") from None
+        return {name: value for name, value in config.items() if not name.startswith("_")}
+    from transformers import AutoConfig
+
+    try:
+        found: dict[str, Any] = AutoConfig.from_pretrained(path).to_dict()
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"model.path: {path} has no config.json here, and the hub does not give it ({first_line(error)}); if an earlier "
+            f"stage is to make it, say what it will be like: model.path=DIRECTORY, or one of {', '.join(KNOWN_NAMES)}"
+        ) from None
+    return found
+
+
+def empty_model(config: Mapping[str, Any]) -> Any:
+    """The model of a configuration on the meta device: shapes without memory. Raises UserError."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    values = dict(config)
+    try:
+        architecture = AutoConfig.for_model(values.pop("model_type"), **values)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(architecture)
+    except (KeyError, ValueError, TypeError) as error:
+        raise UserError(f"model.path: transformers knows no model of this configuration: {first_line(error)}") from None
+
+
+def model_sizes(model: Any) -> ModelSizes:
+    """The sizes of a model, whatever device it is on."""
+    config = model.config
+    heads, layers = config.num_attention_heads, config.num_hidden_layers
+    if getattr(config, "kv_lora_rank", None):
+        kv = config.kv_lora_rank + config.qk_rope_head_dim
+    else:
+        head = getattr(config, "head_dim", None) or config.hidden_size // heads
+        kv = 2 * head * (getattr(config, "num_key_value_heads", None) or heads)
+    experts = getattr(config, "n_routed_experts", None) or getattr(config, "num_experts", None)
+    return ModelSizes(
+        parameters={name: tuple(parameter.shape) for name, parameter in model.named_parameters()},
+        layers=layers,
+        hidden=config.hidden_size,
+        vocabulary=config.vocab_size,
+        heads=heads,
+        kv_a_token=kv * layers,
+        experts_a_token=config.num_experts_per_tok / experts if experts else 1.0,
+    )

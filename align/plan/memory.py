@@ -1,0 +1,99 @@
+"""The memory of each role, part by part, in bytes: what DeepSpeed and vLLM hold, by the recipe's own settings.
+
+Parameters, gradients and optimizer states are counted exactly, as ZeRO (arXiv:1910.02054) shares them out; activations are an
+estimate for a micro-batch of `learner.micro_batch_tokens`; what a process takes with nothing in it was measured.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from align.config import LearnerOptions
+from align.model.sizes import ModelSizes
+from rollout import FleetOptions
+
+GIB = 2**30
+ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
+# DeepSpeed 0.19's defaults, which this project leaves alone: elements reduced as one, fetched ahead, and updated as one under ZeRO-3.
+REDUCE_BUCKET, PREFETCH, SUB_GROUP = 5 * 10**8, 5 * 10**7, 10**9
+# Resident memory of a process that has imported and started everything and holds no model. Measured on x86-64 Linux, Python 3.11 and
+# the versions that this project pins; `benchmarks/plan_memory.py` measures it against a run.
+LEARNER_PROCESS, WORKER_PROCESS, SCORING_PROCESS = 0.75 * GIB, 1.0 * GIB, 0.13 * GIB
+# The same on a GPU: CUDA's context, the kernels' workspaces and NCCL's buffers. Not measured here: what others report for an H100.
+GPU_PROCESS = 2.0 * GIB
+
+Parts = Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """What a learner rank trains: `trained` of the parameters, in `element` bytes a number.
+
+    A step gives it `step_tokens` in sequences of `longest` tokens at most.
+    """
+
+    sizes: ModelSizes
+    options: LearnerOptions
+    trained: int
+    step_tokens: int
+    longest: int
+    element: int
+    reference_copy: bool
+    logits: bool = True
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a micro-batch; a sequence that is longer than the budget is one of its own."""
+        return min(max(self.options.micro_batch_tokens, self.longest), self.step_tokens)
+
+
+def learner_memory(job: Training) -> dict[str, float]:
+    """The memory of one learner rank at the peak of a step."""
+    zero, ranks = job.options.zero_stage, job.options.ranks
+    share = ranks if zero else 1
+    weights = job.sizes.total / (ranks if zero == 3 else 1)
+    gradients = job.trained / (ranks if zero >= 2 else 1)
+    parts = {"weights": weights * job.element, "gradients": gradients * job.element}
+    if zero == 3:
+        held = job.sizes.largest_block * (2 if job.trained == job.sizes.total else 1) + min(PREFETCH, job.sizes.total)
+        parts["gathered block"] = held * job.element
+    # Adam's two moments, and a float32 copy of the weights wherever DeepSpeed wraps the optimizer.
+    wrapped = zero > 0 or job.element < 4
+    parts["optimiser"] = job.trained / share * (12 if wrapped else 8)
+    stepping = min(SUB_GROUP, job.trained / share) if zero == 3 else job.trained / share
+    bucket = min(REDUCE_BUCKET, job.trained) * job.element if zero else 0
+    parts["update and reduction"] = max(stepping * 4 if wrapped else 0, bucket)
+    if job.reference_copy:
+        parts["reference"] = job.sizes.total * job.element
+    return parts | activation_memory(job)
+
+
+def activation_memory(job: Training) -> dict[str, float]:
+    """What backward needs of a micro-batch, and the logits: with checkpointing one layer's, and the input of each layer."""
+    one_layer, all_layers = job.sizes.activations
+    elements = one_layer + job.sizes.layers * job.sizes.hidden if job.options.gradient_checkpointing else all_layers
+    # The logits in the policy's dtype with their gradient; in float32 scaled, their softmax, and the gradient of both.
+    logits = 12 + (2 * job.element if job.element < 4 else 0)
+    parts: dict[str, float] = {"activations": job.tokens * elements * job.element}
+    return parts | ({"logits": job.tokens * job.sizes.vocabulary * logits} if job.logits else {})
+
+
+def worker_memory(sizes: ModelSizes, options: FleetOptions, element: int, gpu_memory: float) -> dict[str, float]:
+    """The memory of one GPU of a rollout worker, or of its process on a CPU (`gpu_memory` 0).
+
+    On a GPU vLLM gives the KV cache what is left of `rollout.gpu_memory_share`; every GPU of a worker holds the whole
+    latent of a token, which has no heads to divide.
+    """
+    weights = sizes.total * element / (options.tensor_parallel if gpu_memory else 1)
+    tokens = max(options.max_length, 4096 if not gpu_memory else 8192)
+    widest = max(sizes.activations[0], sizes.hidden)
+    passing = tokens * widest * element + options.batch_sequences * sizes.vocabulary * 12
+    parts = {"weights": weights, "forward pass": passing}
+    if not gpu_memory:
+        return parts | {"KV cache": options.kv_cache_gb * GIB}
+    left = gpu_memory * options.gpu_memory_share - sum(parts.values()) - GPU_PROCESS
+    return parts | {"KV cache": max(left, 0.0)}
+
+
+def kv_bytes_a_token(sizes: ModelSizes, element: int) -> int:
+    """Bytes of the KV cache that a token takes."""
+    return sizes.kv_a_token * element

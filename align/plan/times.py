@@ -1,0 +1,79 @@
+"""How long the phases of a step take, in seconds: upper ends, from what the engines have to compute and to move.
+
+Every completion is taken to reach its limit and every sequence to fill the context, so that a real step is shorter. The rates are
+assumptions: on GPUs an H100 SXM's data sheet (989 TFLOP/s dense in bfloat16, 3.35 TB/s, NVLink 450 GB/s one way) and a
+400 Gbit/s network, with the shares below; on CPUs what the nano policy reaches on a thread.
+"""
+
+from dataclasses import dataclass
+
+from align.model.sizes import ModelSizes
+
+TRAINING_SHARE, DECODING_SHARE = 0.25, 0.5
+# Launching a layer's kernels one by one, as vLLM does without CUDA graphs (`enforce_eager`).
+EAGER_LAYER_S = 0.25e-3
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """Of a learner rank: floating-point operations a second; of a GPU in decoding: bytes a second; of links: bytes a second."""
+
+    flops: float
+    decode_bytes: float
+    decode_flops: float
+    layer_s: float
+    link: float
+    host: float
+
+
+GPU_IN_A_NODE = Rates(989e12 * TRAINING_SHARE, 3.35e12 * DECODING_SHARE, 989e12 * 0.25, EAGER_LAYER_S, 450e9 * 0.5, 5e9)
+GPU_OVER_NODES = Rates(989e12 * TRAINING_SHARE, 3.35e12 * DECODING_SHARE, 989e12 * 0.25, EAGER_LAYER_S, 50e9 * 0.7, 5e9)
+CPU_THREAD = Rates(38e9, 10e9, 7.5e9, 0.0, 1e9, 1e9)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """`sequences` of `new_tokens` each on `workers`, `together` at a time; a worker's GPUs hold `weight_bytes` each."""
+
+    sequences: int
+    new_tokens: int
+    workers: int
+    together: int
+    weight_bytes: float
+    kv_bytes: float
+    threads: int
+
+
+def sampling_seconds(sizes: ModelSizes, work: Sampling, rates: Rates) -> float:
+    """Decoding: each step reads the weights and the cache once (bandwidth), or computes all sequences, what takes longer."""
+    each = -(-work.sequences // work.workers)
+    together = min(each, work.together)
+    read = (work.weight_bytes + together * work.kv_bytes * work.new_tokens / 2) / rates.decode_bytes
+    compute = 2 * sizes.active * together / (rates.decode_flops * work.threads)
+    return -(-each // together) * work.new_tokens * (max(read, compute) + sizes.layers * rates.layer_s)
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """Tokens of a step, over `ranks` in micro-batches of `micro_batch_tokens`; `flops_a_parameter` of each token."""
+
+    tokens: int
+    ranks: int
+    micro_batch_tokens: int
+    flops_a_parameter: float
+    gathers: float
+    weight_bytes: float
+    threads: int
+
+
+def training_seconds(sizes: ModelSizes, work: Pass, rates: Rates) -> float:
+    """Forward and backward (6 operations a parameter and token), and ZeRO-3's fetching of the weights in each micro-batch."""
+    each = work.tokens / work.ranks
+    micro_batches = max(1, round(each / work.micro_batch_tokens))
+    compute = each * sizes.active * work.flops_a_parameter / (rates.flops * work.threads)
+    return compute + micro_batches * work.gathers * work.weight_bytes / rates.link
+
+
+def transfer_seconds(sent_bytes: float, rates: Rates) -> float:
+    """New weights from rank 0 to every worker: to the CPU, into Ray's store, and out of it into the engines."""
+    return 3 * sent_bytes / rates.host

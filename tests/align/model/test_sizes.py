@@ -1,0 +1,98 @@
+"""What is read from a configuration alone: against counting by formula, and against what is published."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from align.errors import UserError
+from align.model.checkpoint_names import from_checkpoint, to_checkpoint
+from align.model.sizes import empty_model, model_sizes, read_config
+
+LITE, V2, NANO = "deepseek-ai/DeepSeek-V2-Lite", "deepseek-ai/DeepSeek-V2", "recipes/nano/policy"
+
+
+def counted_by_formula(c: dict[str, Any]) -> int:
+    """The parameters of a DeepSeek-V2 (report, sections 2.1 and 2.2), term by term."""
+    hidden, heads, latent, rope = c["hidden_size"], c["num_attention_heads"], c["kv_lora_rank"], c["qk_rope_head_dim"]
+    query = heads * (c["qk_nope_head_dim"] + rope)
+    queries = hidden * query if c["q_lora_rank"] is None else c["q_lora_rank"] * (hidden + query + 1)
+    keys = hidden * (latent + rope) + latent + latent * heads * (c["qk_nope_head_dim"] + c["v_head_dim"])
+    attention = queries + keys + heads * c["v_head_dim"] * hidden
+    expert = 3 * hidden * c["moe_intermediate_size"]
+    experts = (c["n_routed_experts"] + c["n_shared_experts"]) * expert + c["n_routed_experts"] * hidden
+    dense = c["first_k_dense_replace"]
+    layers = c["num_hidden_layers"] * (attention + 2 * hidden)
+    blocks = dense * 3 * hidden * c["intermediate_size"] + (c["num_hidden_layers"] - dense) * experts
+    return 2 * c["vocab_size"] * hidden + layers + blocks + hidden
+
+
+@pytest.mark.parametrize("name", [LITE, V2, NANO])
+def test_the_meta_device_and_the_formula_count_the_same(name: str) -> None:
+    config = read_config(name)
+    assert model_sizes(empty_model(config)).total == counted_by_formula(config)
+
+
+def test_deepseek_v2_lite_is_what_was_published() -> None:
+    sizes = model_sizes(empty_model(read_config(LITE)))
+    assert sizes.total == 15_706_484_224  # its checkpoint
+    assert round(sizes.active / 1e9, 1) == 2.5  # the report says 2.4 B; with the head, 2.45
+    assert sizes.kv_a_token == 27 * 576
+
+
+def test_deepseek_v2_is_what_was_published() -> None:
+    sizes = model_sizes(empty_model(read_config(V2)))
+    assert round(sizes.total / 1e9) == 236
+    assert round(sizes.active / 1e9) == 21
+    assert sizes.kv_a_token == 60 * 576
+
+
+@pytest.mark.parametrize("name", [LITE, V2])
+def test_the_softmax_scale_has_yarns_factor(name: str) -> None:
+    for layer in empty_model(read_config(name)).model.layers:
+        assert layer.self_attn.scaling == pytest.approx(0.1147214, abs=1e-7)
+
+
+def test_every_name_of_deepseek_v2_lite_maps_to_its_checkpoint_and_back() -> None:
+    state = {name: p.detach() for name, p in empty_model(read_config(LITE)).named_parameters()}
+    split = dict(to_checkpoint(state.items()))
+    assert len(split) == 5291  # tensors of the published checkpoint
+    assert split["model.layers.26.mlp.experts.63.up_proj.weight"].shape == (1408, 2048)
+    assert not any(name.endswith(("experts.gate_up_proj", "experts.down_proj")) for name in split)
+    back = from_checkpoint(split)
+    assert {name: tensor.shape for name, tensor in back.items()} == {name: p.shape for name, p in state.items()}
+
+
+@pytest.mark.slow
+def test_vllm_has_a_parameter_for_every_checkpoint_name_of_deepseek_v2_lite() -> None:
+    """By the table with which vLLM's own loader renames a checkpoint's experts."""
+    fused_moe = pytest.importorskip("vllm.model_executor.layers.fused_moe")
+    model = empty_model(read_config(LITE))
+    names = [name for name, _ in to_checkpoint((n, p.detach()) for n, p in model.named_parameters())]
+    table = fused_moe.fused_moe_make_expert_params_mapping(
+        model,
+        ckpt_gate_proj_name="gate_proj",
+        ckpt_down_proj_name="down_proj",
+        ckpt_up_proj_name="up_proj",
+        num_experts=64,
+    )
+    written = {f".{checkpoint}" for _, checkpoint, _, _ in table}
+    experts = {"." + name.split(".mlp.")[1].removesuffix("weight") for name in names if ".mlp.experts." in name}
+    assert experts == written
+
+
+def test_another_architecture_counts_keys_and_values_of_all_heads() -> None:
+    config = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config |= {"num_hidden_layers": 3, "intermediate_size": 96, "vocab_size": 100}
+    sizes = model_sizes(empty_model(config))
+    assert sizes.kv_a_token == 3 * 2 * 2 * 16
+    real = AutoModelForCausalLM.from_config(AutoConfig.for_model(config.pop("model_type"), **config))
+    assert sizes.total == sum(p.numel() for p in real.parameters())
+    assert all(p.device == torch.device("cpu") for p in real.parameters())
+
+
+def test_a_model_that_is_nowhere_is_refused_with_what_to_say_instead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match=r"model\.path: runs/none/final .*deepseek-ai/DeepSeek-V2-Lite"):
+        read_config("runs/none/final")

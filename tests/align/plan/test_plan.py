@@ -1,0 +1,117 @@
+"""What a recipe takes on a cluster: by figures that can be worked out by hand."""
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from align.cli import main
+from align.config import load_recipe
+from align.errors import UserError
+from align.model.sizes import ModelSizes, empty_model, model_sizes, read_config
+from align.plan.adapters import adapted_parameters, adapter_size, changed_size
+from align.plan.memory import GIB, kv_bytes_a_token
+from align.plan.placement import Cluster, Demand, cluster_of, place
+from align.plan.plan import Plan, make_plan
+
+LITE, V2 = "deepseek-ai/DeepSeek-V2-Lite", "deepseek-ai/DeepSeek-V2"
+
+
+@cache
+def sizes_of(name: str) -> ModelSizes:
+    return model_sizes(empty_model(read_config(name)))
+
+
+def planned(recipe: str, model: str, nodes: int, gpus: int, *overrides: str) -> Plan:
+    return make_plan(
+        load_recipe(Path(recipe), [f"model.path={model}", *overrides]), sizes_of(model), cluster_of(nodes, gpus, 80)
+    )
+
+
+def test_zero_3_shares_out_sixteen_bytes_a_parameter() -> None:
+    """Weights and gradients in bfloat16, a float32 copy and Adam's two moments (ZeRO, arXiv:1910.02054, section 3.1)."""
+    plan = planned("recipes/v2_lite/sft.yaml", LITE, 2, 8)
+    parts = plan.roles[-1].parts
+    state = parts["weights"] + parts["gradients"] + parts["optimiser"]
+    assert state == pytest.approx(16 * 15_706_484_224 / 8)
+    assert plan.refusals == []
+
+
+def test_zero_1_keeps_weights_and_gradients_whole() -> None:
+    parts = planned("recipes/v2_lite/sft.yaml", LITE, 2, 8, "learner.zero_stage=1").roles[-1].parts
+    assert parts["weights"] == parts["gradients"] == 2 * 15_706_484_224
+    assert parts["optimiser"] == pytest.approx(12 * 15_706_484_224 / 8)
+
+
+def test_the_kv_cache_of_mla_has_576_elements_a_token_and_layer() -> None:
+    assert kv_bytes_a_token(sizes_of(LITE), element=2) == 576 * 27 * 2
+
+
+def test_learners_and_rollout_workers_have_gpus_of_their_own() -> None:
+    (refusal,) = planned("recipes/v2_lite/sft.yaml", LITE, 1, 8).refusals
+    assert "needs 12 GPUs, 4 x 1 (rollout workers) + 8 x 1 (learner ranks), and there are 8" in refusal
+
+
+def test_all_parameters_of_deepseek_v2_take_more_than_sixty_four_learners() -> None:
+    (refusal,) = planned("recipes/v2/sft.yaml", V2, 10, 8).refusals
+    assert "it would fit with learner.ranks=72" in refusal
+    assert planned("recipes/v2/sft.yaml", V2, 11, 8, "learner.ranks=72").refusals == []
+
+
+def test_deepseek_v2_is_refused_on_eight_gpus_with_what_would_fit() -> None:
+    refusals = planned(
+        "recipes/v2/sft.yaml", V2, 1, 8, "learner.ranks=4", "rollout={tensor_parallel: 4, workers: 1}"
+    ).refusals
+    assert any("learner rank needs" in text and "learner.ranks=" in text for text in refusals)
+    assert any("a rollout worker has 0.00 GiB for its KV cache" in text for text in refusals)
+
+
+def test_a_reference_of_its_own_is_a_second_model_on_every_rank() -> None:
+    refusals = planned("recipes/v2/grpo_reasoning.yaml", V2, 10, 8).refusals
+    assert any("most of it for reference" in text and "grpo.kl_coefficient=0" in text for text in refusals)
+
+
+def test_adapters_take_no_optimiser_for_what_they_leave_alone() -> None:
+    """Two factors of rank 8 on q_proj [3072, 2048], kv_a [576, 2048] and o_proj [2048, 2048] of 27 layers."""
+    attention = adapted_parameters(sizes_of(LITE), ["attention"])
+    assert adapter_size(attention, 8) == 27 * 8 * ((3072 + 2048) + (576 + 2048) + (2048 + 2048))
+    assert changed_size(sizes_of(LITE), attention) == 27 * (2048 * (3072 + 576 + 2048) + 512 + 4096 * 512)
+    experts = adapted_parameters(sizes_of(LITE), ["experts"])
+    assert adapter_size(experts, 8) == 26 * 64 * 8 * ((2 * 1408 + 2048) + (2048 + 1408))
+    with pytest.raises(UserError, match="nothing that is called 'q_proy'"):
+        adapted_parameters(sizes_of(LITE), ["q_proy"])
+
+
+def test_a_worker_does_not_span_nodes() -> None:
+    (refusal,) = planned("recipes/v2/sft.yaml", V2, 32, 4, "rollout.tensor_parallel=8").refusals[:1]
+    assert "needs 8 GPUs of one node, and a node has 4: lower rollout.tensor_parallel" in refusal
+
+
+def test_processes_go_to_the_first_node_with_room_and_shares_to_the_fullest_gpu() -> None:
+    lines, homeless = place(
+        Cluster(2, 4, 80 * GIB), [Demand("worker", 1, 2), Demand("judge", 3, 0.5), Demand("rank", 5, 1)]
+    )
+    assert lines == ["node 0: worker 0, judge 0-2", "node 1: rank 0-3"]
+    assert homeless == ["rank"]
+
+
+def test_the_nano_recipe_fits_its_own_machine() -> None:
+    recipe = load_recipe(Path("recipes/nano/grpo.yaml"), ["init_from=null"])
+    plan = make_plan(recipe, sizes_of("recipes/nano/policy"), cluster_of(1, 0, 0))
+    assert plan.refusals == []
+    assert plan.roles[0].parts["KV cache"] == 0.5 * GIB
+
+
+def test_the_command_says_what_does_not_fit_and_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["plan", "recipes/v2/sft.yaml", "--gpus-per-node", "8", "--gpu-memory", "80"]
+    assert main(arguments) == 1
+    printed = capsys.readouterr()
+    assert "235,741,434,880 parameters" in printed.out
+    assert printed.err.startswith("does not fit: no GPU is left for")
+    assert main([*arguments[:2], "learner.ranks=72", *arguments[2:], "--nodes", "11"]) == 0
+
+
+@pytest.mark.parametrize(("nodes", "gpus", "memory"), [(0, 8, 80), (2, 0, 0), (1, 8, 0)])
+def test_a_cluster_that_cannot_be_is_refused(nodes: int, gpus: int, memory: float) -> None:
+    with pytest.raises(UserError, match="--"):
+        cluster_of(nodes, gpus, memory)
