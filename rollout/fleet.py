@@ -39,6 +39,7 @@ class Fleet:
         actor = ray.remote(
             num_cpus=0,
             num_gpus=options.tensor_parallel if torch.cuda.is_available() else 0,
+            resources=options.resources,
             runtime_env={"env_vars": environment(options.threads)},
             max_restarts=0,
         )(RolloutWorker)

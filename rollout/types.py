@@ -87,5 +87,8 @@ class FleetOptions(EngineOptions):
 
     workers: int = Field(2, ge=1, description="rollout workers: processes with an engine each")
     threads: int = Field(1, ge=1, description="CPU threads of a worker")
+    resources: dict[str, float] = Field(
+        {}, description="custom Ray resources that a worker takes, to say on which nodes of a cluster workers may be"
+    )
     start_timeout_s: float = Field(300, gt=0, description="longest time a worker may take to load, in seconds")
     batch_timeout_s: float = Field(600, gt=0, description="longest time one engine batch may take, in seconds")

@@ -91,6 +91,9 @@ class LearnerOptions(Section):
     port: int | None = Field(None, ge=1024, le=65535, description="where the ranks meet; a free port when not given")
     optimizer: OptimizerOptions
     lora: LoraOptions | None = Field(None, description="train adapters alone; all parameters when not given")
+    resources: dict[str, float] = Field(
+        {}, description="custom Ray resources that a rank takes, to say on which nodes of a cluster ranks may be"
+    )
     start_timeout_s: float = Field(600, gt=0)
     step_timeout_s: float = Field(1800, gt=0)
 

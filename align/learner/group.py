@@ -41,6 +41,7 @@ class RankGroup:
             ray.remote(
                 num_cpus=0,
                 num_gpus=gpus,
+                resources=options.resources,
                 max_restarts=0,
                 runtime_env={"env_vars": environment(rank, options.ranks, options.threads)},
             )(kind).remote(model, options)

@@ -147,6 +147,11 @@ def too_few(recipe: Recipe, roles: Sequence[Role], homeless: Sequence[str], clus
             f"a rollout worker needs {widest:g} GPUs of one node, and a node has {cluster.gpus_per_node}: "
             "lower rollout.tensor_parallel"
         ]
+    if cluster.gpus < len([r for r in roles if r.gpus >= 1]):
+        return [
+            f"a run has GPUs of its own for learners and for rollout workers, {widest + 1:g} at least, and there are "
+            f"{cluster.gpus}: take more"
+        ]
     return [
         f"no GPU is left for {', '.join(homeless)}: the recipe needs {total:g} GPUs, {wanted}, and there are {cluster.gpus}; "
         "learners and rollout workers have GPUs of their own, so lower learner.ranks, rollout.workers, "

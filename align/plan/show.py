@@ -23,5 +23,8 @@ def as_text(recipe: Recipe, sizes: ModelSizes, cluster: Cluster, plan: Plan) -> 
         lines.append(f"  {role.name}: {gib(role.total)}{on}: {parts}")
     if plan.seconds:
         lines += ["", "seconds of a step, at most (assumed rates: align/plan/times.py)"]
-        lines += [f"  {phase}: {seconds:.2g}" for phase, seconds in plan.seconds.items()]
+        lines += [
+            f"  {phase}: {seconds:,.0f}" if seconds >= 10 else f"  {phase}: {seconds:.2g}"
+            for phase, seconds in plan.seconds.items()
+        ]
     return "\n".join([*lines, "", *plan.notes])

@@ -1,10 +1,12 @@
 """What every stage runs on: Ray, the rollout workers, the tokenizer, and the checks that a policy has to pass."""
 
+import ipaddress
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 
@@ -12,7 +14,7 @@ from align.config import ModelOptions, PolicyRecipe, Recipe, RewardModelRecipe, 
 from align.errors import UserError
 from align.evaluate.doctor import examine, verdict
 from align.learner.group import check_port
-from align.model.policy import load_tokenizer, stop_token_ids, write_random_policy
+from align.model.policy import first_line, load_tokenizer, stop_token_ids, write_random_policy
 from align.model.reward_model import is_reward_model
 from align.stages.run import Run
 from reward import Mixture, RewardError, ScoringPool
@@ -87,8 +89,12 @@ def local_ray() -> Iterator[None]:
     import ray
     from ray._private import ray_constants
 
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=False)
+    if address := os.environ.get("RAY_ADDRESS"):
+        check_address(address, os.environ.get("RAY_AUTH_MODE"))
+        try:
+            ray.init(log_to_driver=False)
+        except (ConnectionError, ray.exceptions.AuthenticationError) as error:
+            raise UserError(f"RAY_ADDRESS={address}: {first_line(error)}") from None
     else:
         # Where Ray knows no clusters it listens on loopback alone; asked for 127.0.0.1 it would take the host's address.
         # The variable tells the processes it starts; this one has read it already.
@@ -99,6 +105,22 @@ def local_ray() -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def check_address(address: str, auth_mode: str | None) -> None:
+    """Raise UserError for a cluster that others can reach and that asks for no token: whoever reaches it runs what he likes."""
+    if address == "local" or (auth_mode or "").lower() == "token":
+        return
+    host = urlsplit(address if "://" in address else f"//{address}").hostname or ""
+    try:
+        loopback = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        loopback = host == "localhost"
+    if not loopback:
+        raise UserError(
+            f"RAY_ADDRESS={address} is a cluster on a network and RAY_AUTH_MODE is not 'token': anyone who reaches it could run "
+            "code there. Start its nodes with RAY_AUTH_MODE=token and set the same here; docs/cluster.md has the commands"
+        )
 
 
 def start_node(attempts: int = 5) -> None:
