@@ -170,7 +170,7 @@ class NanoChatParams(Strict):
     """See `align.data.nano_chat.generate`; preferences have an aspect and no shares."""
 
     good_share: float = Field(default=0.2, ge=0, le=1)
-    careful_share: float = Field(default=0.5, ge=0, le=1)
+    careful_share: float = Field(default=0.6, ge=0, le=1)
     aspect: Aspect | None = None
 
 
