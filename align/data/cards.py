@@ -169,7 +169,7 @@ class NanoCodeParams(Strict):
 class NanoChatParams(Strict):
     """See `align.data.nano_chat.generate`; preferences have an aspect and no shares."""
 
-    good_share: float = Field(default=0.2, ge=0, le=1)
+    good_share: float = Field(default=0.4, ge=0, le=1)
     careful_share: float = Field(default=0.6, ge=0, le=1)
     aspect: Aspect | None = None
 
