@@ -1,0 +1,25 @@
+"""The example files for a cluster: Ray's launcher accepts the one, and both ask for a token."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from ray.autoscaler._private.util import prepare_config, validate_config
+
+CLUSTER = Path(__file__).parents[2] / "docs" / "cluster"
+
+
+def read(name: str) -> Any:
+    return yaml.safe_load((CLUSTER / name).read_text())
+
+
+def test_rays_launcher_accepts_the_cluster_file() -> None:
+    validate_config(prepare_config(read("ray_cluster.yaml")))
+
+
+def test_every_node_is_started_with_token_authentication() -> None:
+    cluster = read("ray_cluster.yaml")
+    starts = [c for key in ("head", "worker") for c in cluster[f"{key}_start_ray_commands"] if "ray start" in c]
+    assert len(starts) == 2
+    assert all("RAY_AUTH_MODE=token" in command for command in starts)
+    assert read("rayjob.yaml")["spec"]["rayClusterSpec"]["authOptions"] == {"mode": "token"}
