@@ -58,6 +58,6 @@ def test_head_and_adapters_learn_and_every_loader_gives_the_same_rewards(
     adapted = PeftModel.from_pretrained(base, str(final / "adapter"))
     assert whole.score.weight.any()
     for model in (whole, adapted):
-        found = [float(model(input_ids=torch.tensor([ids])).logits[0, 0]) for ids in sequences]
+        found = [model(input_ids=torch.tensor([ids])).logits[0, 0].item() for ids in sequences]
         assert found == pytest.approx(rewards, abs=1e-5)
     assert _load(str(final), "float32", "cpu").numbers(sequences, 4) == pytest.approx(rewards, abs=1e-5)
