@@ -4,34 +4,27 @@ import math
 from collections.abc import Sequence
 
 from align.errors import UserError
+from align.model.lora import Part, block_of, is_meant, without_layers
 from align.model.sizes import ModelSizes, Shape
 
 
 def adapted_parameters(sizes: ModelSizes, targets: Sequence[str]) -> dict[str, Shape]:
     """The parameters that presets and names mean, with their shapes. Raises UserError where a target means none."""
+    candidates = {n: s for n, s in sizes.parameters.items() if ".layers." in n and len(s) > 1}
     chosen: dict[str, Shape] = {}
     for target in targets:
-        found = {n: s for n, s in sizes.parameters.items() if ".layers." in n and len(s) > 1 and means(target, n)}
+        found = {name: shape for name, shape in candidates.items() if is_meant(part_of(name, shape), target)}
         if not found:
             raise UserError(f"learner.lora.targets: the model has nothing that is called {target!r}")
         chosen |= found
     return chosen
 
 
-def means(target: str, parameter: str) -> bool:
-    """Whether a preset or a name means a parameter. The presets leave out kv_b_proj, which vLLM serves no adapter on."""
-    module = parameter.removesuffix(".weight")
-    routed, router = ".experts." in parameter, module.endswith("mlp.gate")
-    attention = "attn" in parameter and not module.endswith("kv_b_proj")
-    match target:
-        case "attention":
-            return attention
-        case "attention+shared":
-            return attention or ("attn" not in parameter and not routed and not router)
-        case "experts":
-            return routed
-        case _:
-            return f".{module}".endswith(f".{target}")
+def part_of(name: str, shape: Shape) -> Part:
+    """What the learner knows the parameter as: a linear layer, a router, or a stack of experts."""
+    module = name.removesuffix(".weight")
+    is_linear = len(shape) == 2 and not module.endswith("mlp.gate")
+    return Part(name, without_layers(module), is_linear)
 
 
 def adapter_size(parameters: dict[str, Shape], rank: int) -> int:
@@ -41,5 +34,5 @@ def adapter_size(parameters: dict[str, Shape], rank: int) -> int:
 
 def changed_size(sizes: ModelSizes, parameters: dict[str, Shape]) -> int:
     """Elements of the modules (an attention, an MLP, a bank of experts) that are sent after an update."""
-    blocks = tuple({f"{name.removesuffix('.weight').rpartition('.')[0]}." for name in parameters})
+    blocks = tuple({f"{block_of(name)}." for name in parameters})
     return sum(math.prod(shape) for name, shape in sizes.parameters.items() if name.startswith(blocks))

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from align.config import (
     GrpoRecipe,
@@ -81,7 +80,7 @@ def what_is_learned(recipe: Recipe, sizes: ModelSizes, element: int) -> Learning
     """What the learners of a recipe do; None for a stage that trains nothing."""
     if not isinstance(recipe, PolicyRecipe | RewardModelRecipe):
         return None
-    lora: Any = getattr(recipe.learner, "lora", None)
+    lora = recipe.learner.lora
     trained = sent = sizes.total
     if lora is not None:
         parameters = adapted_parameters(sizes, lora.targets)

@@ -16,7 +16,6 @@ from pathlib import Path
 import psutil
 import pytest
 
-from align.config import LearnerOptions
 from align.model.sizes import read_config
 
 ROOT = Path(__file__).parents[2]
@@ -80,7 +79,6 @@ def agreement_of(run: Path) -> list[float]:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("lora" not in LearnerOptions.model_fields, reason="all parameters would take more than 20 GB")
 def test_sft_and_grpo_train_the_real_layers_and_the_engines_agree(two_layers: Path, tmp_path: Path) -> None:
     sft, grpo = tmp_path / "sft", tmp_path / "grpo"
     watch = Watch()

@@ -4,10 +4,12 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from align.cli import main
-from align.config import load_recipe
+from align.config import LoraOptions, load_recipe
 from align.errors import UserError
+from align.model.lora import add_adapter
 from align.model.sizes import ModelSizes, empty_model, model_sizes, read_config
 from align.plan.adapters import adapted_parameters, adapter_size, changed_size
 from align.plan.memory import GIB, kv_bytes_a_token
@@ -80,6 +82,36 @@ def test_adapters_take_no_optimiser_for_what_they_leave_alone() -> None:
     assert adapter_size(experts, 8) == 26 * 64 * 8 * ((2 * 1408 + 2048) + (2048 + 1408))
     with pytest.raises(UserError, match="nothing that is called 'q_proy'"):
         adapted_parameters(sizes_of(LITE), ["q_proy"])
+
+
+def test_adapters_are_counted_as_peft_makes_them() -> None:
+    """The nano policy with real adapters, of every preset."""
+    for targets in (["attention"], ["attention+shared"], ["experts", "mlp.gate"]):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained("recipes/nano/policy"))
+        adapted = add_adapter(model, LoraOptions(rank=4, targets=targets), "CAUSAL_LM", "nano")
+        trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+        assert adapter_size(adapted_parameters(sizes_of("recipes/nano/policy"), targets), 4) == trained
+
+
+def test_deepseek_v2_lite_with_adapters_fits_one_node_of_eight() -> None:
+    plan = planned("recipes/v2_lite/lora_grpo_reasoning.yaml", LITE, 1, 8)
+    assert plan.refusals == []
+    parts = plan.roles[-1].parts
+    assert parts["weights"] == 2 * 15_706_484_224
+    assert "reference" not in parts  # the policy without its adapter
+    assert plan.nodes == ["node 0: rollout worker 0-3, scoring worker 0-3, learner rank 0-3"]
+
+
+def test_one_gpu_is_too_few_for_a_learner_and_a_worker() -> None:
+    one = ["learner.ranks=1", "rollout.workers=1"]
+    (refusal,) = planned("recipes/v2_lite/lora_sft.yaml", LITE, 1, 1, *one).refusals
+    assert "2 at least, and there are 1: take more" in refusal
+    assert planned("recipes/v2_lite/lora_sft.yaml", LITE, 1, 2, *one).refusals == []
+
+
+def test_deepseek_v2_with_adapters_fits_sixty_four_gpus() -> None:
+    changes = ["learner.ranks=48", "learner.lora={rank: 16}"]
+    assert planned("recipes/v2/grpo_reasoning.yaml", V2, 8, 8, *changes).refusals == []
 
 
 def test_a_worker_does_not_span_nodes() -> None:
