@@ -20,7 +20,7 @@ from align.model.sizes import read_config
 
 ROOT = Path(__file__).parents[2]
 NANO = ROOT / "recipes" / "nano" / "policy"
-BOTH = ["model.dtype=bfloat16", "learner.ranks=1", "learner.micro_batch_tokens=256", "machine.memory_gb=12"]
+BOTH = ["model.dtype=bfloat16", "learner.ranks=1", "learner.micro_batch_tokens=256", "machine.memory_gb=9"]
 BOTH += ["learner.lora={rank: 8, alpha: 16, targets: attention+shared}", "learner.optimizer.learning_rate=1e-3"]
 BOTH += ["rollout.workers=1", "rollout.threads=2", "learner.threads=2", "rollout.kv_cache_gb=0.25"]
 BOTH += ["rollout.batch_sequences=8", "evaluation.limit=2", "evaluation.samples=0", "evaluation.max_new_tokens=8"]
