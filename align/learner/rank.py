@@ -144,11 +144,14 @@ class LearnerRank(ABC):
 
         if self._options.gradient_checkpointing:
             network.gradient_checkpointing_enable()
+        config, optimizer = self._deepspeed_config(), self._make_optimizer(module)
         if self._options.zero_stage == 3:
             mark_moe_leaves(module)
-        self._engine, self._optimizer, *_ = deepspeed.initialize(
-            model=module, optimizer=self._make_optimizer(module), config=self._deepspeed_config()
-        )
+            # One parameter after the other: DeepSpeed itself would first move the whole model to every rank's device.
+            deepspeed.zero.Init(module=module, config_dict_or_path=config)
+            for buffer in module.buffers():
+                buffer.data = buffer.data.to(self._device)
+        self._engine, self._optimizer, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
         self._norm = 0.0
         if self._clips_itself:
             self._optimizer.register_step_pre_hook(self._clip)
