@@ -4,8 +4,9 @@
     def mean_length(checkpoint: Checkpoint, fleet: Fleet, *, prompts: int = 100) -> Metrics: ...
 
 A hook is asked for by its name. What it can find out before anything is trained, such as whether a server answers, is
-in a function that names the parameters it looks at, `register("mean_length", ready=...)`. An installed package announces one as it would a reward, by an entry point of the group
-`moe_align.evaluations`. What its parameters are annotated with, pydantic checks before the stage begins.
+in a function that names the parameters it looks at, `register("mean_length", ready=...)`. An installed package announces
+one as it would a reward, by an entry point of the group `moe_align.evaluations`. What its parameters are annotated with,
+pydantic checks before the stage begins.
 """
 
 import difflib
@@ -88,8 +89,8 @@ def register(name: str, *, ready: Callable[..., None] | None = None) -> Callable
     """A decorator that makes a function `(checkpoint, fleet, **params) -> Metrics` known as the hook `name`.
 
     `ready` is called before the stage, with those of the parameters that it names, and raises UserError or
-    EvaluationError where the hook could not be run after it. Raises UserError where another function has the name, or where the function takes `**kwargs`: a misspelt parameter
-    would then pass unnoticed.
+    EvaluationError where the hook could not be run after it. Raises UserError where another function has the name, or
+    where the function takes `**kwargs`: a misspelt parameter would then pass unnoticed.
     """
     return _hooks.register(name, Hook, ready=ready)
 

@@ -104,8 +104,9 @@ def compare_stages(progress: Progress, evaluations: Mapping[str, Evaluation]) ->
 def open_run(recipe: Recipe, directory: RunDirectory | None = None, outer: Run | None = None) -> Iterator[Run]:
     """Create the run of a recipe and own it; note how it ended. Ctrl-C and SIGTERM end it cleanly.
 
-    With `directory` and `outer` it is a stage inside another run. Raises UserError before anything is written when
-    the machine is too small, an evaluation's server does not answer or the directory is taken. A UserError before the first metrics takes the run back.
+    With `directory` and `outer` it is a stage inside another run. Raises UserError before anything is written when the
+    machine is too small, an evaluation's server does not answer or the directory is taken. A UserError before the first
+    metrics takes the run back.
     """
     check_machine(
         cores=recipe.machine.cores,

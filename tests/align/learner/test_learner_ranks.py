@@ -3,12 +3,9 @@
 The reference is plain PyTorch in this process: one rank, one padded batch, no DeepSpeed.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from random import Random
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
@@ -28,32 +25,10 @@ OPTIMIZER = OptimizerOptions(learning_rate=1e-3, betas=(0.0, 0.95), clip_norm=CL
 GRPO = GrpoOptions(steps=1, prompts_per_step=1, group_size=2, kl_coefficient=0.1)
 
 
-def sequences(seed: int, count: int = 12) -> list[TrainingSequence]:
-    """Random tokens, weighted so that the loss is the mean over completion tokens."""
-    random = Random(seed)
-    drawn = []
-    for _ in range(count):
-        prompt, completion = random.randint(2, 20), random.randint(1, 30)
-        drawn.append(TrainingSequence([random.randrange(512) for _ in range(prompt + completion)], prompt, 1.0))
-    total = sum(s.completion_length for s in drawn)
-    return [replace(s, weight=1 / total) for s in drawn]
+Draw = Callable[[int], list[TrainingSequence]]
 
 
-def experience(policy_log_probs: Sequence[Any]) -> list[TrainingSequence]:
-    """The sequences as samples of an older policy: ratios inside and outside the trust region, advantages of both signs."""
-    random = np.random.default_rng(7)
-    return [
-        replace(
-            s,
-            weight=1 / (12 * s.completion_length),
-            advantage=float(random.normal()),
-            old_log_probs=(now + random.normal(0, 0.2, len(now))).astype(np.float32),
-        )
-        for s, now in zip(sequences(99), policy_log_probs, strict=True)
-    ]
-
-
-def plain_losses(policy: ModelOptions) -> list[float]:
+def plain_losses(policy: ModelOptions, sequences: Draw) -> list[float]:
     model = load_policy(policy)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.0, 0.95), weight_decay=0.0)
     losses = []
@@ -108,8 +83,8 @@ def gradient_of_last_step(learner: LearnerGroup) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def expected_losses(policy: ModelOptions) -> list[float]:
-    return plain_losses(policy)
+def expected_losses(policy: ModelOptions, sequences: Draw) -> list[float]:
+    return plain_losses(policy, sequences)
 
 
 @pytest.fixture(
@@ -126,7 +101,9 @@ def learner(request: pytest.FixtureRequest, policy: ModelOptions, ray_session: N
     group.close()
 
 
-def test_ten_steps_have_the_losses_of_plain_pytorch(learner: LearnerGroup, expected_losses: list[float]) -> None:
+def test_ten_steps_have_the_losses_of_plain_pytorch(
+    learner: LearnerGroup, expected_losses: list[float], sequences: Draw
+) -> None:
     losses = []
     for step in range(STEPS):
         losses.append(learner.accumulate(sequences(step), Objective()).loss)
@@ -139,8 +116,10 @@ def test_every_parameter_and_every_expert_had_a_gradient(learner: LearnerGroup) 
     assert learner.missing_gradients() == []
 
 
-def test_the_grpo_gradient_is_the_same_under_every_split(learner: LearnerGroup, policy: ModelOptions) -> None:
-    batch = experience(learner.log_probs(sequences(99), 1.0))
+def test_the_grpo_gradient_is_the_same_under_every_split(
+    learner: LearnerGroup, policy: ModelOptions, sequences: Draw, experience: Any
+) -> None:
+    batch = experience(sequences(99), learner.log_probs(sequences(99), 1.0))
     expected = plain_gradient(learner.weights(), policy, batch)
     size = torch.sqrt(sum(g.square().sum() for g in expected.values()))
     for micro_batch_tokens, calls in ((50, 1), (200, 1), (200, 3), (10**6, 1)):

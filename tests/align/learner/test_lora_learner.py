@@ -1,9 +1,7 @@
 """LoRA in the learner: plain PEFT's losses on whatever ranks and ZeRO stage, an untouched base, and what is saved."""
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from random import Random
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,15 +25,7 @@ GRPO = GrpoOptions(steps=1, prompts_per_step=1, group_size=2, kl_coefficient=0.5
 EVERYTHING = LoraOptions(rank=4, alpha=8, targets=["attention+shared", "kv_b_proj", "experts"])
 
 
-def sequences(seed: int, count: int = 12) -> list[TrainingSequence]:
-    """Random tokens, weighted so that the loss is the mean over completion tokens."""
-    random = Random(seed)
-    drawn = []
-    for _ in range(count):
-        prompt, completion = random.randint(2, 20), random.randint(1, 30)
-        drawn.append(TrainingSequence([random.randrange(512) for _ in range(prompt + completion)], prompt, 1.0))
-    total = sum(s.completion_length for s in drawn)
-    return [replace(s, weight=1 / total) for s in drawn]
+Draw = Callable[[int], list[TrainingSequence]]
 
 
 def peft_model(base: ModelOptions, adapter: Path, *, trainable: bool = False) -> Any:
@@ -53,23 +43,10 @@ def log_probs(model: Any, batch_of: list[TrainingSequence]) -> torch.Tensor:
 class Trained(NamedTuple):
     learner: LearnerGroup
     losses: list[float]
+    sampled: list[TrainingSequence]
     grpo: Sums
     start: Path
     end: Path
-
-
-def experience(learner: LearnerGroup) -> list[TrainingSequence]:
-    """The sequences as samples of a policy a little apart from the learner's."""
-    random = np.random.default_rng(7)
-    return [
-        replace(
-            s,
-            weight=1 / (12 * s.completion_length),
-            advantage=float(random.normal()),
-            old_log_probs=(now + random.normal(0, 0.1, len(now))).astype(np.float32),
-        )
-        for s, now in zip(sequences(99), learner.log_probs(sequences(99), 1.0), strict=True)
-    ]
 
 
 @pytest.fixture(
@@ -78,7 +55,12 @@ def experience(learner: LearnerGroup) -> list[TrainingSequence]:
     ids=lambda p: f"{p[0]} rank{'s' * (p[0] > 1)}, ZeRO-{p[1]}",
 )
 def trained(
-    request: pytest.FixtureRequest, policy: ModelOptions, ray_session: None, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    policy: ModelOptions,
+    sequences: Draw,
+    experience: Any,
+    ray_session: None,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Trained]:
     """A learner of adapters after some steps, what it saved before and after them, and a look at a batch of GRPO."""
     ranks, zero_stage = request.param
@@ -93,14 +75,15 @@ def trained(
     for step in range(STEPS):
         losses.append(learner.accumulate(sequences(step), Objective()).loss)
         learner.apply(RATE)
-    grpo = learner.accumulate(experience(learner), Objective(GRPO))
+    sampled = experience(sequences(99), learner.log_probs(sequences(99), 1.0))
+    grpo = learner.accumulate(sampled, Objective(GRPO))
     learner.apply(0.0)
     learner.save(directory / "end")
-    yield Trained(learner, losses, grpo, directory / "start", directory / "end")
+    yield Trained(learner, losses, sampled, grpo, directory / "start", directory / "end")
     learner.close()
 
 
-def test_the_losses_are_those_of_plain_peft(trained: Trained, policy: ModelOptions) -> None:
+def test_the_losses_are_those_of_plain_peft(trained: Trained, policy: ModelOptions, sequences: Draw) -> None:
     model = peft_model(policy, trained.start / "adapter", trainable=True)
     module = LogProbs(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE, betas=(0.9, 0.95))
@@ -121,7 +104,7 @@ def test_the_losses_are_those_of_plain_peft(trained: Trained, policy: ModelOptio
 
 
 def test_the_reference_is_the_policy_without_its_adapter(trained: Trained, policy: ModelOptions) -> None:
-    batch = collate(experience(trained.learner), pad_id=0)
+    batch = collate(trained.sampled, pad_id=0)
     assert batch.old_log_probs is not None
     now, _ = LogProbs(peft_model(policy, trained.end / "adapter"))(batch.token_ids, batch.targets, 1.0)
     before, _ = LogProbs(AutoModelForCausalLM.from_pretrained(policy.path))(batch.token_ids, batch.targets, 1.0)
@@ -171,7 +154,7 @@ def test_what_is_sent_is_peft_s_merge_of_the_modules_that_change(trained: Traine
 
 
 def test_the_checkpoint_and_the_adapter_in_it_give_the_learner_s_log_probabilities(
-    trained: Trained, policy: ModelOptions
+    trained: Trained, policy: ModelOptions, sequences: Draw
 ) -> None:
     batch = sequences(99)
     learned = torch.from_numpy(np.concatenate(trained.learner.log_probs(batch, 1.0)))

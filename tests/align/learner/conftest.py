@@ -1,0 +1,49 @@
+"""What the tests of learners train on."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from random import Random
+from typing import Any
+
+import numpy as np
+import pytest
+
+from align.learner.batch import TrainingSequence
+
+
+@pytest.fixture(scope="session")
+def sequences() -> Callable[[int], list[TrainingSequence]]:
+    """A function of a seed: twelve sequences of random tokens, so weighted that the loss is the mean over completion tokens."""
+
+    def draw(seed: int) -> list[TrainingSequence]:
+        random = Random(seed)
+        drawn = []
+        for _ in range(12):
+            prompt, completion = random.randint(2, 20), random.randint(1, 30)
+            drawn.append(TrainingSequence([random.randrange(512) for _ in range(prompt + completion)], prompt, 1.0))
+        total = sum(s.completion_length for s in drawn)
+        return [replace(s, weight=1 / total) for s in drawn]
+
+    return draw
+
+
+@pytest.fixture(scope="session")
+def experience() -> Callable[[list[TrainingSequence], Sequence[Any]], list[TrainingSequence]]:
+    """A function of sequences and their log-probabilities now: samples of an older policy.
+
+    Ratios are inside and outside the trust region, advantages of both signs.
+    """
+
+    def sampled(drawn: list[TrainingSequence], policy_log_probs: Sequence[Any]) -> list[TrainingSequence]:
+        random = np.random.default_rng(7)
+        return [
+            replace(
+                s,
+                weight=1 / (len(drawn) * s.completion_length),
+                advantage=float(random.normal()),
+                old_log_probs=(now + random.normal(0, 0.2, len(now))).astype(np.float32),
+            )
+            for s, now in zip(drawn, policy_log_probs, strict=True)
+        ]
+
+    return sampled
