@@ -14,7 +14,7 @@ STAMP := $(VENV)/.installed-$(ACCELERATOR)
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock sft grpo smol reward-models pipeline bench bench-rewards test test-slow format clean
+.PHONY: help setup lock sft grpo smol reward-models pipeline bench bench-rewards lint test test-slow format clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -57,11 +57,13 @@ bench: $(STAMP) ## a GRPO step against TRL and the bare engines (ARGS="--setting
 bench-rewards: $(STAMP) ## math answers and sandboxed programs per second
 	$(BIN)/python benchmarks/rewards.py
 
-test: $(STAMP) ## lint, types, import contract and tests
+lint: $(STAMP) ## style, types and import contract
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+test: lint ## lint, types, import contract and tests
 	$(BIN)/pytest
 
 test-slow: $(STAMP) ## the nano recipe at full size on three seeds, and what else takes minutes

@@ -7,11 +7,12 @@
     fleet = Fleet("path/to/model", "float32", FleetOptions(workers=2), stop_token_ids=[1])
     groups = fleet.generate([Prompt("p0", [0, 17, 5])], 8, SamplingOptions(max_new_tokens=64), seed=0, step=0)
 
-`rollout.types` has the records, `Fleet` the workers together, `rollout.engine` one vLLM engine, `rollout.weights` how new
+`rollout.types` has the records, `Fleet` the workers together, `rollout.supervisor` what replaces those that are lost, `rollout.engine` one vLLM engine, `rollout.weights` how new
 weights get into it. This package knows nothing of training or rewards.
 """
 
 from rollout.fleet import Fleet, Group
+from rollout.health import Fault, State
 from rollout.seeds import sample_seed
 from rollout.types import (
     Completion,
@@ -27,6 +28,7 @@ from rollout.types import (
 __all__ = [
     "Completion",
     "EngineOptions",
+    "Fault",
     "FinishReason",
     "Fleet",
     "FleetOptions",
@@ -34,6 +36,7 @@ __all__ = [
     "Prompt",
     "RolloutError",
     "SamplingOptions",
+    "State",
     "WeightUpdateError",
     "sample_seed",
 ]

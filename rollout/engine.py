@@ -36,9 +36,11 @@ class Engine:
         from vllm import LLM
 
         self.weight_version = 0
+        self.steps = 0
         self._options = options
         self._stop_token_ids = list(stop_token_ids)
         self._llm = LLM(model=str(model), dtype=dtype, **engine_arguments(str(model), options))
+        self._count_steps()
 
     def generate(self, requests: Sequence[Request], sampling: SamplingOptions) -> list[Completion]:
         """Draw one completion for each request, in their order, as one engine batch."""
@@ -83,6 +85,20 @@ class Engine:
         self._llm.collective_rpc(partial(load_weights, named_tensors=named_tensors, modules=modules))
         self._llm.reset_prefix_cache()
         self.weight_version = version
+
+    def probe(self) -> None:
+        """Draw a token, as a sign that the engine works."""
+        self.generate([Request(Prompt("probe", [0]), 0, 0)], SamplingOptions(temperature=0, max_new_tokens=1))
+
+    def _count_steps(self) -> None:
+        engine = self._llm.llm_engine
+        step = engine.step
+
+        def counted() -> Any:
+            self.steps += 1
+            return step()
+
+        engine.step = counted
 
     def _parameters(self, request: Request, sampling: SamplingOptions) -> Any:
         from vllm import SamplingParams

@@ -1,17 +1,22 @@
 """The rollout workers together: prompts in, groups of completions out as they finish."""
 
-import time
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any
+from itertools import count, pairwise
+from queue import Empty, SimpleQueue
+from typing import TypeVar
 
 import torch
 
 from rollout.engine import Request
+from rollout.health import Fault, FaultHandler
+from rollout.member import Batch, Job, Member, Update
 from rollout.seeds import sample_seed
-from rollout.types import Completion, EngineOptions, FleetOptions, Prompt, RolloutError, SamplingOptions
-from rollout.worker import RolloutWorker, environment
+from rollout.supervisor import Supervisor
+from rollout.types import Completion, FleetOptions, Prompt, RolloutError, SamplingOptions
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,30 +32,38 @@ class Fleet:
 
     The sequences of a call are cut into engine batches before anything is known of the workers, and each batch is
     sampled as a whole by one of them. So what comes back is the same, to the last bit, for any number of workers and
-    whichever served a batch.
+    whichever served a batch, the one that took over from a lost worker included.
     """
 
-    def __init__(self, model: str, dtype: str, options: FleetOptions, stop_token_ids: Sequence[int]):
-        """Start the workers and load `model` in each (Ray must be running). Raises RolloutError."""
-        import ray
+    def __init__(
+        self,
+        model: str,
+        dtype: str,
+        options: FleetOptions,
+        stop_token_ids: Sequence[int],
+        on_fault: FaultHandler | None = None,
+    ):
+        """Start the workers and load `model` in each (Ray must be running).
 
+        What happens to workers is told to `on_fault`, or logged as a warning: during calls of the fleet, by the thread
+        that makes them.
+        """
         self._options = options
-        engine = EngineOptions.model_validate(options.model_dump(include=set(EngineOptions.model_fields)))
-        actor = ray.remote(
-            num_cpus=0,
-            num_gpus=options.tensor_parallel if torch.cuda.is_available() else 0,
-            resources=options.resources,
-            runtime_env={"env_vars": environment(options.threads)},
-            max_restarts=0,
-        )(RolloutWorker)
-        self._workers = [
-            actor.remote(model, dtype, engine, options.threads, list(stop_token_ids)) for _ in range(options.workers)
-        ]
+        self._on_fault = on_fault or log_fault
+        self._supervisor = Supervisor(model, dtype, options, stop_token_ids)
+        self._serials = count(1)
         self.weight_version = 0
 
+    @property
+    def members(self) -> Sequence[Member]:
+        """The workers, to look at: their state, what they are doing, where they are."""
+        return self._supervisor.members
+
     def wait_until_ready(self) -> None:
-        """Return when every worker has loaded the policy."""
-        self._gather([w.ready.remote() for w in self._workers], self._options.start_timeout_s, "loading the policy")
+        """Return when the workers have loaded the policy. Raises RolloutError."""
+        started: SimpleQueue[RolloutError | None] = SimpleQueue()
+        self._supervisor.tell_when_started(started)
+        self._answer(started)
 
     def generate(
         self, prompts: Sequence[Prompt], group_size: int, sampling: SamplingOptions, *, seed: int, step: int
@@ -81,62 +94,53 @@ class Fleet:
         """Give every worker the tensors of a checkpoint as its weights. Raises WeightUpdateError, RolloutError.
 
         With `modules`, such as `model.layers.0.self_attn`, they are the tensors of these alone; all else stays as it is.
+        They are kept in Ray's object store until the next update, for workers that are started in place of lost ones.
         """
         import ray
 
-        stored = ray.put(dict(named_tensors))
-        loads = [worker.load.remote(stored, version, modules) for worker in self._workers]
-        versions = self._gather(loads, self._options.batch_timeout_s, "taking new weights")
-        if versions != [version] * len(self._workers):
-            raise RolloutError(f"after the update to version {version} the workers hold versions {versions}")
+        self._supervisor.drop_updates(modules)
+        update = Update(next(self._serials), version, ray.put(dict(named_tensors)), modules)
+        self._supervisor.update(update)
+        self._answer(update.answers)
         self.weight_version = version
 
     def close(self) -> None:
         """End the workers' processes."""
-        import ray
-
-        for worker in self._workers:
-            ray.kill(worker)
-        self._workers = []
+        self._supervisor.close()
+        self._tell_faults()
 
     def _run(self, batches: Sequence[Sequence[Request]], sampling: SamplingOptions) -> Iterator[list[Completion]]:
-        import ray
-
-        todo = list(reversed(batches))
-        idle = list(self._workers)
-        running: dict[Any, Any] = {}
-        deadlines: dict[Any, float] = {}
-        while todo or running:
-            while todo and idle:
-                worker = idle.pop(0)
-                reference = worker.generate.remote(todo.pop(), sampling)
-                running[reference] = worker
-                deadlines[reference] = time.monotonic() + self._options.batch_timeout_s
-            patience = max(min(deadlines[r] for r in running) - time.monotonic(), 0)
-            done, _ = ray.wait(list(running), num_returns=1, timeout=patience)
-            if not done:
-                raise RolloutError(
-                    f"a rollout worker did not finish an engine batch within rollout.batch_timeout_s = "
-                    f"{self._options.batch_timeout_s:g} s; raise it, or lower rollout.batch_sequences"
-                )
-            idle.append(running.pop(done[0]))
-            del deadlines[done[0]]
-            yield self._gather(done, None, "sampling")[0]
-
-    def _gather(self, references: Sequence[Any], timeout_s: float | None, doing: str) -> list[Any]:
-        import ray
-
+        job = Job(sampling, self.weight_version)
+        job.todo.extend(Batch(job, requests) for requests in batches)
+        self._supervisor.submit(job)
         try:
-            results: list[Any] = ray.get(list(references), timeout=timeout_s)
-        except ray.exceptions.GetTimeoutError:
-            raise RolloutError(f"the rollout workers were not done {doing} within {timeout_s:g} s") from None
-        except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, RolloutError):
-                raise error.cause from None
-            raise RolloutError(f"a rollout worker failed {doing}:\n{error}") from None
-        except ray.exceptions.RayActorError as error:
-            raise RolloutError(f"a rollout worker died {doing}: {error}") from None
-        return results
+            for _ in batches:
+                yield self._answer(job.answers)
+        finally:
+            self._supervisor.abandon(job)
+
+    def _answer(self, answers: SimpleQueue[T | RolloutError]) -> T:
+        """What the supervisor answers; what happens to workers meanwhile is told."""
+        while True:
+            self._tell_faults()
+            error = self._supervisor.error
+            try:
+                answer = answers.get(timeout=0.2)
+            except Empty:
+                if error is not None:
+                    raise error from None
+            else:
+                if isinstance(answer, RolloutError):
+                    raise answer
+                return answer
+
+    def _tell_faults(self) -> None:
+        while not self._supervisor.faults.empty():
+            self._on_fault(self._supervisor.faults.get())
+
+
+def log_fault(fault: Fault) -> None:
+    logging.getLogger("rollout").warning("%s%s", fault.message, f"\n{fault.stacks}" if fault.stacks else "")
 
 
 def engine_batches(requests: Sequence[Request], largest: int) -> list[Sequence[Request]]:

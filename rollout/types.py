@@ -11,7 +11,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class RolloutError(Exception):
-    """The sampler could not do what was asked; the message says what and what to do."""
+    """The sampler could not do what was asked; the message says what and what to do.
+
+    `stacks` is what the workers' threads did when one of them took too long, as text.
+    """
+
+    stacks = ""
 
 
 class WeightUpdateError(RolloutError):
@@ -92,3 +97,13 @@ class FleetOptions(EngineOptions):
     )
     start_timeout_s: float = Field(300, gt=0, description="longest time a worker may take to load, in seconds")
     batch_timeout_s: float = Field(600, gt=0, description="longest time one engine batch may take, in seconds")
+    probe_interval_s: float = Field(5, gt=0, description="seconds between two probes of a worker")
+    probe_timeout_s: float = Field(
+        10, gt=0, description="time to answer a probe; a worker that leaves three unanswered is killed and restarted"
+    )
+    stall_timeout_s: float = Field(
+        120, gt=0, description="longest time without an engine step in a batch; the worker is then killed and restarted"
+    )
+    max_restarts: int = Field(
+        3, ge=0, description="restarts of a worker in a row, with no engine batch finished in between"
+    )

@@ -3,12 +3,17 @@
 import atexit
 import gc
 import os
+import threading
 from collections.abc import Mapping, Sequence
 
 import torch
 
 from rollout.engine import Engine, Request
+from rollout.processes import ProcessId, introduce_this_process
 from rollout.types import Completion, EngineOptions, SamplingOptions
+
+CONCURRENCY_GROUPS = {"pulse": 1, "watch": 1}
+"""Threads of the actor besides the one that the engine runs in."""
 
 
 def environment(threads: int) -> dict[str, str]:
@@ -28,28 +33,48 @@ def environment(threads: int) -> dict[str, str]:
 
 
 class RolloutWorker:
-    """Draws completions and takes new weights."""
+    """Draws completions and takes new weights. `start` comes first; it is no constructor so that `pulse` answers by then."""
 
-    def __init__(self, model: str, dtype: str, options: EngineOptions, threads: int, stop_token_ids: Sequence[int]):
+    def __init__(self) -> None:
         # Interpreters full of native extensions can hang in their teardown: leave without it.
         atexit.register(os._exit, 0)
+        self._process = introduce_this_process()
+        self._engine: Engine | None = None
+
+    def start(
+        self, model: str, dtype: str, options: EngineOptions, threads: int, stop_token_ids: Sequence[int]
+    ) -> None:
+        """Load the policy, and draw a token from it."""
         torch.set_num_threads(threads)
         self._engine = Engine(model, dtype, options, stop_token_ids)
+        self._engine.probe()
         # What was loaded stays: a full collection would walk through all of it, in the middle of a step.
         gc.collect()
         gc.freeze()
 
-    def ready(self) -> int:
-        """The version of the weights, once the engine is loaded."""
-        return self._engine.weight_version
-
     def generate(self, requests: Sequence[Request], sampling: SamplingOptions) -> list[Completion]:
         """One completion for each request, in their order."""
-        return self._engine.generate(requests, sampling)
+        return self._loaded.generate(requests, sampling)
 
     def load(
         self, named_tensors: Mapping[str, torch.Tensor], version: int, modules: Sequence[str] | None = None
-    ) -> int:
-        """Take the tensors of a checkpoint, or of some of its modules, as the new weights. Returns their version."""
-        self._engine.load(named_tensors.items(), version, modules)
-        return self._engine.weight_version
+    ) -> None:
+        """Take the tensors of a checkpoint, or of some of its modules, as the new weights."""
+        self._loaded.load(named_tensors.items(), version, modules)
+
+    def probe(self) -> None:
+        """Draw a token: what has an answer to this can serve."""
+        self._loaded.probe()
+
+    def pulse(self) -> tuple[ProcessId, int]:
+        """Who this process is, and how many steps its engine has made. Answers while the engine works."""
+        return self._process, self._engine.steps if self._engine else 0
+
+    def watch(self) -> None:
+        """Never returns: this call fails at the moment when the process ends."""
+        threading.Event().wait()
+
+    @property
+    def _loaded(self) -> Engine:
+        assert self._engine is not None, "start comes first"
+        return self._engine

@@ -6,6 +6,7 @@ from align.run.files import json_line, write_atomically
 from align.run.metrics import MetricsLog
 from align.run.progress import Progress
 from align.run.samples import read_jsonl, read_samples, write_jsonl, write_samples
+from align.run.stacks import save_stacks
 
 __all__ = [
     "MetricsLog",
@@ -17,6 +18,7 @@ __all__ = [
     "read_jsonl",
     "read_samples",
     "read_status",
+    "save_stacks",
     "write_atomically",
     "write_jsonl",
     "write_samples",

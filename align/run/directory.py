@@ -32,6 +32,7 @@ LAYOUT = frozenset(
         "log.txt",
         "tensorboard",
         "samples",
+        "stacks",
         "evaluations",
         "initial",
         "checkpoints",
@@ -135,6 +136,10 @@ class RunDirectory:
     @property
     def samples_directory(self) -> Path:
         return self.path / "samples"
+
+    @property
+    def stacks_directory(self) -> Path:
+        return self.path / "stacks"
 
     @property
     def evaluations_directory(self) -> Path:

@@ -17,7 +17,7 @@ def run_sft(recipe: SftRecipe) -> int:
     with open_run(recipe) as run:
         policy, tokenizer = prepare_policy(recipe, run)
         data = load_sft_data(recipe, tokenizer, run)
-        with start_engines(recipe, policy, tokenizer) as engines:
+        with start_engines(recipe, policy, tokenizer, run) as engines:
             trained, evaluations = train_sft(recipe, data, engines, run)
         finish(run, trained, evaluations)
     return 0
@@ -32,7 +32,7 @@ def run_grpo(recipe: GrpoRecipe, first: SftRecipe | None) -> int:
             first = first.model_copy(update={"rollout": recipe.rollout})
             sft_data = load_sft_data(first, tokenizer, run)
         evaluations: dict[str, Evaluation] = {}
-        with start_engines(recipe, policy, tokenizer) as engines:
+        with start_engines(recipe, policy, tokenizer, run) as engines:
             if first is not None:
                 with open_run(first, run.directory.child("sft"), run) as inner, start_judges(first) as judges:
                     policy, evaluations = train_sft(first, sft_data, replace(engines, judges=judges), inner)
@@ -46,7 +46,7 @@ def run_preferences(recipe: PreferencesRecipe) -> int:
     with open_run(recipe) as run:
         policy, tokenizer = prepare_policy(recipe, run)
         prompts = load_prompts(recipe, tokenizer)
-        with start_engines(recipe, policy, tokenizer) as engines:
+        with start_engines(recipe, policy, tokenizer, run) as engines:
             gather_preferences(recipe, prompts, engines, run)
     return 0
 

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -16,6 +17,7 @@ from align.evaluate.doctor import examine, verdict
 from align.learner.group import check_port
 from align.model.policy import first_line, load_tokenizer, stop_token_ids, write_random_policy
 from align.model.reward_model import is_reward_model
+from align.stages.faults import record_fault
 from align.stages.run import Run
 from reward import Mixture, RewardError, ScoringPool
 from rollout import Fleet
@@ -49,8 +51,8 @@ def prepare_policy(recipe: Recipe, run: Run) -> tuple[ModelOptions, Any]:
 
 
 @contextmanager
-def start_engines(recipe: SamplingRecipe, policy: ModelOptions, tokenizer: Any) -> Iterator[Engines]:
-    """Start Ray, rollout workers and judges; end them afterwards.
+def start_engines(recipe: SamplingRecipe, policy: ModelOptions, tokenizer: Any, run: Run) -> Iterator[Engines]:
+    """Start Ray, rollout workers and judges; end them afterwards. What happens to workers goes on the record of the run.
 
     Raises UserError when the learner's port is in use, and when one of the rewards cannot run here: no sandbox, no server.
     """
@@ -58,7 +60,7 @@ def start_engines(recipe: SamplingRecipe, policy: ModelOptions, tokenizer: Any) 
         check_port(recipe.learner.port)
     stops = stop_token_ids(policy.path, tokenizer)
     with local_ray():
-        fleet = Fleet(policy.path, policy.dtype, recipe.rollout, stops)
+        fleet = Fleet(policy.path, policy.dtype, recipe.rollout, stops, partial(record_fault, run))
         try:
             with start_judges(recipe) as judges:
                 yield Engines(policy, tokenizer, fleet, judges)

@@ -81,7 +81,7 @@ def run_reward_model(recipe: RewardModelRecipe, first: SftRecipe | None = None) 
         if first is not None:
             sft_data = load_sft_data(first, tokenizer, run)
             with (
-                start_engines(first, policy, tokenizer) as engines,
+                start_engines(first, policy, tokenizer, run) as engines,
                 open_run(first, run.directory.child("sft"), run) as inner,
             ):
                 policy, _ = train_sft(first, sft_data, engines, inner)

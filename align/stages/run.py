@@ -17,6 +17,7 @@ from align.run import (
     check_machine,
     environment_record,
     json_line,
+    save_stacks,
     write_samples,
 )
 from align.stages.preflight import check_ready
@@ -137,7 +138,8 @@ def open_run(recipe: Recipe, directory: RunDirectory | None = None, outer: Run |
             directory.discard()
         raise
     except BaseException as error:
-        metrics.event("error", str(error), type=type(error).__name__)
+        file = save_stacks(directory, getattr(error, "stacks", ""))
+        metrics.event("error", str(error), type=type(error).__name__, **({"stacks": file} if file else {}))
         directory.fail(error)
         raise
     else:

@@ -1,0 +1,194 @@
+"""One place in a fleet: the actor that fills it now, and what that is doing."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import partial
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+
+from rollout import processes
+from rollout.engine import Request
+from rollout.health import PROBES, State, Vitals
+from rollout.types import Completion, EngineOptions, FleetOptions, RolloutError, SamplingOptions
+from rollout.worker import CONCURRENCY_GROUPS, RolloutWorker, environment
+
+
+@dataclass(eq=False, slots=True)
+class Job:
+    """Engine batches to be sampled with the weights of `version`; completions, or the error that ends it, go to `answers`."""
+
+    sampling: SamplingOptions
+    version: int
+    todo: deque["Batch"] = field(default_factory=deque)
+    answers: SimpleQueue[list[Completion] | RolloutError] = field(default_factory=SimpleQueue)
+
+
+@dataclass(eq=False, slots=True)
+class Batch:
+    """Requests that are sampled together; `lost` counts the workers that were lost with it."""
+
+    job: Job
+    requests: Sequence[Request]
+    lost: int = 0
+
+
+@dataclass(eq=False, slots=True)
+class Update:
+    """New weights in Ray's object store: for every module, or those named. The serial number orders updates."""
+
+    serial: int
+    version: int
+    stored: Any
+    modules: Sequence[str] | None
+    refused: RolloutError | None = None
+    told: bool = False
+    answers: SimpleQueue[RolloutError | None] = field(default_factory=SimpleQueue)
+
+
+class Doing(StrEnum):
+    STARTING = "loading the policy"
+    LOADING = "taking new weights"
+    PROBING = "generating a token"
+    SAMPLING = "sampling"
+
+
+@dataclass(eq=False, slots=True)
+class Task:
+    """What a worker is at, since when."""
+
+    doing: Doing
+    since: float
+    subject: Batch | Update | None = None
+
+
+def actor_class(options: FleetOptions) -> Any:
+    """The Ray actor class of rollout workers. A lost one is replaced by this package: Ray would start it without its weights."""
+    import ray
+
+    return ray.remote(
+        num_cpus=0,
+        num_gpus=options.tensor_parallel if torch.cuda.is_available() else 0,
+        resources=options.resources,
+        runtime_env={"env_vars": environment(options.threads)},
+        max_restarts=0,
+        concurrency_groups=CONCURRENCY_GROUPS,
+    )(RolloutWorker)
+
+
+class Member:
+    """What happens to the actor comes back through `post`, as calls to be made by whoever owns the member.
+
+    `serial` is that of the last update that its weights have, `process` is known once it has answered a first probe.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        model: str,
+        dtype: str,
+        options: FleetOptions,
+        stop_token_ids: Sequence[int],
+        post: Callable[[Callable[[], None]], None],
+    ):
+        self.number = number
+        self.state = State.RESTARTING
+        self.restarts = 0
+        self.task: Task | None = None
+        self._options = options
+        engine = EngineOptions.model_validate(options.model_dump(include=set(EngineOptions.model_fields)))
+        self._start_arguments = (model, dtype, engine, options.threads, list(stop_token_ids))
+        self._post = post
+
+    def start(self, now: float, finished: Callable[[Task, Any], None], ended: Callable[[Any, Any], None]) -> None:
+        """Start an actor and let it load the policy.
+
+        `finished` is called with each task that is done and its future, `ended` with the actor, and a future, when its process has died.
+        """
+        self.state, self.serial, self.since = State.RESTARTING, 0, now
+        self.is_new = True
+        self.process: processes.ProcessId | None = None
+        self.vitals = Vitals(self._options)
+        self._finished = finished
+        self.actor = actor_class(self._options).remote()
+        watch = self.actor.watch.options(concurrency_group="watch").remote()
+        self._then(watch, partial(ended, self.actor))
+        self._do(Doing.STARTING, self.actor.start.remote(*self._start_arguments), now)
+
+    def sample(self, batch: Batch, now: float) -> None:
+        self._do(Doing.SAMPLING, self.actor.generate.remote(batch.requests, batch.job.sampling), now, batch)
+
+    def load(self, update: Update, now: float) -> None:
+        self.state = State.STALE
+        self._do(Doing.LOADING, self.actor.load.remote(update.stored, update.version, update.modules), now, update)
+
+    def probe(self, now: float) -> None:
+        self._do(Doing.PROBING, self.actor.probe.remote(), now)
+
+    def take_pulse(self, now: float) -> None:
+        """While it is at something, ask how far it is, if that is due."""
+        if self.task is not None and self.vitals.wants_probe(now):
+            self.vitals.asked(now)
+            pulse = self.actor.pulse.options(concurrency_group="pulse").remote()
+            self._then(pulse, partial(self._felt, self.vitals))
+
+    def missed_probes(self, now: float) -> int:
+        """How many probes in a row it has left unanswered."""
+        missed = self.vitals.missed(now) if self.process else 0
+        if self.task and self.task.doing is Doing.PROBING:
+            missed = max(missed, int((now - self.task.since) / self._options.probe_timeout_s))
+        return missed
+
+    def hung(self, now: float) -> str | None:
+        """Why it is taken for hung, if it is."""
+        options = self._options
+        if self.task is None:
+            return None
+        if self.missed_probes(now) >= PROBES:
+            return f"left {PROBES} probes of {options.probe_timeout_s:g} s unanswered"
+        if self.task.doing is Doing.SAMPLING and self.vitals.without_progress(now) > options.stall_timeout_s:
+            return f"made no engine step for rollout.stall_timeout_s = {options.stall_timeout_s:g} s"
+        if self.task.doing is Doing.LOADING and now - self.task.since > options.batch_timeout_s:
+            return f"did not take new weights within rollout.batch_timeout_s = {options.batch_timeout_s:g} s"
+        return None
+
+    def too_slow(self, now: float) -> str | None:
+        """What takes longer than the options allow although it goes on, if something does."""
+        options = self._options
+        if self.task is None:
+            return None
+        if self.task.doing is Doing.SAMPLING and now - self.task.since > options.batch_timeout_s:
+            return (
+                f"did not finish an engine batch within rollout.batch_timeout_s = {options.batch_timeout_s:g} s; "
+                "raise it, or lower rollout.batch_sequences"
+            )
+        if self.task.doing is Doing.STARTING and now - self.task.since > options.start_timeout_s:
+            return f"was not done loading the policy within rollout.start_timeout_s = {options.start_timeout_s:g} s"
+        return None
+
+    def end(self) -> None:
+        """End its process, for certain."""
+        import ray
+
+        self.task = None
+        ray.kill(self.actor)
+        # Ray asks first; a process that is stopped or hung would stay for seconds, with the memory it has.
+        if self.process:
+            processes.kill(self.process)
+
+    def _do(self, doing: Doing, reference: Any, now: float, subject: Batch | Update | None = None) -> None:
+        self.task = task = Task(doing, now, subject)
+        self.vitals.begin(now)
+        self._then(reference, partial(self._finished, task))
+
+    def _felt(self, vitals: Vitals, future: Any) -> None:
+        if vitals is self.vitals and future.exception() is None:
+            self.process, count = future.result()
+            vitals.answered(time.monotonic(), count)
+
+    def _then(self, reference: Any, call: Callable[[Any], None]) -> None:
+        reference.future().add_done_callback(lambda future: self._post(partial(call, future)))

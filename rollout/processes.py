@@ -1,0 +1,123 @@
+"""The processes of Ray actors, from outside: ending one for certain, and what its threads are doing."""
+
+import faulthandler
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import psutil
+
+T = TypeVar("T")
+
+PATIENCE_S = 15.0
+STACKS_SIGNAL = signal.SIGUSR2
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessId:
+    """A process of the cluster; `started` tells it from a later one of the same number.
+
+    On STACKS_SIGNAL it writes its stacks to its file descriptor `stacks_fd`.
+    """
+
+    node: str
+    pid: int
+    started: float
+    stacks_fd: int
+
+
+def introduce_this_process() -> ProcessId:
+    """Who this process, a Ray actor's, is. From now on it writes its stacks when asked to; call it once."""
+    import ray
+
+    file = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the process lives
+    faulthandler.register(STACKS_SIGNAL, file=file, all_threads=True)
+    process = psutil.Process()
+    return ProcessId(ray.get_runtime_context().get_node_id(), process.pid, process.create_time(), os.dup(file.fileno()))
+
+
+def kill(process: ProcessId) -> None:
+    """End the process and its children, stopped or hung as it may be. Returns when it is gone, or its node is."""
+    import ray
+
+    with suppress(ray.exceptions.RayError):
+        _on_its_node(_kill_here, process)
+
+
+def stacks(process: ProcessId) -> str:
+    """What each thread of the process is doing, as text; where that cannot be had, why."""
+    import ray
+
+    try:
+        return _on_its_node(_stacks_here, process)
+    except ray.exceptions.RayError as error:
+        return f"process {process.pid}: its node did not tell its stacks ({type(error).__name__})"
+
+
+def _on_its_node(function: Callable[[ProcessId], T], process: ProcessId) -> T:
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    if process.node == ray.get_runtime_context().get_node_id():
+        return function(process)
+    there = NodeAffinitySchedulingStrategy(process.node, soft=False)
+    task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(function)
+    result: T = ray.get(task.remote(process), timeout=PATIENCE_S)
+    return result
+
+
+def _find(process: ProcessId) -> psutil.Process | None:
+    try:
+        found = psutil.Process(process.pid)
+        return found if found.create_time() == process.started else None
+    except psutil.NoSuchProcess:
+        return None
+
+
+def _kill_here(process: ProcessId) -> None:
+    found = _find(process)
+    if found is None:
+        return
+    with suppress(psutil.NoSuchProcess):
+        family = [*found.children(recursive=True), found]
+        for member in family:
+            with suppress(psutil.NoSuchProcess):
+                member.kill()
+        psutil.wait_procs(family, timeout=PATIENCE_S)
+
+
+def _stacks_here(process: ProcessId) -> str:
+    found = _find(process)
+    if found is None:
+        return f"process {process.pid} is gone"
+    head = f"process {process.pid} ({found.status()})\n"
+    # Without pausing the process: one that is stopped would never be seen to pause.
+    command = [str(Path(sys.executable).parent / "py-spy"), "dump", "--nonblocking", "--pid", str(process.pid)]
+    try:
+        seen = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
+    except (OSError, subprocess.TimeoutExpired):
+        return head + _stacks_by_signal(process)
+    return head + (seen.stdout if seen.returncode == 0 else _stacks_by_signal(process))
+
+
+def _stacks_by_signal(process: ProcessId) -> str:
+    """For where py-spy is missing or not permitted to look into other processes."""
+    file = Path(f"/proc/{process.pid}/fd/{process.stacks_fd}")
+    try:
+        before = file.stat().st_size
+        os.kill(process.pid, STACKS_SIGNAL)
+        end = time.monotonic() + 2
+        while file.stat().st_size == before and time.monotonic() < end:
+            time.sleep(0.05)
+        time.sleep(0.1)
+        return file.read_bytes()[before:].decode(errors="replace") or "it did not answer the signal for its stacks\n"
+    except OSError as error:
+        return f"its stacks could not be read ({error.strerror})\n"
