@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,8 +19,10 @@ from align.config import (
     check_model_directory,
     load_pipeline,
     load_recipe,
+    read_yaml,
 )
-from align.errors import UserError
+from align.errors import Terminated, UserError
+from align.run import RunDirectory, read_status
 from reward import RewardTerm
 from reward.registry import Entry
 from rollout import EngineOptions, FleetOptions, SamplingOptions
@@ -28,9 +30,23 @@ from rollout import EngineOptions, FleetOptions, SamplingOptions
 EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 75
 OUR_PACKAGES = ("align", "rollout", "reward")
 
 R = TypeVar("R", bound=Recipe)
+
+
+RESUME = """\
+Go on with a run that was interrupted, killed or has failed, from its last checkpoint and with the recipe in its directory. It
+ends with the weights, samples and numbers of a run that was never interrupted, to the last bit where the engines are exact.
+The command that began the run does the same when it is given again; so does `align pipeline` for its stages.
+
+checkpoints   every `save_every` steps, and when the run is told to stop: Ctrl-C (exit status 130) and SIGTERM (75) let the
+              step end that is being made, for `run.grace_s` seconds at most, and then write one. A second signal ends at once.
+damage        every file is proved by its SHA-256 before it is read; a damaged checkpoint is named and the one before taken.
+changes       a key that matters must be what it was; run.allow_changes=true goes on nevertheless. Where a run goes, its
+              machine, workers, time-outs and save_every may always change; learner.ranks and learner.zero_stage never.
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,9 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         status: int = options.run(options)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         print("interrupted: everything was stopped", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return EXIT_TERMINATED if isinstance(stopped, Terminated) else EXIT_INTERRUPTED
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
@@ -70,6 +86,15 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("recipe", type=Path, help="recipe file, for example recipes/nano/grpo.yaml")
         command.add_argument("overrides", nargs="*", metavar="key=value", help="for example grpo.steps=20 seed=1")
         command.set_defaults(run=run)
+    again = commands.add_parser(
+        "resume",
+        help="go on with an interrupted run, from its last checkpoint",
+        description=RESUME,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    again.add_argument("directory", type=Path, help="run directory, for example runs/nano-grpo", metavar="RUN")
+    again.add_argument("overrides", nargs="*", metavar="key=value", help="for example save_every=20 run.grace_s=60")
+    again.set_defaults(run=resume)
     space = commands.add_parser(
         "plan", help="where a recipe's processes go on a cluster, their memory and time; starts nothing"
     )
@@ -179,8 +204,9 @@ def grpo(options: argparse.Namespace) -> int:
 
 
 def first_stage(path: Path, recipe: Recipe, init_from: Path) -> SftRecipe:
-    """The SFT recipe that a recipe begins with."""
-    first = read_recipe(init_from, [f"seed={recipe.seed}"])
+    """The SFT recipe that a recipe begins with; that of a run in a directory is in the directory of the stage."""
+    own = path.parent / "sft" / "recipe.yaml"
+    first = read_recipe(own if own.exists() else init_from, [f"seed={recipe.seed}"])
     if not isinstance(first, SftRecipe):
         raise UserError(f"init_from: {init_from} is a recipe for {first.stage}, not for sft")
     if first.model.dtype != recipe.model.dtype:
@@ -188,7 +214,7 @@ def first_stage(path: Path, recipe: Recipe, init_from: Path) -> SftRecipe:
             f"model.dtype is {recipe.model.dtype} in {path} and {first.model.dtype} in {init_from}: "
             "the stages of a run share their policy and need the same"
         )
-    return first
+    return first.model_copy(update={"run": recipe.run})
 
 
 def reward_model(options: argparse.Namespace) -> int:
@@ -198,6 +224,23 @@ def reward_model(options: argparse.Namespace) -> int:
     from align.stages.reward_model import run_reward_model
 
     return run_reward_model(recipe, first)
+
+
+def resume(options: argparse.Namespace) -> int:
+    """`align resume RUN`: the command that began it, given again with the recipe in its directory."""
+    root: Path = options.directory
+    status = read_status(root)
+    if status is None:
+        raise UserError(f"{root} holds no run; `align resume` takes the directory of one, such as runs/nano-grpo")
+    if status["state"] == "finished":
+        raise UserError(f"{root} has finished, so there is nothing to go on with; `align report {root}` shows it")
+    file = RunDirectory(root).recipe_file
+    stage = read_yaml(file)[0].get("stage")
+    if stage not in COMMANDS:
+        raise UserError(f"{file}: stage must be one of {', '.join(COMMANDS)}, but is {stage!r}")
+    overrides = [f"run.dir={root}", *([] if stage == "pipeline" else ["run.overwrite=false"]), *options.overrides]
+    given = {"recipe": file, "file": file, "overrides": overrides, "start": None, "last": None}
+    return COMMANDS[stage](argparse.Namespace(**given))
 
 
 def preferences(options: argparse.Namespace) -> int:
@@ -367,6 +410,15 @@ def show(entries: Sequence[Entry]) -> int:
         parameters = ", ".join(p.name if p.required else f"{p.name}={p.default!r}" for p in item.parameters)
         print(f"{item.name}({parameters})\n    {item.description}")
     return 0
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "sft": sft,
+    "reward_model": reward_model,
+    "preferences": preferences,
+    "grpo": grpo,
+    "pipeline": pipeline,
+}
 
 
 if __name__ == "__main__":

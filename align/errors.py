@@ -1,5 +1,9 @@
-"""The error a user can act on."""
+"""The errors that the command line knows."""
 
 
 class UserError(Exception):
     """Something the user gave is wrong: the message says what, where, and what to do. Shown without a traceback."""
+
+
+class Terminated(KeyboardInterrupt):
+    """The run was asked to stop by SIGTERM, as batch systems and clusters do."""

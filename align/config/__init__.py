@@ -1,5 +1,6 @@
 """Recipes: `options` says what they can hold, `reading` gets one from a file, `pipeline` puts several in order."""
 
+from align.config.changes import differences
 from align.config.options import (
     STAGES,
     AgainstOptions,
@@ -25,9 +26,10 @@ from align.config.options import (
     ScoringOptions,
     SftOptions,
     SftRecipe,
+    TrainingRecipe,
 )
 from align.config.pipeline import Pipeline, PlannedStage, load_pipeline
-from align.config.reading import check_model_directory, dump_recipe, load_recipe
+from align.config.reading import check_model_directory, dump_recipe, load_recipe, read_yaml
 
 __all__ = [
     "STAGES",
@@ -56,8 +58,11 @@ __all__ = [
     "ScoringOptions",
     "SftOptions",
     "SftRecipe",
+    "TrainingRecipe",
     "check_model_directory",
+    "differences",
     "dump_recipe",
     "load_pipeline",
     "load_recipe",
+    "read_yaml",
 ]

@@ -23,6 +23,14 @@ class RunOptions(Section):
 
     dir: Path | None = Field(None, description="run directory; runs/NAME when not given")
     overwrite: bool = Field(False, description="replace the run that the directory already holds")
+    allow_changes: bool = Field(
+        False, description="go on with an interrupted run although its recipe or data have changed"
+    )
+    grace_s: float = Field(
+        8.0,
+        ge=0,
+        description="how long a step may take to end, and its checkpoint to be written, once the run is to stop",
+    )
 
 
 class ModelOptions(Section):
@@ -254,6 +262,18 @@ class Recipe(Section):
         raise NotImplementedError
 
 
+class TrainingRecipe(Recipe):
+    """A stage that trains, and goes on from its last checkpoint when it was interrupted."""
+
+    learner: LearnerOptions
+    save_every: int | None = Field(
+        None,
+        ge=1,
+        description="steps between checkpoints; when not given, one is written only where the run is told to stop",
+    )
+    keep_checkpoints: int = Field(2, ge=1, description="checkpoints that stay; the older ones are removed")
+
+
 class SamplingRecipe(Recipe):
     """A stage in which the policy answers prompts and the answers are judged."""
 
@@ -262,15 +282,11 @@ class SamplingRecipe(Recipe):
     rollout: FleetOptions = FleetOptions()
 
 
-class PolicyRecipe(SamplingRecipe):
+class PolicyRecipe(SamplingRecipe, TrainingRecipe):
     """A stage that trains the policy."""
 
-    learner: LearnerOptions
     evaluation: EvaluationOptions = EvaluationOptions()
     agreement: AgreementOptions = AgreementOptions()
-    save_every: int | None = Field(
-        None, ge=1, description="steps between checkpoints; only the final one when not given"
-    )
 
     @property
     def evaluation_cards(self) -> list[str]:
@@ -296,14 +312,13 @@ class SftRecipe(PolicyRecipe):
         return "sft"
 
 
-class RewardModelRecipe(Recipe):
+class RewardModelRecipe(TrainingRecipe):
     """A reward model from preferences. Nothing is sampled for it."""
 
     stage: Literal["reward_model"]
     init_from: Path | None = Field(
         None, description="SFT recipe that trains the policy it is made of, run first and with this recipe's seed"
     )
-    learner: LearnerOptions
     reward_model: RewardModelOptions
 
     @property

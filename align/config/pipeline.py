@@ -70,6 +70,9 @@ class Pipeline:
 def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> Pipeline:
     """Read and check a pipeline and all its recipes. Raises UserError that names the file, the stage and the key."""
     values, lines = read_yaml(path)
+    if values.get("stage") == "pipeline":
+        # As it says in the copy that is kept in the run's directory.
+        del values["stage"]
     for override in overrides:
         apply_override(values, override)
     try:

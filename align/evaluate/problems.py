@@ -62,6 +62,24 @@ class Evaluation:
             numbers |= {f"accuracy/{domain}": value for domain, value in self.by_domain.items()}
         return numbers | {f"pass@{k}": value for k, value in self.pass_at.items()} | dict(self.rates)
 
+    @classmethod
+    def of_record(cls, record: Mapping[str, Any], domains: Iterable[str]) -> "Evaluation":
+        """The evaluation whose `summary`, `problems` and `verdicts` are in `record`, of problems of these domains; no rows."""
+        by_domain = {name: record[key] for name in domains if (key := f"accuracy/{name}") in record}
+        pass_at = {int(key.removeprefix("pass@")): value for key, value in record.items() if key.startswith("pass@")}
+        known = {"stage", "step", "name", "problems", "accuracy", "mean_length", "truncated", "verdicts"}
+        known |= {f"accuracy/{name}" for name in by_domain} | {f"pass@{k}" for k in pass_at}
+        return cls(
+            problems=record["problems"],
+            accuracy=float(record["accuracy"]),
+            mean_length=float(record["mean_length"]),
+            truncated=float(record["truncated"]),
+            by_domain=by_domain,
+            pass_at=pass_at,
+            verdicts=record["verdicts"],
+            rates={key: value for key, value in record.items() if key not in known},
+        )
+
 
 def evaluate(
     fleet: Fleet,

@@ -29,6 +29,17 @@ class GradientCensus:
 
         return seen
 
+    def state(self) -> dict[str, torch.Tensor]:
+        """What is still waited for, to be given to `restore`."""
+        return dict(self._waiting)
+
+    def restore(self, state: dict[str, torch.Tensor]) -> None:
+        """Go on where a census of the same module was."""
+        for name in self._waiting.keys() - state.keys():
+            del self._waiting[name]
+            self._handles.pop(name).remove()
+        self._waiting |= state
+
     def missing(self) -> list[str]:
         """Names still without a gradient; a fused expert is named `...experts.gate_up_proj[3]`."""
         names = []

@@ -17,10 +17,19 @@ from align.learner.expert_load import add_loads, load_metrics
 from align.learner.objective import Objective, Sums
 from align.learner.rank import LearnerRank, Trained, environment
 from align.learner.worker import LearnerWorker
+from align.run.checkpoints import Entry
+from align.run.files import whole_directory
+
+DEATH_S = 5.0
+"""How long it may take to hear of a rank that died."""
 
 
 class LearnerError(Exception):
     """A learner rank failed or did not answer in time."""
+
+
+class LearnerDiedError(LearnerError):
+    """A learner rank's process is gone."""
 
 
 class RankGroup:
@@ -76,9 +85,21 @@ class RankGroup:
         return [name for name in missing[0] if all(name in names for names in missing[1:])]
 
     def save(self, directory: Path) -> None:
-        """Write the model as a Hugging Face checkpoint."""
-        calls = [rank.save.remote(directory.absolute()) for rank in self._ranks]
-        self._gather(calls, self._options.step_timeout_s, "saving")
+        """Write the model as a Hugging Face checkpoint, whole or not at all. Raises LearnerError, OSError."""
+        with whole_directory(directory.absolute()) as temporary:
+            calls = [rank.save.remote(temporary) for rank in self._ranks]
+            self._gather(calls, self._options.step_timeout_s, "saving")
+
+    def save_state(self, directory: Path) -> dict[str, Entry]:
+        """Write all that the ranks need to go on exactly; returns the files' entries. Raises LearnerError, OSError."""
+        calls = [rank.save_state.remote(directory.absolute()) for rank in self._ranks]
+        parts = self._gather(calls, self._options.step_timeout_s, "saving their state")
+        return {name: entry for part in parts for name, entry in part.items()}
+
+    def load_state(self, directory: Path) -> None:
+        """Go on from what `save_state` wrote. Raises LearnerError, and UserError where it is of another learner."""
+        calls = [rank.load_state.remote(directory.absolute()) for rank in self._ranks]
+        self._gather(calls, self._options.step_timeout_s, "loading their state")
 
     def close(self) -> None:
         """End the ranks' processes."""
@@ -96,12 +117,27 @@ class RankGroup:
         except ray.exceptions.GetTimeoutError:
             raise LearnerError(f"the learner ranks were not done {doing} within {timeout_s:g} s") from None
         except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, UserError):
+            if isinstance(error.cause, UserError | OSError):
                 raise error.cause from None
+            if self._one_died(references):
+                raise LearnerDiedError(f"a learner rank died {doing}, and another failed for it") from None
             raise LearnerError(f"a learner rank failed {doing}:\n{error}") from None
         except ray.exceptions.RayActorError as error:
-            raise LearnerError(f"a learner rank died {doing}: {error}") from None
+            raise LearnerDiedError(f"a learner rank died {doing}: {error}") from None
         return results
+
+    def _one_died(self, references: Sequence[Any]) -> bool:
+        """Whether a rank is gone: the others then fail where they wait for it, and may be heard of first."""
+        import ray
+
+        for reference in references:
+            try:
+                ray.get(reference, timeout=DEATH_S)
+            except ray.exceptions.RayActorError:
+                return True
+            except (ray.exceptions.RayTaskError, ray.exceptions.GetTimeoutError):
+                continue
+        return False
 
 
 class LearnerGroup(RankGroup):

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 
 from align.config import LearnerOptions, ModelOptions
+from align.errors import UserError
 from align.learner.gradients import GradientCensus
+from align.learner.state import load_state, save_state
 from align.model.checkpoint_names import to_checkpoint
 from align.model.lora import (
     ADAPTER_DIRECTORY,
@@ -29,6 +31,7 @@ from align.model.lora import (
     save_adapter,
 )
 from align.model.policy import load_tokenizer, save_policy
+from align.run.checkpoints import Entry
 
 
 def environment(rank: int, ranks: int, threads: int) -> dict[str, str]:
@@ -110,6 +113,17 @@ class LearnerRank(ABC):
             save_policy(network if lora is None else network.get_base_model(), self._tokenizer, directory, state)
         if adapter is not None:
             save_adapter(network, directory / ADAPTER_DIRECTORY, adapter)
+
+    def save_state(self, directory: Path) -> dict[str, Entry]:
+        """Write this rank's files of a training checkpoint; returns their entries."""
+        return save_state(self._engine, directory, self._census.state())
+
+    def load_state(self, directory: Path) -> None:
+        """Go on from a training checkpoint that has been proved whole. Raises UserError where it is of another learner."""
+        try:
+            self._census.restore(load_state(self._engine, directory))
+        except ValueError as error:
+            raise UserError(f"checkpoint {directory}: {error}") from None
 
     def close(self) -> None:
         """Leave the process group."""

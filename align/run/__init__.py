@@ -2,7 +2,7 @@
 
 from align.run.directory import RunDirectory, read_status
 from align.run.environment import check_machine, environment_record
-from align.run.files import json_line, write_atomically
+from align.run.files import cut, json_line, synced_size, write_atomically
 from align.run.metrics import MetricsLog
 from align.run.progress import Progress
 from align.run.samples import read_jsonl, read_samples, write_jsonl, write_samples
@@ -13,12 +13,14 @@ __all__ = [
     "Progress",
     "RunDirectory",
     "check_machine",
+    "cut",
     "environment_record",
     "json_line",
     "read_jsonl",
     "read_samples",
     "read_status",
     "save_stacks",
+    "synced_size",
     "write_atomically",
     "write_jsonl",
     "write_samples",

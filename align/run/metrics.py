@@ -44,16 +44,28 @@ class MetricsLog:
             self._tensorboard.close()
             self._tensorboard = None
 
+    def purge(self, step: int) -> None:
+        """Tell TensorBoard to forget what it has from `step` on: it is about to come again."""
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[import-untyped]
+
+        if self._tensorboard_directory.exists():
+            started = SessionLog(status=SessionLog.START)
+            self._add_to_tensorboard(Event(wall_time=time.time(), step=step, session_log=started))
+
     def _write_tensorboard(self, step: int, stage: str, metrics: Mapping[str, float], now: float) -> None:
-        # TensorBoard's own writer, since PyTorch's imports ten times as long and writes the same records.
-        from tensorboard.compat.proto.event_pb2 import Event  # type: ignore[import-untyped]
+        from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
+
+        values = [Summary.Value(tag=f"{stage}/{name}", simple_value=float(value)) for name, value in metrics.items()]
+        self._add_to_tensorboard(Event(wall_time=now, step=step, summary=Summary(value=values)))
+
+    def _add_to_tensorboard(self, event: Any) -> None:
+        # TensorBoard's own writer, since PyTorch's imports ten times as long and writes the same records.
         from tensorboard.summary.writer.event_file_writer import EventFileWriter  # type: ignore[import-untyped]
 
         if self._tensorboard is None:
             self._tensorboard = EventFileWriter(str(self._tensorboard_directory))
-        values = [Summary.Value(tag=f"{stage}/{name}", simple_value=float(value)) for name, value in metrics.items()]
-        self._tensorboard.add_event(Event(wall_time=now, step=step, summary=Summary(value=values)))
+        self._tensorboard.add_event(event)
         self._tensorboard.flush()
 
 

@@ -1,15 +1,15 @@
 """What the commands run: one stage, or the two of a GRPO recipe that names its SFT, in a run of its own."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 from align.config import GrpoRecipe, ModelOptions, PreferencesRecipe, SftRecipe
 from align.evaluate.problems import Evaluation
-from align.stages.engines import prepare_policy, start_engines, start_judges
+from align.stages.engines import prepare_policy, start_engines
 from align.stages.grpo import load_grpo_data, train_grpo
 from align.stages.preferences import gather_preferences, load_prompts
 from align.stages.run import Run, compare_stages, open_run
-from align.stages.sft import load_sft_data, train_sft
+from align.stages.sft import finished_sft, load_sft_data, sft_before, train_sft
+from align.stages.steps import restarting
 
 
 def run_sft(recipe: SftRecipe) -> int:
@@ -18,25 +18,28 @@ def run_sft(recipe: SftRecipe) -> int:
         policy, tokenizer = prepare_policy(recipe, run)
         data = load_sft_data(recipe, tokenizer, run)
         with start_engines(recipe, policy, tokenizer, run) as engines:
-            trained, evaluations = train_sft(recipe, data, engines, run)
+            trained, evaluations = restarting(run, lambda: train_sft(recipe, data, engines, run))
         finish(run, trained, evaluations)
     return 0
 
 
 def run_grpo(recipe: GrpoRecipe, first: SftRecipe | None) -> int:
     """GRPO, after the SFT stage `first` (which is a run of its own inside the run) where there is one."""
+    before = None
     with open_run(recipe) as run:
         policy, tokenizer = prepare_policy(recipe, run)
         data = load_grpo_data(recipe, tokenizer, run)
         if first is not None:
             first = first.model_copy(update={"rollout": recipe.rollout})
             sft_data = load_sft_data(first, tokenizer, run)
+            before = finished_sft(first, sft_data, policy, run)
         evaluations: dict[str, Evaluation] = {}
+        if before is not None:
+            policy, evaluations = before
         with start_engines(recipe, policy, tokenizer, run) as engines:
-            if first is not None:
-                with open_run(first, run.directory.child("sft"), run) as inner, start_judges(first) as judges:
-                    policy, evaluations = train_sft(first, sft_data, replace(engines, judges=judges), inner)
-            trained, after = train_grpo(recipe, data, policy, engines, run)
+            if first is not None and before is None:
+                policy, evaluations = sft_before(first, sft_data, engines, run)
+            trained, after = restarting(run, lambda: train_grpo(recipe, data, policy, engines, run))
         finish(run, trained, evaluations | after)
     return 0
 

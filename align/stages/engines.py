@@ -3,7 +3,7 @@
 import ipaddress
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,12 +11,14 @@ from urllib.parse import urlsplit
 
 import torch
 
-from align.config import ModelOptions, PolicyRecipe, Recipe, RewardModelRecipe, SamplingRecipe
+from align.config import ModelOptions, PolicyRecipe, Recipe, RewardModelRecipe, SamplingRecipe, TrainingRecipe
 from align.errors import UserError
 from align.evaluate.doctor import examine, verdict
 from align.learner.group import check_port
 from align.model.policy import first_line, load_tokenizer, stop_token_ids, write_random_policy
 from align.model.reward_model import is_reward_model
+from align.run.watcher import watched
+from align.stages.disk import check_space
 from align.stages.faults import record_fault
 from align.stages.run import Run
 from reward import Mixture, RewardError, ScoringPool
@@ -41,6 +43,8 @@ def prepare_policy(recipe: Recipe, run: Run) -> tuple[ModelOptions, Any]:
     For a reward model it may be a reward model too, which then learns more.
     """
     policy = recipe.model
+    if isinstance(recipe, TrainingRecipe) and run.resume is None:
+        check_space(recipe, run.directory.path)
     if policy.init == "random":
         write_random_policy(policy, run.directory.initial_directory, recipe.seed)
         policy = policy.model_copy(update={"path": str(run.directory.initial_directory), "init": "pretrained"})
@@ -91,22 +95,25 @@ def local_ray() -> Iterator[None]:
     import ray
     from ray._private import ray_constants
 
-    if address := os.environ.get("RAY_ADDRESS"):
-        check_address(address, os.environ.get("RAY_AUTH_MODE"))
+    address = os.environ.get("RAY_ADDRESS")
+    # In a cluster of others Ray itself ends the actors of a driver that is gone.
+    with nullcontext() if address else watched():
+        if address:
+            check_address(address, os.environ.get("RAY_AUTH_MODE"))
+            try:
+                ray.init(log_to_driver=False)
+            except (ConnectionError, ray.exceptions.AuthenticationError) as error:
+                raise UserError(f"RAY_ADDRESS={address}: {first_line(error)}") from None
+        else:
+            # Where Ray knows no clusters it listens on loopback alone; asked for 127.0.0.1 it would take the host's address.
+            # The variable tells the processes it starts; this one has read it already.
+            os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
+            ray_constants.ENABLE_RAY_CLUSTER = False
+            start_node()
         try:
-            ray.init(log_to_driver=False)
-        except (ConnectionError, ray.exceptions.AuthenticationError) as error:
-            raise UserError(f"RAY_ADDRESS={address}: {first_line(error)}") from None
-    else:
-        # Where Ray knows no clusters it listens on loopback alone; asked for 127.0.0.1 it would take the host's address.
-        # The variable tells the processes it starts; this one has read it already.
-        os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
-        ray_constants.ENABLE_RAY_CLUSTER = False
-        start_node()
-    try:
-        yield
-    finally:
-        ray.shutdown()
+            yield
+        finally:
+            ray.shutdown()
 
 
 def check_address(address: str, auth_mode: str | None) -> None:

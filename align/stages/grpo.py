@@ -28,6 +28,7 @@ from align.stages.examples import Source, items_of_step, training_sources
 from align.stages.held_out import CENSUS_STEP, HeldOut, Problems, load_problems
 from align.stages.over_optimisation import OverOptimisationGuard
 from align.stages.run import Run
+from align.stages.steps import Steps
 from reward import SampleReward, Verdict
 from rollout import Completion, FinishReason, Prompt
 
@@ -61,21 +62,25 @@ def train_grpo(
     reference = None
     if options.kl_coefficient:
         reference = policy if recipe.reference is None else policy.model_copy(update={"path": str(recipe.reference)})
-    guard = OverOptimisationGuard(recipe.guard) if recipe.guard else None
     learner = LearnerGroup(policy, recipe.learner, seed=recipe.seed, reference=reference)
-    try:
-        progress.stage("GRPO", options.steps)
+    # An SFT stage before this one ends with an update of the rollout workers.
+    state = {"weight_version": int(recipe.init_from is not None), "learning_steps": 0, "guard": []}
+    with Steps(recipe, run, learner, options.steps, data.sources, reference=reference, state=state) as steps:
+        guard = OverOptimisationGuard(recipe.guard, steps.state["guard"]) if recipe.guard else None
+        progress.stage("GRPO", options.steps, completed=steps.done)
         progress.phase("starting learners")
         engines.fleet.wait_until_ready()
         learner.wait_until_ready()
+        steps.restore()
+        if engines.fleet.weight_version != steps.state["weight_version"]:
+            engines.fleet.load(learner.weights(), steps.state["weight_version"], modules=learner.trained.modules)
         progress.note(f"policy on {recipe.learner.ranks} learner ranks: {learner.trained.description}")
         held_out.check_agreement(learner, "before GRPO")
         evaluations: dict[str, Evaluation] = {}
         if recipe.init_from is None:
             evaluations["before GRPO"] = held_out.evaluate("before GRPO", 0)
-        learning_steps = 0
 
-        for step in range(options.steps):
+        for step in steps:
             clock = Clock()
             chosen = items_of_step(data.sources, seed=recipe.seed, step=step)
             progress.phase("sampling")
@@ -89,6 +94,7 @@ def train_grpo(
 
             version = engines.fleet.weight_version + 1
             engines.fleet.load(learner.weights(), version, modules=learner.trained.modules)
+            steps.state["weight_version"] = version
             clock.lap("weights")
 
             write_samples(run.directory.samples_file(step + 1), experience.rows)
@@ -96,21 +102,17 @@ def train_grpo(
             run.record_step("grpo", step + 1, metrics, SHOWN)
             if guard and (alarm := guard.observe(experience.rewards)):
                 run.warn(f"GRPO step {step + 1}: {alarm}")
-            learning_steps += norm > 0
-            if norm > 0 and learning_steps == CENSUS_STEP:
+            steps.state["learning_steps"] += norm > 0
+            if norm > 0 and steps.state["learning_steps"] == CENSUS_STEP:
                 held_out.check_gradients(learner, step + 1)
             if recipe.evaluation.every and (step + 1) % recipe.evaluation.every == 0 and step + 1 < options.steps:
                 held_out.evaluate(f"GRPO step {step + 1}", step + 1)
-            if recipe.save_every and (step + 1) % recipe.save_every == 0:
-                learner.save(run.directory.checkpoint_directory(step + 1))
 
         held_out.check_agreement(learner, "after GRPO")
         evaluations["after GRPO"] = held_out.evaluate("after GRPO", options.steps)
         learner.save(run.directory.final_directory)
         trained = policy.model_copy(update={"path": str(run.directory.final_directory)})
         held_out.run_hooks(trained, options.steps)
-    finally:
-        learner.close()
     return trained, evaluations
 
 

@@ -59,7 +59,13 @@ class HeldOut:
         self.gate = AgreementGate(recipe.agreement, engines.policy.dtype, run.warn)
 
     def evaluate(self, name: str, step: int) -> Evaluation:
-        """Answer the held-out problems with the weights that the rollout workers hold, and record the result."""
+        """Answer the held-out problems with the weights that the rollout workers hold, and record the result.
+
+        What an interrupted run has measured already is not measured again.
+        """
+        domains = list(dict.fromkeys(example.domain for example in self._problems.examples))
+        if (before := self._run.recorded(name, domains)) is not None:
+            return before
         self._run.progress.phase(f"evaluating ({name})")
         evaluation = evaluate(
             self._engines.fleet,

@@ -1,6 +1,5 @@
 """The alarm for a policy that learns to please its reward model (Gao et al. 2022, arXiv 2210.10760)."""
 
-from collections import deque
 from collections.abc import Sequence
 from math import isfinite, sqrt
 from statistics import fmean, variance
@@ -16,12 +15,11 @@ class OverOptimisationGuard:
     """Compares the last `window` steps with as many before them.
 
     It says so when the learned reward went up and the trusted one down, each by more than two standard errors, and then
-    starts anew.
+    starts anew. `steps`, the rewards of the steps that it compares, is kept up to date for whoever goes on.
     """
 
-    def __init__(self, options: GuardOptions):
-        self._options = options
-        self._steps: deque[tuple[list[float], list[float]]] = deque(maxlen=2 * options.window)
+    def __init__(self, options: GuardOptions, steps: list[tuple[list[float], list[float]]]):
+        self._options, self._steps = options, steps
 
     def observe(self, rewards: Sequence[SampleReward]) -> str | None:
         """Take the rewards of a step; an alarm where the two rewards have parted."""
@@ -33,6 +31,7 @@ class OverOptimisationGuard:
         ]
         judged = [pair for pair in pairs if all(map(isfinite, pair))]
         self._steps.append(([of_learned for of_learned, _ in judged], [of_trusted for _, of_trusted in judged]))
+        del self._steps[: -2 * self._options.window]
         if len(self._steps) < 2 * self._options.window:
             return None
         up, down = (self._change(place) for place in (0, 1))

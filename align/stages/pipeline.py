@@ -1,21 +1,23 @@
 """A pipeline: one stage after the other, each a process and a run of its own inside the pipeline's directory.
 
-What is done is skipped. A stage that was cut short is run again from its start with the same seed, and so ends as it would
-have.
+What is done is skipped. A stage that was cut short goes on from its last checkpoint, and so ends as it would have.
 """
 
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
-from align.config import Pipeline, PlannedStage, load_recipe
-from align.errors import UserError
+from align.config import Pipeline, PlannedStage, differences, load_recipe
+from align.errors import Terminated, UserError
 from align.run import RunDirectory, environment_record, read_status
+from align.run.checkpoints import CheckpointDirectory
 from align.stages.preflight import check_ready
-from align.stages.run import StopRequest
+from align.stages.stop import StopRequest
 
 COMMANDS = {"sft": "sft", "reward_model": "reward-model", "preferences": "preferences", "grpo": "grpo"}
-INTERRUPTED = 130
+INTERRUPTED = {signal.SIGINT: 130, signal.SIGTERM: 75}
+"""The exit status of a stage that was stopped by a signal."""
 
 
 def run_pipeline(pipeline: Pipeline, start: str | None, last: str | None = None) -> int:
@@ -36,7 +38,8 @@ def run_pipeline(pipeline: Pipeline, start: str | None, last: str | None = None)
     directory.save_recipe(pipeline.text)
     directory.save_environment(environment_record())
     for stage in due:
-        forget(stage)
+        if start is not None or stage is not due[0] or not was_cut_short(stage):
+            forget(stage)
     with StopRequest():
         for number, stage in enumerate(pipeline.stages):
             now = stage in due and number <= end
@@ -59,7 +62,23 @@ def run_pipeline(pipeline: Pipeline, start: str | None, last: str | None = None)
 def forget(stage: PlannedStage) -> None:
     """A stage that is to run again is no longer done: its inputs may change before its turn, and it may never come."""
     if read_status(stage.directory) is not None:
-        RunDirectory.reopen(stage.directory).interrupt()
+        directory = RunDirectory.reopen(stage.directory)
+        for checkpoint in checkpoints_in(stage):
+            CheckpointDirectory(checkpoint.parent).clear()
+        directory.interrupt()
+
+
+def was_cut_short(stage: PlannedStage) -> bool:
+    """Whether the stage has a checkpoint to go on from, of the recipe that it has now."""
+    directory = RunDirectory(stage.directory)
+    if not directory.recipe_file.exists() or not checkpoints_in(stage):
+        return False
+    return not differences(load_recipe(directory.recipe_file, pending=stage.directory.parent), stage.recipe)
+
+
+def checkpoints_in(stage: PlannedStage) -> list[Path]:
+    """The checkpoints of a stage and of the SFT inside it, where it has one."""
+    return [path for pattern in ("", "*/") for path in stage.directory.glob(f"{pattern}checkpoints/step_*")]
 
 
 def say(directory: RunDirectory, text: str) -> None:
@@ -72,7 +91,7 @@ def say(directory: RunDirectory, text: str) -> None:
 def stopped(directory: RunDirectory, stage: PlannedStage, status: int) -> None:
     """Note where the pipeline stopped."""
     say(directory, f"stopped in stage {stage.entry.name}; the same command goes on there")
-    if status == INTERRUPTED:
+    if status in INTERRUPTED.values():
         directory.interrupt()
     else:
         directory.fail(f"stage {stage.entry.name} ended with exit status {status}")
@@ -116,11 +135,15 @@ def is_done(stage: PlannedStage) -> bool:
 
 def run_stage(stage: PlannedStage) -> int:
     """Run a stage in a process of its own; returns its exit status. Ctrl-C and SIGTERM are handed on, once."""
-    command = [COMMANDS[stage.recipe.stage], str(stage.entry.recipe), *stage.overrides]
+    if was_cut_short(stage):
+        command = ["resume", str(stage.directory)]
+    else:
+        command = [COMMANDS[stage.recipe.stage], str(stage.entry.recipe), *stage.overrides]
     process = subprocess.Popen([sys.executable, "-m", "align.cli", *command], start_new_session=True)
     try:
         return process.wait()
-    except KeyboardInterrupt:
-        process.send_signal(signal.SIGINT)
+    except KeyboardInterrupt as stopped:
+        number = signal.SIGTERM if isinstance(stopped, Terminated) else signal.SIGINT
+        process.send_signal(number)
         process.wait()
-        return INTERRUPTED
+        return INTERRUPTED[number]

@@ -22,7 +22,8 @@ from align.stages.examples import items_of_step
 from align.stages.held_out import CENSUS_STEP
 from align.stages.pairs import EncodedPair, RewardModelData, load_reward_model_data
 from align.stages.run import Run, open_run
-from align.stages.sft import load_sft_data, train_sft
+from align.stages.sft import finished_sft, load_sft_data, sft_before
+from align.stages.steps import Steps, restarting
 
 SHOWN = ("loss", "accuracy", "difference", "validation_accuracy", "tokens_per_second")
 NOTES = "reward_model.json"
@@ -34,12 +35,13 @@ def train_reward_model(
     """Run the stage from `policy` (Ray must be running). Returns the reward model and its evaluation on the test pairs."""
     options, progress = recipe.reward_model, run.progress
     learner = RewardModelGroup(policy, recipe.learner, seed=recipe.seed)
-    try:
-        progress.stage("reward model", options.steps)
+    with Steps(recipe, run, learner, options.steps, data.sources) as steps:
+        progress.stage("reward model", options.steps, completed=steps.done)
         progress.phase("starting learners")
         learner.wait_until_ready()
+        steps.restore()
         progress.note(f"reward model on {recipe.learner.ranks} learner ranks: {learner.trained.description}")
-        for step in range(options.steps):
+        for step in steps:
             started = time.perf_counter()
             batch = items_of_step(data.sources, seed=recipe.seed, step=step)
             pairs = [replace(item.pair, weight=1 / len(batch)) for item in batch]
@@ -58,8 +60,7 @@ def train_reward_model(
                 "step_seconds": seconds,
             }
             if (step + 1) % options.validate_every == 0 or step + 1 == options.steps:
-                judged = judge(learner, data.validation)
-                metrics["validation_accuracy"] = evaluate_pairs(judged).accuracy
+                metrics["validation_accuracy"] = evaluate_pairs(judge(learner, data.validation)).accuracy
             run.record_step("reward_model", step + 1, metrics, SHOWN)
             if step + 1 == min(CENSUS_STEP, options.steps):
                 warn_of_missing_gradients(learner, step + 1, run)
@@ -67,9 +68,7 @@ def train_reward_model(
         progress.phase("evaluating")
         evaluation = evaluate(learner, data.test, options.steps, run)
         learner.save(run.directory.final_directory)
-        write_notes(run.directory.final_directory, recipe, data, judged, evaluation)
-    finally:
-        learner.close()
+        write_notes(run.directory.final_directory, recipe, data, judge(learner, data.validation), evaluation)
     return policy.model_copy(update={"path": str(run.directory.final_directory)}), evaluation
 
 
@@ -80,13 +79,13 @@ def run_reward_model(recipe: RewardModelRecipe, first: SftRecipe | None = None) 
         data = load_reward_model_data(recipe, tokenizer, run)
         if first is not None:
             sft_data = load_sft_data(first, tokenizer, run)
-            with (
-                start_engines(first, policy, tokenizer, run) as engines,
-                open_run(first, run.directory.child("sft"), run) as inner,
-            ):
-                policy, _ = train_sft(first, sft_data, engines, inner)
+            before = finished_sft(first, sft_data, policy, run)
+            if before is None:
+                with start_engines(first, policy, tokenizer, run) as engines:
+                    before = sft_before(first, sft_data, engines, run)
+            policy, _ = before
         with local_ray():
-            trained, evaluation = train_reward_model(recipe, data, policy, run)
+            trained, evaluation = restarting(run, lambda: train_reward_model(recipe, data, policy, run))
         show(evaluation, run)
         run.progress.note(f"the reward model is in {trained.path}")
     return 0

@@ -1,13 +1,12 @@
-"""A run: its directory, metrics and display, and how it ends."""
+"""A run: its directory, metrics and display, how it begins or goes on, and how it ends."""
 
-import signal
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from types import FrameType
-from typing import Any, Self
+from pathlib import Path
+from typing import Any
 
-from align.config import Recipe, SamplingRecipe, dump_recipe
+from align.config import Recipe, SamplingRecipe, TrainingRecipe, differences, dump_recipe, load_recipe
 from align.errors import UserError
 from align.evaluate.problems import Evaluation
 from align.run import (
@@ -15,22 +14,67 @@ from align.run import (
     Progress,
     RunDirectory,
     check_machine,
+    cut,
     environment_record,
     json_line,
+    read_jsonl,
+    read_status,
     save_stacks,
+    synced_size,
     write_samples,
 )
+from align.run.checkpoints import Checkpoint, CheckpointDirectory, DamagedCheckpointError
 from align.stages.preflight import check_ready
+from align.stages.stop import StopRequest
+
+RESUMABLE = ("running", "interrupted", "failed")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Run:
-    """Where a stage writes and what it shows."""
+    """Where a stage writes and what it shows. `resume` is the checkpoint from which it goes on, where there is one."""
 
     directory: RunDirectory
     metrics: MetricsLog
+    checkpoints: CheckpointDirectory
     progress: Progress
-    stop: "StopRequest"
+    stop: StopRequest
+    resume: Checkpoint | None = None
+
+    def rewind(self) -> None:
+        """Go back to the last whole checkpoint, or to the beginning where there is none yet, and say so.
+
+        What was measured after it is cut off. Raises UserError when there are checkpoints and none is whole.
+        """
+        damages: list[str] = []
+        self.checkpoints.sweep()
+        try:
+            self.resume = self.checkpoints.newest(damages.append)
+        except DamagedCheckpointError as error:
+            told = "; ".join([*damages, str(error)])
+            raise UserError(
+                f"{told}. What the run has measured is untouched; run.overwrite=true starts it again from the beginning"
+            ) from None
+        done = self.resume.step if self.resume else 0
+        for file in self._logs:
+            cut(file, int(self.resume.facts["positions"][file.name]) if self.resume else 0)
+        for file in self.directory.samples_directory.glob("step_*.parquet"):
+            if int(file.stem.removeprefix("step_")) > done:
+                file.unlink()
+        self.metrics.purge(done + 1)
+        for damage in damages:
+            self.warn(damage)
+        text = f"resuming from step {done}" if self.resume else "nothing of it was saved yet, so it begins at step 0"
+        self.progress.note(f"{self.directory.path.name}: {text}")
+        self.metrics.event("resumed", text, step=done)
+
+    def positions(self) -> dict[str, int]:
+        """How long the logs are, once they are on the disk."""
+        return {file.name: synced_size(file) for file in self._logs}
+
+    @property
+    def _logs(self) -> list[Path]:
+        return [self.directory.metrics_file, self.directory.events_file, self.directory.evaluations_file]
 
     def record_step(self, stage: str, step: int, metrics: Mapping[str, float], shown: Sequence[str]) -> None:
         """Write the metrics of a step and show some of them. Raises KeyboardInterrupt when the run was asked to stop."""
@@ -49,6 +93,10 @@ class Run:
         self.record_numbers(stage, step, name, evaluation.summary(), evaluation.rows, facts)
         self.progress.note(f"{name}: {describe(evaluation)}")
 
+    def recorded(self, name: str, domains: Sequence[str]) -> Evaluation | None:
+        """The evaluation `name` of problems of these domains, where the run has made it already; without its rows."""
+        return recorded_evaluations(self.directory, domains).get(name)
+
     def record_numbers(
         self,
         stage: str,
@@ -65,6 +113,13 @@ class Run:
             record = {"stage": stage, "step": step, "name": name, **numbers, **(facts or {})}
             file.write(json_line(record) + "\n")
         self.metrics.write(step, stage, {f"evaluation/{key}": value for key, value in numbers.items()})
+
+
+def recorded_evaluations(directory: RunDirectory, domains: Sequence[str]) -> dict[str, Evaluation]:
+    """The evaluations of answers that a run has recorded, by name; without their rows."""
+    file = directory.evaluations_file
+    records = read_jsonl(file) if file.exists() else []
+    return {r["name"]: Evaluation.of_record(r, domains) for r in records if "accuracy" in r and "verdicts" in r}
 
 
 def describe(evaluation: Evaluation) -> str:
@@ -102,12 +157,12 @@ def compare_stages(progress: Progress, evaluations: Mapping[str, Evaluation]) ->
 
 
 @contextmanager
-def open_run(recipe: Recipe, directory: RunDirectory | None = None, outer: Run | None = None) -> Iterator[Run]:
-    """Create the run of a recipe and own it; note how it ended. Ctrl-C and SIGTERM end it cleanly.
+def open_run(recipe: Recipe, path: Path | None = None, outer: Run | None = None) -> Iterator[Run]:
+    """Own the run of a recipe, a new one or one that was interrupted; note how it ended. Ctrl-C and SIGTERM end it cleanly.
 
-    With `directory` and `outer` it is a stage inside another run. Raises UserError before anything is written when the
-    machine is too small, an evaluation's server does not answer or the directory is taken. A UserError before the first
-    metrics takes the run back.
+    With `path` and `outer` it is a stage inside another run. Raises UserError before anything is written when the
+    machine is too small, an evaluation's server does not answer or the directory holds another run. A UserError before the
+    first metrics takes a new run back.
     """
     check_machine(
         cores=recipe.machine.cores,
@@ -116,23 +171,33 @@ def open_run(recipe: Recipe, directory: RunDirectory | None = None, outer: Run |
         "machine.memory_gb to match",
     )
     check_ready(recipe)
-    directory = directory or RunDirectory.create(recipe.directory, overwrite=recipe.run.overwrite)
+    directory, changed = own_directory(recipe, path or recipe.directory)
+    goes_on = changed is not None
     directory.save_recipe(dump_recipe(recipe))
     directory.save_environment(environment_record())
     directory.enter(recipe.stage)
-    metrics = MetricsLog(directory)
+    keep = recipe.keep_checkpoints if isinstance(recipe, TrainingRecipe) else 1
+    parts = directory, MetricsLog(directory), CheckpointDirectory(directory.checkpoints_directory, keep=keep)
+    metrics = parts[1]
     try:
-        if outer is not None:
-            yield begun(Run(directory, metrics, outer.progress, outer.stop), recipe)
-        else:
-            with Progress(log=directory.log_file) as progress, StopRequest() as stop:
-                yield begun(Run(directory, metrics, progress, stop), recipe)
+        with ExitStack() as stack:
+            if outer is None:
+                progress = stack.enter_context(Progress(log=directory.log_file))
+                stop = stack.enter_context(StopRequest(recipe.run.grace_s))
+            else:
+                progress, stop = outer.progress, outer.stop
+            run = Run(*parts, progress, stop)
+            if goes_on:
+                run.rewind()
+                for key in changed or ():
+                    run.warn(f"going on with another recipe: {key}")
+            yield begun(run, recipe)
     except KeyboardInterrupt:
         directory.interrupt()
         raise
     except UserError as error:
         metrics.close()
-        if directory.has_metrics:
+        if goes_on or directory.has_metrics:
             directory.fail(error)
         else:
             directory.discard()
@@ -148,38 +213,35 @@ def open_run(recipe: Recipe, directory: RunDirectory | None = None, outer: Run |
         metrics.close()
 
 
+def own_directory(recipe: Recipe, path: Path) -> tuple[RunDirectory, list[str] | None]:
+    """The directory of a run; and for one that goes on what has changed of its recipe, None for a new one.
+
+    An interrupted run of a stage that trains goes on. Raises UserError where the directory holds another run, finished or
+    of another recipe.
+    """
+    status, there = read_status(path), RunDirectory(path.expanduser().absolute())
+    resumable = status is not None and status["state"] in RESUMABLE and isinstance(recipe, TrainingRecipe)
+    if recipe.run.overwrite or not resumable or not there.recipe_file.exists():
+        return RunDirectory.create(path, overwrite=recipe.run.overwrite), None
+    changed = refuse_changes(there, recipe)
+    return RunDirectory.reopen(path), changed
+
+
+def refuse_changes(directory: RunDirectory, recipe: Recipe) -> list[str]:
+    """What has changed of a run's recipe. Raises UserError where anything has and the recipe does not allow it."""
+    changed = differences(load_recipe(directory.recipe_file, pending=directory.path), recipe)
+    if changed and not recipe.run.allow_changes:
+        raise UserError(
+            f"{directory.path} holds an interrupted run of another recipe: {'; '.join(changed)}. Go on with that recipe "
+            f"(`align resume {directory.path}`), replace the run with run.overwrite=true, or go on with this recipe with "
+            "run.allow_changes=true"
+        )
+    return changed
+
+
 def begun(run: Run, recipe: Recipe) -> Run:
     """The run, once it has on record what its user took upon himself."""
     for term in recipe.rewards if isinstance(recipe, SamplingRecipe) else ():
         if term.params.get("unsafe_no_isolation"):
             run.warn(f"reward {term.component} runs model-written code with this user's rights (unsafe_no_isolation)")
     return run
-
-
-class StopRequest:
-    """Ctrl-C and SIGTERM, as KeyboardInterrupt where they come and, should that be lost, at the end of the step.
-
-    Python loses an exception that is raised inside a destructor or a callback of native code.
-    """
-
-    def __init__(self) -> None:
-        self._asked = False
-        self._before: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> Self:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._interrupt)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def check(self) -> None:
-        """Raise KeyboardInterrupt when a signal has come."""
-        if self._asked:
-            raise KeyboardInterrupt
-
-    def _interrupt(self, number: int, frame: FrameType | None) -> None:
-        self._asked = True
-        raise KeyboardInterrupt

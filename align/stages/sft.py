@@ -22,10 +22,15 @@ from align.learner.group import LearnerGroup
 from align.learner.objective import Objective
 from align.learner.schedule import learning_rate
 from align.losses import completion_weights
-from align.stages.engines import Engines
+from align.run import RunDirectory, read_status
+from align.stages.engines import Engines, start_judges
 from align.stages.examples import Source, items_of_step, load_examples, training_sources
 from align.stages.held_out import CENSUS_STEP, HeldOut, Problems, load_problems
-from align.stages.run import Run
+from align.stages.run import Run, open_run, recorded_evaluations, refuse_changes
+from align.stages.steps import Steps, restarting
+
+SFT = "sft"
+"""What the stage is called as a run inside another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,15 +65,16 @@ def train_sft(
     options, progress = recipe.sft, run.progress
     held_out = HeldOut(recipe, data.problems, engines, run)
     learner = LearnerGroup(engines.policy, recipe.learner, seed=recipe.seed)
-    try:
-        progress.stage("SFT", options.steps)
+    with Steps(recipe, run, learner, options.steps, data.sources) as steps:
+        progress.stage("SFT", options.steps, completed=steps.done)
         progress.phase("starting rollout workers and learners")
         engines.fleet.wait_until_ready()
         learner.wait_until_ready()
+        steps.restore()
         progress.note(f"policy on {recipe.learner.ranks} learner ranks: {learner.trained.description}")
         evaluations = {"before SFT": held_out.evaluate("before SFT", 0)}
 
-        for step in range(options.steps):
+        for step in steps:
             started = time.perf_counter()
             batch = items_of_step(data.sources, seed=recipe.seed, step=step)
             sums = learner.accumulate(mean_over_tokens(batch), Objective())
@@ -90,8 +96,6 @@ def train_sft(
             run.record_step("sft", step + 1, metrics, ("loss", "validation_loss", "tokens_per_second"))
             if step + 1 == min(CENSUS_STEP, options.steps):
                 held_out.check_gradients(learner, step + 1)
-            if recipe.save_every and (step + 1) % recipe.save_every == 0:
-                learner.save(run.directory.checkpoint_directory(step + 1))
 
         version = engines.fleet.weight_version + 1
         engines.fleet.load(learner.weights(), version, modules=learner.trained.modules)
@@ -100,9 +104,30 @@ def train_sft(
         learner.save(run.directory.final_directory)
         trained = engines.policy.model_copy(update={"path": str(run.directory.final_directory)})
         held_out.run_hooks(trained, options.steps)
-    finally:
-        learner.close()
     return trained, evaluations
+
+
+def sft_before(
+    first: SftRecipe, data: SftData, engines: Engines, run: Run
+) -> tuple[ModelOptions, dict[str, Evaluation]]:
+    """Run the stage as a run of its own inside another, judged by its own rewards."""
+    with open_run(first, run.directory.path / SFT, run) as inner, start_judges(first) as judges:
+        return restarting(inner, lambda: train_sft(first, data, replace(engines, judges=judges), inner))
+
+
+def finished_sft(
+    first: SftRecipe, data: SftData, policy: ModelOptions, run: Run
+) -> tuple[ModelOptions, dict[str, Evaluation]] | None:
+    """What `sft_before` has made of `policy`, where the run was interrupted after it. Raises UserError for another recipe's."""
+    directory = RunDirectory(run.directory.path / SFT)
+    status = read_status(directory.path)
+    if status is None or status["state"] != "finished":
+        return None
+    refuse_changes(directory, first)
+    run.progress.note("SFT: done before")
+    domains = list(dict.fromkeys(example.domain for example in data.problems.examples))
+    trained = policy.model_copy(update={"path": str(directory.final_directory)})
+    return trained, recorded_evaluations(directory, domains)
 
 
 def encode(examples: Sequence[Example], tokenizer: Any, recipe: SftRecipe) -> list[TrainingSequence]:

@@ -14,7 +14,7 @@ STEPS = 12
 
 def alarms(learned_slope: float, trusted_slope: float, *, noise: float = 1.0) -> list[int]:
     """The steps at which it goes off while both rewards drift by their slopes a step."""
-    guard = OverOptimisationGuard(GuardOptions(learned="model", trusted="rule", window=3))
+    guard = OverOptimisationGuard(GuardOptions(learned="model", trusted="rule", window=3), [])
     draw = Random(0)
 
     def score(mean: float) -> Score:
@@ -41,7 +41,7 @@ def test_it_is_silent_when_they_do_not(slopes: tuple[float, float]) -> None:
 
 
 def test_what_cannot_be_compared_is_no_alarm() -> None:
-    guard = OverOptimisationGuard(GuardOptions(learned="model", trusted="rule", window=2))
+    guard = OverOptimisationGuard(GuardOptions(learned="model", trusted="rule", window=2), [])
     broken = SampleReward(
         0.0, Verdict.PASS, {"model": Score(1.0, Verdict.PASS), "rule": Score(math.nan, Verdict.INFRA_ERROR)}
     )

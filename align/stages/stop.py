@@ -1,0 +1,68 @@
+"""How a run is asked to stop, and when it does."""
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, Self
+
+from align.errors import Terminated
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopRequest:
+    """Ctrl-C as KeyboardInterrupt, and SIGTERM as its kind Terminated: where they come, or at the end of what is deferred.
+
+    Should the exception be lost, it comes again at the next `check`: Python loses one that is raised inside a destructor or a
+    callback of native code. A second signal ends the process at once.
+    """
+
+    def __init__(self, grace_s: float = 0.0) -> None:
+        """What is deferred may take `grace_s` from the signal on."""
+        self._grace_s = grace_s
+        self._number: int | None = None
+        self._deferred = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        for number in SIGNALS:
+            self._before[number] = signal.signal(number, self._ask)
+        self._before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._raise)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    @property
+    def asked(self) -> bool:
+        return self._number is not None
+
+    def check(self) -> None:
+        """Raise KeyboardInterrupt when a signal has come and nothing is deferred."""
+        if self.asked and not self._deferred:
+            self._raise()
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """What is inside is not interrupted before the grace is over."""
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            os._exit(128 + number)
+        self._number = number
+        if self._deferred and self._grace_s:
+            signal.setitimer(signal.ITIMER_REAL, self._grace_s)
+        else:
+            self._raise()
+
+    def _raise(self, *_: object) -> None:
+        raise Terminated if self._number == signal.SIGTERM else KeyboardInterrupt

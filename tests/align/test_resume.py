@@ -1,0 +1,131 @@
+"""A run that was killed, stopped or has lost a process goes on, and ends as the one that nobody disturbed, to the last bit."""
+
+import json
+import random
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+
+Lines = Callable[[Path], list[dict[str, Any]]]
+LEARNER = "learner={ranks: 2, zero_stage: 1, optimizer: {learning_rate: 1.0e-3}}"
+ROLLOUT = "rollout={workers: 1, max_length: 64, kv_cache_gb: 0.25, batch_sequences: 32}"
+EVALUATION = "evaluation={limit: 8, samples: 2, max_new_tokens: 16}"
+POLICY = [LEARNER, ROLLOUT, EVALUATION, "machine={}", "save_every=2", "run.grace_s=120"]
+SFT_STEPS, GRPO_STEPS, PAIR_STEPS = 8, 6, 8
+SFT = [*POLICY, f"sft={{steps: {SFT_STEPS}, sequences_per_step: 8, validation_limit: 8, validate_every: 3}}"]
+GRPO = [
+    *POLICY,
+    "sampling={max_new_tokens: 16}",
+    f"grpo={{steps: {GRPO_STEPS}, prompts_per_step: 4, group_size: 4, kl_coefficient: 0.04, updates_per_step: 2}}",
+    "rewards=[{name: soft_overlong, params: {max_length: 77, cache: 1, unit: characters}}]",
+]
+PAIRS = [
+    "data={card: nano_helpful}",
+    "model={path: recipes/nano/policy, init: random}",
+    "init_from=null",
+    LEARNER,
+    "machine={}",
+    "save_every=2",
+    f"reward_model={{steps: {PAIR_STEPS}, pairs_per_step: 8, validate_every: 3, validation_limit: 8, test_limit: 16}}",
+]
+COMMANDS = {
+    "sft": ["sft", "recipes/nano/sft.yaml", *SFT],
+    "grpo": ["grpo", "recipes/nano/grpo.yaml", "init_from=null", *GRPO],
+    "reward_model": ["reward-model", "recipes/nano/reward_model.yaml", *PAIRS],
+}
+STEPS = {"sft": SFT_STEPS, "grpo": GRPO_STEPS, "reward_model": PAIR_STEPS}
+TIMES = ("time", "seconds", "per_second")
+
+
+def numbers(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records without what a clock says."""
+    return [{key: value for key, value in line.items() if not any(t in key for t in TIMES)} for line in lines]
+
+
+def state(run: Path) -> str:
+    return str(json.loads((run / "status.json").read_text())["state"])
+
+
+def assert_same(one: Path, other: Path, read_lines: Lines) -> None:
+    """Weights, optimizer, samples, metrics and evaluations of two runs."""
+    assert state(one) == state(other) == "finished"
+    for name in ("metrics.jsonl", "evaluations.jsonl"):
+        assert numbers(read_lines(one / name)) == numbers(read_lines(other / name))
+    files = {str(f.relative_to(one)) for p in ("final/*", "checkpoints/*/*.pt", "samples/*") for f in one.glob(p)}
+    assert files == {
+        str(f.relative_to(other)) for p in ("final/*", "checkpoints/*/*.pt", "samples/*") for f in other.glob(p)
+    }
+    for name in files:
+        if name.endswith(".parquet"):
+            assert pq.read_table(one / name).equals(pq.read_table(other / name)), name
+        elif (one / name).is_file():
+            assert (one / name).read_bytes() == (other / name).read_bytes(), name
+
+
+def steps_done(run: Path, stage: str, read_lines: Lines) -> int:
+    return max((r["step"] for r in read_lines(run / "metrics.jsonl") if r["stage"] == stage and "loss" in r), default=0)
+
+
+def killed_at(step: int, stage: str, run: Path, align: Callable[..., Any], read_lines: Lines) -> Any:
+    """The command, killed with all its processes when it has made so many steps; it may be in the middle of the next."""
+    command = align(*COMMANDS[stage], f"run.dir={run}")
+    command.until(lambda: steps_done(run, stage, read_lines) >= step)
+    for process in [psutil.Process(command.process.pid), *command.family()]:
+        process.kill()
+    command.process.wait()
+    assert state(run) == "running"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The undisturbed run of a stage, made once."""
+    made: dict[str, Path] = {}
+
+    def of(stage: str, align: Callable[..., Any]) -> Path:
+        if stage not in made:
+            made[stage] = tmp_path_factory.mktemp("whole") / stage
+            align(*COMMANDS[stage], f"run.dir={made[stage]}").ends(0)
+        return made[stage]
+
+    return of
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("stage", COMMANDS)
+def test_killed_at_five_places_it_ends_as_the_undisturbed_run(
+    stage: str, whole: Any, align: Any, read_lines: Lines, tmp_path: Path
+) -> None:
+    expected = whole(stage, align)
+    for number, step in enumerate(random.sample(range(1, STEPS[stage]), 5)):
+        run = tmp_path / f"{stage}_{number}"
+        killed_at(step, stage, run, align, read_lines)
+        output = align(*COMMANDS[stage], f"run.dir={run}").ends(0)
+        assert f"resuming from step {step // 2 * 2}" in output or "begins at step 0" in output, output
+        assert_same(expected, run, read_lines)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_sigterm_lets_the_step_end_writes_a_checkpoint_and_exits_with_75(
+    stage: str, whole: Any, align: Any, read_lines: Lines, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    command = align(*COMMANDS[stage], f"run.dir={run}", "save_every=null")
+    command.until(lambda: steps_done(run, stage, read_lines) >= 3)
+    family = command.family()
+    command.process.send_signal(signal.SIGTERM)
+    assert "interrupted: everything was stopped" in command.ends(75)
+    assert state(run) == "interrupted"
+    done = steps_done(run, stage, read_lines)
+    assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step_{done:05d}"]
+    assert psutil.wait_procs(family, timeout=20)[1] == []
+    output = align("resume", str(run), "save_every=2").ends(0)
+    assert f"resuming from step {done}" in output
+    assert_same(whole(stage, align), run, read_lines)
