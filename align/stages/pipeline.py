@@ -3,6 +3,7 @@
 What is done is skipped. A stage that was cut short goes on from its last checkpoint, and so ends as it would have.
 """
 
+import ctypes
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from align.stages.stop import StopRequest
 COMMANDS = {"sft": "sft", "reward_model": "reward-model", "preferences": "preferences", "grpo": "grpo"}
 INTERRUPTED = {signal.SIGINT: 130, signal.SIGTERM: 75}
 """The exit status of a stage that was stopped by a signal."""
+PR_SET_PDEATHSIG = 1
 
 
 def run_pipeline(pipeline: Pipeline, start: str | None, last: str | None = None) -> int:
@@ -133,13 +135,21 @@ def is_done(stage: PlannedStage) -> bool:
     return True
 
 
+def stop_with_the_pipeline() -> None:
+    """Ask the kernel to tell a stage to stop when the pipeline's process is killed."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 def run_stage(stage: PlannedStage) -> int:
     """Run a stage in a process of its own; returns its exit status. Ctrl-C and SIGTERM are handed on, once."""
     if was_cut_short(stage):
         command = ["resume", str(stage.directory)]
     else:
         command = [COMMANDS[stage.recipe.stage], str(stage.entry.recipe), *stage.overrides]
-    process = subprocess.Popen([sys.executable, "-m", "align.cli", *command], start_new_session=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "align.cli", *command], start_new_session=True, preexec_fn=stop_with_the_pipeline
+    )
     try:
         return process.wait()
     except KeyboardInterrupt as stopped:

@@ -135,6 +135,8 @@ def restarting(run: Run, train: Callable[[], T]) -> T:
         try:
             return train()
         except LearnerDiedError as error:
+            # A signal to all processes of the run ends learners too.
+            run.stop.check()
             if restart > RESTARTS:
                 raise
             run.rewind()
