@@ -19,10 +19,9 @@ from align.config import (
     check_model_directory,
     load_pipeline,
     load_recipe,
-    read_yaml,
 )
 from align.errors import Terminated, UserError
-from align.run import RunDirectory, read_status
+from align.interrupted import RESUME, as_begun
 from reward import RewardTerm
 from reward.registry import Entry
 from rollout import EngineOptions, FleetOptions, SamplingOptions
@@ -34,19 +33,6 @@ EXIT_TERMINATED = 75
 OUR_PACKAGES = ("align", "rollout", "reward")
 
 R = TypeVar("R", bound=Recipe)
-
-
-RESUME = """\
-Go on with a run that was interrupted, killed or has failed, from its last checkpoint and with the recipe in its directory. It
-ends with the weights, samples and numbers of a run that was never interrupted, to the last bit where the engines are exact.
-The command that began the run does the same when it is given again; so does `align pipeline` for its stages.
-
-checkpoints   every `save_every` steps, and when the run is told to stop: Ctrl-C (exit status 130) and SIGTERM (75) let the
-              step end that is being made, for `run.grace_s` seconds at most, and then write one. A second signal ends at once.
-damage        every file is proved by its SHA-256 before it is read; a damaged checkpoint is named and the one before taken.
-changes       a key that matters must be what it was; run.allow_changes=true goes on nevertheless. Where a run goes, its
-              machine, workers, time-outs and save_every may always change; learner.ranks and learner.zero_stage never.
-"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -227,20 +213,9 @@ def reward_model(options: argparse.Namespace) -> int:
 
 
 def resume(options: argparse.Namespace) -> int:
-    """`align resume RUN`: the command that began it, given again with the recipe in its directory."""
-    root: Path = options.directory
-    status = read_status(root)
-    if status is None:
-        raise UserError(f"{root} holds no run; `align resume` takes the directory of one, such as runs/nano-grpo")
-    if status["state"] == "finished":
-        raise UserError(f"{root} has finished, so there is nothing to go on with; `align report {root}` shows it")
-    file = RunDirectory(root).recipe_file
-    stage = read_yaml(file)[0].get("stage")
-    if stage not in COMMANDS:
-        raise UserError(f"{file}: stage must be one of {', '.join(COMMANDS)}, but is {stage!r}")
-    overrides = [f"run.dir={root}", *([] if stage == "pipeline" else ["run.overwrite=false"]), *options.overrides]
-    given = {"recipe": file, "file": file, "overrides": overrides, "start": None, "last": None}
-    return COMMANDS[stage](argparse.Namespace(**given))
+    """`align resume RUN`."""
+    stage, given = as_begun(options.directory, options.overrides, COMMANDS)
+    return COMMANDS[stage](given)
 
 
 def preferences(options: argparse.Namespace) -> int:

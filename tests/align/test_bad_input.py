@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from align.cli import EXIT_USER_ERROR, main
+from align.run import RunDirectory
 
 ROOT = Path(__file__).parents[2]
 GRPO = "recipes/nano/grpo.yaml"
@@ -78,8 +79,6 @@ def test_a_port_in_use(refusal: Refusal, tmp_path: Path) -> None:
 
 
 def test_a_run_directory_that_holds_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd) -> None:  # type: ignore[no-untyped-def]
-    from align.run import RunDirectory
-
     monkeypatch.chdir(ROOT)
     RunDirectory.create(tmp_path / "run").finish()
     before = sorted(path.name for path in (tmp_path / "run").iterdir())
@@ -121,3 +120,9 @@ def test_parameters_of_a_reward_that_are_no_mapping(params: str, refusal: Refusa
     out = str(tmp_path / "out.jsonl")
     arguments = ["score", "--reward", "exact_answer", "--params", params, "--data", data, "--out", out]
     assert "is no mapping of names to values" in refusal(*arguments)
+
+
+def test_a_run_that_has_finished_or_is_none_cannot_be_resumed(refusal: Refusal, tmp_path: Path) -> None:
+    assert "holds no run" in refusal("resume", str(tmp_path / "nowhere"))
+    RunDirectory.create(tmp_path / "done").finish()
+    assert "has finished" in refusal("resume", str(tmp_path / "done"))
