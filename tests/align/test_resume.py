@@ -3,6 +3,7 @@
 import json
 import random
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -71,13 +72,24 @@ def steps_done(run: Path, stage: str, read_lines: Lines) -> int:
     return max((r["step"] for r in read_lines(run / "metrics.jsonl") if r["stage"] == stage and "loss" in r), default=0)
 
 
-def killed_at(step: int, stage: str, run: Path, align: Callable[..., Any], read_lines: Lines) -> Any:
-    """The command, killed with all its processes when it has made so many steps; it may be in the middle of the next."""
+def living(family: list[psutil.Process], seconds: float) -> list[psutil.Process]:
+    """Those that are still there after so many seconds; a process that only waits to be collected is not."""
+    end = time.monotonic() + seconds
+    while left := [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]:
+        if time.monotonic() > end:
+            break
+        time.sleep(0.2)
+    return left
+
+
+def killed_at(step: int, stage: str, run: Path, align: Callable[..., Any], read_lines: Lines) -> None:
+    """A run whose driver is killed when it has made so many steps, maybe in the middle of the next; no process of it stays."""
     command = align(*COMMANDS[stage], f"run.dir={run}")
     command.until(lambda: steps_done(run, stage, read_lines) >= step)
-    for process in [psutil.Process(command.process.pid), *command.family()]:
-        process.kill()
+    family = command.family()
+    command.process.kill()
     command.process.wait()
+    assert living(family, 30) == []
     assert state(run) == "running"
 
 
@@ -125,7 +137,25 @@ def test_sigterm_lets_the_step_end_writes_a_checkpoint_and_exits_with_75(
     assert state(run) == "interrupted"
     done = steps_done(run, stage, read_lines)
     assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step_{done:05d}"]
-    assert psutil.wait_procs(family, timeout=20)[1] == []
+    assert living(family, 20) == []
     output = align("resume", str(run), "save_every=2").ends(0)
     assert f"resuming from step {done}" in output
+    assert_same(whole(stage, align), run, read_lines)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_a_learner_that_is_killed_is_started_again_and_the_end_is_the_same(
+    stage: str, whole: Any, align: Any, read_lines: Lines, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    command = align(*COMMANDS[stage], f"run.dir={run}")
+    command.until(lambda: steps_done(run, stage, read_lines) >= 3)
+    learners = [process for process in command.family() if "LearnerWorker" in "".join(process.cmdline())]
+    assert len(learners) == 2
+    learners[1].kill()
+    output = command.ends(0)
+    assert "the learners were started again (1 of 3 times)" in output
+    assert "resuming from step" in output
     assert_same(whole(stage, align), run, read_lines)
