@@ -7,3 +7,7 @@ class UserError(Exception):
 
 class Terminated(KeyboardInterrupt):
     """The run was asked to stop by SIGTERM, as batch systems and clusters do."""
+
+
+class BadNumbersError(Exception):
+    """Rewards, log-probabilities, losses or gradients were not finite for several steps in a row."""

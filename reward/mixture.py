@@ -110,7 +110,7 @@ class Mixture:
     def judge(self, samples: Sequence[Sample]) -> list[SampleReward]:
         """The rewards of the samples, in their order.
 
-        A component that answers INFRA_ERROR is asked once more; if it still does, or finds the ground truth
+        A component that answers INFRA_ERROR, or with a value that is not finite, is asked once more; if it still does, or finds the ground truth
         unusable, and its weight is not 0, then the sample's value is None.
 
         Raises DomainError or RewardContractError.
@@ -215,5 +215,7 @@ def _checked(reward: Reward, sample: Sample, score: Any, seconds: float) -> Scor
     if score.verdict is Verdict.INFRA_ERROR:
         return replace(timed, value=math.nan)
     if not isinstance(score.value, Real) or not math.isfinite(score.value):
-        raise RewardContractError(reward.name, sample.id, f"returned the value {score.value!r}, not a finite number")
+        return replace(
+            timed, value=math.nan, verdict=Verdict.INFRA_ERROR, detail=f"value {score.value!r} is not a finite number"
+        )
     return replace(timed, value=float(score.value))

@@ -133,7 +133,7 @@ class DomainError(RewardError):
 
 
 class RewardContractError(RewardError):
-    """A reward raised, or returned something other than one finite `Score` for each sample."""
+    """A reward raised, or returned something other than one `Score` for each sample."""
 
     def __init__(self, reward: str, sample_id: str, why: str) -> None:
         super().__init__(reward, sample_id, why)

@@ -3,7 +3,6 @@
 The environment that vLLM reads at import is set by whoever starts the process (`rollout.worker.environment`).
 """
 
-import math
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -119,11 +118,6 @@ class Engine:
         token_ids, log_probs = list(output.token_ids), list(output.logprobs.logprobs)
         if token_ids != output.logprobs.token_ids:
             raise RolloutError(f"vLLM's log-probabilities for prompt {request.prompt.id!r} are not those of its tokens")
-        if not all(math.isfinite(value) for value in log_probs):
-            raise RolloutError(
-                f"the sampler returned a log-probability that is not finite for prompt {request.prompt.id!r}: "
-                "its weights hold NaN or infinity"
-            )
         return Completion(
             prompt_id=request.prompt.id,
             index=request.index,

@@ -66,11 +66,19 @@ class Fleet:
         self._answer(started)
 
     def generate(
-        self, prompts: Sequence[Prompt], group_size: int, sampling: SamplingOptions, *, seed: int, step: int
+        self,
+        prompts: Sequence[Prompt],
+        group_size: int,
+        sampling: SamplingOptions,
+        *,
+        seed: int,
+        step: int,
+        keep_bad: bool = False,
     ) -> Iterator[Group]:
         """Draw `group_size` completions of each prompt; yields groups as they finish, in no particular order.
 
         What is drawn depends on the weights and on (seed, step, prompt id, index). Prompt ids must be distinct.
+        Raises RolloutError for a completion with a log-probability that is not finite, unless `keep_bad`.
         """
         requests = [
             Request(prompt, index, sample_seed(seed, step, prompt.id, index))
@@ -83,6 +91,11 @@ class Fleet:
         by_id = {prompt.id: prompt for prompt in prompts}
         for completions in self._run(engine_batches(requests, self._options.batch_sequences), sampling):
             for completion in completions:
+                if not (keep_bad or completion.is_finite):
+                    raise RolloutError(
+                        f"the sampler returned a log-probability that is not finite for prompt {completion.prompt_id!r}: "
+                        "its weights hold NaN or infinity"
+                    )
                 waiting[completion.prompt_id][completion.index] = completion
                 if len(waiting[completion.prompt_id]) == group_size:
                     group = waiting.pop(completion.prompt_id)

@@ -6,6 +6,7 @@ Token ids go in and token ids come out. Text never crosses this boundary, so not
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from math import isfinite
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -55,6 +56,11 @@ class Completion:
     finish_reason: FinishReason
     seed: int
     weight_version: int
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all its log-probabilities are numbers; where not, the weights or the engine are broken."""
+        return all(map(isfinite, self.log_probs))
 
 
 class SamplingOptions(BaseModel):

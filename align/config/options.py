@@ -104,6 +104,9 @@ class LearnerOptions(Section):
     )
     start_timeout_s: float = Field(600, gt=0)
     step_timeout_s: float = Field(1800, gt=0)
+    stop_after_bad_steps: int = Field(
+        4, ge=1, description="steps in a row with numbers that are not finite after which the run stops"
+    )
 
 
 class SftOptions(Section):
@@ -162,6 +165,18 @@ class GuardOptions(Section):
     learned: str = Field(description="component of the reward, such as the label of a reward model")
     trusted: str = Field(description="component that is not trained on, such as a rule of weight 0")
     window: int = Field(5, ge=2, description="steps that are compared with as many before them")
+
+
+class AlarmOptions(Section):
+    """When a GRPO run is told to be going wrong; what is compared with earlier steps waits until there are `window` of them."""
+
+    window: int = Field(5, ge=1, description="steps that entropy and reward are compared with: the first, and the last")
+    entropy_share: float = Field(
+        0.1, ge=0, le=1, description="share of the first steps' entropy below which it collapsed"
+    )
+    uniform_groups: float = Field(0.95, gt=0, description="share of groups whose rewards are all equal")
+    reward_jump: float = Field(1.0, gt=0, description="change of the mean reward, in standard deviations of a sample's")
+    dead_experts: float = Field(0.5, gt=0, description="share of a layer's experts that no token goes to")
 
 
 class PreferencesOptions(Section):
@@ -347,6 +362,7 @@ class GrpoRecipe(PolicyRecipe):
     sampling: SamplingOptions = SamplingOptions()
     grpo: GrpoOptions
     guard: GuardOptions | None = None
+    alarms: AlarmOptions = AlarmOptions()
 
     @property
     def data_stage(self) -> DataStage:

@@ -24,6 +24,10 @@ class Answer:
     reward: SampleReward
 
     @property
+    def sample_id(self) -> str:
+        return f"{self.completion.prompt_id}#{self.completion.index}"
+
+    @property
     def right(self) -> bool:
         return self.reward.verdict is Verdict.PASS
 

@@ -1,5 +1,6 @@
 """The learner ranks together: one logical learner of one model."""
 
+import math
 import socket
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from align.config import LearnerOptions, ModelOptions
-from align.errors import UserError
+from align.errors import BadNumbersError, UserError
 from align.learner.batch import TrainingSequence, in_order, split_over_ranks
 from align.learner.expert_load import add_loads, load_metrics
 from align.learner.objective import Objective, Sums
@@ -19,13 +20,16 @@ from align.learner.rank import LearnerRank, Trained, environment
 from align.learner.worker import LearnerWorker
 from align.run.checkpoints import Entry
 from align.run.files import whole_directory
+from rollout.processes import ProcessId, kill, stacks
 
 DEATH_S = 5.0
 """How long it may take to hear of a rank that died."""
 
 
 class LearnerError(Exception):
-    """A learner rank failed or did not answer in time."""
+    """A learner rank failed or did not answer in time; `stacks` is then what the ranks' threads did, as text."""
+
+    stacks = ""
 
 
 class LearnerDiedError(LearnerError):
@@ -57,20 +61,34 @@ class RankGroup:
             for rank in range(options.ranks)
         ]
         self._setup = setup
+        self._processes: list[ProcessId] = []
+        self._stalled = False
+        self._bad_updates = 0
         self.trained = Trained("", None)
 
     def wait_until_ready(self) -> None:
         """Join the ranks and load the model; returns when all are ready to train. Raises LearnerError, UserError."""
         start = self._options.start_timeout_s
+        self._processes = self._gather([rank.process.remote() for rank in self._ranks], start, "starting")
         master = self._gather([self._ranks[0].address.remote()], start, "starting")[0]
         port = self._options.port or self._gather([self._ranks[0].free_port.remote()], start, "starting")[0]
         setups = [rank.setup.remote(master, port, *self._setup) for rank in self._ranks]
         self.trained = self._gather(setups, start, "loading the model")[0]
 
     def apply(self, learning_rate: float) -> float:
-        """One optimizer update. Returns the norm of the whole gradient, before clipping."""
+        """One optimizer update. Returns the norm of the whole gradient, before clipping.
+
+        When that is not finite nothing was changed. Raises BadNumbersError when it happens too often in a row.
+        """
         calls = [rank.apply.remote(learning_rate) for rank in self._ranks]
-        return float(self._gather(calls, self._options.step_timeout_s, "updating the weights")[0])
+        norm = float(self._gather(calls, self._options.step_timeout_s, "updating the weights")[0])
+        self._bad_updates = 0 if math.isfinite(norm) else self._bad_updates + 1
+        if self._bad_updates >= self._options.stop_after_bad_steps:
+            raise BadNumbersError(
+                f"{self._bad_updates} updates in a row had a gradient that is not finite; the weights are as they were before "
+                "them (learner.stop_after_bad_steps says how many there may be)"
+            )
+        return norm
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The model under checkpoint names, on the CPU: all of it, or the modules that `trained` names."""
@@ -107,6 +125,10 @@ class RankGroup:
 
         for rank in self._ranks:
             ray.kill(rank)
+        if self._stalled:
+            # Ray asks first; a rank that is stopped or hung would stay for seconds, with the memory it has.
+            for process in self._processes:
+                kill(process)
         self._ranks = []
 
     def _gather(self, references: Sequence[Any], timeout_s: float, doing: str) -> list[Any]:
@@ -115,7 +137,12 @@ class RankGroup:
         try:
             results: list[Any] = ray.get(list(references), timeout=timeout_s)
         except ray.exceptions.GetTimeoutError:
-            raise LearnerError(f"the learner ranks were not done {doing} within {timeout_s:g} s") from None
+            _, late = ray.wait(list(references), num_returns=len(references), timeout=0)
+            who = ", ".join(str(place) for place, reference in enumerate(references) if reference in late)
+            stalled = LearnerError(f"learner rank {who} was not done {doing} within {timeout_s:g} s")
+            stalled.stacks = "\n".join(f"rank {n}: {stacks(process)}" for n, process in enumerate(self._processes))
+            self._stalled = True
+            raise stalled from None
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, UserError | OSError):
                 raise error.cause from None

@@ -2,6 +2,7 @@
 
 import atexit
 import gc
+import math
 import os
 import socket
 from abc import ABC, abstractmethod
@@ -32,6 +33,7 @@ from align.model.lora import (
 )
 from align.model.policy import load_tokenizer, save_policy
 from align.run.checkpoints import Entry
+from rollout.processes import ProcessId, introduce_this_process
 
 
 def environment(rank: int, ranks: int, threads: int) -> dict[str, str]:
@@ -59,7 +61,7 @@ class Trained:
 
 
 class LearnerRank(ABC):
-    """A data-parallel rank. Every method but `address` and `free_port` is called on all ranks together."""
+    """A data-parallel rank. Every method but `process`, `address` and `free_port` is called on all ranks together."""
 
     def __init__(self, model: ModelOptions, options: LearnerOptions):
         self._model = model
@@ -67,11 +69,16 @@ class LearnerRank(ABC):
         # Interpreters full of native extensions can hang in their teardown: leave without it.
         atexit.register(os._exit, 0)
         torch.set_num_threads(options.threads)
+        self._process = introduce_this_process()
 
     @property
     @abstractmethod
     def _network(self) -> Any:
         """The transformers model inside the module that DeepSpeed wraps."""
+
+    def process(self) -> ProcessId:
+        """Who this process is, for whoever has to look at it or end it from outside."""
+        return self._process
 
     def address(self) -> str:
         """The address of this rank's node."""
@@ -86,11 +93,16 @@ class LearnerRank(ABC):
             return int(probe.getsockname()[1])
 
     def apply(self, learning_rate: float) -> float:
-        """One optimizer update with the gradients accumulated so far. Returns the gradient's norm before clipping."""
+        """One optimizer update with the gradients accumulated so far. Returns the gradient's norm before clipping.
+
+        When that is nan or infinite there was no update: DeepSpeed drops such gradients, and so does `_clip`.
+        """
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         self._engine.step()
-        return self._norm if self._clips_itself else float(self._engine.get_global_grad_norm())
+        norm = self._norm if self._clips_itself else float(self._engine.get_global_grad_norm())
+        # A norm below zero is DeepSpeed's word for one that is not finite.
+        return norm if norm >= 0 else float("nan")
 
     def missing_gradients(self) -> list[str]:
         """Parameters and experts of this rank that have had no gradient yet."""
@@ -181,6 +193,14 @@ class LearnerRank(ABC):
         total = sum(map(size, plain_parameters(network).values()))
         return Trained(describe(network, total, trained, lora), adapted_modules(network))
 
+    def _backward(self, loss: torch.Tensor) -> None:
+        """Add the gradient of a part of the loss, whose weights hold the whole batch's denominator.
+
+        A part that is no finite number makes the whole gradient such, so that no update is made of the rest of it.
+        """
+        # DeepSpeed averages the gradients of the ranks.
+        self._engine.backward(loss * (self._options.ranks if torch.isfinite(loss) else math.nan))
+
     def _settle(self) -> None:
         """Call when all is loaded. It stays: a full collection would walk through all of it, in the middle of a step."""
         gc.collect()
@@ -230,6 +250,9 @@ class LearnerRank(ABC):
     def _clip(self, *_: Any) -> None:
         limit = self._options.optimizer.clip_norm or float("inf")
         self._norm = float(torch.nn.utils.clip_grad_norm_(self._engine.module.parameters(), limit))
+        if not math.isfinite(self._norm):
+            # What has no gradient is left as it is, its moments too.
+            self._optimizer.zero_grad(set_to_none=True)
 
     def _make_optimizer(self, module: torch.nn.Module) -> torch.optim.Optimizer:
         options = self._options.optimizer

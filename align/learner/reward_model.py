@@ -76,8 +76,7 @@ class RewardModelWorker(LearnerRank):
             else:
                 losses = pointwise_loss(chosen, rejected)
             weighted = (losses * batch.weights).sum()
-            # DeepSpeed averages the gradients of the ranks; the weights hold the whole batch's denominator.
-            self._engine.backward(weighted * self._options.ranks)
+            self._backward(weighted)
             difference = (chosen - rejected).detach()[batch.weights > 0]
             total.add(
                 PairSums(

@@ -56,8 +56,7 @@ class LearnerWorker(LearnerRank):
             with self._expert_counter.counting(batch.token_ids, trained_on):
                 log_probs, entropy = self._engine(batch.token_ids, batch.targets, objective.temperature)
             loss, sums = loss_and_sums(log_probs, entropy, reference, batch, objective)
-            # DeepSpeed averages the gradients of the ranks; the loss's weights hold the whole batch's denominator.
-            self._engine.backward(loss * self._options.ranks)
+            self._backward(loss)
             total.add(sums)
         return total
 

@@ -8,6 +8,7 @@ surrogate. It departs from the papers in what they leave open: the standard devi
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,8 @@ from align.learner.objective import Objective, Sums
 from align.learner.schedule import learning_rate
 from align.losses import completion_weights, group_advantages
 from align.run import write_samples
+from align.stages.alarms import Alarms, SeenSample
+from align.stages.bad_numbers import BadSamples, bad_samples
 from align.stages.engines import Engines
 from align.stages.examples import Source, items_of_step, training_sources
 from align.stages.held_out import CENSUS_STEP, HeldOut, Problems, load_problems
@@ -62,6 +65,8 @@ def train_grpo(
     reference = None
     if options.kl_coefficient:
         reference = policy if recipe.reference is None else policy.model_copy(update={"path": str(recipe.reference)})
+    alarms = Alarms(recipe.alarms, run)
+    bad_steps = BadSamples(recipe.learner.stop_after_bad_steps, run)
     learner = LearnerGroup(policy, recipe.learner, seed=recipe.seed, reference=reference)
     # An SFT stage before this one ends with an update of the rollout workers.
     state = {"weight_version": int(recipe.init_from is not None), "learning_steps": 0, "guard": []}
@@ -100,6 +105,8 @@ def train_grpo(
             write_samples(run.directory.samples_file(step + 1), experience.rows)
             metrics = step_metrics(experience, sums, found, norm, clock) | learner.expert_load()
             run.record_step("grpo", step + 1, metrics, SHOWN)
+            bad_steps.observe(step + 1, experience.bad)
+            alarms.observe(step + 1, metrics, experience.seen)
             if guard and (alarm := guard.observe(experience.rewards)):
                 run.warn(f"GRPO step {step + 1}: {alarm}")
             steps.state["learning_steps"] += norm > 0
@@ -135,7 +142,8 @@ class Experience:
     """What one step sampled: N completions with their rewards and advantages, in the order of prompts and index.
 
     `valid` [N] is false where nobody could judge; `kept` [N] is true for what is trained on; `uniform_groups` is the
-    share of groups whose rewards are all equal, which teach nothing.
+    share of groups whose rewards are all equal, which teach nothing; `bad` tells which number of a sample is not finite, `seen` are
+    the others that were judged, for the alarms.
     """
 
     completions: Sequence[Completion]
@@ -145,6 +153,8 @@ class Experience:
     valid: Sequence[bool]
     kept: Sequence[bool]
     uniform_groups: float
+    bad: Mapping[str, str]
+    seen: Sequence[SeenSample]
     rows: Sequence[Mapping[str, Any]]
 
 
@@ -155,7 +165,12 @@ def sample(
     options, judges = recipe.grpo, engines.judges
     by_id = {example.id: example for example in examples}
     groups = engines.fleet.generate(
-        [data.prompts[id_] for id_ in by_id], options.group_size, recipe.sampling, seed=recipe.seed, step=step
+        [data.prompts[id_] for id_ in by_id],
+        options.group_size,
+        recipe.sampling,
+        seed=recipe.seed,
+        step=step,
+        keep_bad=True,
     )
     submitted = submit_groups(groups, by_id, engines.tokenizer, judges)
     clock.lap("sampling")
@@ -163,12 +178,14 @@ def sample(
     clock.lap("scoring")
 
     rewards = [answer.reward for answer in answers]
-    valid = torch.tensor([reward.value is not None for reward in rewards])
+    bad = bad_samples(answers, [0.0] * len(answers))
+    valid = torch.tensor([answer.reward.value is not None and answer.sample_id not in bad for answer in answers])
     values = torch.tensor([reward.value or 0.0 for reward in rewards], dtype=torch.float64)
     group_of = torch.arange(len(examples)).repeat_interleave(options.group_size)
     advantages, group_std = group_advantages(values, group_of, valid, scale=options.advantage_scale)
     uniform = group_std <= 1e-6
-    kept = valid.clone()
+    bad |= bad_samples(answers, advantages.tolist())
+    kept = valid & torch.isfinite(advantages)
     if options.drop_uniform_groups:
         kept &= ~uniform[group_of]
     if not options.train_on_truncated:
@@ -185,6 +202,12 @@ def sample(
         valid=valid.tolist(),
         kept=kept.tolist(),
         uniform_groups=float(uniform.double().mean()),
+        bad=bad,
+        seen=[
+            SeenSample(answer.sample_id, value, float(np.mean(answer.completion.log_probs)), bool(alike))
+            for answer, value, good, alike in zip(answers, values.tolist(), valid, uniform[group_of], strict=True)
+            if good
+        ],
         rows=rows,
     )
 
@@ -250,8 +273,10 @@ def update(
     for part in updates:
         if part:
             sums = learner.accumulate(part, objective)
-            gate.check(Disagreement.of(sums), f"GRPO step {step + 1}")
-            norm = learner.apply(rate)
+            if isfinite(sums.loss):
+                gate.check(Disagreement.of(sums), f"GRPO step {step + 1}")
+            applied = learner.apply(rate)
+            norm = applied if isfinite(norm) else norm
             total.add(sums)
     return total, Disagreement.of(total), norm
 
@@ -272,6 +297,7 @@ def step_metrics(
         "uniform_groups": experience.uniform_groups,
         "not_judged": 1 - float(np.mean(experience.valid)),
         "trained_on": float(np.mean(experience.kept)),
+        "bad_samples": float(len(experience.bad)),
         "length": float(lengths.mean()),
         "length_max": float(lengths.max()),
         "truncated": float(np.mean([c.finish_reason is FinishReason.LENGTH for c in experience.completions])),

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -77,15 +78,23 @@ class Run:
         return [self.directory.metrics_file, self.directory.events_file, self.directory.evaluations_file]
 
     def record_step(self, stage: str, step: int, metrics: Mapping[str, float], shown: Sequence[str]) -> None:
-        """Write the metrics of a step and show some of them. Raises KeyboardInterrupt when the run was asked to stop."""
+        """Write the metrics of a step and show some of them; tell where a bad gradient kept the weights as they were.
+
+        Raises KeyboardInterrupt when the run was asked to stop.
+        """
+        if "gradient_norm" in metrics:
+            skipped = not isfinite(metrics["gradient_norm"])
+            metrics = {**metrics, "skipped_update": float(skipped)}
+            if skipped:
+                self.warn(f"{stage} step {step}: the gradient was not finite, so that its update was left out")
         self.metrics.write(step, stage, metrics)
         self.progress.step(step, {name: metrics[name] for name in shown if name in metrics})
         self.stop.check()
 
-    def warn(self, text: str) -> None:
-        """A warning: a line on the terminal and an event of the run."""
+    def warn(self, text: str, **data: Any) -> None:
+        """A warning: a line on the terminal and an event of the run, with `data`."""
         self.progress.warn(text)
-        self.metrics.event("warning", text)
+        self.metrics.event("warning", text, **data)
 
     def record_evaluation(self, stage: str, step: int, name: str, evaluation: Evaluation) -> None:
         """Write an evaluation of answers, and say what came of it."""

@@ -189,10 +189,6 @@ def raises(sample: Sample) -> Score:
         (lambda sample: 1.0, "not a Score"),
         (lambda sample: None, "not a Score"),
         (lambda sample: Score(1.0, "pass"), "not a Score with a Verdict"),  # type: ignore[arg-type]
-        (passing(math.nan), "finite"),
-        (passing(math.inf), "finite"),
-        (passing("1"), "finite"),
-        (passing(None), "finite"),
     ],
 )
 def test_a_reward_that_breaks_its_contract_is_named(function: Callable[[Sample], Any], why: str) -> None:
@@ -200,6 +196,16 @@ def test_a_reward_that_breaks_its_contract_is_named(function: Callable[[Sample],
     mixture = Mixture([RewardTerm(name="exact_answer"), RewardTerm(name="broken")])
     with pytest.raises(RewardContractError, match=f"'broken' on sample 's 7': .*{why}"):
         mixture.score([sample(id="s 7")])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, "1", None])
+def test_a_value_that_is_no_finite_number_masks_its_sample(value: Any) -> None:
+    register("broken")(lambda sample: Score(value if sample.id == "bad" else 1.0, Verdict.PASS))
+    mixture = Mixture([RewardTerm(name="broken")], infra_error_limit=0.5)
+    bad, good = mixture.score([sample(id="bad"), sample(id="good")])
+    assert bad.value is None
+    assert "not a finite number" in bad.components["broken"].detail
+    assert good.value == 1.0
 
 
 def unusable(samples: Sequence[Sample]) -> Sequence[Score]:
@@ -213,7 +219,6 @@ def unusable(samples: Sequence[Sample]) -> Sequence[Score]:
         (lambda samples: [], "0 scores for 3 samples"),
         (lambda samples: Score(1.0, Verdict.PASS), "not a sequence"),
         (lambda samples: None, "not a sequence"),
-        (lambda samples: [Score(1.0, Verdict.PASS)] * 2 + [Score(math.nan, Verdict.PASS)], "good 2.*finite"),
         (unusable, "good 1.*returns INFRA_ERROR for the one sample"),
     ],
 )

@@ -1,0 +1,45 @@
+"""Samples whose numbers are none: found, left out, told, and too many of them in a row end the run."""
+
+from collections.abc import Mapping, Sequence
+from math import isfinite
+
+from align.errors import BadNumbersError
+from align.evaluate.problems import Answer
+from align.stages.run import Run
+
+SHOWN = 4
+
+
+def bad_samples(answers: Sequence[Answer], advantages: Sequence[float]) -> dict[str, str]:
+    """By the sample's id, prompt#index, which of its numbers is not finite; those that nobody could judge are not among them."""
+    found = {}
+    for answer, advantage in zip(answers, advantages, strict=True):
+        numbers = {
+            "log-probability": answer.completion.is_finite,
+            "reward": answer.reward.value is None or isfinite(answer.reward.value),
+            "advantage": isfinite(advantage),
+        }
+        if bad := [name for name, good in numbers.items() if not good]:
+            found[answer.sample_id] = bad[0]
+    return found
+
+
+class BadSamples:
+    """Tells of them step by step. Raises BadNumbersError when `limit` steps in a row had some."""
+
+    def __init__(self, limit: int, run: Run):
+        self._limit, self._run, self._in_a_row = limit, run, 0
+
+    def observe(self, step: int, found: Mapping[str, str]) -> None:
+        self._in_a_row = self._in_a_row + 1 if found else 0
+        if not found:
+            return
+        shown = ", ".join(f"{number} of {id_}" for id_, number in list(found.items())[:SHOWN])
+        more = ", ..." if len(found) > SHOWN else ""
+        text = f"GRPO step {step}: {len(found)} samples left out, for a number that is not finite: {shown}{more}"
+        self._run.warn(text, samples=list(found))
+        if self._in_a_row >= self._limit:
+            raise BadNumbersError(
+                f"{self._in_a_row} steps in a row had samples with numbers that are not finite, the last: {shown}{more} "
+                "(learner.stop_after_bad_steps says how many there may be)"
+            )
