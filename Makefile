@@ -14,7 +14,7 @@ STAMP := $(VENV)/.installed-$(ACCELERATOR)
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock sft grpo smol reward-models pipeline bench bench-rewards lint test test-slow format clean
+.PHONY: help setup lock sft grpo smol reward-models pipeline bench bench-rewards drill lint test test-slow format clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -56,6 +56,9 @@ bench: $(STAMP) ## a GRPO step against TRL and the bare engines (ARGS="--setting
 
 bench-rewards: $(STAMP) ## math answers and sandboxed programs per second
 	$(BIN)/python benchmarks/rewards.py
+
+drill: $(STAMP) ## faults of every kind on this machine, and whether the promises hold (ARGS="--random-kills 300")
+	$(BIN)/python benchmarks/drill.py $(ARGS)
 
 lint: $(STAMP) ## style, types and import contract
 	$(BIN)/ruff check .

@@ -46,7 +46,7 @@ class WitnessedFleet:
         self.faults: list[Fault] = []
         self.fleet = Fleet(model, "float32", options, [2], self.faults.append)
 
-    def sample(self, at_first_group: Callable[[], None] = lambda: None) -> list[Completion]:
+    def sample(self, at_first_group: Callable[[], object] = lambda: None) -> list[Completion]:
         """The same completions at every call, in order; `at_first_group` is called while most are still being sampled."""
         completions: list[Completion] = []
         groups = self.fleet.generate(PROMPTS, 8, SamplingOptions(max_new_tokens=40), seed=0, step=0)

@@ -154,6 +154,8 @@ class Member:
             return f"made no engine step for rollout.stall_timeout_s = {options.stall_timeout_s:g} s"
         if self.task.doing is Doing.LOADING and now - self.task.since > options.batch_timeout_s:
             return f"did not take new weights within rollout.batch_timeout_s = {options.batch_timeout_s:g} s"
+        if self._starts_too_slowly(now) and self.restarts:
+            return f"was not done loading the policy within rollout.start_timeout_s = {options.start_timeout_s:g} s"
         return None
 
     def too_slow(self, now: float) -> str | None:
@@ -166,9 +168,15 @@ class Member:
                 f"did not finish an engine batch within rollout.batch_timeout_s = {options.batch_timeout_s:g} s; "
                 "raise it, or lower rollout.batch_sequences"
             )
-        if self.task.doing is Doing.STARTING and now - self.task.since > options.start_timeout_s:
+        if self._starts_too_slowly(now) and not self.restarts:
             return f"was not done loading the policy within rollout.start_timeout_s = {options.start_timeout_s:g} s"
         return None
+
+    def _starts_too_slowly(self, now: float) -> bool:
+        """Nobody knows of a first start whether it would ever succeed; after that it is known to be possible."""
+        if self.task is None or self.task.doing is not Doing.STARTING:
+            return False
+        return now - self.task.since > self._options.start_timeout_s
 
     def end(self) -> None:
         """End its process, for certain."""

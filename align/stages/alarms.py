@@ -10,6 +10,7 @@ from align.config import AlarmOptions
 from align.stages.run import Run
 
 SHOWN = 4
+KEPT = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,7 @@ class Alarms:
     def _variance(self, uniform: float, samples: Sequence[SeenSample]) -> Iterator[Alarm]:
         """Nearly all groups have rewards that are all equal: there is nothing left to learn from."""
         if uniform >= self._options.uniform_groups:
-            ids = [sample.id for sample in samples if sample.in_uniform_group]
+            ids = _first((sample for sample in samples if sample.in_uniform_group), key=lambda sample: 0.0)
             yield Alarm("variance", f"in {uniform:.0%} of the groups all rewards are equal, which teaches nothing", ids)
 
     def _reward(self, reward: float, spread: float, samples: Sequence[SeenSample]) -> Iterator[Alarm]:
@@ -103,4 +104,4 @@ class Alarms:
 
 
 def _first(samples: Iterable[SeenSample], key: Callable[[SeenSample], float]) -> list[str]:
-    return [sample.id for sample in sorted(samples, key=key)[:SHOWN]]
+    return [sample.id for sample in sorted(samples, key=key)[:KEPT]]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from align.config import AgreementOptions, LearnerOptions, ModelOptions, OptimizerOptions
+from align.config import AgreementOptions, GrpoOptions, LearnerOptions, ModelOptions, OptimizerOptions
 from align.evaluate.agreement import AgreementError, AgreementGate, Disagreement, compare, probe
 from align.evaluate.doctor import Outcome, examine_engines
 from align.learner.batch import TrainingSequence, collate
@@ -19,6 +19,7 @@ from align.model.policy import load_policy
 from rollout import Fleet, FleetOptions, Prompt, SamplingOptions
 
 PROMPTS = [Prompt(f"p{i}", [1, 40 + i, 60 + 3 * i, 17]) for i in range(8)]
+GRPO = GrpoOptions(steps=1, prompts_per_step=1, group_size=2)
 OPTIONS = FleetOptions(workers=1, max_length=64, kv_cache_gb=0.25)
 
 
@@ -35,7 +36,7 @@ def without_yarn(policy: ModelOptions, tmp_path_factory: pytest.TempPathFactory)
     return ModelOptions(path=str(directory))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def engines(policy: ModelOptions, ray_session: None) -> Iterator[tuple[Fleet, LearnerGroup]]:
     fleet = Fleet(policy.path, "float32", OPTIONS, stop_token_ids=[2])
     learner = LearnerGroup(policy, LearnerOptions(ranks=1, optimizer=OptimizerOptions(learning_rate=1e-3)), seed=0)
@@ -75,6 +76,33 @@ def test_a_skipped_weight_update_is_caught_and_a_made_one_is_not(engines: tuple[
     assert gate().check(probe(fleet, learner, PROMPTS), "step 1").largest < 1e-4
     checks = examine_engines(fleet, learner, PROMPTS, gate())
     assert [check.outcome for check in checks] == [Outcome.OK] * 4
+
+
+@pytest.mark.parametrize(("shift", "temperature", "caught"), [(0.0, 1.0, False), (0.2, 1.0, True), (0.0, 0.8, True)])
+def test_wrong_log_probabilities_are_caught_before_the_first_update(
+    engines: tuple[Fleet, LearnerGroup], shift: float, temperature: float, caught: bool
+) -> None:
+    fleet, learner = engines
+    fleet.load(learner.weights(), version=fleet.weight_version + 1)
+    sampling = SamplingOptions(temperature=temperature, max_new_tokens=16)
+    drawn = [group.completions[0] for group in fleet.generate(PROMPTS, 1, sampling, seed=0, step=0)]
+    sequences = [
+        TrainingSequence(
+            [*c.prompt_token_ids, *c.token_ids],
+            4,
+            1e-3,
+            1.0,
+            sampler_log_probs=np.array(c.log_probs, dtype=np.float32) + shift,
+        )
+        for c in drawn
+    ]
+    found = Disagreement.of(learner.accumulate(sequences, Objective(GRPO)))
+    learner.apply(0.0)
+    if not caught:
+        assert gate().check(found, "step 1").largest < 1e-4
+    else:
+        with pytest.raises(AgreementError, match="step 1: sampler and learner differ"):
+            gate().check(found, "step 1")
 
 
 @pytest.mark.parametrize("native", [True, False])
