@@ -78,8 +78,8 @@ class WitnessedFleet:
         return worker
 
     def until_healthy(self) -> None:
-        """Return when every worker serves."""
-        self.until(lambda: all(m.state is State.HEALTHY and m.process for m in self.fleet.members))
+        """Return when every worker serves, and has drawn something since it was started."""
+        self.until(lambda: all(m.state is State.HEALTHY and m.process and not m.restarts for m in self.fleet.members))
 
     def until(self, happened: Callable[[], bool], seconds: float = 300) -> None:
         """Return when something has happened. Raises TimeoutError."""

@@ -103,6 +103,7 @@ class Supervisor:
         for member in self.members:
             if member.state is not State.DEAD:
                 self._examine(member, now)
+            if member.state is not State.DEAD:
                 self._employ(member, now)
         if not any(member.state is State.RESTARTING for member in self.members):
             for answers in self._awaiting_start:
@@ -185,6 +186,8 @@ class Supervisor:
             member.serial = task.subject.serial
         elif task.doing is Doing.STARTING:
             member.state = State.STALE
+        elif task.doing is Doing.PROBING:
+            member.restarts = 0
         elif isinstance(task.subject, Batch):
             member.restarts = 0
             job = task.subject.job

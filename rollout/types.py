@@ -110,6 +110,4 @@ class FleetOptions(EngineOptions):
     stall_timeout_s: float = Field(
         120, gt=0, description="longest time without an engine step in a batch; the worker is then killed and restarted"
     )
-    max_restarts: int = Field(
-        3, ge=0, description="restarts of a worker in a row, with no engine batch finished in between"
-    )
+    max_restarts: int = Field(3, ge=0, description="restarts of a worker in a row, with nothing drawn in between")
