@@ -4,13 +4,10 @@ from align.config.changes import differences
 from align.config.options import (
     STAGES,
     AgainstOptions,
-    AgreementOptions,
-    AlarmOptions,
     DataOptions,
     EvaluationOptions,
     GrpoOptions,
     GrpoRecipe,
-    GuardOptions,
     LearnerOptions,
     LoraOptions,
     MachineOptions,
@@ -31,6 +28,7 @@ from align.config.options import (
 )
 from align.config.pipeline import Pipeline, PlannedStage, load_pipeline
 from align.config.reading import check_model_directory, dump_recipe, load_recipe, read_yaml
+from align.config.watches import AgreementOptions, AlarmOptions, GuardOptions
 
 __all__ = [
     "STAGES",

@@ -4,18 +4,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from align.config.section import Section
+from align.config.watches import AgreementOptions, AlarmOptions, GuardOptions
 from reward import RewardTerm
 from rollout.types import FleetOptions, SamplingOptions
 
 DataStage = Literal["sft", "reward_model", "grpo"]
-
-
-class Section(BaseModel):
-    """A part of a recipe: unknown keys are refused, values are not changed once read."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class RunOptions(Section):
@@ -159,26 +155,6 @@ class GrpoOptions(Section):
     drop_uniform_groups: bool = Field(False, description="leave out groups whose rewards are all equal")
 
 
-class GuardOptions(Section):
-    """An alarm for over-optimisation: the reward that is learned from goes up while the one that is trusted goes down."""
-
-    learned: str = Field(description="component of the reward, such as the label of a reward model")
-    trusted: str = Field(description="component that is not trained on, such as a rule of weight 0")
-    window: int = Field(5, ge=2, description="steps that are compared with as many before them")
-
-
-class AlarmOptions(Section):
-    """When a GRPO run is told to be going wrong; what is compared with earlier steps waits until there are `window` of them."""
-
-    window: int = Field(5, ge=1, description="steps that entropy and reward are compared with: the first, and the last")
-    entropy_share: float = Field(
-        0.1, ge=0, le=1, description="share of the first steps' entropy below which it collapsed"
-    )
-    uniform_groups: float = Field(0.95, gt=0, description="share of groups whose rewards are all equal")
-    reward_jump: float = Field(1.0, gt=0, description="change of the mean reward, in standard deviations of a sample's")
-    dead_experts: float = Field(0.5, gt=0, description="share of a layer's experts that no token goes to")
-
-
 class PreferencesOptions(Section):
     """Pairs of the policy's own answers, the better one known by its verdict (DeepSeek-V2 report, section 4.2)."""
 
@@ -188,24 +164,11 @@ class PreferencesOptions(Section):
     pairs_per_prompt: int = Field(2, ge=1, description="pairs of a prompt at most, no answer in two of them")
 
 
-class AgreementOptions(Section):
-    """How far sampler and learner may differ in the log-probability of a token."""
-
-    warn_mean: float | None = Field(None, gt=0, description="mean |difference|; by dtype when not given")
-    stop_mean: float | None = Field(None, gt=0, description="mean |difference|; by dtype when not given")
-
-    def limits(self, dtype: str) -> tuple[float, float]:
-        """(warn, stop): mean |difference| in nats a token, as given or as the dtype can hold."""
-        by_dtype = {"float32": (1e-5, 1e-3), "bfloat16": (0.03, 0.15)}
-        warn, stop = by_dtype[dtype]
-        return self.warn_mean or warn, self.stop_mean or stop
-
-
 class HookOptions(Section):
     """A registered evaluation of the checkpoint that a stage wrote; `align evaluations list` shows them."""
 
     name: str
-    params: dict[str, Any] = {}
+    params: dict[str, Any] = Field({})
     label: str | None = Field(None, min_length=1, description="what its results are called; its name when not given")
 
 
@@ -228,7 +191,7 @@ class EvaluationOptions(Section):
     every: int | None = Field(None, ge=1, description="also every so many steps")
     max_new_tokens: int = Field(64, ge=1)
     against: AgainstOptions | None = None
-    hooks: list[HookOptions] = []
+    hooks: list[HookOptions] = Field([])
 
 
 class ScoringOptions(Section):

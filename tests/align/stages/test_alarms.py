@@ -12,9 +12,11 @@ from align.config import AlarmOptions
 from align.errors import BadNumbersError
 from align.evaluate.problems import Answer
 from align.run import MetricsLog, Progress, RunDirectory
+from align.run.checkpoints import CheckpointDirectory
 from align.stages.alarms import Alarms, SeenSample
 from align.stages.bad_numbers import BadSamples, bad_samples
-from align.stages.run import Run, StopRequest
+from align.stages.run import Run
+from align.stages.stop import StopRequest
 from reward import SampleReward, Verdict
 from rollout import Completion, FinishReason
 
@@ -26,7 +28,13 @@ SAMPLES = [SeenSample("a#0", 0.0, -1.0, False), SeenSample("a#1", 1.0, -0.1, Fal
 def run(tmp_path: Path) -> Iterator[Run]:
     directory = RunDirectory.create(tmp_path / "run")
     with Progress(log=directory.log_file) as progress:
-        yield Run(directory, MetricsLog(directory), progress, StopRequest())
+        yield Run(
+            directory,
+            MetricsLog(directory),
+            CheckpointDirectory(directory.checkpoints_directory),
+            progress,
+            StopRequest(),
+        )
 
 
 def told(run: Run) -> list[dict[str, Any]]:
