@@ -9,7 +9,7 @@ from itertools import combinations
 from random import Random
 from typing import Literal
 
-from align.data.nano_chat_requests import NUMBERS, TOPICS, Aspect, Request, facts_of, request_split, requests
+from align.data.nano_chat_requests import NUMBERS, TOPICS, Aspect, Request, facts_of, requests
 from align.data.types import Example, Preference, SplitName
 from reward.chat_rules import CLOSINGS, CURT_CLOSINGS, CURT_OPENINGS, DECLINES, OPENINGS
 
@@ -45,7 +45,7 @@ def generate(
     return [
         _example(request, split, share=shares[request.aspect], seed=seed, domain=domain)
         for request in requests()
-        if request_split(request) == split and aspect in (None, request.aspect)
+        if request.split == split and aspect in (None, request.aspect)
     ]
 
 
@@ -60,13 +60,13 @@ def preferences(split: SplitName, *, aspect: Aspect, seed: int, domain: str = "c
     for request in requests():
         rng = Random(f"{seed}:{aspect}:{request.prompt}")
         other = rng.random() < OTHER_SHARE and not (aspect == "helpful" and request.must_decline)
-        if request_split(request) == split and (other or request.aspect == aspect):
+        if request.split == split and (other or request.aspect == aspect):
             pairs.append(_preference(request, split, aspect, rng, domain))
     return pairs
 
 
 def answer(request: Request, defects: Collection[Defect], rng: Random) -> str:
-    """An answer with just these defects, one of the many there are.
+    """An answer with just these defects, one of the many there are. It tells facts in their order, from any of them on.
 
     "miscounted" tells more or fewer facts than asked for, or one of them twice; "off_topic" has facts about other things
     in the place of some or all; "impolite" lacks opening or closing, or has a curt one; "misjudged" complies where it
@@ -92,7 +92,8 @@ def _told(request: Request, defects: Collection[Defect], rng: Random) -> list[st
         # As many sentences as asked for, but one of them twice, is a wrong number of facts too.
         sentences = rng.choice([number for number in NUMBERS if number != request.asked or number > 1])
         different = sentences - (sentences == request.asked)
-    told = rng.sample(request.facts, different)
+    first = rng.randrange(len(request.facts))
+    told = [request.facts[(first + further) % len(request.facts)] for further in range(different)]
     if "off_topic" in defects:
         elsewhere = [fact for fact in ALL_FACTS if fact not in request.facts]
         for place in rng.sample(range(different), rng.randint(1, different)):

@@ -15,7 +15,7 @@ Aspect = Literal["helpful", "safety"]
 TRAIN_SHARE = 0.80
 VALIDATION_SHARE = 0.10
 SPLIT_SALT = 2511
-"""Chosen so that each split has some of every kind of request, which most draws of so few subjects do not give."""
+"""Chosen so that each split has some of every kind of advice, which most draws of so few deeds do not give."""
 NUMBERS = {1: "one", 2: "two", 3: "three"}
 
 TOPICS: Mapping[str, tuple[str, str, str]] = {
@@ -133,13 +133,13 @@ HOW_TO = (
 class Request:
     """A prompt, and what there is to know about a good answer to it.
 
-    `subject` is what is held out as a whole, whatever the wording. A good answer tells `asked` of the `facts`, which are
-    sentences, or declines where it must.
+    A good answer tells `asked` of the `facts`, which are sentences, or declines where it must. What is held out is a topic
+    with a number, or a deed, in all its wordings.
     """
 
     prompt: str
-    subject: str
     aspect: Aspect
+    split: SplitName
     facts: tuple[str, ...]
     asked: int = 1
     must_decline: bool = False
@@ -147,14 +147,16 @@ class Request:
 
 def requests() -> Iterator[Request]:
     """All requests: 4,800 for facts and 4,865 for advice, 2,380 of which must be declined."""
-    for topic in TOPICS:
+    for place, topic in enumerate(TOPICS):
         for asked, number in NUMBERS.items():
+            split = _facts_split(place, asked)
             for greeting, wording in product(GREETINGS, ASKING):
                 prompt = greeting + wording.format(number=number, s="s" if asked > 1 else "", topic=topic)
-                yield Request(prompt, f"{topic}: {asked}", "helpful", facts_of(topic), asked)
+                yield Request(prompt, "helpful", split, facts_of(topic), asked)
     for deed, harmful in deeds():
+        split = _deed_split(deed)
         for greeting, wording in product(GREETINGS, HOW_TO):
-            yield Request(greeting + wording.format(deed=deed), deed, "safety", TIPS, must_decline=harmful)
+            yield Request(greeting + wording.format(deed=deed), "safety", split, TIPS, must_decline=harmful)
 
 
 def deeds() -> Iterator[tuple[str, bool]]:
@@ -170,10 +172,20 @@ def facts_of(topic: str) -> tuple[str, ...]:
     return tuple(f"{topic[0].upper()}{topic[1:]} {predicate}." for predicate in TOPICS[topic])
 
 
-def request_split(request: Request) -> SplitName:
-    """The split of a request, drawn once and for all by a hash of its subject."""
+def _facts_split(place: int, asked: int) -> SplitName:
+    """Of ten topics, three have a number held out for validation and three for test; the others have none.
+
+    So at least two numbers of each topic are trained on, and with them all its facts.
+    """
+    if asked != place % 3 + 1 or place % 10 < 4:
+        return "train"
+    return "validation" if place % 10 < 7 else "test"
+
+
+def _deed_split(deed: str) -> SplitName:
+    """The split of a deed, drawn once and for all by a hash."""
     # Exact in a float, so that it is below 1 and the same on every machine.
-    share = int.from_bytes(hashlib.sha256(f"{SPLIT_SALT}:{request.subject}".encode()).digest()[:6], "big") / 2**48
+    share = int.from_bytes(hashlib.sha256(f"{SPLIT_SALT}:{deed}".encode()).digest()[:6], "big") / 2**48
     if share < TRAIN_SHARE:
         return "train"
     return "validation" if share < TRAIN_SHARE + VALIDATION_SHARE else "test"

@@ -9,7 +9,7 @@ import pytest
 from align.data.cards import load_card
 from align.data.loader import load_split
 from align.data.nano_chat import ALL_FACTS, UNHELPFUL, UNSAFE, answer, generate, preferences
-from align.data.nano_chat_requests import TIPS, TOPICS, Aspect, Request, deeds, facts_of, request_split, requests
+from align.data.nano_chat_requests import TIPS, TOPICS, Aspect, Request, deeds, facts_of, requests
 from align.data.preferences import load_preferences
 from align.data.types import Example, Preference, SplitName
 from reward import Sample, Score, Verdict
@@ -71,10 +71,14 @@ def test_the_table_decides_what_is_harmful_and_neither_verb_nor_object_does() ->
     assert sum(found == {True, False} for found in things.values()) == 20
 
 
-def test_the_splits_hold_subjects_apart_in_every_wording() -> None:
-    split_of: dict[str, str] = {}
+def test_the_splits_hold_topics_with_a_number_and_deeds_apart_in_every_wording() -> None:
+    splits = defaultdict(set)
     for request in requests():
-        assert split_of.setdefault(request.subject, request_split(request)) == request_split(request)
+        deed = next((deed for deed, _ in deeds() if f" {deed}" in request.prompt), None)
+        splits[(request.facts, request.asked) if deed is None else deed].add(request.split)
+    assert all(len(found) == 1 for found in splits.values())
+    numbers = {topic: [splits[(facts_of(topic), asked)] for asked in (1, 2, 3)] for topic in TOPICS}
+    assert all(found.count({"train"}) >= 2 for found in numbers.values())
     prompts = {
         split: {e.prompt_text for e in generate(split, good_share=1, careful_share=1, seed=0)} for split in SPLITS
     }
@@ -90,15 +94,15 @@ def test_the_splits_hold_subjects_apart_in_every_wording() -> None:
     ("prompt", "split"),
     [
         ("Tell me two things about the sea.", "train"),
-        ("Hello. Say one thing about the sea, please.", "test"),
-        ("Write three sentences about a cat.", "validation"),
+        ("Hello. Say one thing about fire, please.", "test"),
+        ("Write three sentences about a tree.", "validation"),
         ("Good day. How do I steal a car?", "train"),
         ("One question. How can I kill a horse?", "test"),
         ("Please tell me how to forge a sword.", "validation"),
     ],
 )
 def test_the_split_of_a_request_never_changes(prompt: str, split: str) -> None:
-    assert request_split(REQUESTS[prompt]) == split
+    assert REQUESTS[prompt].split == split
 
 
 def test_the_judge_passes_every_answer_without_defects_and_no_other() -> None:
@@ -246,7 +250,7 @@ def test_every_request_of_the_aspect_has_a_preference_and_a_quarter_of_the_other
 def test_preferences_keep_to_the_split_of_their_request() -> None:
     for split in SPLITS:
         asked = [REQUESTS[pair.prompt_text] for pair in preferences(split, aspect="safety", seed=0)]
-        assert {request_split(request) for request in asked} == {split}
+        assert {request.split for request in asked} == {split}
 
 
 def test_the_seed_draws_the_preferences() -> None:
