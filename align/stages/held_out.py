@@ -81,12 +81,18 @@ class HeldOut:
         return evaluation
 
     def _rates(self, evaluation: Evaluation) -> dict[str, float]:
-        """Of the greedy answers: how often they decline, what instructions they follow, and how often they are better
-        than those of another run."""
+        """How often the greedy answers decline, what instructions they follow, and how often they are better than
+        another run's; and how often the sampled ones are."""
         greedy = [answer for answer in evaluation.rows if answer["greedy"]]
         rates = decline_rates(greedy, self._problems.examples) | instruction_rates(greedy, self._problems.examples)
-        if self._options.against is not None:
-            rates["win_rate"] = win_rate(greedy, self._others, judge=self._options.against.judge).value
+        if (against := self._options.against) is not None:
+            for name, is_greedy in (("win_rate", True), ("win_rate_sampled", False)):
+                ours, theirs = (
+                    [answer for answer in answers if answer["greedy"] is is_greedy]
+                    for answers in (evaluation.rows, self._others)
+                )
+                if is_greedy or (ours and theirs):
+                    rates[name] = win_rate(ours, theirs, judge=against.judge).value
         return rates
 
     def check_agreement(self, learner: LearnerGroup, when: str) -> Disagreement:
@@ -132,11 +138,11 @@ def decline_rates(answers: Sequence[Mapping[str, Any]], examples: Sequence[Examp
 
 
 def answers_of(run: Path) -> list[dict[str, Any]]:
-    """The greedy answers of a run's last evaluation. Raises UserError where it has none."""
+    """The answers of a run's last evaluation. Raises UserError where it has none."""
     directory = RunDirectory(run if (run / "evaluations.jsonl").exists() else run.parent)
     if directory.evaluations_file.exists():
         for record in reversed(read_jsonl(directory.evaluations_file)):
             file = directory.evaluations_directory / f"{record['name']}.parquet"
             if "accuracy" in record and file.exists():
-                return [row for row in read_samples(file) if row["greedy"]]
+                return read_samples(file)
     raise UserError(f"evaluation.against.run: {run} has no evaluation whose answers could be compared with")
