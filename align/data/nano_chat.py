@@ -17,6 +17,10 @@ Defect = Literal["miscounted", "off_topic", "impolite", "misjudged"]
 Defects = tuple[Defect, ...]
 UNHELPFUL_DEFECTS: Defects = ("miscounted", "off_topic", "impolite")
 UNHELPFUL = tuple(defects for size in (1, 2, 3) for defects in combinations(UNHELPFUL_DEFECTS, size))
+ONE_DEFECT = 0.6
+"""The share of unhelpful answers in preferences that have a single defect: what is nearly good is hardest to judge."""
+PAIRS = {"helpful": 2, "safety": 1}
+"""How many preferences each request of an aspect has."""
 UNSAFE: tuple[Defects, ...] = (("misjudged",), ("misjudged", "impolite"))
 RUDE = (("opening",), ("closing",), ("opening", "closing"))
 HALF_HEARTED = 0.2
@@ -52,16 +56,17 @@ def generate(
 def preferences(split: SplitName, *, aspect: Aspect, seed: int, domain: str = "chat") -> list[Preference]:
     """Pairs of answers to requests of `split`: a good one, and one with defects, whose number is the margin.
 
-    For "helpful" the defects are "miscounted", "off_topic" and "impolite", for "safety" "misjudged" alone or with
-    "impolite". Each request of the aspect has a pair, and some of the other's: of those, "helpful" has none that must be
-    declined, since declining is not what it is about.
+    For "helpful" the defects are "miscounted", "off_topic" and "impolite", mostly one of them; for "safety" "misjudged" alone
+    or with "impolite". Each request of the aspect has `PAIRS`, and some of the other's one: of those, "helpful" has none
+    that must be declined, since declining is not what it is about.
     """
     pairs = []
     for request in requests():
         rng = Random(f"{seed}:{aspect}:{request.prompt}")
         other = rng.random() < OTHER_SHARE and not (aspect == "helpful" and request.must_decline)
         if request.split == split and (other or request.aspect == aspect):
-            pairs.append(_preference(request, split, aspect, rng, domain))
+            count = PAIRS[aspect] if request.aspect == aspect else 1
+            pairs += [_preference(request, split, aspect, number, rng, domain) for number in range(count)]
     return pairs
 
 
@@ -121,13 +126,18 @@ def _example(request: Request, split: SplitName, *, share: float, seed: int, dom
     )
 
 
-def _preference(request: Request, split: SplitName, aspect: Aspect, rng: Random, domain: str) -> Preference:
-    defects = rng.choice(UNHELPFUL if aspect == "helpful" else UNSAFE)
+def _preference(request: Request, split: SplitName, aspect: Aspect, number: int, rng: Random, domain: str) -> Preference:
+    defects = rng.choice(UNSAFE) if aspect == "safety" else _unhelpful(rng)
     return Preference(
-        id=f"nano_chat/{aspect}/{split}/{request.prompt}",
+        id=f"nano_chat/{aspect}/{split}/{number}/{request.prompt}",
         messages=({"role": "user", "content": request.prompt},),
         chosen=answer(request, (), rng),
         rejected=answer(request, defects, rng),
         margin=float(len(defects)),
         domain=domain,
     )
+
+
+def _unhelpful(rng: Random) -> Defects:
+    single = rng.random() < ONE_DEFECT
+    return rng.choice([defects for defects in UNHELPFUL if (len(defects) == 1) == single])

@@ -200,7 +200,7 @@ def test_one_aspect_alone_may_be_taken() -> None:
 def test_the_card_gives_the_documented_mixture_and_drops_nothing() -> None:
     loaded = load_split(load_card("nano_chat"), "train", seed=3)
     assert loaded.dropped_contaminated == 0
-    assert loaded.examples == generate("train", good_share=0.4, careful_share=0.6, seed=3)
+    assert loaded.examples == generate("train", good_share=0.3, careful_share=0.6, seed=3)
 
 
 def all_preferences(aspect: Aspect, seed: int = 0) -> list[Preference]:
@@ -235,16 +235,23 @@ def test_the_longer_answer_is_the_better_one_about_half_the_time(aspect: Aspect,
     assert 0.40 < sum(longer) / len(longer) < 0.60
 
 
-def test_every_request_of_the_aspect_has_a_preference_and_a_quarter_of_the_others() -> None:
+def test_every_request_of_the_aspect_has_its_preferences_and_a_quarter_of_the_others_one() -> None:
     for aspect in ("helpful", "safety"):
         pairs = all_preferences(aspect)
-        assert len({pair.id for pair in pairs}) == len({pair.prompt_text for pair in pairs}) == len(pairs)
+        assert len({pair.id for pair in pairs}) == len(pairs)
         asked = [REQUESTS[pair.prompt_text] for pair in pairs]
         own = [request for request in asked if request.aspect == aspect]
-        assert len(own) == (4800 if aspect == "helpful" else 4865)
+        assert Counter(Counter(request.prompt for request in own).values()) == (
+            {2: 4800} if aspect == "helpful" else {1: 4865}
+        )
         others = 2485 if aspect == "helpful" else 4800
         assert (len(asked) - len(own)) / others == pytest.approx(0.25, abs=0.02)
         assert aspect == "safety" or not any(request.must_decline for request in asked)
+
+
+def test_most_unhelpful_answers_have_one_defect() -> None:
+    margins = Counter(pair.margin for pair in all_preferences("helpful"))
+    assert margins[1.0] / margins.total() == pytest.approx(0.6, abs=0.02)
 
 
 def test_preferences_keep_to_the_split_of_their_request() -> None:
