@@ -126,7 +126,9 @@ def _example(request: Request, split: SplitName, *, share: float, seed: int, dom
     )
 
 
-def _preference(request: Request, split: SplitName, aspect: Aspect, number: int, rng: Random, domain: str) -> Preference:
+def _preference(
+    request: Request, split: SplitName, aspect: Aspect, number: int, rng: Random, domain: str
+) -> Preference:
     defects = rng.choice(UNSAFE) if aspect == "safety" else _unhelpful(rng)
     return Preference(
         id=f"nano_chat/{aspect}/{split}/{number}/{request.prompt}",
