@@ -151,6 +151,8 @@ class RankGroup:
             raise LearnerError(f"a learner rank failed {doing}:\n{error}") from None
         except ray.exceptions.RayActorError as error:
             raise LearnerDiedError(f"a learner rank died {doing}: {error}") from None
+        except ray.exceptions.RayError as error:
+            raise LearnerError(f"Ray failed while the learner ranks were {doing}: {error}") from None
         return results
 
     def _one_died(self, references: Sequence[Any]) -> bool:
