@@ -2,6 +2,7 @@
 
 import ipaddress
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from align.run.watcher import watched
 from align.stages.disk import check_space
 from align.stages.faults import record_fault
 from align.stages.run import Run
+from align.stages.stop import SIGNALS
 from reward import Mixture, RewardError, ScoringPool
 from rollout import Fleet
 
@@ -101,7 +103,8 @@ def local_ray() -> Iterator[None]:
         if address:
             check_address(address, os.environ.get("RAY_AUTH_MODE"))
             try:
-                ray.init(log_to_driver=False)
+                with kept_signal_handlers():
+                    ray.init(log_to_driver=False)
             except (ConnectionError, ray.exceptions.AuthenticationError) as error:
                 raise UserError(f"RAY_ADDRESS={address}: {first_line(error)}") from None
         else:
@@ -109,7 +112,8 @@ def local_ray() -> Iterator[None]:
             # The variable tells the processes it starts; this one has read it already.
             os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
             ray_constants.ENABLE_RAY_CLUSTER = False
-            start_node()
+            with kept_signal_handlers():
+                start_node()
         try:
             yield
         finally:
@@ -130,6 +134,17 @@ def check_address(address: str, auth_mode: str | None) -> None:
             f"RAY_ADDRESS={address} is a cluster on a network and RAY_AUTH_MODE is not 'token': anyone who reaches it could run "
             "code there. Start its nodes with RAY_AUTH_MODE=token and set the same here; docs/cluster.md has the commands"
         )
+
+
+@contextmanager
+def kept_signal_handlers() -> Iterator[None]:
+    """Ray takes SIGTERM for itself when it starts; a run has to hear of it."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def start_node(attempts: int = 5) -> None:
