@@ -1,10 +1,10 @@
 """Alarms for a GRPO run that goes wrong in silence: each says what it saw, and which samples show it."""
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite, sqrt
 from statistics import fmean
+from typing import TypedDict
 
 from align.config import AlarmOptions
 from align.stages.run import Run
@@ -32,25 +32,36 @@ class Alarm:
     samples: Sequence[str] = ()
 
 
-class Alarms:
-    """Looks at every step. An alarm is told when it begins, and again only after a step without it."""
+class History(TypedDict):
+    """What the alarms compare a step with, ready for JSON.
 
-    def __init__(self, options: AlarmOptions, run: Run):
-        self._options, self._run = options, run
-        self._entropies: list[float] = []
-        self._rewards: deque[tuple[float, float]] = deque(maxlen=options.window)
-        self._on: set[str] = set()
+    The entropies of the first steps, mean and standard deviation of the rewards of the last, and the alarms that are on.
+    """
+
+    entropies: list[float]
+    rewards: list[tuple[float, float]]
+    on: list[str]
+
+
+class Alarms:
+    """Looks at every step. An alarm is told when it begins, and again only after a step without it.
+
+    `history`, at first `no_history()`, is kept up to date for whoever goes on.
+    """
+
+    def __init__(self, options: AlarmOptions, run: Run, history: History):
+        self._options, self._run, self._history = options, run, history
 
     def observe(self, step: int, metrics: Mapping[str, float], samples: Sequence[SeenSample]) -> None:
         """Take a step's metrics and its judged samples."""
         found = list(self._look(metrics, samples))
         for alarm in found:
-            if alarm.kind not in self._on:
+            if alarm.kind not in self._history["on"]:
                 shown = f" (samples {', '.join(alarm.samples[:SHOWN])})" if alarm.samples else ""
                 self._run.warn(
                     f"GRPO step {step}: {alarm.message}{shown}", alarm=alarm.kind, samples=list(alarm.samples)
                 )
-        self._on = {alarm.kind for alarm in found}
+        self._history["on"] = [alarm.kind for alarm in found]
 
     def _look(self, metrics: Mapping[str, float], samples: Sequence[SeenSample]) -> Iterator[Alarm]:
         yield from self._entropy(metrics["entropy"], samples)
@@ -62,10 +73,11 @@ class Alarms:
         """The policy has lost most of the entropy that it had in the first steps."""
         if not isfinite(entropy):
             return
-        if len(self._entropies) < self._options.window:
-            self._entropies.append(entropy)
+        first = self._history["entropies"]
+        if len(first) < self._options.window:
+            first.append(entropy)
             return
-        share = entropy / max(fmean(self._entropies), 1e-12)
+        share = entropy / max(fmean(first), 1e-12)
         if share < self._options.entropy_share:
             ids = _first(samples, key=lambda sample: -sample.sureness)
             yield Alarm("entropy", f"the policy's entropy is {share:.0%} of that of its first steps", ids)
@@ -80,8 +92,8 @@ class Alarms:
         """The mean reward is far from that of the steps before: a broken judge, or a policy that has found a way around it."""
         if not isfinite(reward):
             return
-        before = list(self._rewards)
-        self._rewards.append((reward, spread))
+        before = self._history["rewards"]
+        self._history["rewards"] = [*before, (reward, spread)][-self._options.window :]
         if len(before) < self._options.window:
             return
         usual = fmean(mean for mean, _ in before)
@@ -101,6 +113,11 @@ class Alarms:
         if dead:
             layers = ", ".join(f"{share:.0%} in {layer}" for layer, share in dead.items())
             yield Alarm("experts", f"experts without a single token: {layers}")
+
+
+def no_history() -> History:
+    """That of a run that has made no step yet."""
+    return {"entropies": [], "rewards": [], "on": []}
 
 
 def _first(samples: Iterable[SeenSample], key: Callable[[SeenSample], float]) -> list[str]:

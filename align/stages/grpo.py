@@ -5,6 +5,7 @@ surrogate. It departs from the papers in what they leave open: the standard devi
 1e-4 added (see `align.losses.group_advantages`), and samples that nobody could judge are left out of their group.
 """
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,7 +25,7 @@ from align.learner.objective import Objective, Sums
 from align.learner.schedule import learning_rate
 from align.losses import completion_weights, group_advantages
 from align.run import write_samples
-from align.stages.alarms import Alarms, SeenSample
+from align.stages.alarms import Alarms, SeenSample, no_history
 from align.stages.bad_numbers import BadSamples, bad_samples
 from align.stages.engines import Engines
 from align.stages.examples import Source, items_of_step, training_sources
@@ -65,13 +66,18 @@ def train_grpo(
     reference = None
     if options.kl_coefficient:
         reference = policy if recipe.reference is None else policy.model_copy(update={"path": str(recipe.reference)})
-    alarms = Alarms(recipe.alarms, run)
     bad_steps = BadSamples(recipe.learner.stop_after_bad_steps, run)
     learner = LearnerGroup(policy, recipe.learner, seed=recipe.seed, reference=reference)
     # An SFT stage before this one ends with an update of the rollout workers.
-    state = {"weight_version": int(recipe.init_from is not None), "learning_steps": 0, "guard": []}
+    state = {
+        "weight_version": int(recipe.init_from is not None),
+        "learning_steps": 0,
+        "guard": [],
+        "alarms": no_history(),
+    }
     with Steps(recipe, run, learner, options.steps, data.sources, reference=reference, state=state) as steps:
         guard = OverOptimisationGuard(recipe.guard, steps.state["guard"]) if recipe.guard else None
+        alarms = Alarms(recipe.alarms, run, steps.state["alarms"])
         progress.stage("GRPO", options.steps, completed=steps.done)
         progress.phase("starting learners")
         engines.fleet.wait_until_ready()
@@ -109,8 +115,9 @@ def train_grpo(
             alarms.observe(step + 1, metrics, experience.seen)
             if guard and (alarm := guard.observe(experience.rewards)):
                 run.warn(f"GRPO step {step + 1}: {alarm}")
-            steps.state["learning_steps"] += norm > 0
-            if norm > 0 and steps.state["learning_steps"] == CENSUS_STEP:
+            learnt = 0 < norm < math.inf
+            steps.state["learning_steps"] += learnt
+            if learnt and steps.state["learning_steps"] == CENSUS_STEP:
                 held_out.check_gradients(learner, step + 1)
             if recipe.evaluation.every and (step + 1) % recipe.evaluation.every == 0 and step + 1 < options.steps:
                 held_out.evaluate(f"GRPO step {step + 1}", step + 1)

@@ -13,7 +13,7 @@ from align.errors import BadNumbersError
 from align.evaluate.problems import Answer
 from align.run import MetricsLog, Progress, RunDirectory
 from align.run.checkpoints import CheckpointDirectory
-from align.stages.alarms import Alarms, SeenSample
+from align.stages.alarms import Alarms, SeenSample, no_history
 from align.stages.bad_numbers import BadSamples, bad_samples
 from align.stages.run import Run
 from align.stages.stop import StopRequest
@@ -52,12 +52,15 @@ def told(run: Run) -> list[dict[str, Any]]:
     ],
 )
 def test_an_alarm_is_told_when_it_begins(run: Run, change: dict[str, float], kind: str, samples: Sequence[str]) -> None:
-    alarms = Alarms(AlarmOptions(), run)
+    history = no_history()
+    alarms = Alarms(AlarmOptions(), run, history)
     for step in range(1, 11):
         alarms.observe(step, FINE, SAMPLES)
     assert told(run) == []
     alarms.observe(11, FINE | change, SAMPLES)
-    alarms.observe(12, FINE | change, SAMPLES)
+    # As after an interruption: what the alarms remember comes out of a checkpoint.
+    resumed = Alarms(AlarmOptions(), run, json.loads(json.dumps(history)))
+    resumed.observe(12, FINE | change, SAMPLES)
     [event] = told(run)
     assert (event["alarm"], event["samples"]) == (kind, samples)
     assert "GRPO step 11" in event["message"]
