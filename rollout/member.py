@@ -178,7 +178,7 @@ class Member:
             return False
         return now - self.task.since > self._options.start_timeout_s
 
-    def end(self) -> None:
+    def end(self, grace_s: float = 0) -> None:
         """End its process, for certain."""
         import ray
 
@@ -186,7 +186,7 @@ class Member:
         ray.kill(self.actor)
         # Ray asks first; a process that is stopped or hung would stay for seconds, with the memory it has.
         if self.process:
-            processes.kill(self.process)
+            processes.kill(self.process, grace_s)
 
     def _do(self, doing: Doing, reference: Any, now: float, subject: Batch | Update | None = None) -> None:
         self.task = task = Task(doing, now, subject)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -44,12 +45,15 @@ def introduce_this_process() -> ProcessId:
     return ProcessId(ray.get_runtime_context().get_node_id(), process.pid, process.create_time(), os.dup(file.fileno()))
 
 
-def kill(process: ProcessId) -> None:
-    """End the process and its children, stopped or hung as it may be. Returns when it is gone, or its node is."""
+def kill(process: ProcessId, grace_s: float = 0) -> None:
+    """End the process and its children, stopped or hung as it may be. Returns when it is gone, or its node is.
+
+    One that has been told to end already has `grace_s` to do so.
+    """
     import ray
 
     with suppress(ray.exceptions.RayError):
-        _on_its_node(_kill_here, process)
+        _on_its_node(partial(_kill_here, grace_s=grace_s), process)
 
 
 def stacks(process: ProcessId) -> str:
@@ -82,12 +86,12 @@ def _find(process: ProcessId) -> psutil.Process | None:
         return None
 
 
-def _kill_here(process: ProcessId) -> None:
+def _kill_here(process: ProcessId, grace_s: float) -> None:
     found = _find(process)
     if found is None:
         return
     with suppress(psutil.NoSuchProcess):
-        family = [*found.children(recursive=True), found]
+        _, family = psutil.wait_procs([*found.children(recursive=True), found], timeout=grace_s)
         for member in family:
             with suppress(psutil.NoSuchProcess):
                 member.kill()

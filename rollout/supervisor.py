@@ -14,6 +14,7 @@ from rollout.types import FleetOptions, RolloutError
 
 Call = Callable[[], None]
 
+GRACE_S = 5.0
 MOST_LOSSES = 4
 """An engine batch with which so many workers were lost is taken for the cause of it."""
 
@@ -73,7 +74,8 @@ class Supervisor:
         self._thread.join()
         for member in self.members:
             if member.state is not State.DEAD:
-                member.end()
+                # Ray reports a worker that was killed before it could end as a crash.
+                member.end(GRACE_S)
         self.members = []
 
     def _run(self) -> None:

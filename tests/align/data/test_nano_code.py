@@ -93,7 +93,7 @@ def test_the_splits_have_the_documented_sizes() -> None:
 def test_the_share_of_careful_demonstrations_is_the_card_s() -> None:
     card = load_card("nano_code")
     examples = load_split(card, "train", seed=3).examples
-    assert len(examples) == len(generate("train", stepwise_share=0.45, seed=3))
+    assert len(examples) == len(generate("train", stepwise_share=0.35, seed=3))
     share = sum(example.metadata["kind"] == "stepwise" for example in examples) / len(examples)
-    assert abs(share - 0.45) < 0.02
+    assert abs(share - 0.35) < 0.02
     assert all(example.metadata["tests"]["cases"] for example in examples)
