@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pyarrow.parquet as pq
+import pytest
 
 ROOT = Path(__file__).parents[2]
 # With `fenced: false` even what an untrained policy writes is run as a program.
@@ -53,6 +54,7 @@ def begun(directory: Path) -> bool:
     return (directory / "evaluations.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_samples_that_nobody_could_run_are_masked_and_the_sandbox_may_come_back(tmp_path: Path) -> None:
     run = tmp_path / "run"
     first, second = (run / "samples" / f"step_{step:05d}.parquet" for step in (1, 2))

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 
 from align.config import ModelOptions
@@ -57,6 +58,7 @@ def healthy(port: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_a_policy_served_by_vllm_can_judge_itself(
     policy: ModelOptions, checkpoint: Checkpoint, nano_fleet: Fleet, tmp_path: Path
 ) -> None:
