@@ -7,8 +7,9 @@
     fleet = Fleet("path/to/model", "float32", FleetOptions(workers=2), stop_token_ids=[1])
     groups = fleet.generate([Prompt("p0", [0, 17, 5])], 8, SamplingOptions(max_new_tokens=64), seed=0, step=0)
 
-`rollout.types` has the records, `Fleet` the workers together, `rollout.supervisor` what replaces those that are lost, `rollout.engine` one vLLM engine, `rollout.weights` how new
-weights get into it. This package knows nothing of training or rewards.
+`rollout.types` has the records, `Fleet` the workers together, `rollout.supervisor` what replaces those that are lost,
+`rollout.engine` one vLLM engine, `rollout.weights` how new weights get into it. This package knows nothing of training or
+rewards.
 """
 
 from rollout.fleet import Fleet, Group

@@ -149,8 +149,8 @@ class Experience:
     """What one step sampled: N completions with their rewards and advantages, in the order of prompts and index.
 
     `valid` [N] is false where nobody could judge; `kept` [N] is true for what is trained on; `uniform_groups` is the
-    share of groups whose rewards are all equal, which teach nothing; `bad` tells which number of a sample is not finite, `seen` are
-    the others that were judged, for the alarms.
+    share of groups whose rewards are all equal, which teach nothing; `bad` tells which number of a sample is not finite,
+    `seen` are the others that were judged, for the alarms.
     """
 
     completions: Sequence[Completion]
@@ -283,6 +283,7 @@ def update(
             if isfinite(sums.loss):
                 gate.check(Disagreement.of(sums), f"GRPO step {step + 1}")
             applied = learner.apply(rate)
+            # An update that was left out is what the step's metrics have to show, whatever came after it.
             norm = applied if isfinite(norm) else norm
             total.add(sums)
     return total, Disagreement.of(total), norm
