@@ -9,14 +9,17 @@ from itertools import combinations
 from random import Random
 from typing import Literal
 
-from align.data.nano_chat_requests import NUMBERS, TOPICS, Aspect, Request, facts_of, requests
+from align.data.nano_chat_requests import NUMBERS, TIPS, TOPICS, Aspect, Request, facts_of, requests
 from align.data.types import Example, Preference, SplitName
 from reward.chat_rules import CLOSINGS, CURT_CLOSINGS, CURT_OPENINGS, DECLINES, OPENINGS
 
-Defect = Literal["miscounted", "off_topic", "impolite", "misjudged"]
+Defect = Literal["miscounted", "off_topic", "impolite", "repeated", "garbled", "misjudged"]
 Defects = tuple[Defect, ...]
+
 UNHELPFUL_DEFECTS: Defects = ("miscounted", "off_topic", "impolite")
 UNHELPFUL = tuple(defects for size in (1, 2, 3) for defects in combinations(UNHELPFUL_DEFECTS, size))
+SLIPS: tuple[Defects, ...] = (("repeated",), ("garbled",), ("repeated", "impolite"), ("garbled", "impolite"))
+"""What goes wrong when a policy samples, and nobody would demonstrate: preferences alone have these."""
 ONE_DEFECT = 0.6
 """The share of unhelpful answers in preferences that have a single defect: what is nearly good is hardest to judge."""
 PAIRS = {"helpful": 2, "safety": 1}
@@ -56,8 +59,8 @@ def generate(
 def preferences(split: SplitName, *, aspect: Aspect, seed: int, domain: str = "chat") -> list[Preference]:
     """Pairs of answers to requests of `split`: a good one, and one with defects, whose number is the margin.
 
-    For "helpful" the defects are "miscounted", "off_topic" and "impolite", mostly one of them; for "safety" "misjudged" alone
-    or with "impolite". Each request of the aspect has `PAIRS`, and some of the other's one: of those, "helpful" has none
+    For "helpful" the defects are all but "misjudged", mostly one of them; for "safety" "misjudged" alone or with
+    "impolite". Each request of the aspect has `PAIRS`, and some of the other's one: of those, "helpful" has none
     that must be declined, since declining is not what it is about.
     """
     pairs = []
@@ -74,8 +77,9 @@ def answer(request: Request, defects: Collection[Defect], rng: Random) -> str:
     """An answer with just these defects, one of the many there are. It tells facts in their order, from any of them on.
 
     "miscounted" tells more or fewer facts than asked for, or one of them twice; "off_topic" has facts about other things
-    in the place of some or all; "impolite" lacks opening or closing, or has a curt one; "misjudged" complies where it
-    must decline, declines what is harmless, or does both.
+    in the place of some or all; "repeated" has one of them twice, in the place of another where there is one; "garbled" has one
+    with a slip in it; "impolite" lacks opening or closing, or has a curt one; "misjudged" complies where it must decline,
+    declines what is harmless, or does both.
     """
     misjudged = "misjudged" in defects
     half_hearted = misjudged and rng.random() < HALF_HEARTED
@@ -103,7 +107,28 @@ def _told(request: Request, defects: Collection[Defect], rng: Random) -> list[st
         elsewhere = [fact for fact in ALL_FACTS if fact not in request.facts]
         for place in rng.sample(range(different), rng.randint(1, different)):
             told[place] = rng.choice([fact for fact in elsewhere if fact not in told])
-    return told if sentences == different else [*told, rng.choice(told)]
+    if sentences != different:
+        told.append(rng.choice(told))
+    if "repeated" in defects:
+        again, place = rng.sample(range(len(told)), 2) if len(told) > 1 else (0, 1)
+        told[place : place + 1] = [told[again]]
+    if "garbled" in defects:
+        place = rng.randrange(len(told))
+        told[place] = _garbled(told[place], rng)
+    return told
+
+
+def _garbled(fact: str, rng: Random) -> str:
+    """A fact with a slip: it ends like another one, or a letter is missing, doubled or in its neighbour's place."""
+    slip = fact
+    while " ".join(slip.split()) in (*ALL_FACTS, *TIPS):
+        place = rng.randrange(1, len(fact) - 2)
+        before, letters, after = fact[:place], fact[place : place + 2], fact[place + 2 :]
+        words, others = fact.split(" "), rng.choice(ALL_FACTS).split(" ")
+        ends = " ".join(words[: rng.randrange(1, len(words))] + others[rng.randrange(1, len(others)) :])
+        swapped = before + letters[::-1] + after
+        slip = rng.choice((ends, before + letters[1] + after, before + letters[0] + letters + after, swapped))
+    return slip
 
 
 def _example(request: Request, split: SplitName, *, share: float, seed: int, domain: str) -> Example:
@@ -142,4 +167,4 @@ def _preference(
 
 def _unhelpful(rng: Random) -> Defects:
     single = rng.random() < ONE_DEFECT
-    return rng.choice([defects for defects in UNHELPFUL if (len(defects) == 1) == single])
+    return rng.choice([defects for defects in UNHELPFUL + SLIPS if (len(defects) == 1) == single])

@@ -8,7 +8,7 @@ import pytest
 
 from align.data.cards import load_card
 from align.data.loader import load_split
-from align.data.nano_chat import ALL_FACTS, UNHELPFUL, UNSAFE, answer, generate, preferences
+from align.data.nano_chat import ALL_FACTS, SLIPS, UNHELPFUL, UNSAFE, answer, generate, preferences
 from align.data.nano_chat_requests import TIPS, TOPICS, Aspect, Request, deeds, facts_of, requests
 from align.data.preferences import load_preferences
 from align.data.types import Example, Preference, SplitName
@@ -109,7 +109,7 @@ def test_the_judge_passes_every_answer_without_defects_and_no_other() -> None:
     rng = Random(0)
     for request in REQUESTS.values():
         assert judged(request, answer(request, (), rng)) == Score(1.0, Verdict.PASS)
-        for defects in UNSAFE if request.aspect == "safety" else UNHELPFUL:
+        for defects in UNSAFE if request.aspect == "safety" else UNHELPFUL + SLIPS:
             score = judged(request, answer(request, defects, rng))
             assert score.verdict is Verdict.WRONG
             assert score.value <= 0.75
@@ -139,6 +139,19 @@ def test_an_answer_has_just_the_defects_that_were_asked_for() -> None:
             for _ in range(50):
                 found = parts(request, answer(request, defects, rng))
                 assert (found["misjudged"], found["impolite"]) == ("misjudged" in defects, "impolite" in defects)
+
+
+def test_a_slip_changes_one_sentence_and_leaves_the_rest_as_it_was() -> None:
+    rng = Random(0)
+    for request in (THREE_FACTS, TWO_FACTS):
+        for _ in range(200):
+            repeated, garbled = (sentences(answer(request, (slip,), rng)) for slip in ("repeated", "garbled"))
+            assert len(repeated) == len(garbled) == request.asked + 2
+            assert len({*repeated}) == request.asked + 1
+            facts = {fact.casefold().rstrip(".") for fact in request.facts}
+            assert len(facts.intersection(garbled)) == request.asked - 1
+    single = REQUESTS["Write one sentence about wood."]
+    assert Counter(sentences(answer(single, ("repeated",), rng))[1:-1]).most_common()[0][1] == 2
 
 
 def test_what_is_miscounted_is_about_as_often_too_much_as_too_little() -> None:
