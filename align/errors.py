@@ -11,3 +11,7 @@ class Terminated(KeyboardInterrupt):
 
 class BadNumbersError(Exception):
     """Rewards, log-probabilities, losses or gradients were not finite for several steps in a row."""
+
+
+class RayDiedError(Exception):
+    """The Ray that a run has started is gone, and all its actors with it."""

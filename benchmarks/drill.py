@@ -31,7 +31,7 @@ from align.learner.group import LearnerError, LearnerGroup
 from align.learner.objective import Objective
 from align.model.checkpoint_names import to_checkpoint
 from align.model.policy import write_random_policy
-from align.stages.engines import local_ray
+from align.stages.ray_cluster import local_ray
 from rollout import Completion, RolloutError, SamplingOptions, State
 from rollout.drill import OPTIONS, PROMPTS, Injury, WitnessedFleet
 

@@ -8,7 +8,7 @@ from hypothesis import settings
 
 from align.config import ModelOptions
 from align.model.policy import write_random_policy
-from align.stages.engines import local_ray
+from align.stages.ray_cluster import local_ray
 
 # A busy machine is no reason to fail.
 settings.register_profile("unhurried", deadline=None)

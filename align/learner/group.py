@@ -37,7 +37,7 @@ class LearnerDiedError(LearnerError):
 
 
 class RankGroup:
-    """DeepSpeed learners as Ray actors, data parallel, of any model."""
+    """DeepSpeed learners as Ray actors, data parallel, of any model. `bad_updates` so many have failed in a row by now."""
 
     def __init__(self, kind: type[LearnerRank], model: ModelOptions, options: LearnerOptions, *setup: Any):
         """Start the ranks (Ray must be running); `setup` is what their method of that name needs besides the place to meet.
@@ -63,7 +63,7 @@ class RankGroup:
         self._setup = setup
         self._processes: list[ProcessId] = []
         self._stalled = False
-        self._bad_updates = 0
+        self.bad_updates = 0
         self.trained = Trained("", None)
 
     def wait_until_ready(self) -> None:
@@ -82,10 +82,10 @@ class RankGroup:
         """
         calls = [rank.apply.remote(learning_rate) for rank in self._ranks]
         norm = float(self._gather(calls, self._options.step_timeout_s, "updating the weights")[0])
-        self._bad_updates = 0 if math.isfinite(norm) else self._bad_updates + 1
-        if self._bad_updates >= self._options.stop_after_bad_steps:
+        self.bad_updates = 0 if math.isfinite(norm) else self.bad_updates + 1
+        if self.bad_updates >= self._options.stop_after_bad_steps:
             raise BadNumbersError(
-                f"{self._bad_updates} updates in a row had a gradient that is not finite; the weights are as they were before "
+                f"{self.bad_updates} updates in a row had a gradient that is not finite; the weights are as they were before "
                 "them (learner.stop_after_bad_steps says how many there may be)"
             )
         return norm

@@ -1,13 +1,15 @@
 """Samples whose numbers are none: found, left out, told, and too many of them in a row end the run."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from math import isfinite
+from typing import Any
 
 from align.errors import BadNumbersError
 from align.evaluate.problems import Answer
 from align.stages.run import Run
 
 SHOWN = 4
+BAD_STEPS = "steps_with_bad_samples"
 
 
 def bad_samples(answers: Sequence[Answer], advantages: Sequence[float]) -> dict[str, str]:
@@ -25,21 +27,24 @@ def bad_samples(answers: Sequence[Answer], advantages: Sequence[float]) -> dict[
 
 
 class BadSamples:
-    """Tells of them step by step. Raises BadNumbersError when `limit` steps in a row had some."""
+    """Tells of them step by step. Raises BadNumbersError when `limit` steps in a row had some.
 
-    def __init__(self, limit: int, run: Run):
-        self._limit, self._run, self._in_a_row = limit, run, 0
+    How many there are by now is in `state`, so that a run that goes on counts on.
+    """
+
+    def __init__(self, limit: int, run: Run, state: MutableMapping[str, Any]):
+        self._limit, self._run, self._state = limit, run, state
 
     def observe(self, step: int, found: Mapping[str, str]) -> None:
-        self._in_a_row = self._in_a_row + 1 if found else 0
+        in_a_row = self._state[BAD_STEPS] = self._state.get(BAD_STEPS, 0) + 1 if found else 0
         if not found:
             return
         shown = ", ".join(f"{number} of {id_}" for id_, number in list(found.items())[:SHOWN])
         more = ", ..." if len(found) > SHOWN else ""
         text = f"GRPO step {step}: {len(found)} samples left out, for a number that is not finite: {shown}{more}"
         self._run.warn(text, samples=list(found))
-        if self._in_a_row >= self._limit:
+        if in_a_row >= self._limit:
             raise BadNumbersError(
-                f"{self._in_a_row} steps in a row had samples with numbers that are not finite, the last: {shown}{more} "
+                f"{in_a_row} steps in a row had samples with numbers that are not finite, the last: {shown}{more} "
                 "(learner.stop_after_bad_steps says how many there may be)"
             )

@@ -66,7 +66,6 @@ def train_grpo(
     reference = None
     if options.kl_coefficient:
         reference = policy if recipe.reference is None else policy.model_copy(update={"path": str(recipe.reference)})
-    bad_steps = BadSamples(recipe.learner.stop_after_bad_steps, run)
     learner = LearnerGroup(policy, recipe.learner, seed=recipe.seed, reference=reference)
     # An SFT stage before this one ends with an update of the rollout workers.
     state = {
@@ -77,6 +76,7 @@ def train_grpo(
     }
     with Steps(recipe, run, learner, options.steps, data.sources, reference=reference, state=state) as steps:
         guard = OverOptimisationGuard(recipe.guard, steps.state["guard"]) if recipe.guard else None
+        bad_steps = BadSamples(recipe.learner.stop_after_bad_steps, run, steps.state)
         alarms = Alarms(recipe.alarms, run, steps.state["alarms"])
         progress.stage("GRPO", options.steps, completed=steps.done)
         progress.phase("starting learners")

@@ -17,10 +17,11 @@ from align.evaluate.pairs import JudgedPair, PairEvaluation, evaluate_pairs, row
 from align.learner.reward_model import RewardModelGroup
 from align.learner.schedule import learning_rate
 from align.run import write_atomically
-from align.stages.engines import local_ray, prepare_policy, start_engines
+from align.stages.engines import prepare_policy, start_engines
 from align.stages.examples import items_of_step
 from align.stages.held_out import CENSUS_STEP
 from align.stages.pairs import EncodedPair, RewardModelData, load_reward_model_data
+from align.stages.ray_cluster import local_ray
 from align.stages.run import Run, open_run
 from align.stages.sft import finished_sft, load_sft_data, sft_before
 from align.stages.steps import Steps, restarting

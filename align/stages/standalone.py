@@ -11,7 +11,7 @@ from align.evaluate.problems import encode_prompts, evaluate
 from align.learner.group import LearnerGroup
 from align.model.policy import load_tokenizer, stop_token_ids
 from align.run import write_jsonl
-from align.stages.engines import local_ray
+from align.stages.ray_cluster import local_ray
 from reward import Mixture, RewardTerm, ScoringPool
 from rollout import Fleet, FleetOptions, Prompt
 

@@ -14,6 +14,7 @@ from align.stages.examples import Source
 from align.stages.run import Run
 
 MODEL = "model"
+BAD_UPDATES = "bad_updates"
 SAMPLED_BYTES = 2**20
 FAILURES = 3
 RESTARTS = 3
@@ -69,6 +70,7 @@ class Steps:
         if self._run.resume is not None:
             self._check_identity(self._run.resume)
             self._learner.load_state(self._run.resume.path)
+            self._learner.bad_updates = self.state.get(BAD_UPDATES, 0)
         self._between = True
 
     def __iter__(self) -> Iterator[int]:
@@ -88,7 +90,7 @@ class Steps:
             "recipe": dump_recipe(self._recipe),
             "identity": self._identity,
             "positions": self._run.positions(),
-            "state": self.state,
+            "state": self.state | {BAD_UPDATES: self._learner.bad_updates},
         }
         try:
             self._run.checkpoints.write(self.done, facts, self._fill)

@@ -145,6 +145,24 @@ def test_sigterm_lets_the_step_end_writes_a_checkpoint_and_exits_with_75(
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
+@pytest.mark.parametrize("head", ["gcs_server", "raylet"])
+def test_without_ray_the_run_ends_at_once_and_goes_on_when_it_is_resumed(
+    head: str, whole: Any, align: Any, read_lines: Lines, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    command = align(*COMMANDS["grpo"], f"run.dir={run}")
+    command.until(lambda: steps_done(run, "grpo", read_lines) >= 3)
+    family = command.family()
+    next(process for process in family if process.name() == head).kill()
+    killed = time.monotonic()
+    assert f"stopped: Ray itself died: its process {head} ended" in command.ends(1)
+    assert living(family, killed + 30 - time.monotonic()) == []
+    assert "resuming from step 2" in align("resume", str(run)).ends(0)
+    assert_same(whole("grpo", align), run, read_lines)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("stage", ["sft", "grpo"])
 def test_a_learner_that_is_killed_is_started_again_and_the_end_is_the_same(
     stage: str, whole: Any, align: Any, read_lines: Lines, tmp_path: Path

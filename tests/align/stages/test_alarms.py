@@ -81,10 +81,12 @@ def test_a_sample_with_a_number_that_is_none_is_found_with_its_name() -> None:
 
 
 def test_bad_samples_in_too_many_steps_in_a_row_end_the_run(run: Run) -> None:
-    steps = BadSamples(2, run)
+    state: dict[str, Any] = {}
+    steps = BadSamples(2, run, state)
     steps.observe(1, {"p#1": "reward"})
     steps.observe(2, {})
     steps.observe(3, {"p#1": "reward"})
+    steps = BadSamples(2, run, json.loads(json.dumps(state)))
     with pytest.raises(BadNumbersError, match=r"2 steps in a row.*reward of p#1"):
         steps.observe(4, {"p#1": "reward"})
     assert [event["samples"] for event in told(run)] == [["p#1"]] * 3

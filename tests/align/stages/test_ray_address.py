@@ -3,7 +3,7 @@
 import pytest
 
 from align.errors import UserError
-from align.stages.engines import check_address, local_ray
+from align.stages.ray_cluster import check_address, local_ray
 
 
 @pytest.mark.parametrize(

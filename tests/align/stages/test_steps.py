@@ -36,6 +36,7 @@ class Counter:
     def __init__(self) -> None:
         self.value = torch.zeros(1000, dtype=torch.int64)
         self.closed = False
+        self.bad_updates = 0
 
     def save_state(self, directory: Path) -> dict[str, Entry]:
         with hashed_file(directory / "rank_00000.pt") as (file, entry):
@@ -72,13 +73,16 @@ def count(made: RewardModelRecipe, run: Run, stop_at: int | None = None, data: A
     with Steps(made, run, learner, made.reward_model.steps, data, state={"seen": []}) as steps:  # type: ignore[arg-type]
         run.progress.stage("counting", made.reward_model.steps, completed=steps.done)
         steps.restore()
+        assert learner.bad_updates == max(0, steps.done - 1)
         for step in steps:
             if stop_at == step:
                 os.kill(os.getpid(), signal.SIGTERM)
             learner.value += step
+            learner.bad_updates = step
             steps.state["seen"].append(step)
             run.record_step("counting", step + 1, {"loss": float(step)}, ())
     assert learner.closed
+    assert learner.bad_updates == made.reward_model.steps - 1
     assert steps.state["seen"] == list(range(steps.done))
     return learner
 
