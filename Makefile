@@ -14,7 +14,7 @@ STAMP := $(VENV)/.installed-$(ACCELERATOR)
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock sft grpo smol reward-models pipeline bench bench-rewards drill lint test test-slow format clean
+.PHONY: help setup lock sft grpo smol reward-models pipeline bench bench-rewards drill lint test test-slow test-architectures format clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -71,6 +71,9 @@ test: lint ## lint, types, import contract and tests
 
 test-slow: $(STAMP) ## the nano recipe at full size on three seeds, and what else takes minutes
 	$(BIN)/pytest -m slow -s
+
+test-architectures: $(STAMP) ## SFT and GRPO of eight other architectures at nano size
+	$(BIN)/pytest -m architectures -s
 
 format: $(STAMP) ## format the code and mend what can be mended
 	$(BIN)/ruff check --fix .

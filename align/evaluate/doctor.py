@@ -20,7 +20,7 @@ from align.evaluate.agreement import AgreementError, AgreementGate, probe
 from align.learner.batch import TrainingSequence
 from align.learner.group import LearnerGroup
 from align.learner.objective import Objective
-from align.model.checkpoint_names import from_checkpoint, to_checkpoint
+from align.model.checkpoint_names import from_checkpoint, layout_of, to_checkpoint
 from align.model.policy import has_fused_experts
 from rollout import Fleet, Prompt
 
@@ -173,8 +173,9 @@ def check_names(skeleton: Any, path: str) -> Check:
     name = "checkpoint names"
     tied = set(getattr(skeleton, "_tied_weights_keys", None) or ()) if skeleton.config.tie_word_embeddings else set()
     own = {n: tuple(p.shape) for n, p in skeleton.named_parameters() if n not in tied}
-    split = dict(to_checkpoint((n, p) for n, p in skeleton.named_parameters() if n not in tied))
-    back = {n: tuple(t.shape) for n, t in from_checkpoint(split).items()}
+    layout = layout_of(skeleton.config.model_type)
+    split = dict(to_checkpoint(((n, p) for n, p in skeleton.named_parameters() if n not in tied), layout))
+    back = {n: tuple(t.shape) for n, t in from_checkpoint(split, layout).items()}
     if back != own:
         wrong = sorted({n for n in own.keys() | back.keys() if own.get(n) != back.get(n)})
         return Check(

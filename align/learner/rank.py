@@ -18,7 +18,7 @@ from align.config import LearnerOptions, ModelOptions
 from align.errors import UserError
 from align.learner.gradients import GradientCensus
 from align.learner.state import load_state, save_state
-from align.model.checkpoint_names import to_checkpoint
+from align.model.checkpoint_names import layout_of, to_checkpoint
 from align.model.lora import (
     ADAPTER_DIRECTORY,
     Task,
@@ -111,7 +111,10 @@ class LearnerRank(ABC):
     def weights(self) -> dict[str, torch.Tensor] | None:
         """The weights of what changes under checkpoint names, on the CPU; on rank 0 only, None elsewhere."""
         state = self._gather(self._trained.modules)
-        return None if state is None else {n: t.contiguous() for n, t in to_checkpoint(state.items())}
+        if state is None:
+            return None
+        layout = layout_of(self._network.config.model_type)
+        return {name: tensor.contiguous() for name, tensor in to_checkpoint(state.items(), layout)}
 
     def save(self, directory: Path) -> None:
         """Write the model as a Hugging Face checkpoint, and an adapter's own file in `adapter` beside it.

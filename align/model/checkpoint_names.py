@@ -6,16 +6,39 @@ a checkpoint has one tensor an expert and projection, `experts.3.gate_proj.weigh
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 
 FUSED = re.compile(r"^(?P<prefix>.*\.experts)\.(?P<kind>gate_up_proj|down_proj)$")
-SPLIT = re.compile(r"^(?P<prefix>.*\.experts)\.(?P<expert>\d+)\.(?P<kind>gate_proj|up_proj|down_proj)\.weight$")
+SPLIT = re.compile(r"^(?P<prefix>.*\.experts)\.(?P<expert>\d+)\.(?P<kind>\w+)\.weight$")
 
 
-def to_checkpoint(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Split fused experts into the checkpoint's tensors; views, not copies. Other tensors pass as they are."""
-    for name, tensor in named_tensors:
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What a checkpoint calls the block that holds router and experts, and an expert's projections."""
+
+    block: str = "mlp"
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+
+
+USUAL = Layout()
+OTHERS = {"mixtral": Layout("block_sparse_moe", "w1", "w3", "w2")}
+
+
+def layout_of(model_type: str) -> Layout:
+    """The layout of an architecture's checkpoints, by the `model_type` of its configuration."""
+    return OTHERS.get(model_type, USUAL)
+
+
+def to_checkpoint(
+    named_tensors: Iterable[tuple[str, torch.Tensor]], layout: Layout = USUAL
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Split fused experts into the checkpoint's tensors; views, not copies. Others keep all of their name but the block's."""
+    for inner, tensor in named_tensors:
+        name = inner.replace(f".{USUAL.block}.", f".{layout.block}.")
         match = FUSED.match(name)
         if match is None:
             yield name, tensor
@@ -23,18 +46,19 @@ def to_checkpoint(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator
         for expert, weight in enumerate(tensor):
             at = f"{match['prefix']}.{expert}"
             if match["kind"] == "down_proj":
-                yield f"{at}.down_proj.weight", weight
+                yield f"{at}.{layout.down}.weight", weight
             else:
                 gate, up = weight.chunk(2, dim=0)
-                yield f"{at}.gate_proj.weight", gate
-                yield f"{at}.up_proj.weight", up
+                yield f"{at}.{layout.gate}.weight", gate
+                yield f"{at}.{layout.up}.weight", up
 
 
-def from_checkpoint(named_tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def from_checkpoint(named_tensors: Mapping[str, torch.Tensor], layout: Layout = USUAL) -> dict[str, torch.Tensor]:
     """Stack a checkpoint's experts as transformers keeps them: the inverse of `to_checkpoint`."""
     fused: dict[str, torch.Tensor] = {}
     experts: dict[str, dict[tuple[int, str], torch.Tensor]] = {}
-    for name, tensor in named_tensors.items():
+    for outer, tensor in named_tensors.items():
+        name = outer.replace(f".{layout.block}.", f".{USUAL.block}.")
         match = SPLIT.match(name)
         if match is None:
             fused[name] = tensor
@@ -42,7 +66,7 @@ def from_checkpoint(named_tensors: Mapping[str, torch.Tensor]) -> dict[str, torc
             experts.setdefault(match["prefix"], {})[int(match["expert"]), match["kind"]] = tensor
     for prefix, parts in experts.items():
         count = 1 + max(expert for expert, _ in parts)
-        gate_up = [torch.cat([parts[e, "gate_proj"], parts[e, "up_proj"]]) for e in range(count)]
+        gate_up = [torch.cat([parts[e, layout.gate], parts[e, layout.up]]) for e in range(count)]
         fused[f"{prefix}.gate_up_proj"] = torch.stack(gate_up)
-        fused[f"{prefix}.down_proj"] = torch.stack([parts[e, "down_proj"] for e in range(count)])
+        fused[f"{prefix}.down_proj"] = torch.stack([parts[e, layout.down] for e in range(count)])
     return fused

@@ -1,0 +1,126 @@
+"""Policies of other architectures, and in bfloat16: SFT and GRPO with the real engines, which agree about them."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MixtralConfig,
+    OlmoeConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen2MoeConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
+from transformers.core_model_loading import revert_weight_conversion
+
+from align.config import ModelOptions
+from align.model.checkpoint_names import from_checkpoint, layout_of, to_checkpoint
+from align.model.policy import load_tokenizer
+
+ROOT = Path(__file__).parents[2]
+NANO = ROOT / "recipes" / "nano" / "policy"
+SHORT = ["evaluation={limit: 8, samples: 0, max_new_tokens: 16}", "save_every=null"]
+SFT = [*SHORT, "sft={steps: 2, sequences_per_step: 16, validation_limit: 8}"]
+GRPO = [
+    *SHORT,
+    "init_from=null",
+    "grpo={steps: 2, prompts_per_step: 8, group_size: 4}",
+    "learner.optimizer.learning_rate=1e-3",
+]
+SIZES: dict[str, Any] = {
+    "vocab_size": 912,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+ARCHITECTURES: dict[str, Callable[[], PretrainedConfig]] = {
+    "Llama, tied embeddings": lambda: LlamaConfig(**SIZES, tie_word_embeddings=True),
+    "Qwen2": lambda: Qwen2Config(**SIZES),
+    "Qwen3": lambda: Qwen3Config(**SIZES, head_dim=32),
+    "Qwen2-MoE": lambda: Qwen2MoeConfig(**SIZES, **EXPERTS, shared_expert_intermediate_size=128),
+    "Qwen3-MoE": lambda: Qwen3MoeConfig(**SIZES, **EXPERTS, head_dim=32),
+    "OLMoE": lambda: OlmoeConfig(**SIZES, num_experts=8, num_experts_per_tok=2),
+    "Gemma 3": lambda: Gemma3TextConfig(**SIZES, head_dim=32, query_pre_attn_scalar=32, sliding_window=64),
+    "Mixtral": lambda: MixtralConfig(**SIZES, num_local_experts=8, num_experts_per_tok=2),
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_its_parameters_have_the_names_that_transformers_saves(name: str) -> None:
+    model = AutoModelForCausalLM.from_config(ARCHITECTURES[name](), dtype=torch.float32)
+    layout = layout_of(model.config.model_type)
+    own = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    expected = revert_weight_conversion(model, dict(own))
+    found = dict(to_checkpoint(own.items(), layout))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    back = from_checkpoint(found, layout)
+    assert back.keys() == own.keys()
+    assert all(torch.equal(back[name], own[name]) for name in own)
+
+
+LIMIT = 1e-4
+"""Nats a token, on average, in float32."""
+
+
+def agreements(stage: str, model: Path, directory: Path, *overrides: str) -> list[float]:
+    """Run a stage of the nano recipe on another model; how far sampler and learner were apart each time they were compared."""
+    command = [sys.executable, "-m", "align.cli", stage, f"recipes/nano/{stage}.yaml", f"run.dir={directory}"]
+    command += [f"model={{path: {model}}}", *overrides]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"NO_COLOR": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [line["agreement/mean"] for line in lines if "agreement/mean" in line]
+
+
+def write_model(config: PretrainedConfig, directory: Path) -> dict[str, torch.Tensor]:
+    """A model with random weights and the nano policy's tokenizer; its weights."""
+    tokenizer = load_tokenizer(NANO)
+    config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    config.pad_token_id = tokenizer.pad_token_id
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return dict(model.state_dict())
+
+
+@pytest.mark.slow
+@pytest.mark.architectures
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_sft_and_grpo_run_on_it_and_transformers_loads_the_result(name: str, tmp_path: Path) -> None:
+    before = write_model(ARCHITECTURES[name](), tmp_path / "model")
+    found = agreements("sft", tmp_path / "model", tmp_path / "sft", *SFT)
+    found += agreements("grpo", tmp_path / "sft" / "final", tmp_path / "grpo", *GRPO)
+    print(f"{name}: agreement {max(found):.1e}")
+    assert len(found) >= 3
+    assert max(found) < LIMIT
+    trained, told = AutoModelForCausalLM.from_pretrained(tmp_path / "grpo" / "final", output_loading_info=True)
+    assert not any(told.values()), told
+    after = trained.state_dict()
+    assert after.keys() == before.keys()
+    assert [n for n in before if before[n].is_floating_point() and torch.equal(before[n], after[n])] == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_bfloat16(tmp_path: Path, policy: ModelOptions) -> None:
+    bfloat16 = ["model.dtype=bfloat16", *GRPO]
+    found = agreements("grpo", Path(policy.path), tmp_path / "run", *bfloat16)
+    assert 1e-5 < max(found) < 0.03
