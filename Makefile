@@ -8,6 +8,7 @@ ARGS ?=
 UV_VERSION := 0.13.8
 # What to install: `cpu` or `cuda`, by what the machine has; override with `make setup ACCELERATOR=cpu`.
 ACCELERATOR ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
+INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps
 LOCK := locks/$(ACCELERATOR).txt
 STAMP := $(VENV)/.installed-$(ACCELERATOR)
 # uv reads find-links from its own variable; a machine that configures pip keeps its wheels in sight that way.
@@ -21,12 +22,13 @@ help: ## this list
 
 setup: $(STAMP) ## install everything, pinned, into .venv (costs nothing the second time)
 
+# Compiled once, here: where PYTHONDONTWRITEBYTECODE is set, every process would compile what it imports, for ten seconds.
 $(STAMP): $(LOCK) pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -r $(LOCK) \
-	  || $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --torch-backend $(if $(filter cpu,$(ACCELERATOR)),cpu,auto) -r $(LOCK)
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
+	$(INSTALL) --compile-bytecode -r $(LOCK) \
+	  || $(INSTALL) --compile-bytecode --torch-backend $(if $(filter cpu,$(ACCELERATOR)),cpu,auto) -r $(LOCK)
+	$(INSTALL) --editable .
 	touch $@
 
 lock: ## resolve the pins of locks/*.txt anew
