@@ -96,6 +96,11 @@ class _Head:
         thread.start()
         try:
             yield
+        except Exception:
+            # What fails for want of Ray is no news; and native code makes another error of one that is raised while it runs.
+            if self._died is not None:
+                raise RayDiedError(self._died) from None
+            raise
         finally:
             if self._died is None:
                 self.over.set()
