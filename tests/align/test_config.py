@@ -93,9 +93,9 @@ def test_the_targets_of_lora_are_one_or_several() -> None:
 
 
 def test_the_data_of_a_recipe_are_one_card_or_several() -> None:
-    one, several = load_recipe(NANO / "grpo.yaml"), load_recipe(NANO / "grpo_reasoning.yaml", ["data.1.share=3"])
+    one, several = load_recipe(NANO / "grpo.yaml"), load_recipe(NANO / "grpo_reasoning.yaml", ["data.1.share=5"])
     assert [data.card for data in one.data] == ["nano_math"]
-    assert [(data.card, data.share) for data in several.data] == [("nano_math", 1), ("nano_code", 3)]
+    assert [(data.card, data.share) for data in several.data] == [("nano_math", 3), ("nano_code", 5)]
     assert several.evaluation_cards == ["nano_math", "nano_code"]
     with pytest.raises(UserError, match=r"unknown key 'data\.1\.crd'; did you mean 'card'"):
         load_recipe(NANO / "grpo_reasoning.yaml", ["data.1.crd=nano_math"])
