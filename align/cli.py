@@ -22,6 +22,7 @@ from align.config import (
 )
 from align.errors import Terminated, UserError
 from align.interrupted import RESUME, as_begun
+from align.run.secrets import redacted
 from reward import RewardTerm
 from reward.registry import Entry
 from rollout import EngineOptions, FleetOptions, SamplingOptions
@@ -44,12 +45,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("interrupted: everything was stopped", file=sys.stderr)
         return EXIT_TERMINATED if isinstance(stopped, Terminated) else EXIT_INTERRUPTED
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {redacted(str(error))}", file=sys.stderr)
         return EXIT_USER_ERROR
     except Exception as error:
         if type(error).__module__.partition(".")[0] not in OUR_PACKAGES:
             raise
-        print(f"stopped: {error}", file=sys.stderr)
+        print(f"stopped: {redacted(str(error))}", file=sys.stderr)
         return EXIT_FAILED
     return status
 

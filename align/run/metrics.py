@@ -7,6 +7,7 @@ from typing import Any, TextIO
 
 from align.run.directory import RunDirectory
 from align.run.files import json_line
+from align.run.secrets import redacted
 
 
 class MetricsLog:
@@ -35,7 +36,7 @@ class MetricsLog:
 
         Raises ValueError when an item of `data` is called time, TypeError when JSON cannot hold one.
         """
-        _write_line(self._events, {"time": time.time(), "kind": kind, "message": message}, data)
+        _write_line(self._events, {"time": time.time(), "kind": kind, "message": redacted(message)}, data)
 
     def close(self) -> None:
         self._metrics.close()

@@ -11,6 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
+from align.run.secrets import redacted
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress as Bars
@@ -135,9 +137,10 @@ class Progress:
         if self._bars is None:
             self._print(text)
         else:
-            self._write_log(text)
+            self._write_log(redacted(text))
 
     def _print(self, text: str, style: str | None = None) -> None:
+        text = redacted(text)
         self._console.print(text, style=style, markup=False, highlight=False, emoji=False, soft_wrap=True)
         self._write_log(text)
 
