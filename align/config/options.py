@@ -188,6 +188,7 @@ class EvaluationOptions(Section):
     levels: list[int] | None = Field(None, description="difficulty levels to keep of the only card")
     limit: int = Field(256, ge=1, description="problems of a card, after a seeded shuffle")
     samples: int = Field(4, ge=0, description="samples a problem for pass@k; 0 leaves it out")
+    before: bool = Field(True, description="also before the first step; not where the stage before has just done it")
     every: int | None = Field(None, ge=1, description="also every so many steps")
     max_new_tokens: int = Field(64, ge=1)
     against: AgainstOptions | None = None

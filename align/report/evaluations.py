@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from align.report.read import Record, RunRecord, Stage, finite, read_columns
+from align.run import RunDirectory
 from align.statistics import Interval, mean_interval, paired_interval, pass_at_k, unpaired_interval
 
 PAIRED = "paired: score interval (Tango 1998, Statistics in Medicine 17:891-908), which agrees with McNemar's test"
@@ -70,18 +71,21 @@ class Table:
 def evaluation_table(run: RunRecord) -> Table:
     """The evaluations of all stages in the order in which they were made.
 
-    Each is compared with the last one of the stage before, on the same problems where there is such a one; in the
-    first stage, with that stage's first one. Accuracy has a 95 % interval: paired where both tables of completions
+    Each is compared with the last one of the stage that made the policy, else of the stage before, on the same problems
+    where there is such a one; in the first stage, with that stage's first one. Accuracy has a 95 % interval: paired where both tables of completions
     hold the same problems, else unpaired. That of a domain, and pass@k, have one where they can be paired.
     """
     rows: list[Row] = []
     before: list[_Evaluation] = []
+    by_product: dict[Path, list[_Evaluation]] = {}
     for stage in run.stages:
         made = [_Evaluation(stage, record) for record in stage.evaluations]
+        before = by_product.get(stage.policy, before)
         for position, evaluation in enumerate(made):
             candidates = before or made[: min(position, 1)]
             alike = [each for each in candidates if _pair(each, evaluation)] or candidates
             rows.append(_row(evaluation, alike[-1] if alike else None))
+        by_product[RunDirectory(stage.path).final_directory.absolute()] = made
         before = made or before
     return Table(_grouped({column for row in rows for column in row.numbers}), rows)
 

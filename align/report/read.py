@@ -39,6 +39,11 @@ class Stage:
         # A name out of a file must not lead out of the directory.
         return file if file.name == f"{name}.parquet" and file.is_file() else None
 
+    @property
+    def policy(self) -> Path:
+        """Where the policy came from with which the stage began."""
+        return Path(str(_mapping(self.recipe.get("model")).get("path"))).absolute()
+
     def model_directories(self, whole_run: Path) -> list[Path]:
         """The directories that may hold this stage's policy, its configuration and tokenizer; the likeliest first."""
         places = [run.final_directory for run in (RunDirectory(self.path), RunDirectory(whole_run))]

@@ -88,7 +88,7 @@ def train_grpo(
         progress.note(f"policy on {recipe.learner.ranks} learner ranks: {learner.trained.description}")
         held_out.check_agreement(learner, "before GRPO")
         evaluations: dict[str, Evaluation] = {}
-        if recipe.init_from is None:
+        if recipe.init_from is None and recipe.evaluation.before:
             evaluations["before GRPO"] = held_out.evaluate("before GRPO", 0)
 
         for step in steps:

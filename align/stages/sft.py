@@ -72,7 +72,9 @@ def train_sft(
         learner.wait_until_ready()
         steps.restore()
         progress.note(f"policy on {recipe.learner.ranks} learner ranks: {learner.trained.description}")
-        evaluations = {"before SFT": held_out.evaluate("before SFT", 0)}
+        evaluations = {}
+        if recipe.evaluation.before:
+            evaluations["before SFT"] = held_out.evaluate("before SFT", 0)
 
         for step in steps:
             started = time.perf_counter()

@@ -94,6 +94,19 @@ def test_the_stage_before_is_the_one_to_compare_with(tmp_path: Path, write_run: 
     assert [row.against for row in rows] == [None, "before SFT", "before SFT", "after SFT", "after SFT"]
 
 
+def test_a_policy_is_compared_with_the_one_that_it_was_made_of(tmp_path: Path, write_run: WriteRun) -> None:
+    sft, first, second = (evaluated(f"after {name}", "wwrr") for name in ("SFT", "first", "second"))
+    root = tmp_path / "run"
+    made_of = {"model": {"path": str(root / "sft" / "final")}}
+    write_run(root, stage="pipeline")
+    for place, (name, made, recipe) in enumerate((("sft", sft, {}), ("one", first, made_of), ("two", second, made_of))):
+        status = write_run(root / name, evaluations=[made], recipe=recipe) / "status.json"
+        status.write_text(status.read_text().replace("03:04:05", f"03:04:1{place}"))
+    rows = evaluation_table(read_run(root)).rows
+    assert [row.name for row in rows] == ["after SFT", "after first", "after second"]
+    assert [row.against for row in rows] == [None, "after SFT", "after SFT"]
+
+
 def test_of_several_sets_of_problems_each_is_compared_with_itself(tmp_path: Path, write_run: WriteRun) -> None:
     sft = [evaluated("math after SFT", "wwrr"), evaluated("code after SFT", "wwwww")]
     grpo = [evaluated("math after GRPO", "wrrr"), evaluated("code after GRPO", "wwwwr")]
