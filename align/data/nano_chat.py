@@ -15,7 +15,6 @@ from reward.chat_rules import CLOSINGS, CURT_CLOSINGS, CURT_OPENINGS, DECLINES, 
 
 Defect = Literal["miscounted", "off_topic", "impolite", "repeated", "garbled", "misjudged"]
 Defects = tuple[Defect, ...]
-
 UNHELPFUL_DEFECTS: Defects = ("miscounted", "off_topic", "impolite")
 UNHELPFUL = tuple(defects for size in (1, 2, 3) for defects in combinations(UNHELPFUL_DEFECTS, size))
 SLIPS: tuple[Defects, ...] = (("repeated",), ("garbled",), ("repeated", "impolite"), ("garbled", "impolite"))

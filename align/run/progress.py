@@ -137,16 +137,15 @@ class Progress:
         if self._bars is None:
             self._print(text)
         else:
-            self._write_log(redacted(text))
+            self._write_log(text)
 
     def _print(self, text: str, style: str | None = None) -> None:
-        text = redacted(text)
-        self._console.print(text, style=style, markup=False, highlight=False, emoji=False, soft_wrap=True)
+        self._console.print(redacted(text), style=style, markup=False, highlight=False, emoji=False, soft_wrap=True)
         self._write_log(text)
 
     def _write_log(self, text: str) -> None:
         if self._log is not None:
-            self._log.write(text + "\n")
+            self._log.write(redacted(text) + "\n")
             self._log.flush()
 
 

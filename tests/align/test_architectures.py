@@ -35,7 +35,7 @@ SFT = [*SHORT, "sft={steps: 2, sequences_per_step: 16, validation_limit: 8}"]
 GRPO = [
     *SHORT,
     "init_from=null",
-    "grpo={steps: 2, prompts_per_step: 8, group_size: 4}",
+    "grpo={steps: 3, prompts_per_step: 8, group_size: 4}",
     "learner.optimizer.learning_rate=1e-3",
 ]
 SIZES: dict[str, Any] = {
@@ -58,6 +58,8 @@ ARCHITECTURES: dict[str, Callable[[], PretrainedConfig]] = {
     "Gemma 3": lambda: Gemma3TextConfig(**SIZES, head_dim=32, query_pre_attn_scalar=32, sliding_window=64),
     "Mixtral": lambda: MixtralConfig(**SIZES, num_local_experts=8, num_experts_per_tok=2),
 }
+LIMITS = dict.fromkeys(ARCHITECTURES, 1e-4) | {"Llama, tied embeddings": 1e-5}
+"""Nats a token, on average, in float32."""
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -72,10 +74,6 @@ def test_its_parameters_have_the_names_that_transformers_saves(name: str) -> Non
     back = from_checkpoint(found, layout)
     assert back.keys() == own.keys()
     assert all(torch.equal(back[name], own[name]) for name in own)
-
-
-LIMIT = 1e-4
-"""Nats a token, on average, in float32."""
 
 
 def agreements(stage: str, model: Path, directory: Path, *overrides: str) -> list[float]:
@@ -110,7 +108,7 @@ def test_sft_and_grpo_run_on_it_and_transformers_loads_the_result(name: str, tmp
     found += agreements("grpo", tmp_path / "sft" / "final", tmp_path / "grpo", *GRPO)
     print(f"{name}: agreement {max(found):.1e}")
     assert len(found) >= 3
-    assert max(found) < LIMIT
+    assert max(found) < LIMITS[name]
     trained, told = AutoModelForCausalLM.from_pretrained(tmp_path / "grpo" / "final", output_loading_info=True)
     assert not any(told.values()), told
     after = trained.state_dict()
