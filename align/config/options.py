@@ -161,7 +161,7 @@ class PreferencesOptions(Section):
     prompts: int = Field(512, ge=1, description="training prompts of each data card that has no data.limit of its own")
     held_out_prompts: int = Field(128, ge=1, description="prompts of each of the card's other splits")
     samples: int = Field(8, ge=2, description="answers of a prompt")
-    pairs_per_prompt: int = Field(2, ge=1, description="pairs of a prompt at most, no answer in two of them")
+    pairs_per_prompt: int = Field(2, ge=1, description="pairs of a prompt at most, no two alike")
 
 
 class HookOptions(Section):

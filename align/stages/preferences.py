@@ -4,6 +4,7 @@ The DeepSeek-V2 report (arXiv 2405.04434, section 4.2) gathers them so: for code
 the ground truth.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
@@ -58,9 +59,11 @@ def gather_preferences(recipe: PreferencesRecipe, prompts: Sequence[SplitPrompts
             part.prompts, recipe.preferences.samples, recipe.sampling, seed=recipe.seed, step=step
         )
         answers = gather_answers(submit_groups(groups, by_id, engines.tokenizer, engines.judges), by_id, engines.judges)
+        own = defaultdict(list)
+        for answer in answers:
+            own[answer.completion.prompt_id].append(answer)
         for example in part.examples:
-            own = [answer for answer in answers if answer.completion.prompt_id == example.id]
-            pairs.setdefault((example.domain, part.split), []).extend(pairs_of(example, own, recipe))
+            pairs.setdefault((example.domain, part.split), []).extend(pairs_of(example, own[example.id], recipe))
         right = [answer.right for answer in answers]
         found = sum(len(rows) for rows in pairs.values())
         run.record_step(
@@ -82,20 +85,23 @@ def gather_preferences(recipe: PreferencesRecipe, prompts: Sequence[SplitPrompts
 
 
 def pairs_of(example: Example, answers: Sequence[Answer], recipe: PreferencesRecipe) -> Iterator[dict[str, Any]]:
-    """Right answers beside wrong ones, as many pairs as the recipe takes of a prompt; every text comes once."""
+    """Right answers beside wrong ones, as many pairs as the recipe takes of a prompt.
+
+    A text comes twice only where there is no other of its kind left: few ways are right, and many wrong.
+    """
     judged = [answer for answer in answers if answer.reward.value is not None]
     right = list(dict.fromkeys(answer.text for answer in judged if answer.right))
     wrong = list(dict.fromkeys(answer.text for answer in judged if not answer.right))
     draw = Random(f"{recipe.seed}/{example.id}")
     draw.shuffle(right)
     draw.shuffle(wrong)
-    for place, (chosen, rejected) in enumerate(zip(right, wrong, strict=False)):
-        if place == recipe.preferences.pairs_per_prompt:
-            return
+    if not right or not wrong:
+        return
+    for place in range(min(max(len(right), len(wrong)), recipe.preferences.pairs_per_prompt)):
         yield {
             "id": f"{example.id}/{place}",
             "messages": [dict(message) for message in example.messages],
-            "chosen": chosen,
-            "rejected": rejected,
+            "chosen": right[place % len(right)],
+            "rejected": wrong[place % len(wrong)],
             "domain": example.domain,
         }
