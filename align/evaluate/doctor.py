@@ -144,8 +144,9 @@ def check_experts(skeleton: Any) -> Check:
         return Check(name, Outcome.SKIPPED, "the model has no fused experts")
     config = deepcopy(skeleton.config)
     config.num_hidden_layers = getattr(config, "first_k_dense_replace", 0) + 1
-    config.moe_intermediate_size = min(config.moe_intermediate_size, 64)
-    config.intermediate_size = min(config.intermediate_size, 64)
+    for width in ("intermediate_size", "moe_intermediate_size"):
+        if hasattr(config, width):
+            setattr(config, width, min(getattr(config, width), 64))
     config.vocab_size = 64
     config.pad_token_id = config.bos_token_id = config.eos_token_id = 0
     with torch.random.fork_rng(devices=[]):

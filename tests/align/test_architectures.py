@@ -25,6 +25,7 @@ from transformers import (
 from transformers.core_model_loading import revert_weight_conversion
 
 from align.config import ModelOptions
+from align.evaluate.doctor import Outcome, examine
 from align.model.checkpoint_names import from_checkpoint, layout_of, to_checkpoint
 from align.model.policy import load_tokenizer
 
@@ -96,6 +97,13 @@ def write_model(config: PretrainedConfig, directory: Path) -> dict[str, torch.Te
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return dict(model.state_dict())
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_doctor_finds_nothing_wrong_with_it(name: str, tmp_path: Path) -> None:
+    write_model(ARCHITECTURES[name](), tmp_path)
+    checks = examine(ModelOptions(path=str(tmp_path)), load_tokenizer(tmp_path))
+    assert [check for check in checks if check.outcome is Outcome.FAILED] == []
 
 
 @pytest.mark.slow
