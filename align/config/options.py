@@ -90,6 +90,11 @@ class LearnerOptions(Section):
     ranks: int = Field(2, ge=1, description="learner processes, data parallel")
     threads: int = Field(1, ge=1, description="CPU threads of a rank")
     zero_stage: Literal[0, 1, 2, 3] = 1
+    expert_parallel: int = Field(
+        1,
+        ge=1,
+        description="ranks that share the routed experts of a layer among them (DeepSpeed's AutoEP); 1: each has all",
+    )
     micro_batch_tokens: int = Field(4096, ge=1, description="tokens of a micro-batch, padding included")
     gradient_checkpointing: bool = False
     port: int | None = Field(None, ge=1024, le=65535, description="where the ranks meet; a free port when not given")
@@ -103,6 +108,17 @@ class LearnerOptions(Section):
     stop_after_bad_steps: int = Field(
         4, ge=1, description="steps in a row with numbers that are not finite after which the run stops"
     )
+
+    @model_validator(mode="after")
+    def _experts_can_be_spread(self) -> Self:
+        if self.expert_parallel > 1:
+            if self.ranks % self.expert_parallel:
+                raise ValueError(f"ranks ({self.ranks}) must be a multiple of expert_parallel ({self.expert_parallel})")
+            if self.zero_stage not in (1, 2):
+                raise ValueError(f"expert_parallel needs zero_stage 1 or 2, not {self.zero_stage}")
+            if self.lora is not None:
+                raise ValueError("expert_parallel trains whole experts: leave out lora, or expert_parallel")
+        return self
 
 
 class SftOptions(Section):

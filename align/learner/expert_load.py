@@ -20,15 +20,15 @@ Loads = dict[int, list[int]]
 class ExpertCounter:
     """Counts on the routers of a transformers model, while it is asked to, where each token goes.
 
-    A router is what a block of experts calls `gate`, where it returns the chosen experts [tokens, k] last, as
-    DeepSeek-V2's does (router_logits, weights, indices). A model without such routers has no load.
+    A router is what a block of experts calls `gate`, or `router`, where it returns the chosen experts [tokens, k], as
+    DeepSeek-V2's does. A model without such routers has no load.
     """
 
     def __init__(self, network: torch.nn.Module):
         self._counts: dict[int, torch.Tensor] = {}
         self._counted: torch.Tensor | None = None
         for name, block in network.named_modules():
-            router = getattr(block, "gate", None)
+            router = getattr(block, "gate", getattr(block, "router", None))
             layer = re.search(r"layers\.(\d+)", name)
             if hasattr(block, "experts") and isinstance(router, torch.nn.Module) and layer:
                 router.register_forward_hook(partial(self._count, int(layer[1])))
@@ -56,11 +56,13 @@ class ExpertCounter:
     def _count(self, layer: int, router: torch.nn.Module, inputs: Any, output: Any) -> None:
         if self._counted is None or not isinstance(output, tuple):
             return
-        logits, chosen = output[0], output[-1]
+        # transformers' routers return (logits [T, E], weights, chosen), AutoEP's (weights, chosen, tokens of each expert [E]).
+        spread = output[-1].dim() == 1
+        chosen, experts = (output[1], len(output[-1])) if spread else (output[-1], output[0].shape[-1])
         if chosen.is_floating_point():
             return
         if layer not in self._counts:
-            self._counts[layer] = torch.zeros(logits.shape[-1], dtype=torch.long, device=chosen.device)
+            self._counts[layer] = torch.zeros(experts, dtype=torch.long, device=chosen.device)
         # No boolean index and no bincount: on a GPU both would wait for it.
         self._counts[layer].scatter_add_(0, chosen.flatten(), self._counted.repeat_interleave(chosen.shape[-1]))
 

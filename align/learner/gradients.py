@@ -4,6 +4,8 @@ from typing import Any
 
 import torch
 
+from align.learner.expert_parallel import placement
+
 
 class GradientCensus:
     """Watches a module's trainable parameters until each, and each expert of a fused one, had a non-zero gradient."""
@@ -15,14 +17,17 @@ class GradientCensus:
             if parameter.requires_grad:
                 shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
                 parts = shape[0] if ".experts." in name and len(shape) == 3 else 1
-                self._waiting[name] = torch.ones(parts, dtype=torch.bool)
-                self._handles[name] = parameter.register_hook(self._watch(name, parts))
+                # Of experts that are spread over ranks, those of others are waited for too, and seen there.
+                total, here = placement(parameter) or (parts, slice(parts))
+                self._waiting[name] = torch.ones(total, dtype=torch.bool)
+                self._handles[name] = parameter.register_hook(self._watch(name, here))
 
-    def _watch(self, name: str, parts: int) -> Any:
+    def _watch(self, name: str, here: slice) -> Any:
         def seen(gradient: torch.Tensor) -> None:
             if name not in self._waiting:
                 return
-            self._waiting[name] &= ~(gradient.detach().reshape(parts, -1) != 0).any(dim=1).cpu()
+            waiting = self._waiting[name][here]
+            waiting &= ~(gradient.detach().reshape(len(waiting), -1) != 0).any(dim=1).cpu()
             if not self._waiting[name].any():
                 del self._waiting[name]
                 self._handles.pop(name).remove()

@@ -16,6 +16,7 @@ import torch
 
 from align.config import LearnerOptions, ModelOptions
 from align.errors import UserError
+from align.learner.expert_parallel import autoep_section, check_spreadable, moe_groups, whole_parameters
 from align.learner.gradients import GradientCensus
 from align.learner.state import load_state, save_state
 from align.model.checkpoint_names import layout_of, to_checkpoint
@@ -173,14 +174,20 @@ class LearnerRank(ABC):
 
         if self._options.gradient_checkpointing:
             network.gradient_checkpointing_enable()
-        config, optimizer = self._deepspeed_config(), self._make_optimizer(module)
+        if self._options.expert_parallel > 1:
+            check_spreadable(network.config, self._options.expert_parallel)
+            module.config = network.config  # where AutoEP looks for the experts' sizes
+        config = self._deepspeed_config()
         if self._options.zero_stage == 3:
             mark_moe_leaves(module)
             # One parameter after the other: DeepSpeed itself would first move the whole model to every rank's device.
             deepspeed.zero.Init(module=module, config_dict_or_path=config)
             for buffer in module.buffers():
                 buffer.data = buffer.data.to(self._device)
-        self._engine, self._optimizer, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+        # The optimizer is made when DeepSpeed asks for it: only then are the experts where they stay.
+        self._engine, self._optimizer, *_ = deepspeed.initialize(
+            model=module, optimizer=lambda _: self._make_optimizer(module), config=config
+        )
         self._norm = 0.0
         if self._clips_itself:
             self._optimizer.register_step_pre_hook(self._clip)
@@ -213,11 +220,11 @@ class LearnerRank(ABC):
         """The parameters of the model, or of some of its modules, with the adapter in them; on rank 0 only."""
         network, lora = self._network, self._options.lora
         tied = set(getattr(network, "_tied_weights_keys", None) or ()) if network.config.tie_word_embeddings else set()
-        parameters = dict(network.named_parameters()) if lora is None else plain_parameters(network)
+        parameters = whole_parameters(network) if lora is None else plain_parameters(network).items()
         layers = {} if lora is None else adapter_layers(network)
         below = ("",) if modules is None else tuple(f"{module}." for module in modules)
         state = {}
-        for name, parameter in parameters.items():
+        for name, parameter in parameters:
             if name in tied or not name.startswith(below):
                 continue
             layer = layers.get(name)
@@ -237,7 +244,7 @@ class LearnerRank(ABC):
                         state[name] = parameter.detach().cpu().clone()
         return state if self._engine.global_rank == 0 else None
 
-    def _whole(self, parameters: Sequence[torch.nn.Parameter]) -> AbstractContextManager[Any]:
+    def _whole(self, parameters: Sequence[torch.Tensor]) -> AbstractContextManager[Any]:
         if self._options.zero_stage < 3:
             return nullcontext()
         import deepspeed
@@ -265,15 +272,18 @@ class LearnerRank(ABC):
             {"params": decayed, "weight_decay": options.weight_decay},
             {"params": others, "weight_decay": 0.0},
         ]
+        groups = [group for group in groups if group["params"]]
         return torch.optim.AdamW(
-            [group for group in groups if group["params"]],
+            moe_groups(groups) if self._options.expert_parallel > 1 else groups,
             lr=options.learning_rate,
             betas=options.betas,
             eps=options.eps,
         )
 
     def _deepspeed_config(self) -> dict[str, Any]:
+        spread = self._options.expert_parallel
         return {
+            **({"expert_parallel": autoep_section(spread)} if spread > 1 else {}),
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
             "managed_gradient_accumulation": False,

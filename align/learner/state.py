@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from align.learner.expert_parallel import is_spread
 from align.run.checkpoints import Entry, hashed_file
 
 SHARED = "parameters.pt"
@@ -37,12 +38,12 @@ def save_state(engine: Any, directory: Path, more: Mapping[str, torch.Tensor]) -
         "random": _random_states(),
         "more": dict(more),
     }
+    alone = _held_alone(engine)
     parameters = {name: tensor.cpu() for name, tensor in _parameters(engine).items()}
+    own["parameters"] = {name: tensor for name, tensor in parameters.items() if name in alone}
     files = {own_file(engine.global_rank): own}
-    if _is_partitioned(engine):
-        own["parameters"] = parameters
-    elif engine.global_rank == 0:
-        files[SHARED] = parameters
+    if engine.global_rank == 0:
+        files[SHARED] = {name: tensor for name, tensor in parameters.items() if name not in alone}
     entries = {}
     for name, content in files.items():
         with hashed_file(directory / name) as (file, entry):
@@ -57,7 +58,7 @@ def load_state(engine: Any, directory: Path) -> dict[str, torch.Tensor]:
     Raises ValueError where the engine is of another making.
     """
     own = _read(directory / own_file(engine.global_rank))
-    saved = own["parameters"] if _is_partitioned(engine) else _read(directory / SHARED)
+    saved = own["parameters"] | _read(directory / SHARED)
     parameters = _parameters(engine)
     if saved.keys() != parameters.keys():
         raise ValueError(f"the checkpoint has {len(saved)} trained parameters, and the model {len(parameters)}")
@@ -92,6 +93,12 @@ def _parameters(engine: Any) -> dict[str, torch.Tensor]:
         for name, parameter in engine.module.named_parameters()
         if parameter.requires_grad
     }
+
+
+def _held_alone(engine: Any) -> set[str]:
+    """Names of the parameters of which no other rank holds what this one does."""
+    trained = {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
+    return {name for name, parameter in trained.items() if _is_partitioned(engine) or is_spread(parameter)}
 
 
 def _masters(engine: Any) -> list[torch.Tensor] | None:

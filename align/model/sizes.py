@@ -47,6 +47,11 @@ class ModelSizes:
         return sum(map(math.prod, self.parameters.values()))
 
     @property
+    def routed(self) -> int:
+        """The parameters of routed experts."""
+        return sum(math.prod(shape) for name, shape in self.parameters.items() if ".experts." in name)
+
+    @property
     def active(self) -> int:
         """The parameters that a token is multiplied with; of the embedding it takes a row."""
         return round(sum(self._share(n) * math.prod(s) for n, s in self.parameters.items() if "embed_tokens" not in n))

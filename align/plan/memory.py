@@ -50,8 +50,9 @@ def learner_memory(job: Training) -> dict[str, float]:
     """The memory of one learner rank at the peak of a step."""
     zero, ranks = job.options.zero_stage, job.options.ranks
     share = ranks if zero else 1
-    weights = job.sizes.total / (ranks if zero == 3 else 1)
-    gradients = job.trained / (ranks if zero >= 2 else 1)
+    elsewhere = job.sizes.routed * (1 - 1 / job.options.expert_parallel)
+    weights = (job.sizes.total - elsewhere) / (ranks if zero == 3 else 1)
+    gradients = job.trained / ranks if zero >= 2 else job.trained - elsewhere
     parts = {"weights": weights * job.element, "gradients": gradients * job.element}
     if zero == 3:
         held = job.sizes.largest_block * (2 if job.trained == job.sizes.total else 1) + min(PREFETCH, job.sizes.total)

@@ -176,6 +176,8 @@ def cure(training: Training, cluster: Cluster) -> str:
         training = replace(training, reference_copy=False)
         said.append("grpo.kl_coefficient=0 (or adapters), which needs no second model as the reference")
     changes = {"gradient_checkpointing": True, "zero_stage": 3, "micro_batch_tokens": max(2048, training.longest)}
+    if training.options.expert_parallel > 1:
+        del changes["zero_stage"]  # AutoEP's ZeRO-3 is not used here
     for key, value in changes.items():
         changed = with_option(training, key, value)
         if not fits(training, cluster) and needed(changed, cluster) < needed(training, cluster):

@@ -45,6 +45,15 @@ def test_zero_1_keeps_weights_and_gradients_whole() -> None:
     assert parts["optimiser"] == pytest.approx(12 * 15_706_484_224 / 8)
 
 
+def test_experts_that_are_spread_leave_a_rank_the_rest_and_its_share() -> None:
+    """26 layers of 64 experts, each three matrices of 2048 by 1408."""
+    plan = planned("recipes/v2_lite/sft.yaml", LITE, 2, 8, "learner.zero_stage=1", "learner.expert_parallel=8")
+    parts = plan.roles[-1].parts
+    routed = 26 * 64 * 3 * 2048 * 1408
+    assert parts["weights"] == parts["gradients"] == 2 * (15_706_484_224 - routed * 7 / 8)
+    assert parts["optimiser"] == pytest.approx(12 * 15_706_484_224 / 8)
+
+
 def test_the_kv_cache_of_mla_has_576_elements_a_token_and_layer() -> None:
     assert kv_bytes_a_token(sizes_of(LITE), element=2) == 576 * 27 * 2
 
