@@ -32,7 +32,7 @@ from align.learner.objective import Objective
 from align.model.checkpoint_names import to_checkpoint
 from align.model.policy import write_random_policy
 from align.stages.ray_cluster import local_ray
-from rollout import Completion, RolloutError, SamplingOptions, State
+from rollout import Completion, ObjectStore, RolloutError, SamplingOptions, State, stored
 from rollout.drill import OPTIONS, PROMPTS, Injury, WitnessedFleet
 
 NANO = Path(__file__).parents[1] / "recipes" / "nano" / "policy"
@@ -81,7 +81,7 @@ def weights(policy: ModelOptions, noise: float) -> dict[str, torch.Tensor]:
 
 
 def fleet_findings(witnessed: WitnessedFleet, policy: ModelOptions) -> Iterator[Finding]:
-    witnessed.fleet.load(weights(policy, 0.02), version=1)
+    witnessed.fleet.load(stored(weights(policy, 0.02)), version=1)
     unbroken = witnessed.sample()
     for injury in Injury:
         yield hurt_while_sampling(witnessed, injury, unbroken)
@@ -116,7 +116,7 @@ def hurt_while_idle(witnessed: WitnessedFleet, unbroken: list[Completion]) -> Fi
 def hurt_while_loading(witnessed: WitnessedFleet, policy: ModelOptions) -> Finding:
     witnessed.until_healthy()
     witnessed.injure(0, Injury.STOP)
-    witnessed.fleet.load(weights(policy, 0.01), version=2)
+    witnessed.fleet.load(stored(weights(policy, 0.01)), version=2)
     first = witnessed.sample()
     witnessed.until_healthy()
     new = {completion.weight_version for completion in [*first, *witnessed.sample()]} == {2}
@@ -196,7 +196,7 @@ def disagreements(witnessed: WitnessedFleet, learner: LearnerGroup) -> Iterator[
         except AgreementError:
             return Finding(fault, "AgreementError at the first step", seen + ", stopped", True)
 
-    witnessed.fleet.load(learner.weights(), version=3)
+    witnessed.fleet.load(learner.publish(ObjectStore()), version=3)
     right = probe(witnessed.fleet, learner, PROMPTS)
     gate.check(right, "drill")
     yield Finding("none", "sampler and learner agree", f"{right.mean:.1e} nats a token", True)

@@ -1,19 +1,18 @@
 """The rollout workers together: prompts in, groups of completions out as they finish."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, pairwise
 from queue import Empty, SimpleQueue
 from typing import TypeVar
-
-import torch
 
 from rollout.engine import Request
 from rollout.health import Fault, FaultHandler
 from rollout.member import Batch, Job, Member, Update
 from rollout.seeds import sample_seed
 from rollout.supervisor import Supervisor
+from rollout.transport import WeightSource
 from rollout.types import Completion, FleetOptions, Prompt, RolloutError, SamplingOptions
 
 T = TypeVar("T")
@@ -101,18 +100,14 @@ class Fleet:
                     group = waiting.pop(completion.prompt_id)
                     yield Group(by_id[completion.prompt_id], [group[index] for index in range(group_size)])
 
-    def load(
-        self, named_tensors: Mapping[str, torch.Tensor], version: int, modules: Sequence[str] | None = None
-    ) -> None:
+    def load(self, source: WeightSource, version: int, modules: Sequence[str] | None = None) -> None:
         """Give every worker the tensors of a checkpoint as its weights. Raises WeightUpdateError, RolloutError.
 
         With `modules`, such as `model.layers.0.self_attn`, they are the tensors of these alone; all else stays as it is.
-        They are kept in Ray's object store until the next update, for workers that are started in place of lost ones.
+        The source is kept until the next update, for workers that are started in place of lost ones, and then released.
         """
-        import ray
-
         self._supervisor.drop_updates(modules)
-        update = Update(next(self._serials), version, ray.put(dict(named_tensors)), modules)
+        update = Update(next(self._serials), version, source, modules)
         self._supervisor.update(update)
         self._answer(update.answers)
         self.weight_version = version

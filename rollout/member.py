@@ -14,6 +14,7 @@ import torch
 from rollout import processes
 from rollout.engine import Request
 from rollout.health import PROBES, State, Vitals
+from rollout.transport import WeightSource
 from rollout.types import Completion, EngineOptions, FleetOptions, RolloutError, SamplingOptions
 from rollout.worker import CONCURRENCY_GROUPS, RolloutWorker, environment
 
@@ -39,11 +40,11 @@ class Batch:
 
 @dataclass(eq=False, slots=True)
 class Update:
-    """New weights in Ray's object store: for every module, or those named. The serial number orders updates."""
+    """New weights, for every module or those named. The serial number orders updates."""
 
     serial: int
     version: int
-    stored: Any
+    source: WeightSource
     modules: Sequence[str] | None
     refused: RolloutError | None = None
     told: bool = False
@@ -124,7 +125,7 @@ class Member:
 
     def load(self, update: Update, now: float) -> None:
         self.state = State.STALE
-        self._do(Doing.LOADING, self.actor.load.remote(update.stored, update.version, update.modules), now, update)
+        self._do(Doing.LOADING, self.actor.load.remote(update.source, update.version, update.modules), now, update)
 
     def probe(self, now: float) -> None:
         self._do(Doing.PROBING, self.actor.probe.remote(), now)

@@ -37,6 +37,7 @@ class Supervisor:
         ]
         self._jobs: list[Job] = []
         self._updates: list[Update] = []
+        self._replaced: list[Update] = []
         self._awaiting_start: list[SimpleQueue[RolloutError | None]] = []
         self._closed = False
         self._pace_s = min(0.5, options.probe_interval_s / 2, options.probe_timeout_s / 2)
@@ -60,7 +61,9 @@ class Supervisor:
         """Let go of the weights that an update of these modules will replace."""
 
         def drop() -> None:
-            self._updates = [u for u in self._updates if modules and not set(u.modules or [""]) <= set(modules)]
+            kept = [u for u in self._updates if modules and not set(u.modules or [""]) <= set(modules)]
+            self._replaced += [u for u in self._updates if u not in kept]
+            self._updates[:] = kept
 
         self._mailbox.put(drop)
 
@@ -77,6 +80,8 @@ class Supervisor:
                 # Ray reports a worker that was killed before it could end as a crash.
                 member.end(GRACE_S)
         self.members = []
+        for update in self._updates + self._replaced:
+            update.source.release()
 
     def _run(self) -> None:
         import ray
@@ -111,6 +116,11 @@ class Supervisor:
             for answers in self._awaiting_start:
                 answers.put(None)
             self._awaiting_start = []
+        # A worker that is being restarted may still be reading one.
+        read = [member.task.subject for member in self.members if member.task]
+        for update in [u for u in self._replaced if u not in read]:
+            update.source.release()
+            self._replaced.remove(update)
         for update in self._updates:
             if not update.told and self._is_everywhere(update):
                 update.told = True

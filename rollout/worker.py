@@ -4,12 +4,13 @@ import atexit
 import gc
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from rollout.engine import Engine, Request
 from rollout.processes import ProcessId, introduce_this_process
+from rollout.transport import WeightSource
 from rollout.types import Completion, EngineOptions, SamplingOptions
 
 CONCURRENCY_GROUPS = {"pulse": 1, "watch": 1}
@@ -56,11 +57,9 @@ class RolloutWorker:
         """One completion for each request, in their order."""
         return self._loaded.generate(requests, sampling)
 
-    def load(
-        self, named_tensors: Mapping[str, torch.Tensor], version: int, modules: Sequence[str] | None = None
-    ) -> None:
+    def load(self, source: WeightSource, version: int, modules: Sequence[str] | None = None) -> None:
         """Take the tensors of a checkpoint, or of some of its modules, as the new weights."""
-        self._loaded.load(named_tensors.items(), version, modules)
+        self._loaded.load(source.tensors(), version, modules)
 
     def probe(self) -> None:
         """Draw a token: what has an answer to this can serve."""

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from align.config.section import Section
 from align.config.watches import AgreementOptions, AlarmOptions, GuardOptions
 from reward import RewardTerm
+from rollout import WeightOptions
 from rollout.types import FleetOptions, SamplingOptions
 
 DataStage = Literal["sft", "reward_model", "grpo"]
@@ -177,7 +178,7 @@ class PreferencesOptions(Section):
     prompts: int = Field(512, ge=1, description="training prompts of each data card that has no data.limit of its own")
     held_out_prompts: int = Field(128, ge=1, description="prompts of each of the card's other splits")
     samples: int = Field(8, ge=2, description="answers of a prompt")
-    pairs_per_prompt: int = Field(2, ge=1, description="pairs of a prompt at most, no two alike")
+    pairs_per_prompt: int = Field(2, ge=1, description="pairs of a prompt at most, no answer in two of them")
 
 
 class HookOptions(Section):
@@ -282,6 +283,7 @@ class PolicyRecipe(SamplingRecipe, TrainingRecipe):
 
     evaluation: EvaluationOptions = EvaluationOptions()
     agreement: AgreementOptions = AgreementOptions()
+    weights: WeightOptions = WeightOptions()
 
     @property
     def evaluation_cards(self) -> list[str]:

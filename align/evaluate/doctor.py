@@ -22,7 +22,7 @@ from align.learner.group import LearnerGroup
 from align.learner.objective import Objective
 from align.model.checkpoint_names import from_checkpoint, layout_of, to_checkpoint
 from align.model.policy import has_fused_experts
-from rollout import Fleet, Prompt
+from rollout import Fleet, ObjectStore, Prompt
 
 ROUND_TRIP = "  What is 17 + 25?\n\n\tnaïve Größe, 你好，мир, 42,000.5 — \\boxed{-7} 🙂"
 EXPERT_TOLERANCE = 1e-4
@@ -216,7 +216,7 @@ def examine_engines(fleet: Fleet, learner: LearnerGroup, prompts: Sequence[Promp
     It trains the learner by one step on noise: for a learner that is thrown away afterwards.
     """
     checks = [agree("sampler and learner", fleet, learner, prompts, gate)]
-    fleet.load(learner.weights(), version=1, modules=learner.trained.modules)
+    fleet.load(learner.publish(ObjectStore()), version=1, modules=learner.trained.modules)
     checks.append(agree("after an update with the same weights", fleet, learner, prompts, gate))
     noise = [TrainingSequence([*p.token_ids, *reversed(p.token_ids)], len(p.token_ids), 1e-2) for p in prompts]
     learner.accumulate(noise, Objective())
@@ -232,7 +232,7 @@ def examine_engines(fleet: Fleet, learner: LearnerGroup, prompts: Sequence[Promp
             "Cure: a lower agreement.stop_mean",
         )
     )
-    fleet.load(learner.weights(), version=2, modules=learner.trained.modules)
+    fleet.load(learner.publish(ObjectStore()), version=2, modules=learner.trained.modules)
     checks.append(agree("after an update with changed weights", fleet, learner, prompts, gate))
     return checks
 

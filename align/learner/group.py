@@ -20,6 +20,7 @@ from align.learner.rank import LearnerRank, Trained, environment
 from align.learner.worker import LearnerWorker
 from align.run.checkpoints import Entry
 from align.run.files import whole_directory
+from rollout import ObjectStore, Transport, WeightSource
 from rollout.processes import ProcessId, kill, stacks
 
 DEATH_S = 5.0
@@ -90,11 +91,15 @@ class RankGroup:
             )
         return norm
 
+    def publish(self, transport: Transport) -> WeightSource:
+        """Send the model under checkpoint names off: all of it, or the modules that `trained` names. Raises LearnerError, OSError."""
+        calls = [rank.publish.options(num_returns="streaming").remote(transport) for rank in self._ranks]
+        self._gather([call.completed() for call in calls], self._options.step_timeout_s, "gathering the weights")
+        return transport.source(list(calls[0]))
+
     def weights(self) -> dict[str, torch.Tensor]:
-        """The model under checkpoint names, on the CPU: all of it, or the modules that `trained` names."""
-        calls = [rank.weights.remote() for rank in self._ranks]
-        weights: dict[str, torch.Tensor] = self._gather(calls, self._options.step_timeout_s, "gathering the weights")[0]
-        return weights
+        """What `publish` sends, in this process."""
+        return dict(self.publish(ObjectStore()).tensors())
 
     def missing_gradients(self) -> list[str]:
         """Parameters, and experts of fused ones, that no rank has seen a gradient of yet."""

@@ -6,7 +6,7 @@ import math
 import os
 import socket
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 
 from align.config import LearnerOptions, ModelOptions
 from align.errors import UserError
-from align.learner.expert_parallel import autoep_section, check_spreadable, moe_groups, whole_parameters
+from align.learner.expert_parallel import autoep_section, check_spreadable, moe_groups, placement, whole_parameters
 from align.learner.gradients import GradientCensus
 from align.learner.state import load_state, save_state
 from align.model.checkpoint_names import layout_of, to_checkpoint
@@ -34,7 +34,9 @@ from align.model.lora import (
 )
 from align.model.policy import load_tokenizer, save_policy
 from align.run.checkpoints import Entry
+from rollout import Transport
 from rollout.processes import ProcessId, introduce_this_process
+from rollout.transport import buckets
 
 
 def environment(rank: int, ranks: int, threads: int) -> dict[str, str]:
@@ -55,10 +57,11 @@ def environment(rank: int, ranks: int, threads: int) -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """What a learner trains, in words, and the names of the modules that change with it; None is all of them."""
+    """What a learner trains, in words, the modules that change with it (None is all of them), and how large their weights are."""
 
     description: str
     modules: list[str] | None
+    sent_bytes: int = 0
 
 
 class LearnerRank(ABC):
@@ -109,13 +112,12 @@ class LearnerRank(ABC):
         """Parameters and experts of this rank that have had no gradient yet."""
         return self._census.missing()
 
-    def weights(self) -> dict[str, torch.Tensor] | None:
-        """The weights of what changes under checkpoint names, on the CPU; on rank 0 only, None elsewhere."""
-        state = self._gather(self._trained.modules)
-        if state is None:
-            return None
+    def publish(self, transport: Transport) -> Iterator[Any]:
+        """Give the weights of what changes, under checkpoint names, to a transport: one bucket after the other, from rank 0 only."""
         layout = layout_of(self._network.config.model_type)
-        return {name: tensor.contiguous() for name, tensor in to_checkpoint(state.items(), layout)}
+        weights = to_checkpoint(self._whole_weights(self._trained.modules), layout)
+        for bucket in buckets(((name, tensor.contiguous()) for name, tensor in weights), transport.bucket_bytes):
+            yield transport.give(bucket)
 
     def save(self, directory: Path) -> None:
         """Write the model as a Hugging Face checkpoint, and an adapter's own file in `adapter` beside it.
@@ -123,12 +125,12 @@ class LearnerRank(ABC):
         Rank 0 writes, all ranks take part in gathering.
         """
         network, lora = self._network, self._options.lora
-        state = self._gather()
-        adapter = None if lora is None else self._gather_trained()
-        if state is not None:
+        state = dict(self._whole_weights())
+        adapter = {} if lora is None else self._gather_trained()
+        if self._engine.global_rank == 0:
             save_policy(network if lora is None else network.get_base_model(), self._tokenizer, directory, state)
-        if adapter is not None:
-            save_adapter(network, directory / ADAPTER_DIRECTORY, adapter)
+            if lora is not None:
+                save_adapter(network, directory / ADAPTER_DIRECTORY, adapter)
 
     def save_state(self, directory: Path) -> dict[str, Entry]:
         """Write this rank's files of a training checkpoint; returns their entries."""
@@ -199,9 +201,13 @@ class LearnerRank(ABC):
         network, lora = self._network, self._options.lora
         trained = sum(size(p) for p in network.parameters() if p.requires_grad)
         if lora is None:
-            return Trained(f"{trained:,} trainable parameters", None)
-        total = sum(map(size, plain_parameters(network).values()))
-        return Trained(describe(network, total, trained, lora), adapted_modules(network))
+            sent = sum(size(p) * p.element_size() for p in network.parameters())
+            return Trained(f"{trained:,} trainable parameters", None, sent)
+        plain, modules = plain_parameters(network), adapted_modules(network)
+        total = sum(map(size, plain.values()))
+        below = tuple(f"{module}." for module in modules)
+        sent = sum(size(p) * p.element_size() for name, p in plain.items() if name.startswith(below))
+        return Trained(describe(network, total, trained, lora), modules, sent)
 
     def _backward(self, loss: torch.Tensor) -> None:
         """Add the gradient of a part of the loss, whose weights hold the whole batch's denominator.
@@ -216,25 +222,28 @@ class LearnerRank(ABC):
         gc.collect()
         gc.freeze()
 
-    def _gather(self, modules: Sequence[str] | None = None) -> dict[str, torch.Tensor] | None:
-        """The parameters of the model, or of some of its modules, with the adapter in them; on rank 0 only."""
+    def _whole_weights(self, modules: Sequence[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+        """The parameters of the model, or of some of its modules, with the adapter in them, on the CPU; none but on rank 0.
+
+        All ranks must go through it, since each parameter is gathered when it is reached, and is whole no longer after it.
+        """
         network, lora = self._network, self._options.lora
         tied = set(getattr(network, "_tied_weights_keys", None) or ()) if network.config.tie_word_embeddings else set()
         parameters = whole_parameters(network) if lora is None else plain_parameters(network).items()
         layers = {} if lora is None else adapter_layers(network)
         below = ("",) if modules is None else tuple(f"{module}." for module in modules)
-        state = {}
         for name, parameter in parameters:
             if name in tied or not name.startswith(below):
                 continue
             layer = layers.get(name)
+            copy = None
             with self._whole([parameter] if layer is None else [parameter, *factors(layer)]):
                 if self._engine.global_rank == 0:
-                    whole = parameter if layer is None else merged(parameter, layer)
-                    state[name] = whole.detach().cpu().clone()
-        return state if self._engine.global_rank == 0 else None
+                    copy = (parameter if layer is None else merged(parameter, layer)).detach().to("cpu", copy=True)
+            if copy is not None:
+                yield name, copy
 
-    def _gather_trained(self) -> dict[str, torch.Tensor] | None:
+    def _gather_trained(self) -> dict[str, torch.Tensor]:
         """What is trained under the names it has in the network; on rank 0 only."""
         state = {}
         for name, parameter in self._network.named_parameters():
@@ -242,7 +251,7 @@ class LearnerRank(ABC):
                 with self._whole([parameter]):
                     if self._engine.global_rank == 0:
                         state[name] = parameter.detach().cpu().clone()
-        return state if self._engine.global_rank == 0 else None
+        return state
 
     def _whole(self, parameters: Sequence[torch.Tensor]) -> AbstractContextManager[Any]:
         if self._options.zero_stage < 3:
@@ -298,7 +307,9 @@ class LearnerRank(ABC):
 
 def size(parameter: torch.nn.Parameter) -> int:
     """The number of a parameter's elements on all ranks together."""
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
+    elements = int(getattr(parameter, "ds_numel", parameter.numel()))
+    spread = placement(parameter)
+    return elements if spread is None else elements * spread[0] // (spread[1].stop - spread[1].start)
 
 
 def mark_moe_leaves(module: torch.nn.Module) -> None:

@@ -33,6 +33,7 @@ from align.stages.held_out import CENSUS_STEP, HeldOut, Problems, load_problems
 from align.stages.over_optimisation import OverOptimisationGuard
 from align.stages.run import Run
 from align.stages.steps import Steps
+from align.stages.weights import send_weights, transport_of
 from reward import SampleReward, Verdict
 from rollout import Completion, FinishReason, Prompt
 
@@ -63,6 +64,7 @@ def train_grpo(
     """Run the stage from `policy`, whose weights the rollout workers hold. Returns what it trained, and evaluations."""
     options, progress = recipe.grpo, run.progress
     held_out = HeldOut(recipe, data.problems, engines, run)
+    transport = transport_of(recipe, run.directory)
     reference = None
     if options.kl_coefficient:
         reference = policy if recipe.reference is None else policy.model_copy(update={"path": str(recipe.reference)})
@@ -84,7 +86,7 @@ def train_grpo(
         learner.wait_until_ready()
         steps.restore()
         if engines.fleet.weight_version != steps.state["weight_version"]:
-            engines.fleet.load(learner.weights(), steps.state["weight_version"], modules=learner.trained.modules)
+            send_weights(learner, engines.fleet, steps.state["weight_version"], transport)
         progress.note(f"policy on {recipe.learner.ranks} learner ranks: {learner.trained.description}")
         held_out.check_agreement(learner, "before GRPO")
         evaluations: dict[str, Evaluation] = {}
@@ -104,12 +106,13 @@ def train_grpo(
             clock.lap("training")
 
             version = engines.fleet.weight_version + 1
-            engines.fleet.load(learner.weights(), version, modules=learner.trained.modules)
+            send_weights(learner, engines.fleet, version, transport)
             steps.state["weight_version"] = version
             clock.lap("weights")
 
             write_samples(run.directory.samples_file(step + 1), experience.rows)
             metrics = step_metrics(experience, sums, found, norm, clock) | learner.expert_load()
+            metrics["weight_bytes"] = learner.trained.sent_bytes
             run.record_step("grpo", step + 1, metrics, SHOWN)
             bad_steps.observe(step + 1, experience.bad)
             alarms.observe(step + 1, metrics, experience.seen)

@@ -85,23 +85,20 @@ def gather_preferences(recipe: PreferencesRecipe, prompts: Sequence[SplitPrompts
 
 
 def pairs_of(example: Example, answers: Sequence[Answer], recipe: PreferencesRecipe) -> Iterator[dict[str, Any]]:
-    """Right answers beside wrong ones, as many pairs as the recipe takes of a prompt.
-
-    A text comes twice only where there is no other of its kind left: few ways are right, and many wrong.
-    """
+    """Right answers beside wrong ones, as many pairs as the recipe takes of a prompt; every text comes once."""
     judged = [answer for answer in answers if answer.reward.value is not None]
     right = list(dict.fromkeys(answer.text for answer in judged if answer.right))
     wrong = list(dict.fromkeys(answer.text for answer in judged if not answer.right))
     draw = Random(f"{recipe.seed}/{example.id}")
     draw.shuffle(right)
     draw.shuffle(wrong)
-    if not right or not wrong:
-        return
-    for place in range(min(max(len(right), len(wrong)), recipe.preferences.pairs_per_prompt)):
+    for place, (chosen, rejected) in enumerate(zip(right, wrong, strict=False)):
+        if place == recipe.preferences.pairs_per_prompt:
+            return
         yield {
             "id": f"{example.id}/{place}",
             "messages": [dict(message) for message in example.messages],
-            "chosen": right[place % len(right)],
-            "rejected": wrong[place % len(wrong)],
+            "chosen": chosen,
+            "rejected": rejected,
             "domain": example.domain,
         }

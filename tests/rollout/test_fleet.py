@@ -8,7 +8,17 @@ from transformers import AutoModelForCausalLM
 
 from align.config import ModelOptions
 from align.model.checkpoint_names import from_checkpoint, to_checkpoint
-from rollout import FinishReason, Fleet, FleetOptions, Group, Prompt, RolloutError, SamplingOptions, WeightUpdateError
+from rollout import (
+    FinishReason,
+    Fleet,
+    FleetOptions,
+    Group,
+    Prompt,
+    RolloutError,
+    SamplingOptions,
+    WeightUpdateError,
+    stored,
+)
 
 PROMPTS = [Prompt(f"p{i}", [1, 40 + i, 60 + 3 * i, 17]) for i in range(6)]
 STOP = 2
@@ -28,7 +38,7 @@ def weights(policy: ModelOptions, fleet: Fleet) -> Iterator[dict[str, torch.Tens
     """The policy's checkpoint; the fleet holds it again afterwards."""
     checkpoint = dict(to_checkpoint(AutoModelForCausalLM.from_pretrained(policy.path).state_dict().items()))
     yield dict(checkpoint)
-    fleet.load(checkpoint, version=0)
+    fleet.load(stored(checkpoint), version=0)
 
 
 def sample(fleet: Fleet, *, temperature: float = 1.0, seed: int = 0, step: int = 0) -> list[Group]:
@@ -67,7 +77,7 @@ def test_greedy_completions_of_a_group_are_alike(fleet: Fleet) -> None:
 
 def test_an_update_with_the_same_weights_changes_nothing(fleet: Fleet, weights: dict[str, torch.Tensor]) -> None:
     before = sample(fleet)
-    fleet.load(weights, version=7)
+    fleet.load(stored(weights), version=7)
     after = sample(fleet)
     assert tokens(after) == tokens(before)
     assert {c.weight_version for group in after for c in group.completions} == {7}
@@ -80,7 +90,7 @@ def test_new_weights_arrive_whole(fleet: Fleet, weights: dict[str, torch.Tensor]
     """After an update of every weight the sampler gives the log-probabilities that transformers computes with them."""
     generator = torch.Generator().manual_seed(1)
     changed = {n: t + 0.02 * torch.randn(t.shape, generator=generator) for n, t in weights.items()}
-    fleet.load(changed, version=1)
+    fleet.load(stored(changed), version=1)
     model = AutoModelForCausalLM.from_pretrained(policy.path)
     model.load_state_dict(from_checkpoint(changed))
     for group in sample(fleet):
@@ -97,13 +107,13 @@ def test_an_update_that_leaves_a_parameter_out_is_refused_by_name(
 ) -> None:
     del weights["model.layers.2.self_attn.o_proj.weight"]
     with pytest.raises(WeightUpdateError, match=r"1 of the sampler's \d+ parameters.*layers\.2\.self_attn\.o_proj"):
-        fleet.load(weights, version=1)
+        fleet.load(stored(weights), version=1)
 
 
 def test_an_update_with_a_tensor_of_another_shape_is_refused(fleet: Fleet, weights: dict[str, torch.Tensor]) -> None:
     weights["model.norm.weight"] = torch.ones(3)
     with pytest.raises(RolloutError, match="refused a tensor"):
-        fleet.load(weights, version=1)
+        fleet.load(stored(weights), version=1)
 
 
 def test_a_prompt_that_fills_the_context_is_refused_by_its_id(fleet: Fleet) -> None:

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from align.config import ModelOptions
 from align.model.checkpoint_names import to_checkpoint
-from rollout import Completion, RolloutError
+from rollout import Completion, RolloutError, stored
 from rollout.drill import HANGS, OPTIONS, Injury, WitnessedFleet
 
 pytestmark = pytest.mark.timeout(900)
@@ -21,7 +21,9 @@ def witnessed(policy: ModelOptions, ray_session: None) -> Iterator[WitnessedFlee
     witnessed = WitnessedFleet(policy.path)
     generator = torch.Generator().manual_seed(1)
     checkpoint = to_checkpoint(AutoModelForCausalLM.from_pretrained(policy.path).state_dict().items())
-    witnessed.fleet.load({n: t + 0.02 * torch.randn(t.shape, generator=generator) for n, t in checkpoint}, version=1)
+    witnessed.fleet.load(
+        stored({n: t + 0.02 * torch.randn(t.shape, generator=generator) for n, t in checkpoint}), version=1
+    )
     witnessed.fleet.wait_until_ready()
     yield witnessed
     witnessed.fleet.close()
@@ -85,7 +87,7 @@ def test_an_update_survives_a_worker_that_dies_while_it_loads(witnessed: Witness
     witnessed.faults.clear()
     witnessed.injure(0, Injury.STOP)
     weights = dict(to_checkpoint(AutoModelForCausalLM.from_pretrained(policy.path).state_dict().items()))
-    witnessed.fleet.load(weights, version=2)
+    witnessed.fleet.load(stored(weights), version=2)
     assert any("rollout worker 0 left 3 probes" in fault.message for fault in witnessed.faults)
     drawn = witnessed.sample()
     assert {completion.weight_version for completion in drawn} == {2}

@@ -9,7 +9,7 @@ import torch
 from align.config import LearnerOptions, LoraOptions, ModelOptions, OptimizerOptions
 from align.evaluate.agreement import Disagreement, probe
 from align.learner.group import LearnerGroup
-from rollout import Fleet, FleetOptions, Prompt, WeightUpdateError
+from rollout import Fleet, FleetOptions, ObjectStore, Prompt, WeightUpdateError, stored
 
 PROMPTS = [Prompt(f"p{i}", [1, 40 + i, 60 + 3 * i, 17]) for i in range(6)]
 FLEET = FleetOptions(workers=1, max_length=64, kv_cache_gb=0.25, batch_sequences=16)
@@ -24,7 +24,7 @@ class Engines(NamedTuple):
         return probe(self.fleet, self.learner, PROMPTS)
 
     def send(self, version: int) -> None:
-        self.fleet.load(self.learner.weights(), version, modules=self.learner.trained.modules)
+        self.fleet.load(self.learner.publish(ObjectStore()), version, modules=self.learner.trained.modules)
 
 
 @pytest.fixture(
@@ -64,7 +64,7 @@ def test_sampler_and_learner_agree_before_and_after_updates_of_perturbed_adapter
 
 def test_a_whole_update_may_follow(engines: Engines) -> None:
     perturb(engines.learner, seed=4)
-    engines.fleet.load(whole(engines.learner), 4)
+    engines.fleet.load(stored(whole(engines.learner)), 4)
     assert engines.apart.mean < 1e-5
 
 
@@ -76,13 +76,13 @@ def test_a_tensor_too_few_or_too_many_or_a_module_unknown_is_refused(engines: En
     with pytest.raises(
         WeightUpdateError, match=rf"1 of the sampler's \d+ parameters were not written by the update: {one}"
     ):
-        engines.fleet.load({name: t for name, t in sent.items() if name != one}, 9, modules=modules)
+        engines.fleet.load(stored({name: t for name, t in sent.items() if name != one}), 9, modules=modules)
     engines.send(10)
     with pytest.raises(WeightUpdateError, match=r"wrote model\.norm\.weight, which is in none of the modules"):
-        engines.fleet.load(sent | {"model.norm.weight": torch.ones(128)}, 11, modules=modules)
+        engines.fleet.load(stored(sent | {"model.norm.weight": torch.ones(128)}), 11, modules=modules)
     with pytest.raises(WeightUpdateError, match=r"model\.layers\.9\.self_attn.*no module of that name"):
-        engines.fleet.load(sent, 12, modules=[*modules, "model.layers.9.self_attn"])
-    engines.fleet.load(whole(engines.learner), 13)
+        engines.fleet.load(stored(sent), 12, modules=[*modules, "model.layers.9.self_attn"])
+    engines.fleet.load(stored(whole(engines.learner)), 13)
     assert engines.apart.mean < 1e-5
 
 

@@ -1,4 +1,4 @@
-"""Pairs of a policy's own answers: right beside wrong, no pair twice, nothing that nobody could judge."""
+"""Pairs of a policy's own answers: right beside wrong, no text twice, nothing that nobody could judge."""
 
 from pathlib import Path
 
@@ -36,12 +36,12 @@ WRONG = [answer("wrong 1", Verdict.WRONG), answer("wrong 2", Verdict.TIMEOUT), a
 MASKED = [answer("nobody knows", Verdict.INFRA_ERROR)]
 
 
-def test_each_pair_has_a_right_answer_and_a_wrong_one_and_of_the_rarer_kind_one_comes_again() -> None:
+def test_each_pair_has_a_right_answer_and_a_wrong_one_and_each_text_comes_once() -> None:
     pairs = list(pairs_of(EXAMPLE, RIGHT + WRONG + MASKED, recipe(5)))
-    assert {pair["chosen"] for pair in pairs} == {"right 1", "right 2", "right 3"}
-    assert [pair["rejected"] for pair in pairs].count(pairs[0]["rejected"]) == 2
-    assert {pair["rejected"] for pair in pairs} == {"wrong 1", "wrong 2"}
-    assert [pair["id"] for pair in pairs] == ["e/0", "e/1", "e/2"]
+    assert len(pairs) == 2
+    assert all(pair["chosen"].startswith("right") and pair["rejected"].startswith("wrong") for pair in pairs)
+    assert len({pair["chosen"] for pair in pairs} | {pair["rejected"] for pair in pairs}) == 4
+    assert [pair["id"] for pair in pairs] == ["e/0", "e/1"]
     assert pairs[0]["messages"] == [{"role": "user", "content": "What is 1 + 1?"}]
 
 

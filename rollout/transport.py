@@ -1,0 +1,148 @@
+"""How new weights travel from a learner to the rollout workers: in buckets of bounded size, through Ray's object store or files.
+
+A transport has two ends. In the learner it is given one bucket after the other, and what it makes of a bucket comes to the driver as
+a reference; from the references the driver makes a source, and each worker reads the tensors from that, one bucket at a time. So no
+process holds more of the model than a bucket.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+from uuid import uuid4
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+Bucket = dict[str, torch.Tensor]
+NamedTensors = Iterable[tuple[str, torch.Tensor]]
+MIB = 2**20
+
+
+class WeightSource(Protocol):
+    """The tensors of an update under checkpoint names. They can be read until `release`, by as many as want to."""
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """All tensors, of which one bucket is in memory at a time."""
+
+    def release(self) -> None:
+        """Take away what was kept for readers."""
+
+
+class Transport(Protocol):
+    """One way for weights to travel, in buckets of `bucket_bytes` at most, or of one tensor that is larger."""
+
+    @property
+    def bucket_bytes(self) -> float: ...
+
+    def give(self, bucket: Bucket) -> Any:
+        """Called in the learner for each bucket; what it returns goes to the driver by reference."""
+
+    def source(self, given: Sequence[Any]) -> WeightSource:
+        """Called in the driver with the references to what `give` returned, in order."""
+
+
+class WeightOptions(BaseModel):
+    """How new weights go from the learner to the rollout workers."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    transport: Literal["object_store", "directory"] = Field(
+        "object_store",
+        description="Ray's shared memory (/dev/shm holds the model twice, and spills to disk), or safetensors files in the run directory, "
+        "which all nodes must then share",
+    )
+    bucket_mb: float = Field(
+        256, gt=0, description="MiB that are in the memory of a process at a time; a larger tensor goes alone"
+    )
+
+
+def buckets(named_tensors: NamedTensors, limit: float) -> Iterator[Bucket]:
+    """Tensors in order, as many together as fit into `limit` bytes, and at least one."""
+    bucket: Bucket = {}
+    filled = 0
+    for name, tensor in named_tensors:
+        size = tensor.numel() * tensor.element_size()
+        if bucket and filled + size > limit:
+            yield bucket
+            bucket, filled = {}, 0
+        bucket[name] = tensor
+        filled += size
+    if bucket:
+        yield bucket
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectStore:
+    """Through Ray's object store: a bucket is copied into shared memory, and across nodes where a worker is on another."""
+
+    bucket_bytes: float = 256 * MIB
+
+    def give(self, bucket: Bucket) -> Bucket:
+        return bucket
+
+    def source(self, given: Sequence[Any]) -> "StoredWeights":
+        return StoredWeights(given)
+
+
+@dataclass(slots=True)
+class StoredWeights:
+    """Buckets in Ray's object store, which keeps them as long as there are references to them."""
+
+    references: Sequence[Any]
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        import ray
+
+        for reference in self.references:
+            yield from ray.get(reference).items()
+
+    def release(self) -> None:
+        self.references = ()
+
+
+def stored(named_tensors: Mapping[str, torch.Tensor]) -> StoredWeights:
+    """Tensors of this process, in Ray's object store."""
+    import ray
+
+    return StoredWeights([ray.put(dict(named_tensors))])
+
+
+@dataclass(frozen=True, slots=True)
+class Directory:
+    """Through files: a bucket is a safetensors file in a directory that learners and workers share."""
+
+    path: Path
+    bucket_bytes: float = 256 * MIB
+
+    def give(self, bucket: Bucket) -> Path:
+        from safetensors.torch import save_file
+
+        self.path.mkdir(parents=True, exist_ok=True)
+        file = self.path / f"{uuid4().hex}.safetensors"
+        save_file({name: tensor.contiguous() for name, tensor in bucket.items()}, file)
+        return file
+
+    def source(self, given: Sequence[Any]) -> "WeightFiles":
+        import ray
+
+        return WeightFiles(ray.get(list(given)))
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFiles:
+    """Buckets in safetensors files."""
+
+    files: Sequence[Path]
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        from safetensors import safe_open
+
+        for file in self.files:
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 - no mapping
+                    yield name, opened.get_tensor(name)
+
+    def release(self) -> None:
+        for file in self.files:
+            file.unlink(missing_ok=True)
