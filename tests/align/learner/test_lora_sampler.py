@@ -106,7 +106,7 @@ def whole(learner: LearnerGroup) -> dict[str, torch.Tensor]:
     def gather(worker: Any) -> dict[str, torch.Tensor]:
         from align.model.checkpoint_names import to_checkpoint
 
-        return {name: tensor.contiguous() for name, tensor in to_checkpoint(worker._gather().items())}
+        return {name: tensor.contiguous() for name, tensor in to_checkpoint(worker._whole_weights())}
 
     weights: dict[str, torch.Tensor] = ray.get([rank.__ray_call__.remote(gather) for rank in learner._ranks])[0]
     return weights
