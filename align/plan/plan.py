@@ -72,7 +72,11 @@ def make_plan(recipe: Recipe, sizes: ModelSizes, cluster: Cluster) -> Plan:
     if not cluster.gpus:
         refusals += too_much_for_the_machine(recipe, roles)
     return Plan(
-        roles, nodes, step_seconds(recipe, sizes, learning, cluster, element), notes(sizes, learning, element), refusals
+        roles,
+        nodes,
+        step_seconds(recipe, sizes, learning, cluster, element),
+        notes(recipe, sizes, learning, element),
+        refusals,
     )
 
 
@@ -294,7 +298,7 @@ def sampling_work(
     )
 
 
-def notes(sizes: ModelSizes, learning: Learning | None, element: int) -> list[str]:
+def notes(recipe: Recipe, sizes: ModelSizes, learning: Learning | None, element: int) -> list[str]:
     """What else a reader needs to know."""
     found = [
         f"the KV cache takes {memory.kv_bytes_a_token(sizes, element):,} bytes a token ({sizes.kv_a_token:,} elements)"
@@ -303,10 +307,13 @@ def notes(sizes: ModelSizes, learning: Learning | None, element: int) -> list[st
         found.append(
             f"each learner rank reads the whole model into its node's memory at the start: {gib(sizes.total * element)} a rank"
         )
-        if learning.sent:
+        if isinstance(recipe, PolicyRecipe):
+            through = {
+                "object_store": "Ray's shared memory: the node of rank 0 holds them twice, those of before included",
+                "directory": "files in the run directory, which holds them twice, those of before included",
+            }[recipe.weights.transport]
             found.append(
-                f"{gib(learning.sent * element)} of new weights go to the workers after an update, through the memory of the "
-                "node of rank 0, which holds them twice, and of every node with workers"
+                f"{gib(learning.sent * element)} of new weights go to the workers after an update, through {through}"
             )
     return found
 
