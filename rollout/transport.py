@@ -58,7 +58,7 @@ class WeightOptions(BaseModel):
 
 
 def buckets(named_tensors: NamedTensors, limit: float) -> Iterator[Bucket]:
-    """Tensors in order, as many together as fit into `limit` bytes, and at least one."""
+    """Tensors in order, as many together as fit into `limit` bytes, and at least one. They own their memory, and no more."""
     bucket: Bucket = {}
     filled = 0
     for name, tensor in named_tensors:
@@ -66,7 +66,9 @@ def buckets(named_tensors: NamedTensors, limit: float) -> Iterator[Bucket]:
         if bucket and filled + size > limit:
             yield bucket
             bucket, filled = {}, 0
-        bucket[name] = tensor
+        # What is a part of a larger tensor would be pickled with all of that.
+        is_part = tensor.untyped_storage().nbytes() > size
+        bucket[name] = tensor.clone(memory_format=torch.contiguous_format) if is_part else tensor.contiguous()
         filled += size
     if bucket:
         yield bucket
@@ -120,7 +122,7 @@ class Directory:
 
         self.path.mkdir(parents=True, exist_ok=True)
         file = self.path / f"{uuid4().hex}.safetensors"
-        save_file({name: tensor.contiguous() for name, tensor in bucket.items()}, file)
+        save_file(bucket, file)
         return file
 
     def source(self, given: Sequence[Any]) -> "WeightFiles":

@@ -116,7 +116,7 @@ class LearnerRank(ABC):
         """Give the weights of what changes, under checkpoint names, to a transport: one bucket after the other, from rank 0 only."""
         layout = layout_of(self._network.config.model_type)
         weights = to_checkpoint(self._whole_weights(self._trained.modules), layout)
-        for bucket in buckets(((name, tensor.contiguous()) for name, tensor in weights), transport.bucket_bytes):
+        for bucket in buckets(weights, transport.bucket_bytes):
             yield transport.give(bucket)
 
     def save(self, directory: Path) -> None:

@@ -4,13 +4,16 @@ import json
 import random
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pyarrow.parquet as pq
 import pytest
+import yaml
+
+from align.config import load_recipe
 
 Lines = Callable[[Path], list[dict[str, Any]]]
 LEARNER = "learner={ranks: 2, zero_stage: 1, optimizer: {learning_rate: 1.0e-3}}"
@@ -82,10 +85,13 @@ def living(family: list[psutil.Process], seconds: float) -> list[psutil.Process]
     return left
 
 
-def killed_at(step: int, stage: str, run: Path, align: Callable[..., Any], read_lines: Lines) -> None:
+def killed_at(
+    step: int, stage: str, run: Path, align: Callable[..., Any], read_lines: Lines, command_line: Sequence[str] = ()
+) -> None:
     """A run whose driver is killed when it has made so many steps, maybe in the middle of the next; no process of it stays."""
-    command = align(*COMMANDS[stage], f"run.dir={run}")
-    command.until(lambda: steps_done(run, stage, read_lines) >= step)
+    command = align(*(command_line or COMMANDS[stage]), f"run.dir={run}")
+    of_stage = run / "sft" if command_line and stage == "sft" else run
+    command.until(lambda: steps_done(of_stage, stage, read_lines) >= step)
     family = command.family()
     command.process.kill()
     command.process.wait()
@@ -120,6 +126,24 @@ def test_killed_at_five_places_it_ends_as_the_undisturbed_run(
         output = align(*COMMANDS[stage], f"run.dir={run}").ends(0)
         assert f"resuming from step {step // 2 * 2}" in output or "begins at step 0" in output, output
         assert_same(expected, run, read_lines)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_a_run_with_sft_before_grpo_goes_on_in_the_stage_where_it_was(
+    align: Any, read_lines: Lines, tmp_path: Path
+) -> None:
+    first = tmp_path / "sft.yaml"
+    sft = load_recipe(Path("recipes/nano/sft.yaml"), SFT)
+    first.write_text(yaml.safe_dump(sft.model_dump(mode="json", exclude_unset=True)))
+    both = ["grpo", "recipes/nano/grpo.yaml", f"init_from={first}", *GRPO]
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    align(*both, f"run.dir={whole}").ends(0)
+    killed_at(5, "sft", run, align, read_lines, both)
+    killed_at(3, "grpo", run, align, read_lines, both)
+    assert "SFT: done before" in align(*both, f"run.dir={run}").ends(0)
+    assert_same(whole / "sft", run / "sft", read_lines)
+    assert_same(whole, run, read_lines)
 
 
 @pytest.mark.slow

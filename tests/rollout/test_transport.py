@@ -25,6 +25,14 @@ def test_buckets_keep_the_order_and_the_limit_but_for_a_tensor_that_is_larger(si
         assert filled + next(iter(following.values())).numel() > limit
 
 
+def test_a_part_of_a_larger_tensor_travels_alone() -> None:
+    whole = torch.randn(8, 4)
+    for bucket in buckets(((str(i), part) for i, part in enumerate(whole)), 4 * FLOAT):
+        ((name, part),) = bucket.items()
+        assert torch.equal(part, whole[int(name)])
+        assert part.untyped_storage().nbytes() == 4 * FLOAT
+
+
 @pytest.mark.parametrize("way", ["object store", "directory"])
 def test_every_reader_gets_every_tensor_until_it_is_released(ray_session: None, tmp_path: Path, way: str) -> None:
     import ray
