@@ -267,7 +267,9 @@ class TrainingRecipe(Recipe):
         ge=1,
         description="steps between checkpoints; when not given, one is written only where the run is told to stop",
     )
-    keep_checkpoints: int = Field(2, ge=1, description="checkpoints that stay; the older ones are removed")
+    keep_checkpoints: int = Field(
+        2, ge=1, description="checkpoints that stay, the newest; with evaluation.every also the most accurate one"
+    )
 
 
 class SamplingRecipe(Recipe):

@@ -41,15 +41,22 @@ class Checkpoint:
 
 
 class CheckpointDirectory:
-    """The checkpoints of a run, of which the newest `keep` stay. One process writes them."""
+    """The checkpoints of a run, of which the newest `keep` stay, and the best. One process writes them."""
 
     def __init__(self, path: Path, *, keep: int = 2) -> None:
         self._path, self._keep = path, keep
 
-    def write(self, step: int, facts: Mapping[str, Any], fill: Callable[[Path], Mapping[str, Entry]]) -> Path:
+    def write(
+        self,
+        step: int,
+        facts: Mapping[str, Any],
+        fill: Callable[[Path], Mapping[str, Entry]],
+        *,
+        best: int | None = None,
+    ) -> Path:
         """A new checkpoint, of files that `fill` writes into the directory it is given and of which it returns the entries.
 
-        Older ones go when it is complete. Raises what `fill` does, and OSError; nothing of it is then left.
+        Older ones go when it is complete, but for that of step `best`. Raises what `fill` does, and OSError; nothing of it is then left.
         """
         final = self._path / f"{PREFIX}{step:05d}"
         with whole_directory(final) as temporary:
@@ -59,7 +66,8 @@ class CheckpointDirectory:
             (temporary / MANIFEST).write_text(text, encoding="utf-8")
         steps = self._steps()
         for old in sorted(steps, reverse=True)[self._keep :]:
-            remove_whole(steps[old])
+            if old != best:
+                remove_whole(steps[old])
         return final
 
     def newest(self, report: Callable[[str], None]) -> Checkpoint | None:

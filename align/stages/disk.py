@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from align.config import TrainingRecipe
+from align.config import GrpoRecipe, TrainingRecipe
 from align.errors import UserError
 from align.model.sizes import empty_model, model_sizes, read_config
 
@@ -30,5 +30,6 @@ def bytes_needed(recipe: TrainingRecipe) -> int:
     element = ELEMENT_BYTES[recipe.model.dtype]
     model = total * element
     state = 0 if recipe.learner.lora else total * (element + OPTIMIZER_BYTES)
-    checkpoints = recipe.keep_checkpoints + 1 if recipe.save_every else 1
+    best = isinstance(recipe, GrpoRecipe) and recipe.evaluation.every is not None
+    checkpoints = recipe.keep_checkpoints + 1 + best if recipe.save_every else 1
     return checkpoints * (model + state) + model * (2 if recipe.model.init == "random" else 1)

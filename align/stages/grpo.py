@@ -123,7 +123,7 @@ def train_grpo(
             if learnt and steps.state["learning_steps"] == CENSUS_STEP:
                 held_out.check_gradients(learner, step + 1)
             if recipe.evaluation.every and (step + 1) % recipe.evaluation.every == 0 and step + 1 < options.steps:
-                held_out.evaluate(f"GRPO step {step + 1}", step + 1)
+                steps.rate(step + 1, held_out.evaluate(f"GRPO step {step + 1}", step + 1).accuracy)
 
         held_out.check_agreement(learner, "after GRPO")
         evaluations["after GRPO"] = held_out.evaluate("after GRPO", options.steps)

@@ -15,6 +15,7 @@ from align.stages.run import Run
 
 MODEL = "model"
 BAD_UPDATES = "bad_updates"
+BEST = "best"
 SAMPLED_BYTES = 2**20
 FAILURES = 3
 RESTARTS = 3
@@ -29,8 +30,9 @@ class SavingError(Exception):
 class Steps:
     """The steps that are still to be made, as numbers from 0; ends the learner when the block ends.
 
-    A checkpoint is written every `save_every` steps, after the last one, and when the run is told to stop: then the step that
-    is being made ends first, where `run.grace_s` allows. `state` is what the stage itself has to remember, ready for JSON.
+    A checkpoint is written every `save_every` steps, after the last one, after the best one so far, and when the run is told to
+    stop: then the step that is being made ends first, where `run.grace_s` allows. `state` is what the stage itself has to
+    remember, ready for JSON.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class Steps:
         self._identity = {
             "learner.ranks": recipe.learner.ranks,
             "learner.zero_stage": recipe.learner.zero_stage,
+            "learner.expert_parallel": recipe.learner.expert_parallel,
             "data": {source.card: data_digest(source.items) for source in data},
             "reference": None if reference is None else weights_digest(reference.path),
         }
@@ -73,6 +76,11 @@ class Steps:
             self._learner.bad_updates = self.state.get(BAD_UPDATES, 0)
         self._between = True
 
+    def rate(self, step: int, accuracy: float) -> None:
+        """Tell how good the policy is after the step that is being made: the checkpoint of the best one stays."""
+        if accuracy > self.state.get(BEST, {"accuracy": -1.0})["accuracy"]:
+            self.state[BEST] = {"step": step, "accuracy": accuracy}
+
     def __iter__(self) -> Iterator[int]:
         for step in range(self.done, self._total):
             with self._run.stop.deferred():
@@ -80,9 +88,15 @@ class Steps:
                 yield step
                 self.done, self._between = step + 1, True
                 every = self._recipe.save_every
-                if self._run.stop.asked or (every and (self.done % every == 0 or self.done == self._total)):
+                is_due = every and (self.done % every == 0 or self.done in (self._total, self._best))
+                if self._run.stop.asked or is_due:
                     self._save()
             self._run.stop.check()
+
+    @property
+    def _best(self) -> int | None:
+        best: int | None = self.state.get(BEST, {}).get("step")
+        return best
 
     def _save(self) -> None:
         facts = {
@@ -93,7 +107,7 @@ class Steps:
             "state": self.state | {BAD_UPDATES: self._learner.bad_updates},
         }
         try:
-            self._run.checkpoints.write(self.done, facts, self._fill)
+            self._run.checkpoints.write(self.done, facts, self._fill, best=self._best)
         except OSError as error:
             self._failures += 1
             self._run.warn(
@@ -117,7 +131,7 @@ class Steps:
 
     def _check_identity(self, checkpoint: Checkpoint) -> None:
         before = checkpoint.facts["identity"]
-        for key in ("learner.ranks", "learner.zero_stage"):
+        for key in ("learner.ranks", "learner.zero_stage", "learner.expert_parallel"):
             if before[key] != self._identity[key]:
                 raise UserError(
                     f"{key} is {self._identity[key]}, and checkpoint {checkpoint.path} was written with {before[key]}: its "

@@ -49,6 +49,14 @@ def test_the_newest_two_stay_and_say_what_their_writer_told(saved: CheckpointDir
     assert names(newest.path) == ["manifest.json", *RANKS]
 
 
+def test_the_best_stays_until_another_is_better(saved: CheckpointDirectory, tmp_path: Path) -> None:
+    saved.write(30, {}, fill, best=10)
+    saved.write(40, {}, fill, best=10)
+    assert names(tmp_path / "checkpoints") == ["step_00010", "step_00030", "step_00040"]
+    saved.write(50, {}, fill, best=50)
+    assert names(tmp_path / "checkpoints") == ["step_00040", "step_00050"]
+
+
 def test_killed_at_eight_chosen_and_forty_random_moments_the_last_complete_checkpoint_is_there(tmp_path: Path) -> None:
     writer = [sys.executable, str(Path(__file__).parent / "checkpoint_writer.py"), str(tmp_path / "checkpoints")]
     done = subprocess.run(writer, capture_output=True, text=True, cwd=Path(__file__).parents[3], timeout=300)
