@@ -1,6 +1,6 @@
 """How fast is a GRPO step? This project, TRL and the floor, on one machine in one run. `make bench` runs it.
 
-Every side works on the same policy (the nano one, drawn at random), the same prompts, the same number of completions and
+Every side works on the same policy (the nano one, drawn at random, or `--model`), the same prompts, the same number of completions and
 exactly as many tokens. The floor is what the engines themselves need: bare vLLM sampling and bare forward, backward and
 AdamW, without weights to send, rewards, log-probabilities or anything written. A step is whole: from the end of one to
 the end of the next. The clock is a fair judge on a quiet machine only: the CPU time of everybody else is measured beside
@@ -49,13 +49,16 @@ def main() -> int:
     options = arguments()
     report: dict[str, Any] = {"environment": environment_record(), "settings": {}}
     with tempfile.TemporaryDirectory(prefix="grpo-bench-") as scratch:
-        policy = Path(scratch) / "policy"
-        write_random_policy(ModelOptions(path=str(POLICY), init="random"), policy, SEED)
+        policy = options.model or Path(scratch) / "policy"
+        if options.model is None:
+            write_random_policy(ModelOptions(path=str(POLICY), init="random"), policy, SEED)
         for setting in SETTINGS:
             if setting.name not in options.settings:
                 continue
             task = Task(
                 policy=str(policy),
+                card=options.card,
+                processes=options.processes,
                 scratch=scratch,
                 prompts=options.prompts,
                 group_size=options.group_size,
@@ -80,6 +83,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="JSON to write; runs/bench/grpo_step_TIME.json when not given")
     parser.add_argument("--settings", nargs="+", choices=names, default=names)
     parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(SIDES))
+    parser.add_argument(
+        "--model", type=Path, help="a model directory; the nano policy with random weights when not given"
+    )
+    parser.add_argument("--card", default="nano_math", help="data card of the prompts")
+    parser.add_argument(
+        "--processes", type=int, choices=(1, 2), default=2, help="workers, and learner ranks, that share two cores"
+    )
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--group-size", type=int, default=8)
     parser.add_argument("--warmup", type=int, default=1, help="steps that are not timed, at least 1")

@@ -31,19 +31,23 @@ from align.model.policy import load_policy, load_tokenizer
 from align.run import MetricsLog
 from rollout import EngineOptions
 
-CARD = "nano_math"
 SEED = 0
 LEARNING_RATE = 1e-5
-PROMPT_ROOM = 32  # tokens; the longest prompt of the card has 20
+CORES = 2
 MICRO_BATCH_TOKENS = 4096
 SPLITS = ((2, 1), (1, 2))  # processes x threads in which the floor may use two cores
 
 
 @dataclass(frozen=True)
 class Task:
-    """The work of one side: `steps` timed GRPO steps after `warmup` steps, every completion `new_tokens` long."""
+    """The work of one side: `steps` timed GRPO steps after `warmup` steps, every completion `new_tokens` long.
+
+    `card` has the prompts. `processes` is how many workers and ranks of ours share the cores.
+    """
 
     policy: str
+    card: str
+    processes: int
     scratch: str
     prompts: int
     group_size: int
@@ -104,6 +108,7 @@ def ours(task: Task) -> Result:
     # Ray runs its workers at niceness 15; on a machine that has other work to do, the sides would not be equals.
     os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 (its name)
     directory = Path(task.scratch) / "run"
+    both = {"threads": CORES // task.processes}
     recipe = GrpoRecipe.model_validate(
         {
             "stage": "grpo",
@@ -111,15 +116,17 @@ def ours(task: Task) -> Result:
             "seed": SEED,
             "run": {"dir": directory},
             "model": {"path": task.policy},
-            "data": {"card": CARD, "limit": task.prompts},
+            "data": {"card": task.card, "limit": task.prompts},
             "rewards": [{"name": "coin"}],
             "rollout": {
-                "workers": 2,
-                "max_length": PROMPT_ROOM + task.new_tokens,
-                "batch_sequences": -(-task.completions // 2),
+                **both,
+                "workers": task.processes,
+                "max_length": longest_prompt(task) + task.new_tokens,
+                "batch_sequences": -(-task.completions // task.processes),
             },
             "learner": {
-                "ranks": 2,
+                **both,
+                "ranks": task.processes,
                 "micro_batch_tokens": MICRO_BATCH_TOKENS,
                 "optimizer": {"learning_rate": LEARNING_RATE, "schedule": "constant"},
             },
@@ -152,7 +159,7 @@ def ours(task: Task) -> Result:
     # From one line of metrics to the next, so that what a step does outside its own clock counts too.
     return task.timed(ends[: len(rows)]) | {
         "parts": parts,
-        "note": "train_grpo: 2 rollout workers and 2 learner ranks of 1 thread",
+        "note": f"train_grpo: {task.processes} rollout workers and learner ranks of {CORES // task.processes} threads",
     }
 
 
@@ -236,7 +243,9 @@ def sampling_passes(task: Task, rank: int, processes: int) -> Iterator[None]:
 
     from rollout.engine import engine_arguments
 
-    options = EngineOptions(max_length=PROMPT_ROOM + task.new_tokens, batch_sequences=task.completions // processes)
+    options = EngineOptions(
+        max_length=longest_prompt(task) + task.new_tokens, batch_sequences=task.completions // processes
+    )
     llm = LLM(model=task.policy, dtype="float32", **engine_arguments(task.policy, options))
     parameters = SamplingParams(max_tokens=task.new_tokens, ignore_eos=True, detokenize=False)
     prompts = share_of_prompts(task, rank, processes)
@@ -321,7 +330,13 @@ def share_of_prompts(task: Task, rank: int, processes: int) -> list[list[int]]:
 
 def examples(task: Task) -> list[Example]:
     """The problems of every step: those to which our stage is limited too."""
-    return load_split(load_card(CARD), "train", limit=task.prompts, seed=SEED).examples
+    return load_split(load_card(task.card), "train", limit=task.prompts, seed=SEED).examples
+
+
+def longest_prompt(task: Task) -> int:
+    """The tokens of the longest prompt."""
+    tokenizer = load_tokenizer(task.policy)
+    return max(len(encode_prompt(tokenizer, example.messages)) for example in examples(task))
 
 
 def check_lengths(task: Task, lengths: list[float]) -> None:
