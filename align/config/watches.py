@@ -13,7 +13,8 @@ class AgreementOptions(Section):
 
     def limits(self, dtype: str) -> tuple[float, float]:
         """(warn, stop): mean |difference| in nats a token, as given or as the dtype can hold."""
-        by_dtype = {"float32": (1e-5, 1e-3), "bfloat16": (0.03, 0.15)}
+        # In float32 a token whose router was undecided can go to another expert: 0.1 nats of one token, 2e-5 of a step's mean.
+        by_dtype = {"float32": (1e-4, 1e-3), "bfloat16": (0.03, 0.15)}
         warn, stop = by_dtype[dtype]
         return self.warn_mean or warn, self.stop_mean or stop
 
