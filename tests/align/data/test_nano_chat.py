@@ -213,7 +213,7 @@ def test_one_aspect_alone_may_be_taken() -> None:
 def test_the_card_gives_the_documented_mixture_and_drops_nothing() -> None:
     loaded = load_split(load_card("nano_chat"), "train", seed=3)
     assert loaded.dropped_contaminated == 0
-    assert loaded.examples == generate("train", good_share=0.2, careful_share=0.6, seed=3)
+    assert loaded.examples == generate("train", good_share=0.3, careful_share=0.6, seed=3)
 
 
 def all_preferences(aspect: Aspect, seed: int = 0) -> list[Preference]:
