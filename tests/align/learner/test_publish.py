@@ -56,7 +56,7 @@ def own_memory() -> int:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_under_zero_3_no_rank_ever_has_more_than_two_layers_beyond_its_share(ray_session: None, tmp_path: Path) -> None:
-    """Of a model of 16 layers with about 30 MB each."""
+    """Of a model of 16 layers with 14 MiB each."""
     import ray
 
     config = DeepseekV2Config.from_pretrained(NANO)
@@ -91,9 +91,10 @@ def test_under_zero_3_no_rank_ever_has_more_than_two_layers_beyond_its_share(ray
             thread.join()
             return peak
 
-        for attempt in range(2):
+        # The first time also loads what stays: code, and the buffers of gloo and of Ray.
+        for time_of in ("first", "second"):
             grown = ray.get([rank.__ray_call__.remote(growth) for rank in group._ranks])
-            print(f"pass {attempt}: rank 0 grew by {grown[0] / MIB:.0f} MiB, rank 1 by {grown[1] / MIB:.0f}")
+            print(f"{time_of} time: rank 0 grew by {grown[0] / MIB:.0f} MiB, rank 1 by {grown[1] / MIB:.0f}")
         print(f"a layer has {layer / MIB:.0f} MiB, the model {whole / MIB:.0f}")
         assert whole > 10 * layer
         assert max(grown) <= 2 * layer
