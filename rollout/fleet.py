@@ -138,6 +138,7 @@ class Fleet:
                 if error is not None:
                     raise error from None
             else:
+                self._tell_faults()
                 if isinstance(answer, RolloutError):
                     raise answer
                 return answer

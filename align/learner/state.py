@@ -107,7 +107,9 @@ def _masters(engine: Any) -> list[torch.Tensor] | None:
         return None
     for name in MASTERS:
         if hasattr(engine.optimizer, name):
-            return list(getattr(engine.optimizer, name))
+            groups = getattr(engine.optimizer, name)
+            # One flat tensor a group, or the parameters of a group.
+            return [master for group in groups for master in (group if isinstance(group, list) else [group])]
     raise TypeError(f"no master copies known of DeepSpeed's {type(engine.optimizer).__name__}")
 
 
