@@ -10,9 +10,8 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import psutil
 
@@ -53,7 +52,7 @@ def kill(process: ProcessId, grace_s: float = 0) -> None:
     import ray
 
     with suppress(ray.exceptions.RayError):
-        _on_its_node(partial(_kill_here, grace_s=grace_s), process)
+        _on_its_node(_kill_here, process, grace_s)
 
 
 def stacks(process: ProcessId) -> str:
@@ -66,15 +65,15 @@ def stacks(process: ProcessId) -> str:
         return f"process {process.pid}: its node did not tell its stacks ({type(error).__name__})"
 
 
-def _on_its_node(function: Callable[[ProcessId], T], process: ProcessId) -> T:
+def _on_its_node(function: Callable[..., T], process: ProcessId, *arguments: Any) -> T:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     if process.node == ray.get_runtime_context().get_node_id():
-        return function(process)
+        return function(process, *arguments)
     there = NodeAffinitySchedulingStrategy(process.node, soft=False)
     task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(function)
-    result: T = ray.get(task.remote(process), timeout=PATIENCE_S)
+    result: T = ray.get(task.remote(process, *arguments), timeout=PATIENCE_S)
     return result
 
 

@@ -99,7 +99,8 @@ def wait_for(ray: Ray, nodes: int) -> None:
             capture_output=True,
             text=True,
         )
-        if listed.returncode == 0 and len(json.loads(listed.stdout or "[]")) == nodes:
+        # Before the first node has reported itself there are words in place of JSON.
+        if listed.returncode == 0 and listed.stdout.startswith("[") and len(json.loads(listed.stdout)) == nodes:
             return
         time.sleep(1)
     raise AssertionError(f"{listed.stdout}{listed.stderr}")
