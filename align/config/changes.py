@@ -11,6 +11,7 @@ FREE = (
     "machine",
     "save_every",
     "keep_checkpoints",
+    "weights",
     "learner.port",
     "learner.resources",
     "learner.start_timeout_s",

@@ -1,15 +1,17 @@
 """What every stage runs on: the rollout workers, the tokenizer, and the checks that a policy has to pass."""
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from align.config import ModelOptions, PolicyRecipe, Recipe, RewardModelRecipe, SamplingRecipe, TrainingRecipe
 from align.errors import UserError
 from align.evaluate.doctor import examine, verdict
-from align.learner.group import check_port
+from align.learner.group import LearnerGroup, check_port
 from align.model.policy import load_tokenizer, stop_token_ids, write_random_policy
 from align.model.reward_model import is_reward_model
 from align.stages.disk import check_space
@@ -17,7 +19,8 @@ from align.stages.faults import record_fault
 from align.stages.ray_cluster import local_ray
 from align.stages.run import Run
 from reward import Mixture, RewardError, ScoringPool
-from rollout import Fleet
+from rollout import Directory, Fleet, ObjectStore, Transport, WeightOptions
+from rollout.transport import MIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +31,11 @@ class Engines:
     tokenizer: Any
     fleet: Fleet
     judges: ScoringPool
+    transport: Transport
+
+    def send_weights(self, learner: LearnerGroup, version: int) -> None:
+        """Give the workers what has been trained; they sample with it, as weights of `version`, when this returns."""
+        self.fleet.load(learner.publish(self.transport), version, modules=learner.trained.modules)
 
 
 def prepare_policy(recipe: Recipe, run: Run) -> tuple[ModelOptions, Any]:
@@ -56,13 +64,23 @@ def start_engines(recipe: SamplingRecipe, policy: ModelOptions, tokenizer: Any, 
     if isinstance(recipe, PolicyRecipe) and recipe.learner.port is not None:
         check_port(recipe.learner.port)
     stops = stop_token_ids(policy.path, tokenizer)
+    transport = transport_of(recipe, run.directory.path.absolute() / "weights")
     with local_ray():
         fleet = Fleet(policy.path, policy.dtype, recipe.rollout, stops, partial(record_fault, run))
         try:
             with start_judges(recipe) as judges:
-                yield Engines(policy, tokenizer, fleet, judges)
+                yield Engines(policy, tokenizer, fleet, judges, transport)
         finally:
             fleet.close()
+
+
+def transport_of(recipe: SamplingRecipe, directory: Path) -> Transport:
+    """The way of new weights to the workers that the recipe names; where it is files, a killed run's are removed."""
+    options = recipe.weights if isinstance(recipe, PolicyRecipe) else WeightOptions()
+    if options.transport == "object_store":
+        return ObjectStore(options.bucket_mb * MIB)
+    shutil.rmtree(directory, ignore_errors=True)
+    return Directory(directory, options.bucket_mb * MIB)
 
 
 @contextmanager

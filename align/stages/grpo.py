@@ -33,7 +33,6 @@ from align.stages.held_out import CENSUS_STEP, HeldOut, Problems, load_problems
 from align.stages.over_optimisation import OverOptimisationGuard
 from align.stages.run import Run
 from align.stages.steps import Steps
-from align.stages.weights import send_weights, transport_of
 from reward import SampleReward, Verdict
 from rollout import Completion, FinishReason, Prompt
 
@@ -64,7 +63,6 @@ def train_grpo(
     """Run the stage from `policy`, whose weights the rollout workers hold. Returns what it trained, and evaluations."""
     options, progress = recipe.grpo, run.progress
     held_out = HeldOut(recipe, data.problems, engines, run)
-    transport = transport_of(recipe, run.directory)
     reference = None
     if options.kl_coefficient:
         reference = policy if recipe.reference is None else policy.model_copy(update={"path": str(recipe.reference)})
@@ -86,7 +84,7 @@ def train_grpo(
         learner.wait_until_ready()
         steps.restore()
         if engines.fleet.weight_version != steps.state["weight_version"]:
-            send_weights(learner, engines.fleet, steps.state["weight_version"], transport)
+            engines.send_weights(learner, steps.state["weight_version"])
         progress.note(f"policy on {recipe.learner.ranks} learner ranks: {learner.trained.description}")
         held_out.check_agreement(learner, "before GRPO")
         evaluations: dict[str, Evaluation] = {}
@@ -106,7 +104,7 @@ def train_grpo(
             clock.lap("training")
 
             version = engines.fleet.weight_version + 1
-            send_weights(learner, engines.fleet, version, transport)
+            engines.send_weights(learner, version)
             steps.state["weight_version"] = version
             clock.lap("weights")
 

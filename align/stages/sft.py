@@ -28,7 +28,6 @@ from align.stages.examples import Source, items_of_step, load_examples, training
 from align.stages.held_out import CENSUS_STEP, HeldOut, Problems, load_problems
 from align.stages.run import Run, open_run, recorded_evaluations, refuse_changes
 from align.stages.steps import Steps, restarting
-from align.stages.weights import send_weights, transport_of
 
 SFT = "sft"
 """What the stage is called as a run inside another."""
@@ -101,7 +100,7 @@ def train_sft(
                 held_out.check_gradients(learner, step + 1)
 
         version = engines.fleet.weight_version + 1
-        send_weights(learner, engines.fleet, version, transport_of(recipe, run.directory))
+        engines.send_weights(learner, version)
         held_out.check_agreement(learner, "after SFT")
         evaluations["after SFT"] = held_out.evaluate("after SFT", options.steps)
         learner.save(run.directory.final_directory)

@@ -96,8 +96,12 @@ def test_the_final_policy_answers_a_users_own_file(run: Path, tmp_path: Path) ->
     assert "% of 2 right" in done.stdout
 
 
-def test_the_same_seed_with_one_worker_samples_and_trains_the_same_to_the_last_bit(run: Path, tmp_path: Path) -> None:
-    other = finished_run(tmp_path / "one", "rollout.workers=1")
+def test_the_same_seed_with_one_worker_and_weights_in_files_is_the_same_to_the_last_bit(
+    run: Path, tmp_path: Path
+) -> None:
+    other = finished_run(tmp_path / "one", "rollout.workers=1", "weights={transport: directory, bucket_mb: 0.5}")
+    assert (other / "weights").is_dir()
+    assert list((other / "weights").iterdir()) == []
     for step in (1, 2):
         name = f"samples/step_{step:05d}.parquet"
         assert pq.read_table(run / name).equals(pq.read_table(other / name))
