@@ -5,9 +5,10 @@ import json
 import os
 import resource
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -67,8 +68,14 @@ def recipe(directory: Path, steps: int = 9, ranks: int = 2, seed: int = 0, **run
     )
 
 
-def count(made: RewardModelRecipe, run: Run, stop_at: int | None = None, data: Any = DATA) -> Counter:
-    """Make the steps of a recipe; at `stop_at` a signal comes in the middle of the step."""
+def count(
+    made: RewardModelRecipe,
+    run: Run,
+    stop_at: int | None = None,
+    data: Any = DATA,
+    accuracies: Mapping[int, float] = MappingProxyType({}),
+) -> Counter:
+    """Make the steps of a recipe; at `stop_at` a signal comes in the middle of the step, `accuracies` are after some."""
     learner = Counter()
     with Steps(made, run, learner, made.reward_model.steps, data, state={"seen": []}) as steps:  # type: ignore[arg-type]
         run.progress.stage("counting", made.reward_model.steps, completed=steps.done)
@@ -80,6 +87,8 @@ def count(made: RewardModelRecipe, run: Run, stop_at: int | None = None, data: A
             learner.value += step
             learner.bad_updates = step
             steps.state["seen"].append(step)
+            if step + 1 in accuracies:
+                steps.rate(step + 1, accuracies[step + 1])
             run.record_step("counting", step + 1, {"loss": float(step)}, ())
     assert learner.closed
     assert learner.bad_updates == made.reward_model.steps - 1
@@ -117,6 +126,16 @@ def test_told_to_stop_the_step_ends_and_is_saved_and_the_run_goes_on_after_it(st
     assert (status(stopped), steps_of(stopped)) == ("finished", list(range(1, 10)))
     with pytest.raises(UserError, match="already holds a run, finished"), open_run(made):
         pass
+
+
+def test_the_best_of_those_that_were_rated_stays_also_when_the_run_was_interrupted(tmp_path: Path) -> None:
+    made = recipe(tmp_path / "run")
+    with pytest.raises(Terminated), open_run(made) as run:
+        count(made, run, stop_at=5, accuracies={1: 0.2, 3: 0.9})
+    assert checkpoints(tmp_path / "run") == ["step_00003", "step_00004", "step_00006"]
+    with open_run(made) as run:
+        count(made, run, accuracies={7: 0.5})
+    assert checkpoints(tmp_path / "run") == ["step_00003", "step_00008", "step_00009"]
 
 
 def test_what_was_measured_after_the_checkpoint_is_cut_off(stopped: Path) -> None:
