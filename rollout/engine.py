@@ -3,16 +3,24 @@
 The environment that vLLM reads at import is set by whoever starts the process (`rollout.worker.environment`).
 """
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from rollout.types import Completion, EngineOptions, FinishReason, Prompt, RolloutError, SamplingOptions
-from rollout.weights import load_weights
+from rollout.transport import Bucket
+from rollout.types import (
+    Completion,
+    EngineOptions,
+    FinishReason,
+    Prompt,
+    RolloutError,
+    SamplingOptions,
+    WeightUpdateError,
+)
+from rollout.weights import begin_update, finish_update, take_bucket
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,17 +85,31 @@ class Engine:
             if engine.has_unfinished_requests():
                 engine.abort_request([id_], internal=True)
 
-    def load(
-        self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int, modules: Sequence[str] | None = None
-    ) -> None:
-        """Replace the weights, or those of some modules, by the tensors of a checkpoint; samples then carry `version`."""
-        self._llm.collective_rpc(partial(load_weights, named_tensors=named_tensors, modules=modules))
+    def load(self, buckets: Iterable[Bucket], version: int, modules: Sequence[str] | None = None) -> None:
+        """Replace the weights, or those of some modules, by the tensors of a checkpoint; samples then carry `version`.
+
+        Raises WeightUpdateError when they are not those of the model.
+        """
+        self._everywhere(begin_update, modules)
+        try:
+            for bucket in buckets:
+                self._everywhere(take_bucket, bucket)
+        except BaseException:
+            self._llm.collective_rpc(finish_update)
+            raise
+        self._everywhere(finish_update)
         self._llm.reset_prefix_cache()
         self.weight_version = version
 
     def probe(self) -> None:
         """Draw a token, as a sign that the engine works."""
         self.generate([Request(Prompt("probe", [0]), 0, 0)], SamplingOptions(temperature=0, max_new_tokens=1))
+
+    def _everywhere(self, do: Callable[..., str | None], *arguments: Any) -> None:
+        """Let each process of the engine do its part of an update. Raises WeightUpdateError with what one of them found wrong."""
+        for wrong in self._llm.collective_rpc(do, args=arguments):
+            if wrong is not None:
+                raise WeightUpdateError(wrong)
 
     def _count_steps(self) -> None:
         engine = self._llm.llm_engine
@@ -145,13 +167,13 @@ def engine_arguments(model: str, options: EngineOptions) -> dict[str, Any]:
     }
     if config.model_type.startswith("deepseek"):
         arguments["hf_overrides"] = {"moe_router_dtype": "float32"}
-    if torch.cuda.is_available():
-        return arguments | {
-            "gpu_memory_utilization": options.gpu_memory_share,
-            "tensor_parallel_size": options.tensor_parallel,
-        }
     arguments |= {
-        "distributed_executor_backend": "uni",
+        "tensor_parallel_size": options.tensor_parallel,
+        "distributed_executor_backend": "uni" if options.tensor_parallel == 1 else "mp",
+    }
+    if torch.cuda.is_available():
+        return arguments | {"gpu_memory_utilization": options.gpu_memory_share}
+    arguments |= {
         "kv_cache_memory_bytes": int(options.kv_cache_gb * 2**30),
         # A seeded request cannot be prefilled in chunks on a CPU: its generator has no offset.
         "enable_chunked_prefill": False,

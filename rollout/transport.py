@@ -1,8 +1,8 @@
 """How new weights travel from a learner to the rollout workers: in buckets of bounded size, through Ray's object store or files.
 
 A transport has two ends. In the learner it is given one bucket after the other, and what it makes of a bucket comes to the driver as
-a reference; from the references the driver makes a source, and each worker reads the tensors from that, one bucket at a time. So no
-process holds more of the model than a bucket.
+a reference; from the references the driver makes a source, and each worker reads the buckets from that, one at a time. So no process
+holds more of the model than a bucket.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,8 +22,8 @@ MIB = 2**20
 class WeightSource(Protocol):
     """The tensors of an update under checkpoint names. They can be read until `release`, by as many as want to."""
 
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """All tensors, of which one bucket is in memory at a time."""
+    def buckets(self) -> Iterator[Bucket]:
+        """All tensors, a bucket at a time."""
 
     def release(self) -> None:
         """Take away what was kept for readers."""
@@ -93,11 +93,10 @@ class StoredWeights:
 
     references: Sequence[Any]
 
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def buckets(self) -> Iterator[Bucket]:
         import ray
 
-        for reference in self.references:
-            yield from ray.get(reference).items()
+        yield from map(ray.get, self.references)
 
     def release(self) -> None:
         self.references = ()
@@ -137,13 +136,10 @@ class WeightFiles:
 
     files: Sequence[Path]
 
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        from safetensors import safe_open
+    def buckets(self) -> Iterator[Bucket]:
+        from safetensors.torch import load_file
 
-        for file in self.files:
-            with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118 - no mapping
-                    yield name, opened.get_tensor(name)
+        yield from map(load_file, self.files)
 
     def release(self) -> None:
         for file in self.files:

@@ -85,7 +85,9 @@ class EngineOptions(BaseModel):
     )
     kv_cache_gb: float = Field(1.0, gt=0, description="memory for the KV cache of a worker on a CPU, in GiB")
     gpu_memory_share: float = Field(0.85, gt=0, le=1, description="share of a GPU's memory for a worker on a GPU")
-    tensor_parallel: int = Field(1, ge=1, description="GPUs that hold one copy of the policy")
+    tensor_parallel: int = Field(
+        1, ge=1, description="processes that hold one copy of the policy together, each on a GPU where there are any"
+    )
     native_rotary: bool = Field(
         True,
         description="rotary embedding in PyTorch. vLLM's own CPU kernel rotates the wrong rows for DeepSeek-V2 without YaRN; "

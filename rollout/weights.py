@@ -1,47 +1,91 @@
-"""New weights for a running vLLM engine, without a restart."""
+"""New weights for a running vLLM engine, without a restart.
 
-from collections.abc import Iterable, Sequence
+The engine is a process, or several with a part of the model each. An error would lose its type on the way from one of these, so that
+the three parts of an update say what is wrong in words.
+"""
+
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+from rollout.transport import Bucket
 from rollout.types import WeightUpdateError
 
 
-def load_weights(
-    worker: Any, named_tensors: Iterable[tuple[str, torch.Tensor]], modules: Sequence[str] | None = None
-) -> None:
-    """Write a checkpoint, under its checkpoint names, into the model of a vLLM worker: all of it, or all of some modules.
+class WeightUpdate:
+    """An update under way in a vLLM worker process: of the whole model, or of some of its modules.
 
-    Raises WeightUpdateError when a name is unknown to the model or a parameter that had to be written was not.
+    Its methods raise WeightUpdateError where the update is not one of this model.
     """
-    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-    model = worker.model_runner.get_model()
-    parts = {"": model} if modules is None else {f"{name}.": part_of(model, name) for name in modules}
-    for part in parts.values():
-        forget_derived_weights(part)
-        initialize_layerwise_reload(part)
-    # From here to the end of the reload the model has the parameters of a checkpoint, without what it derives of them.
-    expected = {name for name, _ in model.named_parameters() if name.startswith(tuple(parts))}
-    if head_is_tied(model):
-        # The head has no tensor of its own in a checkpoint: it is the embedding, and packed again below.
-        expected.discard("lm_head.weight")
+    def __init__(self, worker: Any, modules: Sequence[str] | None):
+        self._model = worker.model_runner.get_model()
+        self._config = worker.model_runner.model_config
+        self._is_whole = modules is None
+        self._parts = {f"{name}.": part_of(self._model, name) for name in modules or ()} or {"": self._model}
+        self._loaded: set[str] = set()
+
+    def begin(self) -> None:
+        """From here to `finish` the model has the parameters of a checkpoint, without what it derives of them."""
+        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+
+        for part in self._parts.values():
+            forget_derived_weights(part)
+            initialize_layerwise_reload(part)
+        below = tuple(self._parts)
+        self._expected = {name for name, _ in self._model.named_parameters() if name.startswith(below)}
+        if head_is_tied(self._model):
+            # The head has no tensor of its own in a checkpoint: it is the embedding, and packed again at the end.
+            self._expected.discard("lm_head.weight")
+
+    def take(self, bucket: Bucket) -> None:
+        """Write tensors, which have their checkpoint names."""
+        try:
+            self._loaded |= self._model.load_weights(iter(bucket.items()))
+        except (KeyError, ValueError, AssertionError) as error:
+            raise WeightUpdateError(
+                f"vLLM refused a tensor of the update ({type(error).__name__}: {error}); "
+                "the names or shapes that the learner sends are not those of this architecture's checkpoint"
+            ) from error
+
+    def finish(self) -> None:
+        """Make the model ready to sample."""
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+        for part in self._parts.values():
+            finalize_layerwise_reload(part, self._config)
+        if self._is_whole:
+            derive_weights_again(self._model)
+        elif foreign := sorted(self._loaded - self._expected):
+            raise WeightUpdateError(f"the update wrote {foreign[0]}, which is in none of the modules that it is for")
+        check_coverage(self._expected, self._loaded)
+
+
+def begin_update(worker: Any, modules: Sequence[str] | None) -> str | None:
+    """Begin an update in a vLLM worker process. Returns what is wrong with it, as the parts that follow do."""
+
+    def begin() -> None:
+        worker.weight_update = WeightUpdate(worker, modules)
+        worker.weight_update.begin()
+
+    return what_is_wrong(begin)
+
+
+def take_bucket(worker: Any, bucket: Bucket) -> str | None:
+    return what_is_wrong(worker.weight_update.take, bucket)
+
+
+def finish_update(worker: Any) -> str | None:
+    return what_is_wrong(worker.weight_update.finish)
+
+
+def what_is_wrong(do: Callable[..., None], *arguments: Any) -> str | None:
     try:
-        loaded = model.load_weights(iter(named_tensors))
-    except (KeyError, ValueError, AssertionError) as error:
-        raise WeightUpdateError(
-            f"vLLM refused a tensor of the update ({type(error).__name__}: {error}); "
-            "the names or shapes that the learner sends are not those of this architecture's checkpoint"
-        ) from error
-    finally:
-        for part in parts.values():
-            finalize_layerwise_reload(part, worker.model_runner.model_config)
-    if modules is None:
-        derive_weights_again(model)
-    elif foreign := sorted(loaded - expected):
-        raise WeightUpdateError(f"the update wrote {foreign[0]}, which is in none of the modules that it is for")
-    check_coverage(expected, loaded)
+        do(*arguments)
+    except WeightUpdateError as error:
+        return str(error)
+    return None
 
 
 def part_of(model: torch.nn.Module, name: str) -> torch.nn.Module:

@@ -59,7 +59,7 @@ class RolloutWorker:
 
     def load(self, source: WeightSource, version: int, modules: Sequence[str] | None = None) -> None:
         """Take the tensors of a checkpoint, or of some of its modules, as the new weights."""
-        self._loaded.load(source.tensors(), version, modules)
+        self._loaded.load(source.buckets(), version, modules)
 
     def probe(self) -> None:
         """Draw a token: what has an answer to this can serve."""

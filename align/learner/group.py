@@ -99,7 +99,8 @@ class RankGroup:
 
     def weights(self) -> dict[str, torch.Tensor]:
         """What `publish` sends, in this process."""
-        return dict(self.publish(ObjectStore()).tensors())
+        source = self.publish(ObjectStore())
+        return {name: tensor for bucket in source.buckets() for name, tensor in bucket.items()}
 
     def missing_gradients(self) -> list[str]:
         """Parameters, and experts of fused ones, that no rank has seen a gradient of yet."""

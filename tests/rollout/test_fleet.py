@@ -25,9 +25,11 @@ STOP = 2
 OPTIONS = FleetOptions(workers=1, max_length=64, kv_cache_gb=0.25, batch_sequences=16)
 
 
-@pytest.fixture(scope="module")
-def fleet(policy: ModelOptions, ray_session: None) -> Iterator[Fleet]:
-    fleet = Fleet(policy.path, "float32", OPTIONS, stop_token_ids=[STOP])
+@pytest.fixture(scope="module", params=[1, 2], ids=["one process", "two processes"])
+def fleet(request: pytest.FixtureRequest, policy: ModelOptions, ray_session: None) -> Iterator[Fleet]:
+    """A worker whose engine is one process, then one whose engine is two that have half of each matrix."""
+    options = OPTIONS.model_copy(update={"tensor_parallel": request.param})
+    fleet = Fleet(policy.path, "float32", options, stop_token_ids=[STOP])
     fleet.wait_until_ready()
     yield fleet
     fleet.close()

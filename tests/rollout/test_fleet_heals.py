@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 
+import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -125,3 +126,31 @@ def test_a_fault_at_the_first_start_is_healed(injury: Injury, policy: ModelOptio
         assert len(starting.sample()) == 96
     finally:
         starting.fleet.close()
+
+
+@pytest.mark.slow
+def test_a_worker_of_two_processes_is_replaced_whichever_of_them_dies(policy: ModelOptions, ray_session: None) -> None:
+    of_two = WitnessedFleet(policy.path, OPTIONS.model_copy(update={"workers": 1, "tensor_parallel": 2}))
+    seen: set[psutil.Process] = set()
+
+    def engine_processes() -> list[psutil.Process]:
+        member = of_two.fleet.members[0]
+        assert member.process is not None
+        found = psutil.Process(member.process.pid).children(recursive=True)
+        seen.update(found)
+        return [child for child in found if "Worker" in child.name()]
+
+    try:
+        of_two.until_healthy()
+        unbroken = of_two.sample()
+        assert len(engine_processes()) == 2
+        assert of_two.sample(lambda: engine_processes()[0].kill()) == unbroken
+        of_two.until_healthy()
+        engine_processes()
+        assert of_two.sample(lambda: of_two.injure(0, Injury.KILL)) == unbroken
+        of_two.until_healthy()
+        assert any("restart 1 of 3" in fault.message for fault in of_two.faults)
+    finally:
+        of_two.fleet.close()
+    _, left = psutil.wait_procs(seen, timeout=30)
+    assert left == []

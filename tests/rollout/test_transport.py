@@ -43,7 +43,7 @@ def test_every_reader_gets_every_tensor_until_it_is_released(ray_session: None, 
     references = [ray.put(transport.give(bucket)) for bucket in buckets(sent.items(), transport.bucket_bytes)]
     source = transport.source(references)
     for _ in range(2):
-        read = dict(source.tensors())
+        read = {name: tensor for bucket in source.buckets() for name, tensor in bucket.items()}
         assert sorted(read) == sorted(sent)
         assert all(torch.equal(read[name], sent[name]) and read[name].dtype == sent[name].dtype for name in sent)
     source.release()

@@ -34,7 +34,7 @@ def test_both_transports_deliver_the_checkpoint(learner: LearnerGroup, policy: M
     expected = dict(to_checkpoint((n, p.detach()) for n, p in load_policy(policy).named_parameters()))
     for transport in (ObjectStore(SMALL), Directory(tmp_path / "weights", SMALL)):
         source = learner.publish(transport)
-        found = dict(source.tensors())
+        found = {name: tensor for bucket in source.buckets() for name, tensor in bucket.items()}
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], expected[name]) for name in expected)
         source.release()
