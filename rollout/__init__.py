@@ -8,14 +8,23 @@
     groups = fleet.generate([Prompt("p0", [0, 17, 5])], 8, SamplingOptions(max_new_tokens=64), seed=0, step=0)
 
 `rollout.types` has the records, `Fleet` the workers together, `rollout.supervisor` what replaces those that are lost,
-`rollout.engine` one vLLM engine, `rollout.transport` how new weights come to it, `rollout.weights` how they get into it. This package knows nothing of training or
-rewards.
+`rollout.engine` one vLLM engine, `rollout.transport` how new weights come to it, `rollout.weights` how they get into it. This package knows
+nothing of training or rewards.
 """
 
 from rollout.fleet import Fleet, Group
 from rollout.health import Fault, State
 from rollout.seeds import sample_seed
-from rollout.transport import Directory, ObjectStore, Transport, WeightOptions, WeightSource, stored
+from rollout.transport import (
+    AdapterFiles,
+    Adapters,
+    Directory,
+    ObjectStore,
+    Transport,
+    WeightOptions,
+    WeightSource,
+    stored,
+)
 from rollout.types import (
     Completion,
     EngineOptions,
@@ -28,6 +37,8 @@ from rollout.types import (
 )
 
 __all__ = [
+    "AdapterFiles",
+    "Adapters",
     "Completion",
     "Directory",
     "EngineOptions",

@@ -45,6 +45,7 @@ class Engine:
         self.weight_version = 0
         self.steps = 0
         self._options = options
+        self._adapter: Any = None
         self._stop_token_ids = list(stop_token_ids)
         self._llm = LLM(model=str(model), dtype=dtype, **engine_arguments(str(model), options))
         self._count_steps()
@@ -62,6 +63,7 @@ class Engine:
             [{"prompt_token_ids": list(request.prompt.token_ids)} for request in requests],
             parameters,
             use_tqdm=False,
+            lora_request=self._adapter,
         )
         return [self._completion(r, output.outputs[0]) for r, output in zip(requests, outputs, strict=True)]
 
@@ -73,6 +75,7 @@ class Engine:
             request.prompt.id,
             {"prompt_token_ids": list(request.prompt.token_ids)},
             self._parameters(request, sampling),
+            lora_request=self._adapter,
         )
         told = 0
         try:
@@ -98,6 +101,24 @@ class Engine:
             self._llm.collective_rpc(finish_update)
             raise
         self._everywhere(finish_update)
+        self._llm.reset_prefix_cache()
+        self.weight_version = version
+
+    def load_adapter(self, directory: Path, version: int) -> None:
+        """Add the adapter in `directory`, in place of one before; samples then carry `version`.
+
+        Raises WeightUpdateError where vLLM cannot: what it does not know how to serve, it may also leave out.
+        """
+        from vllm.lora.request import LoRARequest
+
+        adapter = LoRARequest(f"version {version}", version + 1, str(directory))
+        try:
+            self._llm.llm_engine.add_lora(adapter)
+        except (ValueError, RuntimeError) as error:
+            raise WeightUpdateError(
+                f"vLLM refused the adapter ({error}); leave weights.transport out to send merged weights"
+            ) from error
+        self._adapter = adapter
         self._llm.reset_prefix_cache()
         self.weight_version = version
 
@@ -171,6 +192,8 @@ def engine_arguments(model: str, options: EngineOptions) -> dict[str, Any]:
         "tensor_parallel_size": options.tensor_parallel,
         "distributed_executor_backend": "uni" if options.tensor_parallel == 1 else "mp",
     }
+    if options.adapter_rank:
+        arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": served_rank(options.adapter_rank)}
     if torch.cuda.is_available():
         return arguments | {"gpu_memory_utilization": options.gpu_memory_share}
     arguments |= {
@@ -186,3 +209,12 @@ def engine_arguments(model: str, options: EngineOptions) -> dict[str, Any]:
         # The backend that vLLM prefers on CPUs with AMX is for bfloat16 only and cannot take new weights.
         arguments["attention_backend"] = "CPU_MLA"
     return arguments
+
+
+def served_rank(rank: int) -> int:
+    """The smallest rank that vLLM has room for, and that `rank` fits in."""
+    from typing import get_args
+
+    from vllm.config.lora import MaxLoRARanks
+
+    return min((r for r in get_args(MaxLoRARanks) if r >= rank), default=rank)

@@ -12,7 +12,7 @@ from rollout.health import Fault, FaultHandler
 from rollout.member import Batch, Job, Member, Update
 from rollout.seeds import sample_seed
 from rollout.supervisor import Supervisor
-from rollout.transport import WeightSource
+from rollout.transport import AdapterFiles, WeightSource
 from rollout.types import Completion, FleetOptions, Prompt, RolloutError, SamplingOptions
 
 T = TypeVar("T")
@@ -100,9 +100,10 @@ class Fleet:
                     group = waiting.pop(completion.prompt_id)
                     yield Group(by_id[completion.prompt_id], [group[index] for index in range(group_size)])
 
-    def load(self, source: WeightSource, version: int, modules: Sequence[str] | None = None) -> None:
+    def load(self, source: WeightSource | AdapterFiles, version: int, modules: Sequence[str] | None = None) -> None:
         """Give every worker the tensors of a checkpoint as its weights. Raises WeightUpdateError, RolloutError.
 
+        Or an adapter, to be added to the weights that they began with, if `rollout.adapter_rank` allows for it.
         With `modules`, such as `model.layers.0.self_attn`, they are the tensors of these alone; all else stays as it is.
         The source is kept until the next update, for workers that are started in place of lost ones, and then released.
         """

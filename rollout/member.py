@@ -14,7 +14,7 @@ import torch
 from rollout import processes
 from rollout.engine import Request
 from rollout.health import PROBES, State, Vitals
-from rollout.transport import WeightSource
+from rollout.transport import AdapterFiles, WeightSource
 from rollout.types import Completion, EngineOptions, FleetOptions, RolloutError, SamplingOptions
 from rollout.worker import CONCURRENCY_GROUPS, RolloutWorker, environment
 
@@ -44,7 +44,7 @@ class Update:
 
     serial: int
     version: int
-    source: WeightSource
+    source: WeightSource | AdapterFiles
     modules: Sequence[str] | None
     refused: RolloutError | None = None
     told: bool = False

@@ -1,10 +1,13 @@
 """How new weights travel from a learner to the rollout workers: in buckets of bounded size, through Ray's object store or files.
 
+An adapter may travel alone, as the files that PEFT writes: then vLLM adds it to the weights that the workers began with.
+
 A transport has two ends. In the learner it is given one bucket after the other, and what it makes of a bucket comes to the driver as
 a reference; from the references the driver makes a source, and each worker reads the buckets from that, one at a time. So no process
 holds more of the model than a bucket.
 """
 
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,10 +50,11 @@ class WeightOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    transport: Literal["object_store", "directory"] = Field(
+    transport: Literal["object_store", "directory", "adapter"] = Field(
         "object_store",
-        description="Ray's shared memory (/dev/shm holds the model twice, and spills to disk), or safetensors files in the run directory, "
-        "which all nodes must then share",
+        description="object_store: Ray's shared memory (/dev/shm holds the weights twice, and spills to disk); directory: safetensors files "
+        "in the run directory, which all nodes must then share; adapter: only the files of learner.lora's adapter, there too, which vLLM "
+        "adds by itself (on a CPU for models without experts)",
     )
     bucket_mb: float = Field(
         256, gt=0, description="MiB that are in the memory of a process at a time; a larger tensor goes alone"
@@ -144,3 +148,26 @@ class WeightFiles:
     def release(self) -> None:
         for file in self.files:
             file.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Adapters:
+    """As an adapter alone: a directory in `path` for each update. The workers must have the learner's base."""
+
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFiles:
+    """A directory with a LoRA adapter as PEFT writes it. It takes the place of the adapter before."""
+
+    directory: Path
+
+    @property
+    def size(self) -> int:
+        """Bytes of its weights."""
+        return sum(file.stat().st_size for file in self.directory.glob("*.safetensors"))
+
+    def release(self) -> None:
+        """Remove it."""
+        shutil.rmtree(self.directory, ignore_errors=True)

@@ -88,6 +88,11 @@ class EngineOptions(BaseModel):
     tensor_parallel: int = Field(
         1, ge=1, description="processes that hold one copy of the policy together, each on a GPU where there are any"
     )
+    adapter_rank: int = Field(
+        0,
+        ge=0,
+        description="largest rank of an adapter that vLLM adds to the policy; `weights.transport: adapter` sets it",
+    )
     native_rotary: bool = Field(
         True,
         description="rotary embedding in PyTorch. vLLM's own CPU kernel rotates the wrong rows for DeepSeek-V2 without YaRN; "

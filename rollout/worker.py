@@ -10,7 +10,7 @@ import torch
 
 from rollout.engine import Engine, Request
 from rollout.processes import ProcessId, introduce_this_process
-from rollout.transport import WeightSource
+from rollout.transport import AdapterFiles, WeightSource
 from rollout.types import Completion, EngineOptions, SamplingOptions
 
 CONCURRENCY_GROUPS = {"pulse": 1, "watch": 1}
@@ -57,9 +57,12 @@ class RolloutWorker:
         """One completion for each request, in their order."""
         return self._loaded.generate(requests, sampling)
 
-    def load(self, source: WeightSource, version: int, modules: Sequence[str] | None = None) -> None:
-        """Take the tensors of a checkpoint, or of some of its modules, as the new weights."""
-        self._loaded.load(source.buckets(), version, modules)
+    def load(self, source: WeightSource | AdapterFiles, version: int, modules: Sequence[str] | None = None) -> None:
+        """Take the tensors of a checkpoint, or of some of its modules, as the new weights; or an adapter."""
+        if isinstance(source, AdapterFiles):
+            self._loaded.load_adapter(source.directory, version)
+        else:
+            self._loaded.load(source.buckets(), version, modules)
 
     def probe(self) -> None:
         """Draw a token: what has an answer to this can serve."""

@@ -299,6 +299,12 @@ class PolicyRecipe(SamplingRecipe, TrainingRecipe):
                 raise ValueError(f"evaluation.{key} is for a single data card; name it in evaluation.cards")
         return self
 
+    @model_validator(mode="after")
+    def _an_adapter_to_send(self) -> Self:
+        if self.weights.transport == "adapter" and self.learner.lora is None:
+            raise ValueError("weights.transport: adapter sends the adapter alone, and there is none: set learner.lora")
+        return self
+
 
 class SftRecipe(PolicyRecipe):
     """Supervised fine-tuning."""
@@ -359,6 +365,11 @@ class GrpoRecipe(PolicyRecipe):
         if self.learner.lora is not None and self.learner.lora.dropout:
             raise ValueError(
                 "learner.lora.dropout must be 0: with it the learner would judge another policy than the one that sampled"
+            )
+        if self.weights.transport == "adapter" and self.init_from is not None:
+            raise ValueError(
+                "weights.transport: adapter wants workers that start from the policy that is trained: run init_from's recipe first, "
+                "and give what it made as model.path"
             )
         if self.sampling.max_new_tokens >= self.rollout.max_length:
             raise ValueError(

@@ -20,7 +20,7 @@ from align.learner.rank import LearnerRank, Trained, environment
 from align.learner.worker import LearnerWorker
 from align.run.checkpoints import Entry
 from align.run.files import whole_directory
-from rollout import ObjectStore, Transport, WeightSource
+from rollout import AdapterFiles, ObjectStore, Transport, WeightSource
 from rollout.processes import ProcessId, kill, stacks
 
 DEATH_S = 5.0
@@ -96,6 +96,12 @@ class RankGroup:
         calls = [rank.publish.options(num_returns="streaming").remote(transport) for rank in self._ranks]
         self._gather([call.completed() for call in calls], self._options.step_timeout_s, "gathering the weights")
         return transport.source(list(calls[0]))
+
+    def publish_adapter(self, directory: Path) -> AdapterFiles:
+        """Write the adapter to `directory`, for the rollout workers to add. Raises LearnerError, OSError."""
+        calls = [rank.save_adapter.remote(directory) for rank in self._ranks]
+        self._gather(calls, self._options.step_timeout_s, "gathering the adapter")
+        return AdapterFiles(directory)
 
     def weights(self) -> dict[str, torch.Tensor]:
         """What `publish` sends, in this process."""

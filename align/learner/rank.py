@@ -126,11 +126,16 @@ class LearnerRank(ABC):
         """
         network, lora = self._network, self._options.lora
         state = dict(self._whole_weights())
-        adapter = {} if lora is None else self._gather_trained()
         if self._engine.global_rank == 0:
             save_policy(network if lora is None else network.get_base_model(), self._tokenizer, directory, state)
-            if lora is not None:
-                save_adapter(network, directory / ADAPTER_DIRECTORY, adapter)
+        if lora is not None:
+            self.save_adapter(directory / ADAPTER_DIRECTORY)
+
+    def save_adapter(self, directory: Path) -> None:
+        """Write the adapter alone, as PEFT does. Rank 0 writes, all ranks take part in gathering."""
+        adapter = self._gather_trained()
+        if self._engine.global_rank == 0:
+            save_adapter(self._network, directory, adapter)
 
     def save_state(self, directory: Path) -> dict[str, Entry]:
         """Write this rank's files of a training checkpoint; returns their entries."""

@@ -89,6 +89,8 @@ def what_is_learned(recipe: Recipe, sizes: ModelSizes, element: int) -> Learning
     if lora is not None:
         parameters = adapted_parameters(sizes, lora.targets)
         trained, sent = adapter_size(parameters, lora.rank), changed_size(sizes, parameters)
+        if isinstance(recipe, PolicyRecipe) and recipe.weights.transport == "adapter":
+            sent = trained
     if isinstance(recipe, GrpoRecipe):
         sequences, longest = recipe.grpo.prompts_per_step * recipe.grpo.group_size, recipe.rollout.max_length
     elif isinstance(recipe, SftRecipe):
@@ -311,6 +313,7 @@ def notes(recipe: Recipe, sizes: ModelSizes, learning: Learning | None, element:
             through = {
                 "object_store": "Ray's shared memory: the node of rank 0 holds them twice, those of before included",
                 "directory": "files in the run directory, which holds them twice, those of before included",
+                "adapter": "the adapter's files in the run directory",
             }[recipe.weights.transport]
             found.append(
                 f"{gib(learning.sent * element)} of new weights go to the workers after an update, through {through}"

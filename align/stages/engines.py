@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
+
+import torch
 
 from align.config import ModelOptions, PolicyRecipe, Recipe, RewardModelRecipe, SamplingRecipe, TrainingRecipe
 from align.errors import UserError
@@ -14,12 +17,13 @@ from align.evaluate.doctor import examine, verdict
 from align.learner.group import LearnerGroup, check_port
 from align.model.policy import load_tokenizer, stop_token_ids, write_random_policy
 from align.model.reward_model import is_reward_model
+from align.model.sizes import empty_model, model_sizes, read_config
 from align.stages.disk import check_space
 from align.stages.faults import record_fault
 from align.stages.ray_cluster import local_ray
 from align.stages.run import Run
 from reward import Mixture, RewardError, ScoringPool
-from rollout import Directory, Fleet, ObjectStore, Transport, WeightOptions
+from rollout import Adapters, Directory, Fleet, ObjectStore, Transport, WeightOptions
 from rollout.transport import MIB
 
 
@@ -31,11 +35,20 @@ class Engines:
     tokenizer: Any
     fleet: Fleet
     judges: ScoringPool
-    transport: Transport
+    transport: Transport | Adapters
 
-    def send_weights(self, learner: LearnerGroup, version: int) -> None:
-        """Give the workers what has been trained; they sample with it, as weights of `version`, when this returns."""
+    def send_weights(self, learner: LearnerGroup, version: int) -> int:
+        """Give the workers what has been trained; they sample with it, as weights of `version`, when this returns.
+
+        Returns how many bytes went to each.
+        """
+        if isinstance(self.transport, Adapters):
+            adapter = learner.publish_adapter(self.transport.path / uuid4().hex)
+            size = adapter.size
+            self.fleet.load(adapter, version)
+            return size
         self.fleet.load(learner.publish(self.transport), version, modules=learner.trained.modules)
+        return learner.trained.sent_bytes
 
 
 def prepare_policy(recipe: Recipe, run: Run) -> tuple[ModelOptions, Any]:
@@ -65,8 +78,12 @@ def start_engines(recipe: SamplingRecipe, policy: ModelOptions, tokenizer: Any, 
         check_port(recipe.learner.port)
     stops = stop_token_ids(policy.path, tokenizer)
     transport = transport_of(recipe, run.directory.path.absolute() / "weights")
+    rollout = recipe.rollout
+    if isinstance(transport, Adapters) and isinstance(recipe, PolicyRecipe) and recipe.learner.lora:
+        check_adapters_are_served(policy)
+        rollout = rollout.model_copy(update={"adapter_rank": recipe.learner.lora.rank})
     with local_ray():
-        fleet = Fleet(policy.path, policy.dtype, recipe.rollout, stops, partial(record_fault, run))
+        fleet = Fleet(policy.path, policy.dtype, rollout, stops, partial(record_fault, run))
         try:
             with start_judges(recipe) as judges:
                 yield Engines(policy, tokenizer, fleet, judges, transport)
@@ -74,13 +91,22 @@ def start_engines(recipe: SamplingRecipe, policy: ModelOptions, tokenizer: Any, 
             fleet.close()
 
 
-def transport_of(recipe: SamplingRecipe, directory: Path) -> Transport:
+def check_adapters_are_served(policy: ModelOptions) -> None:
+    """Raise UserError where vLLM cannot add an adapter to this policy on this machine."""
+    if not torch.cuda.is_available() and model_sizes(empty_model(read_config(policy.path))).is_mixture:
+        raise UserError(
+            f"weights.transport: vLLM adds no adapters to a model with experts ({policy.path}) on a CPU; leave it out, and the workers "
+            "get merged weights"
+        )
+
+
+def transport_of(recipe: SamplingRecipe, directory: Path) -> Transport | Adapters:
     """The way of new weights to the workers that the recipe names; where it is files, a killed run's are removed."""
     options = recipe.weights if isinstance(recipe, PolicyRecipe) else WeightOptions()
     if options.transport == "object_store":
         return ObjectStore(options.bucket_mb * MIB)
     shutil.rmtree(directory, ignore_errors=True)
-    return Directory(directory, options.bucket_mb * MIB)
+    return Adapters(directory) if options.transport == "adapter" else Directory(directory, options.bucket_mb * MIB)
 
 
 @contextmanager

@@ -104,13 +104,13 @@ def train_grpo(
             clock.lap("training")
 
             version = engines.fleet.weight_version + 1
-            engines.send_weights(learner, version)
+            sent = engines.send_weights(learner, version)
             steps.state["weight_version"] = version
             clock.lap("weights")
 
             write_samples(run.directory.samples_file(step + 1), experience.rows)
             metrics = step_metrics(experience, sums, found, norm, clock) | learner.expert_load()
-            metrics["weight_bytes"] = learner.trained.sent_bytes
+            metrics["weight_bytes"] = sent
             run.record_step("grpo", step + 1, metrics, SHOWN)
             bad_steps.observe(step + 1, experience.bad)
             alarms.observe(step + 1, metrics, experience.seen)

@@ -130,3 +130,16 @@ def test_bfloat16(tmp_path: Path, policy: ModelOptions) -> None:
     bfloat16 = ["model.dtype=bfloat16", *GRPO]
     found = agreements("grpo", Path(policy.path), tmp_path / "run", *bfloat16)
     assert 1e-5 < max(found) < 0.03
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_an_adapter_may_travel_alone(tmp_path: Path) -> None:
+    write_model(ARCHITECTURES["Qwen3"](), tmp_path / "model")
+    lora = ["learner.lora={rank: 4, targets: attention+shared}", "weights.transport=adapter"]
+    found = agreements("grpo", tmp_path / "model", tmp_path / "run", *GRPO, *lora)
+    assert max(found) < 1e-5
+    steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    adapter = tmp_path / "run" / "final" / "adapter" / "adapter_model.safetensors"
+    assert {line["weight_bytes"] for line in steps if "weight_bytes" in line} == {adapter.stat().st_size}
+    assert list((tmp_path / "run" / "weights").iterdir()) == []

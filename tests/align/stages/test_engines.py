@@ -2,9 +2,13 @@
 
 from pathlib import Path
 
-from align.config import GrpoRecipe, load_recipe
-from align.stages.engines import transport_of
-from rollout import Directory, ObjectStore
+import pytest
+import torch
+
+from align.config import GrpoRecipe, ModelOptions, load_recipe
+from align.errors import UserError
+from align.stages.engines import check_adapters_are_served, transport_of
+from rollout import Adapters, Directory, ObjectStore
 
 
 def recipe(*overrides: str) -> GrpoRecipe:
@@ -23,3 +27,29 @@ def test_files_of_a_killed_run_are_removed(tmp_path: Path) -> None:
     (directory / "left.safetensors").touch()
     assert transport_of(recipe("weights.transport=directory"), directory) == Directory(directory, 2**28)
     assert not directory.exists()
+
+
+def test_an_adapter_alone_goes_as_files_too(tmp_path: Path) -> None:
+    chosen = recipe("weights.transport=adapter", "learner.lora={rank: 8}")
+    assert transport_of(chosen, tmp_path / "weights") == Adapters(tmp_path / "weights")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["weights.transport=adapter"], "there is none: set learner.lora"),
+        (
+            ["weights.transport=adapter", "learner.lora={}", "init_from=recipes/nano/sft.yaml"],
+            "run init_from's recipe first",
+        ),
+    ],
+)
+def test_an_adapter_alone_wants_one_and_workers_with_its_base(overrides: list[str], expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
+        recipe(*overrides)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU it can be served")
+def test_an_adapter_alone_is_refused_where_vllm_cannot_add_it() -> None:
+    with pytest.raises(UserError, match="no adapters to a model with experts"):
+        check_adapters_are_served(ModelOptions(path="recipes/nano/policy"))

@@ -1,0 +1,120 @@
+"""An adapter sent alone: vLLM adds it to the weights that it has, and then samples as the learner computes."""
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from align.config import LearnerOptions, LoraOptions, ModelOptions, OptimizerOptions
+from align.evaluate.agreement import Disagreement, probe
+from align.learner.group import LearnerGroup
+from align.model.policy import load_tokenizer
+from rollout import Fleet, FleetOptions, Prompt, WeightUpdateError
+
+PROMPTS = [Prompt(f"p{i}", [1, 40 + i, 60 + 3 * i, 17]) for i in range(6)]
+RANK = 4
+FLEET = FleetOptions(workers=1, max_length=64, kv_cache_gb=0.25, batch_sequences=16, adapter_rank=RANK)
+
+
+class Engines(NamedTuple):
+    fleet: Fleet
+    learner: LearnerGroup
+
+    @property
+    def apart(self) -> Disagreement:
+        return probe(self.fleet, self.learner, PROMPTS)
+
+
+def learner_of(policy: ModelOptions, rank: int) -> LearnerGroup:
+    lora = LoraOptions(rank=rank, targets=["attention+shared"])
+    options = LearnerOptions(ranks=1, zero_stage=0, optimizer=OptimizerOptions(learning_rate=1e-3), lora=lora)
+    learner = LearnerGroup(policy, options, seed=0)
+    learner.wait_until_ready()
+    return learner
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> ModelOptions:
+    """A model without experts: with them, vLLM's adapters want a GPU."""
+    directory = tmp_path_factory.mktemp("llama")
+    tokenizer = load_tokenizer(Path("recipes/nano/policy"))
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return ModelOptions(path=str(directory))
+
+
+@pytest.fixture(scope="module")
+def engines(dense: ModelOptions, ray_session: None) -> Iterator[Engines]:
+    fleet = Fleet(dense.path, "float32", FLEET, stop_token_ids=[2])
+    learner = learner_of(dense, RANK)
+    fleet.wait_until_ready()
+    yield Engines(fleet, learner)
+    learner.close()
+    fleet.close()
+
+
+def test_sampler_and_learner_agree_with_each_adapter_and_a_new_worker_gets_the_last(
+    engines: Engines, tmp_path: Path
+) -> None:
+    assert engines.apart.mean < 1e-5
+    for version in (1, 2):
+        perturb(engines.learner, seed=version)
+        assert engines.apart.mean > 1e-3
+        adapter = engines.learner.publish_adapter(tmp_path / str(version))
+        engines.fleet.load(adapter, version)
+        assert engines.apart.mean < 1e-5
+    trained = sum(p.numel() for p in read_adapter(tmp_path / "2").values())
+    assert adapter.size == pytest.approx(4 * trained, rel=0.1)
+
+    process = engines.fleet.members[0].process
+    assert process is not None
+    os.kill(process.pid, signal.SIGKILL)
+    assert engines.apart.mean < 1e-5
+    assert engines.fleet.members[0].process != process
+    # The one before is gone since its successor is there.
+    assert not (tmp_path / "1").exists()
+
+
+def test_an_adapter_that_is_larger_than_there_is_room_for_is_refused(
+    engines: Engines, dense: ModelOptions, tmp_path: Path
+) -> None:
+    larger = learner_of(dense, 16)
+    try:
+        with pytest.raises(WeightUpdateError, match=r"vLLM refused the adapter.*rank 16"):
+            engines.fleet.load(larger.publish_adapter(tmp_path / "larger"), 9)
+    finally:
+        larger.close()
+
+
+def read_adapter(directory: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(directory / "adapter_model.safetensors")
+
+
+def perturb(learner: LearnerGroup, seed: int) -> None:
+    """Add noise to A and B of every adapter."""
+    import ray
+
+    def add_noise(worker: Any) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in worker._network.parameters():
+            if parameter.requires_grad:
+                parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+
+    ray.get([rank.__ray_call__.remote(add_noise) for rank in learner._ranks])
