@@ -195,7 +195,11 @@ def engine_arguments(model: str, options: EngineOptions) -> dict[str, Any]:
     if options.adapter_rank:
         arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": served_rank(options.adapter_rank)}
     if torch.cuda.is_available():
-        return arguments | {"gpu_memory_utilization": options.gpu_memory_share}
+        arguments["gpu_memory_utilization"] = options.gpu_memory_share
+        if options.gpus < 1:
+            # What is free of a GPU that others load their models to, at the same time, cannot be measured.
+            arguments["kv_cache_memory_bytes"] = int(options.kv_cache_gb * 2**30)
+        return arguments
     arguments |= {
         "kv_cache_memory_bytes": int(options.kv_cache_gb * 2**30),
         # A seeded request cannot be prefilled in chunks on a CPU: its generator has no offset.

@@ -73,7 +73,7 @@ def actor_class(options: FleetOptions) -> Any:
 
     return ray.remote(
         num_cpus=0,
-        num_gpus=options.tensor_parallel if torch.cuda.is_available() else 0,
+        num_gpus=options.tensor_parallel * options.gpus if torch.cuda.is_available() else 0,
         resources=options.resources,
         runtime_env={"env_vars": environment(options.threads)},
         max_restarts=0,

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from math import isfinite
+from typing import Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class RolloutError(Exception):
@@ -83,8 +84,16 @@ class EngineOptions(BaseModel):
         ge=1,
         description="sequences sampled together as one engine batch: the unit of work that is handed to a worker",
     )
-    kv_cache_gb: float = Field(1.0, gt=0, description="memory for the KV cache of a worker on a CPU, in GiB")
+    kv_cache_gb: float = Field(
+        1.0, gt=0, description="memory for the KV cache of a worker on a CPU, or on a GPU that is not its own, in GiB"
+    )
     gpu_memory_share: float = Field(0.85, gt=0, le=1, description="share of a GPU's memory for a worker on a GPU")
+    gpus: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="GPUs of a worker's process; below 1 (0.4, say) a learner rank may have the rest of it",
+    )
     tensor_parallel: int = Field(
         1, ge=1, description="processes that hold one copy of the policy together, each on a GPU where there are any"
     )
@@ -98,6 +107,12 @@ class EngineOptions(BaseModel):
         description="rotary embedding in PyTorch. vLLM's own CPU kernel rotates the wrong rows for DeepSeek-V2 without YaRN; "
         "false is there to show that the agreement gate notices",
     )
+
+    @model_validator(mode="after")
+    def _shared_by_one(self) -> Self:
+        if self.gpus < 1 and self.tensor_parallel > 1:
+            raise ValueError("gpus below 1 is for workers of one process: leave it or tensor_parallel out")
+        return self
 
 
 class FleetOptions(EngineOptions):

@@ -90,6 +90,13 @@ class LearnerOptions(Section):
 
     ranks: int = Field(2, ge=1, description="learner processes, data parallel")
     threads: int = Field(1, ge=1, description="CPU threads of a rank")
+    gpus: float = Field(
+        1.0,
+        gt=0.5,
+        le=1,
+        description="GPUs of a rank, where there are any; below 1 (0.6, say) a rollout worker may have the rest of it, in memory too: "
+        "rollout.gpus, rollout.gpu_memory_share",
+    )
     zero_stage: Literal[0, 1, 2, 3] = 1
     expert_parallel: int = Field(
         1,

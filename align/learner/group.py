@@ -50,7 +50,7 @@ class RankGroup:
         self._options = options
         if options.port is not None:
             check_port(options.port)
-        gpus = 1 if torch.cuda.is_available() else 0
+        gpus = options.gpus if torch.cuda.is_available() else 0
         self._ranks = [
             ray.remote(
                 num_cpus=0,

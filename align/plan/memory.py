@@ -81,8 +81,8 @@ def activation_memory(job: Training) -> dict[str, float]:
 def worker_memory(sizes: ModelSizes, options: FleetOptions, element: int, gpu_memory: float) -> dict[str, float]:
     """The memory of one GPU of a rollout worker, or of its process on a CPU (`gpu_memory` 0).
 
-    On a GPU vLLM gives the KV cache what is left of `rollout.gpu_memory_share`; every GPU of a worker holds the whole
-    latent of a token, which has no heads to divide.
+    On a GPU of its own vLLM gives the KV cache what is left of `rollout.gpu_memory_share`; every GPU of a worker holds the
+    whole latent of a token, which has no heads to divide.
     """
     weights = sizes.total * element / (options.tensor_parallel if gpu_memory else 1)
     tokens = max(options.max_length, 4096 if not gpu_memory else 8192)
@@ -90,6 +90,8 @@ def worker_memory(sizes: ModelSizes, options: FleetOptions, element: int, gpu_me
     passing = tokens * widest * element + options.batch_sequences * sizes.vocabulary * 12
     parts = {"weights": weights, "forward pass": passing}
     if not gpu_memory:
+        return parts | {"KV cache": options.kv_cache_gb * GIB}
+    if options.gpus < 1:
         return parts | {"KV cache": options.kv_cache_gb * GIB}
     left = gpu_memory * options.gpu_memory_share - sum(parts.values()) - GPU_PROCESS
     return parts | {"KV cache": max(left, 0.0)}

@@ -54,6 +54,9 @@ class Learning:
     sent: int
 
 
+SHARED = "learner.gpus=0.6 rollout.gpus=0.4 rollout.gpu_memory_share=0.45"
+
+
 def make_plan(recipe: Recipe, sizes: ModelSizes, cluster: Cluster) -> Plan:
     """Plan a recipe of any stage. Raises UserError for LoRA targets that the model does not have."""
     element = ELEMENT_BYTES[recipe.model.dtype]
@@ -61,12 +64,13 @@ def make_plan(recipe: Recipe, sizes: ModelSizes, cluster: Cluster) -> Plan:
     roles = []
     if isinstance(recipe, SamplingRecipe):
         roles += [rollout_role(recipe, sizes, cluster, element), scoring_role(recipe, sizes, cluster)]
+    learners = learners_part(recipe, cluster)
     if learning is not None:
-        roles.append(learner_role(learning.training, cluster))
+        roles.append(learner_role(learning.training, learners))
     nodes, homeless = place(cluster, [Demand(r.name, r.count, r.gpus) for r in roles])
     refusals = [*too_few(recipe, roles, homeless, cluster)]
     if learning is not None and cluster.gpus:
-        refusals += too_much_to_learn(learning.training, roles[-1], cluster)
+        refusals += too_much_to_learn(learning.training, roles[-1], learners)
     if isinstance(recipe, SamplingRecipe):
         refusals += too_much_to_sample(recipe, sizes, roles[0], cluster, element)
     if not cluster.gpus:
@@ -113,9 +117,16 @@ def what_is_learned(recipe: Recipe, sizes: ModelSizes, element: int) -> Learning
     return Learning(training, sequences * longest, sent)
 
 
+def learners_part(recipe: Recipe, cluster: Cluster) -> Cluster:
+    """The cluster with the memory of a GPU that the rollout workers leave to learners, where they share them."""
+    if isinstance(recipe, SamplingRecipe) and recipe.rollout.gpus < 1:
+        return replace(cluster, gpu_memory=cluster.gpu_memory * (1 - recipe.rollout.gpu_memory_share))
+    return cluster
+
+
 def learner_role(training: Training, cluster: Cluster) -> Role:
-    """The learner ranks: one GPU each."""
-    gpus = 1 if cluster.gpus else 0
+    """The learner ranks: a GPU each, or `learner.gpus` of one."""
+    gpus = training.options.gpus if cluster.gpus else 0
     process = {"process": GPU_PROCESS if gpus else memory.LEARNER_PROCESS}
     parts = memory.learner_memory(training) | process
     return Role("learner rank", training.options.ranks, gpus, parts, cluster.gpu_memory)
@@ -125,7 +136,7 @@ def rollout_role(recipe: SamplingRecipe, sizes: ModelSizes, cluster: Cluster, el
     """The rollout workers: `rollout.tensor_parallel` GPUs of one node each."""
     process = {"process": GPU_PROCESS if cluster.gpus else memory.WORKER_PROCESS}
     parts = memory.worker_memory(sizes, recipe.rollout, element, cluster.gpu_memory) | process
-    gpus = recipe.rollout.tensor_parallel if cluster.gpus else 0
+    gpus = recipe.rollout.tensor_parallel * recipe.rollout.gpus if cluster.gpus else 0
     limit = cluster.gpu_memory * recipe.rollout.gpu_memory_share
     return Role("rollout worker", recipe.rollout.workers, gpus, parts, limit)
 
@@ -141,7 +152,7 @@ def scoring_role(recipe: SamplingRecipe, sizes: ModelSizes, cluster: Cluster) ->
 
 
 def too_few(recipe: Recipe, roles: Sequence[Role], homeless: Sequence[str], cluster: Cluster) -> list[str]:
-    """What has no GPU to be on. Learners and rollout workers have GPUs of their own: a run cannot make them share."""
+    """What has no GPU to be on."""
     if not homeless:
         return []
     wanted = " + ".join(f"{r.count} x {r.gpus:g} ({r.name}s)" for r in roles if r.gpus)
@@ -155,12 +166,12 @@ def too_few(recipe: Recipe, roles: Sequence[Role], homeless: Sequence[str], clus
     if cluster.gpus < len([r for r in roles if r.gpus >= 1]):
         return [
             f"a run has GPUs of its own for learners and for rollout workers, {widest + 1:g} at least, and there are "
-            f"{cluster.gpus}: take more"
+            f"{cluster.gpus}: take more, or let a rank and a worker share one ({SHARED})"
         ]
     return [
         f"no GPU is left for {', '.join(homeless)}: the recipe needs {total:g} GPUs, {wanted}, and there are {cluster.gpus}; "
-        "learners and rollout workers have GPUs of their own, so lower learner.ranks, rollout.workers, "
-        "rollout.tensor_parallel or scoring.gpus, or take more nodes"
+        "lower learner.ranks, rollout.workers, rollout.tensor_parallel or scoring.gpus, take more nodes, or let each rank share "
+        f"its GPU with a worker ({SHARED})"
     ]
 
 
@@ -223,6 +234,11 @@ def too_much_to_sample(
     options, found = recipe.rollout, []
     if cluster.gpus and sizes.heads % options.tensor_parallel:
         found.append(f"rollout.tensor_parallel={options.tensor_parallel} does not divide {sizes.heads} attention heads")
+    if cluster.gpus and options.gpus < 1 and role.total > role.limit:
+        found.append(
+            f"a rollout worker needs {gib(role.total)} of {gib(role.limit)}, its share of a GPU's memory: raise "
+            "rollout.gpu_memory_share, or lower rollout.kv_cache_gb"
+        )
     needed = options.max_length * memory.kv_bytes_a_token(sizes, element)
     if role.parts["KV cache"] < needed:
         change = (

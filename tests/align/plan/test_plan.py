@@ -63,6 +63,39 @@ def test_learners_and_rollout_workers_have_gpus_of_their_own() -> None:
     assert "needs 12 GPUs, 4 x 1 (rollout workers) + 8 x 1 (learner ranks), and there are 8" in refusal
 
 
+ONE_GPU = ["learner.ranks=1", "rollout.workers=1", "learner.micro_batch_tokens=4096"]
+SHARED = ["learner.gpus=0.6", "rollout.gpus=0.4", "rollout.gpu_memory_share=0.45", "rollout.kv_cache_gb=2"]
+
+
+def test_adapters_of_deepseek_v2_lite_fit_one_gpu_that_learner_and_sampler_share() -> None:
+    """The frozen base twice is 2 * 29.3 of 80 GiB."""
+    recipe = "recipes/v2_lite/lora_grpo_reasoning.yaml"
+    (refusal,) = planned(recipe, LITE, 1, 1, *ONE_GPU).refusals
+    assert "2 at least, and there are 1: take more, or let a rank and a worker share one (learner.gpus=0.6" in refusal
+    plan = planned(recipe, LITE, 1, 1, *ONE_GPU, *SHARED)
+    assert plan.refusals == []
+    assert plan.nodes == ["node 0: rollout worker 0, scoring worker 0-3, learner rank 0"]
+    worker, _, learner = plan.roles
+    assert worker.limit + learner.limit == pytest.approx(80 * GIB)
+    assert worker.parts["KV cache"] == 2 * GIB
+    (refusal,) = planned(recipe, LITE, 1, 1, *ONE_GPU, *SHARED, "rollout.kv_cache_gb=8").refusals
+    assert "its share of a GPU's memory: raise rollout.gpu_memory_share" in refusal
+    (refusal,) = planned(recipe, LITE, 1, 1, *ONE_GPU, *SHARED, "rollout.gpu_memory_share=0.6").refusals
+    assert "a learner rank needs" in refusal
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["learner.gpus=0.5"], "learner.gpus"),  # two ranks could meet on one GPU, which NCCL does not allow
+        (["rollout.gpus=0.4", "rollout.tensor_parallel=2"], "workers of one process"),
+    ],
+)
+def test_a_gpu_is_shared_by_one_rank_and_one_process_of_a_worker(overrides: list[str], expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
+        planned("recipes/v2_lite/lora_grpo_reasoning.yaml", LITE, 1, 8, *overrides)
+
+
 def test_all_parameters_of_deepseek_v2_take_more_than_sixty_four_learners() -> None:
     (refusal,) = planned("recipes/v2/sft.yaml", V2, 10, 8).refusals
     assert "it would fit with learner.ranks=72" in refusal
