@@ -231,6 +231,8 @@ class ReasoningGymSource(Strict):
     task: str
     params: dict[str, Any] = Field(default={})
     """Of the task's configuration, other than size and seed."""
+    solution: str | None = None
+    """The key of an entry's metadata with a worked solution, to be learned from; `####` and what follows it is left out."""
     splits: dict[SplitName, SeedRange]
 
     @model_validator(mode="after")
@@ -246,7 +248,7 @@ class ReasoningGymSource(Strict):
 
     @property
     def has_demonstrations(self) -> bool:
-        return False
+        return self.solution is not None
 
     @property
     def has_preferences(self) -> bool:

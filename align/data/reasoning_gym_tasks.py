@@ -43,19 +43,25 @@ def generate_task(
             f"data card {card.name}: task {source.task} refuses {source.params | params}: {error}"
         ) from error
     return [
-        _example(card, source.task, f"{card.name}/{split}/{i}", entry)
+        _example(card, source, f"{card.name}/{split}/{i}", entry)
         for i, entry in enumerate(entries)
         if entry["answer"] != ""
     ]
 
 
-def _example(card: DataCard, task: str, identity: str, entry: dict[str, Any]) -> Example:
+def _example(card: DataCard, source: ReasoningGymSource, identity: str, entry: dict[str, Any]) -> Example:
     return Example(
         id=identity,
         messages=({"role": "user", "content": entry["question"]},),
-        response=None,
+        response=None if source.solution is None else worked_solution(entry, source.solution),
         answer=entry["answer"],
         domain=card.domain,
         # Plain, because it travels between processes and into files.
-        metadata={"reasoning_gym": {"task": task, "entry": json.loads(json.dumps(entry, default=str))}},
+        metadata={"reasoning_gym": {"task": source.task, "entry": json.loads(json.dumps(entry, default=str))}},
     )
+
+
+def worked_solution(entry: dict[str, Any], key: str) -> str:
+    """The entry's own steps, and its answer where rewards look for it."""
+    steps = str(entry["metadata"][key]).partition("####")[0].strip()
+    return f"{steps}\n\\boxed{{{entry['answer']}}}"

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from align.data import Example, load_split
+from align.data import Example, load_card, load_split
 from align.data.cards import DataCard
 from align.errors import UserError
 from reward import Sample, Score, Verdict
@@ -94,3 +94,12 @@ def test_where_a_task_gives_no_answer_its_scorer_knows_one(
 def test_a_problem_whose_answer_is_no_text_at_all_is_left_out() -> None:
     """In the task ab, the tokens of some programs annihilate each other: at seed 18, for one."""
     assert [example.id for example in examples("ab", seed=17, size=3)] == ["mine/test/0", "mine/test/2"]
+
+
+def test_worked_solutions_end_with_the_answer_where_the_reward_looks_for_it() -> None:
+    examples = load_split(load_card("gsm_symbolic"), "validation").examples
+    assert len(examples) > 400
+    for example in examples:
+        assert example.response is not None
+        assert "####" not in example.response
+        assert judged(example, example.response).verdict is Verdict.PASS, example.id
