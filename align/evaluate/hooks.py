@@ -25,7 +25,7 @@ from reward.registry import Entry, Function, Registry
 from rollout import Fleet
 
 ENTRY_POINT_GROUP = "moe_align.evaluations"
-OURS = ("instructions", "judged", "lm_tasks", "needle")
+OURS = ("drift", "instructions", "judged", "lm_tasks", "needle")
 
 
 class EvaluationError(Exception):
@@ -44,12 +44,13 @@ class Checkpoint:
     """A policy as a stage left it, of which the fleet holds the same weights.
 
     `model.path` is the directory of its Hugging Face checkpoint. `max_length` is what the fleet has room for: prompt
-    and completion together, in tokens.
+    and completion together, in tokens. `start` is the model that the run began with, None where it was drawn at random.
     """
 
     model: ModelOptions
     tokenizer: Any
     max_length: int
+    start: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

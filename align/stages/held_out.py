@@ -56,6 +56,7 @@ class HeldOut:
         self._problems, self._engines, self._run = problems, engines, run
         self._others = answers_of(recipe.evaluation.against.run) if recipe.evaluation.against else []
         self._max_length = recipe.rollout.max_length
+        self._start = None if recipe.model.init == "random" else recipe.model.path
         self.gate = AgreementGate(recipe.agreement, engines.policy.dtype, run.warn)
 
     def evaluate(self, name: str, step: int) -> Evaluation:
@@ -115,7 +116,7 @@ class HeldOut:
 
     def run_hooks(self, checkpoint: ModelOptions, step: int) -> None:
         """Run the recipe's evaluation hooks on what the stage wrote, of which the rollout workers hold the weights."""
-        subject = Checkpoint(checkpoint, self._engines.tokenizer, self._max_length)
+        subject = Checkpoint(checkpoint, self._engines.tokenizer, self._max_length, self._start)
         for hook in self._options.hooks:
             name = hook.label or hook.name
             self._run.progress.phase(f"evaluating ({name})")

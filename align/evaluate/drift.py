@@ -1,0 +1,117 @@
+"""How far a policy has gone from the model that it was made of: its loss on that model's own answers to ordinary requests."""
+
+from collections.abc import Sequence
+from itertools import islice, product
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+
+from align.data.chat import decode_completion, encode_prompt
+from align.data.types import Message
+from align.errors import UserError
+from align.evaluate.hooks import Checkpoint, Metrics, register
+from align.evaluate.instructions import TASKS, TOPICS
+from align.losses import token_log_probs
+from align.model.policy import no_progress_bars, stop_token_ids
+from rollout import Fleet
+
+BATCH = 16
+
+
+@register("drift")
+def drift(
+    checkpoint: Checkpoint,
+    fleet: Fleet,
+    *,
+    start: str | None = None,
+    count: Annotated[int, Field(ge=1, le=len(TASKS) * len(TOPICS))] = 48,
+    max_new_tokens: Annotated[int, Field(ge=1)] = 96,
+    seed: int = 0,
+) -> Metrics:
+    """Loss on what the model `start` says to `count` ordinary requests, under it and under the policy, in nats a token.
+
+    `start` is what the run began with, when not given. It answers at temperature 1, so that the difference of the two losses estimates
+    KL(start || policy). Both are computed by transformers on this machine's CPU. Raises UserError where there is no such model.
+    """
+    path = start or checkpoint.start
+    if path is None:
+        raise UserError(
+            "evaluation hook 'drift': the run began with random weights; say with start which model is meant"
+        )
+    prompts = [encode_prompt(checkpoint.tokenizer, [message]) for message in ordinary_requests(count)]
+    model = load(path, checkpoint)
+    stops = stop_token_ids(path, checkpoint.tokenizer)
+    answers = [a for batch in batches(prompts) for a in sample_answers(model, batch, max_new_tokens, stops, seed)]
+    before = losses(model, prompts, answers)
+    after = losses(load(checkpoint.model.path, checkpoint), prompts, answers)
+    tokens = sum(map(len, answers))
+    values = {"start": sum(before) / tokens, "policy": sum(after) / tokens}
+    rows = [
+        {"answer": decode_completion(checkpoint.tokenizer, answer), "tokens": len(answer), "start": old, "policy": new}
+        for answer, old, new in zip(answers, before, after, strict=True)
+    ]
+    return Metrics(values | {"difference": values["policy"] - values["start"]}, rows=rows)
+
+
+def ordinary_requests(count: int) -> list[Message]:
+    """Messages that ask for a text about a topic, in no particular form."""
+    pairs = islice(product(TOPICS, TASKS), 0, None, max(1, len(TASKS) * len(TOPICS) // count))
+    return [{"role": "user", "content": f"{task.format(topic)}."} for topic, task in islice(pairs, count)]
+
+
+def load(path: str, checkpoint: Checkpoint) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    dtype = getattr(torch, checkpoint.model.dtype)
+    try:
+        with no_progress_bars():
+            return AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype, trust_remote_code=checkpoint.model.trust_remote_code
+            ).eval()
+    except (OSError, ValueError) as error:
+        raise UserError(f"evaluation hook 'drift': transformers cannot load {path}: {error}") from None
+
+
+def batches(prompts: Sequence[Sequence[int]]) -> list[Sequence[Sequence[int]]]:
+    return [prompts[i : i + BATCH] for i in range(0, len(prompts), BATCH)]
+
+
+def sample_answers(
+    model: Any, prompts: Sequence[Sequence[int]], limit: int, stops: Sequence[int], seed: int
+) -> list[list[int]]:
+    """An answer to each prompt, with the token that ends it."""
+    widest = max(map(len, prompts))
+    padded = torch.tensor([[stops[0]] * (widest - len(prompt)) + list(prompt) for prompt in prompts])
+    mask = torch.tensor([[0] * (widest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    torch.manual_seed(seed)
+    sampled = model.generate(
+        padded,
+        attention_mask=mask,
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        repetition_penalty=1.0,
+        max_new_tokens=limit,
+        eos_token_id=list(stops),
+        pad_token_id=stops[0],
+    )[:, widest:]
+    return [until_stop(row, stops) for row in sampled.tolist()]
+
+
+def until_stop(tokens: list[int], stops: Sequence[int]) -> list[int]:
+    ends = [place for place, token in enumerate(tokens) if token in stops]
+    return tokens[: ends[0] + 1] if ends else tokens
+
+
+def losses(model: Any, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[float]:
+    """The negative log-probability of each answer after its prompt, summed over its tokens, in nats."""
+    found = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        ids = torch.tensor([[*prompt, *answer]])
+        with torch.no_grad():
+            logits = model(input_ids=ids, use_cache=False).logits[:, len(prompt) - 1 : -1].float()
+        log_probs, _ = token_log_probs(logits, ids[:, len(prompt) :])
+        found.append(-float(log_probs.sum()))
+    return found
