@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from align.learner.batch import TrainingSequence
+from align.learner.group import LearnerGroup
 
 
 @pytest.fixture(scope="session")
@@ -47,3 +49,21 @@ def experience() -> Callable[[list[TrainingSequence], Sequence[Any]], list[Train
         ]
 
     return sampled
+
+
+@pytest.fixture(scope="session")
+def perturb() -> Callable[[LearnerGroup, int], None]:
+    """Adds noise, drawn from a seed, to A and B of every adapter of a learner."""
+
+    def perturbed(learner: LearnerGroup, seed: int) -> None:
+        import ray
+
+        def add_noise(worker: Any) -> None:
+            generator = torch.Generator().manual_seed(seed)
+            for parameter in worker._network.parameters():
+                if parameter.requires_grad:
+                    parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+
+        ray.get([rank.__ray_call__.remote(add_noise) for rank in learner._ranks])
+
+    return perturbed

@@ -2,9 +2,9 @@
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -69,11 +69,11 @@ def engines(dense: ModelOptions, ray_session: None) -> Iterator[Engines]:
 
 
 def test_sampler_and_learner_agree_with_each_adapter_and_a_new_worker_gets_the_last(
-    engines: Engines, tmp_path: Path
+    engines: Engines, perturb: Callable[[LearnerGroup, int], None], tmp_path: Path
 ) -> None:
     assert engines.apart.mean < 1e-5
     for version in (1, 2):
-        perturb(engines.learner, seed=version)
+        perturb(engines.learner, version)
         assert engines.apart.mean > 1e-3
         adapter = engines.learner.publish_adapter(tmp_path / str(version))
         engines.fleet.load(adapter, version)
@@ -105,16 +105,3 @@ def read_adapter(directory: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     return load_file(directory / "adapter_model.safetensors")
-
-
-def perturb(learner: LearnerGroup, seed: int) -> None:
-    """Add noise to A and B of every adapter."""
-    import ray
-
-    def add_noise(worker: Any) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        for parameter in worker._network.parameters():
-            if parameter.requires_grad:
-                parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
-
-    ray.get([rank.__ray_call__.remote(add_noise) for rank in learner._ranks])

@@ -1,6 +1,6 @@
 """Adapters and the sampler: an update of the modules that changed arrives, keeps the rest, and is checked like a whole one."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import pytest
@@ -13,6 +13,9 @@ from rollout import Fleet, FleetOptions, ObjectStore, Prompt, WeightUpdateError,
 
 PROMPTS = [Prompt(f"p{i}", [1, 40 + i, 60 + 3 * i, 17]) for i in range(6)]
 FLEET = FleetOptions(workers=1, max_length=64, kv_cache_gb=0.25, batch_sequences=16)
+
+
+Perturb = Callable[[LearnerGroup, int], None]
 
 
 class Engines(NamedTuple):
@@ -49,12 +52,14 @@ def engines(request: pytest.FixtureRequest, policy: ModelOptions, ray_session: N
     fleet.close()
 
 
-def test_sampler_and_learner_agree_before_and_after_updates_of_perturbed_adapters(engines: Engines) -> None:
+def test_sampler_and_learner_agree_before_and_after_updates_of_perturbed_adapters(
+    engines: Engines, perturb: Perturb
+) -> None:
     assert engines.apart.mean < 1e-5
     engines.send(1)
     assert engines.apart.mean < 1e-5
     for version in (2, 3):
-        perturb(engines.learner, seed=version)
+        perturb(engines.learner, version)
         assert engines.apart.mean > 1e-4
         engines.send(version)
         found = engines.apart
@@ -62,8 +67,8 @@ def test_sampler_and_learner_agree_before_and_after_updates_of_perturbed_adapter
         assert found.mean < 1e-5
 
 
-def test_a_whole_update_may_follow(engines: Engines) -> None:
-    perturb(engines.learner, seed=4)
+def test_a_whole_update_may_follow(engines: Engines, perturb: Perturb) -> None:
+    perturb(engines.learner, 4)
     engines.fleet.load(stored(whole(engines.learner)), 4)
     assert engines.apart.mean < 1e-5
 
@@ -84,19 +89,6 @@ def test_a_tensor_too_few_or_too_many_or_a_module_unknown_is_refused(engines: En
         engines.fleet.load(stored(sent), 12, modules=[*modules, "model.layers.9.self_attn"])
     engines.fleet.load(stored(whole(engines.learner)), 13)
     assert engines.apart.mean < 1e-5
-
-
-def perturb(learner: LearnerGroup, seed: int) -> None:
-    """Add noise to A and B of every adapter."""
-    import ray
-
-    def add_noise(worker: Any) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        for parameter in worker._network.parameters():
-            if parameter.requires_grad:
-                parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
-
-    ray.get([rank.__ray_call__.remote(add_noise) for rank in learner._ranks])
 
 
 def whole(learner: LearnerGroup) -> dict[str, torch.Tensor]:
