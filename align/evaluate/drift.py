@@ -32,18 +32,19 @@ def drift(
     """Loss on what the model `start` says to `count` ordinary requests, under it and under the policy, in nats a token.
 
     `start` is what the run began with, when not given. It answers at temperature 1, so that the difference of the two losses estimates
-    KL(start || policy). Both are computed by transformers on this machine's CPU. Raises UserError where there is no such model.
+    KL(start || policy). Both are computed by transformers on this machine's CPU. Raises UserError where it cannot load one of them.
     """
     path = start or checkpoint.start
     if path is None:
-        raise UserError(
-            "evaluation hook 'drift': the run began with random weights; say with start which model is meant"
-        )
+        return Metrics({}, not_run={"loss": "the run began with random weights; say with start which model is meant"})
     prompts = [encode_prompt(checkpoint.tokenizer, [message]) for message in ordinary_requests(count)]
-    model = load(path, checkpoint)
+    beginning = load(path, checkpoint)
     stops = stop_token_ids(path, checkpoint.tokenizer)
-    answers = [a for batch in batches(prompts) for a in sample_answers(model, batch, max_new_tokens, stops, seed)]
-    before = losses(model, prompts, answers)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        answers = [a for batch in batches(prompts) for a in sample_answers(beginning, batch, max_new_tokens, stops)]
+    before = losses(beginning, prompts, answers)
+    del beginning
     after = losses(load(checkpoint.model.path, checkpoint), prompts, answers)
     tokens = sum(map(len, answers))
     values = {"start": sum(before) / tokens, "policy": sum(after) / tokens}
@@ -77,14 +78,11 @@ def batches(prompts: Sequence[Sequence[int]]) -> list[Sequence[Sequence[int]]]:
     return [prompts[i : i + BATCH] for i in range(0, len(prompts), BATCH)]
 
 
-def sample_answers(
-    model: Any, prompts: Sequence[Sequence[int]], limit: int, stops: Sequence[int], seed: int
-) -> list[list[int]]:
+def sample_answers(model: Any, prompts: Sequence[Sequence[int]], limit: int, stops: Sequence[int]) -> list[list[int]]:
     """An answer to each prompt, with the token that ends it."""
     widest = max(map(len, prompts))
     padded = torch.tensor([[stops[0]] * (widest - len(prompt)) + list(prompt) for prompt in prompts])
     mask = torch.tensor([[0] * (widest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    torch.manual_seed(seed)
     sampled = model.generate(
         padded,
         attention_mask=mask,
