@@ -143,3 +143,10 @@ def test_an_adapter_may_travel_alone(tmp_path: Path) -> None:
     adapter = tmp_path / "run" / "final" / "adapter" / "adapter_model.safetensors"
     assert {line["weight_bytes"] for line in steps if "weight_bytes" in line} == {adapter.stat().st_size}
     assert list((tmp_path / "run" / "weights").iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_rollout_worker_may_be_two_processes(tmp_path: Path, policy: ModelOptions) -> None:
+    found = agreements("grpo", Path(policy.path), tmp_path, *GRPO, "rollout.workers=1", "rollout.tensor_parallel=2")
+    assert max(found) < 1e-5
