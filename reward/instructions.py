@@ -24,12 +24,14 @@ from reward.types import RewardError, Sample, Score, UnusableAnswer, Verdict
 
 SENTENCES = "length_constraints:exact_sentences"
 """Our one kind that IFEval does not have: exactly `num_sentences` sentences."""
+JSON = "detectable_format:json_format"
 LEAST_WORDS = 8
 LEAST_DISTINCT = 0.75
 MOST_ECHOED = 0.3
 LEAST_FUNCTION_WORDS = 0.15
 _GRAM = 4
 _WORD = re.compile(r"\w+(?:['’]\w+)*")
+_JSON_DOCUMENT = re.compile(r"\s*(?:```\w*)?\s*[\[{]")
 _STUTTER = re.compile(r"\b(\w+)(?:\W+\1\b){2}", re.IGNORECASE)
 _PHRASES = ("end_phrase", "keyword", "keywords", "postscript_marker")
 """The arguments that an answer has to repeat word for word: what it says in them is not its own."""
@@ -161,6 +163,9 @@ def _follows(sample: Sample, kind: str, args: Mapping[str, Any], text: str) -> b
         checker.build_description(**args)
     except (TypeError, ValueError) as error:
         raise UnusableAnswer(sample.id, f"instruction {kind}: {error}") from error
+    if kind == JSON and not _JSON_DOCUMENT.match(text):
+        # IFEval's checker takes any value of JSON: a policy that puts its answers in quotation marks would have learned it.
+        return False
     return bool(checker.check_following(text))
 
 

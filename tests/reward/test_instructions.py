@@ -52,6 +52,7 @@ def judged(completion: str, *asked: tuple[str, dict[str, Any]], **more: Any) -> 
             PARROTS[:66],
         ),
         ("detectable_format:json_format", {}, '{"parrots": "They are birds that live in the warm forests"}', PARROTS),
+        ("detectable_format:json_format", {}, f'```json\n["{PARROTS}"]\n```', f'"{PARROTS}"'),
     ],
 )
 def test_a_kind_is_met_or_not(kind: str, args: dict[str, Any], good: str, bad: str) -> None:
