@@ -1,5 +1,6 @@
 """An adapter sent alone: vLLM adds it to the weights that it has, and then samples as the learner computes."""
 
+import json
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -30,14 +31,6 @@ class Engines(NamedTuple):
         return probe(self.fleet, self.learner, PROMPTS)
 
 
-def learner_of(policy: ModelOptions, rank: int) -> LearnerGroup:
-    lora = LoraOptions(rank=rank, targets=["attention+shared"])
-    options = LearnerOptions(ranks=1, zero_stage=0, optimizer=OptimizerOptions(learning_rate=1e-3), lora=lora)
-    learner = LearnerGroup(policy, options, seed=0)
-    learner.wait_until_ready()
-    return learner
-
-
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> ModelOptions:
     """A model without experts: with them, vLLM's adapters want a GPU."""
@@ -61,8 +54,11 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> ModelOptions:
 @pytest.fixture(scope="module")
 def engines(dense: ModelOptions, ray_session: None) -> Iterator[Engines]:
     fleet = Fleet(dense.path, "float32", FLEET, stop_token_ids=[2])
-    learner = learner_of(dense, RANK)
+    lora = LoraOptions(rank=RANK, targets=["attention+shared"])
+    options = LearnerOptions(ranks=1, zero_stage=0, optimizer=OptimizerOptions(learning_rate=1e-3), lora=lora)
+    learner = LearnerGroup(dense, options, seed=0)
     fleet.wait_until_ready()
+    learner.wait_until_ready()
     yield Engines(fleet, learner)
     learner.close()
     fleet.close()
@@ -90,15 +86,12 @@ def test_sampler_and_learner_agree_with_each_adapter_and_a_new_worker_gets_the_l
     assert not (tmp_path / "1").exists()
 
 
-def test_an_adapter_that_is_larger_than_there_is_room_for_is_refused(
-    engines: Engines, dense: ModelOptions, tmp_path: Path
-) -> None:
-    larger = learner_of(dense, 16)
-    try:
-        with pytest.raises(WeightUpdateError, match=r"vLLM refused the adapter.*rank 16"):
-            engines.fleet.load(larger.publish_adapter(tmp_path / "larger"), 9)
-    finally:
-        larger.close()
+def test_an_adapter_that_is_larger_than_there_is_room_for_is_refused(engines: Engines, tmp_path: Path) -> None:
+    adapter = engines.learner.publish_adapter(tmp_path / "larger")
+    file = adapter.directory / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"r": 16}))
+    with pytest.raises(WeightUpdateError, match=r"vLLM refused the adapter.*rank 16"):
+        engines.fleet.load(adapter, 9)
 
 
 def read_adapter(directory: Path) -> dict[str, torch.Tensor]:
