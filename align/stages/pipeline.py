@@ -127,10 +127,10 @@ def is_done(stage: PlannedStage) -> bool:
     if status is None or status["state"] != "finished":
         return False
     saved = load_recipe(RunDirectory(stage.directory).recipe_file, pending=stage.directory.parent)
-    if saved != stage.recipe:
+    if changed := differences(saved, stage.recipe):
         raise UserError(
-            f"stage {stage.entry.name!r} was run with another recipe ({stage.directory / 'recipe.yaml'}); run it anew with "
-            f"--from {stage.entry.name}, or give another run.dir"
+            f"stage {stage.entry.name!r} was run with another recipe ({stage.directory / 'recipe.yaml'}): {', '.join(changed)}; "
+            f"run it anew with --from {stage.entry.name}, or give another run.dir"
         )
     return True
 

@@ -151,9 +151,21 @@ def test_it_does_not_start_after_a_stage_that_is_missing(tmp_path: Path) -> None
 
 def test_a_stage_that_was_run_with_another_recipe_is_never_taken_for_this_one(tmp_path: Path) -> None:
     finish(pipeline(tmp_path), "sft")
-    with pytest.raises(UserError, match=r"stage 'sft' was run with another recipe .*--from sft"):
+    with pytest.raises(
+        UserError, match=r"stage 'sft' was run with another recipe .*seed \(0 before, 1 now\).*--from sft"
+    ):
         to_run(pipeline(tmp_path, "seed=1"))
     assert to_run(pipeline(tmp_path, "seed=1"), "sft") == ["sft", "math", "more"]
+
+
+def test_a_stage_that_was_interrupted_and_went_on_is_done_as_any_other(tmp_path: Path) -> None:
+    """It then has the settings of a run that goes on."""
+    plan = pipeline(tmp_path)
+    finish(plan, "sft")
+    sft = plan.stages[0]
+    resumed = sft.recipe.model_copy(update={"run": sft.recipe.run.model_copy(update={"overwrite": False})})
+    RunDirectory(sft.directory).save_recipe(dump_recipe(resumed))
+    assert to_run(plan) == ["math", "more"]
 
 
 @pytest.mark.parametrize(
