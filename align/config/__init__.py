@@ -1,6 +1,7 @@
 """Recipes: `options` says what they can hold, `reading` gets one from a file, `pipeline` puts several in order."""
 
 from align.config.changes import differences
+from align.config.learners import LearnerOptions, LoraOptions, OptimizerOptions
 from align.config.options import (
     STAGES,
     AgainstOptions,
@@ -8,11 +9,8 @@ from align.config.options import (
     EvaluationOptions,
     GrpoOptions,
     GrpoRecipe,
-    LearnerOptions,
-    LoraOptions,
     MachineOptions,
     ModelOptions,
-    OptimizerOptions,
     PolicyRecipe,
     PreferencesOptions,
     PreferencesRecipe,
