@@ -113,9 +113,8 @@ class Supervisor:
             if member.state is not State.DEAD:
                 self._employ(member, now)
         if not any(member.state is State.RESTARTING for member in self.members):
-            for answers in self._awaiting_start:
-                answers.put(None)
-            self._awaiting_start = []
+            while self._awaiting_start:
+                self._awaiting_start.pop().put(None)
         # A worker that is being restarted may still be reading one.
         read = [member.task.subject for member in self.members if member.task]
         for update in [u for u in self._replaced if u not in read]:

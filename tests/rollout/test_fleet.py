@@ -1,6 +1,8 @@
 """A fleet with real vLLM engines: what it samples, and what it does with new weights."""
 
+import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -70,6 +72,17 @@ def test_what_is_drawn_depends_on_seed_and_step_alone(fleet: Fleet) -> None:
     assert tokens(sample(fleet)) == first
     assert tokens(sample(fleet, seed=1)) != first
     assert tokens(sample(fleet, step=1)) != first
+
+
+def test_whoever_asks_whether_the_workers_are_ready_is_answered(fleet: Fleet) -> None:
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # threads take turns at every step, so that a race is soon lost
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            for answered in [threads.submit(fleet.wait_until_ready) for _ in range(1000)]:
+                answered.result(timeout=10)
+    finally:
+        sys.setswitchinterval(before)
 
 
 def test_greedy_completions_of_a_group_are_alike(fleet: Fleet) -> None:
