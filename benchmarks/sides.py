@@ -128,6 +128,7 @@ def ours(task: Task) -> Result:
                 **both,
                 "ranks": task.processes,
                 "micro_batch_tokens": MICRO_BATCH_TOKENS,
+                "share_prompts": True,
                 "optimizer": {"learning_rate": LEARNING_RATE, "schedule": "constant"},
             },
             "sampling": {"max_new_tokens": task.new_tokens},

@@ -58,6 +58,8 @@ class Engine:
                 f"prompt {too_long.prompt.id!r} has {len(too_long.prompt.token_ids)} tokens, "
                 f"but the sampler's context is {self._options.max_length}"
             )
+        # What is cached of an earlier batch would let a completion depend, in its last bits, on who sampled that.
+        self._llm.reset_prefix_cache()
         parameters = [self._parameters(request, sampling) for request in requests]
         outputs = self._llm.generate(
             [{"prompt_token_ids": list(request.prompt.token_ids)} for request in requests],
@@ -205,13 +207,15 @@ def engine_arguments(model: str, options: EngineOptions) -> dict[str, Any]:
         # A seeded request cannot be prefilled in chunks on a CPU: its generator has no offset.
         "enable_chunked_prefill": False,
         "max_num_batched_tokens": max(options.max_length, 4096),
-        "enable_prefix_caching": False,
     }
     if options.native_rotary:
         arguments["compilation_config"] = {"custom_ops": ["-rotary_embedding"]}
     if getattr(config, "kv_lora_rank", None):
         # The backend that vLLM prefers on CPUs with AMX is for bfloat16 only and cannot take new weights.
-        arguments["attention_backend"] = "CPU_MLA"
+        arguments |= {"attention_backend": "CPU_MLA", "enable_prefix_caching": False}
+    else:
+        # A group's prompt is computed once, by whole blocks of the smallest size that there is.
+        arguments |= {"enable_prefix_caching": True, "block_size": 32}
     return arguments
 
 

@@ -59,6 +59,11 @@ class LearnerOptions(Section):
     )
     micro_batch_tokens: int = Field(4096, ge=1, description="tokens of a micro-batch, padding included")
     gradient_checkpointing: bool = False
+    share_prompts: bool = Field(
+        False,
+        description="GRPO: compute a prompt once for all completions of a group that are in a micro-batch: the same gradient for "
+        "fewer tokens",
+    )
     port: int | None = Field(None, ge=1024, le=65535, description="where the ranks meet; a free port when not given")
     optimizer: OptimizerOptions
     lora: LoraOptions | None = Field(None, description="train adapters alone; all parameters when not given")
@@ -70,6 +75,18 @@ class LearnerOptions(Section):
     stop_after_bad_steps: int = Field(
         4, ge=1, description="steps in a row with numbers that are not finite after which the run stops"
     )
+
+    @model_validator(mode="after")
+    def _prompts_can_be_shared(self) -> Self:
+        if self.share_prompts and self.gradient_checkpointing:
+            raise ValueError(
+                "share_prompts: gradient_checkpointing drops the keys and values of prompts; leave one of them out"
+            )
+        if self.share_prompts and self.zero_stage == 3:
+            raise ValueError(
+                "share_prompts: ZeRO-3 cannot use a parameter twice in a step; take zero_stage 2, or leave it out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _experts_can_be_spread(self) -> Self:

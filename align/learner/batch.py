@@ -1,7 +1,7 @@
 """From sequences of any length to micro-batches: by token budget, balanced over ranks, padded on the right."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -40,6 +40,10 @@ class Batch:
 
     `token_ids` [B, T] int64; `targets` [B, K] int64, `mask` [B, K] bool (true on completion tokens), `weights` [B, K],
     `advantages` [B], `sampler_log_probs` and `old_log_probs` [B, K] float32 (None when the sequences have none).
+
+    Where prompts are shared, rows of `token_ids` begin with the last token of a prompt; what is before it, of G different
+    prompts, is `prefixes` [G, P] int64, padded on the left, with `prefix_mask` [G, P] bool, and row b goes on from prefix
+    `prefix_of[b]`.
     """
 
     token_ids: torch.Tensor
@@ -49,12 +53,57 @@ class Batch:
     advantages: torch.Tensor
     sampler_log_probs: torch.Tensor | None
     old_log_probs: torch.Tensor | None
+    prefixes: torch.Tensor | None = None
+    prefix_mask: torch.Tensor | None = None
+    prefix_of: torch.Tensor | None = None
+
+    @property
+    def inputs(self) -> dict[str, torch.Tensor]:
+        """What the log-probabilities are computed from."""
+        names = ("token_ids", "targets", "prefixes", "prefix_mask", "prefix_of")
+        return {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
+
+    @property
+    def padded_tokens(self) -> int:
+        """The tokens that pass through the network."""
+        return self.token_ids.numel() + (0 if self.prefixes is None else self.prefixes.numel())
+
+    def token_counts(self) -> list[torch.Tensor]:
+        """In how many sequences that are trained on each token is: [B, T], and before it [G, P] where prompts are shared."""
+        places = torch.arange(self.token_ids.shape[1], device=self.token_ids.device)
+        ends = torch.where(self.mask, places[-self.mask.shape[1] :] + 1, 0).amax(dim=1)
+        trained_on = (self.mask & (self.weights > 0)).any(dim=1)
+        rows = ((places < ends[:, None]) & trained_on[:, None]).long()
+        if self.prefix_mask is None or self.prefix_of is None:
+            return [rows]
+        sequences = rows.new_zeros(len(self.prefix_mask)).index_add_(0, self.prefix_of, trained_on.long())
+        return [self.prefix_mask * sequences[:, None], rows]
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on another device."""
         tensors: Any = {f.name: getattr(self, f.name) for f in fields(self)}
         moved: dict[str, Any] = {name: t if t is None else t.to(device) for name, t in tensors.items()}
         return Batch(**moved)
+
+
+def collate_after_prompts(sequences: Sequence[TrainingSequence], pad_id: int) -> Batch:
+    """Each different prompt once, all but its last token, and what comes after it of each sequence."""
+    prefixes: dict[tuple[int, ...], int] = {}
+    prefix_of = [prefixes.setdefault(tuple(s.token_ids[: s.prompt_length - 1]), len(prefixes)) for s in sequences]
+    width = max(1, *map(len, prefixes))
+    padded = np.full((len(prefixes), width), pad_id, dtype=np.int64)
+    mask = np.zeros((len(prefixes), width), dtype=bool)
+    for row, prefix in enumerate(prefixes):
+        # On the left, for models whose layers see only so many places back.
+        padded[row, width - len(prefix) :] = prefix
+        mask[row, width - len(prefix) :] = True
+    after = [replace(s, token_ids=s.token_ids[s.prompt_length - 1 :], prompt_length=1) for s in sequences]
+    return replace(
+        collate(after, pad_id),
+        prefixes=torch.from_numpy(padded),
+        prefix_mask=torch.from_numpy(mask),
+        prefix_of=torch.tensor(prefix_of),
+    )
 
 
 def collate(sequences: Sequence[TrainingSequence], pad_id: int) -> Batch:
@@ -130,15 +179,43 @@ def fill(order: Sequence[int], lengths: Sequence[int], capacity: int) -> list[li
     return micro_batches
 
 
+def with_shared_prompts(sequences: Sequence[TrainingSequence], token_budget: int) -> tuple[list[list[int]], list[int]]:
+    """Indices of sequences that have a prompt in common, and the padded tokens of each such part, by `collate_after_prompts`.
+
+    A part is as much of a group as the budget has room for.
+    """
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for i, s in enumerate(sequences):
+        groups.setdefault(tuple(s.token_ids[: s.prompt_length]), []).append(i)
+    parts, lengths = [], []
+    for prompt, members in groups.items():
+        left = sorted(members, key=lambda i: (-sequences[i].completion_length, i))
+        while left:
+            row = 1 + sequences[left[0]].completion_length
+            rows = max(1, (token_budget - len(prompt)) // row)
+            part, left = left[:rows], left[rows:]
+            parts.append(part)
+            lengths.append(max(1, len(prompt) - 1) + row * len(part))
+    return parts, lengths
+
+
 def split_over_ranks(
-    items: Sequence[T], lengths: Sequence[int], idle: T, token_budget: int, ranks: int
+    items: Sequence[T],
+    lengths: Sequence[int],
+    idle: T,
+    token_budget: int,
+    ranks: int,
+    parts: Sequence[Sequence[int]] | None = None,
 ) -> tuple[list[list[list[T]]], list[list[list[int]]]]:
     """The items as [rank][micro-batch][place], and their indices in the same shape.
 
+    `lengths` are those of the items, or of `parts`, which are the indices of items that stay together.
     A micro-batch that would be empty holds `idle`, which should have weight 0: it takes part in the collectives and leaves
     the gradient as it is; its indices are an empty list.
     """
     plan = plan_micro_batches(lengths, token_budget, ranks)
+    if parts is not None:
+        plan = [[[i for part in micro_batch for i in parts[part]] for micro_batch in rank] for rank in plan]
     return [[[items[i] for i in m] or [idle] for m in rank] for rank in plan], plan
 
 

@@ -26,7 +26,8 @@ class ExpertCounter:
 
     def __init__(self, network: torch.nn.Module):
         self._counts: dict[int, torch.Tensor] = {}
-        self._counted: torch.Tensor | None = None
+        self._counted: list[torch.Tensor] = []
+        self._passes: dict[int, int] = {}
         for name, block in network.named_modules():
             router = getattr(block, "gate", getattr(block, "router", None))
             layer = re.search(r"layers\.(\d+)", name)
@@ -34,18 +35,16 @@ class ExpertCounter:
                 router.register_forward_hook(partial(self._count, int(layer[1])))
 
     @contextmanager
-    def counting(self, token_ids: torch.Tensor, lengths: Sequence[int]) -> Iterator[None]:
-        """Count what passes forward inside, of each row of `token_ids` [B, T] the first so many tokens.
+    def counting(self, *counts: torch.Tensor) -> Iterator[None]:
+        """Count what passes forward inside: in pass number n, the token at [row, place] `counts[n][row, place]` times.
 
         What is computed once more for the backward pass, outside, is not counted twice.
         """
-        places = torch.arange(token_ids.shape[1], device=token_ids.device)
-        counted = places < torch.tensor(lengths, device=token_ids.device)[:, None]
-        self._counted = counted.flatten().long()
+        self._counted, self._passes = [times.flatten() for times in counts], {}
         try:
             yield
         finally:
-            self._counted = None
+            self._counted = []
 
     def take(self) -> Loads:
         """The load since the last time it was taken."""
@@ -54,7 +53,7 @@ class ExpertCounter:
         return loads
 
     def _count(self, layer: int, router: torch.nn.Module, inputs: Any, output: Any) -> None:
-        if self._counted is None or not isinstance(output, tuple):
+        if not self._counted or not isinstance(output, tuple):
             return
         # transformers' routers return (logits [T, E], weights, chosen), AutoEP's (weights, chosen, tokens of each expert [E]).
         spread = output[-1].dim() == 1
@@ -63,8 +62,10 @@ class ExpertCounter:
             return
         if layer not in self._counts:
             self._counts[layer] = torch.zeros(experts, dtype=torch.long, device=chosen.device)
+        times = self._counted[self._passes.get(layer, 0)]
+        self._passes[layer] = self._passes.get(layer, 0) + 1
         # No boolean index and no bincount: on a GPU both would wait for it.
-        self._counts[layer].scatter_add_(0, chosen.flatten(), self._counted.repeat_interleave(chosen.shape[-1]))
+        self._counts[layer].scatter_add_(0, chosen.flatten(), times.repeat_interleave(chosen.shape[-1]))
 
 
 def add_loads(parts: Sequence[Loads]) -> Loads:

@@ -13,7 +13,7 @@ import torch
 
 from align.config import LearnerOptions, ModelOptions
 from align.errors import BadNumbersError, UserError
-from align.learner.batch import TrainingSequence, in_order, split_over_ranks
+from align.learner.batch import TrainingSequence, in_order, split_over_ranks, with_shared_prompts
 from align.learner.expert_load import add_loads, load_metrics
 from align.learner.objective import Objective, Sums
 from align.learner.rank import LearnerRank, Trained, environment
@@ -217,9 +217,12 @@ class LearnerGroup(RankGroup):
     def _split(
         self, sequences: Sequence[TrainingSequence]
     ) -> tuple[list[list[list[TrainingSequence]]], list[list[list[int]]]]:
+        budget, parts = self._options.micro_batch_tokens, None
         lengths = [len(s.token_ids) for s in sequences]
+        if self._options.share_prompts:
+            parts, lengths = with_shared_prompts(sequences, budget)
         idle = replace(sequences[0], weight=0.0)
-        return split_over_ranks(sequences, lengths, idle, self._options.micro_batch_tokens, self._options.ranks)
+        return split_over_ranks(sequences, lengths, idle, budget, self._options.ranks, parts)
 
 
 def check_port(port: int) -> None:

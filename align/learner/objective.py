@@ -21,12 +21,42 @@ class LogProbs(torch.nn.Module):
         self.policy = policy
 
     def forward(
-        self, token_ids: torch.Tensor, targets: torch.Tensor, temperature: float
+        self,
+        token_ids: torch.Tensor,
+        targets: torch.Tensor,
+        temperature: float,
+        prefixes: torch.Tensor | None = None,
+        prefix_mask: torch.Tensor | None = None,
+        prefix_of: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`token_ids` [B, T], `targets` [B, K] (their last K columns) -> log-probabilities and entropies [B, K] float32."""
+        """`token_ids` [B, T], `targets` [B, K] (their last K columns) -> log-probabilities and entropies [B, K] float32.
+
+        With `prefixes` [G, P], row b comes after the tokens of prefix `prefix_of[b]` where `prefix_mask` [G, P] is true;
+        these are computed once for all rows.
+        """
         kept = targets.shape[1]
-        output = self.policy(input_ids=token_ids, use_cache=False, logits_to_keep=kept + 1)
+        before: dict[str, Any] = {"use_cache": False}
+        if prefixes is not None and prefix_mask is not None and prefix_of is not None:
+            before = self._after(prefixes, prefix_mask, prefix_of, token_ids)
+        output = self.policy(input_ids=token_ids, logits_to_keep=kept + 1, **before)
         return token_log_probs(output.logits[:, -(kept + 1) : -1], targets, temperature)
+
+    def _after(
+        self, prefixes: torch.Tensor, mask: torch.Tensor, prefix_of: torch.Tensor, token_ids: torch.Tensor
+    ) -> dict[str, Any]:
+        """What lets rows of tokens go on from prefixes, to whose keys and values the gradient flows back."""
+        places = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        cache = self.policy(
+            input_ids=prefixes, attention_mask=mask, position_ids=places, use_cache=True, logits_to_keep=1
+        ).past_key_values
+        cache.reorder_cache(prefix_of)
+        lengths = mask.sum(dim=1)[prefix_of]
+        return {
+            "past_key_values": cache,
+            "attention_mask": torch.cat([mask[prefix_of], torch.ones_like(token_ids, dtype=torch.bool)], dim=1),
+            "position_ids": lengths[:, None] + torch.arange(token_ids.shape[1], device=lengths.device),
+            "use_cache": True,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +102,7 @@ def loss_and_sums(
 ) -> tuple[torch.Tensor, Sums]:
     """The micro-batch's part of the loss, a scalar with gradient, and its sums."""
     counted = batch.mask & (batch.weights > 0)
-    sums = Sums(tokens=int(counted.sum()), padded_tokens=batch.token_ids.numel())
+    sums = Sums(tokens=int(counted.sum()), padded_tokens=batch.padded_tokens)
     sums.entropy = float(entropy[counted].sum())
     if objective.grpo is None:
         loss = -(torch.where(counted, log_probs, 0.0) * batch.weights).sum()

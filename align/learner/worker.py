@@ -8,7 +8,7 @@ import numpy.typing as npt
 import torch
 
 from align.config import ModelOptions
-from align.learner.batch import Batch, TrainingSequence, collate
+from align.learner.batch import Batch, TrainingSequence, collate, collate_after_prompts
 from align.learner.expert_load import ExpertCounter, Loads
 from align.learner.objective import LogProbs, Objective, Sums, loss_and_sums
 from align.learner.rank import LearnerRank, Trained
@@ -49,12 +49,11 @@ class LearnerWorker(LearnerRank):
         total = Sums()
         self._engine.train()
         for sequences in micro_batches:
-            batch = collate(sequences, self._pad_id).to(self._device)
+            batch = self._collate(sequences)
             # First, for where it shares the policy's modules: backward must find them as the policy's forward left them.
             reference = self._reference_log_probs(batch, objective.temperature)
-            trained_on = [len(s.token_ids) if s.weight > 0 else 0 for s in sequences]
-            with self._expert_counter.counting(batch.token_ids, trained_on):
-                log_probs, entropy = self._engine(batch.token_ids, batch.targets, objective.temperature)
+            with self._expert_counter.counting(*batch.token_counts()):
+                log_probs, entropy = self._engine(**batch.inputs, temperature=objective.temperature)
             loss, sums = loss_and_sums(log_probs, entropy, reference, batch, objective)
             self._backward(loss)
             total.add(sums)
@@ -64,12 +63,16 @@ class LearnerWorker(LearnerRank):
         """Where this rank's tokens went since the last time this was asked."""
         return self._expert_counter.take()
 
+    def _collate(self, sequences: list[TrainingSequence]) -> Batch:
+        together = collate_after_prompts if self._options.share_prompts else collate
+        return together(sequences, self._pad_id).to(self._device)
+
     def _reference_log_probs(self, batch: Batch, temperature: float) -> torch.Tensor | None:
         if self._reference is None:
             return None
         off: AbstractContextManager[Any] = self._network.disable_adapter() if self._shares_reference else nullcontext()
         with torch.no_grad(), off:
-            log_probs: torch.Tensor = self._reference(batch.token_ids, batch.targets, temperature)[0]
+            log_probs: torch.Tensor = self._reference(**batch.inputs, temperature=temperature)[0]
         return log_probs
 
     def log_probs(self, micro_batches: MicroBatches, temperature: float) -> list[list[npt.NDArray[np.float32]]]:
@@ -77,9 +80,9 @@ class LearnerWorker(LearnerRank):
         self._engine.eval()
         results = []
         for sequences in micro_batches:
-            batch = collate(sequences, self._pad_id).to(self._device)
+            batch = self._collate(sequences)
             with torch.no_grad():
-                values, _ = self._engine(batch.token_ids, batch.targets, temperature)
+                values, _ = self._engine(**batch.inputs, temperature=temperature)
             rows = values.float().cpu().numpy()
             results.append([row[mask] for row, mask in zip(rows, batch.mask.cpu().numpy(), strict=True)])
         return results
