@@ -22,7 +22,7 @@ from typing import Any
 from sides import SEED, SIDES, Result, Task
 
 from align.config import ModelOptions
-from align.model.policy import write_random_policy
+from align.model.policy import DTYPES, write_random_policy
 from align.run.environment import environment_record
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,6 +57,7 @@ def main() -> int:
                 continue
             task = Task(
                 policy=str(policy),
+                dtype=options.dtype,
                 card=options.card,
                 processes=options.processes,
                 scratch=scratch,
@@ -86,6 +87,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--model", type=Path, help="a model directory; the nano policy with random weights when not given"
     )
+    parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of every side's weights")
     parser.add_argument("--card", default="nano_math", help="data card of the prompts")
     parser.add_argument(
         "--processes", type=int, choices=(1, 2), default=2, help="workers, and learner ranks, that share two cores"

@@ -27,7 +27,7 @@ from align.data.cards import load_card
 from align.data.chat import encode_prompt
 from align.data.loader import load_split
 from align.data.types import Example
-from align.model.policy import load_policy, load_tokenizer
+from align.model.policy import DTYPES, load_policy, load_tokenizer
 from align.run import MetricsLog
 from rollout import EngineOptions
 
@@ -46,6 +46,7 @@ class Task:
     """
 
     policy: str
+    dtype: str
     card: str
     processes: int
     scratch: str
@@ -115,7 +116,7 @@ def ours(task: Task) -> Result:
             "name": "bench",
             "seed": SEED,
             "run": {"dir": directory},
-            "model": {"path": task.policy},
+            "model": {"path": task.policy, "dtype": task.dtype},
             "data": {"card": task.card, "limit": task.prompts},
             "rewards": [{"name": "coin"}],
             "rollout": {
@@ -195,7 +196,7 @@ def trl(task: Task) -> Result:
         reward_funcs=[scored],
         args=GRPOConfig(
             output_dir=task.scratch,
-            model_init_kwargs={"dtype": "float32"},
+            model_init_kwargs={"dtype": task.dtype},
             bf16=False,
             max_steps=count,
             per_device_train_batch_size=micro_batch,
@@ -247,7 +248,7 @@ def sampling_passes(task: Task, rank: int, processes: int) -> Iterator[None]:
     options = EngineOptions(
         max_length=longest_prompt(task) + task.new_tokens, batch_sequences=task.completions // processes
     )
-    llm = LLM(model=task.policy, dtype="float32", **engine_arguments(task.policy, options))
+    llm = LLM(model=task.policy, dtype=task.dtype, **engine_arguments(task.policy, options))
     parameters = SamplingParams(max_tokens=task.new_tokens, ignore_eos=True, detokenize=False)
     prompts = share_of_prompts(task, rank, processes)
     while True:
@@ -260,7 +261,7 @@ def training_passes(task: Task, rank: int, processes: int) -> Iterator[None]:
     """Each item drawn is a step on as many tokens: forward, backward, AdamW; ranks do not talk to each other."""
     import torch
 
-    policy = load_policy(ModelOptions(path=task.policy))
+    policy = load_policy(ModelOptions(path=task.policy), DTYPES[task.dtype])
     optimizer = torch.optim.AdamW(policy.parameters(), lr=LEARNING_RATE)
     prompts = share_of_prompts(task, rank, processes)
     width = max(map(len, prompts)) + task.new_tokens

@@ -12,6 +12,7 @@
 nothing of training or rewards.
 """
 
+from rollout.broadcast import Broadcast, Broadcasts
 from rollout.fleet import Fleet, Group
 from rollout.health import Fault, State
 from rollout.seeds import sample_seed
@@ -39,6 +40,8 @@ from rollout.types import (
 __all__ = [
     "AdapterFiles",
     "Adapters",
+    "Broadcast",
+    "Broadcasts",
     "Completion",
     "Directory",
     "EngineOptions",

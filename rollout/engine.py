@@ -10,17 +10,19 @@ from typing import Any
 
 import torch
 
+from rollout.broadcast import Receiver
 from rollout.transport import Bucket
 from rollout.types import (
     Completion,
     EngineOptions,
     FinishReason,
+    NotReceivedError,
     Prompt,
     RolloutError,
     SamplingOptions,
     WeightUpdateError,
 )
-from rollout.weights import begin_update, finish_update, take_bucket
+from rollout.weights import begin_update, finish_update, take_broadcast, take_bucket
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,15 +92,18 @@ class Engine:
             if engine.has_unfinished_requests():
                 engine.abort_request([id_], internal=True)
 
-    def load(self, buckets: Iterable[Bucket], version: int, modules: Sequence[str] | None = None) -> None:
+    def load(self, source: Iterable[Bucket] | Receiver, version: int, modules: Sequence[str] | None = None) -> None:
         """Replace the weights, or those of some modules, by the tensors of a checkpoint; samples then carry `version`.
 
-        Raises WeightUpdateError when they are not those of the model.
+        Raises WeightUpdateError when they are not those of the model, NotReceivedError when a broadcast broke off.
         """
         self._everywhere(begin_update, modules)
         try:
-            for bucket in buckets:
-                self._everywhere(take_bucket, bucket)
+            if isinstance(source, Receiver):
+                self._receive(source)
+            else:
+                for bucket in source:
+                    self._everywhere(take_bucket, bucket)
         except BaseException:
             self._llm.collective_rpc(finish_update)
             raise
@@ -124,9 +129,25 @@ class Engine:
         self._llm.reset_prefix_cache()
         self.weight_version = version
 
+    def sleep(self) -> None:
+        """Move the weights to the CPU's memory and let go of the KV cache, until `wake`. On a CPU vLLM leaves all as it is."""
+        self._llm.sleep(level=1)
+
+    def wake(self) -> None:
+        """Be as before `sleep`."""
+        self._llm.wake_up()
+
     def probe(self) -> None:
         """Draw a token, as a sign that the engine works."""
         self.generate([Request(Prompt("probe", [0]), 0, 0)], SamplingOptions(temperature=0, max_new_tokens=1))
+
+    def _receive(self, receiver: Receiver) -> None:
+        try:
+            self._everywhere(take_broadcast, receiver)
+        except WeightUpdateError:
+            raise
+        except Exception as error:  # what it is depends on the backend, and on whether vLLM runs in this process
+            raise NotReceivedError(f"the broadcast of weights broke off ({first_line(error)})") from error
 
     def _everywhere(self, do: Callable[..., str | None], *arguments: Any) -> None:
         """Let each process of the engine do its part of an update. Raises WeightUpdateError with what one of them found wrong."""
@@ -197,7 +218,7 @@ def engine_arguments(model: str, options: EngineOptions) -> dict[str, Any]:
     if options.adapter_rank:
         arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": served_rank(options.adapter_rank)}
     if torch.cuda.is_available():
-        arguments["gpu_memory_utilization"] = options.gpu_memory_share
+        arguments |= {"gpu_memory_utilization": options.gpu_memory_share, "enable_sleep_mode": options.sleeps}
         if options.gpus < 1:
             # What is free of a GPU that others load their models to, at the same time, cannot be measured.
             arguments["kv_cache_memory_bytes"] = int(options.kv_cache_gb * 2**30)
@@ -217,6 +238,10 @@ def engine_arguments(model: str, options: EngineOptions) -> dict[str, Any]:
         # A group's prompt is computed once, by whole blocks of the smallest size that there is.
         arguments |= {"enable_prefix_caching": True, "block_size": 32}
     return arguments
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
 
 
 def served_rank(rank: int) -> int:

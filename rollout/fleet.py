@@ -1,12 +1,13 @@
 """The rollout workers together: prompts in, groups of completions out as they finish."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, pairwise
 from queue import Empty, SimpleQueue
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from rollout.broadcast import Broadcast
 from rollout.engine import Request
 from rollout.health import Fault, FaultHandler
 from rollout.member import Batch, Job, Member, Update
@@ -41,16 +42,19 @@ class Fleet:
         options: FleetOptions,
         stop_token_ids: Sequence[int],
         on_fault: FaultHandler | None = None,
+        bundles: Any = None,
     ):
-        """Start the workers and load `model` in each (Ray must be running).
+        """Start the workers and load `model` in each (Ray must be running), one in each of a placement group's `bundles` if given.
 
         What happens to workers is told to `on_fault`, or logged as a warning: during calls of the fleet, by the thread
-        that makes them.
+        that makes them. `before_use` may be set to what has to happen before the workers sample or take weights.
         """
         self._options = options
         self._on_fault = on_fault or log_fault
-        self._supervisor = Supervisor(model, dtype, options, stop_token_ids)
+        self._supervisor = Supervisor(model, dtype, options, stop_token_ids, bundles)
         self._serials = count(1)
+        self._is_asleep = False
+        self.before_use: Callable[[], None] = lambda: None
         self.weight_version = 0
 
     @property
@@ -63,6 +67,14 @@ class Fleet:
         started: SimpleQueue[RolloutError | None] = SimpleQueue()
         self._supervisor.tell_when_started(started)
         self._answer(started)
+
+    def sleep(self) -> None:
+        """Let the workers put what they hold on their GPUs into the CPU's memory. Returns when they have. Raises RolloutError."""
+        self._turn(asleep=True)
+
+    def wake(self) -> None:
+        """Let them take it back. Raises RolloutError."""
+        self._turn(asleep=False)
 
     def generate(
         self,
@@ -79,6 +91,7 @@ class Fleet:
         What is drawn depends on the weights and on (seed, step, prompt id, index). Prompt ids must be distinct.
         Raises RolloutError for a completion with a log-probability that is not finite, unless `keep_bad`.
         """
+        self.before_use()
         requests = [
             Request(prompt, index, sample_seed(seed, step, prompt.id, index))
             for prompt in prompts
@@ -100,17 +113,22 @@ class Fleet:
                     group = waiting.pop(completion.prompt_id)
                     yield Group(by_id[completion.prompt_id], [group[index] for index in range(group_size)])
 
-    def load(self, source: WeightSource | AdapterFiles, version: int, modules: Sequence[str] | None = None) -> None:
+    def load(
+        self, source: WeightSource | AdapterFiles | Broadcast, version: int, modules: Sequence[str] | None = None
+    ) -> None:
         """Give every worker the tensors of a checkpoint as its weights. Raises WeightUpdateError, RolloutError.
 
         Or an adapter, to be added to the weights that they began with, if `rollout.adapter_rank` allows for it.
         With `modules`, such as `model.layers.0.self_attn`, they are the tensors of these alone; all else stays as it is.
         The source is kept until the next update, for workers that are started in place of lost ones, and then released.
         """
+        self.before_use()
         self._supervisor.drop_updates(modules)
         update = Update(next(self._serials), version, source, modules)
         self._supervisor.update(update)
-        self._answer(update.answers)
+        if isinstance(source, Broadcast) and (size := self._answer(update.size)) > 1:
+            source.send(size)
+        self._answer(update.answers, renew=True)
         self.weight_version = version
 
     def close(self) -> None:
@@ -118,20 +136,29 @@ class Fleet:
         self._supervisor.close()
         self._tell_faults()
 
+    def _turn(self, asleep: bool) -> None:
+        if asleep != self._is_asleep:
+            turned: SimpleQueue[RolloutError | None] = SimpleQueue()
+            self._supervisor.turn(asleep, turned)
+            self._answer(turned)
+            self._is_asleep = asleep
+
     def _run(self, batches: Sequence[Sequence[Request]], sampling: SamplingOptions) -> Iterator[list[Completion]]:
         job = Job(sampling, self.weight_version)
         job.todo.extend(Batch(job, requests) for requests in batches)
         self._supervisor.submit(job)
         try:
             for _ in batches:
-                yield self._answer(job.answers)
+                yield self._answer(job.answers, renew=True)
         finally:
             self._supervisor.abandon(job)
 
-    def _answer(self, answers: SimpleQueue[T | RolloutError]) -> T:
-        """What the supervisor answers; what happens to workers meanwhile is told."""
+    def _answer(self, answers: SimpleQueue[T | RolloutError], *, renew: bool = False) -> T:
+        """What the supervisor answers; what happens to workers meanwhile is told, and with `renew` they get weights again."""
         while True:
             self._tell_faults()
+            if renew:
+                self._supervisor.renew()
             error = self._supervisor.error
             try:
                 answer = answers.get(timeout=0.2)

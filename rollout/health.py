@@ -16,6 +16,7 @@ class State(StrEnum):
     RESTARTING = "restarting"  # its engine is being loaded
     STALE = "stale"  # its weights are not the fleet's, or not yet
     HEALTHY = "healthy"
+    ASLEEP = "asleep"  # what it held on its GPU is in the CPU's memory
     SUSPECT = "suspect"  # it has left a probe unanswered
     DEAD = "dead"  # and not restarted any more
 

@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import partial
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from rollout import processes
+from rollout.broadcast import Broadcast, Receiver
 from rollout.engine import Request
 from rollout.health import PROBES, State, Vitals
 from rollout.transport import AdapterFiles, WeightSource
@@ -40,15 +41,33 @@ class Batch:
 
 @dataclass(eq=False, slots=True)
 class Update:
-    """New weights, for every module or those named. The serial number orders updates."""
+    """New weights, for every module or those named. The serial number orders updates.
+
+    Where they are broadcast, `receivers` has the actors that are to receive them and have not begun to, and `size` is told how many
+    processes take part.
+    """
 
     serial: int
     version: int
-    source: WeightSource | AdapterFiles
+    source: WeightSource | AdapterFiles | Broadcast
     modules: Sequence[str] | None
     refused: RolloutError | None = None
     told: bool = False
     answers: SimpleQueue[RolloutError | None] = field(default_factory=SimpleQueue)
+    receivers: dict[Any, Receiver] = field(default_factory=dict)
+    size: SimpleQueue[int | RolloutError] = field(default_factory=SimpleQueue)
+
+    def gather(self, actors: Sequence[Any], processes: int) -> None:
+        """Let these actors, of so many processes each, take part in the broadcast."""
+        assert isinstance(self.source, Broadcast)
+        size = 1 + processes * len(actors)
+        for place, actor in enumerate(actors):
+            self.receivers[actor] = Receiver(self.source.meeting, size, 1 + processes * place)
+        self.size.put(size)
+
+    def source_for(self, actor: Any) -> WeightSource | AdapterFiles | Receiver | None:
+        """Where that actor finds the weights; None where it does not any more."""
+        return self.receivers.pop(actor, None) if isinstance(self.source, Broadcast) else self.source
 
 
 class Doing(StrEnum):
@@ -56,6 +75,11 @@ class Doing(StrEnum):
     LOADING = "taking new weights"
     PROBING = "generating a token"
     SAMPLING = "sampling"
+    FALLING_ASLEEP = "falling asleep"
+    WAKING = "waking up"
+
+
+BOUNDED = (Doing.LOADING, Doing.FALLING_ASLEEP, Doing.WAKING)
 
 
 @dataclass(eq=False, slots=True)
@@ -67,8 +91,8 @@ class Task:
     subject: Batch | Update | None = None
 
 
-def actor_class(options: FleetOptions) -> Any:
-    """The Ray actor class of rollout workers. A lost one is replaced by this package: Ray would start it without its weights."""
+def actor_class(options: FleetOptions, where: Mapping[str, Any]) -> Any:
+    """The Ray actor class of a rollout worker. A lost one is replaced by this package: Ray would start it without its weights."""
     import ray
 
     return ray.remote(
@@ -78,6 +102,7 @@ def actor_class(options: FleetOptions) -> Any:
         runtime_env={"env_vars": environment(options.threads)},
         max_restarts=0,
         concurrency_groups=CONCURRENCY_GROUPS,
+        **where,
     )(RolloutWorker)
 
 
@@ -94,6 +119,7 @@ class Member:
         dtype: str,
         options: FleetOptions,
         stop_token_ids: Sequence[int],
+        bundles: Any,
         post: Callable[[Callable[[], None]], None],
     ):
         self.number = number
@@ -101,6 +127,7 @@ class Member:
         self.restarts = 0
         self.task: Task | None = None
         self._options = options
+        self._where = processes.in_bundle(bundles, number)
         engine = EngineOptions.model_validate(options.model_dump(include=set(EngineOptions.model_fields)))
         self._start_arguments = (model, dtype, engine, options.threads, list(stop_token_ids))
         self._post = post
@@ -115,7 +142,7 @@ class Member:
         self.process: processes.ProcessId | None = None
         self.vitals = Vitals(self._options)
         self._finished = finished
-        self.actor = actor_class(self._options).remote()
+        self.actor = actor_class(self._options, self._where).remote()
         watch = self.actor.watch.options(concurrency_group="watch").remote()
         self._then(watch, partial(ended, self.actor))
         self._do(Doing.STARTING, self.actor.start.remote(*self._start_arguments), now)
@@ -123,9 +150,15 @@ class Member:
     def sample(self, batch: Batch, now: float) -> None:
         self._do(Doing.SAMPLING, self.actor.generate.remote(batch.requests, batch.job.sampling), now, batch)
 
-    def load(self, update: Update, now: float) -> None:
+    def load(self, update: Update, source: WeightSource | AdapterFiles | Receiver, now: float) -> None:
         self.state = State.STALE
-        self._do(Doing.LOADING, self.actor.load.remote(update.source, update.version, update.modules), now, update)
+        self._do(Doing.LOADING, self.actor.load.remote(source, update.version, update.modules), now, update)
+
+    def sleep(self, now: float) -> None:
+        self._do(Doing.FALLING_ASLEEP, self.actor.sleep.remote(), now)
+
+    def wake(self, now: float) -> None:
+        self._do(Doing.WAKING, self.actor.wake.remote(), now)
 
     def probe(self, now: float) -> None:
         self._do(Doing.PROBING, self.actor.probe.remote(), now)
@@ -153,8 +186,8 @@ class Member:
             return f"left {PROBES} probes of {options.probe_timeout_s:g} s unanswered"
         if self.task.doing is Doing.SAMPLING and self.vitals.without_progress(now) > options.stall_timeout_s:
             return f"made no engine step for rollout.stall_timeout_s = {options.stall_timeout_s:g} s"
-        if self.task.doing is Doing.LOADING and now - self.task.since > options.batch_timeout_s:
-            return f"did not take new weights within rollout.batch_timeout_s = {options.batch_timeout_s:g} s"
+        if self.task.doing in BOUNDED and now - self.task.since > options.batch_timeout_s:
+            return f"was not done {self.task.doing} within rollout.batch_timeout_s = {options.batch_timeout_s:g} s"
         if self._starts_too_slowly(now) and self.restarts:
             return f"was not done loading the policy within rollout.start_timeout_s = {options.start_timeout_s:g} s"
         return None

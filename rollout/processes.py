@@ -44,6 +44,15 @@ def introduce_this_process() -> ProcessId:
     return ProcessId(ray.get_runtime_context().get_node_id(), process.pid, process.create_time(), os.dup(file.fileno()))
 
 
+def in_bundle(bundles: Any, index: int) -> dict[str, Any]:
+    """Options that put a Ray actor into a bundle of a placement group, if there is one."""
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    if bundles is None:
+        return {}
+    return {"scheduling_strategy": PlacementGroupSchedulingStrategy(bundles, placement_group_bundle_index=index)}
+
+
 def kill(process: ProcessId, grace_s: float = 0) -> None:
     """End the process and its children, stopped or hung as it may be. Returns when it is gone, or its node is.
 

@@ -8,9 +8,10 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from rollout import processes
+from rollout.broadcast import Broadcast
 from rollout.health import Fault, State
 from rollout.member import Batch, Doing, Job, Member, Task, Update
-from rollout.types import FleetOptions, RolloutError
+from rollout.types import FleetOptions, NotReceivedError, RolloutError
 
 Call = Callable[[], None]
 
@@ -26,19 +27,23 @@ class Supervisor:
     in `error`; what happened to workers in `faults`.
     """
 
-    def __init__(self, model: str, dtype: str, options: FleetOptions, stop_token_ids: Sequence[int]):
+    def __init__(self, model: str, dtype: str, options: FleetOptions, stop_token_ids: Sequence[int], bundles: Any):
         self.error: RolloutError | None = None
         self.faults: SimpleQueue[Fault] = SimpleQueue()
         self._options = options
         self._mailbox: SimpleQueue[Call] = SimpleQueue()
         self.members = [
-            Member(number, model, dtype, options, stop_token_ids, self._mailbox.put)
+            Member(number, model, dtype, options, stop_token_ids, bundles, self._mailbox.put)
             for number in range(options.workers)
         ]
         self._jobs: list[Job] = []
         self._updates: list[Update] = []
         self._replaced: list[Update] = []
         self._awaiting_start: list[SimpleQueue[RolloutError | None]] = []
+        self._spent: Update | None = None
+        self._asleep = False
+        self._to_be_started: list[Member] = []
+        self._awaiting_turn: list[SimpleQueue[RolloutError | None]] = []
         self._closed = False
         self._pace_s = min(0.5, options.probe_interval_s / 2, options.probe_timeout_s / 2)
         for member in self.members:
@@ -57,6 +62,10 @@ class Supervisor:
         """Answer when no worker is being started."""
         self._mailbox.put(partial(self._awaiting_start.append, answers))
 
+    def turn(self, asleep: bool, answers: SimpleQueue[RolloutError | None]) -> None:
+        """Let the workers sleep, or wake them; answer when they all do. What is lost of them meanwhile is started when they wake."""
+        self._mailbox.put(partial(self._turn, asleep, answers))
+
     def drop_updates(self, modules: Sequence[str] | None) -> None:
         """Let go of the weights that an update of these modules will replace."""
 
@@ -64,12 +73,20 @@ class Supervisor:
             kept = [u for u in self._updates if modules and not set(u.modules or [""]) <= set(modules)]
             self._replaced += [u for u in self._updates if u not in kept]
             self._updates[:] = kept
+            if self._spent not in kept:
+                self._spent = None
 
         self._mailbox.put(drop)
 
     def update(self, update: Update) -> None:
         """Give the weights to every worker, and to each that is started from now on."""
-        self._mailbox.put(partial(self._updates.append, update))
+        self._mailbox.put(partial(self._begin, update))
+
+    def renew(self) -> None:
+        """Called where weights can be got: fetch those once more that a worker has to take and did not receive with the others."""
+        if (update := self._spent) is not None and isinstance(update.source, Broadcast):
+            self._spent = None
+            update.source = update.source.again()
 
     def close(self) -> None:
         """End the workers' processes."""
@@ -112,9 +129,13 @@ class Supervisor:
                 self._examine(member, now)
             if member.state is not State.DEAD:
                 self._employ(member, now)
-        if not any(member.state is State.RESTARTING for member in self.members):
+        starting = [m for m in self.members if m.state is State.RESTARTING and m not in self._to_be_started]
+        if not starting:
             while self._awaiting_start:
                 self._awaiting_start.pop().put(None)
+        if all((m.state is State.ASLEEP) == self._asleep for m in self._up) and not (self._asleep and starting):
+            while self._awaiting_turn:
+                self._awaiting_turn.pop().put(None)
         # A worker that is being restarted may still be reading one.
         read = [member.task.subject for member in self.members if member.task]
         for update in [u for u in self._replaced if u not in read]:
@@ -127,10 +148,28 @@ class Supervisor:
 
     def _is_everywhere(self, update: Update) -> bool:
         """Whether the workers have it, apart from those that are being restarted: these take it before they serve."""
-        up = [m for m in self.members if m.state not in (State.RESTARTING, State.DEAD)]
-        return bool(up) and all(m.serial >= update.serial for m in up)
+        return bool(self._up) and all(m.serial >= update.serial for m in self._up)
+
+    def _begin(self, update: Update) -> None:
+        self._updates.append(update)
+        if isinstance(update.source, Broadcast):
+            update.gather([member.actor for member in self._up], self._options.tensor_parallel)
+
+    @property
+    def _up(self) -> list[Member]:
+        return [m for m in self.members if m.state not in (State.RESTARTING, State.DEAD)]
+
+    def _turn(self, asleep: bool, answers: SimpleQueue[RolloutError | None]) -> None:
+        self._asleep = asleep
+        self._awaiting_turn.append(answers)
+        while self._to_be_started and not asleep:
+            self._start(self._to_be_started.pop())
 
     def _start(self, member: Member) -> None:
+        if self._asleep:
+            member.state = State.RESTARTING
+            self._to_be_started.append(member)
+            return
         member.start(time.monotonic(), partial(self._finished, member), partial(self._ended, member))
 
     def _examine(self, member: Member, now: float) -> None:
@@ -150,7 +189,11 @@ class Supervisor:
 
     def _employ(self, member: Member, now: float) -> None:
         """Give a worker that is idle the next thing to do: first of all the weights that it lacks."""
-        if member.task is not None:
+        if member.task is not None or member in self._to_be_started:
+            return
+        if self._asleep or member.state is State.ASLEEP:
+            if self._asleep != (member.state is State.ASLEEP):
+                (member.sleep if self._asleep else member.wake)(now)
             return
         lacking = next((u for u in self._updates if u.serial > member.serial), None)
         if lacking is None:
@@ -162,7 +205,11 @@ class Supervisor:
             elif now - member.since > self._options.probe_interval_s:
                 member.probe(now)
         elif lacking.refused is None:
-            member.load(lacking, now)
+            source = lacking.source_for(member.actor)
+            if source is None:
+                self._spent = lacking
+            else:
+                member.load(lacking, source, now)
         else:
             for job in list(self._jobs):
                 self._fail(job, lacking.refused)
@@ -186,7 +233,7 @@ class Supervisor:
         elif not isinstance(error, ray.exceptions.RayTaskError):
             self._lose(member, f"died {task.doing}", task=task)
         elif isinstance(error.cause, RolloutError):
-            self._refused(task, error.cause)
+            self._refused(member, task, error.cause)
         elif task.doing is Doing.STARTING and not member.restarts:
             raise RolloutError(f"a rollout worker failed {task.doing}:\n{error}")
         else:
@@ -196,6 +243,10 @@ class Supervisor:
         if isinstance(task.subject, Update):
             member.serial = task.subject.serial
         elif task.doing is Doing.STARTING:
+            member.state = State.STALE
+        elif task.doing is Doing.FALLING_ASLEEP:
+            member.state = State.ASLEEP
+        elif task.doing is Doing.WAKING:
             member.state = State.STALE
         elif task.doing is Doing.PROBING:
             member.restarts = 0
@@ -208,9 +259,11 @@ class Supervisor:
             else:
                 job.answers.put(result)
 
-    def _refused(self, task: Task, error: RolloutError) -> None:
-        """What was asked for cannot be done, by any worker."""
-        if isinstance(task.subject, Update):
+    def _refused(self, member: Member, task: Task, error: RolloutError) -> None:
+        """What was asked for cannot be done, by any worker; but for weights that one did not receive."""
+        if isinstance(task.subject, Update) and isinstance(error, NotReceivedError):
+            self._report(member, f"takes the weights of version {task.subject.version} by another way: {error}")
+        elif isinstance(task.subject, Update):
             task.subject.refused = error
             task.subject.answers.put(error)
         elif isinstance(task.subject, Batch):
@@ -219,7 +272,8 @@ class Supervisor:
             raise error
 
     def _ended(self, member: Member, actor: Any, future: Any) -> None:
-        if member.state is not State.DEAD and member.actor is actor:
+        is_known = member.state is State.DEAD or member in self._to_be_started
+        if member.actor is actor and not is_known:
             self._lose(member, f"died {member.task.doing}" if member.task else "died idle")
 
     def _lose(self, member: Member, why: str, stacks: str = "", task: Task | None = None) -> None:

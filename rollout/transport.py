@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 from uuid import uuid4
 
 import torch
@@ -32,14 +32,22 @@ class WeightSource(Protocol):
         """Take away what was kept for readers."""
 
 
-class Transport(Protocol):
-    """One way for weights to travel, in buckets of `bucket_bytes` at most, or of one tensor that is larger."""
+class Sending(Protocol):
+    """The learner's end of a way for weights to travel, in buckets of `bucket_bytes` at most, or of one tensor that is larger."""
 
     @property
     def bucket_bytes(self) -> float: ...
 
-    def give(self, bucket: Bucket) -> Any:
-        """Called in the learner for each bucket; what it returns goes to the driver by reference."""
+    @property
+    def device(self) -> str:
+        """Where it takes them."""
+
+    def give(self, buckets: Iterable[Bucket]) -> Iterator[Any]:
+        """Called in the learner; each thing that it yields goes to the driver by reference."""
+
+
+class Transport(Sending, Protocol):
+    """A way on which weights can rest, for workers to fetch them."""
 
     def source(self, given: Sequence[Any]) -> WeightSource:
         """Called in the driver with the references to what `give` returned, in order."""
@@ -50,9 +58,10 @@ class WeightOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    transport: Literal["object_store", "directory", "adapter"] = Field(
+    transport: Literal["object_store", "broadcast", "directory", "adapter"] = Field(
         "object_store",
-        description="object_store: Ray's shared memory (/dev/shm holds the weights twice, and spills to disk); directory: safetensors files "
+        description="object_store: Ray's shared memory (/dev/shm holds the weights twice, and spills to disk); broadcast: from the learner's "
+        "device to all workers' at once (NCCL between GPUs, of which each process then needs its own; gloo between CPUs); directory: safetensors files "
         "in the run directory, which all nodes must then share; adapter: only the files of learner.lora's adapter, there too, which vLLM "
         "adds by itself (on a CPU for models without experts)",
     )
@@ -83,9 +92,10 @@ class ObjectStore:
     """Through Ray's object store: a bucket is copied into shared memory, and across nodes where a worker is on another."""
 
     bucket_bytes: float = 256 * MIB
+    device: ClassVar[str] = "cpu"
 
-    def give(self, bucket: Bucket) -> Bucket:
-        return bucket
+    def give(self, buckets: Iterable[Bucket]) -> Iterator[Bucket]:
+        yield from buckets
 
     def source(self, given: Sequence[Any]) -> "StoredWeights":
         return StoredWeights(given)
@@ -119,14 +129,16 @@ class Directory:
 
     path: Path
     bucket_bytes: float = 256 * MIB
+    device: ClassVar[str] = "cpu"
 
-    def give(self, bucket: Bucket) -> Path:
+    def give(self, buckets: Iterable[Bucket]) -> Iterator[Path]:
         from safetensors.torch import save_file
 
         self.path.mkdir(parents=True, exist_ok=True)
-        file = self.path / f"{uuid4().hex}.safetensors"
-        save_file(bucket, file)
-        return file
+        for bucket in buckets:
+            file = self.path / f"{uuid4().hex}.safetensors"
+            save_file(bucket, file)
+            yield file
 
     def source(self, given: Sequence[Any]) -> "WeightFiles":
         import ray

@@ -25,6 +25,10 @@ class WeightUpdateError(RolloutError):
     """An update did not write every parameter of the sampler: its weights cannot be trusted any more."""
 
 
+class NotReceivedError(RolloutError):
+    """A worker did not receive all of an update that was sent to several at once. It can take the same again."""
+
+
 class FinishReason(StrEnum):
     """Why a completion ended."""
 
@@ -102,6 +106,9 @@ class EngineOptions(BaseModel):
         ge=0,
         description="largest rank of an adapter that vLLM adds to the policy; `weights.transport: adapter` sets it",
     )
+    sleeps: bool = Field(
+        False, description="the engine can put what it holds on its GPU into the CPU's memory; `take_turns` sets it"
+    )
     native_rotary: bool = Field(
         True,
         description="rotary embedding in PyTorch. vLLM's own CPU kernel rotates the wrong rows for DeepSeek-V2 without YaRN; "
@@ -111,7 +118,9 @@ class EngineOptions(BaseModel):
     @model_validator(mode="after")
     def _shared_by_one(self) -> Self:
         if self.gpus < 1 and self.tensor_parallel > 1:
-            raise ValueError("gpus below 1 is for workers of one process: leave it or tensor_parallel out")
+            raise ValueError(
+                "gpus below 1, as with take_turns, is for workers of one process: leave it or tensor_parallel out"
+            )
         return self
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from rollout.broadcast import Receiver
 from rollout.transport import Bucket
 from rollout.types import WeightUpdateError
 
@@ -74,6 +75,14 @@ def begin_update(worker: Any, modules: Sequence[str] | None) -> str | None:
 
 def take_bucket(worker: Any, bucket: Bucket) -> str | None:
     return what_is_wrong(worker.weight_update.take, bucket)
+
+
+def take_broadcast(worker: Any, receiver: Receiver) -> str | None:
+    """All buckets, which this process receives itself. Raises RuntimeError where the others do not come, or go away."""
+    for bucket in receiver.buckets(worker.rank):
+        if wrong := take_bucket(worker, bucket):
+            return wrong
+    return None
 
 
 def finish_update(worker: Any) -> str | None:

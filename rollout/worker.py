@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
+from rollout.broadcast import Receiver
 from rollout.engine import Engine, Request
 from rollout.processes import ProcessId, introduce_this_process
 from rollout.transport import AdapterFiles, WeightSource
@@ -57,12 +58,22 @@ class RolloutWorker:
         """One completion for each request, in their order."""
         return self._loaded.generate(requests, sampling)
 
-    def load(self, source: WeightSource | AdapterFiles, version: int, modules: Sequence[str] | None = None) -> None:
+    def load(
+        self, source: WeightSource | AdapterFiles | Receiver, version: int, modules: Sequence[str] | None = None
+    ) -> None:
         """Take the tensors of a checkpoint, or of some of its modules, as the new weights; or an adapter."""
         if isinstance(source, AdapterFiles):
             self._loaded.load_adapter(source.directory, version)
         else:
-            self._loaded.load(source.buckets(), version, modules)
+            self._loaded.load(source if isinstance(source, Receiver) else source.buckets(), version, modules)
+
+    def sleep(self) -> None:
+        """Give the GPU to others."""
+        self._loaded.sleep()
+
+    def wake(self) -> None:
+        """Take it back."""
+        self._loaded.wake()
 
     def probe(self) -> None:
         """Draw a token: what has an answer to this can serve."""

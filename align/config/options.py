@@ -212,12 +212,21 @@ class SamplingRecipe(Recipe):
     rollout: FleetOptions = FleetOptions()
 
 
+IN_TURNS: Mapping[str, Mapping[str, Any]] = {"learner": {"gpus": 0.6}, "rollout": {"gpus": 0.4, "sleeps": True}}
+"""What goes without saying where a learner rank and a rollout worker take turns on a GPU: shares of it, by Ray's count."""
+
+
 class PolicyRecipe(SamplingRecipe, TrainingRecipe):
     """A stage that trains the policy."""
 
     evaluation: EvaluationOptions = EvaluationOptions()
     agreement: AgreementOptions = AgreementOptions()
     weights: WeightOptions = WeightOptions()
+    take_turns: bool = Field(
+        False,
+        description="a learner rank and a rollout worker share a GPU, and use it in turn: while one works, what the other holds is in the "
+        "CPU's memory",
+    )
 
     @property
     def evaluation_cards(self) -> list[str]:
@@ -235,6 +244,40 @@ class PolicyRecipe(SamplingRecipe, TrainingRecipe):
     def _an_adapter_to_send(self) -> Self:
         if self.weights.transport == "adapter" and self.learner.lora is None:
             raise ValueError("weights.transport: adapter sends the adapter alone, and there is none: set learner.lora")
+        return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _turns_are_taken_on_a_gpu(cls, data: Any) -> Any:
+        if not (isinstance(data, Mapping) and data.get("take_turns")):
+            return data
+        return {**data, **{key: {**implied, **(data.get(key) or {})} for key, implied in IN_TURNS.items()}}
+
+    @model_validator(mode="after")
+    def _turns_can_be_taken(self) -> Self:
+        learner, rollout = self.learner, self.rollout
+        if not self.take_turns:
+            return self
+        if learner.zero_stage not in (1, 2) or learner.expert_parallel > 1:
+            raise ValueError(
+                "take_turns: DeepSpeed moves what it holds under zero_stage 1 and 2, without expert_parallel"
+            )
+        if learner.resources or rollout.resources:
+            raise ValueError(
+                "take_turns: a rank and a worker are in one place; leave out learner.resources and rollout.resources"
+            )
+        if self.weights.transport == "broadcast":
+            raise ValueError(
+                "take_turns: weights.transport: broadcast wants a GPU for each process; leave one of them out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_device_for_each_process(self) -> Self:
+        if self.weights.transport == "broadcast" and min(self.learner.gpus, self.rollout.gpus) < 1:
+            raise ValueError(
+                "weights.transport: broadcast wants a GPU of its own for each process: leave it out, or learner.gpus and rollout.gpus"
+            )
         return self
 
 

@@ -1,6 +1,6 @@
 """From sequences of any length to micro-batches: by token budget, balanced over ranks, padded on the right."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
@@ -135,28 +135,54 @@ def collate(sequences: Sequence[TrainingSequence], pad_id: int) -> Batch:
     )
 
 
-def plan_micro_batches(lengths: Sequence[int], token_budget: int, ranks: int) -> list[list[list[int]]]:
-    """Indices of sequences as [rank][micro-batch][place]: like lengths together, padded size within the budget.
+Padded = Callable[[Sequence[int]], int]
+"""The tokens, padding included, of a micro-batch of these items, the longest first."""
+
+
+def whole_rows(lengths: Sequence[int]) -> tuple[list[int], Padded]:
+    """Items that are a row each: their order for a plan, and what a micro-batch of them takes."""
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    return order, lambda items: lengths[items[0]] * len(items)
+
+
+def rows_after_prompts(sequences: Sequence[TrainingSequence]) -> tuple[list[int], Padded]:
+    """The same for sequences that `collate_after_prompts` puts together.
+
+    By length, though it takes groups apart: what that saves of padding is more than the prompts that are computed once more.
+    """
+    numbers: dict[tuple[int, ...], int] = {}
+    prompts = [numbers.setdefault(tuple(s.token_ids[: s.prompt_length]), len(numbers)) for s in sequences]
+    before = [max(1, len(prompt) - 1) for prompt in numbers]
+    after = [1 + s.completion_length for s in sequences]
+
+    def padded(items: Sequence[int]) -> int:
+        different = {prompts[i] for i in items}
+        return len(different) * max(before[p] for p in different) + len(items) * max(after[i] for i in items)
+
+    return sorted(range(len(sequences)), key=lambda i: (-after[i], prompts[i], i)), padded
+
+
+def plan_micro_batches(order: Sequence[int], padded: Padded, token_budget: int, ranks: int) -> list[list[list[int]]]:
+    """Items, in this order, as [rank][micro-batch][place], a micro-batch being no larger than the budget.
 
     Every rank gets the same number of micro-batches, as ZeRO's collectives demand, and about the same number of tokens:
-    of that number, the micro-batches are those whose largest is smallest. A sequence longer than the budget is a
-    micro-batch of its own. Where there are fewer sequences than micro-batches, some are empty lists.
+    of that number, the micro-batches are those whose largest is smallest. An item that is larger than the budget is a
+    micro-batch of its own. Where there are fewer items than micro-batches, some are empty lists.
     """
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    fewest = len(fill(order, lengths, token_budget))
+    fewest = len(fill(order, padded, token_budget))
     count = -(-fewest // ranks) * ranks
     too_small, enough = 0, token_budget
     while enough - too_small > 1:
         middle = (too_small + enough) // 2
-        if len(fill(order, lengths, middle)) <= count:
+        if len(fill(order, padded, middle)) <= count:
             enough = middle
         else:
             too_small = middle
-    micro_batches = fill(order, lengths, enough)
+    micro_batches = fill(order, padded, enough)
     micro_batches += [[] for _ in range(count - len(micro_batches))]
 
     def cost(micro_batch: list[int]) -> int:
-        return lengths[micro_batch[0]] * len(micro_batch) if micro_batch else 0
+        return padded(micro_batch) if micro_batch else 0
 
     micro_batches.sort(key=cost, reverse=True)
     plan: list[list[list[int]]] = [[] for _ in range(ranks)]
@@ -167,56 +193,25 @@ def plan_micro_batches(lengths: Sequence[int], token_budget: int, ranks: int) ->
     return plan
 
 
-def fill(order: Sequence[int], lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Micro-batches of at most `capacity` padded tokens, filled one after the other from longest to shortest."""
+def fill(order: Sequence[int], padded: Padded, capacity: int) -> list[list[int]]:
+    """Micro-batches of at most `capacity` padded tokens, filled one after the other."""
     micro_batches: list[list[int]] = []
     for i in order:
         current = micro_batches[-1] if micro_batches else None
-        if current and lengths[current[0]] * (len(current) + 1) <= capacity:
+        if current and padded([*current, i]) <= capacity:
             current.append(i)
         else:
             micro_batches.append([i])
     return micro_batches
 
 
-def with_shared_prompts(sequences: Sequence[TrainingSequence], token_budget: int) -> tuple[list[list[int]], list[int]]:
-    """Indices of sequences that have a prompt in common, and the padded tokens of each such part, by `collate_after_prompts`.
+def share_out(items: Sequence[T], plan: Sequence[Sequence[Sequence[int]]], idle: T) -> list[list[list[T]]]:
+    """The items as [rank][micro-batch][place].
 
-    A part is as much of a group as the budget has room for.
-    """
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for i, s in enumerate(sequences):
-        groups.setdefault(tuple(s.token_ids[: s.prompt_length]), []).append(i)
-    parts, lengths = [], []
-    for prompt, members in groups.items():
-        left = sorted(members, key=lambda i: (-sequences[i].completion_length, i))
-        while left:
-            row = 1 + sequences[left[0]].completion_length
-            rows = max(1, (token_budget - len(prompt)) // row)
-            part, left = left[:rows], left[rows:]
-            parts.append(part)
-            lengths.append(max(1, len(prompt) - 1) + row * len(part))
-    return parts, lengths
-
-
-def split_over_ranks(
-    items: Sequence[T],
-    lengths: Sequence[int],
-    idle: T,
-    token_budget: int,
-    ranks: int,
-    parts: Sequence[Sequence[int]] | None = None,
-) -> tuple[list[list[list[T]]], list[list[list[int]]]]:
-    """The items as [rank][micro-batch][place], and their indices in the same shape.
-
-    `lengths` are those of the items, or of `parts`, which are the indices of items that stay together.
     A micro-batch that would be empty holds `idle`, which should have weight 0: it takes part in the collectives and leaves
-    the gradient as it is; its indices are an empty list.
+    the gradient as it is.
     """
-    plan = plan_micro_batches(lengths, token_budget, ranks)
-    if parts is not None:
-        plan = [[[i for part in micro_batch for i in parts[part]] for micro_batch in rank] for rank in plan]
-    return [[[items[i] for i in m] or [idle] for m in rank] for rank in plan], plan
+    return [[[items[i] for i in m] or [idle] for m in rank] for rank in plan]
 
 
 def in_order(plan: Sequence[Sequence[Sequence[int]]], results: Sequence[Sequence[Sequence[T]]]) -> list[T]:

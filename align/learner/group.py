@@ -1,8 +1,9 @@
 """The learner ranks together: one logical learner of one model."""
 
+import logging
 import math
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,24 @@ import torch
 
 from align.config import LearnerOptions, ModelOptions
 from align.errors import BadNumbersError, UserError
-from align.learner.batch import TrainingSequence, in_order, split_over_ranks, with_shared_prompts
+from align.learner.batch import (
+    TrainingSequence,
+    in_order,
+    plan_micro_batches,
+    rows_after_prompts,
+    share_out,
+    whole_rows,
+)
 from align.learner.expert_load import add_loads, load_metrics
 from align.learner.objective import Objective, Sums
 from align.learner.rank import LearnerRank, Trained, environment
 from align.learner.worker import LearnerWorker
 from align.run.checkpoints import Entry
 from align.run.files import whole_directory
-from rollout import AdapterFiles, ObjectStore, Transport, WeightSource
-from rollout.processes import ProcessId, kill, stacks
+from rollout import AdapterFiles, Broadcast, ObjectStore, RolloutError, Transport, WeightSource
+from rollout.broadcast import Meeting, Sender
+from rollout.processes import ProcessId, in_bundle, kill, stacks
+from rollout.transport import Sending
 
 DEATH_S = 5.0
 """How long it may take to hear of a rank that died."""
@@ -38,10 +48,17 @@ class LearnerDiedError(LearnerError):
 
 
 class RankGroup:
-    """DeepSpeed learners as Ray actors, data parallel, of any model. `bad_updates` so many have failed in a row by now."""
+    """DeepSpeed learners as Ray actors, data parallel, of any model.
 
-    def __init__(self, kind: type[LearnerRank], model: ModelOptions, options: LearnerOptions, *setup: Any):
-        """Start the ranks (Ray must be running); `setup` is what their method of that name needs besides the place to meet.
+    `bad_updates` so many have failed in a row by now; `before_use` may be set to what has to happen before the ranks do anything.
+    """
+
+    def __init__(
+        self, kind: type[LearnerRank], model: ModelOptions, options: LearnerOptions, *setup: Any, bundles: Any = None
+    ):
+        """Start the ranks (Ray must be running), one in each of a placement group's `bundles` if given.
+
+        `setup` is what their method of that name needs besides the place to meet.
 
         Raises UserError when the port is in use.
         """
@@ -58,6 +75,7 @@ class RankGroup:
                 resources=options.resources,
                 max_restarts=0,
                 runtime_env={"env_vars": environment(rank, options.ranks, options.threads)},
+                **in_bundle(bundles, rank),
             )(kind).remote(model, options)
             for rank in range(options.ranks)
         ]
@@ -66,22 +84,38 @@ class RankGroup:
         self._stalled = False
         self.bad_updates = 0
         self.trained = Trained("", None)
+        self.before_use: Callable[[], None] = lambda: None
+        self._is_ready = self._is_resting = False
 
     def wait_until_ready(self) -> None:
         """Join the ranks and load the model; returns when all are ready to train. Raises LearnerError, UserError."""
+        self.before_use()
         start = self._options.start_timeout_s
         self._processes = self._gather([rank.process.remote() for rank in self._ranks], start, "starting")
         master = self._gather([self._ranks[0].address.remote()], start, "starting")[0]
         port = self._options.port or self._gather([self._ranks[0].free_port.remote()], start, "starting")[0]
         setups = [rank.setup.remote(master, port, *self._setup) for rank in self._ranks]
         self.trained = self._gather(setups, start, "loading the model")[0]
+        self._is_ready = True
+
+    def rest(self) -> None:
+        """Let the ranks move what they hold on their GPUs to the CPU's memory, until they are used again."""
+        if self._is_ready and not self._is_resting:
+            self._gather([rank.rest.remote() for rank in self._ranks], self._options.step_timeout_s, "making room")
+            self._is_resting = True
+
+    def rise(self) -> None:
+        """Let them move it back."""
+        if self._is_resting:
+            self._gather([rank.rise.remote() for rank in self._ranks], self._options.step_timeout_s, "coming back")
+            self._is_resting = False
 
     def apply(self, learning_rate: float) -> float:
         """One optimizer update. Returns the norm of the whole gradient, before clipping.
 
         When that is not finite nothing was changed. Raises BadNumbersError when it happens too often in a row.
         """
-        calls = [rank.apply.remote(learning_rate) for rank in self._ranks]
+        calls = [rank.apply.remote(learning_rate) for rank in self._at_work()]
         norm = float(self._gather(calls, self._options.step_timeout_s, "updating the weights")[0])
         self.bad_updates = 0 if math.isfinite(norm) else self.bad_updates + 1
         if self.bad_updates >= self._options.stop_after_bad_steps:
@@ -93,13 +127,44 @@ class RankGroup:
 
     def publish(self, transport: Transport) -> WeightSource:
         """Send the model under checkpoint names off: all of it, or the modules that `trained` names. Raises LearnerError, OSError."""
-        calls = [rank.publish.options(num_returns="streaming").remote(transport) for rank in self._ranks]
+        return transport.source(self._give(transport))
+
+    def broadcast(self, bucket_bytes: float) -> Broadcast:
+        """The same, for workers that receive it all at once. Sending raises LearnerDiedError; what else goes wrong, the workers notice too."""
+        host, port = self._gather(
+            [self._ranks[0].address.remote(), self._ranks[0].free_port.remote()],
+            self._options.step_timeout_s,
+            "meeting",
+        )
+        meeting = Meeting(host, port)
+
+        def send(size: int) -> None:
+            try:
+                self._give(Sender(meeting, size, bucket_bytes))
+            except LearnerDiedError:
+                raise
+            except LearnerError as error:
+                logging.getLogger(__name__).warning("the broadcast of weights broke off: %s", error)
+
+        def again() -> WeightSource:
+            try:
+                return self.publish(ObjectStore(bucket_bytes))
+            except LearnerDiedError:
+                raise RolloutError(
+                    "a rollout worker was lost when the learner whose weights it had was gone: they were broadcast, and nobody has "
+                    "them to give; start the run again, which goes on, or leave weights.transport out"
+                ) from None
+
+        return Broadcast(meeting, send, again)
+
+    def _give(self, way: Sending) -> list[Any]:
+        calls = [rank.publish.options(num_returns="streaming").remote(way) for rank in self._at_work()]
         self._gather([call.completed() for call in calls], self._options.step_timeout_s, "gathering the weights")
-        return transport.source(list(calls[0]))
+        return list(calls[0])
 
     def publish_adapter(self, directory: Path) -> AdapterFiles:
         """Write the adapter to `directory`, for the rollout workers to add. Raises LearnerError, OSError."""
-        calls = [rank.save_adapter.remote(directory) for rank in self._ranks]
+        calls = [rank.save_adapter.remote(directory) for rank in self._at_work()]
         self._gather(calls, self._options.step_timeout_s, "gathering the adapter")
         return AdapterFiles(directory)
 
@@ -117,24 +182,25 @@ class RankGroup:
     def save(self, directory: Path) -> None:
         """Write the model as a Hugging Face checkpoint, whole or not at all. Raises LearnerError, OSError."""
         with whole_directory(directory.absolute()) as temporary:
-            calls = [rank.save.remote(temporary) for rank in self._ranks]
+            calls = [rank.save.remote(temporary) for rank in self._at_work()]
             self._gather(calls, self._options.step_timeout_s, "saving")
 
     def save_state(self, directory: Path) -> dict[str, Entry]:
         """Write all that the ranks need to go on exactly; returns the files' entries. Raises LearnerError, OSError."""
-        calls = [rank.save_state.remote(directory.absolute()) for rank in self._ranks]
+        calls = [rank.save_state.remote(directory.absolute()) for rank in self._at_work()]
         parts = self._gather(calls, self._options.step_timeout_s, "saving their state")
         return {name: entry for part in parts for name, entry in part.items()}
 
     def load_state(self, directory: Path) -> None:
         """Go on from what `save_state` wrote. Raises LearnerError, and UserError where it is of another learner."""
-        calls = [rank.load_state.remote(directory.absolute()) for rank in self._ranks]
+        calls = [rank.load_state.remote(directory.absolute()) for rank in self._at_work()]
         self._gather(calls, self._options.step_timeout_s, "loading their state")
 
     def close(self) -> None:
         """End the ranks' processes."""
         import ray
 
+        self._is_ready = self._is_resting = False
         for rank in self._ranks:
             ray.kill(rank)
         if self._stalled:
@@ -142,6 +208,10 @@ class RankGroup:
             for process in self._processes:
                 kill(process)
         self._ranks = []
+
+    def _at_work(self) -> list[Any]:
+        self.before_use()
+        return self._ranks
 
     def _gather(self, references: Sequence[Any], timeout_s: float, doing: str) -> list[Any]:
         import ray
@@ -191,13 +261,14 @@ class LearnerGroup(RankGroup):
         *,
         seed: int,
         reference: ModelOptions | None = None,
+        bundles: Any = None,
     ):
-        super().__init__(LearnerWorker, model, options, seed, reference)
+        super().__init__(LearnerWorker, model, options, seed, reference, bundles=bundles)
 
     def accumulate(self, sequences: Sequence[TrainingSequence], objective: Objective) -> Sums:
         """Forward and backward over a batch; its gradient waits for `apply`."""
         work, _ = self._split(sequences)
-        calls = [r.accumulate.remote(part, objective) for r, part in zip(self._ranks, work, strict=True)]
+        calls = [r.accumulate.remote(part, objective) for r, part in zip(self._at_work(), work, strict=True)]
         total = Sums()
         for sums in self._gather(calls, self._options.step_timeout_s, "computing gradients"):
             total.add(sums)
@@ -211,18 +282,16 @@ class LearnerGroup(RankGroup):
     def log_probs(self, sequences: Sequence[TrainingSequence], temperature: float) -> list[npt.NDArray[np.float32]]:
         """The policy's log-probabilities [completion length] of each completion."""
         work, plan = self._split(sequences)
-        calls = [r.log_probs.remote(part, temperature) for r, part in zip(self._ranks, work, strict=True)]
+        calls = [r.log_probs.remote(part, temperature) for r, part in zip(self._at_work(), work, strict=True)]
         return in_order(plan, self._gather(calls, self._options.step_timeout_s, "computing log-probabilities"))
 
     def _split(
         self, sequences: Sequence[TrainingSequence]
     ) -> tuple[list[list[list[TrainingSequence]]], list[list[list[int]]]]:
-        budget, parts = self._options.micro_batch_tokens, None
         lengths = [len(s.token_ids) for s in sequences]
-        if self._options.share_prompts:
-            parts, lengths = with_shared_prompts(sequences, budget)
-        idle = replace(sequences[0], weight=0.0)
-        return split_over_ranks(sequences, lengths, idle, budget, self._options.ranks, parts)
+        costs = rows_after_prompts(sequences) if self._options.share_prompts else whole_rows(lengths)
+        plan = plan_micro_batches(*costs, self._options.micro_batch_tokens, self._options.ranks)
+        return share_out(sequences, plan, replace(sequences[0], weight=0.0)), plan
 
 
 def check_port(port: int) -> None:

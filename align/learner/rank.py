@@ -6,6 +6,7 @@ import math
 import os
 import socket
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -34,9 +35,8 @@ from align.model.lora import (
 )
 from align.model.policy import load_tokenizer, save_policy
 from align.run.checkpoints import Entry
-from rollout import Transport
 from rollout.processes import ProcessId, introduce_this_process
-from rollout.transport import buckets
+from rollout.transport import Sending, buckets
 
 
 def environment(rank: int, ranks: int, threads: int) -> dict[str, str]:
@@ -112,12 +112,14 @@ class LearnerRank(ABC):
         """Parameters and experts of this rank that have had no gradient yet."""
         return self._census.missing()
 
-    def publish(self, transport: Transport) -> Iterator[Any]:
-        """Give the weights of what changes, under checkpoint names, to a transport: one bucket after the other, from rank 0 only."""
-        layout = layout_of(self._network.config.model_type)
-        weights = to_checkpoint(self._whole_weights(self._trained.modules), layout)
-        for bucket in buckets(weights, transport.bucket_bytes):
-            yield transport.give(bucket)
+    def publish(self, way: Sending) -> Iterator[Any]:
+        """Give the weights of what changes, under checkpoint names, one bucket after the other, from rank 0 only."""
+        weights = self._whole_weights(self._trained.modules, way.device)
+        if self._engine.global_rank == 0:
+            layout = layout_of(self._network.config.model_type)
+            yield from way.give(buckets(to_checkpoint(weights, layout), way.bucket_bytes))
+        else:
+            deque(weights, maxlen=0)
 
     def save(self, directory: Path) -> None:
         """Write the model as a Hugging Face checkpoint, and an adapter's own file in `adapter` beside it.
@@ -147,6 +149,23 @@ class LearnerRank(ABC):
             self._census.restore(load_state(self._engine, directory))
         except ValueError as error:
             raise UserError(f"checkpoint {directory}: {error}") from None
+
+    def rest(self) -> None:
+        """Move what this rank holds on its GPU to the CPU's memory, until `rise`."""
+        self._engine.offload_states(pin_memory=self._device.type == "cuda")
+        self._move_what_deepspeed_leaves(torch.device("cpu"))
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def rise(self) -> None:
+        """Move it back."""
+        self._engine.reload_states()
+        self._move_what_deepspeed_leaves(self._device)
+
+    def _move_what_deepspeed_leaves(self, device: torch.device) -> None:
+        frozen = (p for p in self._network.parameters() if not p.requires_grad)
+        for tensor in (*frozen, *self._network.buffers()):
+            tensor.data = tensor.data.to(device)
 
     def close(self) -> None:
         """Leave the process group."""
@@ -227,8 +246,10 @@ class LearnerRank(ABC):
         gc.collect()
         gc.freeze()
 
-    def _whole_weights(self, modules: Sequence[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
-        """The parameters of the model, or of some of its modules, with the adapter in them, on the CPU; none but on rank 0.
+    def _whole_weights(
+        self, modules: Sequence[str] | None = None, device: str = "cpu"
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Copies of the parameters of the model, or of some of its modules, with the adapter in them; none but on rank 0.
 
         All ranks must go through it, since each parameter is gathered when it is reached, and is whole no longer after it.
         """
@@ -244,7 +265,7 @@ class LearnerRank(ABC):
             copy = None
             with self._whole([parameter] if layer is None else [parameter, *factors(layer)]):
                 if self._engine.global_rank == 0:
-                    copy = (parameter if layer is None else merged(parameter, layer)).detach().to("cpu", copy=True)
+                    copy = (parameter if layer is None else merged(parameter, layer)).detach().to(device, copy=True)
             if copy is not None:
                 yield name, copy
 

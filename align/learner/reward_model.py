@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 
 from align.config import LearnerOptions, ModelOptions
-from align.learner.batch import in_order, split_over_ranks
+from align.learner.batch import in_order, plan_micro_batches, share_out, whole_rows
 from align.learner.group import RankGroup
 from align.learner.pairs import TrainingPair, collate_pairs, pad_right
 from align.learner.rank import LearnerRank, Trained
@@ -107,9 +107,7 @@ class RewardModelGroup(RankGroup):
 
     def accumulate(self, pairs: Sequence[TrainingPair], loss: PairLoss) -> PairSums:
         """Forward and backward over a batch; its gradient waits for `apply`."""
-        lengths = [pair.padded_length for pair in pairs]
-        idle = replace(pairs[0], weight=0.0)
-        work, _ = split_over_ranks(pairs, lengths, idle, self._options.micro_batch_tokens, self._options.ranks)
+        work = share_out(pairs, self._plan([pair.padded_length for pair in pairs]), replace(pairs[0], weight=0.0))
         calls = [r.accumulate.remote(part, loss) for r, part in zip(self._ranks, work, strict=True)]
         total = PairSums()
         for sums in self._gather(calls, self._options.step_timeout_s, "computing gradients"):
@@ -118,9 +116,10 @@ class RewardModelGroup(RankGroup):
 
     def rewards(self, sequences: Sequence[Sequence[int]]) -> list[float]:
         """The reward of each conversation: token ids up to the end-of-sequence token."""
-        lengths = [len(sequence) for sequence in sequences]
-        work, plan = split_over_ranks(
-            sequences, lengths, sequences[0], self._options.micro_batch_tokens, self._options.ranks
-        )
+        plan = self._plan([len(sequence) for sequence in sequences])
+        work = share_out(sequences, plan, sequences[0])
         calls = [r.rewards.remote(part) for r, part in zip(self._ranks, work, strict=True)]
         return in_order(plan, self._gather(calls, self._options.step_timeout_s, "computing rewards"))
+
+    def _plan(self, lengths: Sequence[int]) -> list[list[list[int]]]:
+        return plan_micro_batches(*whole_rows(lengths), self._options.micro_batch_tokens, self._options.ranks)

@@ -59,6 +59,11 @@ class LearnerWorker(LearnerRank):
             total.add(sums)
         return total
 
+    def _move_what_deepspeed_leaves(self, device: torch.device) -> None:
+        super()._move_what_deepspeed_leaves(device)
+        if self._reference is not None and not self._shares_reference:
+            self._reference.to(device)
+
     def take_expert_load(self) -> Loads:
         """Where this rank's tokens went since the last time this was asked."""
         return self._expert_counter.take()

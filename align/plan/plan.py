@@ -67,7 +67,7 @@ def make_plan(recipe: Recipe, sizes: ModelSizes, cluster: Cluster) -> Plan:
     learners = learners_part(recipe, cluster)
     if learning is not None:
         roles.append(learner_role(learning.training, learners))
-    nodes, homeless = place(cluster, [Demand(r.name, r.count, r.gpus) for r in roles])
+    nodes, homeless = place(cluster, demands(recipe, roles))
     refusals = [*too_few(recipe, roles, homeless, cluster)]
     if learning is not None and cluster.gpus:
         refusals += too_much_to_learn(learning.training, roles[-1], learners)
@@ -117,8 +117,24 @@ def what_is_learned(recipe: Recipe, sizes: ModelSizes, element: int) -> Learning
     return Learning(training, sequences * longest, sent)
 
 
+def demands(recipe: Recipe, roles: Sequence[Role]) -> list[Demand]:
+    """What wants a place, in the order in which it is given one: in turns, a worker and a rank have a GPU together."""
+    if not in_turns(recipe):
+        return [Demand(role.name, role.count, role.gpus) for role in roles]
+    worker, *others, learner = roles
+    pairs = Demand(f"{worker.name} and {learner.name}", max(worker.count, learner.count), float(learner.gpus > 0))
+    return [pairs, *(Demand(role.name, role.count, role.gpus) for role in others)]
+
+
+def in_turns(recipe: Recipe) -> bool:
+    """Whether a GPU that learners and workers share is only ever used by one side."""
+    return isinstance(recipe, PolicyRecipe) and recipe.take_turns
+
+
 def learners_part(recipe: Recipe, cluster: Cluster) -> Cluster:
     """The cluster with the memory of a GPU that the rollout workers leave to learners, where they share them."""
+    if in_turns(recipe) and cluster.gpus:
+        return replace(cluster, gpu_memory=cluster.gpu_memory - GPU_PROCESS)
     if isinstance(recipe, SamplingRecipe) and recipe.rollout.gpus < 1:
         return replace(cluster, gpu_memory=cluster.gpu_memory * (1 - recipe.rollout.gpu_memory_share))
     return cluster
@@ -138,6 +154,8 @@ def rollout_role(recipe: SamplingRecipe, sizes: ModelSizes, cluster: Cluster, el
     parts = memory.worker_memory(sizes, recipe.rollout, element, cluster.gpu_memory) | process
     gpus = recipe.rollout.tensor_parallel * recipe.rollout.gpus if cluster.gpus else 0
     limit = cluster.gpu_memory * recipe.rollout.gpu_memory_share
+    if in_turns(recipe):
+        limit = cluster.gpu_memory - GPU_PROCESS
     return Role("rollout worker", recipe.rollout.workers, gpus, parts, limit)
 
 
@@ -155,6 +173,12 @@ def too_few(recipe: Recipe, roles: Sequence[Role], homeless: Sequence[str], clus
     """What has no GPU to be on."""
     if not homeless:
         return []
+    if in_turns(recipe):
+        pairs = max(role.count for role in roles if role.gpus)
+        return [
+            f"{pairs} GPUs are wanted, one for each learner rank and the rollout worker that takes turns with it, and there are "
+            f"{cluster.gpus}: lower learner.ranks and rollout.workers, or take more nodes"
+        ]
     wanted = " + ".join(f"{r.count} x {r.gpus:g} ({r.name}s)" for r in roles if r.gpus)
     total = sum(r.count * r.gpus for r in roles)
     widest = max(r.gpus for r in roles)
@@ -235,9 +259,10 @@ def too_much_to_sample(
     if cluster.gpus and sizes.heads % options.tensor_parallel:
         found.append(f"rollout.tensor_parallel={options.tensor_parallel} does not divide {sizes.heads} attention heads")
     if cluster.gpus and options.gpus < 1 and role.total > role.limit:
+        more = "" if in_turns(recipe) else "raise rollout.gpu_memory_share, or "
         found.append(
-            f"a rollout worker needs {gib(role.total)} of {gib(role.limit)}, its share of a GPU's memory: raise "
-            "rollout.gpu_memory_share, or lower rollout.kv_cache_gb"
+            f"a rollout worker needs {gib(role.total)} of {gib(role.limit)}, its share of a GPU's memory: {more}lower "
+            "rollout.kv_cache_gb"
         )
     needed = options.max_length * memory.kv_bytes_a_token(sizes, element)
     if role.parts["KV cache"] < needed:
@@ -290,8 +315,18 @@ def step_seconds(
     )
     seconds["training"] = times.training_seconds(sizes, work, rates)
     if isinstance(recipe, GrpoRecipe):
-        seconds["weights to the workers"] = times.transfer_seconds(learning.sent * element, rates)
+        seconds["weights to the workers"] = times.transfer_seconds(
+            learning.sent * element, rates, broadcast=recipe.weights.transport == "broadcast"
+        )
+        if in_turns(recipe) and cluster.gpus:
+            seconds["taking turns"] = 2 * (at_rest(job) + sizes.total * element) / rates.host
     return seconds
+
+
+def at_rest(job: Training) -> float:
+    """Bytes that a learner rank moves to the CPU's memory while the workers have the GPU, its gradients among them."""
+    parts = memory.learner_memory(job)
+    return sum(parts.get(name, 0.0) for name in ("weights", "gradients", "optimiser", "reference"))
 
 
 def sampling_work(
@@ -325,8 +360,14 @@ def notes(recipe: Recipe, sizes: ModelSizes, learning: Learning | None, element:
         found.append(
             f"each learner rank reads the whole model into its node's memory at the start: {gib(sizes.total * element)} a rank"
         )
+        if in_turns(recipe):
+            found.append(
+                f"in turns: at rest, a rank has {gib(at_rest(learning.training))} in its node's memory, a rollout worker "
+                f"{gib(sizes.total * element)}"
+            )
         if isinstance(recipe, PolicyRecipe):
             through = {
+                "broadcast": "one broadcast from the device of rank 0 to theirs",
                 "object_store": "Ray's shared memory: the node of rank 0 holds them twice, those of before included",
                 "directory": "files in the run directory, which holds them twice, those of before included",
                 "adapter": "the adapter's files in the run directory",

@@ -74,6 +74,6 @@ def training_seconds(sizes: ModelSizes, work: Pass, rates: Rates) -> float:
     return compute + micro_batches * work.gathers * work.weight_bytes / rates.link
 
 
-def transfer_seconds(sent_bytes: float, rates: Rates) -> float:
-    """New weights from rank 0 to every worker: to the CPU, into Ray's store, and out of it into the engines."""
-    return 3 * sent_bytes / rates.host
+def transfer_seconds(sent_bytes: float, rates: Rates, *, broadcast: bool) -> float:
+    """New weights from rank 0 to every worker: over a link; or to the CPU, into Ray's store, and out of it into the engines."""
+    return sent_bytes / rates.link if broadcast else 3 * sent_bytes / rates.host

@@ -20,22 +20,37 @@ from align.model.reward_model import is_reward_model
 from align.model.sizes import empty_model, model_sizes, read_config
 from align.stages.disk import check_space
 from align.stages.faults import record_fault
+from align.stages.places import shared_places
 from align.stages.ray_cluster import local_ray
 from align.stages.run import Run
 from reward import Mixture, RewardError, ScoringPool
-from rollout import Adapters, Directory, Fleet, ObjectStore, Transport, WeightOptions
+from rollout import (
+    Adapters,
+    Broadcast,
+    Broadcasts,
+    Directory,
+    Fleet,
+    ObjectStore,
+    Transport,
+    WeightOptions,
+    WeightSource,
+)
 from rollout.transport import MIB
 
 
 @dataclass(frozen=True, slots=True)
 class Engines:
-    """The sampler's side of a run, and its judges. `policy` is where the workers' first weights came from."""
+    """The sampler's side of a run, and its judges.
+
+    `policy` is where the workers' first weights came from; `places` are those that they share with learner ranks, if they do.
+    """
 
     policy: ModelOptions
     tokenizer: Any
     fleet: Fleet
     judges: ScoringPool
-    transport: Transport | Adapters
+    transport: Transport | Adapters | Broadcasts
+    places: Any = None
 
     def send_weights(self, learner: LearnerGroup, version: int) -> int:
         """Give the workers what has been trained; they sample with it, as weights of `version`, when this returns.
@@ -47,7 +62,11 @@ class Engines:
             size = adapter.size
             self.fleet.load(adapter, version)
             return size
-        self.fleet.load(learner.publish(self.transport), version, modules=learner.trained.modules)
+        if isinstance(self.transport, Broadcasts):
+            weights: WeightSource | Broadcast = learner.broadcast(self.transport.bucket_bytes)
+        else:
+            weights = learner.publish(self.transport)
+        self.fleet.load(weights, version, modules=learner.trained.modules)
         return learner.trained.sent_bytes
 
 
@@ -83,10 +102,11 @@ def start_engines(recipe: SamplingRecipe, policy: ModelOptions, tokenizer: Any, 
         check_adapters_are_served(policy)
         rollout = rollout.model_copy(update={"adapter_rank": recipe.learner.lora.rank})
     with local_ray():
-        fleet = Fleet(policy.path, policy.dtype, rollout, stops, partial(record_fault, run))
+        places = shared_places(recipe)
+        fleet = Fleet(policy.path, policy.dtype, rollout, stops, partial(record_fault, run), places)
         try:
             with start_judges(recipe) as judges:
-                yield Engines(policy, tokenizer, fleet, judges, transport)
+                yield Engines(policy, tokenizer, fleet, judges, transport, places)
         finally:
             fleet.close()
 
@@ -100,11 +120,13 @@ def check_adapters_are_served(policy: ModelOptions) -> None:
         )
 
 
-def transport_of(recipe: SamplingRecipe, directory: Path) -> Transport | Adapters:
+def transport_of(recipe: SamplingRecipe, directory: Path) -> Transport | Adapters | Broadcasts:
     """The way of new weights to the workers that the recipe names; where it is files, a killed run's are removed."""
     options = recipe.weights if isinstance(recipe, PolicyRecipe) else WeightOptions()
     if options.transport == "object_store":
         return ObjectStore(options.bucket_mb * MIB)
+    if options.transport == "broadcast":
+        return Broadcasts(options.bucket_mb * MIB)
     shutil.rmtree(directory, ignore_errors=True)
     return Adapters(directory) if options.transport == "adapter" else Directory(directory, options.bucket_mb * MIB)
 

@@ -33,6 +33,7 @@ from align.stages.held_out import CENSUS_STEP, HeldOut, Problems, load_problems
 from align.stages.over_optimisation import OverOptimisationGuard
 from align.stages.run import Run
 from align.stages.steps import Steps
+from align.stages.turns import start_learner
 from reward import SampleReward, Verdict
 from rollout import Completion, FinishReason, Prompt
 
@@ -66,7 +67,7 @@ def train_grpo(
     reference = None
     if options.kl_coefficient:
         reference = policy if recipe.reference is None else policy.model_copy(update={"path": str(recipe.reference)})
-    learner = LearnerGroup(policy, recipe.learner, seed=recipe.seed, reference=reference)
+    learner = start_learner(recipe, policy, engines, reference)
     # An SFT stage before this one ends with an update of the rollout workers.
     state = {
         "weight_version": int(recipe.init_from is not None),

@@ -28,6 +28,7 @@ from align.stages.examples import Source, items_of_step, load_examples, training
 from align.stages.held_out import CENSUS_STEP, HeldOut, Problems, load_problems
 from align.stages.run import Run, open_run, recorded_evaluations, refuse_changes
 from align.stages.steps import Steps, restarting
+from align.stages.turns import start_learner
 
 SFT = "sft"
 """What the stage is called as a run inside another."""
@@ -64,7 +65,7 @@ def train_sft(
     """Run the stage. Returns the trained policy, whose weights the rollout workers then hold, and its evaluations."""
     options, progress = recipe.sft, run.progress
     held_out = HeldOut(recipe, data.problems, engines, run)
-    learner = LearnerGroup(engines.policy, recipe.learner, seed=recipe.seed)
+    learner = start_learner(recipe, engines.policy, engines)
     with Steps(recipe, run, learner, options.steps, data.sources) as steps:
         progress.stage("SFT", options.steps, completed=steps.done)
         progress.phase("starting rollout workers and learners")

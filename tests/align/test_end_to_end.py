@@ -96,12 +96,21 @@ def test_the_final_policy_answers_a_users_own_file(run: Path, tmp_path: Path) ->
     assert "% of 2 right" in done.stdout
 
 
-def test_the_same_seed_with_one_worker_and_weights_in_files_is_the_same_to_the_last_bit(
-    run: Path, tmp_path: Path
+OTHERWISE = {
+    "weights in files": ["weights={transport: directory, bucket_mb: 0.5}"],
+    "weights broadcast": ["weights={transport: broadcast, bucket_mb: 0.5}"],
+    "taking turns": ["take_turns=true"],
+}
+
+
+@pytest.mark.parametrize(
+    "way", [name if "files" in name else pytest.param(name, marks=pytest.mark.slow) for name in OTHERWISE]
+)
+def test_the_same_seed_with_one_worker_and_otherwise_is_the_same_to_the_last_bit(
+    way: str, run: Path, tmp_path: Path
 ) -> None:
-    other = finished_run(tmp_path / "one", "rollout.workers=1", "weights={transport: directory, bucket_mb: 0.5}")
-    assert (other / "weights").is_dir()
-    assert list((other / "weights").iterdir()) == []
+    other = finished_run(tmp_path / "one", "rollout.workers=1", *OTHERWISE[way])
+    assert list((other / "weights").glob("*")) == []
     for step in (1, 2):
         name = f"samples/step_{step:05d}.parquet"
         assert pq.read_table(run / name).equals(pq.read_table(other / name))

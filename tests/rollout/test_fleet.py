@@ -1,5 +1,6 @@
 """A fleet with real vLLM engines: what it samples, and what it does with new weights."""
 
+import socket
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from align.config import ModelOptions
 from align.model.checkpoint_names import from_checkpoint, to_checkpoint
 from rollout import (
+    Broadcast,
     FinishReason,
     Fleet,
     FleetOptions,
@@ -21,6 +23,8 @@ from rollout import (
     WeightUpdateError,
     stored,
 )
+from rollout.broadcast import Meeting, Sender
+from rollout.transport import buckets
 
 PROMPTS = [Prompt(f"p{i}", [1, 40 + i, 60 + 3 * i, 17]) for i in range(6)]
 STOP = 2
@@ -115,6 +119,25 @@ def test_new_weights_arrive_whole(fleet: Fleet, weights: dict[str, torch.Tensor]
                 logits = model(input_ids=ids, use_cache=False).logits[0, len(completion.prompt_token_ids) - 1 : -1]
             expected = logits.log_softmax(-1).gather(-1, torch.tensor(completion.token_ids).unsqueeze(-1)).squeeze(-1)
             assert completion.log_probs == pytest.approx(expected.tolist(), abs=2e-5)
+
+
+def test_each_process_of_a_worker_receives_a_broadcast(fleet: Fleet, weights: dict[str, torch.Tensor]) -> None:
+    changed = {name: tensor * 1.01 for name, tensor in weights.items()}
+    fleet.load(stored(changed), version=1)
+    expected = tokens(sample(fleet))
+    fleet.load(stored(weights), version=0)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        where = Meeting(*probe.getsockname())
+    sizes = []
+
+    def send(size: int) -> None:
+        sizes.append(size)
+        assert list(Sender(where, size).give(buckets(changed.items(), 300_000))) == []
+
+    fleet.load(Broadcast(where, send, pytest.fail), version=2)
+    assert sizes == [1 + fleet._options.tensor_parallel]
+    assert tokens(sample(fleet)) == expected
 
 
 def test_an_update_that_leaves_a_parameter_out_is_refused_by_name(

@@ -1,7 +1,6 @@
 """Faults injected into real workers: none of their work is lost or done twice, and what comes back is the same to the bit."""
 
 import time
-from collections.abc import Iterator
 
 import psutil
 import pytest
@@ -16,22 +15,19 @@ from rollout.drill import HANGS, OPTIONS, Injury, WitnessedFleet
 pytestmark = pytest.mark.timeout(900)
 
 
-@pytest.fixture(scope="module")
-def witnessed(policy: ModelOptions, ray_session: None) -> Iterator[WitnessedFleet]:
-    """Two workers whose weights are not those on disk: version 1."""
-    witnessed = WitnessedFleet(policy.path)
+@pytest.fixture(scope="module", autouse=True)
+def other_weights(witnessed: WitnessedFleet, policy: ModelOptions) -> None:
+    """The weights of the workers are not those on disk: version 1."""
     generator = torch.Generator().manual_seed(1)
     checkpoint = to_checkpoint(AutoModelForCausalLM.from_pretrained(policy.path).state_dict().items())
     witnessed.fleet.load(
         stored({n: t + 0.02 * torch.randn(t.shape, generator=generator) for n, t in checkpoint}), version=1
     )
     witnessed.fleet.wait_until_ready()
-    yield witnessed
-    witnessed.fleet.close()
 
 
 @pytest.fixture(scope="module")
-def unbroken(witnessed: WitnessedFleet) -> list[Completion]:
+def unbroken(witnessed: WitnessedFleet, other_weights: None) -> list[Completion]:
     return witnessed.sample()
 
 

@@ -40,7 +40,7 @@ def test_every_reader_gets_every_tensor_until_it_is_released(ray_session: None, 
     transport: Transport = ObjectStore(40) if way == "object store" else Directory(tmp_path / "weights", 40)
     whole = torch.arange(12, dtype=torch.bfloat16).reshape(3, 4)
     sent = {"a": torch.randn(7), "b": whole[1:], "c": whole.t(), "d": torch.randn(2, 2), "e": torch.tensor(1)}
-    references = [ray.put(transport.give(bucket)) for bucket in buckets(sent.items(), transport.bucket_bytes)]
+    references = [ray.put(given) for given in transport.give(buckets(sent.items(), transport.bucket_bytes))]
     source = transport.source(references)
     for _ in range(2):
         read = {name: tensor for bucket in source.buckets() for name, tensor in bucket.items()}

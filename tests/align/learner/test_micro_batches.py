@@ -3,12 +3,12 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from align.learner.batch import TrainingSequence, collate, plan_micro_batches
+from align.learner.batch import TrainingSequence, collate, plan_micro_batches, whole_rows
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(10, 200), st.integers(1, 4))
 def test_the_plan_holds_every_sequence_once_within_the_budget(lengths: list[int], budget: int, ranks: int) -> None:
-    plan = plan_micro_batches(lengths, budget, ranks)
+    plan = plan_micro_batches(*whole_rows(lengths), budget, ranks)
     assert sorted(i for rank in plan for micro_batch in rank for i in micro_batch) == list(range(len(lengths)))
     assert len({len(rank) for rank in plan}) == 1
     for micro_batch in (m for rank in plan for m in rank if len(m) > 1):
@@ -18,7 +18,7 @@ def test_the_plan_holds_every_sequence_once_within_the_budget(lengths: list[int]
 def test_ranks_get_like_shares() -> None:
     """Greedy filling of a budget of 4096 would leave one rank a third more."""
     lengths = [64 + i % 20 for i in range(128)]
-    plan = plan_micro_batches(lengths, 4096, 2)
+    plan = plan_micro_batches(*whole_rows(lengths), 4096, 2)
     first, second = (sum(max(lengths[i] for i in m) * len(m) for m in rank) for rank in plan)
     assert max(first, second) < 1.02 * min(first, second)
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from align.config import LearnerOptions, ModelOptions, OptimizerOptions
 from align.errors import UserError
-from align.learner.batch import in_order, split_over_ranks
+from align.learner.batch import in_order, plan_micro_batches, share_out, whole_rows
 from align.learner.pairs import TrainingPair, collate_pairs
 from align.learner.reward_model import PairLoss, PairSums, RewardModelGroup
 from align.model.policy import load_tokenizer
@@ -145,7 +145,8 @@ def test_both_completions_of_a_pair_are_in_one_batch() -> None:
 
 def test_results_of_ranks_come_back_in_order() -> None:
     items = [f"item {i}" for i in range(7)]
-    work, plan = split_over_ranks(items, [5, 1, 9, 3, 3, 8, 2], "idle", 10, 3)
+    plan = plan_micro_batches(*whole_rows([5, 1, 9, 3, 3, 8, 2]), 10, 3)
+    work = share_out(items, plan, "idle")
     assert in_order(plan, [[[item.upper() for item in m] for m in rank] for rank in work]) == [i.upper() for i in items]
 
 

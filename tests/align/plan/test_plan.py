@@ -96,6 +96,33 @@ def test_a_gpu_is_shared_by_one_rank_and_one_process_of_a_worker(overrides: list
         planned("recipes/v2_lite/lora_grpo_reasoning.yaml", LITE, 1, 8, *overrides)
 
 
+def test_all_parameters_of_deepseek_v2_lite_fit_one_node_where_learners_and_workers_take_turns() -> None:
+    recipe = "recipes/v2_lite/grpo_reasoning.yaml"
+    turns = ["take_turns=true", "learner.zero_stage=2", "grpo.kl_coefficient=0", "learner.micro_batch_tokens=4096"]
+    turns += ["rollout.workers=8", "rollout.kv_cache_gb=8"]
+    plan = planned(recipe, LITE, 1, 8, *turns)
+    assert plan.refusals == []
+    assert plan.nodes == ["node 0: rollout worker and learner rank 0-7, scoring worker 0-3"]
+    worker, _, learner = plan.roles
+    assert worker.parts["KV cache"] == 8 * GIB
+    assert worker.total + learner.total > 80 * GIB
+    # To the CPU and back, both sides, at 5 GB/s: two bytes of weights and of an eighth of the gradients, twelve of the optimiser.
+    assert plan.seconds["taking turns"] == pytest.approx(2 * 15_706_484_224 * (2 + 2 + 2 / 8 + 12 / 8) / 5e9)
+    (refusal,) = planned(recipe, LITE, 1, 4, *turns).refusals
+    assert "8 GPUs are wanted, one for each learner rank and the rollout worker that takes turns" in refusal
+    (refusal,) = planned(recipe, LITE, 1, 8, *turns, "rollout.kv_cache_gb=60").refusals
+    assert refusal.endswith("its share of a GPU's memory: lower rollout.kv_cache_gb")
+
+
+def test_a_broadcast_takes_a_link_and_not_the_host() -> None:
+    """29.3 GiB over NVLink, half of 450 GB/s, or three times through a host at 5 GB/s."""
+    seconds = [
+        planned("recipes/v2_lite/grpo_reasoning.yaml", LITE, 2, 8, *way).seconds["weights to the workers"]
+        for way in ([], ["weights.transport=broadcast"])
+    ]
+    assert seconds == pytest.approx([2 * 15_706_484_224 * 3 / 5e9, 2 * 15_706_484_224 / 225e9])
+
+
 def test_all_parameters_of_deepseek_v2_take_more_than_sixty_four_learners() -> None:
     (refusal,) = planned("recipes/v2/sft.yaml", V2, 10, 8).refusals
     assert "it would fit with learner.ranks=72" in refusal

@@ -8,7 +8,7 @@ import torch
 from align.config import GrpoRecipe, ModelOptions, load_recipe
 from align.errors import UserError
 from align.stages.engines import check_adapters_are_served, transport_of
-from rollout import Adapters, Directory, ObjectStore
+from rollout import Adapters, Broadcasts, Directory, ObjectStore
 
 
 def recipe(*overrides: str) -> GrpoRecipe:
@@ -29,6 +29,10 @@ def test_files_of_a_killed_run_are_removed(tmp_path: Path) -> None:
     assert not directory.exists()
 
 
+def test_a_broadcast_has_buckets_of_the_size_that_was_asked_for(tmp_path: Path) -> None:
+    assert transport_of(recipe("weights={transport: broadcast, bucket_mb: 2}"), tmp_path) == Broadcasts(2**21)
+
+
 def test_an_adapter_alone_goes_as_files_too(tmp_path: Path) -> None:
     chosen = recipe("weights.transport=adapter", "learner.lora={rank: 8}")
     assert transport_of(chosen, tmp_path / "weights") == Adapters(tmp_path / "weights")
@@ -45,6 +49,21 @@ def test_an_adapter_alone_goes_as_files_too(tmp_path: Path) -> None:
     ],
 )
 def test_an_adapter_alone_wants_one_and_workers_with_its_base(overrides: list[str], expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
+        recipe(*overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["weights.transport=broadcast", "rollout.gpus=0.4"], "a GPU of its own for each process"),
+        (["take_turns=true", "learner.zero_stage=3"], "zero_stage 1 and 2"),
+        (["take_turns=true", "rollout.tensor_parallel=2"], "for workers of one process"),
+        (["take_turns=true", "rollout.resources={fast: 1}"], "are in one place"),
+        (["take_turns=true", "weights.transport=broadcast"], "broadcast wants a GPU for each process"),
+    ],
+)
+def test_what_shares_a_gpu_does_so_in_a_way_that_is_possible(overrides: list[str], expected: str) -> None:
     with pytest.raises(UserError, match=expected):
         recipe(*overrides)
 
