@@ -115,10 +115,12 @@ class LearnerRank(ABC):
     def publish(self, way: Sending) -> Iterator[Any]:
         """Give the weights of what changes, under checkpoint names, one bucket after the other, from rank 0 only."""
         weights = self._whole_weights(self._trained.modules, way.device)
-        if self._engine.global_rank == 0:
-            layout = layout_of(self._network.config.model_type)
-            yield from way.give(buckets(to_checkpoint(weights, layout), way.bucket_bytes))
-        else:
+        try:
+            if self._engine.global_rank == 0:
+                layout = layout_of(self._network.config.model_type)
+                yield from way.give(buckets(to_checkpoint(weights, layout), way.bucket_bytes))
+        finally:
+            # Where the way fails too, or the other ranks would wait for this one at the next parameter.
             deque(weights, maxlen=0)
 
     def save(self, directory: Path) -> None:
