@@ -83,7 +83,7 @@ def test_log_probabilities_and_gradients_are_the_same(name: str, policy: ModelOp
 
 
 def learner_of(policy: ModelOptions, **options: Any) -> LearnerGroup:
-    learner_options = LearnerOptions(micro_batch_tokens=120, optimizer=OPTIMIZER, **options)
+    learner_options = LearnerOptions(micro_batch_tokens=200, optimizer=OPTIMIZER, **options)
     group = LearnerGroup(policy, learner_options, seed=0, reference=policy)
     group.wait_until_ready()
     return group
