@@ -58,6 +58,7 @@ def main() -> int:
             task = Task(
                 policy=str(policy),
                 dtype=options.dtype,
+                share_prompts=options.share_prompts,
                 card=options.card,
                 processes=options.processes,
                 scratch=scratch,
@@ -88,6 +89,7 @@ def arguments() -> argparse.Namespace:
         "--model", type=Path, help="a model directory; the nano policy with random weights when not given"
     )
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of every side's weights")
+    parser.add_argument("--share-prompts", action="store_true", help="ours: learner.share_prompts")
     parser.add_argument("--card", default="nano_math", help="data card of the prompts")
     parser.add_argument(
         "--processes", type=int, choices=(1, 2), default=2, help="workers, and learner ranks, that share two cores"

@@ -47,6 +47,7 @@ class Task:
 
     policy: str
     dtype: str
+    share_prompts: bool
     card: str
     processes: int
     scratch: str
@@ -129,7 +130,7 @@ def ours(task: Task) -> Result:
                 **both,
                 "ranks": task.processes,
                 "micro_batch_tokens": MICRO_BATCH_TOKENS,
-                "share_prompts": True,
+                "share_prompts": task.share_prompts,
                 "optimizer": {"learning_rate": LEARNING_RATE, "schedule": "constant"},
             },
             "sampling": {"max_new_tokens": task.new_tokens},
