@@ -251,7 +251,8 @@ class PolicyRecipe(SamplingRecipe, TrainingRecipe):
     def _turns_are_taken_on_a_gpu(cls, data: Any) -> Any:
         if not (isinstance(data, Mapping) and data.get("take_turns")):
             return data
-        return {**data, **{key: {**implied, **(data.get(key) or {})} for key, implied in IN_TURNS.items()}}
+        given = {key: data.get(key) or {} for key in IN_TURNS}
+        return {**data, **{key: {**IN_TURNS[key], **own} for key, own in given.items() if isinstance(own, Mapping)}}
 
     @model_validator(mode="after")
     def _turns_can_be_taken(self) -> Self:
@@ -262,6 +263,8 @@ class PolicyRecipe(SamplingRecipe, TrainingRecipe):
             raise ValueError(
                 "take_turns: DeepSpeed moves what it holds under zero_stage 1 and 2, without expert_parallel"
             )
+        if learner.gpus + rollout.gpus > 1:
+            raise ValueError("take_turns: learner.gpus and rollout.gpus are more than one GPU together; leave them out")
         if learner.resources or rollout.resources:
             raise ValueError(
                 "take_turns: a rank and a worker are in one place; leave out learner.resources and rollout.resources"
