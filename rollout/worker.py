@@ -10,7 +10,7 @@ import torch
 
 from rollout.broadcast import Receiver
 from rollout.engine import Engine, Request
-from rollout.processes import ProcessId, introduce_this_process
+from rollout.processes import ProcessId, introduce_this_process, openmp
 from rollout.transport import AdapterFiles, WeightSource
 from rollout.types import Completion, EngineOptions, SamplingOptions
 
@@ -28,8 +28,7 @@ def environment(threads: int) -> dict[str, str]:
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_NO_USAGE_STATS": "1",
-        "OMP_NUM_THREADS": str(threads),
-        "OMP_WAIT_POLICY": "PASSIVE",
+        **openmp(threads),
         "TOKENIZERS_PARALLELISM": "false",
     }
 

@@ -177,7 +177,7 @@ class NanoChatParams(Strict):
 class InstructionParams(Strict):
     """See `align.data.instructions.generate`."""
 
-    demonstrations: bool = False
+    answers: Path | None = None
     aware_share: float = Field(default=0.5, ge=0, le=1)
 
 

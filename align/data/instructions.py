@@ -4,14 +4,16 @@ The kinds are IFEval's (arXiv:2311.07911) and one of our own, the reward `instru
 no topic and no parameter, and the test has kinds that are nowhere else.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from random import Random
 
 from align.data import instruction_words as lists
-from align.data.instruction_answers import answer, unaware_answer
+from align.data.instruction_answers import answer, read_answers, unaware_answer
 from align.data.instruction_kinds import APART, KINDS, POSTSCRIPT, SEEN, UNSEEN
 from align.data.types import Example, SplitName
+from align.errors import UserError
 from reward import Sample
 
 SIZES: Mapping[SplitName, int] = {"train": 3000, "validation": 200, "test": 600}
@@ -21,12 +23,19 @@ HELD_OUT_SHARE = 1 / 3
 
 
 def generate(
-    split: SplitName, *, seed: int, demonstrations: bool, aware_share: float = 0.5, domain: str = "instructions"
+    split: SplitName,
+    *,
+    seed: int,
+    answers: Path | None = None,
+    aware_share: float = 0.5,
+    domain: str = "instructions",
 ) -> list[Example]:
     """The requests of `split`, drawn by `seed`, with what the reward `instructions` reads in their metadata.
 
-    `metadata["unseen"]` says whether one of the kinds is only in the test. With `demonstrations`, the requests of other splits have
-    one each (the few for which none is found are left out): about `aware_share` of them follow the instructions, the others answer as if there were none.
+    `metadata["unseen"]` says whether one of the kinds is only in the test. `answers` is a file of a model's own answers to plain
+    requests (see `align.data.instruction_answers`): requests of other splits then come with a demonstration made of them, and
+    those for which there is none are left out. About `aware_share` follow the instructions, the others answer as if there were
+    none. Raises UserError for a file that cannot be read, or has no answer to any request.
     """
     seen: set[str] = set()
     examples: list[Example] = []
@@ -35,19 +44,23 @@ def generate(
         if example.prompt_text not in seen and len(examples) < SIZES[split]:
             seen.add(example.prompt_text)
             examples.append(example)
-    if demonstrations and split != "test":
-        shown = (_demonstrated(example, aware_share, Random(f"{seed}:{example.id}")) for example in examples)
-        return [example for example in shown if example.response is not None]
-    return examples
+    if answers is None or split == "test":
+        return examples
+    said = read_answers(answers)
+    shown = [_demonstrated(e, said[e.metadata["request"]], aware_share, seed) for e in examples if e.metadata["request"] in said]
+    demonstrations = [example for example in shown if example.response is not None]
+    if not demonstrations:
+        raise UserError(f"{answers} has no answer to a {split} request; recipes/smollm2/own_answers.py writes such a file")
+    return demonstrations
 
 
-def _demonstrated(example: Example, aware_share: float, draw: Random) -> Example:
-    topic = example.metadata["subject"]
+def _demonstrated(example: Example, said: Sequence[str], aware_share: float, seed: int) -> Example:
+    draw = Random(f"{seed}:{example.id}")
     if draw.random() >= aware_share:
-        return replace(example, response=unaware_answer(topic, draw))
+        return replace(example, response=unaware_answer(said, draw))
     asked = [(one["kind"], one["args"]) for one in example.metadata["instructions"]]
     sample = Sample(example.id, example.prompt_text, "", None, example.domain, metadata=example.metadata)
-    return replace(example, response=answer(topic, asked, sample, draw))
+    return replace(example, response=answer(said, example.metadata["subject"], asked, sample, draw))
 
 
 def _example(split: SplitName, number: int, draw: Random, domain: str) -> Example:
@@ -63,6 +76,7 @@ def _example(split: SplitName, number: int, draw: Random, domain: str) -> Exampl
         domain=domain,
         metadata={
             "subject": topic,
+            "request": request,
             "topic": lists.key_words(topic),
             "instructions": [{"kind": kind, "args": args, "text": text} for kind, text, args in made],
             "unseen": any(kind in UNSEEN for kind in kinds),

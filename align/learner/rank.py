@@ -35,8 +35,11 @@ from align.model.lora import (
 )
 from align.model.policy import load_tokenizer, save_policy
 from align.run.checkpoints import Entry
-from rollout.processes import ProcessId, introduce_this_process
+from rollout.processes import ProcessId, introduce_this_process, openmp
 from rollout.transport import Sending, buckets
+
+KEPT = str(1 << 40)
+"""Bytes: more than any tensor."""
 
 
 def environment(rank: int, ranks: int, threads: int) -> dict[str, str]:
@@ -44,9 +47,11 @@ def environment(rank: int, ranks: int, threads: int) -> dict[str, str]:
     variables = {
         "RANK": str(rank),
         "WORLD_SIZE": str(ranks),
-        "OMP_NUM_THREADS": str(threads),
-        "OMP_WAIT_POLICY": "PASSIVE",
         "TOKENIZERS_PARALLELISM": "false",
+        # Memory that was freed is kept: given back, a step's tensors would be faulted in again, page by page.
+        "MALLOC_MMAP_THRESHOLD_": KEPT,
+        "MALLOC_TRIM_THRESHOLD_": KEPT,
+        **openmp(threads),
     }
     if not torch.cuda.is_available():
         variables |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": str(rank), "LOCAL_SIZE": str(ranks)}

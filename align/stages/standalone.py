@@ -1,12 +1,16 @@
 """What can be done with a model outside a run: examine it, and let it answer a user's own file."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from align.config import AgreementOptions, LearnerOptions, ModelOptions, OptimizerOptions
+from align.data.types import Message
 from align.data.user_file import read_user_file
 from align.errors import UserError
 from align.evaluate.agreement import AgreementGate
+from align.evaluate.asking import ask
 from align.evaluate.doctor import examine, examine_engines, verdict
+from align.evaluate.hooks import Checkpoint
 from align.evaluate.problems import encode_prompts, evaluate
 from align.learner.group import LearnerGroup
 from align.model.policy import load_tokenizer, stop_token_ids
@@ -39,6 +43,25 @@ def evaluate_file(model: ModelOptions, data: Path, out: Path, rollout: FleetOpti
     write_jsonl(out, result.rows)
     verdicts = ", ".join(f"{count} {name}" for name, count in sorted(result.verdicts.items()))
     return f"{result.accuracy:.1%} of {result.problems} right ({verdicts}); answers are in {out}"
+
+
+def answers_of(
+    model: ModelOptions, requests: Sequence[str], rollout: FleetOptions, *, max_new_tokens: int, temperature: float
+) -> dict[str, str]:
+    """What the model says to each request. Raises UserError for one that is too long."""
+    tokenizer = load_tokenizer(model.path, trust_remote_code=model.trust_remote_code)
+    conversations: dict[str, list[Message]] = {r: [{"role": "user", "content": r}] for r in requests}
+    with local_ray():
+        fleet = Fleet(model.path, model.dtype, rollout, stop_token_ids(model.path, tokenizer))
+        try:
+            fleet.wait_until_ready()
+            checkpoint = Checkpoint(model, tokenizer, rollout.max_length)
+            responses = ask(
+                checkpoint, fleet, conversations, max_new_tokens=max_new_tokens, temperature=temperature
+            )
+        finally:
+            fleet.close()
+    return {request: response.text for request, response in responses.items()}
 
 
 def doctor(model: ModelOptions, rollout: FleetOptions) -> str:

@@ -1,16 +1,19 @@
 """Generated instructions: apart in topics and parameters, the same for a seed, and none that nobody could follow."""
 
 from itertools import combinations
+from pathlib import Path
 
 import pytest
 
 from align.data import instruction_words as lists
 from align.data.cards import load_card
-from align.data.instruction_answers import SENTENCES
+from align.data.instruction_answers import plain_requests, whole_sentences
 from align.data.instruction_kinds import APART, KINDS, SEEN, UNSEEN
 from align.data.instructions import SIZES, generate
 from align.data.loader import load_split
 from align.data.types import Example, SplitName
+from align.errors import UserError
+from align.run.samples import write_jsonl
 from reward import Sample
 from reward.instructions import degenerate, judge
 
@@ -63,8 +66,8 @@ def test_some_kinds_are_only_in_the_test(examples: dict[SplitName, list[Example]
 
 
 def test_the_seed_decides(examples: dict[SplitName, list[Example]]) -> None:
-    assert generate("train", seed=0, demonstrations=False) == examples["train"]
-    assert generate("train", seed=1, demonstrations=False)[:20] != examples["train"][:20]
+    assert generate("train", seed=0) == examples["train"]
+    assert generate("train", seed=1)[:20] != examples["train"][:20]
 
 
 def test_no_request_is_at_odds_with_itself(examples: dict[SplitName, list[Example]]) -> None:
@@ -90,8 +93,27 @@ def test_the_request_itself_is_a_degenerate_answer(examples: dict[SplitName, lis
 
 
 @pytest.fixture(scope="module")
-def shown() -> list[Example]:
-    return generate("validation", seed=0, demonstrations=True, aware_share=0.5)
+def answers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a model could have said to each plain request: whole sentences, the last one cut off."""
+    file = tmp_path_factory.mktemp("answers") / "answers.jsonl"
+    said = (
+        "1. **People everywhere know {0}, and for many of them it is a part of their day.** They talk about it with their "
+        "children! You may find that {0} can change how a time feels, and it is good to share that with friends.\n\n"
+        "- Go slowly at first. It helps to begin with a small step and to try again when something goes wrong. By the way"
+    )
+    topics = {request: topic for split in SPLITS for topic in lists.topics(split) for request in requests_about(topic)}
+    rows = [{"request": request, "answer": said.format(topics[request])} for request in plain_requests(3)]
+    write_jsonl(file, rows)
+    return file
+
+
+def requests_about(topic: str) -> list[str]:
+    return [request.format(topic) for request in lists.REQUESTS]
+
+
+@pytest.fixture(scope="module")
+def shown(answers: Path) -> list[Example]:
+    return generate("train", seed=0, answers=answers, aware_share=0.5)
 
 
 def follows(example: Example) -> bool:
@@ -101,21 +123,50 @@ def follows(example: Example) -> bool:
     ).passes
 
 
-def test_demonstrations_follow_the_instructions_as_often_as_asked(shown: list[Example]) -> None:
-    assert 0.5 < sum(map(follows, shown)) / len(shown) < 0.75, "the unaware ones are right by accident at times"
-    aware = generate("validation", seed=0, demonstrations=True, aware_share=1.0)
+def test_demonstrations_follow_the_instructions_as_often_as_asked(shown: list[Example], answers: Path) -> None:
+    aware = generate("train", seed=0, answers=answers, aware_share=1.0)
+    unaware = generate("train", seed=0, answers=answers, aware_share=0.0)
     assert all(map(follows, aware))
-    assert len(aware) > 0.9 * SIZES["validation"]
+    assert set.union(*map(kinds, aware)) == set(SEEN)
+    shares = [sum(map(follows, each)) / len(each) for each in (unaware, shown)]
+    assert shares[0] < 0.25, "by accident"
+    assert shares[0] + 0.1 < shares[1] < 0.7
 
 
-def test_demonstrations_change_nothing_else_and_the_test_has_none(shown: list[Example]) -> None:
-    bare = {example.id: example for example in generate("validation", seed=0, demonstrations=False)}
+def test_demonstrations_change_nothing_else_and_the_test_has_none(shown: list[Example], answers: Path) -> None:
+    bare = {example.id: example for example in generate("train", seed=0)}
     assert all(bare[example.id].messages == example.messages for example in shown)
-    assert all(example.response is None for example in generate("test", seed=0, demonstrations=True)[:20])
+    assert all(example.response is None for example in generate("test", seed=0, answers=answers)[:20])
 
 
-def test_the_sentences_avoid_what_instructions_forbid() -> None:
-    text = " ".join(SENTENCES).casefold()
-    assert "," not in text
-    for split in SPLITS:
-        assert not set(lists.UNWANTED[split]) & set(text.replace(".", "").split())
+def test_demonstrations_are_of_the_requests_that_were_answered(shown: list[Example]) -> None:
+    answered = set(plain_requests(3))
+    assert {example.metadata["request"] for example in shown} <= answered
+    assert not any(topic in request for topic in lists.topics("test") for request in answered)
+
+
+def test_whole_sentences_leave_out_marks_repetitions_and_what_was_cut_off() -> None:
+    text = "# Title\n\n1. **Bees** live in hives.\n- They dance.\n* They dance.\n\n\"It is warm!\" And then they"
+    assert whole_sentences(text) == ["Bees live in hives.", "They dance.", "It is warm!"]
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ('{"request": "Describe rain to a child."}\n', r'line 1: needs "request" and "answer"'),
+        ("{}", r"line 1: needs"),
+        ("no JSON\n", r"line 1: not JSON"),
+        ("", r"has no answer to a train request"),
+        ('{"request": "Describe rain to a child.", "answer": "It rains"}\n', r"has no answer to a train request"),
+    ],
+)
+def test_answers_that_cannot_be_used_are_refused(content: str, told: str, tmp_path: Path) -> None:
+    file = tmp_path / "answers.jsonl"
+    file.write_text(content)
+    with pytest.raises(UserError, match=told):
+        generate("train", seed=0, answers=file)
+
+
+def test_answers_that_are_not_there_are_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nowhere"):
+        generate("train", seed=0, answers=tmp_path / "nowhere.jsonl")
