@@ -24,6 +24,7 @@ from sides import SEED, SIDES, Result, Task
 from align.config import ModelOptions
 from align.model.policy import DTYPES, write_random_policy
 from align.run.environment import environment_record
+from rollout.processes import openmp
 
 ROOT = Path(__file__).resolve().parent.parent
 POLICY = ROOT / "recipes" / "nano" / "policy"
@@ -109,8 +110,8 @@ def run_side(side: str, task: Task, scratch: Path) -> Result:
     task_file.write_text(json.dumps(asdict(task) | {"scratch": str(directory)}))
     print(f"{side}: {task.warmup} + {task.steps} steps of {task.completions} x {task.new_tokens} tokens", flush=True)
     command = [sys.executable, str(Path(__file__).with_name("sides.py")), side, str(task_file), str(result_file)]
-    # Threads that wait for each other sleep instead of spinning, on every side: spinning beside other work is ruinous.
-    environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
+    # Threads wait for each other in the same way on every side.
+    environment = os.environ | openmp(os.cpu_count() or 1)
     with log_file.open("w") as log:
         status = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode
     if status:

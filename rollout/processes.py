@@ -24,8 +24,8 @@ STACKS_SIGNAL = signal.SIGUSR2
 def openmp(threads: int) -> dict[str, str]:
     """The environment of a process that computes with `threads` threads.
 
-    A thread that waits for the others spins for a fraction of a millisecond, then sleeps: to sleep at once costs an eighth of a
-    learner step, and to spin for longer is ruinous beside other work.
+    A thread that waits for the others spins for a fraction of a millisecond, then sleeps: one that sleeps at once is woken for every
+    operation, and one that spins for longer takes the core from whoever has work.
     """
     return {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "20000"}
 

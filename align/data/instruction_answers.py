@@ -19,6 +19,8 @@ from reward.instructions import judge, sentences
 
 ATTEMPTS = 30
 MOST_SENTENCES = 4
+MOST_CAPITALS = 250
+"""Characters of an answer in capitals, which take twice as many tokens as others."""
 _MARKS = re.compile(r"^\s*(?:[#>*•-]+|\d+[.)])\s+|\*+|__+|`+", re.MULTILINE)
 _WITH_WORDS = ("It also makes me think of {}.", "There is a little of {} in it.", "Add {} to that.")
 
@@ -58,7 +60,8 @@ def answer(said: Sequence[str], topic: str, asked: Sequence[Instruction], sample
     """
     for _ in range(ATTEMPTS):
         text = _draft(said, topic, dict(asked), draw)
-        if judge(Sample(**{**vars(sample), "completion": text})).passes:
+        short = len(text) <= MOST_CAPITALS or not text.isupper()
+        if short and judge(Sample(**{**vars(sample), "completion": text})).passes:
             return text
     return None
 

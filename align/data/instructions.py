@@ -47,10 +47,16 @@ def generate(
     if answers is None or split == "test":
         return examples
     said = read_answers(answers)
-    shown = [_demonstrated(e, said[e.metadata["request"]], aware_share, seed) for e in examples if e.metadata["request"] in said]
+    shown = [
+        _demonstrated(e, said[e.metadata["request"]], aware_share, seed)
+        for e in examples
+        if e.metadata["request"] in said
+    ]
     demonstrations = [example for example in shown if example.response is not None]
     if not demonstrations:
-        raise UserError(f"{answers} has no answer to a {split} request; recipes/smollm2/own_answers.py writes such a file")
+        raise UserError(
+            f"{answers} has no answer to a {split} request; recipes/smollm2/own_answers.py writes such a file"
+        )
     return demonstrations
 
 

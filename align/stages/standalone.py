@@ -56,9 +56,7 @@ def answers_of(
         try:
             fleet.wait_until_ready()
             checkpoint = Checkpoint(model, tokenizer, rollout.max_length)
-            responses = ask(
-                checkpoint, fleet, conversations, max_new_tokens=max_new_tokens, temperature=temperature
-            )
+            responses = ask(checkpoint, fleet, conversations, max_new_tokens=max_new_tokens, temperature=temperature)
         finally:
             fleet.close()
     return {request: response.text for request, response in responses.items()}

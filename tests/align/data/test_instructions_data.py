@@ -146,7 +146,7 @@ def test_demonstrations_are_of_the_requests_that_were_answered(shown: list[Examp
 
 
 def test_whole_sentences_leave_out_marks_repetitions_and_what_was_cut_off() -> None:
-    text = "# Title\n\n1. **Bees** live in hives.\n- They dance.\n* They dance.\n\n\"It is warm!\" And then they"
+    text = '# Title\n\n1. **Bees** live in hives.\n- They dance.\n* They dance.\n\n"It is warm!" And then they'
     assert whole_sentences(text) == ["Bees live in hives.", "They dance.", "It is warm!"]
 
 
