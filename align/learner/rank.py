@@ -38,19 +38,12 @@ from align.run.checkpoints import Entry
 from rollout.processes import ProcessId, introduce_this_process, openmp
 from rollout.transport import Sending, buckets
 
-KEPT = str(1 << 40)
-"""Bytes: more than any tensor."""
-
-
 def environment(rank: int, ranks: int, threads: int) -> dict[str, str]:
     """What must be in the environment of rank `rank` before its process starts."""
     variables = {
         "RANK": str(rank),
         "WORLD_SIZE": str(ranks),
         "TOKENIZERS_PARALLELISM": "false",
-        # Memory that was freed is kept: given back, a step's tensors would be faulted in again, page by page.
-        "MALLOC_MMAP_THRESHOLD_": KEPT,
-        "MALLOC_TRIM_THRESHOLD_": KEPT,
         **openmp(threads),
     }
     if not torch.cuda.is_available():
