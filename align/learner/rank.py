@@ -38,6 +38,7 @@ from align.run.checkpoints import Entry
 from rollout.processes import ProcessId, introduce_this_process, openmp
 from rollout.transport import Sending, buckets
 
+
 def environment(rank: int, ranks: int, threads: int) -> dict[str, str]:
     """What must be in the environment of rank `rank` before its process starts."""
     variables = {
