@@ -39,6 +39,10 @@ def plain_requests(of_a_topic: int) -> list[str]:
 
 def read_answers(path: Path) -> dict[str, list[str]]:
     """The sentences of each answer, by its request. Raises UserError with file and line."""
+    if not path.is_file():
+        raise UserError(
+            f"there is no file {path} of a model's own answers; data_cards/instructions.md says how to get one"
+        )
     answers = {}
     for line, row in read_jsonl_lines(path):
         if not isinstance(row.get("request"), str) or not isinstance(row.get("answer"), str):

@@ -55,7 +55,7 @@ def generate(
     demonstrations = [example for example in shown if example.response is not None]
     if not demonstrations:
         raise UserError(
-            f"{answers} has no answer to a {split} request; recipes/smollm2/own_answers.py writes such a file"
+            f"{answers} has no answer to a {split} request; data_cards/instructions.md says how to get such a file"
         )
     return demonstrations
 

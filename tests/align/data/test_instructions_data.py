@@ -168,5 +168,5 @@ def test_answers_that_cannot_be_used_are_refused(content: str, told: str, tmp_pa
 
 
 def test_answers_that_are_not_there_are_told(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="nowhere"):
+    with pytest.raises(UserError, match=r"no file .*nowhere\.jsonl of a model's own answers"):
         generate("train", seed=0, answers=tmp_path / "nowhere.jsonl")
