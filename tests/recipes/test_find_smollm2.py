@@ -1,7 +1,7 @@
 """`make smol` looks for the model where it was told to, then on the hub, then in the package, and says what it took."""
 
-import importlib.util
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,17 +11,10 @@ import pytest
 from align.config import ModelOptions
 from align.errors import UserError
 
-FILE = Path(__file__).parents[2] / "recipes" / "smollm2" / "find_model.py"
-
 
 @pytest.fixture
-def finder() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("find_model", FILE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def finder(load_script: Callable[[str], ModuleType]) -> ModuleType:
+    return load_script("smollm2/find_model.py")
 
 
 def unreachable(name: str) -> Any:

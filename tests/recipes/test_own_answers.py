@@ -1,6 +1,6 @@
 """`make smol` lets the model answer plain requests once, and takes the answers again as long as the model is the same."""
 
-import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -11,17 +11,10 @@ from align.data.instruction_answers import plain_requests, read_answers
 from align.errors import UserError
 from align.run.samples import read_jsonl, write_jsonl
 
-FILE = Path(__file__).parents[2] / "recipes" / "smollm2" / "own_answers.py"
-
 
 @pytest.fixture
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("own_answers", FILE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def script(load_script: Callable[[str], ModuleType]) -> ModuleType:
+    return load_script("smollm2/own_answers.py")
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import pytest
 
 from align.data import instruction_words as lists
 from align.data.cards import load_card
-from align.data.instruction_answers import plain_requests, whole_sentences
+from align.data.instruction_answers import MOST_CAPITALS, plain_requests, whole_sentences
 from align.data.instruction_kinds import APART, KINDS, SEEN, UNSEEN
 from align.data.instructions import SIZES, generate
 from align.data.loader import load_split
@@ -127,6 +127,8 @@ def test_demonstrations_follow_the_instructions_as_often_as_asked(shown: list[Ex
     aware = generate("train", seed=0, answers=answers, aware_share=1.0)
     unaware = generate("train", seed=0, answers=answers, aware_share=0.0)
     assert all(map(follows, aware))
+    capitals = [example.response for example in aware if example.response and example.response.isupper()]
+    assert max(map(len, capitals)) <= MOST_CAPITALS
     assert set.union(*map(kinds, aware)) == set(SEEN)
     shares = [sum(map(follows, each)) / len(each) for each in (unaware, shown)]
     assert shares[0] < 0.25, "by accident"
