@@ -22,7 +22,14 @@ from rollout.types import (
     SamplingOptions,
     WeightUpdateError,
 )
-from rollout.weights import begin_update, finish_update, take_broadcast, take_bucket
+from rollout.weights import (
+    begin_update,
+    check_low_rank_updates,
+    finish_update,
+    has_low_rank_updates,
+    take_broadcast,
+    take_bucket,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +115,9 @@ class Engine:
             self._llm.collective_rpc(finish_update)
             raise
         self._everywhere(finish_update)
+        if any(self._llm.collective_rpc(has_low_rank_updates)):
+            self.probe()
+            self._everywhere(check_low_rank_updates)
         self._llm.reset_prefix_cache()
         self.weight_version = version
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from rollout.broadcast import Receiver
+from rollout.low_rank import LowRankUpdates, split
 from rollout.transport import Bucket
 from rollout.types import WeightUpdateError
 
@@ -26,11 +27,15 @@ class WeightUpdate:
         self._is_whole = modules is None
         self._parts = {f"{name}.": part_of(self._model, name) for name in modules or ()} or {"": self._model}
         self._loaded: set[str] = set()
+        if not hasattr(worker, "low_rank"):
+            worker.low_rank = LowRankUpdates(self._model)
+        self._low_rank: LowRankUpdates = worker.low_rank
 
     def begin(self) -> None:
         """From here to `finish` the model has the parameters of a checkpoint, without what it derives of them."""
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
+        self._low_rank.remove(self._parts)
         for part in self._parts.values():
             forget_derived_weights(part)
             initialize_layerwise_reload(part)
@@ -41,9 +46,11 @@ class WeightUpdate:
             self._expected.discard("lm_head.weight")
 
     def take(self, bucket: Bucket) -> None:
-        """Write tensors, which have their checkpoint names."""
+        """Write tensors, which have their checkpoint names; keep what is to be added to them."""
+        weights, updates = split(bucket)
+        self._low_rank.take(updates)
         try:
-            self._loaded |= self._model.load_weights(iter(bucket.items()))
+            self._loaded |= self._model.load_weights(iter(weights.items()))
         except (KeyError, ValueError, AssertionError) as error:
             raise WeightUpdateError(
                 f"vLLM refused a tensor of the update ({type(error).__name__}: {error}); "
@@ -61,6 +68,7 @@ class WeightUpdate:
         elif foreign := sorted(self._loaded - self._expected):
             raise WeightUpdateError(f"the update wrote {foreign[0]}, which is in none of the modules that it is for")
         check_coverage(self._expected, self._loaded)
+        self._low_rank.add()
 
 
 def begin_update(worker: Any, modules: Sequence[str] | None) -> str | None:
@@ -87,6 +95,21 @@ def take_broadcast(worker: Any, receiver: Receiver) -> str | None:
 
 def finish_update(worker: Any) -> str | None:
     return what_is_wrong(worker.weight_update.finish)
+
+
+def has_low_rank_updates(worker: Any) -> bool:
+    """Whether the model has more than its weights."""
+    return bool(worker.low_rank)
+
+
+def check_low_rank_updates(worker: Any) -> str | None:
+    """What is wrong where the model has computed without one of them."""
+    for name in worker.low_rank.unused():
+        return (
+            f"vLLM computes {name} without its linear layer, so that the adapter of it would have no effect: leave it out of "
+            "learner.lora.targets"
+        )
+    return None
 
 
 def what_is_wrong(do: Callable[..., None], *arguments: Any) -> str | None:

@@ -125,11 +125,14 @@ class RankGroup:
             )
         return norm
 
-    def publish(self, transport: Transport) -> WeightSource:
-        """Send the model under checkpoint names off: all of it, or the modules that `trained` names. Raises LearnerError, OSError."""
-        return transport.source(self._give(transport))
+    def publish(self, transport: Transport, *, merged: bool = False) -> WeightSource:
+        """Send the model under checkpoint names off: all of it, or the modules that `trained` names. Raises LearnerError, OSError.
 
-    def broadcast(self, bucket_bytes: float) -> Broadcast:
+        An adapter goes beside the weights where they would lose it, or with `merged` in them.
+        """
+        return transport.source(self._give(transport, merged))
+
+    def broadcast(self, bucket_bytes: float, *, merged: bool = False) -> Broadcast:
         """The same, for workers that receive it all at once. Sending raises LearnerDiedError; what else goes wrong, the workers notice too."""
         host, port = self._gather(
             [self._ranks[0].address.remote(), self._ranks[0].free_port.remote()],
@@ -140,7 +143,7 @@ class RankGroup:
 
         def send(size: int) -> None:
             try:
-                self._give(Sender(meeting, size, bucket_bytes))
+                self._give(Sender(meeting, size, bucket_bytes), merged)
             except LearnerDiedError:
                 raise
             except LearnerError as error:
@@ -148,7 +151,7 @@ class RankGroup:
 
         def again() -> WeightSource:
             try:
-                return self.publish(ObjectStore(bucket_bytes))
+                return self.publish(ObjectStore(bucket_bytes), merged=merged)
             except LearnerDiedError:
                 raise RolloutError(
                     "a rollout worker was lost when the learner whose weights it had was gone: they were broadcast, and nobody has "
@@ -157,8 +160,8 @@ class RankGroup:
 
         return Broadcast(meeting, send, again)
 
-    def _give(self, way: Sending) -> list[Any]:
-        calls = [rank.publish.options(num_returns="streaming").remote(way) for rank in self._at_work()]
+    def _give(self, way: Sending, merged: bool) -> list[Any]:
+        calls = [rank.publish.options(num_returns="streaming").remote(way, merged) for rank in self._at_work()]
         self._gather([call.completed() for call in calls], self._options.step_timeout_s, "gathering the weights")
         return list(calls[0])
 
@@ -179,11 +182,20 @@ class RankGroup:
         missing = self._gather(calls, self._options.step_timeout_s, "looking at gradients")
         return [name for name in missing[0] if all(name in names for names in missing[1:])]
 
-    def save(self, directory: Path) -> None:
-        """Write the model as a Hugging Face checkpoint, whole or not at all. Raises LearnerError, OSError."""
+    def adapter_lost(self) -> float | None:
+        """Which part of the adapter's effect was not in what was last sent or saved; see `LearnerRank.adapter_lost`."""
+        lost = self._ranks[0].adapter_lost.remote()
+        return self._gather([lost], self._options.step_timeout_s, "measuring the adapter")[0]
+
+    def save(self, directory: Path) -> float | None:
+        """Write the model as a Hugging Face checkpoint, whole or not at all. Raises LearnerError, OSError.
+
+        Returns which part of an adapter's effect the checkpoint has lost; None without an adapter, or while it has no effect.
+        """
         with whole_directory(directory.absolute()) as temporary:
             calls = [rank.save.remote(temporary) for rank in self._at_work()]
-            self._gather(calls, self._options.step_timeout_s, "saving")
+            lost: float | None = self._gather(calls, self._options.step_timeout_s, "saving")[0]
+        return lost
 
     def save_state(self, directory: Path) -> dict[str, Entry]:
         """Write all that the ranks need to go on exactly; returns the files' entries. Raises LearnerError, OSError."""

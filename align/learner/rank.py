@@ -28,10 +28,15 @@ from align.model.lora import (
     adapter_layers,
     add_adapter,
     describe,
+    effects,
     factors,
+    is_sent_apart,
     merged,
     plain_parameters,
+    remember_inputs,
     save_adapter,
+    update_of,
+    write_merge_report,
 )
 from align.model.policy import load_tokenizer, save_policy
 from align.run.checkpoints import Entry
@@ -111,9 +116,12 @@ class LearnerRank(ABC):
         """Parameters and experts of this rank that have had no gradient yet."""
         return self._census.missing()
 
-    def publish(self, way: Sending) -> Iterator[Any]:
-        """Give the weights of what changes, under checkpoint names, one bucket after the other, from rank 0 only."""
-        weights = self._whole_weights(self._trained.modules, way.device)
+    def publish(self, way: Sending, merged: bool = False) -> Iterator[Any]:
+        """Give the weights of what changes, under checkpoint names, one bucket after the other, from rank 0 only.
+
+        An adapter goes beside the weights where the sampler can add it, or with `merged` in them.
+        """
+        weights = self._whole_weights(self._trained.modules, way.device, apart=not merged)
         try:
             if self._engine.global_rank == 0:
                 layout = layout_of(self._network.config.model_type)
@@ -122,17 +130,29 @@ class LearnerRank(ABC):
             # Where the way fails too, or the other ranks would wait for this one at the next parameter.
             deque(weights, maxlen=0)
 
-    def save(self, directory: Path) -> None:
+    def adapter_lost(self) -> float | None:
+        """Which part of the adapter's effect is not in what was last published or saved, None where there is no effect.
+
+        It is |sent - exact| / |exact| of what the adapter adds to the outputs of all layers, for the inputs of the last forward pass; on
+        rank 0.
+        """
+        return math.sqrt(self._lost / self._exact) if self._exact else None
+
+    def save(self, directory: Path) -> float | None:
         """Write the model as a Hugging Face checkpoint, and an adapter's own file in `adapter` beside it.
 
-        Rank 0 writes, all ranks take part in gathering.
+        Rank 0 writes, all ranks take part in gathering. Returns `adapter_lost`, which is beside the adapter too.
         """
         network, lora = self._network, self._options.lora
         state = dict(self._whole_weights())
         if self._engine.global_rank == 0:
             save_policy(network if lora is None else network.get_base_model(), self._tokenizer, directory, state)
-        if lora is not None:
-            self.save_adapter(directory / ADAPTER_DIRECTORY)
+        if lora is None:
+            return None
+        self.save_adapter(directory / ADAPTER_DIRECTORY)
+        if self._engine.global_rank == 0:
+            write_merge_report(directory / ADAPTER_DIRECTORY, self.adapter_lost(), self._model.dtype)
+        return self.adapter_lost()
 
     def save_adapter(self, directory: Path) -> None:
         """Write the adapter alone, as PEFT does. Rank 0 writes, all ranks take part in gathering."""
@@ -219,6 +239,8 @@ class LearnerRank(ABC):
         if self._clips_itself:
             self._optimizer.register_step_pre_hook(self._clip)
         self._census = GradientCensus(self._network)
+        self._lost = self._exact = 0.0
+        self._inputs = {} if self._options.lora is None else remember_inputs(network)
         self._trained = self._what_is_trained()
         return self._trained
 
@@ -232,6 +254,8 @@ class LearnerRank(ABC):
         total = sum(map(size, plain.values()))
         below = tuple(f"{module}." for module in modules)
         sent = sum(size(p) * p.element_size() for name, p in plain.items() if name.startswith(below))
+        for name, layer in adapter_layers(network).items():
+            sent += sum(size(p) * p.element_size() for p in factors(layer)) if is_sent_apart(name, layer) else 0
         return Trained(describe(network, total, trained, lora), modules, sent)
 
     def _backward(self, loss: torch.Tensor) -> None:
@@ -248,10 +272,11 @@ class LearnerRank(ABC):
         gc.freeze()
 
     def _whole_weights(
-        self, modules: Sequence[str] | None = None, device: str = "cpu"
+        self, modules: Sequence[str] | None = None, device: str = "cpu", *, apart: bool = False
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """Copies of the parameters of the model, or of some of its modules, with the adapter in them; none but on rank 0.
 
+        With `apart`, where the sampler can add it, the adapter comes before the parameter and is not in it.
         All ranks must go through it, since each parameter is gathered when it is reached, and is whole no longer after it.
         """
         network, lora = self._network, self._options.lora
@@ -259,16 +284,26 @@ class LearnerRank(ABC):
         parameters = whole_parameters(network) if lora is None else plain_parameters(network).items()
         layers = {} if lora is None else adapter_layers(network)
         below = ("",) if modules is None else tuple(f"{module}." for module in modules)
+        self._lost = self._exact = 0.0
         for name, parameter in parameters:
             if name in tied or not name.startswith(below):
                 continue
             layer = layers.get(name)
-            copy = None
+            copies = {}
             with self._whole([parameter] if layer is None else [parameter, *factors(layer)]):
                 if self._engine.global_rank == 0:
-                    copy = (parameter if layer is None else merged(parameter, layer)).detach().to(device, copy=True)
-            if copy is not None:
-                yield name, copy
+                    whole = parameter
+                    if layer is not None:
+                        if apart and is_sent_apart(name, layer):
+                            copies = update_of(layer).named(name)
+                        else:
+                            whole = merged(parameter, layer)
+                        lost, exact = effects(parameter, whole, layer, self._inputs.get(layer.get_base_layer()))
+                        self._lost, self._exact = self._lost + lost, self._exact + exact
+                    copies = {
+                        n: tensor.detach().to(device, copy=True) for n, tensor in (copies | {name: whole}).items()
+                    }
+            yield from copies.items()
 
     def _gather_trained(self) -> dict[str, torch.Tensor]:
         """What is trained under the names it has in the network; on rank 0 only."""

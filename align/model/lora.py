@@ -1,7 +1,8 @@
 """LoRA through PEFT: which parts of a model get an adapter, the weights with the adapter in them, and adapters on disk.
 
 PEFT moves targets of a model with fused experts that are named `gate_proj`, `up_proj`, `down_proj` or `gate` onto the routed
-experts and the router. Such layers are named to it as parameters, which it leaves where they are.
+experts and the router. Such layers are named to it as parameters, which it leaves where they are. Of a parameter PEFT computes
+(W + s B A) x, which in bfloat16 has next to nothing of a small adapter in it; linear layers and experts compute W x + s B (A x) here.
 """
 
 import json
@@ -10,6 +11,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MethodType
 from typing import Any, Literal
 
 import torch
@@ -17,9 +19,13 @@ import torch
 from align.config import LoraOptions
 from align.errors import UserError
 from align.model.policy import first_line, has_fused_experts, load_tokenizer, no_progress_bars, save_policy
+from rollout.low_rank import Factors, experts_forward
 
 ADAPTER = "default"
 ADAPTER_DIRECTORY = "adapter"
+MERGE_REPORT = "merge.json"
+REMEMBERED = 32
+"""Tokens of a forward pass that an adapter's effect is measured on."""
 MOVED_BY_PEFT = {"gate", "gate_proj", "up_proj", "down_proj"}
 # vLLM ignores an adapter on kv_b_proj, which it has folded into the attention: an adapter of a preset can be served there.
 NOT_SERVED = "kv_b_proj"
@@ -118,6 +124,9 @@ def add_adapter(model: Any, options: LoraOptions, task: Task, base: str) -> Any:
     adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
     adapted.peft_config[ADAPTER].base_model_name_or_path = str(Path(base).absolute()) if Path(base).is_dir() else base
     check_adapter(adapted, parts)
+    for name, layer in adapter_layers(adapted).items():
+        if hasattr(layer, "parameter_name") and is_apart(name, layer):
+            layer.forward = MethodType(forward_apart, layer)
     return adapted
 
 
@@ -185,21 +194,93 @@ def factors(layer: Any) -> list[torch.nn.Parameter]:
     return [layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight]
 
 
+def update_of(layer: Any) -> Factors:
+    """The adapter as an update s B A of the parameter that the layer adapts; of stacked experts, of each."""
+    a, b = factors(layer)
+    experts, scale = getattr(layer, "num_experts", 1), layer.scaling[ADAPTER]
+    if experts == 1:
+        return Factors(a, b, scale)
+    return Factors(a.reshape(experts, -1, a.shape[-1]), b.reshape(b.shape[0], -1, experts).permute(2, 0, 1), scale)
+
+
+def is_apart(parameter: str, layer: Any) -> bool:
+    """Whether the learner computes W x + s B (A x) of a parameter with an adapter, and the sampler can.
+
+    In bfloat16, where W + s B A would lose a small adapter: of linear layers, and of experts without biases. Not of routers.
+    """
+    base = layer.get_base_layer()
+    if getattr(base, layer.parameter_name if hasattr(layer, "parameter_name") else "weight").dtype != torch.bfloat16:
+        return False
+    if isinstance(base, torch.nn.Linear):
+        return True
+    return ".experts." in parameter and base.has_gate and not (base.has_bias or base.is_transposed)
+
+
+def is_sent_apart(parameter: str, layer: Any) -> bool:
+    """Whether the sampler gets W and the adapter, rather than their sum. It has kv_b_proj folded into its attention."""
+    return is_apart(parameter, layer) and not parameter.removesuffix(".weight").endswith(NOT_SERVED)
+
+
+def forward_apart(layer: Any, x: torch.Tensor, *routing: torch.Tensor) -> torch.Tensor:
+    """What PEFT's layer for the parameter of a linear layer, or of experts, gives: by W x + s B (A x).
+
+    `routing` are the experts of each token and their shares, [T, K] both.
+    """
+    base, output = layer.get_base_layer(), None
+    if layer.disable_adapters:
+        output = base(x, *routing)
+    elif isinstance(base, torch.nn.Linear):
+        output = base(x) + update_of(layer)(x)
+    if output is not None:
+        return output
+    updates, outer = {}, layer
+    while outer is not base:
+        updates[outer.parameter_name] = update_of(outer)
+        outer = outer.base_layer
+    chosen, shares = routing
+    both = updates.get("gate_up_proj"), updates.get("down_proj")
+    return experts_forward(x, chosen, shares, (base.gate_up_proj, base.down_proj), both, base._apply_gate)
+
+
 def merged(weight: torch.Tensor, layer: Any) -> torch.Tensor:
     """W + alpha / rank * B A of the layer that adapts W, in W's dtype, computed in float32; W itself stays.
 
     PEFT's `get_delta_weight` would give new storage to A and B in bfloat16 on a CPU, behind DeepSpeed's back.
     """
-    a, b = (factor.detach().float() for factor in factors(layer))
-    if weight.dim() == 3:
-        experts = weight.shape[0]
-        a, b = a.reshape(experts, -1, a.shape[-1]), b.reshape(b.shape[0], -1, experts)
-        product = torch.einsum("ore,eri->eoi", b, a)
-        if getattr(layer.get_base_layer(), "is_transposed", False):
-            product = product.transpose(1, 2)
-    else:
-        product = b @ a
-    return (weight.detach().float() + layer.scaling[ADAPTER] * product).to(weight.dtype)
+    update = update_of(layer)
+    product = update.b.detach().float() @ update.a.detach().float()
+    if getattr(layer.get_base_layer(), "is_transposed", False):
+        product = product.transpose(1, 2)
+    return (weight.detach().float() + update.scale * product).to(weight.dtype)
+
+
+def effects(weight: torch.Tensor, sent: torch.Tensor, layer: Any, x: torch.Tensor | None) -> tuple[float, float]:
+    """|(sent - W) x - s B A x|^2 and |s B A x|^2, added up over the inputs x [N, in] of W: how far `sent` is from W + s B A, and
+    against what. Without inputs, x is drawn from a normal distribution.
+    """
+    update = update_of(layer)
+    if x is None or x.shape[-1] != update.a.shape[-1]:
+        x = torch.randn(REMEMBERED, update.a.shape[-1], generator=torch.Generator().manual_seed(0))
+    x = x.to(weight.device, torch.float32)
+    exact = Factors(update.a.detach().float(), update.b.detach().float(), update.scale)(x)
+    if sent is weight:
+        return 0.0, float(exact.square().sum())
+    change = sent.float() - weight.detach().float()
+    if getattr(layer.get_base_layer(), "is_transposed", False):
+        change = change.transpose(1, 2)
+    return float((x @ change.mT - exact).square().sum()), float(exact.square().sum())
+
+
+def remember_inputs(adapted: Any) -> dict[Any, torch.Tensor]:
+    """By base layer of an adapter, its first inputs [N, in] in the last forward pass: empty until there is one."""
+    inputs: dict[Any, torch.Tensor] = {}
+
+    def remember(layer: Any, arguments: tuple[torch.Tensor, ...]) -> None:
+        inputs[layer.get_base_layer()] = arguments[0].detach().flatten(0, -2)[:REMEMBERED].clone()
+
+    for layer in adapter_layers(adapted).values():
+        layer.register_forward_pre_hook(remember)
+    return inputs
 
 
 def describe(adapted: Any, total: int, trained: int, options: LoraOptions) -> str:
@@ -214,6 +295,13 @@ def describe(adapted: Any, total: int, trained: int, options: LoraOptions) -> st
         f"{trained:,} trainable parameters in adapters of rank {options.rank} ({trained / total:.2%} of {total:,}): {where}"
         + (f"; and {', '.join(heads)} as a whole" if heads else "")
     )
+
+
+def write_merge_report(directory: Path, lost: float | None, dtype: str) -> None:
+    """Say beside an adapter how far the checkpoint is from it in which it was merged."""
+    said = "|merged - exact| / |exact| of what the adapter adds to the outputs of its layers; the adapter here is exact"
+    report = {"lost": lost, "dtype": dtype, "lost_is": said}
+    (directory / MERGE_REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 def save_adapter(adapted: Any, directory: Path, state_dict: Mapping[str, torch.Tensor]) -> None:

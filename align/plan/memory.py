@@ -78,8 +78,10 @@ def activation_memory(job: Training) -> dict[str, float]:
     return parts | ({"logits": job.tokens * job.sizes.vocabulary * logits} if job.logits else {})
 
 
-def worker_memory(sizes: ModelSizes, options: FleetOptions, element: int, gpu_memory: float) -> dict[str, float]:
-    """The memory of one GPU of a rollout worker, or of its process on a CPU (`gpu_memory` 0).
+def worker_memory(
+    sizes: ModelSizes, options: FleetOptions, element: int, gpu_memory: float, adapter: float = 0.0
+) -> dict[str, float]:
+    """The memory of one GPU of a rollout worker, or of its process on a CPU (`gpu_memory` 0), `adapter` bytes beside the weights.
 
     On a GPU of its own vLLM gives the KV cache what is left of `rollout.gpu_memory_share`; every GPU of a worker holds the
     whole latent of a token, which has no heads to divide.
@@ -88,7 +90,7 @@ def worker_memory(sizes: ModelSizes, options: FleetOptions, element: int, gpu_me
     tokens = max(options.max_length, 4096 if not gpu_memory else 8192)
     widest = max(sizes.activations[0], sizes.hidden)
     passing = tokens * widest * element + options.batch_sequences * sizes.vocabulary * 12
-    parts = {"weights": weights, "forward pass": passing}
+    parts = {"weights": weights, "forward pass": passing} | ({"adapter": adapter} if adapter else {})
     if not gpu_memory:
         return parts | {"KV cache": options.kv_cache_gb * GIB}
     if options.gpus < 1:

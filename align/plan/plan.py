@@ -95,6 +95,8 @@ def what_is_learned(recipe: Recipe, sizes: ModelSizes, element: int) -> Learning
         trained, sent = adapter_size(parameters, lora.rank), changed_size(sizes, parameters)
         if isinstance(recipe, PolicyRecipe) and recipe.weights.transport == "adapter":
             sent = trained
+        else:
+            sent += held_apart(recipe, sizes, element)
     if isinstance(recipe, GrpoRecipe):
         sequences, longest = recipe.grpo.prompts_per_step * recipe.grpo.group_size, recipe.rollout.max_length
     elif isinstance(recipe, SftRecipe):
@@ -115,6 +117,14 @@ def what_is_learned(recipe: Recipe, sizes: ModelSizes, element: int) -> Learning
         logits=not isinstance(recipe, RewardModelRecipe),
     )
     return Learning(training, sequences * longest, sent)
+
+
+def held_apart(recipe: Recipe, sizes: ModelSizes, element: int) -> int:
+    """Elements of the adapter that the rollout workers have beside the weights: in float32 it is in the weights."""
+    if not isinstance(recipe, PolicyRecipe) or recipe.learner.lora is None or element == ELEMENT_BYTES["float32"]:
+        return 0
+    lora = recipe.learner.lora
+    return adapter_size(adapted_parameters(sizes, lora.targets), lora.rank)
 
 
 def demands(recipe: Recipe, roles: Sequence[Role]) -> list[Demand]:
@@ -151,7 +161,8 @@ def learner_role(training: Training, cluster: Cluster) -> Role:
 def rollout_role(recipe: SamplingRecipe, sizes: ModelSizes, cluster: Cluster, element: int) -> Role:
     """The rollout workers: `rollout.tensor_parallel` GPUs of one node each."""
     process = {"process": GPU_PROCESS if cluster.gpus else memory.WORKER_PROCESS}
-    parts = memory.worker_memory(sizes, recipe.rollout, element, cluster.gpu_memory) | process
+    adapter = float(held_apart(recipe, sizes, element) * element)
+    parts = memory.worker_memory(sizes, recipe.rollout, element, cluster.gpu_memory, adapter) | process
     gpus = recipe.rollout.tensor_parallel * recipe.rollout.gpus if cluster.gpus else 0
     limit = cluster.gpu_memory * recipe.rollout.gpu_memory_share
     if in_turns(recipe):

@@ -52,9 +52,10 @@ class Engines:
     transport: Transport | Adapters | Broadcasts
     places: Any = None
 
-    def send_weights(self, learner: LearnerGroup, version: int) -> int:
+    def send_weights(self, learner: LearnerGroup, version: int, *, merged: bool = False) -> int:
         """Give the workers what has been trained; they sample with it, as weights of `version`, when this returns.
 
+        With `merged`, an adapter is in the weights as in a checkpoint of them, though the workers could add it themselves.
         Returns how many bytes went to each.
         """
         if isinstance(self.transport, Adapters):
@@ -63,11 +64,16 @@ class Engines:
             self.fleet.load(adapter, version)
             return size
         if isinstance(self.transport, Broadcasts):
-            weights: WeightSource | Broadcast = learner.broadcast(self.transport.bucket_bytes)
+            weights: WeightSource | Broadcast = learner.broadcast(self.transport.bucket_bytes, merged=merged)
         else:
-            weights = learner.publish(self.transport)
+            weights = learner.publish(self.transport, merged=merged)
         self.fleet.load(weights, version, modules=learner.trained.modules)
         return learner.trained.sent_bytes
+
+    def adapter_lost(self, learner: LearnerGroup) -> float | None:
+        """Which part of the adapter's effect the workers do not have; None without one, or where vLLM adds its files."""
+        has_one = learner.trained.modules is not None and not isinstance(self.transport, Adapters)
+        return learner.adapter_lost() if has_one else None
 
 
 def prepare_policy(recipe: Recipe, run: Run) -> tuple[ModelOptions, Any]:

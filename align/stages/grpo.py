@@ -112,6 +112,8 @@ def train_grpo(
             write_samples(run.directory.samples_file(step + 1), experience.rows)
             metrics = step_metrics(experience, sums, found, norm, clock) | learner.expert_load()
             metrics["weight_bytes"] = sent
+            if (lost := engines.adapter_lost(learner)) is not None:
+                metrics["adapter/lost"] = lost
             run.record_step("grpo", step + 1, metrics, SHOWN)
             bad_steps.observe(step + 1, experience.bad)
             alarms.observe(step + 1, metrics, experience.seen)
@@ -126,7 +128,7 @@ def train_grpo(
 
         held_out.check_agreement(learner, "after GRPO")
         evaluations["after GRPO"] = held_out.evaluate("after GRPO", options.steps)
-        learner.save(run.directory.final_directory)
+        steps.save_final()
         trained = policy.model_copy(update={"path": str(run.directory.final_directory)})
         held_out.run_hooks(trained, options.steps)
     return trained, evaluations

@@ -68,7 +68,7 @@ def train_reward_model(
 
         progress.phase("evaluating")
         evaluation = evaluate(learner, data.test, options.steps, run)
-        learner.save(run.directory.final_directory)
+        steps.save_final()
         write_notes(run.directory.final_directory, recipe, data, judge(learner, data.validation), evaluation)
     return policy.model_copy(update={"path": str(run.directory.final_directory)}), evaluation
 

@@ -104,9 +104,12 @@ def train_sft(
         engines.send_weights(learner, version)
         held_out.check_agreement(learner, "after SFT")
         evaluations["after SFT"] = held_out.evaluate("after SFT", options.steps)
-        learner.save(run.directory.final_directory)
+        steps.save_final()
         trained = engines.policy.model_copy(update={"path": str(run.directory.final_directory)})
         held_out.run_hooks(trained, options.steps)
+        if recipe.learner.lora is not None:
+            # What a stage after this one starts from is in `final/`: an adapter is merged there.
+            engines.send_weights(learner, version, merged=True)
     return trained, evaluations
 
 

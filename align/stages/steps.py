@@ -93,6 +93,15 @@ class Steps:
                     self._save()
             self._run.stop.check()
 
+    def save_final(self) -> None:
+        """Write what was trained to `final/`, and say how much of an adapter is lost where it is merged into the weights."""
+        lost = self._learner.save(self._run.directory.final_directory)
+        if lost is not None:
+            self._run.progress.note(
+                f"final: in the merged weights, in {self._recipe.model.dtype}, {lost:.2%} of what the adapter does is rounded away; "
+                "final/adapter is exact"
+            )
+
     @property
     def _best(self) -> int | None:
         best: int | None = self.state.get(BEST, {}).get("step")

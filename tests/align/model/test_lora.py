@@ -17,11 +17,13 @@ from align.model.lora import (
     adapted_modules,
     adapter_layers,
     add_adapter,
+    factors,
     is_adapter,
     merge_adapter,
     merged,
     plain_parameters,
     save_adapter,
+    update_of,
 )
 from align.model.policy import load_policy, load_tokenizer, save_policy, write_random_policy
 from align.model.reward_model import load_reward_model
@@ -109,6 +111,50 @@ def test_merged_weights_are_those_of_peft_and_leave_the_base_as_it_was(policy: M
         rtol, atol = (1.6e-2, 1e-3) if dtype == "bfloat16" else (1e-6, 1e-7)
         torch.testing.assert_close(found[name], parameter.detach(), rtol=rtol, atol=atol)
         assert torch.equal(found[name], before[name]) == (name not in layers)
+
+
+@pytest.mark.parametrize("target", ["shared_experts.up_proj", "q_proj", "kv_a_proj_with_mqa"])
+def test_in_bfloat16_a_layer_has_an_adapter_that_its_weights_would_round_away(
+    policy: ModelOptions, target: str
+) -> None:
+    """All weights are 1 and the inputs add up to nothing: a layer gives what its adapter adds."""
+    x = opposites(128)
+    for layer in small_in_bfloat16(policy, target):
+        update = update_of(layer)
+        expected = update.scale * x.float() @ (update.b @ update.a).detach().float().T
+        assert float((layer(x).detach().float() - expected).norm() / expected.norm()) < 0.02
+
+
+def test_in_bfloat16_experts_have_an_adapter_that_their_weights_would_round_away(policy: ModelOptions) -> None:
+    x, first, whole = opposites(128), torch.zeros(8, 1, dtype=torch.long), torch.ones(8, 1)
+    targets = (f"model.layers.1.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj"))
+    outer, inner = small_in_bfloat16(policy, *targets)
+    both = [
+        update.scale * (update.b[0] @ update.a[0]).detach().double()
+        for update in map(update_of, sorted((outer, inner), key=lambda layer: layer.parameter_name == "down_proj"))
+    ]
+    gate, up = (x.double() @ both[0].T).chunk(2, dim=1)
+    expected = (torch.nn.functional.silu(gate) * up) @ (1 + both[1]).T
+    assert float((outer(x, first, whole).detach().double() - expected).norm() / expected.norm()) < 0.03
+    outer.enable_adapters(False)
+    assert not outer(x, first, whole).any()
+
+
+def small_in_bfloat16(policy: ModelOptions, *targets: str) -> list[Any]:
+    """The adapter's layers, all weights 1, with an update of each that leaves 1 + s B A at 1 in bfloat16."""
+    model = adapted(policy.model_copy(update={"dtype": "bfloat16"}), *targets, perturbed=False)
+    layers = list(adapter_layers(model).values())
+    for layer in layers:
+        factors(layer)[1].data.fill_(1e-3)
+        for parameter in layer.get_base_layer().parameters():
+            parameter.data = torch.ones_like(parameter)
+    return layers
+
+
+def opposites(width: int) -> torch.Tensor:
+    """Inputs [8, width] that add up to nothing."""
+    half = torch.randn(8, width // 2, generator=torch.Generator().manual_seed(0)).bfloat16()
+    return torch.cat([half, -half], dim=1)
 
 
 def test_the_blocks_that_change_are_named_once(policy: ModelOptions) -> None:
