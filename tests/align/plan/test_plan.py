@@ -14,7 +14,7 @@ from align.model.sizes import ModelSizes, empty_model, model_sizes, read_config
 from align.plan.adapters import adapted_parameters, adapter_size, changed_size
 from align.plan.memory import GIB, kv_bytes_a_token
 from align.plan.placement import Cluster, Demand, cluster_of, place
-from align.plan.plan import Plan, make_plan
+from align.plan.plan import Plan, make_plan, what_is_learned
 
 LITE, V2 = "deepseek-ai/DeepSeek-V2-Lite", "deepseek-ai/DeepSeek-V2"
 
@@ -176,6 +176,19 @@ def test_one_gpu_is_too_few_for_a_learner_and_a_worker() -> None:
     (refusal,) = planned("recipes/v2_lite/lora_sft.yaml", LITE, 1, 1, *one).refusals
     assert "2 at least, and there are 1: take more" in refusal
     assert planned("recipes/v2_lite/lora_sft.yaml", LITE, 1, 2, *one).refusals == []
+
+
+def test_in_bfloat16_workers_have_the_adapter_beside_the_weights() -> None:
+    recipe, sizes = "recipes/v2_lite/lora_grpo_reasoning.yaml", sizes_of(LITE)
+    adapter = adapter_size(adapted_parameters(sizes, ["attention+shared"]), 32)
+    worker = planned(recipe, LITE, 1, 8).roles[0]
+    assert worker.parts["adapter"] == 2 * adapter
+    assert "adapter" not in planned(recipe, LITE, 1, 8, "model.dtype=float32").roles[0].parts
+    loaded = load_recipe(Path(recipe), [f"model.path={LITE}"])
+    beside, merged = (what_is_learned(loaded, sizes, element) for element in (2, 4))
+    assert beside
+    assert merged
+    assert beside.sent == merged.sent + adapter
 
 
 def test_deepseek_v2_with_adapters_fits_sixty_four_gpus() -> None:

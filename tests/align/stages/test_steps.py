@@ -245,3 +245,18 @@ def test_pytorch_on_a_full_disk_is_an_error_of_the_file_system(tmp_path: Path) -
     with small_files(4000), pytest.raises(OSError, match="too large") as full, state as (file, _):
         torch.save(torch.zeros(100_000), file)
     assert full.value.errno == errno.EFBIG
+
+
+def test_the_end_of_a_run_says_how_much_of_an_adapter_is_lost_in_merged_weights(tmp_path: Path) -> None:
+    class Merged(Counter):
+        def save(self, directory: Path) -> float:  # type: ignore[override]
+            super().save(directory)
+            return 0.25
+
+    made = recipe(tmp_path / "run")
+    with open_run(made) as run, Steps(made, run, Merged(), 0, DATA) as steps:  # type: ignore[arg-type]
+        steps.save_final()
+    assert (
+        "25.00% of what the adapter does is rounded away; final/adapter is exact"
+        in (tmp_path / "run" / "log.txt").read_text()
+    )
