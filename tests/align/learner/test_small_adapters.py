@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.nn.functional import silu
+from transformers import Qwen3MoeConfig
 
 from align.config import LearnerOptions, LoraOptions, ModelOptions, OptimizerOptions
 from align.evaluate.agreement import probe
@@ -21,13 +22,15 @@ from align.learner.batch import TrainingSequence
 from align.learner.group import LearnerGroup
 from align.learner.objective import Objective
 from align.model.checkpoint_names import to_checkpoint
-from align.model.policy import load_policy, write_random_policy
+from align.model.policy import load_policy, load_tokenizer, write_random_policy
 from rollout import Fleet, FleetOptions, ObjectStore, Prompt
 
 NANO = Path(__file__).parents[3] / "recipes" / "nano" / "policy"
 PROMPTS = [Prompt(f"p{i}", [1, *range(40 + i, 80 + i)]) for i in range(6)]
 STEPS, RATE = 6, 1e-5
 LIMIT = 0.05
+TOGETHER = {"gate_up_proj": ["gate_proj", "up_proj"], "qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+"""Layers of vLLM that compute several of a checkpoint's."""
 
 
 class Trained(NamedTuple):
@@ -38,7 +41,11 @@ class Trained(NamedTuple):
     """s B A of each parameter, float32."""
 
 
-@pytest.fixture(scope="module", params=["attention+shared", "experts"])
+@pytest.fixture(
+    scope="module",
+    params=[("nano", ["attention+shared"]), ("nano", ["experts"]), ("Qwen3-MoE", ["attention", "experts"])],
+    ids=lambda param: f"{param[0]}: {' and '.join(param[1])}",
+)
 def trained(
     request: pytest.FixtureRequest,
     sequences: Callable[[int], list[TrainingSequence]],
@@ -47,13 +54,15 @@ def trained(
 ) -> Iterator[Trained]:
     """Adapters after a few steps at a small rate, and a sampler with their base."""
     directory = tmp_path_factory.mktemp("bfloat16")
-    write_random_policy(ModelOptions(path=str(NANO), init="random", dtype="bfloat16"), directory, seed=0)
+    configuration, targets = request.param
+    source = NANO if configuration == "nano" else qwen(directory / "configuration")
+    write_random_policy(ModelOptions(path=str(source), init="random", dtype="bfloat16"), directory, seed=0)
     model = ModelOptions(path=str(directory), dtype="bfloat16")
     options = LearnerOptions(
         ranks=1,
         zero_stage=0,
         optimizer=OptimizerOptions(learning_rate=RATE),
-        lora=LoraOptions(rank=4, targets=[request.param]),
+        lora=LoraOptions(rank=4, targets=targets),
     )
     fleet_options = FleetOptions(workers=1, max_length=64, kv_cache_gb=0.25, batch_sequences=16)
     fleet = Fleet(model.path, "bfloat16", fleet_options, stop_token_ids=[2])
@@ -131,6 +140,26 @@ def test_a_large_adapter_agrees_and_weights_without_one_end_it(
         assert bool(in_sampler(fleet, updated, None)) is not merged
     perturb(learner, 2)
     assert probe(fleet, learner, PROMPTS).mean > 0.1
+
+
+def qwen(directory: Path) -> Path:
+    """A configuration whose queries, keys and values vLLM computes together, with the nano tokenizer."""
+    tokenizer = load_tokenizer(NANO)
+    config = Qwen3MoeConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        num_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=64,
+        max_position_embeddings=512,
+    )
+    config.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
 
 
 def in_learner(learner: LearnerGroup, do: Callable[[Any], Any]) -> Any:
@@ -220,9 +249,8 @@ def added(name: str, given: Any, delta: dict[str, torch.Tensor], base: dict[str,
             return None
         weights = [base[n].detach().float() for n in names]
         return experts(given, *(w + delta[n] for w, n in zip(weights, names, strict=True))) - experts(given, *weights)
-    parts = (
-        [name.replace("gate_up_proj", part) for part in ("gate_proj", "up_proj")] if "gate_up_proj" in name else [name]
-    )
+    block, _, leaf = name.rpartition(".")
+    parts = [f"{block}.{part}" for part in TOGETHER.get(leaf, [leaf])]
     found = [delta[f"{part}.weight"] for part in parts if f"{part}.weight" in delta]
     return given.float() @ torch.cat(found).T if found else None
 
