@@ -1,8 +1,8 @@
-"""Low-rank updates beside the weights of a vLLM model: W x + s B (A x), not (W + s B A) x.
+"""Low-rank updates beside the weights of a vLLM model: [W, B] [x; s A x], not (W + s B A) x.
 
-In bfloat16 the sum W + s B A keeps of B A only what is not small beside W: of an adapter's first steps next to nothing. vLLM can add
-adapters by itself, but on CPUs to models without experts only. A layer that one of its kernels computes out of this module's sight is
-found by `unused`.
+In bfloat16 the sum W + s B A keeps of B A only what is not small beside W: of an adapter's first steps next to nothing. So too W x + s B (A x),
+where W x is rounded before the sum. One product of both rounds once, and what it adds is there on average over outputs. vLLM can add adapters
+by itself, but on CPUs to models without experts only. A layer that vLLM computes out of this module's sight is found by `unused`.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn.functional import grouped_mm, pad, silu
+from torch.nn.functional import grouped_mm, linear, pad, silu
 
 from rollout.types import WeightUpdateError
 
@@ -32,15 +32,20 @@ class Factors:
         scale = torch.tensor([self.scale], dtype=torch.float64)
         return dict(zip((f"{parameter}.{suffix}" for suffix in SUFFIXES), (self.a, self.b, scale), strict=True))
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """s B (A x) for x [..., in], of the weight of a linear layer or of every expert."""
-        return (x @ self.a.mT) @ self.b.mT * self.scale
+    def beside(self, weight: torch.Tensor) -> torch.Tensor:
+        """[W, B], of a linear layer [out, in + r], or of stacked experts [E, out, in + r'], where r' is what a grouped product takes."""
+        return torch.cat([weight, self.b if weight.dim() == 2 else pad(self.b, (0, self._missing))], dim=-1)
 
-    def grouped(self, rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-        """s B (A x) for rows [N, in] that are sorted by expert; those of expert e end before `ends[e]`."""
-        missing = -self.a.shape[1] % ALIGNED
-        a, b = pad(self.a, (0, 0, 0, missing)), pad(self.b, (0, missing)).contiguous()
-        return grouped_mm(grouped_mm(rows, a.mT, offs=ends), b.mT, offs=ends) * self.scale
+    def widened(self, x: torch.Tensor, ends: torch.Tensor | None = None) -> torch.Tensor:
+        """[x, s A x] for x [..., in]; of experts for rows [N, in] that are sorted by expert, of which those of e end before `ends[e]`."""
+        if ends is None:
+            return torch.cat([x, x @ self.a.mT * self.scale], dim=-1)
+        a = pad(self.a, (0, 0, 0, self._missing))
+        return torch.cat([x, grouped_mm(x, a.mT, offs=ends) * self.scale], dim=-1)
+
+    @property
+    def _missing(self) -> int:
+        return -self.a.shape[-2] % ALIGNED
 
 
 def experts_forward(
@@ -53,15 +58,16 @@ def experts_forward(
 ) -> torch.Tensor:
     """What a bank of experts gives for `x` [T, H], in its dtype: token t goes to the experts `chosen` [T, K], weighted by `shares` [T, K].
 
-    `weights` are those of gate and up [E, 2I, H], and of down [E, H, I]; `updates` are added to them, and `gate` makes [N, I] of [N, 2I].
+    `weights` are those of gate and up [E, 2I, H], and of down [E, H, I], with B beside them where there is an update; `gate` makes
+    [N, I] of [N, 2I].
     In the order of transformers' `grouped_mm` experts, so that learner and sampler round alike.
     """
     each, place = torch.sort(chosen.reshape(-1))
     ends = torch.bincount(each, minlength=len(weights[0])).cumsum(0).to(torch.int32)
     rows = x[place // chosen.shape[-1]]
     for weight, update, after in zip(weights, updates, (gate, lambda last: last), strict=True):
-        product = grouped_mm(rows, weight.mT, offs=ends)
-        rows = after(product if update is None else product + update.grouped(rows, ends))
+        wide = rows if update is None else update.widened(rows, ends)
+        rows = after(grouped_mm(wide, weight.mT, offs=ends))
     rows = (rows * shares.reshape(-1)[place].unsqueeze(-1))[torch.argsort(place)]
     return rows.view(*chosen.shape, -1).sum(1).to(x.dtype)
 
@@ -79,6 +85,7 @@ class LowRankUpdates:
         self._model = model
         self._places: dict[str, LinearUpdate | ExpertsUpdate] = {}
         self._waiting: dict[str, torch.Tensor] = {}
+        self._at: dict[str, tuple[str, str | int | None]] = {}
 
     def __bool__(self) -> bool:
         return bool(self._places)
@@ -90,29 +97,30 @@ class LowRankUpdates:
             self._places.pop(name).remove()
 
     def take(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Keep what arrives until `add`; it comes before the weights of its layer, which then stay as they were loaded."""
+        """Keep what arrives until `add`. It comes before the weights of its layer, which are then kept as they are loaded.
+
+        Raises WeightUpdateError for a layer that the model has not.
+        """
         self._waiting |= {name: tensor.clone() for name, tensor in tensors.items()}
-        for name, tensor in tensors.items():
-            block, _, _ = name.removesuffix(f".{SUFFIXES[0]}").rpartition(".")
-            if name.endswith(SUFFIXES[0]) and tensor.dim() == 3 and block not in self._places:
-                self._places[block] = ExpertsUpdate(self._model, block)
+        for name in names_of(tensors):
+            block, _, leaf = name.rpartition(".")
+            if tensors[f"{name}.{SUFFIXES[0]}"].dim() == 3:
+                self._at[name] = block, leaf
+                self._places.setdefault(block, ExpertsUpdate(self._model, block))
+            else:
+                self._at[name] = linear_layer(self._model, name.removesuffix(".weight"))
+                at = self._at[name][0]
+                self._places.setdefault(at, LinearUpdate(self._model.get_submodule(at)))
 
     def add(self) -> None:
-        """Let the model compute with what has arrived. Raises WeightUpdateError for a layer that it has not."""
+        """Let the model compute with what has arrived."""
         parts: dict[str, list[tuple[str | int | None, Factors]]] = {}
-        for name in [n.removesuffix(f".{SUFFIXES[0]}") for n in self._waiting if n.endswith(SUFFIXES[0])]:
+        for name in names_of(self._waiting):
             a, b, scale = (self._waiting[f"{name}.{suffix}"] for suffix in SUFFIXES)
-            factors = Factors(a, b, float(scale))
-            block, _, leaf = name.rpartition(".")
-            if a.dim() == 3:
-                experts = self._places[block]
-                assert isinstance(experts, ExpertsUpdate)
-                experts.add(leaf, factors)
-            else:
-                at, shard = linear_layer(self._model, name.removesuffix(".weight"))
-                parts.setdefault(at, []).append((shard, factors))
+            at, shard = self._at[name]
+            parts.setdefault(at, []).append((shard, Factors(a, b, float(scale))))
         for at, shards in parts.items():
-            self._places[at] = LinearUpdate(self._model.get_submodule(at), shards)
+            self._places[at].add(shards)
         self._waiting = {}
 
     def unused(self) -> Iterator[str]:
@@ -120,15 +128,19 @@ class LowRankUpdates:
         yield from (name for name, update in self._places.items() if not update.used)
 
 
+def names_of(tensors: Iterable[str]) -> list[str]:
+    """The parameters whose updates are among tensors of these names."""
+    return [name.removesuffix(f".{SUFFIXES[0]}") for name in tensors if name.endswith(SUFFIXES[0])]
+
+
 def linear_layer(model: Any, name: str) -> tuple[str, str | int | None]:
     """The layer that computes the linear layer `name` of a checkpoint, and which shard of it that is where it computes several."""
     from vllm.model_executor.layers.linear import LinearBase, QKVParallelLinear
 
-    modules = dict(model.named_modules())
     block, _, leaf = name.rpartition(".")
-    together = getattr(model, "packed_modules_mapping", {}).items()
-    for at, leaves in [(leaf, []), *together]:
-        layer = modules.get(f"{block}.{at}")
+    layers = dict(model.get_submodule(block).named_children())
+    for at, leaves in [(leaf, []), *getattr(model, "packed_modules_mapping", {}).items()]:
+        layer = layers.get(at)
         if isinstance(layer, LinearBase) and (at == leaf or leaf in leaves):
             shard = leaves.index(leaf) if leaf in leaves else None
             return f"{block}.{at}", "qkv"[shard] if shard is not None and isinstance(
@@ -142,37 +154,44 @@ def linear_layer(model: Any, name: str) -> tuple[str, str | int | None]:
 class LinearUpdate:
     """The update of a linear layer of vLLM, or of the shards that it computes together: this process's part of it."""
 
-    def __init__(self, layer: Any, shards: list[tuple[str | int | None, Factors]]):
+    def __init__(self, layer: Any):
+        self.used = False
+        self._layer, self._method = layer, layer.quant_method
+        self._process = self._method.process_weights_after_loading
+        self._method.process_weights_after_loading = self._keep
+
+    def add(self, shards: list[tuple[str | int | None, Factors]]) -> None:
+        """Compute with the updates of the shards, from here on."""
         from vllm.model_executor.layers.linear import RowParallelLinear
 
-        self.used = False
-        self._method = layer.quant_method
-        self._apply = layer.quant_method.apply
-        device = next(layer.parameters()).device
+        by_rows = isinstance(self._layer, RowParallelLinear)
+        outputs, inputs = self._weight.shape
         rank = sum(len(factors.a) for _, factors in shards)
-        like = shards[0][1].a
-        by_rows = isinstance(layer, RowParallelLinear)
-        inputs = layer.input_size_per_partition if by_rows else layer.input_size
-        outputs = layer.output_size if by_rows else getattr(layer, "output_size_per_partition", layer.output_size)
-        a, b = like.new_zeros(rank, inputs, device=device), like.new_zeros(outputs, rank, device=device)
+        a, b = self._weight.new_zeros(rank, inputs), self._weight.new_zeros(outputs, rank)
         start = 0
         for shard, factors in shards:
             end = start + len(factors.a)
             # What divides a weight between processes divides its factors: A where it is by the inputs, B where by the outputs.
-            load(layer if by_rows else None, a[start:end], factors.a, shard, input_dim=1)
-            load(None if by_rows else layer, b[:, start:end], factors.b, shard, output_dim=0)
+            load(self._layer if by_rows else None, a[start:end], factors.a, shard, input_dim=1)
+            load(None if by_rows else self._layer, b[:, start:end], factors.b, shard, output_dim=0)
             start = end
         self._factors = Factors(a, b, shards[0][1].scale)
+        self._wide = self._factors.beside(self._weight)
+        del self._weight
         self._method.apply = self._applied
 
     def remove(self) -> None:
         """Let the layer compute as before."""
-        self._method.apply = self._apply
+        for name in ("apply", "process_weights_after_loading"):
+            vars(self._method).pop(name, None)
 
-    def _applied(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def _keep(self, layer: Any) -> None:
+        self._weight = layer.weight.data
+        self._process(layer)
+
+    def _applied(self, _: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         self.used = True
-        output: torch.Tensor = self._apply(layer, x, bias)
-        return output + self._factors(x.to(self._factors.a.dtype)).to(output.dtype)
+        return linear(self._factors.widened(x), self._wide, bias)
 
 
 def load(layer: Any, place: torch.Tensor, tensor: torch.Tensor, shard: str | int | None, **divided_by: int) -> None:
@@ -209,21 +228,30 @@ class ExpertsUpdate:
         used: bool = self._method.moe_kernel.fused_experts.used
         return used
 
-    def add(self, leaf: str, factors: Factors) -> None:
-        """Add to what a parameter gives, `gate_up_proj` or `down_proj`; of each expert, what this process has of it."""
+    def add(self, shards: list[tuple[str | int | None, Factors]]) -> None:
+        """Compute with the updates of `gate_up_proj` or `down_proj`; of each expert, what this process has of it."""
         parallel = self._method.moe.moe_parallel_config
         size = self._layer.w2_weight.shape[-1]
         own = slice(parallel.tp_rank * size, (parallel.tp_rank + 1) * size)
-        device, a, b = self._layer.w2_weight.device, factors.a, factors.b
-        if leaf == "down_proj":
-            a = a[:, :, own]
-        else:
-            b = torch.cat([half[:, own] for half in b.chunk(2, dim=1)], dim=1)
-        self._method.moe_kernel.fused_experts.updates[leaf] = Factors(a.to(device), b.to(device), factors.scale)
+        kernel = self._method.moe_kernel.fused_experts
+        for leaf, factors in shards:
+            weight, a, b = self._layer.w2_weight, factors.a, factors.b
+            if leaf == "down_proj":
+                a = a[:, :, own]
+            else:
+                weight = self._layer.w13_weight
+                b = torch.cat([half[:, own] for half in b.chunk(2, dim=1)], dim=1)
+            update = Factors(a.to(weight.device), b.to(weight.device), factors.scale)
+            wide = update.beside(weight.data)
+            kernel.updates[leaf] = update, wide
+            # A second copy of the experts would be too many.
+            weight.data = wide[..., : weight.shape[-1]]
 
     def remove(self) -> None:
         """Let vLLM compute by its own kernel, from the next weights on."""
         self._method.experts_cls = self._class
+        for weight in (self._layer.w13_weight, self._layer.w2_weight):
+            weight.data = weight.data.contiguous()
 
 
 def adapted(kernel: Any) -> Any:
@@ -234,7 +262,7 @@ def adapted(kernel: Any) -> Any:
 
         def __init__(self, *arguments: Any, **named: Any):
             super().__init__(*arguments, **named)
-            self.updates: dict[str, Factors] = {}
+            self.updates: dict[str, tuple[Factors, torch.Tensor]] = {}
 
         def process_weights_after_loading(self, layer: Any) -> None:
             """Pack nothing."""
@@ -251,8 +279,10 @@ def adapted(kernel: Any) -> Any:
             **_: Any,
         ) -> None:
             self.used = True
-            updates = self.updates.get("gate_up_proj"), self.updates.get("down_proj")
-            output.copy_(experts_forward(hidden_states, topk_ids, topk_weights, (w1, w2), updates, silu_and_mul))
+            gate_up, wide_1 = self.updates.get("gate_up_proj", (None, w1))
+            down, wide_2 = self.updates.get("down_proj", (None, w2))
+            weights = wide_1, wide_2
+            output.copy_(experts_forward(hidden_states, topk_ids, topk_weights, weights, (gate_up, down), silu_and_mul))
 
     return AdaptedExperts
 

@@ -377,15 +377,13 @@ def size(parameter: torch.nn.Parameter) -> int:
 def mark_moe_leaves(module: torch.nn.Module) -> None:
     """Make ZeRO-3 fetch a mixture-of-experts block as one: ranks use different experts, collectives must not differ.
 
-    So too a layer whose weight PEFT replaces by its sum with the adapter's, for which it needs all three at once.
+    So too a layer with an adapter, which needs W, A and B at once.
     """
     from deepspeed.utils import set_z3_leaf_modules
-    from peft.tuners.lora.layer import ParamWrapper
+    from peft.tuners.lora import LoraLayer
 
     blocks = {
-        type(m)
-        for m in module.modules()
-        if (hasattr(m, "experts") and hasattr(m, "gate")) or isinstance(m, ParamWrapper)
+        type(m) for m in module.modules() if (hasattr(m, "experts") and hasattr(m, "gate")) or isinstance(m, LoraLayer)
     }
     if not blocks:
         return

@@ -1,8 +1,8 @@
 """LoRA through PEFT: which parts of a model get an adapter, the weights with the adapter in them, and adapters on disk.
 
 PEFT moves targets of a model with fused experts that are named `gate_proj`, `up_proj`, `down_proj` or `gate` onto the routed
-experts and the router. Such layers are named to it as parameters, which it leaves where they are. Of a parameter PEFT computes
-(W + s B A) x, which in bfloat16 has next to nothing of a small adapter in it; linear layers and experts compute W x + s B (A x) here.
+experts and the router. Such layers are named to it as parameters, which it leaves where they are. In bfloat16 what PEFT computes has next to
+nothing of a small adapter in it: (W + s B A) x of parameters, and of layers a sum with W x that is rounded before. Here one product gives both.
 """
 
 import json
@@ -125,7 +125,7 @@ def add_adapter(model: Any, options: LoraOptions, task: Task, base: str) -> Any:
     adapted.peft_config[ADAPTER].base_model_name_or_path = str(Path(base).absolute()) if Path(base).is_dir() else base
     check_adapter(adapted, parts)
     for name, layer in adapter_layers(adapted).items():
-        if hasattr(layer, "parameter_name") and is_apart(name, layer):
+        if is_apart(name, layer):
             layer.forward = MethodType(forward_apart, layer)
     return adapted
 
@@ -204,7 +204,7 @@ def update_of(layer: Any) -> Factors:
 
 
 def is_apart(parameter: str, layer: Any) -> bool:
-    """Whether the learner computes W x + s B (A x) of a parameter with an adapter, and the sampler can.
+    """Whether the learner computes with W and the adapter, not their sum, and the sampler can.
 
     In bfloat16, where W + s B A would lose a small adapter: of linear layers, and of experts without biases. Not of routers.
     """
@@ -222,24 +222,51 @@ def is_sent_apart(parameter: str, layer: Any) -> bool:
 
 
 def forward_apart(layer: Any, x: torch.Tensor, *routing: torch.Tensor) -> torch.Tensor:
-    """What PEFT's layer for the parameter of a linear layer, or of experts, gives: by W x + s B (A x).
+    """What PEFT's layer for a linear layer, or for a parameter of one or of experts, gives: by [W, B] [x; s A x].
 
     `routing` are the experts of each token and their shares, [T, K] both.
     """
-    base, output = layer.get_base_layer(), None
+    base = layer.get_base_layer()
     if layer.disable_adapters:
-        output = base(x, *routing)
+        output: torch.Tensor = base(x, *routing)
     elif isinstance(base, torch.nn.Linear):
-        output = base(x) + update_of(layer)(x)
-    if output is not None:
-        return output
-    updates, outer = {}, layer
-    while outer is not base:
-        updates[outer.parameter_name] = update_of(outer)
-        outer = outer.base_layer
-    chosen, shares = routing
-    both = updates.get("gate_up_proj"), updates.get("down_proj")
-    return experts_forward(x, chosen, shares, (base.gate_up_proj, base.down_proj), both, base._apply_gate)
+        dropped = layer.lora_dropout[ADAPTER](x)
+        output = AddedOnce.apply(x, dropped, base.weight, base.bias, *factors(layer), layer.scaling[ADAPTER])
+    else:
+        updates: dict[str, Factors] = {}
+        while layer is not base:
+            updates[layer.parameter_name] = update_of(layer)
+            layer = layer.base_layer
+        weights = [
+            updates[name].beside(weight) if name in updates else weight
+            for name, weight in (("gate_up_proj", base.gate_up_proj), ("down_proj", base.down_proj))
+        ]
+        both = updates.get("gate_up_proj"), updates.get("down_proj")
+        chosen, shares = routing
+        output = experts_forward(x, chosen, shares, (weights[0], weights[1]), both, base._apply_gate)
+    return output
+
+
+class AddedOnce(torch.autograd.Function):
+    """W x + bias + s B (A d) as one product, which is rounded once; W, which is frozen, has no gradient.
+
+    x and d, which is x or x with dropout, are [..., in], W is [out, in], A [r, in] and B [out, r].
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Any, dropped: Any, weight: Any, bias: Any, a: Any, b: Any, scale: float) -> torch.Tensor:
+        inner = dropped @ a.T * scale
+        ctx.save_for_backward(dropped, inner, weight, a, b)
+        ctx.scale = scale
+        return torch.nn.functional.linear(torch.cat([x, inner], dim=-1), torch.cat([weight, b], dim=1), bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Any) -> Any:
+        dropped, inner, weight, a, b = ctx.saved_tensors
+        of_inner = gradient @ b * ctx.scale
+        rows, inners = gradient.flatten(0, -2), of_inner.flatten(0, -2)
+        of_a, of_b = inners.T @ dropped.flatten(0, -2), rows.T @ inner.flatten(0, -2)
+        return gradient @ weight, of_inner @ a, None, None, of_a, of_b, None
 
 
 def merged(weight: torch.Tensor, layer: Any) -> torch.Tensor:
@@ -262,7 +289,7 @@ def effects(weight: torch.Tensor, sent: torch.Tensor, layer: Any, x: torch.Tenso
     if x is None or x.shape[-1] != update.a.shape[-1]:
         x = torch.randn(REMEMBERED, update.a.shape[-1], generator=torch.Generator().manual_seed(0))
     x = x.to(weight.device, torch.float32)
-    exact = Factors(update.a.detach().float(), update.b.detach().float(), update.scale)(x)
+    exact = update.scale * (x @ update.a.detach().float().mT) @ update.b.detach().float().mT
     if sent is weight:
         return 0.0, float(exact.square().sum())
     change = sent.float() - weight.detach().float()

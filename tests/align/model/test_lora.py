@@ -14,6 +14,7 @@ from align.cli import main
 from align.config import LoraOptions, ModelOptions, check_model_directory
 from align.errors import UserError
 from align.model.lora import (
+    AddedOnce,
     adapted_modules,
     adapter_layers,
     add_adapter,
@@ -138,6 +139,37 @@ def test_in_bfloat16_experts_have_an_adapter_that_their_weights_would_round_away
     assert float((outer(x, first, whole).detach().double() - expected).norm() / expected.norm()) < 0.03
     outer.enable_adapters(False)
     assert not outer(x, first, whole).any()
+
+
+def test_the_gradients_of_the_one_product_are_those_of_the_sum() -> None:
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, dtype=torch.float64, requires_grad=True)
+
+    torch.manual_seed(0)
+    x, a, b, weight, bias = drawn(2, 3, 5), drawn(2, 5), drawn(4, 2), drawn(4, 5).detach(), drawn(4).detach()
+    keep = torch.tensor([0.0, 2, 2, 0, 2], dtype=torch.float64)
+
+    def product(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return AddedOnce.apply(x, x * keep, weight, bias, a, b, 1.5)
+
+    expected = x @ weight.T + bias + 1.5 * (x * keep) @ a.T @ b.T
+    torch.testing.assert_close(product(x, a, b), expected)
+    assert torch.autograd.gradcheck(product, (x, a, b))
+
+
+def test_in_bfloat16_what_an_adapter_adds_to_outputs_is_there_on_average(policy: ModelOptions) -> None:
+    """PEFT's sum with an output that is rounded already leaves four fifths of it out."""
+    model = adapted(
+        policy.model_copy(update={"dtype": "bfloat16"}), "q_proj", "shared_experts.up_proj", perturbed=False
+    )
+    x = torch.randn(512, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
+    for layer in adapter_layers(model).values():
+        before = layer(x)
+        a, b = factors(layer)
+        b.data = 3e-5 * torch.randn(b.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+        exact = layer.scaling["default"] * x.float() @ (b @ a).detach().float().T
+        added = (layer(x) - before).detach().float()
+        assert abs(float((added * exact).sum() / exact.square().sum()) - 1) < 0.1
 
 
 def small_in_bfloat16(policy: ModelOptions, *targets: str) -> list[Any]:
