@@ -178,12 +178,18 @@ class LinearUpdate:
         self._factors = Factors(a, b, shards[0][1].scale)
         self._wide = self._factors.beside(self._weight)
         del self._weight
+        # A second copy of the weights, or a packed one, would be too many.
+        if self._layer.weight.dim() == 2:
+            self._layer.weight.data = self._wide[:, :inputs]
+        elif hasattr(self._layer, "cpu_linear"):
+            self._layer.cpu_linear = None
         self._method.apply = self._applied
 
     def remove(self) -> None:
         """Let the layer compute as before."""
         for name in ("apply", "process_weights_after_loading"):
             vars(self._method).pop(name, None)
+        self._layer.weight.data = self._layer.weight.data.contiguous()
 
     def _keep(self, layer: Any) -> None:
         self._weight = layer.weight.data
@@ -191,7 +197,8 @@ class LinearUpdate:
 
     def _applied(self, _: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         self.used = True
-        return linear(self._factors.widened(x), self._wide, bias)
+        # Some kernels keep a bias in float32.
+        return linear(self._factors.widened(x), self._wide, None if bias is None else bias.to(x.dtype))
 
 
 def load(layer: Any, place: torch.Tensor, tensor: torch.Tensor, shard: str | int | None, **divided_by: int) -> None:
