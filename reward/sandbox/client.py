@@ -117,7 +117,7 @@ class Launcher:
         if "package" in greeting:
             self.close()
             raise RewardError(
-                f"packages: {greeting['package']!r} cannot be used in the sandbox: {greeting['why']}. "
+                f"packages: {greeting['package']!r} cannot be used in the sandbox: {greeting['why'].rstrip('.')}. "
                 "Name what it needs in packages too, or leave it out"
             )
         return greeting
