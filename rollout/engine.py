@@ -37,10 +37,18 @@ class Request:
 class Engine:
     """One copy of the policy, ready to sample."""
 
-    def __init__(self, model: str | Path, dtype: str, options: EngineOptions, stop_token_ids: Sequence[int]):
+    def __init__(
+        self,
+        model: str | Path,
+        dtype: str,
+        options: EngineOptions,
+        stop_token_ids: Sequence[int],
+        *,
+        trust_remote_code: bool = False,
+    ):
         """Load `model` (a Hugging Face directory or hub name) in `dtype` ("float32" or "bfloat16").
 
-        `stop_token_ids` are the tokens that end a completion.
+        `stop_token_ids` are the tokens that end a completion; `trust_remote_code` lets the model bring code of its own.
         """
         from vllm import LLM
 
@@ -49,7 +57,7 @@ class Engine:
         self._options = options
         self._adapter: Any = None
         self._stop_token_ids = list(stop_token_ids)
-        self._llm = LLM(model=str(model), dtype=dtype, **engine_arguments(str(model), options))
+        self._llm = LLM(model=str(model), dtype=dtype, **engine_arguments(str(model), options, trust_remote_code))
         self._count_steps()
 
     def generate(self, requests: Sequence[Request], sampling: SamplingOptions) -> list[Completion]:
@@ -196,11 +204,12 @@ class Engine:
         )
 
 
-def engine_arguments(model: str, options: EngineOptions) -> dict[str, Any]:
+def engine_arguments(model: str, options: EngineOptions, trust_remote_code: bool = False) -> dict[str, Any]:
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(model)
+    config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
     arguments: dict[str, Any] = {
+        "trust_remote_code": trust_remote_code,
         "max_model_len": options.max_length,
         "max_num_seqs": options.batch_sequences,
         "enforce_eager": True,

@@ -1,12 +1,11 @@
 """Recipes: `options` says what they can hold, `reading` gets one from a file, `pipeline` puts several in order."""
 
 from align.config.changes import differences
+from align.config.evaluation import AgainstOptions, EvaluationOptions
 from align.config.learners import LearnerOptions, LoraOptions, OptimizerOptions
 from align.config.options import (
     STAGES,
-    AgainstOptions,
     DataOptions,
-    EvaluationOptions,
     GrpoOptions,
     GrpoRecipe,
     MachineOptions,

@@ -4,7 +4,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from align.config.section import Section
+from align.config.section import Section, refuse_without_effect
 
 
 class OptimizerOptions(Section):
@@ -18,6 +18,12 @@ class OptimizerOptions(Section):
     schedule: Literal["cosine", "constant"] = "cosine"
     final_ratio: float = Field(0.1, ge=0, le=1, description="last learning rate as a share of the highest")
     clip_norm: float = Field(1.0, ge=0, description="largest gradient norm; 0 does not clip")
+
+    @model_validator(mode="after")
+    def _leave_out_what_has_no_effect(self) -> Self:
+        if self.schedule == "constant":
+            refuse_without_effect(self, ["final_ratio"], "learner.optimizer", "schedule: constant keeps the rate")
+        return self
 
 
 class LoraOptions(Section):

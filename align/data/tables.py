@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,18 @@ def table_rows(source: HubSource | FileSource, table: str, path: Path | None) ->
 def comparable(source: HubSource | FileSource, split: SplitName, other: SplitName, path: Path | None) -> bool:
     """Whether `other` can be read too, where `path` was given for `split`."""
     return path is None or path.is_dir() or source.splits[split].table == source.splits[other].table
+
+
+def refuse_one_file(card: DataCard, path: Path | None, splits: Collection[SplitName]) -> None:
+    """Raise UserError where one file would be read as several of the card's splits, which have tables of their own."""
+    if path is None or path.is_dir() or not isinstance(card.source, HubSource | FileSource):
+        return
+    tables = dict.fromkeys(card.source.splits[split].table for split in splits if split in card.source.splits)
+    if len(tables) > 1:
+        raise UserError(
+            f"{path} is one file, and data card {card.name} has the splits {', '.join(splits)} in several: give a directory with "
+            f"{', '.join(Path(table).stem + '.jsonl' for table in tables)}"
+        )
 
 
 def normalised(prompt: str) -> str:

@@ -279,10 +279,10 @@ def too_much_to_sample(
 def too_much_for_the_machine(recipe: Recipe, roles: Sequence[Role]) -> list[str]:
     """On CPUs everything shares one memory; the recipe says how much of it must be free."""
     total = sum(role.count * role.total for role in roles)
-    if total <= recipe.machine.memory_gb * 1e9:
+    if total <= recipe.machine.memory_gb * GIB:
         return []
     return [
-        f"all processes together need {total / 1e9:.1f} GB, and machine.memory_gb is {recipe.machine.memory_gb:g}: set it to "
+        f"all processes together need {total / GIB:.1f} GiB, and machine.memory_gb is {recipe.machine.memory_gb:g}: set it to "
         "that where the machine has it, or lower learner.ranks, rollout.workers, rollout.kv_cache_gb or "
         "learner.micro_batch_tokens"
     ]

@@ -86,7 +86,7 @@ def chat_in_terminal(
     from rollout.engine import Engine
 
     print(f"loading {model.path} ...", file=sys.stderr)
-    engine = Engine(model.path, model.dtype, options, stops)
+    engine = Engine(model.path, model.dtype, options, stops, trust_remote_code=model.trust_remote_code)
     conversation = Conversation(
         engine, tokenizer, max_length=options.max_length, sampling=sampling, system=system, seed=seed
     )

@@ -103,7 +103,8 @@ def start_engines(recipe: SamplingRecipe, policy: ModelOptions, tokenizer: Any, 
         rollout = rollout.model_copy(update={"adapter_rank": recipe.learner.lora.rank})
     with local_ray():
         places = shared_places(recipe)
-        fleet = Fleet(policy.path, policy.dtype, rollout, stops, partial(record_fault, run), places)
+        on_fault, trust = partial(record_fault, run), policy.trust_remote_code
+        fleet = Fleet(policy.path, policy.dtype, rollout, stops, on_fault, places, trust_remote_code=trust)
         try:
             with start_judges(recipe) as judges:
                 yield Engines(policy, tokenizer, fleet, judges, transport, places)

@@ -28,7 +28,7 @@ from align.run import write_samples
 from align.stages.alarms import Alarms, SeenSample, no_history
 from align.stages.bad_numbers import BadSamples, bad_samples
 from align.stages.engines import Engines
-from align.stages.examples import Source, items_of_step, training_sources
+from align.stages.examples import Room, Source, items_of_step, training_sources
 from align.stages.held_out import CENSUS_STEP, HeldOut, Problems, load_problems
 from align.stages.over_optimisation import OverOptimisationGuard
 from align.stages.run import Run
@@ -51,11 +51,21 @@ class GrpoData:
 
 def load_grpo_data(recipe: GrpoRecipe, tokenizer: Any, run: Run) -> GrpoData:
     """Everything the recipe names, read and checked. Raises UserError for what cannot be used."""
-    sources = training_sources(recipe, run, a_step=recipe.grpo.prompts_per_step, a_step_key="grpo.prompts_per_step")
+    problems = load_problems(recipe, tokenizer, run)
     longest = recipe.rollout.max_length - recipe.sampling.max_new_tokens
-    examples = [example for source in sources for example in source.items]
-    prompts = {prompt.id: prompt for prompt in encode_prompts(tokenizer, examples, longest)}
-    return GrpoData(sources, prompts, load_problems(recipe, tokenizer))
+    sources = training_sources(
+        recipe,
+        run,
+        a_step=recipe.grpo.prompts_per_step,
+        a_step_key="grpo.prompts_per_step",
+        held_out=problems.prompts,
+        encode=lambda example: encode_prompts(tokenizer, [example])[0],
+        tokens=lambda prompt: len(prompt.token_ids),
+        room=Room(longest, "what rollout.max_length leaves beside sampling.max_new_tokens"),
+    )
+    prompts = {prompt.id: prompt for source in sources for _, prompt in source.items}
+    examples = [Source(source.card, [example for example, _ in source.items], source.a_step) for source in sources]
+    return GrpoData(examples, prompts, problems)
 
 
 def train_grpo(
@@ -122,7 +132,7 @@ def train_grpo(
             if learnt and steps.state["learning_steps"] == CENSUS_STEP:
                 held_out.check_gradients(learner, step + 1)
             if recipe.evaluation.every and (step + 1) % recipe.evaluation.every == 0 and step + 1 < options.steps:
-                steps.rate(step + 1, held_out.evaluate(f"GRPO step {step + 1}", step + 1).accuracy)
+                steps.rate(step + 1, held_out.accuracy_by_which_to_choose(f"GRPO step {step + 1}", step + 1))
 
         held_out.check_agreement(learner, "after GRPO")
         evaluations["after GRPO"] = held_out.evaluate("after GRPO", options.steps)

@@ -1,14 +1,15 @@
 """What a stage asks of the policy besides training it: evaluation, agreement, and whether all of it is being trained."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from align.config import ModelOptions, PolicyRecipe
 from align.data.cards import load_card
-from align.data.loader import load_split
-from align.data.types import Example
+from align.data.loader import first, load_split
+from align.data.tables import refuse_one_file
+from align.data.types import Example, SplitName
 from align.errors import UserError
 from align.evaluate import hooks
 from align.evaluate.agreement import AgreementGate, Disagreement, probe
@@ -28,24 +29,53 @@ CENSUS_STEP = 10
 
 @dataclass(frozen=True, slots=True)
 class Problems:
-    """Held-out problems, and a few of their prompts to compare sampler and learner on."""
+    """Held-out problems, and a few of their prompts to compare sampler and learner on.
+
+    `watched` are those of the validation split, by which checkpoints are chosen; empty where the recipe evaluates on them
+    anyway, or chooses none. `prompts` has every prompt of the splits that these are of, by "CARD/SPLIT".
+    """
 
     examples: Sequence[Example]
     probe: Sequence[Prompt]
+    watched: Sequence[Example] = ()
+    prompts: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
 
-def load_problems(recipe: PolicyRecipe, tokenizer: Any) -> Problems:
-    """The problems that the recipe evaluates on. Raises UserError for one that cannot be used."""
+def load_problems(recipe: PolicyRecipe, tokenizer: Any, run: Run) -> Problems:
+    """The problems that the recipe evaluates on; the run notes those whose prompt is too long to be answered.
+
+    Raises UserError for problems that cannot be used, and where every prompt is too long.
+    """
     options = recipe.evaluation
-    examples = [
-        example
-        for card in recipe.evaluation_cards
-        for example in load_split(
-            load_card(card), options.split, path=options.path, limit=options.limit, levels=options.levels
-        ).examples
-    ]
-    prompts = encode_prompts(tokenizer, examples, recipe.rollout.max_length - options.max_new_tokens)
-    return Problems(examples, prompts[:: max(1, len(prompts) // PROBE_PROMPTS)][:PROBE_PROMPTS])
+    cards = [load_card(name) for name in recipe.evaluation_cards]
+    examples: dict[SplitName, list[Example]] = {options.split: []}
+    if options.every is not None:
+        examples.setdefault("validation", [])
+    prompts: dict[str, frozenset[str]] = {}
+    for split, found in examples.items():
+        for card in cards:
+            if split != options.split and split not in card.splits:
+                continue
+            refuse_one_file(card, options.path, list(examples))
+            loaded = load_split(card, split, path=options.path, levels=options.levels)
+            found += first(loaded.examples, options.limit, 0)
+            prompts[f"{card.name}/{split}"] = loaded.prompts
+    longest = recipe.rollout.max_length - options.max_new_tokens
+    problems, watched = examples.pop(options.split), [e for found in examples.values() for e in found]
+    encoded = encode_prompts(tokenizer, [*problems, *watched])
+    fitting = [prompt for prompt in encoded[: len(problems)] if len(prompt.token_ids) <= longest]
+    if too_long := sum(len(prompt.token_ids) > longest for prompt in encoded):
+        run.warn(
+            f"{too_long} of {len(encoded)} evaluation prompts have more than the {longest} tokens that rollout.max_length leaves beside "
+            "evaluation.max_new_tokens: they are not asked, and count as not right",
+            too_long=too_long,
+            problems=len(encoded),
+        )
+    if not fitting:
+        raise UserError(
+            "every evaluation prompt is too long: raise rollout.max_length, or lower evaluation.max_new_tokens"
+        )
+    return Problems(problems, fitting[:: max(1, len(fitting) // PROBE_PROMPTS)][:PROBE_PROMPTS], watched, prompts)
 
 
 class HeldOut:
@@ -54,6 +84,7 @@ class HeldOut:
     def __init__(self, recipe: PolicyRecipe, problems: Problems, engines: Engines, run: Run):
         self._stage, self._options, self._seed = recipe.stage, recipe.evaluation, recipe.seed
         self._problems, self._engines, self._run = problems, engines, run
+        self._longest = recipe.rollout.max_length - recipe.evaluation.max_new_tokens
         self._others = answers_of(recipe.evaluation.against.run) if recipe.evaluation.against else []
         self._max_length = recipe.rollout.max_length
         self._start = None if recipe.model.init == "random" else recipe.model.path
@@ -64,29 +95,40 @@ class HeldOut:
 
         What an interrupted run has measured already is not measured again.
         """
-        domains = list(dict.fromkeys(example.domain for example in self._problems.examples))
+        return self._evaluate(name, step, self._problems.examples, "")
+
+    def accuracy_by_which_to_choose(self, name: str, step: int) -> float:
+        """The greedy accuracy of the weights that the rollout workers hold on the problems of the validation split."""
+        watched = self._problems.watched
+        if not watched:
+            return self.evaluate(name, step).accuracy
+        return self._evaluate(f"{name}, validation", step, watched, "validation").accuracy
+
+    def _evaluate(self, name: str, step: int, problems: Sequence[Example], split: str) -> Evaluation:
+        domains = list(dict.fromkeys(example.domain for example in problems))
         if (before := self._run.recorded(name, domains)) is not None:
             return before
         self._run.progress.phase(f"evaluating ({name})")
         evaluation = evaluate(
             self._engines.fleet,
             self._engines.tokenizer,
-            self._problems.examples,
+            problems,
             self._engines.judges,
             samples=self._options.samples,
             max_new_tokens=self._options.max_new_tokens,
+            longest=self._longest,
             seed=self._seed,
         )
-        evaluation = replace(evaluation, rates=self._rates(evaluation))
-        self._run.record_evaluation(self._stage, step, name, evaluation)
+        evaluation = replace(evaluation, rates=self._rates(evaluation, problems))
+        self._run.record_evaluation(self._stage, step, name, evaluation, split)
         return evaluation
 
-    def _rates(self, evaluation: Evaluation) -> dict[str, float]:
+    def _rates(self, evaluation: Evaluation, problems: Sequence[Example]) -> dict[str, float]:
         """How often the greedy answers decline, what instructions they follow, and how often they are better than
         another run's; and how often the sampled ones are."""
         greedy = [answer for answer in evaluation.rows if answer["greedy"]]
-        rates = decline_rates(greedy, self._problems.examples) | instruction_rates(greedy, self._problems.examples)
-        if (against := self._options.against) is not None:
+        rates = decline_rates(greedy, problems) | instruction_rates(greedy, problems)
+        if (against := self._options.against) is not None and problems is self._problems.examples:
             for name, is_greedy in (("win_rate", True), ("win_rate_sampled", False)):
                 ours, theirs = (
                     [answer for answer in answers if answer["greedy"] is is_greedy]
@@ -118,7 +160,7 @@ class HeldOut:
         """Run the recipe's evaluation hooks on what the stage wrote, of which the rollout workers hold the weights."""
         subject = Checkpoint(checkpoint, self._engines.tokenizer, self._max_length, self._start)
         for hook in self._options.hooks:
-            name = hook.label or hook.name
+            name = hook.title
             self._run.progress.phase(f"evaluating ({name})")
             metrics = hooks.run(hook.name, subject, self._engines.fleet, hook.params)
             facts = {"not_run": dict(metrics.not_run)} if metrics.not_run else None

@@ -96,9 +96,16 @@ class Run:
         self.progress.warn(text)
         self.metrics.event("warning", text, **data)
 
-    def record_evaluation(self, stage: str, step: int, name: str, evaluation: Evaluation) -> None:
-        """Write an evaluation of answers, and say what came of it."""
-        facts = {"problems": evaluation.problems, "verdicts": dict(evaluation.verdicts)}
+    def tell(self, kind: str, text: str, **data: Any) -> None:
+        """A line on the terminal and an event of the run, of a kind of its own, with `data`."""
+        self.progress.note(text)
+        self.metrics.event(kind, text, **data)
+
+    def record_evaluation(self, stage: str, step: int, name: str, evaluation: Evaluation, split: str = "") -> None:
+        """Write an evaluation of answers, and say what came of it; `split` where it is not the one of the stage's others."""
+        facts: dict[str, Any] = {"problems": evaluation.problems, "verdicts": dict(evaluation.verdicts)}
+        facts |= {"too_long": evaluation.too_long} if evaluation.too_long else {}
+        facts |= {"split": split} if split else {}
         self.record_numbers(stage, step, name, evaluation.summary(), evaluation.rows, facts)
         self.progress.note(f"{name}: {describe(evaluation)}")
 
@@ -121,7 +128,8 @@ class Run:
         with self.directory.evaluations_file.open("a", encoding="utf-8") as file:
             record = {"stage": stage, "step": step, "name": name, **numbers, **(facts or {})}
             file.write(json_line(record) + "\n")
-        self.metrics.write(step, stage, {f"evaluation/{key}": value for key, value in numbers.items()})
+        split = (facts or {}).get("split", "evaluation")
+        self.metrics.write(step, stage, {f"{split}/{key}": value for key, value in numbers.items()})
 
 
 def recorded_evaluations(directory: RunDirectory, domains: Sequence[str]) -> dict[str, Evaluation]:
@@ -137,7 +145,9 @@ def describe(evaluation: Evaluation) -> str:
     by_domain = f" ({domains})" if len(evaluation.by_domain) > 1 else ""
     sampled = "".join(f", pass@{k} {value:.1%}" for k, value in evaluation.pass_at.items())
     rates = "".join(f", {name} {value:.1%}" for name, value in main_rates(evaluation).items())
-    return f"{evaluation.accuracy:.1%} of {evaluation.problems} held-out problems right{by_domain}{sampled}{rates}"
+    too_long = evaluation.too_long
+    not_asked = f"; {too_long} have prompts that are too long, and count as not right" if too_long else ""
+    return f"{evaluation.accuracy:.1%} of {evaluation.problems} held-out problems right{by_domain}{sampled}{rates}{not_asked}"
 
 
 def main_rates(evaluation: Evaluation) -> dict[str, float]:
