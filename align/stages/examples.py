@@ -90,7 +90,7 @@ def training_sources(
         loaded = load_examples(recipe, entry, entry.data.split, limit=entry.data.limit, held_out=held_out)
         tell_compared(run, entry, loaded)
         encoded = [(example, encode(example)) for example in loaded.examples]
-        fitting = short_enough(encoded, [tokens(item) for _, item in encoded], room, entry, run)
+        fitting = short_enough(encoded, [tokens(item) for _, item in encoded], room, entry, entry.data.split, run)
         if not 1 <= count <= len(fitting):
             takes = f", of which data card {entry.name!r} is to give {count}," if len(entries) > 1 else ""
             raise UserError(
@@ -144,13 +144,15 @@ def tell_compared(run: Run, entry: Entry, loaded: LoadedSplit | LoadedPreference
         )
 
 
-def short_enough(items: Sequence[T], tokens: Sequence[int], room: Room, entry: Entry, run: Run) -> list[T]:
+def short_enough(
+    items: Sequence[T], tokens: Sequence[int], room: Room, entry: Entry, split: SplitName, run: Run
+) -> list[T]:
     """The items that there is room for; the run notes how many there are not. Raises UserError where the entry refuses them, or all are."""
     kept = [item for item, count in zip(items, tokens, strict=True) if count <= room.tokens]
     if len(kept) == len(items):
         return kept
     told = (
-        f"data card {entry.name}: {len(items) - len(kept)} of {len(items)} examples have more than {room.tokens} tokens "
+        f"data card {entry.name}, split {split}: {len(items) - len(kept)} of {len(items)} examples have more than {room.tokens} tokens "
         f"({room.why}), the longest {max(tokens)}"
     )
     if entry.data.too_long == "refuse":

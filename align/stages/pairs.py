@@ -54,7 +54,9 @@ def load_reward_model_data(recipe: RewardModelRecipe, tokenizer: Any, run: Run) 
             if split == "train":
                 tell_compared(run, entry, found)
             held_out.update(held_together(held_out, {f"{entry.name}/{split}": found.prompts}))
-        return [short_pairs(recipe, e, f.preferences, tokenizer, run) for e, f in zip(entries, loaded, strict=True)]
+        return [
+            short_pairs(recipe, e, split, f.preferences, tokenizer, run) for e, f in zip(entries, loaded, strict=True)
+        ]
 
     test = pairs_of("test", lambda entry: options.test_limit)
     validation = pairs_of("validation", lambda entry: options.validation_limit)
@@ -85,13 +87,18 @@ def load_pairs(
 
 
 def short_pairs(
-    recipe: RewardModelRecipe, entry: Entry, preferences: Sequence[Preference], tokenizer: Any, run: Run
+    recipe: RewardModelRecipe,
+    entry: Entry,
+    split: SplitName,
+    preferences: Sequence[Preference],
+    tokenizer: Any,
+    run: Run,
 ) -> list[EncodedPair]:
     """The preferences as token ids, those that `reward_model.max_length` has room for."""
     options = recipe.reward_model
     encoded = [encode(tokenizer, preference, options.margin_scale) for preference in preferences]
     room = Room(options.max_length, "reward_model.max_length")
-    return short_enough(encoded, [item.pair.padded_length // 2 for item in encoded], room, entry, run)
+    return short_enough(encoded, [item.pair.padded_length // 2 for item in encoded], room, entry, split, run)
 
 
 def encode(tokenizer: Any, preference: Preference, margin_scale: float) -> EncodedPair:

@@ -45,7 +45,7 @@ def load_prompts(recipe: PreferencesRecipe, tokenizer: Any, run: Run) -> list[Sp
             limit = (entry.data.limit or options.prompts) if split == "train" else options.held_out_prompts
             examples = load_examples(recipe, entry, split, limit=limit).examples
             encoded = list(zip(examples, encode_prompts(tokenizer, examples), strict=True))
-            kept = short_enough(encoded, [len(prompt.token_ids) for _, prompt in encoded], room, entry, run)
+            kept = short_enough(encoded, [len(prompt.token_ids) for _, prompt in encoded], room, entry, split, run)
             found.append(SplitPrompts(split, [example for example, _ in kept], [prompt for _, prompt in kept]))
     return found
 

@@ -73,7 +73,7 @@ def load_sft_data(
         loaded = load_examples(recipe, entry, "validation", limit=options.validation_limit)
         held_out = held_together(held_out, {f"{entry.name}/validation": loaded.prompts})
         sequences = [encode(example) for example in loaded.examples]
-        validation += short_enough(sequences, [len(s.token_ids) for s in sequences], room, entry, run)
+        validation += short_enough(sequences, [len(s.token_ids) for s in sequences], room, entry, "validation", run)
     sources = training_sources(
         recipe,
         run,
