@@ -51,7 +51,7 @@ class GrpoData:
 
 def load_grpo_data(recipe: GrpoRecipe, tokenizer: Any, run: Run) -> GrpoData:
     """Everything the recipe names, read and checked. Raises UserError for what cannot be used."""
-    problems = load_problems(recipe, tokenizer, run)
+    problems = load_problems(recipe, tokenizer)
     longest = recipe.rollout.max_length - recipe.sampling.max_new_tokens
     sources = training_sources(
         recipe,
@@ -132,7 +132,7 @@ def train_grpo(
             if learnt and steps.state["learning_steps"] == CENSUS_STEP:
                 held_out.check_gradients(learner, step + 1)
             if recipe.evaluation.every and (step + 1) % recipe.evaluation.every == 0 and step + 1 < options.steps:
-                steps.rate(step + 1, held_out.accuracy_by_which_to_choose(f"GRPO step {step + 1}", step + 1))
+                steps.rate(step + 1, held_out.to_choose_by().evaluate(f"GRPO step {step + 1}", step + 1).accuracy)
 
         held_out.check_agreement(learner, "after GRPO")
         evaluations["after GRPO"] = held_out.evaluate("after GRPO", options.steps)

@@ -1,6 +1,7 @@
 """What a stage asks of the policy besides training it: evaluation, agreement, and whether all of it is being trained."""
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,20 +33,19 @@ class Problems:
     """Held-out problems, and a few of their prompts to compare sampler and learner on.
 
     `watched` are those of the validation split, by which checkpoints are chosen; empty where the recipe evaluates on them
-    anyway, or chooses none. `prompts` has every prompt of the splits that these are of, by "CARD/SPLIT".
+    anyway, or chooses none. `prompts` has every prompt of the splits that these are of, by "CARD/SPLIT"; `too_long` of the
+    problems have a prompt that leaves no room for an answer.
     """
 
     examples: Sequence[Example]
     probe: Sequence[Prompt]
     watched: Sequence[Example] = ()
     prompts: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    too_long: int = 0
 
 
-def load_problems(recipe: PolicyRecipe, tokenizer: Any, run: Run) -> Problems:
-    """The problems that the recipe evaluates on; the run notes those whose prompt is too long to be answered.
-
-    Raises UserError for problems that cannot be used, and where every prompt is too long.
-    """
+def load_problems(recipe: PolicyRecipe, tokenizer: Any) -> Problems:
+    """The problems that the recipe evaluates on. Raises UserError for those that cannot be used, and where every prompt is too long."""
     options = recipe.evaluation
     cards = [load_card(name) for name in recipe.evaluation_cards]
     examples: dict[SplitName, list[Example]] = {options.split: []}
@@ -64,18 +64,14 @@ def load_problems(recipe: PolicyRecipe, tokenizer: Any, run: Run) -> Problems:
     problems, watched = examples.pop(options.split), [e for found in examples.values() for e in found]
     encoded = encode_prompts(tokenizer, [*problems, *watched])
     fitting = [prompt for prompt in encoded[: len(problems)] if len(prompt.token_ids) <= longest]
-    if too_long := sum(len(prompt.token_ids) > longest for prompt in encoded):
-        run.warn(
-            f"{too_long} of {len(encoded)} evaluation prompts have more than the {longest} tokens that rollout.max_length leaves beside "
-            "evaluation.max_new_tokens: they are not asked, and count as not right",
-            too_long=too_long,
-            problems=len(encoded),
-        )
+    too_long = sum(len(prompt.token_ids) > longest for prompt in encoded)
     if not fitting:
         raise UserError(
             "every evaluation prompt is too long: raise rollout.max_length, or lower evaluation.max_new_tokens"
         )
-    return Problems(problems, fitting[:: max(1, len(fitting) // PROBE_PROMPTS)][:PROBE_PROMPTS], watched, prompts)
+    return Problems(
+        problems, fitting[:: max(1, len(fitting) // PROBE_PROMPTS)][:PROBE_PROMPTS], watched, prompts, too_long
+    )
 
 
 class HeldOut:
@@ -84,27 +80,34 @@ class HeldOut:
     def __init__(self, recipe: PolicyRecipe, problems: Problems, engines: Engines, run: Run):
         self._stage, self._options, self._seed = recipe.stage, recipe.evaluation, recipe.seed
         self._problems, self._engines, self._run = problems, engines, run
+        self._split = ""
         self._longest = recipe.rollout.max_length - recipe.evaluation.max_new_tokens
         self._others = answers_of(recipe.evaluation.against.run) if recipe.evaluation.against else []
         self._max_length = recipe.rollout.max_length
         self._start = None if recipe.model.init == "random" else recipe.model.path
+        if problems.too_long:
+            run.warn(
+                f"{problems.too_long} of {len(problems.examples) + len(problems.watched)} evaluation prompts have more than the "
+                f"{self._longest} tokens that rollout.max_length leaves beside evaluation.max_new_tokens: they are not asked, and count "
+                "as not right",
+                too_long=problems.too_long,
+            )
         self.gate = AgreementGate(recipe.agreement, engines.policy.dtype, run.warn)
+
+    def to_choose_by(self) -> "HeldOut":
+        """The same questions, asked of the problems by which checkpoints are chosen."""
+        chosen = copy(self)
+        if self._problems.watched:
+            chosen._problems, chosen._split = replace(self._problems, examples=self._problems.watched), "validation"
+        return chosen
 
     def evaluate(self, name: str, step: int) -> Evaluation:
         """Answer the held-out problems with the weights that the rollout workers hold, and record the result.
 
         What an interrupted run has measured already is not measured again.
         """
-        return self._evaluate(name, step, self._problems.examples, "")
-
-    def accuracy_by_which_to_choose(self, name: str, step: int) -> float:
-        """The greedy accuracy of the weights that the rollout workers hold on the problems of the validation split."""
-        watched = self._problems.watched
-        if not watched:
-            return self.evaluate(name, step).accuracy
-        return self._evaluate(f"{name}, validation", step, watched, "validation").accuracy
-
-    def _evaluate(self, name: str, step: int, problems: Sequence[Example], split: str) -> Evaluation:
+        name = f"{name}, {self._split}" if self._split else name
+        problems = self._problems.examples
         domains = list(dict.fromkeys(example.domain for example in problems))
         if (before := self._run.recorded(name, domains)) is not None:
             return before
@@ -119,16 +122,16 @@ class HeldOut:
             longest=self._longest,
             seed=self._seed,
         )
-        evaluation = replace(evaluation, rates=self._rates(evaluation, problems))
-        self._run.record_evaluation(self._stage, step, name, evaluation, split)
+        evaluation = replace(evaluation, rates=self._rates(evaluation))
+        self._run.record_evaluation(self._stage, step, name, evaluation, self._split)
         return evaluation
 
-    def _rates(self, evaluation: Evaluation, problems: Sequence[Example]) -> dict[str, float]:
+    def _rates(self, evaluation: Evaluation) -> dict[str, float]:
         """How often the greedy answers decline, what instructions they follow, and how often they are better than
         another run's; and how often the sampled ones are."""
         greedy = [answer for answer in evaluation.rows if answer["greedy"]]
-        rates = decline_rates(greedy, problems) | instruction_rates(greedy, problems)
-        if (against := self._options.against) is not None and problems is self._problems.examples:
+        rates = decline_rates(greedy, self._problems.examples) | instruction_rates(greedy, self._problems.examples)
+        if (against := self._options.against) is not None and not self._split:
             for name, is_greedy in (("win_rate", True), ("win_rate_sampled", False)):
                 ours, theirs = (
                     [answer for answer in answers if answer["greedy"] is is_greedy]

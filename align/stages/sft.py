@@ -63,7 +63,7 @@ def load_sft_data(
     Raises UserError for what cannot be used.
     """
     options = recipe.sft
-    problems = load_problems(recipe, tokenizer, run)
+    problems = load_problems(recipe, tokenizer)
     room = Room(recipe.rollout.max_length, "rollout.max_length")
     encode = partial(encode_demonstration, tokenizer)
     held_out = held_together(problems.prompts, also_held_out)

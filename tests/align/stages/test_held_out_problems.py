@@ -57,11 +57,11 @@ def test_checkpoints_are_chosen_by_validation_problems_and_the_test_is_left_for_
     made = recipe(tmp_path / "run", "evaluation.every=5")
     fleet: Any = Fleet()
     with open_run(made) as run:
-        problems = load_problems(made, TOKENIZER, run)
+        problems = load_problems(made, TOKENIZER)
         judges: Any = Judges()
         run.progress.stage("GRPO", 40)
         held_out = HeldOut(made, problems, Engines(made.model, TOKENIZER, fleet, judges, None), run)  # type: ignore[arg-type]
-        assert held_out.accuracy_by_which_to_choose("GRPO step 5", 5) == 1.0
+        assert held_out.to_choose_by().evaluate("GRPO step 5", 5).accuracy == 1.0
         chosen_by, fleet.asked = fleet.asked, []
         held_out.evaluate("after GRPO", 40)
     assert len(chosen_by) == len(fleet.asked) == 20
@@ -79,8 +79,7 @@ def test_checkpoints_are_chosen_by_validation_problems_and_the_test_is_left_for_
 def test_everything_that_is_evaluated_on_is_held_out_whatever_the_limit(tmp_path: Path) -> None:
     for every, splits in (("null", {"test"}), ("5", {"test", "validation"})):
         made = recipe(tmp_path / f"run_{every}", f"evaluation.every={every}")
-        with open_run(made) as run:
-            problems = load_problems(made, TOKENIZER, run)
+        problems = load_problems(made, TOKENIZER)
         assert problems.prompts.keys() == {f"nano_math/{split}" for split in splits}
         assert min(len(prompts) for prompts in problems.prompts.values()) > 500
 
@@ -105,12 +104,14 @@ def test_prompts_that_are_too_long_to_be_answered_are_on_record(tmp_path: Path) 
     made = recipe(
         tmp_path / "run", "rollout.max_length=62", "evaluation.max_new_tokens=46", "sampling.max_new_tokens=8"
     )
+    problems = load_problems(made, TOKENIZER)
+    engines: Any = Engines(made.model, TOKENIZER, Fleet(), Judges(), None)  # type: ignore[arg-type]
     with open_run(made) as run:
-        problems = load_problems(made, TOKENIZER, run)
+        HeldOut(made, problems, engines, run)
         [found] = [
             e for e in map(json.loads, (tmp_path / "run" / "events.jsonl").read_text().splitlines()) if "too_long" in e
         ]
-    assert len(problems.examples) == found["problems"] == 20
+    assert len(problems.examples) == 20
     assert 0 < found["too_long"] < 20
     assert all(len(prompt.token_ids) <= 16 for prompt in problems.probe)
 
