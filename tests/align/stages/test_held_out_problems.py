@@ -3,13 +3,16 @@
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock, call
 
 import pytest
 
 from align.config import GrpoRecipe, SftRecipe, load_recipe
 from align.errors import UserError
 from align.model.policy import load_tokenizer
+from align.stages import grpo
 from align.stages.commands import with_engines_of
 from align.stages.engines import Engines
 from align.stages.held_out import HeldOut, load_problems
@@ -146,3 +149,23 @@ def test_the_sft_inside_grpo_keeps_its_own_room_and_says_what_it_takes_over(tmp_
     assert (inside.rollout.max_length, inside.rollout.kv_cache_gb, inside.rollout.batch_sequences) == (128, 0.5, 256)
     assert "rollout.kv_cache_gb (2.0 before, 0.5 now)" in told["message"]
     assert "max_length" not in told["message"]
+
+
+def test_what_grpo_rates_its_checkpoints_by_are_those_problems(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    made = recipe(tmp_path / "run", "evaluation.every=2", "grpo.steps=5", "evaluation.before=false")
+    held_out, steps, run, engines = MagicMock(), MagicMock(), MagicMock(), MagicMock()
+    held_out.to_choose_by.return_value.evaluate.side_effect = lambda name, step: SimpleNamespace(accuracy=step / 10)
+    steps.__enter__.return_value = steps
+    steps.__iter__.return_value = range(5)
+    steps.state = {"weight_version": 0, "learning_steps": 0, "guard": [], "alarms": None}
+    engines.fleet.weight_version = 0
+    monkeypatch.setattr(grpo, "HeldOut", lambda *_: held_out)
+    monkeypatch.setattr(grpo, "Steps", lambda *_, **__: steps)
+    monkeypatch.setattr(grpo, "update", lambda *_: (None, None, 1.0))
+    for name in ("start_learner", "items_of_step", "sample", "training_sequences", "write_samples", "step_metrics"):
+        monkeypatch.setattr(grpo, name, MagicMock())
+    for name in ("Alarms", "BadSamples"):
+        monkeypatch.setattr(grpo, name, MagicMock())
+    grpo.train_grpo(made, MagicMock(), made.model, engines, run)
+    assert steps.rate.call_args_list == [call(2, 0.2), call(4, 0.4)]
+    assert [asked.args[0] for asked in held_out.evaluate.call_args_list] == ["after GRPO"]
