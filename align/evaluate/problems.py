@@ -9,6 +9,7 @@ from typing import Any
 
 from align.data.chat import answer_text, encode_prompt
 from align.data.types import Example
+from align.errors import UserError
 from align.statistics import pass_at_k
 from reward import Sample, SampleReward, ScoringPool, Ticket, Verdict
 from rollout import Completion, FinishReason, Fleet, Group, Prompt, SamplingOptions
@@ -116,13 +117,13 @@ def evaluate(
     """
     by_id = {example.id: example for example in examples}
     prompts = encode_prompts(tokenizer, examples)
-    asked = [prompt for prompt in prompts if len(prompt.token_ids) <= longest]
+    asked = short_prompts(prompts, longest)
     too_long = [prompt for prompt in prompts if len(prompt.token_ids) > longest]
     asked_by_id = {prompt.id: by_id[prompt.id] for prompt in asked}
 
     def answers(count: int, temperature: float) -> list[Answer]:
         sampling = SamplingOptions(temperature=temperature, max_new_tokens=max_new_tokens)
-        groups = fleet.generate(asked, count, sampling, seed=seed, step=0) if asked else ()
+        groups = fleet.generate(asked, count, sampling, seed=seed, step=0)
         found = gather_answers(submit_groups(groups, asked_by_id, tokenizer, judges), asked_by_id, judges)
         return found + [not_asked(prompt, index, fleet.weight_version) for prompt in too_long for index in range(count)]
 
@@ -178,6 +179,18 @@ def mean_of(values: Sequence[float]) -> float:
 def encode_prompts(tokenizer: Any, examples: Sequence[Example]) -> list[Prompt]:
     """The prompts as token ids."""
     return [Prompt(example.id, encode_prompt(tokenizer, example.messages)) for example in examples]
+
+
+def short_prompts(prompts: Sequence[Prompt], longest: int) -> list[Prompt]:
+    """Those of at most `longest` tokens. Raises UserError where none is."""
+    short = [prompt for prompt in prompts if len(prompt.token_ids) <= longest]
+    if prompts and not short:
+        least = min(prompts, key=lambda prompt: len(prompt.token_ids))
+        raise UserError(
+            f"every prompt is too long: even prompt {least.id!r} has {len(least.token_ids)} tokens, but rollout.max_length leaves room "
+            f"for {longest} before the completion; raise rollout.max_length"
+        )
+    return short
 
 
 def submit_groups(

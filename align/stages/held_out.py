@@ -17,7 +17,7 @@ from align.evaluate.agreement import AgreementGate, Disagreement, probe
 from align.evaluate.hooks import Checkpoint
 from align.evaluate.instruction_rates import instruction_rates
 from align.evaluate.preference_rates import over_refusal_rate, refusal_rate, win_rate
-from align.evaluate.problems import Evaluation, encode_prompts, evaluate
+from align.evaluate.problems import Evaluation, encode_prompts, evaluate, short_prompts
 from align.learner.group import LearnerGroup
 from align.run import RunDirectory, read_jsonl, read_samples
 from align.stages.engines import Engines
@@ -63,12 +63,9 @@ def load_problems(recipe: PolicyRecipe, tokenizer: Any) -> Problems:
     longest = recipe.rollout.max_length - options.max_new_tokens
     problems, watched = examples.pop(options.split), [e for found in examples.values() for e in found]
     encoded = encode_prompts(tokenizer, [*problems, *watched])
-    fitting = [prompt for prompt in encoded[: len(problems)] if len(prompt.token_ids) <= longest]
+    fitting = short_prompts(encoded[: len(problems)], longest)
+    short_prompts(encoded[len(problems) :], longest)
     too_long = sum(len(prompt.token_ids) > longest for prompt in encoded)
-    if not fitting:
-        raise UserError(
-            "every evaluation prompt is too long: raise rollout.max_length, or lower evaluation.max_new_tokens"
-        )
     return Problems(
         problems, fitting[:: max(1, len(fitting) // PROBE_PROMPTS)][:PROBE_PROMPTS], watched, prompts, too_long
     )
@@ -189,6 +186,6 @@ def answers_of(run: Path) -> list[dict[str, Any]]:
     if directory.evaluations_file.exists():
         for record in reversed(read_jsonl(directory.evaluations_file)):
             file = directory.evaluations_directory / f"{record['name']}.parquet"
-            if "accuracy" in record and file.exists():
+            if "accuracy" in record and "split" not in record and file.exists():
                 return read_samples(file)
     raise UserError(f"evaluation.against.run: {run} has no evaluation whose answers could be compared with")

@@ -12,7 +12,7 @@ from align.evaluate.agreement import AgreementGate
 from align.evaluate.asking import ask
 from align.evaluate.doctor import examine, examine_engines, verdict
 from align.evaluate.hooks import Checkpoint
-from align.evaluate.problems import encode_prompts, evaluate
+from align.evaluate.problems import encode_prompts, evaluate, short_prompts
 from align.learner.group import LearnerGroup
 from align.model.policy import load_tokenizer, stop_token_ids
 from align.run import write_jsonl
@@ -36,7 +36,7 @@ def evaluate_file(model: ModelOptions, data: Path, out: Path, rollout: FleetOpti
     examples = read_user_file(data)
     tokenizer = load_tokenizer(model.path, trust_remote_code=model.trust_remote_code)
     longest = rollout.max_length - max_new_tokens
-    encode_prompts(tokenizer, examples)
+    short_prompts(encode_prompts(tokenizer, examples), longest)
     mixture = Mixture([RewardTerm(name="exact_answer")])
     with local_ray():
         fleet = start_fleet(model, rollout, tokenizer)
