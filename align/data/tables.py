@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import math
 import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -91,6 +92,9 @@ def _example(card: DataCard, fields: Fields, identity: str, prompt: str, row: Ro
 
 def _answer(row: Row, fields: Fields, where: str) -> str:
     assert fields.answer is not None
+    published = row.get(fields.answer)
+    if isinstance(published, list) and published and all(isinstance(one, str) for one in published):
+        row = row | {fields.answer: ", ".join(published)}  # the parts of one answer
     text = _text(row, fields.answer, "answer", where)
     if fields.answer_boxed:
         return _last_box(text, f"{where}: column {fields.answer!r}")
@@ -126,6 +130,8 @@ def _text(row: Row, column: str, role: str, where: str) -> str:
     if column not in row:
         raise UserError(f"{where}: no column {column!r} for the {role}; there are {', '.join(row) or 'none'}")
     value = row[column]
+    if isinstance(value, float) and not math.isfinite(value):
+        value = None  # how tables of numbers write a missing one
     if isinstance(value, int | float) and not isinstance(value, bool):
         value = str(value)
     if value is None or value == "":

@@ -48,6 +48,8 @@ def _sample(row: Mapping[str, Any], where: str) -> Sample:
         value = row.get(key)
         if value is None and not required:
             continue
+        if key == "answer" and isinstance(value, int | float) and not isinstance(value, bool):
+            value = str(value)  # as data sets publish them
         if not isinstance(value, str):
             what = "is missing" if key not in row else f"must be text, not {type(value).__name__}"
             raise UserError(f"{where}: {key} {what}; a line is like {EXAMPLE}")
