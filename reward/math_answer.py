@@ -240,7 +240,9 @@ def _as_text(gold: str, answer: str, seconds: float) -> _Finding:
     """What can be said of a ground truth that no parser reads: other numbers and letters are another answer."""
     atoms, others = (sorted(_ATOM.findall(_COMMAND.sub("", text).casefold())) for text in (gold, answer))
     if atoms != others:
-        return _Finding(Verdict.WRONG, "it has other numbers and letters, and no parser reads the ground truth", seconds)
+        return _Finding(
+            Verdict.WRONG, "it has other numbers and letters, and no parser reads the ground truth", seconds
+        )
     if _LETTERS.sub("", gold.casefold()) == _LETTERS.sub("", answer.casefold()):
         return _Finding(Verdict.PASS, "", seconds)
     return _Finding(Verdict.INFRA_ERROR, f"nobody can tell {answer[:80]!r} from {gold[:80]!r}: {UNREAD}", seconds)

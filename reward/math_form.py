@@ -35,7 +35,9 @@ _SEPARATORS = {
     }.items()
 }
 _SUBSCRIPT = r"_(?:\{[^{}]*\}|\\[a-zA-Z]+|[A-Za-z0-9])"
-_FUNCTIONS = "sqrt|frac|sin|cos|tan|cot|sec|csc|arc[a-z]+|log|ln|exp|pi|infty|pm|mp|sum|int|prod|lim|binom|begin|cdot|times|text"
+_FUNCTIONS = (
+    "sqrt|frac|sin|cos|tan|cot|sec|csc|arc[a-z]+|log|ln|exp|pi|infty|pm|mp|sum|int|prod|lim|binom|begin|cdot|times|text"
+)
 _NAME = re.compile(
     rf"(?:\([A-Za-z](?:,[A-Za-z])*\)|(?:[A-Za-z]|\|[A-Z]{{2}}\||\\(?!(?:{_FUNCTIONS})(?![a-zA-Z]))[a-zA-Z]+(?![a-zA-Z])|\\text\{{[A-Za-z .'()-]+\}})"
     rf"(?:[A-Za-z ']|{_SUBSCRIPT}|\^\{{-1\}}|\((?:[^()]|\([^()]*\))*\)|\{{[A-Za-z\\ ]*\}}|\\(?!(?:{_FUNCTIONS})(?![a-zA-Z]))[a-zA-Z]+(?![a-zA-Z])"
@@ -43,12 +45,15 @@ _NAME = re.compile(
 )
 _NAMES_ONLY = re.compile(r"(?:[A-Za-z+\-/(){} ]|\\(?:frac|cdot|angle|overline)(?![a-zA-Z])|_[A-Za-z0-9])+")
 _CONDITION = re.compile(
-    r"[,;]?(?:\\text\{\s*(?:for|where|with|when)\b|(?<![A-Za-z\\])(?:for|where|with|when)\b|\((?:\\text\{where\b|[a-z]\\in\\mathbb)).*", re.DOTALL
+    r"[,;]?(?:\\text\{\s*(?:for|where|with|when)\b|(?<![A-Za-z\\])(?:for|where|with|when)\b|\((?:\\text\{where\b|[a-z]\\in\\mathbb)).*",
+    re.DOTALL,
 )
 _MEMBERSHIP = re.compile(r"[A-Za-z](?:,[A-Za-z])*\\in\\mathbb\{[ZNRQ]\}.*")
 _ENDLESS = re.compile(r"(?<=[0-9])\\ldots$")
 _PLUS_MINUS = re.compile(r"\\(?:pm|mp)(?![a-zA-Z]) ?")
 _MODULUS = re.compile(r"(.*?)(?:\(?\\[pb]?mod ?\{?|\\text\{\(?mod ?)([0-9a-z]+)\)?\}?\)?")
+_LETTERED = re.compile(r"(?:\\text\{ ?)?(?:\([A-J]\)|[A-J][.:)])\}? ?(.+)", re.DOTALL)
+"""A choice and what it stands for."""
 _FLIPPED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le", "<=": ">=", ">=": "<="}
 
 
@@ -103,6 +108,8 @@ def read(text: str, *, grouped: bool = True, depth: int = 0) -> Form:
     if (condition := _CONDITION.search(text)) and condition.start() > 0:
         text = text[: condition.start()].strip()
     text = _ENDLESS.sub("", text)
+    if (lettered := _LETTERED.fullmatch(text)) and number(split_unit(lettered[1])[0]) is not None:
+        text = lettered[1]
     if grouped and number(text) is not None:
         return Form(text, whole)
     for reader in (_braced, _cases, _listed, _united, _related, _congruent, _plus_minus, _bracketed, _proportion):
@@ -135,7 +142,7 @@ def _braced(text: str, whole: str, grouped: bool, depth: int) -> Form | None:
     if len(bars) == 1:
         name, _, domain = parts[0].partition(r"\in")
         if _NAME.fullmatch(name) and domain in ("", r"\mathbb{R}"):
-            return replace(read(parts[1], depth=depth), whole=whole)
+            return read(parts[1], depth=depth)
         return None
     items = _many(split(inner, "list")[0], grouped, depth)
     return replace(items[0], whole=whole) if len(items) == 1 else Form(text, whole, items=items, ends="{}")
@@ -163,7 +170,10 @@ def _overlap(one: Form, other: Form, whole: str) -> Form | None:
     r"""x > 1 and x < 4 as one interval."""
     if one.label == other.label and one.ends and other.ends:
         for low, high in ((one, other), (other, one)):
-            if len(low.items) == len(high.items) == 2 and (low.items[1].text, high.items[0].text) == (r"\infty", r"-\infty"):
+            if len(low.items) == len(high.items) == 2 and (low.items[1].text, high.items[0].text) == (
+                r"\infty",
+                r"-\infty",
+            ):
                 return replace(low, whole=whole, items=(low.items[0], high.items[1]), ends=low.ends[0] + high.ends[1])
     return None
 
@@ -231,7 +241,11 @@ def _near(exact: str, rough: str) -> bool:
     one, other = number(exact), number(rough)
     if one is None or other is None:
         return True
-    unit = Fraction(10) ** (len(rough) - len(rough.rstrip("0"))) if "." not in rough else Fraction(1, 10 ** len(rough.partition(".")[2]))
+    unit = (
+        Fraction(10) ** (len(rough) - len(rough.rstrip("0")))
+        if "." not in rough
+        else Fraction(1, 10 ** len(rough.partition(".")[2]))
+    )
     return abs(one - other) < unit
 
 
@@ -311,7 +325,7 @@ def _equal_members(gold: Form, answer: Form, same: Callable[[str, str], bool | N
             return _equal_in_order(_by_name(gold), _by_name(answer), same)
         if "∪" in (gold.ends, answer.ends) and {gold.ends, answer.ends} <= {",", "∪"}:
             return _equal_in_any_order(gold.items, answer.items, same)
-        return same(gold.whole, answer.whole) if "mod" not in (gold.ends, answer.ends) else False
+        return False
     if gold.ends not in unordered:
         return _equal_in_order(gold.items, answer.items, same)
     if _are_named(gold) != _are_named(answer):

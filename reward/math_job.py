@@ -38,7 +38,12 @@ _POSITIVE = (("0.73", "1.91", "2.57", "0.41", "3.33"), ("1.37", "0.29", "4.13", 
 """Where expressions in variables must agree; positive, since roots and logarithms often assume that."""
 _MIXED = (("-1.71", "0.37", "-2.23", "1.19", "-0.61"),)
 """Where they must agree too, if numbers alone are to prove them equal."""
-_WHOLE = (("3", "5", "4", "2", "7"), ("6", "4", "9", "5", "8"), ("9", "13", "11", "8", "12"), ("13", "7", "10", "12", "9"))
+_WHOLE = (
+    ("3", "5", "4", "2", "7"),
+    ("6", "4", "9", "5", "8"),
+    ("9", "13", "11", "8", "12"),
+    ("13", "7", "10", "12", "9"),
+)
 """Where factorials, sums and the like in variables are compared."""
 _DIGITS, _SAME = 50, sympy.Rational(1, 10**30)
 _CACHED = 256

@@ -87,7 +87,6 @@ _FOREIGN = re.compile("|".join(map(re.escape, _UNICODE)))
 _ROOT = re.compile(r"√(\d+|[a-z])(?!\w)", re.ASCII)
 
 _HASHES = re.compile(r"^[ \t]*####[ \t]*(\S.*)$", re.MULTILINE)
-_TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
 _ANSWER_IS = re.compile(
     r"\b(?:answer|final result)(?:\*\*)?[ \t]+is\b[ \t]*:?(?:[ \t]*\b(?:therefore|thus|then|hence|simply|just|exactly|approximately|about|equal to)\b)*|^[ \t#>*]*(?:the )?(?:final |correct )?answer(?:\*\*)?[ \t]*:(?!\w)",
     re.IGNORECASE | re.MULTILINE,
@@ -96,18 +95,24 @@ _HEADING = re.compile(r"^[ \t#*]*(?:the )?final answer[ \t:*]*\n\s*(\S.*)$", re.
 _SUPPOSED = re.compile(r"\b(?:if|suppose|assume|assuming|whether|unless|guess)\b[^.!?\n]*\Z", re.IGNORECASE)
 _DENIED = re.compile(r"[ \t]*(?:not|wrong|incorrect)\b", re.IGNORECASE)
 _SENTENCE_END = re.compile(
-    r"[.!](?:\s|\**$)|(?<=\*\*)!|,? (?:because|since|as|which|where|so|when)\b|, (?=(?!and\b|or\b)[a-z]{2})", re.IGNORECASE
+    r"[.!](?:\s|\**$)|(?<=\*\*)!|,? (?:because|since|as|which|where|so|when)\b|, (?=(?!and\b|or\b)[a-z]{2})",
+    re.IGNORECASE,
 )
 _MARKER = re.compile(r"\\boxed|####|answer is", re.IGNORECASE)
 
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{(.*)\}", re.DOTALL)
-_DELIMITERS = re.compile(r"\\[()\[\]]|\\?\$|\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits|[lL]arge|LARGE|[hH]uge|bf|rm|it)(?![a-zA-Z])|\\!")
-_INVISIBLE = re.compile(r"\\[hv]?phantom\{[^{}]*\}|\\[hv]space\*?\{[^{}]*\}|\\color\{[a-z]+\}|\\(?:label|tag)\{[^{}]*\}")
+_DELIMITERS = re.compile(
+    r"\\[()\[\]]|\\?\$|\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits|[lL]arge|LARGE|[hH]uge|bf|rm|it)(?![a-zA-Z])|\\!"
+)
+_INVISIBLE = re.compile(
+    r"\\[hv]?phantom\{[^{}]*\}|\\[hv]space\*?\{[^{}]*\}|\\color\{[a-z]+\}|\\(?:label|tag)\{[^{}]*\}"
+)
 _COLOURED = re.compile(r"\\(?:textcolor\{[a-z]+\}|underline)(?=\{)")
 _THOUSANDS = re.compile(r"(?<=[0-9])(?:,\\!\s*|\\[,!]|\{,\})(?=[0-9]{3}(?![0-9]))")
 _SPACED_THOUSANDS = re.compile(r"(?<![0-9.,] )(?<![0-9.,])[1-9][0-9]{0,2}(?: [0-9]{3})+(?![0-9]| [0-9])")
 _COMMA_THOUSANDS = re.compile(r"(?<![0-9.,])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9])")
 _LIST_OF_THREES = re.compile(r"(?<=[0-9]),\s+(?=[0-9]{3}(?![0-9]))")
+_ESCAPED_TWICE = re.compile(r"\\(?=\\[a-zA-Z])")
 _EULER_MINUS = re.compile(r"(?<=[0-9])e(?= [-+] ?[0-9])")
 _SCIENTIFIC = re.compile(r"(?<![A-Za-z0-9.\\_^{])([0-9]+\.?[0-9]*|\.[0-9]+)[eE]\+?(-?[0-9]{1,3})(?![0-9A-Za-z.])")
 _SPACES = re.compile(r"(?:(?<!\\)\\(?:[,;: ]|q?quad(?![a-zA-Z])|$)|~|\s)+")
@@ -116,7 +121,9 @@ _BLANK_BOX = re.compile(
     r"\\(?:boxed|fbox)\s*\{(?:\\(?:[ ,;:!]|q?quad(?![a-zA-Z])|square|[hv]?phantom\{[^{}]*\})|[\s$~?_.])*\}"
 )
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
-_TEXT_COMMANDS = re.compile(r"\\(?:text(?:bf|it|rm|normal|sf|tt)|math(?:rm|bf|it|sf)|boldsymbol|bm|mbox|operatorname)(?=\s*\{)")
+_TEXT_COMMANDS = re.compile(
+    r"\\(?:text(?:bf|it|rm|normal|sf|tt)|math(?:rm|bf|it|sf)|boldsymbol|bm|mbox|operatorname)(?=\s*\{)"
+)
 _UNWORDED_TEXT = re.compile(r"\\text\{\s*([+-]?[0-9][^{}]*|(?![^{}]*[A-Za-z]{2})[^{}]*)\}")
 _CONSTANT = re.compile(r"\\text\{\s*([ei])\s*\}")
 _FRAC = re.compile(r"\\[dtc]frac(?![a-zA-Z])")
@@ -153,12 +160,14 @@ def stated_answers(completion: str, prompt: str) -> list[str]:
     thinks in `<think>…</think>`, supposes ("if the answer is 12"), or repeats of its prompt does not count.
     """
     text = without_thought(without_echo(completion, prompt))
-    if tagged := _TAGGED.findall(text):
-        text = tagged[-1]
+    before, closed, _ = text.rpartition("</answer>")
+    _, tagged, inside = before.rpartition("<answer>")
+    if closed and tagged:
+        text = inside
     text = _BLANK_BOX.sub("", text)
     if _BOX_COMMAND.search(text):
         found = [f"{label}={content}" if label else content for label, content in last_answers(text)]
-    elif tagged:
+    elif closed and tagged:
         found = _clauses(text) or [text]
     elif hashes := _HASHES.findall(text):
         # Headings of the fourth level look the same, so that of the earlier ones only numbers are answers.
@@ -235,6 +244,8 @@ def tidy(answer: str) -> str:
 def _tidied_once(text: str) -> str:
     if (inner := _BOXED.fullmatch(text)) and not _BOX_COMMAND.search(inner[1]):
         text = inner[1]
+    if r"\begin" not in text:
+        text = _ESCAPED_TWICE.sub("", text)
     text = _SCIENTIFIC.sub(r"\1\\times 10^{\2}", _EULER_MINUS.sub(r"\\cdot e", text))
     text = _INVISIBLE.sub("", _COLOURED.sub("", _LIST_OF_THREES.sub(";", _THOUSANDS.sub("", text))))
     if ", " in text:  # what separates, so that the other commas group digits
@@ -266,8 +277,10 @@ def _closes_at_end(text: str) -> bool:
 def is_evident(gold: str) -> bool:
     """Whether a tidied ground truth is a number, words, a choice or a time: usable, and no work for a parser."""
     plain = (quantity(gold), words(gold), clock(gold))
-    return gold == r"\ldots" or any(value is not None for value in plain) or any(
-        says(gold) for says in (is_choice, is_in_base, is_nothing, is_reals)
+    return (
+        gold == r"\ldots"
+        or any(value is not None for value in plain)
+        or any(says(gold) for says in (is_choice, is_in_base, is_nothing, is_reals))
     )
 
 

@@ -18,25 +18,23 @@ _MIXED = re.compile(r"([+-]?)([0-9]+) ([0-9]+)/([1-9][0-9]*)")
 _REPEATING = re.compile(r"([+-]?)([0-9]*)\.([0-9]*)\\(?:overline|bar|dot)\{([0-9]+)\}")
 _RATIONAL = re.compile(r"[+-]?[0-9]+(?:\.[0-9]+|/0*[1-9][0-9]*)?")
 _EXPONENT = r"(?:\^|\*\*)(?:\{\+?(-?[0-9]{1,3})\}|\(\+?(-?[0-9]{1,3})\)|\+?(-?[0-9]{1,3}))"
-_SCIENTIFIC = re.compile(
-    r"([+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+))(?:\\times|\\cdot|\*|x) ?10" + _EXPONENT
-)
+_SCIENTIFIC = re.compile(r"([+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+))(?:\\times|\\cdot|\*|x) ?10" + _EXPONENT)
 _POWER_OF_TEN = re.compile("([+-]?)10" + _EXPONENT)
 _DECIMAL = re.compile(r"[+-]?([0-9]*)\.([0-9]+)")
 
 _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-_SHORT_UNITS = "mm|cm|dm|km|mg|kg|ml|mL|ms|sec|min|hrs?|ft|yd|lbs?|oz|mph|kJ|kW|Hz|Pa|am|pm|AM|PM|a\.m\.?|p\.m\.?"
+_SHORT_UNITS = r"mm|cm|dm|km|mg|kg|ml|mL|ms|sec|min|hrs?|ft|yd|lbs?|oz|mph|kJ|kW|Hz|Pa|am|pm|AM|PM|a\.m\.?|p\.m\.?"
 _LETTER_UNITS = "[mgslLhJWVANKCF]|in|mi"
 """Units only after a space: `5 m` is a length and `5m` a product."""
 _POWER = r"(?:\^\{?-?[0-9]\}?)?"
-_ONE_TEXT_UNIT = rf"\\text\{{[A-Za-z%][A-Za-z .'/^0-9%-]*\}}{_POWER}"
+_ONE_TEXT_UNIT = rf"\\text\{{(?:[A-Za-z%][A-Za-z .'/^0-9%-]*|\([A-Za-z%][A-Za-z .'/^0-9%-]*\))\}}{_POWER}"
 _UNIT = re.compile(
     rf"(?P<value>.*[0-9A-Za-z)}}\]!|])(?P<unit>(?:(?:/|\\cdot)?{_ONE_TEXT_UNIT})+|\\frac\{{{_ONE_TEXT_UNIT}\}}\{{{_ONE_TEXT_UNIT}\}}"
-    r"|\\?%|\^\{?\\circ\}?(?: ?[CF]|\\text\{[CF]\})?)",
+    r"|\^\{?(?:\\text\{)?(?:st|nd|rd|th)\}{0,2}|\\?%|\^\{?\\circ\}?(?: ?[CF]|\\text\{[CF]\})?)",
     re.DOTALL,
 )
 _WORD_UNIT = re.compile(
-    rf"(?P<value>[^A-Za-z]*[0-9}}]|.*\}})(?P<unit> ?(?:{_SHORT_UNITS}){_POWER}"
+    rf"(?P<value>[^A-Za-z]*[0-9}}]|.*\}})(?P<unit>(?:st|nd|rd|th)| ?(?:{_SHORT_UNITS}){_POWER}"
     rf"| (?:{_SHORT_UNITS}|{_LETTER_UNITS})(?:/(?:{_SHORT_UNITS}|{_LETTER_UNITS}))?{_POWER}"
     rf"| ?(?:{_SHORT_UNITS})/(?:{_SHORT_UNITS}|{_LETTER_UNITS}){_POWER}"
     rf"| ?\((?:(?=[^()]*(?:[A-Za-z]{{3}}|%|/))[A-Za-z% .,/'-]+|{_SHORT_UNITS})\)"
@@ -48,17 +46,30 @@ _NO_UNIT = re.compile(
     r"|(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand|million)ths?|choose|remainder|of [a-z])\b",
     re.IGNORECASE,
 )
-_EXCLUSIVE = frozenset("mm cm dm m km in ft yd mi mg g kg oz lb ms s min h ml l am pm j kj w kw v a n k hz pa".split())
+_EXCLUSIVE = frozenset(
+    re.findall(r"\w+", "mm cm dm m km in ft yd mi mg g kg oz lb ms s min h ml l am pm j kj w kw v a n k hz pa")
+)
 """Units of which one is never the other; unknown ones are taken to say the same in other words."""
 _SAME_UNITS = {"sec": "s", "hr": "h", "hrs": "h", "lbs": "lb"}
 
 _BASE = re.compile(r"\(?([0-9A-Fa-f]+(?:\.[0-9A-Fa-f]+)?)\)?_(?:\{(?:\\text\{)?([a-z]+|[0-9]+)\}?\}|([0-9]))")
-_BASES = {"two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7", "eight": "8", "nine": "9", "ten": "10"}
+_BASES = {
+    "two": "2",
+    "three": "3",
+    "four": "4",
+    "five": "5",
+    "six": "6",
+    "seven": "7",
+    "eight": "8",
+    "nine": "9",
+    "ten": "10",
+}
 _TIME = re.compile(r"([0-9]{1,2}):([0-5][0-9]) ?(?:([ap])\.? ?m\.?)?", re.IGNORECASE)
 
 _CHOICE = re.compile(r"\(?([A-J])[).]?")
 _CHOICE_WITH_VALUE = re.compile(
-    r"(?:(?i:option|choice|answer) ?:? ?)?(?:\(([A-J])\)\W?|([A-J])(?:[.:)]\W?|$))(?!or\b|and\b)(?!.*\b[A-J]\b).*", re.DOTALL
+    r"(?:(?i:option|choice|answer) ?:? ?)?(?:\(([A-J])\)\W?|([A-J])(?:[.:)]\W?|$))(?!or\b|and\b)(?!.*\b[A-J]\b).*",
+    re.DOTALL,
 )
 _NOTHING = re.compile(r"\\emptyset|\\\{\\\}|(?:there (?:is|are) )?no (?:real )?solutions?", re.IGNORECASE)
 _REALS = re.compile(
@@ -200,7 +211,9 @@ def words(tidied: str) -> str | None:
     text = " ".join(TEXT.sub(r" \1 ", tidied).split()).strip(". ")
     if not _WORDS.fullmatch(text):
         return None
-    return text.casefold() if TEXT.fullmatch(tidied.strip()) or _WORDY.fullmatch(text) else None
+    if not TEXT.fullmatch(tidied.strip()) and not _WORDY.fullmatch(text):
+        return None
+    return re.sub(r"^(?:an?|the) ", "", text.casefold())
 
 
 def named(said: str) -> list[str]:

@@ -7,6 +7,7 @@ from align.data import load_card, load_split
 from align.data.tables import normalised
 from align.data.types import Example
 from align.errors import UserError
+from reward.math_answer import math_answer
 from reward.reasoning_gym_answer import reasoning_gym_answer
 from reward.types import Sample, Verdict
 
@@ -82,8 +83,27 @@ def test_examples_of_a_table_are_complete(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("published", "written", "miss"),
+    [
+        (7, "7", "8"),
+        (8.0, "8", "80"),
+        (1e-05, "0.00001", "0.0001"),
+        (1e16, "10^{16}", "10^{15}"),
+        (100 / 3, r"\frac{100}{3}", "33.4"),
+        ("2 (coats)", "2", "3"),
+        (["2", "5"], "5, 2", "2"),
+    ],
+)
+def test_an_answer_as_it_is_published_can_be_met(tmp_path, published, written, miss):
+    (example,) = load_split(file_card(tmp_path, [row("Q?", a=published)], [row("T?")]), "train").examples
+    samples = [Sample("s", "Q?", rf"\boxed{{{answer}}}", example.answer) for answer in (written, miss)]
+    assert [score.verdict for score in math_answer(samples)] == [Verdict.PASS, Verdict.WRONG]
+
+
+@pytest.mark.parametrize(
     ("bad", "message"),
     [
+        ({"q": "Q?", "r": "R", "a": float("nan")}, "line 2: the answer is missing"),
         ({"q": "Q?", "r": "R"}, r"train\.jsonl, line 2: no column 'a' for the answer; there are q, r"),
         ({"q": "Q?", "r": "R", "a": None}, "line 2: the answer is missing"),
         ({"q": "Q?", "r": "R", "a": ""}, "line 2: the answer is missing"),

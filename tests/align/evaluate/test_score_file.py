@@ -35,6 +35,12 @@ def test_every_line_gets_value_verdict_and_detail(tmp_path: Path) -> None:
     assert "3 completions, mean value 0.500" in summary
 
 
+def test_a_number_is_an_answer_as_json_has_it(tmp_path: Path) -> None:
+    data = lines(tmp_path, {"id": "1", "completion": r"\boxed{0.00001}", "answer": 1e-05})
+    score_file(RewardTerm(name="math"), data, tmp_path / "out.jsonl")
+    assert json.loads((tmp_path / "out.jsonl").read_text())["value"] == 1.0
+
+
 def test_parameters_reach_the_reward(tmp_path: Path) -> None:
     data = lines(tmp_path, {"id": "1", "completion": r"\boxed{4}", "answer": "4"})
     score_file(RewardTerm(name="exact_answer", params={"right": 5.0}), data, tmp_path / "out.jsonl")
