@@ -27,7 +27,7 @@ _REMEMBERED = 10_000
 UNREAD = "math-verify cannot read it"
 """What the workers say of a ground truth that their parser does not know."""
 _COMMAND = re.compile(r"\\[a-zA-Z]+")
-_ATOM = re.compile(r"[0-9.]+|[a-z]+")
+_ATOM = re.compile(r"[0-9.]+|[a-z]+|-")
 _LETTERS = re.compile(r"[\s{}]|\\(?:text|,|;|quad)")
 
 workers = Killable(Path(__file__).with_name("math_job.py"), limits=Limits(phase_cpu_s={"gold": 2.0}))

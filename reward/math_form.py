@@ -43,9 +43,10 @@ _NAME = re.compile(
     rf"(?:[A-Za-z ']|{_SUBSCRIPT}|\^\{{-1\}}|\((?:[^()]|\([^()]*\))*\)|\{{[A-Za-z\\ ]*\}}|\\(?!(?:{_FUNCTIONS})(?![a-zA-Z]))[a-zA-Z]+(?![a-zA-Z])"
     rf"|\\text\{{[A-Za-z .'()-]+\}})*)"
 )
-_NAMES_ONLY = re.compile(r"(?:[A-Za-z+\-/(){} ]|\\(?:frac|cdot|angle|overline)(?![a-zA-Z])|_[A-Za-z0-9])+")
+_NAMES_ONLY = re.compile(r"(?!-)(?:[A-Za-z+\-/(){} ]|\\(?:frac|cdot|angle|overline)(?![a-zA-Z])|_[A-Za-z0-9])+")
 _CONDITION = re.compile(
-    r"[,;]?(?:\\text\{\s*(?:for|where|with|when)\b|(?<![A-Za-z\\])(?:for|where|with|when)\b|\((?:\\text\{where\b|[a-z]\\in\\mathbb)).*",
+    r"[,;]?(?:\\text\{\s*(?:for|where|with|when)\b|(?<![A-Za-z\\])(?:for|where|with|when)\b)(?!.*(?:\bor\b|\band\b|[,;]-?[0-9])).*"
+    r"|\((?:\\text\{where\b|[a-z]\\in\\mathbb)[^()]*\)$",
     re.DOTALL,
 )
 _MEMBERSHIP = re.compile(r"[A-Za-z](?:,[A-Za-z])*\\in\\mathbb\{[ZNRQ]\}.*")
@@ -224,7 +225,7 @@ def _equated(text: str, whole: str, sides: list[str], relations: list[str], dept
     """A name for a value, a chain of equal ones, or a value and what it is about."""
     about = next((place for place, relation in enumerate(relations, 1) if relation != "="), len(sides))
     exact = sides[:about]
-    label = exact[0] if _NAME.fullmatch(exact[0]) and len(sides) > 1 else ""
+    label = next((side for side in exact if _NAME.fullmatch(side)), "") if len(sides) > 1 else ""
     values = [side for side in exact if not _NAME.fullmatch(side)] or ([] if about < len(sides) else exact[-1:])
     rough = sides[about] if about < len(sides) else ""
     if not values:

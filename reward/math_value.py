@@ -68,7 +68,7 @@ _TIME = re.compile(r"([0-9]{1,2}):([0-5][0-9]) ?(?:([ap])\.? ?m\.?)?", re.IGNORE
 
 _CHOICE = re.compile(r"\(?([A-J])[).]?")
 _CHOICE_WITH_VALUE = re.compile(
-    r"(?:(?i:option|choice|answer) ?:? ?)?(?:\(([A-J])\)\W?|([A-J])(?:[.:)]\W?|$))(?!or\b|and\b)(?!.*\b[A-J]\b).*",
+    r"(?:(?i:option|choice|answer) ?:? ?)?(?:\(([A-J])\)[.:]?|([A-J])(?:[.:)]|$))\s*(?!or\b|and\b|[,;^+*/=-])(?!.*\b[A-J]\b).*",
     re.DOTALL,
 )
 _NOTHING = re.compile(r"\\emptyset|\\\{\\\}|(?:there (?:is|are) )?no (?:real )?solutions?", re.IGNORECASE)
@@ -172,8 +172,11 @@ def quantity(tidied: str) -> Quantity | None:
 
 def same_quantity(one: Quantity, other: Quantity) -> bool:
     """Whether two quantities are equal; a unit that one of them lacks is taken for granted, and so is a per cent sign."""
-    units = {re.sub(r"[.\s]", "", each.unit).lower() for each in (one, other)}
-    if len({_SAME_UNITS.get(unit, unit) for unit in units} & _EXCLUSIVE) > 1:
+    units = [re.sub(r"[.\s{}]", "", each.unit).lower().partition("^") for each in (one, other)]
+    known = {
+        (_SAME_UNITS.get(unit, unit), power) for unit, _, power in units if _SAME_UNITS.get(unit, unit) in _EXCLUSIVE
+    }
+    if len(known) > 1:
         return False
     if same_number(one.value, other.value, one.written, other.written):
         return True
