@@ -68,7 +68,7 @@ _TIME = re.compile(r"([0-9]{1,2}):([0-5][0-9]) ?(?:([ap])\.? ?m\.?)?", re.IGNORE
 
 _CHOICE = re.compile(r"\(?([A-J])[).]?")
 _CHOICE_WITH_VALUE = re.compile(
-    r"(?:(?i:option|choice|answer) ?:? ?)?(?:\(([A-J])\)[.:]?|([A-J])(?:[.:)]|$))\s*(?!or\b|and\b|[,;^+*/=-])(?!.*\b[A-J]\b).*",
+    r"(?:(?i:option|choice|answer) ?:? ?)?(?:\(([A-J])\)[.:]?|([A-J])(?:[.:)]|$))(?!\s*(?:or\b|and\b|[,;^+*/=-]))(?!.*\b[A-J]\b).*",
     re.DOTALL,
 )
 _NOTHING = re.compile(r"\\emptyset|\\\{\\\}|(?:there (?:is|are) )?no (?:real )?solutions?", re.IGNORECASE)

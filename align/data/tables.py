@@ -94,7 +94,7 @@ def _answer(row: Row, fields: Fields, where: str) -> str:
     assert fields.answer is not None
     published = row.get(fields.answer)
     if isinstance(published, list) and published and all(isinstance(one, str) for one in published):
-        row = row | {fields.answer: ", ".join(published)}  # the parts of one answer
+        row = {**row, fields.answer: ", ".join(published)}  # the parts of one answer
     text = _text(row, fields.answer, "answer", where)
     if fields.answer_boxed:
         return _last_box(text, f"{where}: column {fields.answer!r}")
