@@ -85,6 +85,7 @@ FAMILIES = {
             r"\begin{bmatrix}\frac{1}{10^{13}}\\2\end{bmatrix}",
             r"\begin{pmatrix}0\\2\end{pmatrix}",
         ),
+        (r"10^{-13}x", r"\frac{x}{10^{13}}", r"2\cdot 10^{-13}x"),
         (r"2^{200}", r"4^{100}", r"2^{200}+1"),
     ],
     "rounded": [
