@@ -1,7 +1,7 @@
 """Texts as prose: their sentences, and whether a text is an answer to a request at all.
 
 The limits of `degenerate` lie between what a policy writes that games its checkers and what good answers look like. Beside each
-stands the extreme of 270 published answers of GPT-4 to IFEval's requests, songs, lists, code and 17 other languages among them.
+stands the extreme of 270 published answers of GPT-4 to IFEval's requests, songs, lists, code and other languages among them.
 """
 
 from __future__ import annotations
@@ -52,18 +52,24 @@ those to up us was we were what when where which while who will with would you y
 _FUNCTION_WORDS = frozenset(_LITTLE.split())
 _ANY_CASE = re.IGNORECASE
 _OPEN = re.compile(
-    r"\b(?:tell|describe|explain|discuss|elaborate|advice|about|(?:paragraph|essay|article|letter|email|note|stor(?:y|ie)|poem"
-    r"|song|speech|blog|post|review|report|resume|summary|biography|itinerary|guide|plan|script|dialogue|conversation)s?)\b",
+    r"\b(?:write|compose|create|generate|draft|tell|describe|explain|discuss|elaborate|expand|summari[sz]e|critique|recommend"
+    r"|why|how (?!many|much|old|far|long|tall|big|often)|letter (?:to|for|from)|(?:an?|your|the|this|two|three|\d+) (?:[\w-]+ ){,3}"
+    r"(?:paragraphs?|essay|article|email|story|poem|song|speech|blog|post|review|report|resume|biography|itinerary|trip|guide"
+    r"|script|dialogue|conversation|template|rubric|plan|rap|limerick|ad|advertisement|pitch|proposal|quiz|outline|difference"
+    r"|history|recommendations?|advice))\b",
     _ANY_CASE,
 )
 """Requests for a text of some length."""
 _CAN_BE_SHORT = re.compile(
-    r"[?？؟]|\b(?:names?|title|headline|slogan|caption|motto|synonyms?|antonyms?|haiku|emojis?|hashtags?|a word|one word"
-    r"|yes or no|choose|select|pick|solve|calculate|convert|classify|categori[sz]e|determine|decide|complete|finish|fill in"
-    r"|correct|capitali[sz]e|translate|rewrite|rephrase|paraphrase)\b",
-    _ANY_CASE,
+    r"(?:^|[^\w\s'’-]\s*)(?:is|are|am|was|were|do|does|did|has|have|will|should|who|whose|whom|when|where|which|whats?)\b[^.!?\n]*[?？؟]"
+    r"|\b(?:how (?:many|much|old|far|long|tall|big|often)|(?:good |possible |\d |an? |the )names?|(?:title|name) (?:for|of)"
+    r"|headlines?|slogans?|taglines?|captions?|motto|haiku|synonyms?|antonyms?|emojis?|hashtags?|(?:a|one|single|another) word"
+    r"|yes or no|choose|select|solve|calculate|convert|classify|categori[sz]e|determine|decide"
+    r"|(?:complete|finish) (?:the|this) (?:sentence|following|phrase)|fill in|correct|capitali[sz]e|translate|rewrite|rephrase"
+    r"|paraphrase|pronunciation)\b",
+    _ANY_CASE | re.MULTILINE,
 )
-"""Questions, and requests that a word or two can answer in spite of that."""
+"""Questions of fact, and requests that a word or two can answer in spite of that."""
 _OFFERS_ANSWERS = re.compile(r"[\"“”]|\b(?:or|which|following|given|choose|select|pick|options?)\b", _ANY_CASE)
 _GIVES_A_TEXT = re.compile(
     r"\b(?:re-?writ|re-?phras|paraphras|edit|correct|proofread|fix|improve|summar|shorten|convert|capitali[sz]|punctuat|format"
@@ -97,24 +103,25 @@ def degenerate(
     - It must not be the request. An answer to a question, and what is made of a given text, may consist of the same words.
     - If there is a topic, one of its words must occur, whatever its ending (unless in another language).
 
-    All take linear time.
+    All take time that is linear in the text.
     """
-    to_repeat = any("prompt_to_repeat" in args for args in arguments)
+    to_repeat = " ".join(str(args.get("prompt_to_repeat", "")) for args in arguments).strip()
     only_repeat = to_repeat and _ONLY_REPEAT.search(prompt)
     own, asked = (text, "") if only_repeat else (_without(text, arguments), _without(prompt, arguments))
     english = all(args.get("language", "en") == "en" for args in arguments)
     found, given = _words(own), _words(asked)
-    is_open = bool(topic) or (_OPEN.search(prompt) and not _CAN_BE_SHORT.search(prompt) and not _few_words(arguments))
+    request = f"{asked}\n{to_repeat}"
+    is_open = bool(topic) or (_OPEN.search(request) and not _CAN_BE_SHORT.search(request) and not _few_words(arguments))
     least = LEAST_WORDS if is_open and not can_be_short else 1
     if len(found) < least:
         return f"{len(found)} words of its own, at least {least} are an answer"
     offers = can_be_short or len(given) > LONG_REQUEST or _OFFERS_ANSWERS.search(prompt)
     if len(found) < LEAST_WORDS and not offers and set(found) <= set(given):
         return "it repeats the request"
-    if english and _bare(own) > MOST_BARE * len(found):
-        return "a list of words, not sentences"
     if (to_repeat or not _WANTS_REPETITION.search(prompt)) and (why := _repeats(own, found)):
         return why
+    if english and _bare(own) > MOST_BARE * len(found):
+        return "a list of words, not sentences"
     return _echoes(found, given, prompt) or (_strays(own, found, topic) if english else "")
 
 
