@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken
 from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV2Config
 
 from align.config import ModelOptions
@@ -14,6 +15,7 @@ from align.evaluate.doctor import (
     Check,
     DoctorError,
     Outcome,
+    check_demonstrations,
     check_experts,
     check_names,
     check_round_trip,
@@ -38,8 +40,8 @@ def assert_failed(check: Check, *words: str) -> None:
 
 def test_the_nano_policy_is_fit(policy: ModelOptions) -> None:
     checks = examine(policy, load_tokenizer(policy.path))
-    assert [check.outcome for check in checks] == [Outcome.OK] * 5
-    assert "5 checks, none failed" in verdict(checks, policy.path)
+    assert [check.outcome for check in checks] == [Outcome.OK] * 6
+    assert "6 checks, none failed" in verdict(checks, policy.path)
 
 
 def test_the_softmax_scale_of_v2_lite_is_the_reports() -> None:
@@ -96,8 +98,43 @@ def test_a_tokenizer_that_loses_white_space(policy: ModelOptions) -> None:
 
 
 def test_a_tokenizer_that_lets_text_become_special_tokens(policy: ModelOptions) -> None:
-    forgeable = Tokenizer(load_tokenizer(policy.path), ignores=("split_special_tokens",))
-    assert_failed(check_template(forgeable), "in a text, where it must stay text")
+    tokenizer = load_tokenizer(policy.path)
+    tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken("b", normalized=True, special=True)]})
+    tokenizer.eos_token = "b"
+    assert_failed(check_template(tokenizer), "in a text, where it must stay text")
+
+
+@pytest.mark.parametrize(
+    ("opening", "answer", "outcome", "words"),
+    [
+        ("", "{{ m.content }}", Outcome.OK, "with a thought and without"),
+        ("<think>\n", "{{ m.content }}", Outcome.LIMITED, "no SFT and no reward model on answers without a thought"),
+        ("<think>\n\n</think>", "<think>\n\n</think>{{ m.content }}", Outcome.LIMITED, "on answers with a thought"),
+        ("<think>\n", "{{ m.content.split('</think>')[-1] }}", Outcome.LIMITED, "no SFT and no reward model: the chat"),
+    ],
+)
+def test_the_doctor_says_first_what_the_template_refuses_as_a_demonstration(
+    policy: ModelOptions, opening: str, answer: str, outcome: Outcome, words: str
+) -> None:
+    tokenizer = load_tokenizer(policy.path)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}Q: {{ m.content }}{% else %}A: "
+        f"{answer}{{{{ eos_token }}}}{{% endif %}}{{% endfor %}}{{% if add_generation_prompt %}}A: {opening}{{% endif %}}"
+    )
+    check = check_demonstrations(tokenizer)
+    assert (check.outcome, words in check.detail) == (outcome, True)
+    assert (words in verdict([check], "model")) == (outcome is Outcome.LIMITED)
+
+
+def test_the_doctor_says_that_a_template_takes_no_system_messages(policy: ModelOptions) -> None:
+    tokenizer = load_tokenizer(policy.path)
+    tokenizer.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('none here') }}{% endif %}{{ messages[0].content }}"
+    )
+    check = check_template(tokenizer)
+    assert check.outcome is Outcome.OK
+    assert "system messages cannot be used" in check.detail
+    assert "none here" in check.detail
 
 
 def test_files_that_lack_a_tensor(skeleton: Any, policy: ModelOptions, tmp_path: Path) -> None:
