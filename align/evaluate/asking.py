@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from align.data.chat import decode_completion
+from align.data.chat import answer_text
 from align.data.types import Example, Message
 from align.evaluate.hooks import Checkpoint
 from align.evaluate.problems import encode_prompts
@@ -49,7 +49,7 @@ def ask(
     for group in fleet.generate(prompts, 1, sampling, seed=seed, step=0) if prompts else ():
         (completion,) = group.completions
         responses[group.prompt.id] = Response(
-            decode_completion(checkpoint.tokenizer, completion.token_ids),
+            answer_text(checkpoint.tokenizer, conversations[group.prompt.id], completion.token_ids),
             len(completion.token_ids),
             completion.finish_reason is FinishReason.LENGTH,
         )

@@ -9,7 +9,7 @@ from typing import Any
 
 from align.data.chat import answer_text, encode_prompt
 from align.data.types import Example
-from align.errors import UserError
+from align.errors import UserError, naming
 from align.statistics import pass_at_k
 from reward import Sample, SampleReward, ScoringPool, Ticket, Verdict
 from rollout import Completion, FinishReason, Fleet, Group, Prompt, SamplingOptions
@@ -177,8 +177,12 @@ def mean_of(values: Sequence[float]) -> float:
 
 
 def encode_prompts(tokenizer: Any, examples: Sequence[Example]) -> list[Prompt]:
-    """The prompts as token ids."""
-    return [Prompt(example.id, encode_prompt(tokenizer, example.messages)) for example in examples]
+    """The prompts as token ids. Raises UserError for one that the chat template refuses."""
+    prompts = []
+    for example in examples:
+        with naming(f"prompt {example.id!r}"):
+            prompts.append(Prompt(example.id, encode_prompt(tokenizer, example.messages)))
+    return prompts
 
 
 def short_prompts(prompts: Sequence[Prompt], longest: int) -> list[Prompt]:

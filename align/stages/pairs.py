@@ -12,7 +12,7 @@ from align.data.loader import held_together
 from align.data.preferences import LoadedPreferences, load_preferences
 from align.data.tables import refuse_one_file
 from align.data.types import Preference, SplitName
-from align.errors import UserError
+from align.errors import UserError, naming
 from align.learner.pairs import TrainingPair
 from align.model.reward_model import tokenizer_hash
 from align.stages.examples import Entry, Room, Source, entries_of, shares, short_enough, tell_compared
@@ -103,8 +103,9 @@ def short_pairs(
 
 def encode(tokenizer: Any, preference: Preference, margin_scale: float) -> EncodedPair:
     """A preference as token ids, with the chat template of SFT. Raises UserError where the tokenizer has none."""
-    chosen, prompt_length = encode_example(tokenizer, preference.messages, preference.chosen)
-    rejected, _ = encode_example(tokenizer, preference.messages, preference.rejected)
+    with naming(f"preference {preference.id!r}"):
+        chosen, prompt_length = encode_example(tokenizer, preference.messages, preference.chosen)
+        rejected, _ = encode_example(tokenizer, preference.messages, preference.rejected)
     return EncodedPair(
         preference, TrainingPair(chosen, rejected, (preference.margin or 0.0) * margin_scale), prompt_length
     )

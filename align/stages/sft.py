@@ -19,7 +19,7 @@ from align.data.chat import encode_example
 from align.data.loader import held_together
 from align.data.tables import refuse_one_file
 from align.data.types import Example
-from align.errors import UserError
+from align.errors import UserError, naming
 from align.evaluate.problems import Evaluation
 from align.learner.batch import TrainingSequence
 from align.learner.group import LearnerGroup
@@ -169,7 +169,8 @@ def encode_demonstration(tokenizer: Any, example: Example) -> TrainingSequence:
     """An example as token ids. Raises UserError for one without a demonstration."""
     if example.response is None:
         raise UserError(f"example {example.id!r} has no response to learn from; SFT needs a card whose fields name one")
-    return TrainingSequence(*encode_example(tokenizer, example.messages, example.response), weight=0.0)
+    with naming(f"example {example.id!r}"):
+        return TrainingSequence(*encode_example(tokenizer, example.messages, example.response), weight=0.0)
 
 
 def mean_over_tokens(batch: Sequence[TrainingSequence]) -> list[TrainingSequence]:
