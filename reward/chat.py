@@ -50,9 +50,8 @@ def encode_example(tokenizer: Any, messages: Messages, response: str) -> tuple[l
     asked = _tokenised(tokenizer, messages, answering=True)
     answered = [*messages, {"role": "assistant", "content": response}]
     text, ids = _tokenised(tokenizer, answered, answering=False, prompt=asked)
-    if _TWO_THOUGHTS.search(text, max(0, len(asked.text.rstrip()) - len("</think>"))) and not _TWO_THOUGHTS.search(
-        response
-    ):
+    end_of_prompt = max(0, len(asked.text.rstrip()) - len("</think>"))
+    if _TWO_THOUGHTS.search(text, end_of_prompt) and not _TWO_THOUGHTS.search(response):
         raise RewardError(
             f"the chat template of {_name(tokenizer)} writes an empty thought before the thought of a response: take the "
             "thought out, or use a template that finds it in the response"
@@ -85,11 +84,14 @@ def answer_text(tokenizer: Any, messages: Messages, token_ids: Sequence[int]) ->
     What the template itself writes around an answer, and which the model therefore writes (white space, an empty thought),
     is not part of it. A thought that the prompt opens is: "<think>" stands at the head of the text.
     """
-    around = _surroundings(tokenizer, _template(tokenizer), _roles(messages))
-    said = around.opened + decode_completion(tokenizer, token_ids)
-    if around.before is None:
+    template = _template(tokenizer)
+    around = _surroundings(tokenizer, template, _roles(messages))
+    # What a message says may open or close the thought of the prompt ("/no_think").
+    opened = _opened_thought(_render(tokenizer, template, messages, True))
+    said = opened + decode_completion(tokenizer, token_ids)
+    if around.before is None or opened != around.opened:
         return said
-    before = around.opened + around.before
+    before = opened + around.before
     # Of an answer that has only begun nothing is said yet.
     return "" if before.startswith(said) else said.removeprefix(before).removesuffix(around.after)
 
@@ -114,7 +116,7 @@ class _Surroundings(NamedTuple):
     opened: str
     """The opening of a thought at the end of the prompt; "" where there is none."""
     before: str | None
-    """Its text between the prompt and an answer; None where answers do not continue their prompt."""
+    """Its text between the prompt and an answer; None where it renders no answer that continues the prompt."""
     after: str
     ends: int
     """How many end-of-sequence tokens it writes after the answer."""
@@ -206,15 +208,18 @@ def _outline(tokenizer: Any, template: str, roles: tuple[str, ...], answering: b
 @lru_cache(maxsize=256)
 def _surroundings(tokenizer: Any, template: str, roles: tuple[str, ...]) -> _Surroundings:
     prompt = _outline(tokenizer, template, roles, True).text
-    whole = _outline(tokenizer, template, (*roles, "assistant"), False).text
+    opened = _opened_thought(prompt)
+    try:
+        whole = _outline(tokenizer, template, (*roles, "assistant"), False).text
+    except RewardError:
+        return _Surroundings(opened, None, "", 0)
     before, _, after = whole.rpartition(_PLACEHOLDER.format(len(roles)))
     after_ids = _encode(tokenizer, after, first=False)
     ends = after_ids.count(tokenizer.eos_token_id)
     if ends:
         after_ids = after_ids[: after_ids.index(tokenizer.eos_token_id)]
-    opened = _OPENED_THOUGHT.search(_PLACEHOLDERS.split(prompt)[-1])
     return _Surroundings(
-        opened[0] if opened else "",
+        opened,
         decode_completion(tokenizer, _encode(tokenizer, before[len(prompt) :], first=False))
         if before.startswith(prompt)
         else None,
@@ -223,12 +228,17 @@ def _surroundings(tokenizer: Any, template: str, roles: tuple[str, ...]) -> _Sur
     )
 
 
+def _opened_thought(prompt: str) -> str:
+    opened = _OPENED_THOUGHT.search(prompt)
+    return opened[0] if opened else ""
+
+
 def _not_continued(tokenizer: Any, messages: Messages, asked: str, whole: str) -> RewardError:
     fault = (
         f"the chat template of {_name(tokenizer)} ends a prompt in {asked[-40:]!r}, but writes something else before an "
         "answer that is given"
     )
-    if not _OPENED_THOUGHT.search(asked):
+    if not _opened_thought(asked):
         return RewardError(
             f"{fault}: demonstrations would train on another prompt than the model is asked with. Use a template whose "
             "conversations begin with their prompts"

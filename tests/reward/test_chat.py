@@ -5,7 +5,7 @@ template spells out added to it.
 """
 
 import re
-from functools import lru_cache
+from functools import cache
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -85,7 +85,7 @@ ONLY_WITHOUT_A_THOUGHT = refused("ends a prompt in .* but writes something else"
 ONLY_WITHOUT_A_THOUGHT |= refused("an empty thought before the thought", "qwen3_8")
 
 
-@lru_cache(maxsize=4)
+@cache
 def tokenizer_with(template: str) -> Any:
     source = (
         NANO.chat_template if template == "deepseek_v2" else (TRL / f"{template}.jinja").read_text(encoding="utf-8")
@@ -257,6 +257,32 @@ def test_rewards_see_the_thought_that_the_prompt_opens(template: str) -> None:
     assert [r.value for r in judge.score([Sample("1", "Q", text, "14"), Sample("2", "Q", text, "3")])] == [1.0, 0.0]
     # Cut off in its thought, the completion has no answer yet.
     assert answer_text(tokenizer, [user("Q")], completion[:4]).startswith("<think>\n")
+
+
+def test_a_message_may_close_the_thought_of_the_prompt() -> None:
+    toggled = CHATML.replace(
+        "assistant\n{%", "assistant\n<think>{{ '</think>' if '/no_think' in messages[-1].content }}{%"
+    )
+    tokenizer = byte_level(toggled, special=["<|im_start|>", "<|im_end|>"], added=["<think>", "</think>"])
+    completion = ids_of(tokenizer, "4<|im_end|>")
+    assert answer_text(tokenizer, [user("Q")], completion) == "<think>4"
+    assert answer_text(tokenizer, [user("Q /no_think")], completion) == "4"
+
+
+def test_a_template_that_renders_no_answers_can_be_sampled_from() -> None:
+    template = "{{ raise_exception('the user speaks last') if messages[-1].role == 'assistant' }}" + CHATML
+    tokenizer = byte_level(template, special=["<|im_start|>", "<|im_end|>"], added=[])
+    assert answer_text(tokenizer, [user("Q")], ids_of(tokenizer, " 4<|im_end|>")) == " 4"
+    with pytest.raises(RewardError, match="the user speaks last"):
+        encode_example(tokenizer, [user("Q")], "4")
+
+
+def test_white_space_that_the_prompt_s_last_token_takes_in_is_not_in_the_target() -> None:
+    start = AddedToken("<|im_start|>", rstrip=True, special=True)
+    tokenizer = byte_level(CHATML.replace("{{ m.role }}\n", "").replace("assistant\n", ""), [start, "<|im_end|>"], [])
+    ids, length = encode_example(tokenizer, [user("Q")], "  A")
+    assert ids == ids_of(tokenizer, "<|im_start|>Q<|im_end|>\n<|im_start|>A<|im_end|>")
+    assert ids[:length] == encode_prompt(tokenizer, [user("Q")])
 
 
 def test_an_answer_that_only_begins_with_what_the_template_writes_says_nothing_yet() -> None:
