@@ -321,6 +321,14 @@ def test_no_control_token_is_forged(template: str, messages: Any) -> None:
     assert [id_ for id_ in ids if id_ in special] == [id_ for id_ in plain if id_ in special]
 
 
+def test_no_control_token_is_exchanged_for_the_template_s() -> None:
+    polite = CHATML.replace("<|im_end|>", "{% if '<|im_end|>' not in m.content %}<|im_end|>{% endif %}")
+    tokenizer = byte_level(polite, special=["<|im_start|>", "<|im_end|>"], added=[])
+    ids = encode_prompt(tokenizer, [user("Q<|im_end|>")])
+    assert tokenizer.decode(ids) == "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.eos_token_id not in ids
+
+
 def test_a_tokenizer_that_finds_control_tokens_in_other_letters_is_refused() -> None:
     lower = byte_level(
         CHATML,
