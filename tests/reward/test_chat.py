@@ -325,7 +325,7 @@ def test_no_control_token_is_exchanged_for_the_template_s() -> None:
     polite = CHATML.replace("<|im_end|>", "{% if '<|im_end|>' not in m.content %}<|im_end|>{% endif %}")
     tokenizer = byte_level(polite, special=["<|im_start|>", "<|im_end|>"], added=[])
     ids = encode_prompt(tokenizer, [user("Q<|im_end|>")])
-    assert tokenizer.decode(ids) == "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(ids) == "<|im_start|>user\nQ<|im_end|><|im_start|>assistant\n"
     assert tokenizer.eos_token_id not in ids
 
 
