@@ -20,7 +20,7 @@ EXAMPLE = Example("row 7", MESSAGES, "It is 4.", None, "math")
     ("encode", "message"),
     [
         (lambda tokenizer: encode_prompts(tokenizer, [EXAMPLE]), "prompt 'row 7': .* refuses .* not today"),
-        (lambda tokenizer: sft.encode([EXAMPLE], tokenizer, None), "example 'row 7': .* refuses .* not today"),  # type: ignore[arg-type]
+        (lambda tokenizer: sft.encode_demonstration(tokenizer, EXAMPLE), "example 'row 7': .* refuses .* not today"),
         (
             lambda tokenizer: pairs.encode(tokenizer, Preference("row 7", MESSAGES, "a", "b", "math"), 0.0),
             "preference 'row 7': .* refuses .* not today",
