@@ -15,7 +15,7 @@ STAMP := $(VENV)/.installed-$(ACCELERATOR)
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock sft grpo smol reward-models pipeline bench bench-rewards drill lint test test-slow test-architectures format clean
+.PHONY: help setup lock sft grpo smol reward-models pipeline bench bench-rewards drill lint test test-slow test-architectures test-instruction-sets format clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -77,6 +77,12 @@ test-slow: $(STAMP) ## the nano recipe at full size on three seeds, and what els
 
 test-architectures: $(STAMP) ## SFT and GRPO of eight other architectures at nano size
 	$(BIN)/pytest -m architectures -s
+
+# ISA of torch's own kernels, then of oneDNN's; the last pair is an AVX-512 CPU without AMX and bfloat16.
+INSTRUCTION_SETS := default:AVX2 avx2:AVX2 avx512:AVX512_CORE
+test-instruction-sets: $(STAMP) ## what depends on a CPU's rounding, as CPUs with other instruction sets compute it
+	set -e; for pair in $(INSTRUCTION_SETS); do echo "== $$pair"; ATEN_CPU_CAPABILITY=$${pair%:*} ONEDNN_MAX_CPU_ISA=$${pair#*:} \
+	  $(BIN)/pytest $(or $(ARGS),tests/align/learner tests/align/losses tests/align/evaluate/test_agreement_gate.py tests/align/stages/test_reward_model.py); done
 
 format: $(STAMP) ## format the code and mend what can be mended
 	$(BIN)/ruff check --fix .

@@ -1,6 +1,5 @@
 """Building and loading the policy as a transformers model."""
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,15 +19,55 @@ if not torch.cuda.is_available():
 
 
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a model directory or hub name. Raises UserError when there is none."""
+    """The tokenizer of a model directory or hub name.
+
+    Raises UserError when there is none, and when it writes tokens that the model beside it has no embedding for.
+    """
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(
             f"model.path: {path} has no tokenizer that transformers can load: {first_line(error)}"
         ) from None
+    config = find_config(path, trust_remote_code=trust_remote_code)
+    rows = config and getattr(config.get_text_config(), "vocab_size", None)
+    if rows:
+        check_vocabulary(tokenizer, rows, path)
+        if (tokenizer.pad_token_id or 0) >= rows:
+            tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def find_config(path: str | Path, *, trust_remote_code: bool = False) -> Any:
+    """The configuration of a model directory or hub name; None where there is none, as beside an adapter."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError):
+        return None
+
+
+def check_vocabulary(tokenizer: Any, rows: int, path: str | Path) -> None:
+    """Raise UserError for tokens that a conversation can hold and for which the embedding, of `rows` rows, has none.
+
+    Special tokens that neither the chat template nor an end of sequence writes, such as Gemma 3's for images, may be beyond it.
+    """
+    template = str(tokenizer.chat_template or "")
+    added, ends = tokenizer.added_tokens_decoder, {tokenizer.bos_token_id, tokenizer.eos_token_id}
+    beyond = [
+        token
+        for token, id_ in tokenizer.get_vocab().items()
+        if id_ >= rows and (id_ in ends or token in template or id_ not in added or not added[id_].special)
+    ]
+    if beyond:
+        raise UserError(
+            f"model.path: the tokenizer of {path} has {len(beyond)} tokens, {min(beyond)!r} for one, that are beyond the {rows} rows of the "
+            "model's embedding. Cause: tokens were added, and the model was not resized. Cure: "
+            "model.resize_token_embeddings(len(tokenizer)) and save_pretrained, or a tokenizer without them"
+        )
 
 
 def load_policy(options: ModelOptions, dtype: torch.dtype | None = None) -> Any:
@@ -57,7 +96,13 @@ def write_random_policy(options: ModelOptions, directory: Path, seed: int) -> No
 
 
 def save_policy(model: Any, tokenizer: Any, directory: Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-    """Write a Hugging Face checkpoint: safetensors under the architecture's checkpoint names, and the tokenizer."""
+    """Write a Hugging Face checkpoint: safetensors under the architecture's checkpoint names, and the tokenizer.
+
+    Its `generation_config.json` names all tokens that end a completion, so that whoever loads it stops where training did.
+    """
+    if (generation := getattr(model, "generation_config", None)) is not None:
+        ends = ends_of(generation, tokenizer)
+        generation.eos_token_id = ends[0] if len(ends) == 1 else ends
     with no_progress_bars():
         model.save_pretrained(directory, state_dict=state_dict)
     tokenizer.save_pretrained(directory)
@@ -86,16 +131,50 @@ def has_fused_experts(model: Any) -> bool:
     return any(name.endswith("experts.gate_up_proj") for name, _ in model.named_parameters())
 
 
-def stop_token_ids(path: str | Path, tokenizer: Any) -> list[int]:
-    """The tokens that end a completion: the tokenizer's and those of generation_config.json."""
-    stops = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
-    file = Path(path) / "generation_config.json"
-    if file.is_file():
-        declared = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") or []
-        stops += [declared] if isinstance(declared, int) else list(declared)
+def stop_token_ids(model: ModelOptions, tokenizer: Any) -> list[int]:
+    """The tokens that end a completion, in ascending order. Raises UserError where a model has none.
+
+    They are the tokenizer's end of sequence, those that the model's `generation_config.json` names (where it has no such file, its
+    `config.json`), and the one with which the chat template ends an answer.
+    """
+    from transformers import GenerationConfig
+
+    try:
+        generation = GenerationConfig.from_pretrained(model.path)
+    except OSError:
+        config = find_config(model.path, trust_remote_code=model.trust_remote_code)
+        generation = GenerationConfig() if config is None else GenerationConfig.from_model_config(config)
+    stops = ends_of(generation, tokenizer)
     if not stops:
-        raise UserError(f"model.path: {path} declares no end-of-sequence token, so no completion could end")
-    return sorted(set(stops))
+        raise UserError(f"model.path: {model.path} declares no end-of-sequence token, so no completion could end")
+    return stops
+
+
+def ends_of(generation: Any, tokenizer: Any) -> list[int]:
+    """The tokens with which a generation configuration, a tokenizer and its chat template end an answer."""
+    declared = generation.eos_token_id
+    ends = {tokenizer.eos_token_id, turn_end(tokenizer), *(declared if isinstance(declared, list) else [declared])}
+    return sorted(ends - {None})
+
+
+def turn_end(tokenizer: Any) -> int | None:
+    """The first added token that the chat template writes after an answer; None without a template, or without such a token.
+
+    Raises UserError where the template cannot be rendered.
+    """
+    if not tokenizer.chat_template:
+        return None
+    answer = "\ue000"
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
+    try:
+        _, _, after = tokenizer.apply_chat_template(messages, tokenize=False).rpartition(answer)
+    except Exception as error:  # a template is a program, and may raise anything
+        raise UserError(
+            f"{tokenizer.name_or_path}: its chat template cannot be rendered: {first_line(error)}"
+        ) from None
+    added = tokenizer.added_tokens_decoder
+    ids = tokenizer(after, add_special_tokens=False)["input_ids"]
+    return next((id_ for id_ in ids if id_ in added and not added[id_].content.isspace()), None)
 
 
 def first_line(error: Exception) -> str:

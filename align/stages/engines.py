@@ -95,7 +95,7 @@ def start_engines(recipe: SamplingRecipe, policy: ModelOptions, tokenizer: Any, 
     """
     if isinstance(recipe, PolicyRecipe) and recipe.learner.port is not None:
         check_port(recipe.learner.port)
-    stops = stop_token_ids(policy.path, tokenizer)
+    stops = stop_token_ids(policy, tokenizer)
     transport = transport_of(recipe, run.directory.path.absolute() / "weights")
     rollout = recipe.rollout
     if isinstance(transport, Adapters) and isinstance(recipe, PolicyRecipe) and recipe.learner.lora:

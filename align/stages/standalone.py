@@ -25,7 +25,7 @@ PROBES = ["What is 17 + 25?", "Write a sentence about the sea.", "1, 2, 3,", "na
 
 def start_fleet(model: ModelOptions, rollout: FleetOptions, tokenizer: Any) -> Fleet:
     """Rollout workers with a model (Ray must be running)."""
-    stops = stop_token_ids(model.path, tokenizer)
+    stops = stop_token_ids(model, tokenizer)
     return Fleet(model.path, model.dtype, rollout, stops, trust_remote_code=model.trust_remote_code)
 
 
