@@ -330,7 +330,7 @@ def model_of(options: argparse.Namespace) -> ModelOptions:
 
 def merge_adapter(options: argparse.Namespace) -> int:
     """`align merge ADAPTER OUT`."""
-    from align.model.lora import merge_adapter as merge
+    from align.model.merging import merge_adapter as merge
 
     origin = merge(options.adapter, options.out, options.base)
     print(f"{options.adapter} on {origin}, merged, is in {options.out}")

@@ -15,7 +15,15 @@ from typing import Any
 
 from align.config import ModelOptions, check_model_directory
 from align.errors import UserError
-from align.model.policy import DTYPES, first_line, no_progress_bars, save_policy, turn_end
+from align.model.policy import (
+    DTYPES,
+    check_written,
+    first_line,
+    no_progress_bars,
+    probe_logits,
+    save_policy,
+    turn_end,
+)
 
 MAGIC = b"GGUF"
 PLAIN_TYPES = ("F32", "F16", "BF16", "F64")
@@ -221,13 +229,16 @@ def write_model(contents: Contents, tokenizer: Any, directory: Path, dtype: str)
     stops = stop_tokens(contents, tokenizer)
     model.generation_config.eos_token_id = stops
     save_policy(model, tokenizer, directory)
+    check_written(directory, probe_logits(model))
     return stops
 
 
 def stop_tokens(contents: Contents, tokenizer: Any) -> list[int]:
     """The file's end tokens, and the one that its template writes after an answer. Raises UserError where there is none."""
     keys = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
-    stops = {int(contents.fields[key]) for key in keys if key in contents.fields} | {turn_end(tokenizer)} - {None}
+    stops = {int(contents.fields[key]) for key in keys if key in contents.fields}
+    if (end := turn_end(tokenizer)) is not None:
+        stops.add(end)
     if not stops:
         raise UserError(
             f"{contents.file} names no end token (tokenizer.ggml.eos_token_id), and its chat template writes none after an "

@@ -10,6 +10,7 @@ import torch
 
 from align.config import ModelOptions
 from align.errors import UserError
+from align.model.older_forms import add_older_forms
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -98,6 +99,7 @@ def write_random_policy(options: ModelOptions, directory: Path, seed: int) -> No
 def save_policy(model: Any, tokenizer: Any, directory: Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
     """Write a Hugging Face checkpoint: safetensors under the architecture's checkpoint names, and the tokenizer.
 
+    Versions 4 and 5 of transformers read it.
     Its `generation_config.json` names all tokens that end a completion, so that whoever loads it stops where training did.
     """
     if (generation := getattr(model, "generation_config", None)) is not None:
@@ -106,6 +108,41 @@ def save_policy(model: Any, tokenizer: Any, directory: Path, state_dict: dict[st
     with no_progress_bars():
         model.save_pretrained(directory, state_dict=state_dict)
     tokenizer.save_pretrained(directory)
+    add_older_forms(directory, model.config, tokenizer)
+
+
+def probe_logits(model: Any) -> torch.Tensor:
+    """What a policy or a reward model computes for a few ids from all over its vocabulary, in float32 on the CPU."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    ids = torch.linspace(0, rows - 1, 32).long()[None].to(model.device)
+    with torch.no_grad():
+        logits: torch.Tensor = model.eval()(input_ids=ids, use_cache=False).logits
+    return logits.float().cpu()
+
+
+def check_written(directory: Path, expected: torch.Tensor) -> None:
+    """Raise UserError unless the checkpoint in `directory` opens as it stands and computes the `probe_logits` that are expected.
+
+    They may differ by 0.1 % of the largest in float32; in a coarser dtype, where merged weights are rounded, by 5 %.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    architectures = find_config(directory).architectures or [""]
+    classifies = architectures[0].endswith("ForSequenceClassification")
+    kind = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
+    try:
+        load_tokenizer(directory)
+        with no_progress_bars():
+            model, report = kind.from_pretrained(directory, dtype="auto", output_loading_info=True)
+        found = probe_logits(model)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"what was written cannot be loaded again, so it was removed: {first_line(error)}") from None
+    lost = sorted(map(str, {*report["missing_keys"], *report["mismatched_keys"], *report["unexpected_keys"]}))
+    tolerance = 1e-3 if model.dtype == torch.float32 else 5e-2
+    apart = float((found - expected).abs().max()) if found.shape == expected.shape else float("inf")
+    if lost or not apart <= tolerance * float(expected.abs().max()):
+        reason = f"{lost[0]} is not what the model needs" if lost else f"its logits are off by {apart:.2g}"
+        raise UserError(f"what was written is another model than was to be written, so it was removed: {reason}")
 
 
 @contextmanager
