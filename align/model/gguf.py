@@ -216,9 +216,16 @@ def write_model(contents: Contents, tokenizer: Any, directory: Path, dtype: str)
     file = contents.file
     try:
         with no_progress_bars():
-            model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=DTYPES[dtype])
+            model, report = AutoModelForCausalLM.from_pretrained(
+                file.parent, gguf_file=file.name, dtype=DTYPES[dtype], output_loading_info=True
+            )
     except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError) as error:
         raise UserError(f"{file}: transformers cannot load its weights: {first_line(error)}") from None
+    tied = set(getattr(model, "_tied_weights_keys", None) or ()) if model.config.tie_word_embeddings else set()
+    if lost := sorted(map(str, {*report["missing_keys"], *report["mismatched_keys"]} - tied)):
+        raise UserError(
+            f"{file}: {len(lost)} of its tensors do not have the shapes that its metadata give, or are not there, {lost[0]} for one"
+        )
     # The weights are plain numbers from here on.
     for name in ("quantization_config", "_pre_quantization_dtype"):
         if hasattr(model.config, name):

@@ -20,7 +20,9 @@ def add_older_forms(directory: Path, config: Any, tokenizer: Any) -> None:
 def _edit(file: Path, change: Any) -> None:
     if file.is_file():
         written = json.loads(file.read_text(encoding="utf-8"))
-        file.write_text(json.dumps(change(written), indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+        file.write_text(
+            json.dumps(change(written), indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8"
+        )
 
 
 def _older_config(written: dict[str, Any], config: Any) -> dict[str, Any]:

@@ -89,9 +89,7 @@ def test_an_adapter_with_added_tokens_brings_its_embedding(
     assert load_tokenizer(tmp_path / "out").convert_tokens_to_ids("</think>") == len(tokenizer) - 1
 
 
-def test_a_checkpoint_that_computes_something_else_is_not_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_checkpoint_that_computes_something_else_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     origin = base(tmp_path / "base", tied=True)
     adapted(origin, tmp_path / "adapter", target_modules=["lm_head"])
     monkeypatch.setattr(merging, "prepare_embeddings", lambda *_: None)
