@@ -254,6 +254,6 @@ def test_what_is_written_is_loaded_again_before_it_counts(
         (directory / "config.json").write_text(json.dumps(config))
 
     monkeypatch.setattr(converting, "save_policy", another)
-    with pytest.raises(UserError, match="what was written .* so it was removed"):
+    with pytest.raises(UserError, match=r"what was written .* so it was removed"):
         convert_gguf(make(), tmp_path / "out", dtype="float32")
     assert not (tmp_path / "out").exists()

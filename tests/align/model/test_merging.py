@@ -93,6 +93,6 @@ def test_a_checkpoint_that_computes_something_else_is_not_kept(tmp_path: Path, m
     origin = base(tmp_path / "base", tied=True)
     adapted(origin, tmp_path / "adapter", target_modules=["lm_head"])
     monkeypatch.setattr(merging, "prepare_embeddings", lambda *_: None)
-    with pytest.raises(UserError, match="another model than was to be written.*logits are off by"):
+    with pytest.raises(UserError, match=r"another model than was to be written.*logits are off by"):
         merge_adapter(tmp_path / "adapter", tmp_path / "out", str(origin))
     assert [p.name for p in tmp_path.iterdir() if "out" in p.name] == []
