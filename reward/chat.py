@@ -40,12 +40,12 @@ def encode_prompt(tokenizer: Any, messages: Messages) -> list[int]:
 
 
 def encode_example(tokenizer: Any, messages: Messages, response: str) -> tuple[list[int], int]:
-    """The ids of prompt, response and one end-of-sequence token, and how many of them are the prompt's.
+    """The ids of prompt, response and the token that ends it, and how many of them are the prompt's.
 
     The prompt's are those of `encode_prompt`; the others are what the template renders for a response, white space and
-    thoughts included. Of what it writes after the response, nothing is kept behind the end-of-sequence token; where there
-    is none, it is appended. Raises RewardError as `encode_prompt` does, where there is no end-of-sequence token, and where
-    the conversation with its response does not begin with the prompt.
+    thoughts included, up to the token of `end_of_answer`, which is appended where the template writes none. Raises RewardError as
+    `encode_prompt` does, where nothing could end a response, and where the conversation with its response does not begin with
+    the prompt.
     """
     asked = _tokenised(tokenizer, messages, answering=True)
     answered = [*messages, {"role": "assistant", "content": response}]
@@ -57,15 +57,26 @@ def encode_example(tokenizer: Any, messages: Messages, response: str) -> tuple[l
             "thought out, or use a template that finds it in the response"
         )
     length = len(asked.ids)
-    end = tokenizer.eos_token_id
-    if end is None:
+    around = _surroundings(tokenizer, _template(tokenizer), _roles(messages))
+    if around.end is None:
         raise RewardError(
             f"the tokenizer of {_name(tokenizer)} has no eos_token: set it in tokenizer_config.json, or the model never "
             "learns to stop"
         )
-    ends = [place for place in range(length, len(ids)) if ids[place] == end]
-    written = _surroundings(tokenizer, _template(tokenizer), _roles(messages)).ends
-    return [*(ids[: ends[-written]] if 0 < written <= len(ends) else ids), end], length
+    ends = [place for place in range(length, len(ids)) if ids[place] == around.end]
+    return [*(ids[: ends[-around.ends]] if 0 < around.ends <= len(ends) else ids), around.end], length
+
+
+def end_of_answer(tokenizer: Any) -> int | None:
+    """The token that ends an answer in the chat template's rendering: the end of sequence, or the template's own end of turn.
+
+    Where the template writes neither, or there is no template, it is the tokenizer's end of sequence. Raises RewardError where the
+    template cannot be rendered.
+    """
+    if not tokenizer.chat_template:
+        end: int | None = tokenizer.eos_token_id
+        return end
+    return _surroundings(tokenizer, _template(tokenizer), ("user",)).end
 
 
 def decode_completion(tokenizer: Any, token_ids: Sequence[int]) -> str:
@@ -118,8 +129,10 @@ class _Surroundings(NamedTuple):
     before: str | None
     """Its text between the prompt and an answer; None where it renders no answer that continues the prompt."""
     after: str
+    end: int | None
+    """The token that ends an answer; None where the template writes none and the tokenizer has none."""
     ends: int
-    """How many end-of-sequence tokens it writes after the answer."""
+    """How often the template writes that token after the answer."""
 
 
 class _Vocabulary(NamedTuple):
@@ -212,18 +225,22 @@ def _surroundings(tokenizer: Any, template: str, roles: tuple[str, ...]) -> _Sur
     try:
         whole = _outline(tokenizer, template, (*roles, "assistant"), False).text
     except RewardError:
-        return _Surroundings(opened, None, "", 0)
+        return _Surroundings(opened, None, "", tokenizer.eos_token_id, 0)
     before, _, after = whole.rpartition(_PLACEHOLDER.format(len(roles)))
     after_ids = _encode(tokenizer, after, first=False)
-    ends = after_ids.count(tokenizer.eos_token_id)
+    end, added = tokenizer.eos_token_id, tokenizer.added_tokens_decoder
+    if end not in after_ids:
+        end = next((id_ for id_ in reversed(after_ids) if id_ in added and not added[id_].content.isspace()), end)
+    ends = after_ids.count(end)
     if ends:
-        after_ids = after_ids[: after_ids.index(tokenizer.eos_token_id)]
+        after_ids = after_ids[: after_ids.index(end)]
     return _Surroundings(
         opened,
         decode_completion(tokenizer, _encode(tokenizer, before[len(prompt) :], first=False))
         if before.startswith(prompt)
         else None,
         decode_completion(tokenizer, after_ids),
+        end,
         ends,
     )
 

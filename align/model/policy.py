@@ -11,6 +11,8 @@ import torch
 from align.config import ModelOptions
 from align.errors import UserError
 from align.model.older_forms import add_older_forms
+from reward import RewardError
+from reward.chat import end_of_answer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -195,23 +197,11 @@ def ends_of(generation: Any, tokenizer: Any) -> list[int]:
 
 
 def turn_end(tokenizer: Any) -> int | None:
-    """The first added token that the chat template writes after an answer; None without a template, or without such a token.
-
-    Raises UserError where the template cannot be rendered.
-    """
-    if not tokenizer.chat_template:
-        return None
-    answer = "\ue000"
-    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
+    """`reward.chat.end_of_answer`. Raises UserError where the chat template cannot be rendered."""
     try:
-        _, _, after = tokenizer.apply_chat_template(messages, tokenize=False).rpartition(answer)
-    except Exception as error:  # a template is a program, and may raise anything
-        raise UserError(
-            f"{tokenizer.name_or_path}: its chat template cannot be rendered: {first_line(error)}"
-        ) from None
-    added = tokenizer.added_tokens_decoder
-    ids = tokenizer(after, add_special_tokens=False)["input_ids"]
-    return next((id_ for id_ in ids if id_ in added and not added[id_].content.isspace()), None)
+        return end_of_answer(tokenizer)
+    except RewardError as error:
+        raise UserError(str(error)) from None
 
 
 def first_line(error: Exception) -> str:

@@ -18,7 +18,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokeniz
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from reward import Mixture, RewardError, RewardTerm, Sample
-from reward.chat import answer_text, decode_completion, encode_example, encode_prompt
+from reward.chat import answer_text, decode_completion, encode_example, encode_prompt, end_of_answer
 
 NANO = AutoTokenizer.from_pretrained(Path(__file__).parents[2] / "recipes" / "nano" / "policy")
 TRL = Path(str(find_spec("trl").origin)).parent / "chat_templates"  # type: ignore[union-attr]
@@ -166,8 +166,8 @@ def test_an_example_is_the_rendering_of_the_conversation_or_refused_by_name(temp
             ids, length = encode_example(tokenizer, messages, answer)
             assert ids[:length] == encode_prompt(tokenizer, messages)
             whole = ids_of(tokenizer, rendered(tokenizer, [*messages, assistant(answer)], answering=False))
-            # The end-of-sequence token is the rendering's, or appended to it.
-            assert ids[-1] == tokenizer.eos_token_id
+            # The end is the rendering's, or appended to it.
+            assert ids[-1] == end_of_answer(tokenizer)
             assert ids == whole[: len(ids)] or ids[:-1] == whole
             # What a template drops or trims is not to be found again, but the target stays the same.
             assert encode_example(tokenizer, messages, answer_text(tokenizer, messages, ids[length:])) == (ids, length)

@@ -131,10 +131,16 @@ def test_of_chatml_the_end_of_the_message_is_trained_and_the_line_break_is_not()
     assert CHATML_TOKENIZER.decode(ids[length:]) == "A<|im_end|>"
 
 
-def test_an_end_of_sequence_that_the_template_lacks_is_appended():
+def test_an_answer_ends_with_the_templates_own_end_of_turn_where_it_writes_no_end_of_sequence():
     tokenizer = byte_level(eos="<|endoftext|>")
     ids, length = encode_example(tokenizer, user("Q"), "A")
-    assert tokenizer.decode(ids[length:]) == "A<|im_end|>\n<|endoftext|>"
+    assert tokenizer.decode(ids[length:]) == "A<|im_end|>"
+
+
+def test_an_end_that_the_template_lacks_is_appended():
+    tokenizer = byte_level("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", eos="<|endoftext|>")
+    ids, length = encode_example(tokenizer, user("Q"), "A")
+    assert tokenizer.decode(ids[length:]) == "assistant: A\n<|endoftext|>"
 
 
 @pytest.mark.parametrize("content", HOSTILE)
@@ -246,7 +252,7 @@ def test_a_template_that_is_replaced_is_not_remembered():
 
 def test_a_tokenizer_without_an_end_of_sequence():
     with pytest.raises(UserError, match="has no eos_token"):
-        encode_example(byte_level(eos=None), user("Q"), "A")
+        encode_example(byte_level("{% for m in messages %}{{ m.content }}{% endfor %}", eos=None), user("Q"), "A")
 
 
 def test_decoding_leaves_out_special_tokens_and_nothing_else():

@@ -173,7 +173,7 @@ def test_a_template_can_be_given(make: Make, tmp_path: Path) -> None:
         ({"tokens": []}, "has no tokenizer"),
         ({"rows": 100}, "the tokenizer has 261 tokens, the model an embedding for 100"),
         ({"end": None, "template": "{{ messages[-1]['content'] }}"}, "no answer could end"),
-        ({"template": "{{ nothing.there }}"}, "its chat template cannot be rendered"),
+        ({"template": "{{ nothing.there }}"}, "refuses messages of user"),
     ],
 )
 def test_a_file_that_cannot_become_a_policy_is_refused(

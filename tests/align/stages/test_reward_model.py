@@ -1,6 +1,8 @@
 """A reward model from a random policy and preferences that can be learnt: chosen completions say please."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -171,6 +173,15 @@ def test_as_a_reward_it_gives_the_same_order_on_the_scale_of_its_notes(trained: 
     recorded = [row[f"{side}_reward"] for row in rows for side in ("chosen", "rejected")]
     assert found == pytest.approx([(value - notes["mean"]) / notes["std"] for value in recorded], abs=1e-3)
     assert sorted(range(40), key=found.__getitem__) == sorted(range(40), key=recorded.__getitem__)
+
+
+def test_it_says_how_to_call_it_without_this_project(trained: Path) -> None:
+    code = (trained / "final" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    sample = Sample(id="1", prompt="What is 1 + 1?", completion="2", answer=None, domain="chat")
+    mixture = Mixture([RewardTerm(name="reward_model", params={"path": str(trained / "final")})])
+    mixture.make_ready()
+    assert mixture.score([sample])[0].value == pytest.approx(float(printed), abs=1e-4)
 
 
 def test_a_reward_model_learns_on_from_what_it_was_with_a_tenth_of_earlier_pairs(trained: Path, tmp_path: Path) -> None:
