@@ -15,7 +15,7 @@ from typing import Any
 
 from align.config import ModelOptions, check_model_directory
 from align.errors import UserError
-from align.model.policy import DTYPES, first_line, no_progress_bars
+from align.model.policy import DTYPES, first_line, no_progress_bars, save_policy
 
 MAGIC = b"GGUF"
 PLAIN_TYPES = ("F32", "F16", "BF16", "F64")
@@ -220,9 +220,7 @@ def write_model(contents: Contents, tokenizer: Any, directory: Path, dtype: str)
     model.config.name_or_path = str(contents.fields.get("general.name", file.stem))
     stops = stop_tokens(contents, tokenizer)
     model.generation_config.eos_token_id = stops if len(stops) > 1 else stops[0]
-    with no_progress_bars():
-        model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
+    save_policy(model, tokenizer, directory)
     return stops
 
 

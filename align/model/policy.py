@@ -61,6 +61,13 @@ def save_policy(model: Any, tokenizer: Any, directory: Path, state_dict: dict[st
     with no_progress_bars():
         model.save_pretrained(directory, state_dict=state_dict)
     tokenizer.save_pretrained(directory)
+    let_weights_be_read_like(directory / "config.json")
+
+
+def let_weights_be_read_like(file: Path) -> None:
+    """Give the safetensors files beside `file` its mode, which the umask chose: the library itself makes them 0600."""
+    for weights in file.parent.glob("*.safetensors"):
+        weights.chmod(file.stat().st_mode & 0o777)
 
 
 @contextmanager
