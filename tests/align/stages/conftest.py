@@ -196,7 +196,7 @@ def train(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Stag
         learner = FakeLearner(missing=list(missing))
         fixed = ["init_from=null"] if name == "grpo" else []
         recipe = load_recipe(
-            Path(f"recipes/nano/{name}.yaml"), [*fixed, f"run.dir={tmp_path / 'run'}", "evaluation.limit=4", *overrides]
+            Path(f"recipes/nano/{name}.yaml"), [*fixed, f"run.dir={tmp_path / 'run'}", "evaluation.limit=4", "data={card: nano_math, limit: 64}", *overrides]
         )
         assert isinstance(recipe, PolicyRecipe)
 
