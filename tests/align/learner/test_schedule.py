@@ -16,7 +16,9 @@ def rates(steps: int, **options: object) -> list[float]:
 
 
 def test_the_warm_up_rises_by_equal_parts_to_the_whole_rate() -> None:
-    assert rates(8, warmup_steps=4, schedule="constant") == pytest.approx([TOP * x for x in (0.25, 0.5, 0.75, *[1] * 5)])
+    assert rates(8, warmup_steps=4, schedule="constant") == pytest.approx(
+        [TOP * x for x in (0.25, 0.5, 0.75, *[1] * 5)]
+    )
 
 
 def test_the_cosine_falls_from_the_whole_rate_to_the_final_share_of_it() -> None:

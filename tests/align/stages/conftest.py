@@ -109,7 +109,7 @@ class FakeLearner:
     """A learner of which each gradient has the norm 1. Its log-probability of token t of sequence number n is -(n + 1) / (t + 1)."""
 
     sent: int = 0
-    entropy: float = 1.0
+    difference: float = 0.0
     missing: list[str] = field(default_factory=list)
     batches: list[Accumulated] = field(default_factory=list)
     asked: list[tuple[int, float, int]] = field(default_factory=list)
@@ -125,7 +125,8 @@ class FakeLearner:
     def accumulate(self, sequences: Sequence[TrainingSequence], objective: Objective) -> Sums:
         self.batches.append(Accumulated(list(sequences), objective))
         tokens = sum(s.completion_length for s in sequences)
-        return Sums(tokens=tokens, padded_tokens=tokens, entropy=self.entropy * tokens, compared=tokens, loss=0.5)
+        apart = self.difference * tokens
+        return Sums(tokens=tokens, padded_tokens=tokens, entropy=tokens, compared=tokens, difference=apart, loss=0.5)
 
     def apply(self, learning_rate: float) -> float:
         self.batches[-1].rate = learning_rate
@@ -185,18 +186,25 @@ class Stage:
 
 @pytest.fixture
 def train(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Stage]:
-    """Runs the stage of a nano recipe with some changes: `train("grpo", "grpo.steps=2", write=...)`."""
+    """Runs the stage of a nano recipe with some changes: `train("grpo", "grpo.steps=2", write=..., missing=[...])`; what is not known is the learner's."""
 
     def run_stage(
         name: str,
         *overrides: str,
         write: Callable[[int, int, int], Mapping[str, Any]] = lambda step, place, index: {"worth": float(index % 2)},
-        missing: Sequence[str] = (),
+        **learns: Any,
     ) -> Stage:
-        learner = FakeLearner(missing=list(missing))
+        learner = FakeLearner(**learns)
         fixed = ["init_from=null"] if name == "grpo" else []
         recipe = load_recipe(
-            Path(f"recipes/nano/{name}.yaml"), [*fixed, f"run.dir={tmp_path / 'run'}", "evaluation.limit=4", "data={card: nano_math, limit: 64}", *overrides]
+            Path(f"recipes/nano/{name}.yaml"),
+            [
+                *fixed,
+                f"run.dir={tmp_path / 'run'}",
+                "evaluation.limit=4",
+                "data={card: nano_math, limit: 64}",
+                *overrides,
+            ],
         )
         assert isinstance(recipe, PolicyRecipe)
 
@@ -227,4 +235,3 @@ def train(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Stag
         return stage
 
     return run_stage
-

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from align.evaluate.agreement import AgreementError
 from align.learner.schedule import learning_rate
 
 SMALL = ("grpo.steps=2", "grpo.prompts_per_step=2", "grpo.group_size=4", "evaluation.before=false")
@@ -71,9 +72,7 @@ def test_what_the_recipe_leaves_out_is_neither_trained_on_nor_in_a_denominator(
         ("sequence_sum", lambda length: 1 / 8),
     ],
 )
-def test_tokens_weigh_what_the_aggregation_says(
-    train: Any, aggregation: str, weight: Callable[[int], float]
-) -> None:
+def test_tokens_weigh_what_the_aggregation_says(train: Any, aggregation: str, weight: Callable[[int], float]) -> None:
     stage = train("grpo", *SMALL, f"grpo.aggregation={aggregation}", write=write)
     assert [s.weight for s in first_batch(stage)] == pytest.approx([weight(length) for length in LENGTHS * 2])
 
@@ -203,12 +202,29 @@ def train_again(train: Any, written: Any) -> list[Any]:
 def test_what_never_had_a_gradient_is_told_after_ten_steps_that_taught_something(train: Any) -> None:
     stage = train("grpo", *SMALL, "grpo.steps=12", missing=["experts.gate_up_proj[3]"])
     told = [event["message"] for event in stage.warnings]
-    assert told == [
-        "1 trainable parameters or experts have had no gradient in 10 steps: experts.gate_up_proj[3]"
-    ]
+    assert told == ["1 trainable parameters or experts have had no gradient in 10 steps: experts.gate_up_proj[3]"]
     assert stage.learner.asked_for_missing == 1
+
+
+def test_a_sampler_of_other_log_probabilities_stops_the_run_before_the_update(train: Any) -> None:
+    with pytest.raises(AgreementError, match="GRPO step 1: sampler and learner differ by 5.0e-01"):
+        train("grpo", *SMALL, difference=0.5)
 
 
 def test_it_is_evaluated_before_after_and_every_so_many_steps(train: Any) -> None:
     stage = train("grpo", *SMALL, "grpo.steps=5", "evaluation.every=2", "evaluation.before=true")
     assert stage.evaluated == ["before GRPO", "GRPO step 2", "GRPO step 4", "after GRPO"]
+
+
+def test_a_run_that_goes_on_samples_with_the_weights_and_the_version_that_it_had(train: Any) -> None:
+    def stopped(step: int, place: int, index: int) -> Mapping[str, Any]:
+        if step == 3:
+            raise KeyboardInterrupt
+        return {"worth": float(index % 2)}
+
+    with pytest.raises(KeyboardInterrupt):
+        train("grpo", *SMALL, "grpo.steps=5", "save_every=2", write=stopped)
+    stage = train("grpo", *SMALL, "grpo.steps=5", "save_every=2")
+    assert [(call["step"], call["version"]) for call in stage.fleet.calls] == [(2, 2), (3, 3), (4, 4)]
+    assert [line["step"] for line in stage.steps] == [1, 2, 3, 4, 5]
+    assert stage.fleet.loaded == [(1, 2), (2, 3), (3, 4), (4, 5)]
