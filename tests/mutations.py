@@ -18,6 +18,7 @@ import time
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -195,7 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{time.monotonic() - started:6.0f} s  unchanged: {len(found)} tests pass", flush=True)
         results = Path(directory) / "results.jsonl"
         parts = [chosen[number :: options.jobs] for number in range(options.jobs)]
-        in_processes([lambda t=tree, p=part: work(t, p, results) for tree, part in zip(trees, parts, strict=True)])
+        in_processes([partial(work, tree, part, results) for tree, part in zip(trees, parts, strict=True)])
         made = [json.loads(line) for line in results.read_text().splitlines()]
     missed = [line for line in made if line[1] not in (CAUGHT, SKIPPED_HERE)]
     print("\n" + "\n".join(table(missed)) if missed else "")

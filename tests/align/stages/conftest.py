@@ -6,6 +6,7 @@ They stand at the interfaces of rollout fleet, scoring pool and learner group; d
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -90,7 +91,7 @@ class FakeJudges:
     def gather(self, tickets: Sequence[list[Sample]]) -> list[list[SampleReward]]:
         rewards = [[self._reward(self.fleet.worth[sample.id]) for sample in samples] for samples in tickets]
         mixture = Mixture([RewardTerm(name="exact_answer")], infra_error_limit=1.0)
-        mixture.refuse_too_many_masked(sum(tickets, []), sum(rewards, []))
+        mixture.refuse_too_many_masked(list(chain(*tickets)), list(chain(*rewards)))
         return rewards
 
     def _reward(self, worth: float | Mapping[str, float] | None) -> SampleReward:

@@ -207,7 +207,7 @@ def test_what_never_had_a_gradient_is_told_after_ten_steps_that_taught_something
 
 
 def test_a_sampler_of_other_log_probabilities_stops_the_run_before_the_update(train: Any) -> None:
-    with pytest.raises(AgreementError, match="GRPO step 1: sampler and learner differ by 5.0e-01"):
+    with pytest.raises(AgreementError, match=r"GRPO step 1: sampler and learner differ by 5\.0e-01"):
         train("grpo", *SMALL, difference=0.5)
 
 
