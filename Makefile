@@ -15,7 +15,7 @@ STAMP := $(VENV)/.installed-$(ACCELERATOR)
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock sft grpo smol reward-models pipeline bench bench-rewards drill lint test test-slow test-architectures format clean
+.PHONY: help setup lock sft grpo smol reward-models pipeline bench bench-rewards drill lint test test-slow test-architectures mutations format clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -77,6 +77,9 @@ test-slow: $(STAMP) ## the nano recipe at full size on three seeds, and what els
 
 test-architectures: $(STAMP) ## SFT and GRPO of eight other architectures at nano size
 	$(BIN)/pytest -m architectures -s
+
+mutations: $(STAMP) ## break the code on purpose: do the tests notice? (ARGS="--only WORD")
+	$(BIN)/python tests/mutations.py $(ARGS)
 
 format: $(STAMP) ## format the code and mend what can be mended
 	$(BIN)/ruff check --fix .
