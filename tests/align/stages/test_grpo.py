@@ -182,21 +182,16 @@ def test_groups_that_could_not_be_judged_are_not_groups_of_equal_rewards(train: 
     assert [event for event in stage.warnings if "alarm" in event] == []
 
 
-def test_a_learned_reward_that_rises_while_the_trusted_one_falls_is_told(train: Any) -> None:
+@pytest.mark.parametrize(
+    ("guard", "told"), [("guard={learned: exact_answer, trusted: answer_format, window: 2}", 1), ("guard=null", 0)]
+)
+def test_a_learned_reward_that_rises_while_the_trusted_one_falls_is_told(train: Any, guard: str, told: int) -> None:
     def parted(step: int, place: int, index: int) -> Mapping[str, Any]:
         noise = 0.01 * index
         return {"worth": {"exact_answer": 0.1 * step + noise, "answer_format": 1 - 0.1 * step + noise}}
 
-    guard = "guard={learned: exact_answer, trusted: answer_format, window: 2}"
     stage = train("grpo", *SMALL, "grpo.steps=4", guard, write=parted)
-    assert [event["message"] for event in stage.warnings if "rose while" in event["message"]]
-    assert not [e for e in train_again(train, parted) if "rose while" in e["message"]]
-
-
-def train_again(train: Any, written: Any) -> list[Any]:
-    """The same without a guard."""
-    found: list[Any] = train("grpo", *SMALL, "grpo.steps=4", "run.overwrite=true", write=written).warnings
-    return found
+    assert sum("'exact_answer' rose while 'answer_format' fell" in e["message"] for e in stage.warnings) == told
 
 
 def test_what_never_had_a_gradient_is_told_after_ten_steps_that_taught_something(train: Any) -> None:
