@@ -106,12 +106,16 @@ def run_tests(tree: Path, tests: Sequence[str], out: Path) -> dict[str, tuple[st
         out.write_text(json.dumps(witness.found))
         os._exit(0)
     end = time.monotonic() + LIMIT_S
-    while os.waitpid(child, os.WNOHANG) == (0, 0):
-        if time.monotonic() > end:
-            os.killpg(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            return {}
-        time.sleep(0.1)
+    try:
+        while os.waitpid(child, os.WNOHANG) == (0, 0):
+            if time.monotonic() > end:
+                raise TimeoutError
+            time.sleep(0.1)
+    except BaseException as error:
+        os.killpg(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        if not isinstance(error, TimeoutError):
+            raise
     return json.loads(out.read_text()) if out.exists() else {}
 
 
@@ -162,11 +166,18 @@ def in_processes(calls: Sequence[Callable[[], None]]) -> None:
     children = []
     for call in calls:
         if (child := os.fork()) == 0:
-            call()
-            os._exit(0)
+            try:
+                call()
+            finally:
+                os._exit(0)
         children.append(child)
-    for child in children:
-        os.waitpid(child, 0)
+    try:
+        for child in children:
+            os.waitpid(child, 0)
+    except BaseException:
+        for child in children:
+            os.kill(child, signal.SIGTERM)
+        raise
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -183,6 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\n".join(mistakes), file=sys.stderr)
         return 2
     started = time.monotonic()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     for name in HEAVY:
         __import__(name)
     with tempfile.TemporaryDirectory(prefix="mutations-") as directory:
