@@ -161,8 +161,8 @@ class Experience:
     """What one step sampled: N completions with their rewards and advantages, in the order of prompts and index.
 
     `valid` [N] is false where nobody could judge; `kept` [N] is true for what is trained on; `uniform_groups` is the
-    share of groups whose rewards are all equal, which teach nothing, among those with two judged samples (NaN without any); `bad` tells which number of a sample is not finite,
-    `seen` are the others that were judged, for the alarms.
+    share of groups whose rewards are all equal, which teach nothing, among those with two judged samples (NaN without
+    any); `bad` tells which number of a sample is not finite, `seen` are the others that were judged, for the alarms.
     """
 
     completions: Sequence[Completion]
