@@ -67,7 +67,8 @@ class FakeFleet:
     def generate(
         self, prompts: Sequence[Prompt], group_size: int, sampling: SamplingOptions, **seeds: Any
     ) -> Iterator[Group]:
-        self.calls.append(seeds | {"sampling": sampling, "version": self.weight_version})
+        asked = {"sampling": sampling, "version": self.weight_version, "prompts": [prompt.id for prompt in prompts]}
+        self.calls.append(seeds | asked)
         for place, prompt in reversed(list(enumerate(prompts))):
             written = [Written(**self.write(seeds["step"], place, index)) for index in range(group_size)]
             self.worth |= {f"{prompt.id}#{index}": one.worth for index, one in enumerate(written)}
@@ -168,6 +169,7 @@ class Stage:
     run: Run
     fleet: FakeFleet
     learner: FakeLearner
+    data: Any = None
     checked: list[str] = field(default_factory=list)
     evaluated: list[str] = field(default_factory=list)
 
@@ -229,10 +231,11 @@ def train(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Stag
             stage = Stage(recipe, run, fleet, learner)
             engines = Engines(recipe.model, tokenizer, fleet, FakeJudges(fleet), ObjectStore())  # type: ignore[arg-type]
             if name == "grpo":
-                data = grpo.load_grpo_data(recipe, tokenizer, run)  # type: ignore[arg-type]
-                grpo.train_grpo(recipe, data, recipe.model, engines, run)  # type: ignore[arg-type]
+                stage.data = grpo.load_grpo_data(recipe, tokenizer, run)  # type: ignore[arg-type]
+                grpo.train_grpo(recipe, stage.data, recipe.model, engines, run)  # type: ignore[arg-type]
             else:
-                sft.train_sft(recipe, sft.load_sft_data(recipe, tokenizer, run), engines, run)  # type: ignore[arg-type]
+                stage.data = sft.load_sft_data(recipe, tokenizer, run)  # type: ignore[arg-type]
+                sft.train_sft(recipe, stage.data, engines, run)  # type: ignore[arg-type]
         return stage
 
     return run_stage

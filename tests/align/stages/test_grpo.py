@@ -8,6 +8,7 @@ import pytest
 
 from align.evaluate.agreement import AgreementError
 from align.learner.schedule import learning_rate
+from align.stages.examples import items_of_step
 
 SMALL = ("grpo.steps=2", "grpo.prompts_per_step=2", "grpo.group_size=4", "evaluation.before=false")
 REWARDS = ((0.0, 1.0, 1.0, 4.0), (2.0, 2.0, 2.0, 2.0))
@@ -134,7 +135,9 @@ def test_each_step_is_drawn_with_the_seed_the_step_and_the_weights_of_the_step_b
         (3, 1, 1),
         (3, 2, 2),
     ]
-    assert all(call["sampling"] == stage.recipe.sampling for call in stage.fleet.calls)
+    for step, call in enumerate(stage.fleet.calls):
+        assert call["prompts"] == [e.id for e in items_of_step(stage.data.sources, seed=3, step=step)]
+        assert call["sampling"] == stage.recipe.sampling
     assert stage.fleet.loaded == [(1, 1), (2, 2), (3, 3)]
     assert stage.checked == ["before GRPO", "after GRPO"]
 
