@@ -1,6 +1,6 @@
 """Break the code on purpose, one change after the other: the tests that `mutations.toml` names for a change must fail with it.
 
-    python tests/mutations.py [--only WORD] [--jobs N] [--list]
+    python tests/mutations.py [--only WORD ...] [--jobs N] [--list]
 
 Each change is made in a temporary copy of the tree. First all named tests must pass there without any. With a change each of its
 tests must fail in its own body, and not because the code can no longer be imported or called. Exits 0 when all changes were caught.
@@ -182,11 +182,13 @@ def in_processes(calls: Sequence[Callable[[], None]]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--only", default="", help="changes whose name, file or tests have this in them")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], help="changes whose name, file or tests have a word of these"
+    )
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="changes that are tried at once")
     parser.add_argument("--list", action="store_true", help="only show the changes")
     options = parser.parse_args(arguments)
-    chosen = [m for m in mutations() if options.only in f"{m.name} {m.file} {m.tests}"]
+    chosen = [m for m in mutations() if any(word in f"{m.name} {m.file} {m.tests}" for word in options.only)]
     if options.list:
         print("\n".join(f"{m.name}  ({m.file})" for m in chosen))
         return 0
