@@ -20,6 +20,7 @@ WAYS = {
     "zero-1": (LearnerOptions(ranks=2, zero_stage=1, optimizer=OPTIMIZER), "float32"),
     "zero-3": (LearnerOptions(ranks=2, zero_stage=3, optimizer=OPTIMIZER), "float32"),
     "zero-2 in bfloat16": (LearnerOptions(ranks=2, zero_stage=2, optimizer=OPTIMIZER), "bfloat16"),
+    "zero-1 in bfloat16": (LearnerOptions(ranks=2, zero_stage=1, optimizer=OPTIMIZER), "bfloat16"),
     "zero-0 in bfloat16": (LearnerOptions(ranks=1, zero_stage=0, optimizer=OPTIMIZER), "bfloat16"),
     "adapters with dropout": (
         LearnerOptions(ranks=1, zero_stage=1, optimizer=OPTIMIZER, lora=LoraOptions(rank=4, dropout=0.1)),
