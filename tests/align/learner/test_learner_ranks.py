@@ -128,7 +128,7 @@ def test_ten_steps_have_the_losses_and_the_weights_of_plain_pytorch(
     moved = torch.sqrt(sum((expected_weights[n] - before[n]).square().sum() for n in weights))
     apart = torch.sqrt(sum((expected_weights[n] - weights[n]).square().sum() for n in weights))
     print(f"apart {apart / moved:.5f}")
-    assert apart < 0.05 * moved
+    assert apart < 0.01 * moved
     unused = "model.embed_tokens.weight"
     shrunk = before[unused][UNUSED] * (1 - 1e-3 * DECAY) ** STEPS
     torch.testing.assert_close(weights[unused][UNUSED], shrunk, rtol=1e-5, atol=0)

@@ -77,6 +77,11 @@ def test_the_state_of_another_learner_is_refused(
         torch.save(state | {name: tensor.double()}, tmp_path / SHARED)
         with pytest.raises(UserError, match=r"float64 .* in the checkpoint, and torch.float32"):
             learner.load_state(tmp_path)
+        torch.save(state, tmp_path / SHARED)
+        own = torch.load(tmp_path / own_file(0), weights_only=True)
+        torch.save(own | {"masters": [tensor]}, tmp_path / own_file(0))
+        with pytest.raises(UserError, match="it has 1 groups of master copies, and this learner 0; another version"):
+            learner.load_state(tmp_path)
     finally:
         learner.close()
     assert (tmp_path / own_file(0)).exists()
