@@ -222,6 +222,8 @@ class LearnerRank(ABC):
         self._engine, self._optimizer, *_ = deepspeed.initialize(
             model=module, optimizer=lambda _: self._make_optimizer(module), config=config
         )
+        # Without ZeRO in bfloat16 DeepSpeed has taken an empty step, by which Adam would correct its moments wrongly.
+        self._engine.basic_optimizer.state.clear()
         route_in_float32(module)
         self._norm = 0.0
         if self._clips_itself:
@@ -323,7 +325,7 @@ class LearnerRank(ABC):
         groups = [group for group in groups if group["params"]]
         return torch.optim.AdamW(
             moe_groups(groups) if self._options.expert_parallel > 1 else groups,
-            lr=options.learning_rate,
+            lr=0.0,  # until `apply` sets it: DeepSpeed's empty step must not decay
             betas=options.betas,
             eps=options.eps,
         )
