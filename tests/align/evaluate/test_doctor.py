@@ -41,8 +41,8 @@ def assert_failed(check: Check, *words: str) -> None:
 
 def test_the_nano_policy_is_fit(policy: ModelOptions) -> None:
     checks = examine(policy, load_tokenizer(policy.path))
-    assert [check.outcome for check in checks] == [Outcome.OK] * 6
-    assert "6 checks, none failed" in verdict(checks, policy.path)
+    assert [check.outcome for check in checks] == [Outcome.OK] * 7
+    assert "7 checks, none failed" in verdict(checks, policy.path)
 
 
 def test_the_softmax_scale_of_v2_lite_is_the_reports() -> None:

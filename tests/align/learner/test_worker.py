@@ -14,7 +14,7 @@ from align.config import GrpoOptions, LearnerOptions, ModelOptions, OptimizerOpt
 from align.learner.batch import TrainingSequence
 from align.learner.expert_load import ExpertCounter
 from align.learner.objective import LogProbs, Objective
-from align.learner.worker import LearnerWorker
+from align.learner.worker import LearnerWorker, checkpoint_in_every_mode
 
 TEMPERATURE = 0.7
 RATE, DECAY = 0.1, 0.5
@@ -24,7 +24,7 @@ class PlainEngine:
     """What the worker asks of DeepSpeed's engine."""
 
     def __init__(self, module: torch.nn.Module, optimizer: torch.optim.Optimizer):
-        self.module, self.optimizer, self.global_rank = module, optimizer, 0
+        self.module, self.basic_optimizer, self.global_rank = module, optimizer, 0
         self.train, self.eval, self.step = module.train, module.eval, optimizer.step
 
     def __call__(self, **inputs: Any) -> Any:
@@ -61,6 +61,7 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> Callable[..., LearnerWorker]:
         made._device, made._pad_id = torch.device("cpu"), 0
         policy = network(0)
         made._start_engine(LogProbs(policy), policy)
+        made._checkpointed = checkpoint_in_every_mode(policy)
         made._reference = LogProbs(network(1)).eval().requires_grad_(False)
         made._shares_reference = False
         made._expert_counter = ExpertCounter(policy)
