@@ -15,7 +15,7 @@ STAMP := $(VENV)/.installed-$(ACCELERATOR)
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock sft grpo smol reward-models pipeline bench bench-rewards drill lint test test-slow test-architectures test-instruction-sets test-transformers4 format clean
+.PHONY: help setup lock sft grpo smol reward-models pipeline bench bench-rewards drill lint test test-slow test-architectures test-instruction-sets test-transformers4 mutations format clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -96,6 +96,9 @@ INSTRUCTION_SETS := default:AVX2 avx2:AVX2 avx512:AVX512_CORE
 test-instruction-sets: $(STAMP) ## what depends on a CPU's rounding, as CPUs with other instruction sets compute it
 	set -e; for pair in $(INSTRUCTION_SETS); do echo "== $$pair"; ATEN_CPU_CAPABILITY=$${pair%:*} ONEDNN_MAX_CPU_ISA=$${pair#*:} \
 	  $(BIN)/pytest $(or $(ARGS),tests/align/learner tests/align/losses tests/align/evaluate/test_agreement_gate.py tests/align/stages/test_reward_model.py); done
+
+mutations: $(STAMP) ## break the code on purpose: do the tests notice? (ARGS="--only WORD")
+	$(BIN)/python tests/mutations.py $(ARGS)
 
 format: $(STAMP) ## format the code and mend what can be mended
 	$(BIN)/ruff check --fix .

@@ -134,7 +134,9 @@ class Mixture:
         share = len(reasons) / len(samples)
         if share > self.infra_error_limit:
             raise InfrastructureError(share, self.infra_error_limit, reasons[0])
-        _log.warning("%d of %d samples masked. The first: %s", len(reasons), len(samples), reasons[0])
+        ids = [sample.id for sample, reward in zip(samples, rewards, strict=True) if reward.value is None]
+        told = "%d of %d samples masked. The first: %s"
+        _log.warning(told, len(reasons), len(samples), reasons[0], extra={"facts": {"samples": ids}})
 
 
 def why_masked(samples: Sequence[Sample], rewards: Sequence[SampleReward]) -> list[str]:

@@ -69,7 +69,7 @@ class Engine:
                 f"but the sampler's context is {self._options.max_length}"
             )
         # What is cached of an earlier batch would let a completion depend, in its last bits, on who sampled that.
-        self._llm.reset_prefix_cache()
+        self._clear_prefix_cache()
         parameters = [self._parameters(request, sampling) for request in requests]
         outputs = self._llm.generate(
             [{"prompt_token_ids": list(request.prompt.token_ids)} for request in requests],
@@ -116,7 +116,7 @@ class Engine:
             self._llm.collective_rpc(finish_update)
             raise
         self._everywhere(finish_update)
-        self._llm.reset_prefix_cache()
+        self._clear_prefix_cache()
         self.weight_version = version
 
     def load_adapter(self, directory: Path, version: int) -> None:
@@ -134,7 +134,7 @@ class Engine:
                 f"vLLM refused the adapter ({error}); leave weights.transport out to send merged weights"
             ) from error
         self._adapter = adapter
-        self._llm.reset_prefix_cache()
+        self._clear_prefix_cache()
         self.weight_version = version
 
     def sleep(self) -> None:
@@ -156,6 +156,14 @@ class Engine:
             raise
         except Exception as error:  # what it is depends on the backend, and on whether vLLM runs in this process
             raise NotReceivedError(f"the broadcast of weights broke off ({first_line(error)})") from error
+
+    def _clear_prefix_cache(self) -> None:
+        """Drop the cached keys and values of all prompts. Raises WeightUpdateError where vLLM keeps them: they may be of old weights."""
+        if not self._llm.reset_prefix_cache():
+            raise WeightUpdateError(
+                "vLLM did not clear its prefix cache, because requests are still running: their keys and values would be used "
+                "with other weights than those that computed them"
+            )
 
     def _everywhere(self, do: Callable[..., str | None], *arguments: Any) -> None:
         """Let each process of the engine do its part of an update. Raises WeightUpdateError with what one of them found wrong."""

@@ -2,7 +2,7 @@
 
 from align.config.changes import differences
 from align.config.evaluation import AgainstOptions, EvaluationOptions
-from align.config.learners import LearnerOptions, LoraOptions, OptimizerOptions
+from align.config.learners import BFLOAT16_SUMS, LearnerOptions, LoraOptions, OptimizerOptions
 from align.config.options import (
     STAGES,
     DataOptions,
@@ -28,6 +28,7 @@ from align.config.reading import check_model_directory, dump_recipe, load_recipe
 from align.config.watches import AgreementOptions, AlarmOptions, GuardOptions
 
 __all__ = [
+    "BFLOAT16_SUMS",
     "STAGES",
     "AgainstOptions",
     "AgreementOptions",

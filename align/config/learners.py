@@ -6,6 +6,11 @@ from pydantic import Field, field_validator, model_validator
 
 from align.config.section import Section, refuse_without_effect
 
+BFLOAT16_SUMS = (
+    "gradients of micro-batches add up in bfloat16 under learner.zero_stage 0, off by some percent where there are many; "
+    "under 1, 2 and 3 in float32"
+)
+
 
 class OptimizerOptions(Section):
     """AdamW and its schedule."""
@@ -57,7 +62,9 @@ class LearnerOptions(Section):
         description="GPUs of a rank, where there are any; below 1 (0.6, say) a rollout worker may have the rest of it, in memory too: "
         "rollout.gpus, rollout.gpu_memory_share",
     )
-    zero_stage: Literal[0, 1, 2, 3] = 1
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        1, description="what ranks share out (ZeRO); 0, nothing, adds up a bfloat16 model's gradients in bfloat16"
+    )
     expert_parallel: int = Field(
         1,
         ge=1,

@@ -109,13 +109,23 @@ class GrpoOptions(Section):
         description="importance ratio of a token (DeepSeekMath eq. 3) or of a completion (report eq. 32)",
     )
     aggregation: Literal["sample_mean", "token_mean", "sequence_sum"] = Field(
-        "sample_mean", description="how token losses become one loss; see align.losses.completion_weights"
+        "sample_mean",
+        description="how token losses become one loss; see align.losses.completion_weights. level: sequence needs sequence_sum",
     )
     advantage_scale: Literal["std", "none"] = Field(
         "std", description="divide by the group's standard deviation, or only centre"
     )
     train_on_truncated: bool = Field(True, description="train on completions cut off at the length limit")
     drop_uniform_groups: bool = Field(False, description="leave out groups whose rewards are all equal")
+
+    @model_validator(mode="after")
+    def _one_mean_over_a_completion(self) -> Self:
+        if self.level == "sequence" and self.aggregation != "sequence_sum":
+            raise ValueError(
+                f"level: sequence is one loss for each completion, of which aggregation: {self.aggregation} would divide by the length "
+                "a second time: set aggregation: sequence_sum, which is their mean (report eq. 32), or level: token"
+            )
+        return self
 
 
 class PreferencesOptions(Section):
@@ -249,6 +259,10 @@ class PolicyRecipe(SamplingRecipe, TrainingRecipe):
         if learner.zero_stage not in (1, 2) or learner.expert_parallel > 1:
             raise ValueError(
                 "take_turns: DeepSpeed moves what it holds under zero_stage 1 and 2, without expert_parallel"
+            )
+        if learner.zero_stage == 1 and self.model.dtype == "bfloat16":
+            raise ValueError(
+                "take_turns: DeepSpeed does not move the float32 gradients of a bfloat16 model under zero_stage 1; take zero_stage 2"
             )
         if learner.gpus + rollout.gpus > 1:
             raise ValueError("take_turns: learner.gpus and rollout.gpus are more than one GPU together; leave them out")

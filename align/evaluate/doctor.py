@@ -52,7 +52,7 @@ class DoctorError(UserError):
 
 
 def examine(model: ModelOptions, tokenizer: Any, *, reward_model: bool = False) -> list[Check]:
-    """Check tokenizer, template, softmax scale, experts and parameter names of a model directory or hub name.
+    """Check tokenizer, template, softmax scale, routing, experts and parameter names of a model directory or hub name.
 
     It should be a policy, or with `reward_model` a sequence classifier.
     """
@@ -67,6 +67,7 @@ def examine(model: ModelOptions, tokenizer: Any, *, reward_model: bool = False) 
         check_template(tokenizer),
         check_demonstrations(tokenizer),
         check_softmax_scale(skeleton),
+        check_routing(config),
         check_experts(skeleton),
         check_names(skeleton, model.path),
     ]
@@ -164,6 +165,27 @@ def yarn_mscale(factor: float, mscale: float) -> float:
     """YaRN's attention factor, 0.1 m ln(s) + 1 (Peng et al. 2023, arXiv 2309.00071, eq. 22)."""
 
     return 0.1 * mscale * log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def check_routing(config: Any) -> Check:
+    """transformers and vLLM choose and weight the experts alike: of DeepSeek-V2's options they read two differently."""
+    name = "routing"
+    if config.model_type != "deepseek_v2":
+        return Check(name, Outcome.SKIPPED, "only DeepSeek-V2's configuration can be read in two ways")
+    groups = config.n_group or 1
+    if config.topk_method == "greedy" and groups > 1:
+        wrong = (
+            f"topk_method is greedy and n_group {groups}: vLLM takes experts from the best groups alone, transformers from all. "
+            'Cure: "n_group": 1 and "topk_group": 1 in config.json, or "topk_method": "group_limited_greedy", as the model was trained'
+        )
+    elif config.norm_topk_prob:
+        wrong = (
+            "norm_topk_prob is true: vLLM divides the weights of a token's experts by their sum, transformers does not. "
+            'Cure: "norm_topk_prob": false in config.json if the model was trained so; otherwise it cannot be trained here'
+        )
+    else:
+        return Check(name, Outcome.OK, f"{config.topk_method}, which sampler and learner compute alike")
+    return Check(name, Outcome.FAILED, wrong)
 
 
 def check_experts(skeleton: Any) -> Check:

@@ -14,7 +14,7 @@ import torch
 
 from align.config import LoraOptions
 from align.errors import UserError
-from align.model.policy import has_fused_experts
+from align.model.policy import has_fused_experts, let_weights_be_read_like
 
 ADAPTER = "default"
 ADAPTER_DIRECTORY = "adapter"
@@ -217,3 +217,4 @@ def describe(adapted: Any, total: int, trained: int, options: LoraOptions) -> st
 def save_adapter(adapted: Any, directory: Path, state_dict: Mapping[str, torch.Tensor]) -> None:
     """Write the adapter as PEFT does, into `directory`; `state_dict` holds what is trained, gathered from the ranks."""
     adapted.save_pretrained(directory, state_dict=dict(state_dict), save_embedding_layers=False)
+    let_weights_be_read_like(directory / "adapter_config.json")

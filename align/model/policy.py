@@ -111,6 +111,13 @@ def save_policy(model: Any, tokenizer: Any, directory: Path, state_dict: dict[st
         model.save_pretrained(directory, state_dict=state_dict)
     tokenizer.save_pretrained(directory)
     add_older_forms(directory, model.config, tokenizer)
+    let_weights_be_read_like(directory / "config.json")
+
+
+def let_weights_be_read_like(file: Path) -> None:
+    """Give the safetensors files beside `file` its mode, which the umask chose: the library itself makes them 0600."""
+    for weights in file.parent.glob("*.safetensors"):
+        weights.chmod(file.stat().st_mode & 0o777)
 
 
 def probe_logits(model: Any) -> torch.Tensor:

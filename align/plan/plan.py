@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from align.config import (
+    BFLOAT16_SUMS,
     GrpoRecipe,
     PolicyRecipe,
     PreferencesRecipe,
@@ -357,6 +358,8 @@ def notes(recipe: Recipe, sizes: ModelSizes, learning: Learning | None, element:
         f"the KV cache takes {memory.kv_bytes_a_token(sizes, element):,} bytes a token ({sizes.kv_a_token:,} elements)"
     ]
     if learning is not None:
+        if element < 4 and not learning.training.options.zero_stage:
+            found.append(BFLOAT16_SUMS)
         found.append(
             f"each learner rank reads the whole model into its node's memory at the start: {gib(sizes.total * element)} a rank"
         )

@@ -23,7 +23,7 @@ from align.learner.batch import TrainingSequence
 from align.learner.group import LearnerGroup
 from align.learner.objective import Objective, Sums
 from align.learner.schedule import learning_rate
-from align.losses import completion_weights, group_advantages
+from align.losses import ZERO_STD, completion_weights, group_advantages
 from align.run import write_samples
 from align.stages.alarms import Alarms, SeenSample, no_history
 from align.stages.bad_numbers import BadSamples, bad_samples
@@ -161,8 +161,8 @@ class Experience:
     """What one step sampled: N completions with their rewards and advantages, in the order of prompts and index.
 
     `valid` [N] is false where nobody could judge; `kept` [N] is true for what is trained on; `uniform_groups` is the
-    share of groups whose rewards are all equal, which teach nothing; `bad` tells which number of a sample is not finite,
-    `seen` are the others that were judged, for the alarms.
+    share of groups whose rewards are all equal, which teach nothing, among those with two judged samples (NaN without
+    any); `bad` tells which number of a sample is not finite, `seen` are the others that were judged, for the alarms.
     """
 
     completions: Sequence[Completion]
@@ -202,7 +202,8 @@ def sample(
     values = torch.tensor([reward.value or 0.0 for reward in rewards], dtype=torch.float64)
     group_of = torch.arange(len(examples)).repeat_interleave(options.group_size)
     advantages, group_std = group_advantages(values, group_of, valid, scale=options.advantage_scale)
-    uniform = group_std <= 1e-6
+    uniform = group_std <= ZERO_STD
+    compared = torch.bincount(group_of[valid], minlength=len(examples)) > 1
     bad |= bad_samples(answers, advantages.tolist())
     kept = valid & torch.isfinite(advantages)
     if options.drop_uniform_groups:
@@ -220,7 +221,7 @@ def sample(
         advantages=advantages.tolist(),
         valid=valid.tolist(),
         kept=kept.tolist(),
-        uniform_groups=float(uniform.double().mean()),
+        uniform_groups=float(uniform[compared].double().mean()),
         bad=bad,
         seen=[
             SeenSample(answer.sample_id, value, float(np.mean(answer.completion.log_probs)), bool(alike))
@@ -304,11 +305,14 @@ def update(
 def step_metrics(
     experience: Experience, sums: Sums, found: Disagreement, norm: float, clock: Clock
 ) -> dict[str, float]:
-    """The statistics of a step. Lengths in tokens, log-probabilities and entropy in nats, times in seconds."""
+    """The statistics of a step; NaN where there was nothing to take a mean of.
+
+    Lengths in tokens, log-probabilities and entropy in nats, times in seconds.
+    """
     judged = [reward for reward in experience.rewards if reward.value is not None]
     values = [float(reward.value) for reward in judged if reward.value is not None]
     lengths = np.array([len(c.token_ids) for c in experience.completions])
-    tokens = max(sums.tokens, 1)
+    tokens = sums.tokens or math.nan
     seconds = sum(clock.seconds.values())
     metrics = {
         "reward": float(np.mean(values)) if judged else float("nan"),

@@ -1,5 +1,6 @@
 """A run: its directory, metrics and display, how it begins or goes on, and how it ends."""
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from align.stages.preflight import check_ready
 from align.stages.stop import StopRequest
 
 RESUMABLE = ("running", "interrupted", "failed")
+PACKAGES = ("align", "rollout", "reward")
 
 
 @dataclass(slots=True)
@@ -206,6 +208,7 @@ def open_run(recipe: Recipe, path: Path | None = None, outer: Run | None = None)
             else:
                 progress, stop = outer.progress, outer.stop
             run = Run(*parts, progress, stop)
+            stack.enter_context(logged_warnings(run))
             if goes_on:
                 run.rewind()
                 for key in changed or ():
@@ -230,6 +233,25 @@ def open_run(recipe: Recipe, path: Path | None = None, outer: Run | None = None)
         directory.finish()
     finally:
         metrics.close()
+
+
+@contextmanager
+def logged_warnings(run: Run) -> Iterator[None]:
+    """Make warnings of the run of what these packages log in this process: of the innermost run, where one is inside another.
+
+    `extra={"facts": {...}}` of a logging call becomes the data of the event.
+    """
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: run.warn(record.getMessage(), **getattr(record, "facts", {}))  # type: ignore[method-assign]
+    loggers = [logging.getLogger(name) for name in PACKAGES]
+    before = [logger.handlers for logger in loggers]
+    for logger in loggers:
+        logger.handlers = [handler]
+    try:
+        yield
+    finally:
+        for logger, handlers in zip(loggers, before, strict=True):
+            logger.handlers = handlers
 
 
 def own_directory(recipe: Recipe, path: Path) -> tuple[RunDirectory, list[str] | None]:

@@ -19,6 +19,7 @@ from align.evaluate.doctor import (
     check_experts,
     check_names,
     check_round_trip,
+    check_routing,
     check_softmax_scale,
     check_template,
     examine,
@@ -40,8 +41,8 @@ def assert_failed(check: Check, *words: str) -> None:
 
 def test_the_nano_policy_is_fit(policy: ModelOptions) -> None:
     checks = examine(policy, load_tokenizer(policy.path))
-    assert [check.outcome for check in checks] == [Outcome.OK] * 6
-    assert "6 checks, none failed" in verdict(checks, policy.path)
+    assert [check.outcome for check in checks] == [Outcome.OK] * 7
+    assert "7 checks, none failed" in verdict(checks, policy.path)
 
 
 def test_the_softmax_scale_of_v2_lite_is_the_reports() -> None:
@@ -76,6 +77,22 @@ def test_experts_that_disagree(skeleton: Any, monkeypatch: pytest.MonkeyPatch) -
     right = moe.ALL_EXPERTS_FUNCTIONS["grouped_mm"]
     monkeypatch.setitem(moe.ALL_EXPERTS_FUNCTIONS._global_mapping, "grouped_mm", lambda *a, **k: 1.1 * right(*a, **k))
     assert_failed(check_experts(skeleton), "eager and grouped_mm differ")
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"topk_method": "greedy", "n_group": 4, "topk_group": 2}, "vLLM takes experts from the best groups alone"),
+        ({"norm_topk_prob": True}, "vLLM divides the weights"),
+    ],
+)
+def test_routing_that_vllm_computes_otherwise_than_transformers(changed: dict[str, Any], said: str) -> None:
+    assert_failed(check_routing(DeepseekV2Config(**changed)), said)
+
+
+def test_the_routing_of_deepseek_v2_is_fit() -> None:
+    published = {"topk_method": "group_limited_greedy", "n_group": 8, "topk_group": 3, "routed_scaling_factor": 16.0}
+    assert check_routing(DeepseekV2Config(**published, norm_topk_prob=False)).outcome is Outcome.OK
 
 
 class Tokenizer:

@@ -62,6 +62,7 @@ def test_an_adapter_alone_wants_one_and_workers_with_its_base(overrides: list[st
     [
         (["weights.transport=broadcast", "rollout.gpus=0.4"], "a GPU of its own for each process"),
         (["take_turns=true", "learner.zero_stage=3"], "zero_stage 1 and 2"),
+        (["take_turns=true", "learner.zero_stage=1", "model.dtype=bfloat16"], "take zero_stage 2"),
         (["take_turns=true", "learner.gpus=1"], "more than one GPU together"),
         (["take_turns=true", "learner=3"], "learner"),
         (["take_turns=true", "rollout.tensor_parallel=2"], "for workers of one process"),
