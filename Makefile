@@ -15,7 +15,7 @@ STAMP := $(VENV)/.installed-$(ACCELERATOR)
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock sft grpo smol reward-models pipeline bench bench-rewards drill lint test test-slow test-architectures format clean
+.PHONY: help setup lock sft grpo smol reward-models pipeline bench bench-rewards drill lint test test-slow test-architectures test-instruction-sets test-transformers4 mutations format clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -36,6 +36,8 @@ lock: ## resolve the pins of locks/*.txt anew
 	  --python-version 3.11 --no-annotate --no-header --no-emit-find-links -o locks/cpu.txt
 	UV_FIND_LINKS= $(BIN)/uv pip compile pyproject.toml --quiet --upgrade --extra cuda --extra evaluation --extra dev --override locks/overrides.txt \
 	  --python-version 3.11 --no-annotate --no-header -o locks/cuda.txt
+	echo 'transformers<5' | $(BIN)/uv pip compile - --quiet --upgrade --no-annotate --no-header --python-version 3.11 --no-emit-find-links \
+	  | grep -E '^(transformers|tokenizers|huggingface-hub)==' > locks/transformers4.txt
 
 sft: $(STAMP) ## Chat SFT (RECIPE=recipes/nano/sft.yaml ARGS="key=value ...")
 	$(BIN)/align sft $(or $(RECIPE),recipes/nano/sft.yaml) $(ARGS)
@@ -72,15 +74,35 @@ lint: $(STAMP) ## style, types and import contract
 test: lint ## lint, types, import contract and tests
 	$(BIN)/pytest
 
-test-slow: $(STAMP) ## the nano recipe at full size on three seeds, and what else takes minutes
+# Another transformers before all else that .venv has.
+OLDER := .venv-transformers4
+$(OLDER)/.installed: $(STAMP)
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python $(OLDER)
+	$(BIN)/uv pip install --quiet --python $(OLDER)/bin/python --no-deps -r locks/transformers4.txt
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > $$(echo $(OLDER)/lib/python*/site-packages)/beside.pth
+	touch $@
+
+test-transformers4: $(OLDER)/.installed ## checkpoints as transformers 4.57 and PEFT on it read them
+	$(BIN)/pytest -m slow tests/align/model/test_older_forms.py
+
+test-slow: $(OLDER)/.installed ## the nano recipe at full size on three seeds, and what else takes minutes
 	$(BIN)/pytest -m slow -s
 
 test-architectures: $(STAMP) ## SFT and GRPO of eight other architectures at nano size
 	$(BIN)/pytest -m architectures -s
+
+# ISA of torch's own kernels, then of oneDNN's; the last pair is an AVX-512 CPU without AMX and bfloat16.
+INSTRUCTION_SETS := default:AVX2 avx2:AVX2 avx512:AVX512_CORE
+test-instruction-sets: $(STAMP) ## what depends on a CPU's rounding, as CPUs with other instruction sets compute it
+	set -e; for pair in $(INSTRUCTION_SETS); do echo "== $$pair"; ATEN_CPU_CAPABILITY=$${pair%:*} ONEDNN_MAX_CPU_ISA=$${pair#*:} \
+	  $(BIN)/pytest $(or $(ARGS),tests/align/learner tests/align/losses tests/align/evaluate/test_agreement_gate.py tests/align/stages/test_reward_model.py); done
+
+mutations: $(STAMP) ## break the code on purpose: do the tests notice? (ARGS="--only WORD")
+	$(BIN)/python tests/mutations.py $(ARGS)
 
 format: $(STAMP) ## format the code and mend what can be mended
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean: ## take away the environment and caches; runs stay
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDER) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

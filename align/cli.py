@@ -201,6 +201,12 @@ def first_stage(path: Path, recipe: Recipe, init_from: Path) -> SftRecipe:
             f"model.dtype is {recipe.model.dtype} in {path} and {first.model.dtype} in {init_from}: "
             "the stages of a run share their policy and need the same"
         )
+    longest = first.rollout.max_length
+    if isinstance(recipe, GrpoRecipe) and longest > recipe.rollout.max_length:
+        raise UserError(
+            f"rollout.max_length is {recipe.rollout.max_length} in {path} and {longest} in {init_from}, whose stage has the same "
+            "rollout workers: give the former at least as much room"
+        )
     return first.model_copy(update={"run": recipe.run})
 
 
@@ -324,7 +330,7 @@ def model_of(options: argparse.Namespace) -> ModelOptions:
 
 def merge_adapter(options: argparse.Namespace) -> int:
     """`align merge ADAPTER OUT`."""
-    from align.model.lora import merge_adapter as merge
+    from align.model.merging import merge_adapter as merge
 
     origin = merge(options.adapter, options.out, options.base)
     print(f"{options.adapter} on {origin}, merged, is in {options.out}")

@@ -1,8 +1,20 @@
 """The errors that the command line knows."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UserError(Exception):
     """Something the user gave is wrong: the message says what, where, and what to do. Shown without a traceback."""
+
+
+@contextmanager
+def naming(what: str) -> Iterator[None]:
+    """Put `what` before the message of a UserError that comes out of the block."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{what}: {error}") from error
 
 
 class Terminated(KeyboardInterrupt):

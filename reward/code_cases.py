@@ -14,14 +14,21 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from decimal import MAX_EMAX, MIN_EMIN, Context, Decimal
+from typing import Any, ClassVar, Protocol
 
 from reward.sandbox import Call, Calls, CaseReport, Dialogue, Execution, Job, Limits, Program
 from reward.sandbox.inside import plain
 from reward.types import Verdict
+
+_NUMBER = re.compile(r"((?<![\w.])[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?(?!\w|\.[0-9]))")
+EXACT = 2**53
+"""Below it doubles tell whole numbers apart, so that no tolerance is due to them."""
+_INTEGER = re.compile(r"[+-]?[0-9]+")
 
 SHAPES = {
     "stdio": '{"kind": "stdio", "cases": [{"input": text, "output": text}, …]}',
@@ -49,6 +56,10 @@ class Outcome:
 class Tests(Protocol):
     """Tests of one kind."""
 
+    @property
+    def entry_point(self) -> str | None:
+        """The function that they call; None where they run a program."""
+
     def job(self, source: str) -> Job:
         """What a sandbox is to run: nothing in it tells an expected output to the candidate's process."""
 
@@ -58,10 +69,13 @@ class Tests(Protocol):
 
 @dataclass(frozen=True)
 class StdioTests:
-    """A program reads each input and prints the output: equal but for white space at the ends of lines and text."""
+    """A program reads each input and prints the output: see `same_text`."""
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    float_tolerance: float
+    any_whitespace: bool
+    entry_point: ClassVar[None] = None
 
     def job(self, source: str) -> Job:
         return Program(source, self.inputs)
@@ -72,10 +86,13 @@ class StdioTests:
             trouble = _trouble(report, limits)
             if trouble is None and report.status != 0:
                 trouble = Outcome(Verdict.CRASH, f"exit status {report.status}")
-            if trouble is None and _lines(report.stdout) != _lines(output):
+            if trouble is None and not self._right(report.stdout, output):
                 trouble = Outcome(Verdict.WRONG, f"printed {_shown(report.stdout)} instead of {_shown(output)}")
             found.append(trouble or Outcome(Verdict.PASS))
         return _filled(found, len(self.outputs), execution, limits)
+
+    def _right(self, printed: str, output: str) -> bool:
+        return same_text(printed, output, self.float_tolerance, any_whitespace=self.any_whitespace)
 
 
 @dataclass(frozen=True)
@@ -104,7 +121,7 @@ class FunctionTests:
         value = report.result["value"]
         if same(value, plain.encode(expected), self.float_tolerance):
             return Outcome(Verdict.PASS)
-        return Outcome(Verdict.WRONG, f"returned {_shown_tree(value)} instead of {_shown(expected)}")
+        return Outcome(Verdict.WRONG, f"returned {_shown_tree(value)} instead of {_shown_tree(plain.encode(expected))}")
 
 
 @dataclass(frozen=True)
@@ -143,8 +160,11 @@ class AssertTests:
         return Outcome(Verdict.WRONG, f"{case['what']}, at {case['label']}")
 
 
-def parse_tests(tests: Any, *, float_tolerance: float) -> Tests:
-    """The tests of a task. Raises UnusableTests, saying what they must be."""
+def parse_tests(tests: Any, *, float_tolerance: float, any_whitespace: bool = False) -> Tests:
+    """The tests of a task. Raises UnusableTests, saying what they must be.
+
+    For `float_tolerance` see `same` and `same_text`, for `any_whitespace` the latter.
+    """
     if isinstance(tests, str):
         try:
             tests = json.loads(tests)
@@ -154,7 +174,8 @@ def parse_tests(tests: Any, *, float_tolerance: float) -> Tests:
         raise UnusableTests(f"tests must be one of {'; '.join(SHAPES.values())}")
     match dict(tests):
         case {"kind": "stdio", "cases": [_, *_] as cases} if all(map(_is_stdio_case, cases)):
-            return StdioTests(tuple(c["input"] for c in cases), tuple(c["output"] for c in cases))
+            inputs, outputs = (tuple(case[name] for case in cases) for name in ("input", "output"))
+            return StdioTests(inputs, outputs, float_tolerance, any_whitespace)
         case {"kind": "function", "entry_point": str(name), "cases": [_, *_] as cases} if all(map(_is_call, cases)):
             calls = tuple(Call(tuple(case["args"]), dict(case.get("kwargs") or {})) for case in cases)
             return FunctionTests(name, calls, tuple(case["expected"] for case in cases), float_tolerance)
@@ -184,12 +205,13 @@ def _is_call(case: Any) -> bool:
 def same(got: Any, expected: Any, tolerance: float) -> bool:
     """Whether the tree `got`, which may be anything that JSON holds, is the tree `expected`.
 
-    True is not 1. A tuple may stand for a list, which is all that JSON has. A number may differ from a float by
-    `tolerance`, relative or absolute; integers may not differ.
+    True is not 1. A tuple may stand for a list, which is all that JSON has. A number may differ from an expected float
+    by `tolerance`, relative or absolute, but whole numbers, and any number from an expected integer, by the absolute
+    alone; integers may not differ.
     """
     try:
         return _same(got, expected, tolerance)
-    except RecursionError:
+    except (RecursionError, OverflowError):  # a forged tree: too deep, or an integer that is no float
         return False
 
 
@@ -208,12 +230,50 @@ def _same(got: Any, expected: Any, tolerance: float) -> bool:
         if tag == "dict":
             found, content = _in_order(found), _in_order(content)
         return _same(found, content, tolerance)
-    numbers = {type(got), type(expected)}
-    if numbers == {float} or numbers == {int, float}:
-        return math.isclose(got, expected, rel_tol=tolerance, abs_tol=tolerance) or (
-            got != got and expected != expected
-        )
+    kinds = type(got), type(expected)
+    if kinds in ((float, float), (int, float), (float, int)):
+        whole = type(expected) is int or (abs(expected) < EXACT and expected % 1 == got % 1 == 0)
+        relative = 0.0 if whole else tolerance
+        return math.isclose(got, expected, rel_tol=relative, abs_tol=tolerance) or (got != got and expected != expected)
     return type(got) is type(expected) and bool(got == expected)
+
+
+def same_text(printed: str, expected: str, tolerance: float, *, any_whitespace: bool = False) -> bool:
+    """Whether a program printed the expected text, but for white space at the ends of lines and of the text.
+
+    With `any_whitespace` it is compared word by word, whatever white space and line breaks stand between the words.
+    Numbers with a decimal point or an exponent, on either side, are compared as `same` compares floats; integers and
+    everything else as text, and so are nan, inf, and digits within a name, a version or an address.
+    """
+    if any_whitespace:
+        return _same_line(" ".join(printed.split()), " ".join(expected.split()), tolerance)
+    lines, others = _lines(printed), _lines(expected)
+    return len(lines) == len(others) and all(_same_line(*pair, tolerance) for pair in zip(lines, others, strict=True))
+
+
+def _same_line(printed: str, expected: str, tolerance: float) -> bool:
+    """Whether the texts between the numbers are equal, and the numbers close."""
+    if printed == expected:
+        return True
+    pieces, others = _NUMBER.split(printed), _NUMBER.split(expected)
+    if len(pieces) != len(others) or pieces[::2] != others[::2]:
+        return False
+    return all(_close(*pair, tolerance) for pair in zip(pieces[1::2], others[1::2], strict=True))
+
+
+def _close(printed: str, expected: str, tolerance: float) -> bool:
+    """Whether two numbers, as text, are equal, or within the tolerance where one of them is no integer."""
+    if printed == expected or (_INTEGER.fullmatch(printed) and _INTEGER.fullmatch(expected)):
+        return printed == expected
+    # With this many digits a difference that matters is exact, and no exponent makes it long.
+    digits = Context(prec=len(printed) + len(expected) + 30, Emax=MAX_EMAX, Emin=MIN_EMIN, traps=[])
+    got, sought = digits.create_decimal(printed), digits.create_decimal(expected)
+    difference = digits.abs(digits.subtract(got, sought))
+    whole = _INTEGER.fullmatch(expected) or (
+        abs(sought) < EXACT and all(number == number.to_integral_value() for number in (got, sought))
+    )
+    size = Decimal(1) if whole else max(Decimal(1), digits.abs(sought))
+    return difference.is_finite() and difference <= digits.multiply(Decimal(tolerance), size)
 
 
 def _in_order(pairs: Any) -> Any:
@@ -271,7 +331,10 @@ def _described(error: Mapping[str, Any], entry_point: str) -> Outcome:
     if kind in ("SyntaxError", "IndentationError", "TabError"):
         return Outcome(Verdict.CRASH, f"syntax error: {said}{where}")
     if kind in ("ImportError", "ModuleNotFoundError"):
-        return Outcome(Verdict.CRASH, f"import error: {said}{where} (the standard library is there, and nothing else)")
+        return Outcome(
+            Verdict.CRASH,
+            f"import error: {said}{where} (there are the standard library and what the parameter packages names)",
+        )
     if stage == "result":
         return Outcome(Verdict.WRONG, f"returned what is no plain data: {message or kind}")
     return Outcome(Verdict.CRASH, f"runtime error: {said}{where}")

@@ -11,13 +11,14 @@ import importlib
 import logging
 import math
 import os
-import re
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial as bound
+from typing import Any
 
-from reward.code_cases import Outcome, UnusableTests, parse_tests
+from reward import code_blocks
+from reward.code_cases import Outcome, Tests, UnusableTests, parse_tests
 from reward.registry import register
 from reward.sandbox import Executor, Limits, LocalExecutor, SandboxFailure, namespace_executor, unsafe_executor
 from reward.types import RewardError, Sample, Score, Verdict
@@ -25,8 +26,6 @@ from reward.types import RewardError, Sample, Score, Verdict
 _log = logging.getLogger(__name__)
 
 NAMESPACES = "namespaces"
-_PYTHON = ("", "python", "python3", "py")
-_FENCE = re.compile(r"[ \t]{0,3}(`{3,})[ \t]*([^`\s]*)[^`]*")
 
 _executors: dict[str, Executor] = {}
 _lock = threading.Lock()
@@ -44,16 +43,24 @@ def code_tests(
     memory_mb: float = 512.0,
     disk_mb: float = 32.0,
     output_kb: float = 1024.0,
-    float_tolerance: float = 1e-9,
+    float_tolerance: float = 1e-6,
+    any_whitespace: bool = False,
+    packages: Sequence[str] = (),
     workers: int = 0,
     executor: str = NAMESPACES,
     unsafe_no_isolation: bool = False,
 ) -> list[Score]:
     """Whether the program in the completion passes the tests in the metadata: `right` or `wrong`.
 
-    `sample.metadata["tests"]` is as `reward.code_cases` says. The program is the last fenced code block of Python
-    or of no language, or with `fenced=False` the whole completion. With `partial` the value lies between `wrong` and
-    `right` by the share of cases passed; the verdict is that of the first case that was not.
+    `sample.metadata["tests"]` is as `reward.code_cases` says. The program is the block between fences that
+    `reward.code_blocks.program` chooses, or with `fenced=False` the whole completion. With `partial` the value lies
+    between `wrong` and `right` by the share of cases passed; the verdict is that of the first case that was not.
+
+    Numbers that are returned or printed, integers aside, may differ by `float_tolerance`, relative or absolute; what is
+    printed is compared line by line, with `any_whitespace` word by word (see `same_text` in `reward.code_cases`).
+
+    `packages` names what programs and test code may import besides the standard library, as an import names it:
+    [numpy]. They are those of this Python, and read-only in the sandbox; name what a package itself needs too.
 
     A program that several samples have in common, with the same tests, is run once.
 
@@ -61,9 +68,10 @@ def code_tests(
     `output_kb` too. `workers` programs run at once (0: one for each core). `executor` may name another executor as
     "package.module:function". `unsafe_no_isolation` runs the code with this user's rights and marks every score.
 
-    Raises SandboxUnavailable where the machine cannot isolate. A sample with unusable tests, or whose sandbox
-    failed, gets INFRA_ERROR.
+    Raises SandboxUnavailable where the machine cannot isolate, and RewardError where one of `packages` cannot be
+    imported. A sample with unusable tests, or whose sandbox failed, gets INFRA_ERROR.
     """
+    tolerance = _tolerance(float_tolerance)
     limits = Limits(
         cpu_seconds=seconds,
         wall_seconds=6 * seconds,
@@ -73,56 +81,78 @@ def code_tests(
         output_kb=output_kb,
         result_kb=output_kb,
     )
-    runner = _executor(executor, unsafe_no_isolation)
+    runner = _executor(executor, unsafe_no_isolation, packages)
     if isinstance(runner, LocalExecutor):
         try:
             runner.launcher()  # a refusal comes before the first sample
         except SandboxFailure as error:
             return [Score(math.nan, Verdict.INFRA_ERROR, str(error)) for _ in samples]
-    judge = bound(
-        _score,
-        executor=runner,
-        limits=limits,
-        partial=partial,
-        right=right,
-        wrong=wrong,
-        fenced=fenced,
-        float_tolerance=float_tolerance,
-    )
-    same = [_program_and_tests(sample, fenced) for sample in samples]
-    different = dict(zip(same, samples, strict=True))
+    given = [sample.metadata.get("tests") for sample in samples]
+    keys = [_key(one) for one in given]
+    different_tests = dict(zip(keys, given, strict=True)).items()
+    tests = {key: _parsed(one, tolerance, any_whitespace) for key, one in different_tests}
+    sources = [_source(sample.completion, tests[key], fenced) for sample, key in zip(samples, keys, strict=True)]
+    # What a score depends on: of samples that are equal in it, as many of a group are, one is run.
+    runs = list(zip(sources, keys, strict=True))
+    different = dict(zip(runs, samples, strict=True))
+    judge = bound(_score, executor=runner, limits=limits, partial=partial, right=right, wrong=wrong)
     with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
-        scores = dict(zip(different, pool.map(judge, different.values()), strict=True))
-    return [scores[key] for key in same]
+        found = pool.map(lambda run: judge(different[run].id, run[0], tests[run[1]]), different)
+        scores = dict(zip(different, found, strict=True))
+    return [scores[run] for run in runs]
 
 
-def _program_and_tests(sample: Sample, fenced: bool) -> tuple[str | None, str]:
-    """What a score depends on. Of samples that are equal in it, as many of a group are, one is run."""
-    source = last_code_block(sample.completion) if fenced else sample.completion
-    return source, repr(sample.metadata.get("tests"))
+def _tolerance(value: Any) -> float:
+    """The number, also from text, which is how YAML reads 1e-3. Raises RewardError."""
+    try:
+        if 0 <= (number := float(value)) < math.inf:
+            return number
+    except (TypeError, ValueError):
+        pass
+    raise RewardError(f"float_tolerance must be a number from 0 on, not {value!r}")
+
+
+def _key(tests: Any) -> str:
+    try:
+        return repr(tests)
+    except ValueError:  # an integer of more digits than Python writes
+        return f"the tests at {id(tests)}"
+
+
+def _parsed(tests: Any, float_tolerance: float, any_whitespace: bool) -> Tests | UnusableTests:
+    try:
+        return parse_tests(tests, float_tolerance=float_tolerance, any_whitespace=any_whitespace)
+    except UnusableTests as error:
+        return error
+
+
+def _source(completion: str, tests: Tests | UnusableTests, fenced: bool) -> str | None:
+    if not fenced:
+        return completion
+    return code_blocks.program(completion, None if isinstance(tests, UnusableTests) else tests.entry_point)
 
 
 def _score(
-    sample: Sample,
+    sample_id: str,
+    source: str | None,
+    tests: Tests | UnusableTests,
     *,
     executor: Executor,
     limits: Limits,
     partial: bool,
     right: float,
     wrong: float,
-    fenced: bool,
-    float_tolerance: float,
 ) -> Score:
     mark = "" if executor.isolated else "not isolated; "
     try:
-        tests = parse_tests(sample.metadata.get("tests"), float_tolerance=float_tolerance)
-        source = last_code_block(sample.completion) if fenced else sample.completion
+        if isinstance(tests, UnusableTests):
+            raise tests
         if source is None or not source.strip():
-            return Score(wrong, Verdict.NO_ANSWER, f"{mark}no closed block of Python code between ``` fences")
+            return Score(wrong, Verdict.NO_ANSWER, f"{mark}no block of Python code between ``` fences")
         execution = executor.run(tests.job(source), limits, stop=not partial)
         outcomes = tests.outcomes(execution, limits)
     except UnusableTests as error:
-        return Score(math.nan, Verdict.INFRA_ERROR, f"unusable tests of sample {sample.id!r}: {error}")
+        return Score(math.nan, Verdict.INFRA_ERROR, f"unusable tests of sample {sample_id!r}: {error}")
     except SandboxFailure as error:
         return Score(math.nan, Verdict.INFRA_ERROR, f"{mark}{error}")
     passed = sum(outcome.passed for outcome in outcomes)
@@ -137,33 +167,23 @@ def _count(passed: int, outcomes: Sequence[Outcome]) -> str:
     return f"{passed} of {len(outcomes)} cases passed"
 
 
-def last_code_block(text: str) -> str | None:
-    """The last closed block between fences that names Python or no language; None if there is none."""
-    found, fence, language, lines = None, "", "", list[str]()
-    for line in text.split("\n"):
-        match = _FENCE.fullmatch(line.rstrip("\r"))
-        if not fence:
-            if match:
-                fence, language, lines = match[1], match[2].lower(), []
-        elif match and not match[2] and len(match[1]) >= len(fence):
-            if language in _PYTHON:
-                found = "\n".join(lines) + "\n"
-            fence = ""
-        else:
-            lines.append(line)
-    return found
-
-
-def _executor(name: str, unsafe: bool) -> Executor:
-    """The executor of that name, made at its first use in this process and closed at its end."""
+def _executor(name: str, unsafe: bool, packages: Sequence[str]) -> Executor:
+    """The executor of that name with those packages, made at its first use in this process and closed at its end."""
+    if isinstance(packages, str):
+        raise RewardError(f"packages must be a list of names, such as [{packages}]")
+    if packages and name != NAMESPACES:
+        raise RewardError(f"packages are of our own sandbox: leave them out, or executor={name!r}")
     if unsafe and name != NAMESPACES:
         raise RewardError(f"unsafe_no_isolation takes the place of an executor: leave executor={name!r} out, or it")
-    key = "unsafe" if unsafe else name
+    key = " ".join(["unsafe" if unsafe else name, *packages])
     with _lock:
         if key not in _executors:
             if unsafe:
                 _log.warning("unsafe_no_isolation: a model's code runs with this user's rights; scores are marked")
-            made = unsafe_executor() if unsafe else namespace_executor() if name == NAMESPACES else _imported(name)
+            if name == NAMESPACES:
+                made: Executor = unsafe_executor(packages) if unsafe else namespace_executor(packages)
+            else:
+                made = _imported(name)
             atexit.register(made.close)
             _executors[key] = made
         return _executors[key]

@@ -1,47 +1,61 @@
 """Instructions that a program can check: what a request asks of the form of an answer, judged as IFEval judges it.
 
-The checkers are those of IFEval (Zhou et al. 2023, arXiv:2311.07911) as lm_eval keeps them, and nltk's for the number of
-sentences; both come with the extra `evaluation`. A checker sees the form alone, so an optimiser finds answers that have it
-and nothing else. Therefore an answer is first looked at for being one at all (`degenerate`), and gets nothing if it is not.
+The checkers are those of IFEval (Zhou et al. 2023, arXiv:2311.07911) as lm_eval keeps them; they come with the extra
+`evaluation`. A checker sees the form alone, so an optimiser finds answers that have it and nothing else. Therefore an answer is
+first looked at for being one at all (`reward.prose.degenerate`), and gets nothing if it is not.
 
-A sample's metadata has `topic` (words of which an answer uses one) and `instructions`, a list of
-`{"kind": "punctuation:no_comma", "args": {}, "text": "Use no commas."}` with IFEval's names and arguments.
+A sample's metadata has `instruction_id_list` and `kwargs`, as IFEval publishes its rows; or the two in `ground_truth`, as
+open-instruct publishes its rows for RLVR; or `instructions`, a list of
+`{"kind": "punctuation:no_comma", "args": {}, "text": "Use no commas."}` with IFEval's names and arguments. It may have `topic`,
+words of which an answer uses one.
 """
 
 from __future__ import annotations
 
+import ast
+import math
+import operator
 import os
 import re
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
+from reward.prose import capital_words, degenerate, punkt_sentences, sentences
 from reward.registry import register
-from reward.rules import distinct_share, words
 from reward.types import RewardError, Sample, Score, UnusableAnswer, Verdict
 
 SENTENCES = "length_constraints:exact_sentences"
 """Our one kind that IFEval does not have: exactly `num_sentences` sentences."""
 JSON = "detectable_format:json_format"
-LEAST_WORDS = 8
-LEAST_DISTINCT = 0.75
-MOST_ECHOED = 0.3
-LEAST_FUNCTION_WORDS = 0.15
-_GRAM = 4
-_WORD = re.compile(r"\w+(?:['’]\w+)*")
+OPTIONS = "detectable_format:constrained_response"
+PARAGRAPH = "length_constraints:nth_paragraph_first_word"
+_NEEDED = '"instruction_id_list" and as many "kwargs", or "instructions" with kind and args'
 _JSON_DOCUMENT = re.compile(r"\s*(?:```\w*)?\s*[\[{]")
-_STUTTER = re.compile(r"\b(\w+)(?:\W+\1\b){2}", re.IGNORECASE)
-_PHRASES = ("end_phrase", "keyword", "keywords", "postscript_marker")
-"""The arguments that an answer has to repeat word for word: what it says in them is not its own."""
-_LITTLE = """
-a about all also an and are as at be because been but by can do for from had has have he her his how i if in into is it its
-just like may me more most my no not of on one or our out she so some than that the their them then there these they this
-those to up us was we were what when where which while who will with would you your
-"""
-_FUNCTION_WORDS = frozenset(_LITTLE.split())
-_ABBREVIATIONS = ("dr", "e.g", "etc", "i.e", "jr", "mr", "mrs", "ms", "p.p.s", "p.s", "prof", "sr", "st", "vs")
+
+_RELATIONS = {"less than": operator.lt, "at least": operator.ge}
+_COUNTS: Mapping[str, tuple[Sequence[str], Callable[[str, Mapping[str, Any]], int]]] = {
+    SENTENCES: (["num_sentences"], lambda text, args: len(sentences(text))),
+    "length_constraints:number_sentences": (
+        ["num_sentences", "relation"],
+        lambda text, args: len(punkt_sentences(text)),
+    ),
+    "change_case:capital_word_frequency": (
+        ["capital_frequency", "capital_relation"],
+        lambda text, args: capital_words(text),
+    ),
+    "keywords:letter_frequency": (
+        ["let_frequency", "let_relation", "letter"],
+        lambda text, args: text.lower().count(str(args["letter"]).lower()),
+    ),
+}
+"""Kinds that are counted here, with the names of number, relation and letter: IFEval's checkers of the second and the third
+need nltk's data, that of the last draws another letter in place of "#" or "!"."""
+
+Asked = tuple[str, Mapping[str, Any]]
+"""A kind of instruction and its arguments."""
+Check = Callable[[str], bool]
 
 
 @dataclass(frozen=True)
@@ -62,11 +76,12 @@ class Judgement:
 def instructions(sample: Sample, *, partial: bool = False) -> Score:
     """Whether an answer follows all checkable instructions of its request: 1 or 0; with `partial`, the share that it follows.
 
-    It passes if it follows all. A degenerate answer (see `degenerate`) gets 0 and the verdict NO_ANSWER; one that was cut
-    off at its length limit gets 0 and is WRONG, whatever it had said by then. The detail has a word on each instruction.
+    It passes if it follows all. A degenerate answer (see `reward.prose.degenerate`) gets 0 and the verdict NO_ANSWER; one
+    that was cut off at its length limit gets 0 and is WRONG, whatever it had said by then. The detail has a word on each
+    instruction.
 
-    Reads `topic` and `instructions` of the metadata: UnusableAnswer without them, or where a checker does not take them.
-    Raises RewardError where lm_eval is not installed.
+    UnusableAnswer where the metadata has no instructions, or one with an argument that is missing, superfluous or odd. Raises
+    RewardError where lm_eval is not installed.
     """
     judgement = judge(sample)
     if judgement.degenerate:
@@ -80,93 +95,123 @@ def instructions(sample: Sample, *, partial: bool = False) -> Score:
 
 def judge(sample: Sample) -> Judgement:
     """What the checkers find in a sample's completion. Raises as `instructions` does."""
-    topic, asked = _asked(sample)
     text = sample.completion
+    try:
+        topic, asked = _topic(sample), _asked(sample)
+        checks = [_check(kind, args) for kind, args in asked]
+        met = tuple(bool(text.strip()) and check(text) for check in checks)
+    except ValueError as error:
+        raise UnusableAnswer(sample.id, str(error)) from error
     kinds = tuple(kind for kind, _ in asked)
-    met = tuple(bool(text.strip()) and _follows(sample, kind, args, text) for kind, args in asked)
-    return Judgement(kinds, met, degenerate(text, sample.prompt, topic, [args for _, args in asked]))
+    arguments = [args for _, args in asked]
+    return Judgement(kinds, met, degenerate(text, sample.prompt, topic, arguments, can_be_short=OPTIONS in kinds))
 
 
-def degenerate(text: str, prompt: str, topic: Sequence[str], arguments: Sequence[Mapping[str, Any]]) -> str:
-    """Why the text is no answer to the prompt, whatever its form; empty where nothing is wrong with it.
+def _topic(sample: Sample) -> Sequence[str]:
+    topic = sample.metadata.get("topic")
+    if topic is not None and not (isinstance(topic, list) and all(isinstance(word, str) and word for word in topic)):
+        raise ValueError(f'the "topic" in its metadata must be a list of words, not {topic!r}')
+    return topic or ()
 
-    What the instructions make it repeat (phrases and keywords) is taken away first. The rest must have at least
-    `LEAST_WORDS` words, of which `LEAST_FUNCTION_WORDS` are the little words that English sentences are made of; must
-    not say the same over and over (`LEAST_DISTINCT` of its 4-grams are different ones, no sentence of four words or more
-    comes twice, no word three times in a row); must not be taken from the prompt (at most `MOST_ECHOED` of its 4-grams);
-    and the text must use one of the words of the topic. All take linear time.
+
+def _asked(sample: Sample) -> list[Asked]:
+    """The instructions without the arguments that are null: a table has a column for each argument of any kind."""
+    try:
+        pairs = _pairs(sample)
+    except (LookupError, AttributeError, TypeError, ValueError, SyntaxError) as error:
+        raise ValueError(f"its metadata needs {_NEEDED}: {error!r}") from error
+    if not pairs:
+        raise ValueError(f"its metadata needs {_NEEDED}; it has no instruction")
+    return [(kind, {name: _whole(value) for name, value in args.items() if not _null(value)}) for kind, args in pairs]
+
+
+def _pairs(sample: Sample) -> list[Asked]:
+    row = sample.metadata
+    if row.get("instruction_id_list") is None and row.get("instructions") is not None:
+        return [(str(one["kind"]), dict(one["args"] or {})) for one in row["instructions"]]
+    if row.get("instruction_id_list") is None:
+        truth = row.get("ground_truth") or sample.answer
+        row = ast.literal_eval(truth)[0] if truth else {}
+    kinds = row.get("instruction_id_list", row.get("instruction_id", ()))
+    return [(str(kind), dict(args or {})) for kind, args in zip(kinds, row.get("kwargs", ()), strict=True)]
+
+
+def _null(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _whole(value: Any) -> Any:
+    """A column of whole numbers with a null among them is read as floats by pandas."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _check(kind: str, args: Mapping[str, Any]) -> Check:
+    """The check of one instruction. Raises ValueError where its arguments do not say what is asked.
+
+    IFEval's checkers draw an argument at random where it is missing, and where it is odd: what they use is compared with what
+    was given.
     """
-    own = _without(text, arguments)
-    found = [word.casefold() for word in _WORD.findall(own)]
-    if len(found) < LEAST_WORDS:
-        return f"{len(found)} words of its own, at least {LEAST_WORDS} are an answer"
-    if sum(word in _FUNCTION_WORDS for word in found) < LEAST_FUNCTION_WORDS * len(found):
-        return "a list of words, not sentences"
-    if stutter := _STUTTER.search(own):
-        return f"{stutter[1]!r} three times in a row"
-    if distinct_share(found, _GRAM) < LEAST_DISTINCT:
-        return "the same words over and over"
-    said = [" ".join(words(sentence)) for sentence in sentences(own)]
-    long = [sentence for sentence in said if sentence.count(" ") >= _GRAM - 1]
-    if len(set(long)) < len(long):
-        return "a sentence comes twice"
-    grams, given = _grams(found), set(_grams([word.casefold() for word in _WORD.findall(prompt)]))
-    if sum(gram in given for gram in grams) > MOST_ECHOED * len(grams):
-        return "it repeats the request"
-    if not any(word.startswith(_stem(key)) for key in topic for word in found):
-        return f"nothing about the topic ({', '.join(topic)})"
-    return ""
-
-
-def sentences(text: str) -> list[str]:
-    """The sentences of a text as nltk's Punkt finds them, with a few abbreviations and no trained model; lines too."""
-    return [part for line in text.splitlines() for part in _punkt().tokenize(line) if _WORD.search(part)]
-
-
-def _stem(word: str) -> str:
-    """What "journeys" and "journey", "baking" and "baked" have in common, more or less."""
-    return word.casefold()[: max(3, len(word) - 3)]
-
-
-def _grams(found: Sequence[str]) -> list[tuple[str, ...]]:
-    return [tuple(found[start : start + _GRAM]) for start in range(len(found) - _GRAM + 1)]
-
-
-def _without(text: str, arguments: Sequence[Mapping[str, Any]]) -> str:
-    for args in arguments:
-        for name in _PHRASES:
-            given = args.get(name, ())
-            for phrase in [given] if isinstance(given, str) else given:
-                text = re.sub(re.escape(phrase), " ", text, flags=re.IGNORECASE)
-    return text
-
-
-def _asked(sample: Sample) -> tuple[list[str], list[tuple[str, Mapping[str, Any]]]]:
-    topic, asked = sample.metadata.get("topic"), sample.metadata.get("instructions")
-    pairs: list[tuple[str, Mapping[str, Any]]] = []
-    with suppress(KeyError, TypeError, ValueError):
-        pairs = [(str(one["kind"]), dict(one["args"])) for one in asked or ()]
-    if not pairs or not isinstance(topic, list) or not all(isinstance(word, str) and word for word in topic):
-        raise UnusableAnswer(
-            sample.id, 'its metadata needs "topic", a list of words, and "instructions" with kind and args'
-        )
-    return topic, pairs
-
-
-def _follows(sample: Sample, kind: str, args: Mapping[str, Any], text: str) -> bool:
-    if kind == SENTENCES:
-        return len(sentences(text)) == args["num_sentences"]
+    if odd := {name: value for name, value in args.items() if not _plain(value)}:
+        raise ValueError(f"instruction {kind}: {odd} is neither text nor a whole number from 0 on")
+    if kind in _COUNTS:
+        return _count_check(kind, args)
     if kind not in _checkers():
-        raise UnusableAnswer(sample.id, f"no checker for instructions of kind {kind!r}")
+        raise ValueError(f"no checker for instructions of kind {kind!r}")
     checker = _checkers()[kind](kind)
+    _require(kind, args, checker.get_instruction_args_keys())
     try:
         checker.build_description(**args)
-    except (TypeError, ValueError) as error:
-        raise UnusableAnswer(sample.id, f"instruction {kind}: {error}") from error
+        used = checker.get_instruction_args() or {}
+    except Exception as error:  # of whatever type the checker stumbles over
+        raise ValueError(f"instruction {kind}: its checker does not take {dict(args)}: {error!r}") from error
+    if odd := {name: args[name] for name in used if _folded(used[name]) != _folded(args[name])}:
+        raise ValueError(f"instruction {kind}: its checker has no use for {odd}")
+    return partial(_follows, kind, checker)
+
+
+def _plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return bool(value) and all(isinstance(one, str) and one.strip() for one in value)
+    if isinstance(value, str):
+        return bool(value.strip())
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _folded(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.strip().lower()
+    return sorted({_folded(one) for one in value}) if isinstance(value, list | tuple) else value
+
+
+def _require(kind: str, args: Mapping[str, Any], names: Collection[str]) -> None:
+    if set(args) != set(names):
+        raise ValueError(f"instruction {kind} needs the arguments {sorted(names)}, not {sorted(args)}")
+
+
+def _follows(kind: str, checker: Any, text: str) -> bool:
     if kind == JSON and not _JSON_DOCUMENT.match(text):
         # IFEval's checker takes any value of JSON: a policy that puts its answers in quotation marks would have learned it.
         return False
-    return bool(checker.check_following(text))
+    if kind == PARAGRAPH:
+        # IFEval's checker takes the empty line in a wider gap for a paragraph when it looks for the n-th one.
+        text = re.sub(r"\n{3,}", "\n\n", text.strip())
+    try:
+        return bool(checker.check_following(text))
+    except RecursionError:  # JSON that is nested a thousandfold
+        return False
+    except Exception as error:  # a keyword that is no regular expression, for one
+        raise ValueError(f"instruction {kind}: its checker failed: {error!r}") from error
+
+
+def _count_check(kind: str, args: Mapping[str, Any]) -> Check:
+    names, count = _COUNTS[kind]
+    _require(kind, args, names)
+    number, compare = args[names[0]], _RELATIONS.get(str(args[names[1]])) if len(names) > 1 else operator.eq
+    if not isinstance(number, int) or compare is None or len(str(args.get("letter", "a"))) != 1:
+        raise ValueError(
+            f"instruction {kind} needs a number, one of {list(_RELATIONS)} and one character, not {dict(args)}"
+        )
+    return lambda text: compare(count(text, args), number)
 
 
 def _told(judgement: Judgement) -> str:
@@ -179,7 +224,7 @@ def _told(judgement: Judgement) -> str:
 @lru_cache(maxsize=1)
 def _checkers() -> Mapping[str, Any]:
     rank = os.environ.get("LOCAL_RANK")
-    # lm_eval fetches nltk's data from the network when it is imported, on the first rank only. No kind of ours needs them.
+    # lm_eval fetches nltk's data from the network when it is imported, on the first rank only. What needs them is counted here.
     os.environ["LOCAL_RANK"] = "1"
     try:
         import langdetect
@@ -197,16 +242,3 @@ def _checkers() -> Mapping[str, Any]:
     langdetect.DetectorFactory.seed = 0
     checkers: Mapping[str, Any] = INSTRUCTION_DICT
     return checkers
-
-
-@lru_cache(maxsize=1)
-def _punkt() -> Any:
-    try:
-        from nltk.tokenize.punkt import PunktParameters, PunktSentenceTokenizer
-    except ImportError as error:
-        raise RewardError(
-            f"the reward `instructions` needs nltk ({error}): pip install 'moe-align[evaluation]'"
-        ) from error
-    parameters = PunktParameters()
-    parameters.abbrev_types = set(_ABBREVIATIONS)
-    return PunktSentenceTokenizer(parameters)

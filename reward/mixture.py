@@ -128,18 +128,25 @@ class Mixture:
 
     def refuse_too_many_masked(self, samples: Sequence[Sample], rewards: Sequence[SampleReward]) -> None:
         """Raise InfrastructureError where more than `infra_error_limit` of the rewards are None; warn of fewer."""
-        reasons = [
-            f"reward {name!r} on sample {sample.id!r}: {score.detail or 'no detail'}"
-            for sample, reward in zip(samples, rewards, strict=True)
-            if reward.value is None
-            for name, score in [_reason(reward)]
-        ]
+        reasons = why_masked(samples, rewards)
         if not reasons:
             return
         share = len(reasons) / len(samples)
         if share > self.infra_error_limit:
             raise InfrastructureError(share, self.infra_error_limit, reasons[0])
-        _log.warning("%d of %d samples masked. The first: %s", len(reasons), len(samples), reasons[0])
+        ids = [sample.id for sample, reward in zip(samples, rewards, strict=True) if reward.value is None]
+        told = "%d of %d samples masked. The first: %s"
+        _log.warning(told, len(reasons), len(samples), reasons[0], extra={"facts": {"samples": ids}})
+
+
+def why_masked(samples: Sequence[Sample], rewards: Sequence[SampleReward]) -> list[str]:
+    """For each reward that is None, which component could not judge which sample, and why."""
+    return [
+        f"reward {name!r} on sample {sample.id!r}: {score.detail or 'no detail'}"
+        for sample, reward in zip(samples, rewards, strict=True)
+        if reward.value is None
+        for name, score in [_reason(reward)]
+    ]
 
 
 def _reason(masked: SampleReward) -> tuple[str, Score]:

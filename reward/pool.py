@@ -20,7 +20,6 @@ from reward.types import RewardContractError, RewardError, Sample, SampleReward,
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 _ATTEMPTS = 2
 _START_S = 300.0
-_MOMENT_S = 1.0
 
 
 class ScoringWorker:
@@ -127,14 +126,19 @@ class ScoringPool:
         self._waiting[ticket.worker] += 1
 
     def _take(self, ticket: Ticket, found: dict[Ticket, list[SampleReward]]) -> bool:
-        """Whether the batch has been judged; if so its rewards are in `found`. False where its worker died before."""
+        """Whether the batch has been judged; if so its rewards are in `found`. False where its worker died before.
+
+        Called when the batch is judged or its worker is dead: Ray then answers, however long it takes on a busy machine.
+        """
         import ray
 
         try:
-            found[ticket] = ray.get(ticket.result, timeout=_MOMENT_S)
+            found[ticket] = ray.get(ticket.result, timeout=self._timeout_s)
         except ray.exceptions.RayTaskError as error:
             raise _cause(error) from None
-        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
+        except ray.exceptions.GetTimeoutError:
+            raise self._hanging(ticket) from None
+        except ray.exceptions.RayActorError:
             return False
         self._waiting[ticket.worker] -= 1
         return True

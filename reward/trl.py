@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from reward.mixture import Mixture, RewardTerm
-from reward.types import Sample
+from reward.mixture import Mixture, RewardTerm, why_masked
+from reward.types import InfrastructureError, Sample
 
+_log = logging.getLogger(__name__)
+
+RECENT = 256
+"""Of so many completions, or of a call's where it has more, the share is taken that nobody could judge."""
 _NOT_DATA = ("completion_ids",)
 
 
 class TrlReward:
     """What `trl_reward_func` returns: a class and not a closure, so that it can be pickled."""
 
-    def __init__(self, name: str, params: Mapping[str, Any]) -> None:
+    def __init__(self, name: str, params: Mapping[str, Any], infra_error_limit: float) -> None:
         self.__name__ = name  # TRL names its metrics by it
-        self._mixture = Mixture([RewardTerm(name=name, params=dict(params))])
+        self._mixture = Mixture([RewardTerm(name=name, params=dict(params))], infra_error_limit=infra_error_limit)
+        self._masked: list[bool] = []  # of the last completions: one call may hold those of a single prompt
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
         rows = {
@@ -28,21 +34,38 @@ class TrlReward:
             _sample(index, prompt, completion, {name: column[index] for name, column in rows.items()})
             for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
         ]
-        return [reward.value for reward in self._mixture.score(samples)]
+        rewards = self._mixture.judge(samples)
+        if reasons := why_masked(samples, rewards):
+            self._stop_or_warn(reasons, len(samples), has_answers="answer" in rows)
+        self._masked = [*self._masked, *(reward.value is None for reward in rewards)][-RECENT:]
+        return [reward.value for reward in rewards]
+
+    def _stop_or_warn(self, reasons: Sequence[str], count: int, has_answers: bool) -> None:
+        earlier = self._masked[count - RECENT :] if count < RECENT else []
+        share = (sum(earlier) + len(reasons)) / max(count, RECENT)
+        limit = self._mixture.infra_error_limit
+        if not has_answers and all("no ground truth" in reason for reason in reasons):
+            raise InfrastructureError(len(reasons) / count, limit, f"{reasons[0]}; the data have no column 'answer'")
+        if share > limit:
+            raise InfrastructureError(share, limit, reasons[0])
+        _log.warning("%d of %d samples masked. The first: %s", len(reasons), count, reasons[0])
 
 
-def trl_reward_func(name: str, /, **params: Any) -> TrlReward:
+def trl_reward_func(name: str, /, *, infra_error_limit: float = 0.5, **params: Any) -> TrlReward:
     """A callable `(prompts, completions, **columns) -> list of float | None` for TRL's `reward_funcs`.
 
     Prompts and completions are strings or lists of chat messages; of a completion the last message counts.
     The column `answer` is the ground truth, `id` and `domain` are used if there are any, and every column is
-    in the sample's metadata. None, which TRL leaves out, stands for a sample that nobody could judge.
+    in the sample's metadata. None, which TRL leaves out, stands for a sample that nobody could judge. Where more than
+    `infra_error_limit`, a share in [0, 1], of the last 256 completions are None, the call raises; so it does at once where
+    the reward compares with ground truths and there is no column `answer`.
 
     TRL does not say which completions were cut off: let it mask them (`mask_truncated_completions`).
 
-    Raises UnknownReward or ParameterError here, and what `Mixture.score` raises when called.
+    Raises UnknownReward, ParameterError or RewardError here; InfrastructureError, and what `Mixture.judge` raises, when
+    called.
     """
-    return TrlReward(name, params)
+    return TrlReward(name, params, infra_error_limit)
 
 
 def _sample(index: int, prompt: Any, completion: Any, row: Mapping[str, Any]) -> Sample:

@@ -44,10 +44,18 @@ class Request:
 class Engine:
     """One copy of the policy, ready to sample."""
 
-    def __init__(self, model: str | Path, dtype: str, options: EngineOptions, stop_token_ids: Sequence[int]):
+    def __init__(
+        self,
+        model: str | Path,
+        dtype: str,
+        options: EngineOptions,
+        stop_token_ids: Sequence[int],
+        *,
+        trust_remote_code: bool = False,
+    ):
         """Load `model` (a Hugging Face directory or hub name) in `dtype` ("float32" or "bfloat16").
 
-        `stop_token_ids` are the tokens that end a completion.
+        `stop_token_ids` are the tokens that end a completion; `trust_remote_code` lets the model bring code of its own.
         """
         from vllm import LLM
 
@@ -56,7 +64,7 @@ class Engine:
         self._options = options
         self._adapter: Any = None
         self._stop_token_ids = list(stop_token_ids)
-        self._llm = LLM(model=str(model), dtype=dtype, **engine_arguments(str(model), options))
+        self._llm = LLM(model=str(model), dtype=dtype, **engine_arguments(str(model), options, trust_remote_code))
         self._count_steps()
 
     def generate(self, requests: Sequence[Request], sampling: SamplingOptions) -> list[Completion]:
@@ -68,7 +76,7 @@ class Engine:
                 f"but the sampler's context is {self._options.max_length}"
             )
         # What is cached of an earlier batch would let a completion depend, in its last bits, on who sampled that.
-        self._llm.reset_prefix_cache()
+        self._clear_prefix_cache()
         parameters = [self._parameters(request, sampling) for request in requests]
         outputs = self._llm.generate(
             [{"prompt_token_ids": list(request.prompt.token_ids)} for request in requests],
@@ -118,7 +126,7 @@ class Engine:
         if any(self._llm.collective_rpc(has_low_rank_updates)):
             self.probe()
             self._everywhere(check_low_rank_updates)
-        self._llm.reset_prefix_cache()
+        self._clear_prefix_cache()
         self.weight_version = version
 
     def load_adapter(self, directory: Path, version: int) -> None:
@@ -136,7 +144,7 @@ class Engine:
                 f"vLLM refused the adapter ({error}); leave weights.transport out to send merged weights"
             ) from error
         self._adapter = adapter
-        self._llm.reset_prefix_cache()
+        self._clear_prefix_cache()
         self.weight_version = version
 
     def sleep(self) -> None:
@@ -158,6 +166,14 @@ class Engine:
             raise
         except Exception as error:  # what it is depends on the backend, and on whether vLLM runs in this process
             raise NotReceivedError(f"the broadcast of weights broke off ({first_line(error)})") from error
+
+    def _clear_prefix_cache(self) -> None:
+        """Drop the cached keys and values of all prompts. Raises WeightUpdateError where vLLM keeps them: they may be of old weights."""
+        if not self._llm.reset_prefix_cache():
+            raise WeightUpdateError(
+                "vLLM did not clear its prefix cache, because requests are still running: their keys and values would be used "
+                "with other weights than those that computed them"
+            )
 
     def _everywhere(self, do: Callable[..., str | None], *arguments: Any) -> None:
         """Let each process of the engine do its part of an update. Raises WeightUpdateError with what one of them found wrong."""
@@ -206,11 +222,12 @@ class Engine:
         )
 
 
-def engine_arguments(model: str, options: EngineOptions) -> dict[str, Any]:
+def engine_arguments(model: str, options: EngineOptions, trust_remote_code: bool = False) -> dict[str, Any]:
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(model)
+    config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
     arguments: dict[str, Any] = {
+        "trust_remote_code": trust_remote_code,
         "max_model_len": options.max_length,
         "max_num_seqs": options.batch_sequences,
         "enforce_eager": True,

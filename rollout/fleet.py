@@ -43,15 +43,19 @@ class Fleet:
         stop_token_ids: Sequence[int],
         on_fault: FaultHandler | None = None,
         bundles: Any = None,
+        *,
+        trust_remote_code: bool = False,
     ):
         """Start the workers and load `model` in each (Ray must be running), one in each of a placement group's `bundles` if given.
+
+        `trust_remote_code` lets the model bring code of its own.
 
         What happens to workers is told to `on_fault`, or logged as a warning: during calls of the fleet, by the thread
         that makes them. `before_use` may be set to what has to happen before the workers sample or take weights.
         """
         self._options = options
         self._on_fault = on_fault or log_fault
-        self._supervisor = Supervisor(model, dtype, options, stop_token_ids, bundles)
+        self._supervisor = Supervisor(model, dtype, options, stop_token_ids, trust_remote_code, bundles)
         self._serials = count(1)
         self._is_asleep = False
         self.before_use: Callable[[], None] = lambda: None

@@ -119,6 +119,7 @@ class Member:
         dtype: str,
         options: FleetOptions,
         stop_token_ids: Sequence[int],
+        trust_remote_code: bool,
         bundles: Any,
         post: Callable[[Callable[[], None]], None],
     ):
@@ -129,7 +130,7 @@ class Member:
         self._options = options
         self._where = processes.in_bundle(bundles, number)
         engine = EngineOptions.model_validate(options.model_dump(include=set(EngineOptions.model_fields)))
-        self._start_arguments = (model, dtype, engine, options.threads, list(stop_token_ids))
+        self._start_arguments = (model, dtype, engine, options.threads, list(stop_token_ids), trust_remote_code)
         self._post = post
 
     def start(self, now: float, finished: Callable[[Task, Any], None], ended: Callable[[Any, Any], None]) -> None:

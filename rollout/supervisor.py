@@ -27,13 +27,21 @@ class Supervisor:
     in `error`; what happened to workers in `faults`.
     """
 
-    def __init__(self, model: str, dtype: str, options: FleetOptions, stop_token_ids: Sequence[int], bundles: Any):
+    def __init__(
+        self,
+        model: str,
+        dtype: str,
+        options: FleetOptions,
+        stop_token_ids: Sequence[int],
+        trust_remote_code: bool,
+        bundles: Any,
+    ):
         self.error: RolloutError | None = None
         self.faults: SimpleQueue[Fault] = SimpleQueue()
         self._options = options
         self._mailbox: SimpleQueue[Call] = SimpleQueue()
         self.members = [
-            Member(number, model, dtype, options, stop_token_ids, bundles, self._mailbox.put)
+            Member(number, model, dtype, options, stop_token_ids, trust_remote_code, bundles, self._mailbox.put)
             for number in range(options.workers)
         ]
         self._jobs: list[Job] = []

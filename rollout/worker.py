@@ -43,11 +43,17 @@ class RolloutWorker:
         self._engine: Engine | None = None
 
     def start(
-        self, model: str, dtype: str, options: EngineOptions, threads: int, stop_token_ids: Sequence[int]
+        self,
+        model: str,
+        dtype: str,
+        options: EngineOptions,
+        threads: int,
+        stop_token_ids: Sequence[int],
+        trust_remote_code: bool,
     ) -> None:
         """Load the policy, and draw a token from it."""
         torch.set_num_threads(threads)
-        self._engine = Engine(model, dtype, options, stop_token_ids)
+        self._engine = Engine(model, dtype, options, stop_token_ids, trust_remote_code=trust_remote_code)
         self._engine.probe()
         # What was loaded stays: a full collection would walk through all of it, in the middle of a step.
         gc.collect()

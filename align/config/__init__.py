@@ -1,12 +1,11 @@
 """Recipes: `options` says what they can hold, `reading` gets one from a file, `pipeline` puts several in order."""
 
 from align.config.changes import differences
-from align.config.learners import LearnerOptions, LoraOptions, OptimizerOptions
+from align.config.evaluation import AgainstOptions, EvaluationOptions
+from align.config.learners import BFLOAT16_SUMS, LearnerOptions, LoraOptions, OptimizerOptions
 from align.config.options import (
     STAGES,
-    AgainstOptions,
     DataOptions,
-    EvaluationOptions,
     GrpoOptions,
     GrpoRecipe,
     MachineOptions,
@@ -29,6 +28,7 @@ from align.config.reading import check_model_directory, dump_recipe, load_recipe
 from align.config.watches import AgreementOptions, AlarmOptions, GuardOptions
 
 __all__ = [
+    "BFLOAT16_SUMS",
     "STAGES",
     "AgainstOptions",
     "AgreementOptions",

@@ -6,8 +6,9 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from align.config.evaluation import EvaluationOptions
 from align.config.learners import LearnerOptions
-from align.config.section import Section
+from align.config.section import Section, refuse_without_effect
 from align.config.watches import AgreementOptions, AlarmOptions, GuardOptions
 from reward import RewardTerm
 from rollout import WeightOptions
@@ -46,12 +47,25 @@ class DataOptions(Section):
     """Which examples of which data card. A recipe may list several; each step then takes from all of them."""
 
     card: str = Field(description="name of a card in data_cards/, or a path to one")
-    split: Literal["train", "validation", "test"] = "train"
-    path: Path | None = Field(None, description="local file to read in place of the card's source")
+    split: Literal["train", "validation", "test"] = Field(
+        "train", description="validation is for GRPO without evaluation.every alone; test is never trained on"
+    )
+    path: Path | None = Field(
+        None, description="local file, or directory with a file for each split, to read in place of the card's source"
+    )
     levels: list[int] | None = Field(None, description="difficulty levels to keep; all when not given")
     limit: int | None = Field(None, ge=1, description="first so many examples, after a seeded shuffle")
     params: dict[str, Any] = Field({}, description="parameters of a generated source")
     share: float = Field(1.0, gt=0, description="part of each step that comes from here, relative to the others")
+    too_long: Literal["leave_out", "refuse"] = Field(
+        "leave_out", description="what becomes of an example that has more tokens than there is room for"
+    )
+
+    @model_validator(mode="after")
+    def _test_is_held_out(self) -> Self:
+        if self.split == "test":
+            raise ValueError("split: test is what a policy is evaluated on: train on another split")
+        return self
 
 
 class SftOptions(Section):
@@ -95,13 +109,23 @@ class GrpoOptions(Section):
         description="importance ratio of a token (DeepSeekMath eq. 3) or of a completion (report eq. 32)",
     )
     aggregation: Literal["sample_mean", "token_mean", "sequence_sum"] = Field(
-        "sample_mean", description="how token losses become one loss; see align.losses.completion_weights"
+        "sample_mean",
+        description="how token losses become one loss; see align.losses.completion_weights. level: sequence needs sequence_sum",
     )
     advantage_scale: Literal["std", "none"] = Field(
         "std", description="divide by the group's standard deviation, or only centre"
     )
     train_on_truncated: bool = Field(True, description="train on completions cut off at the length limit")
     drop_uniform_groups: bool = Field(False, description="leave out groups whose rewards are all equal")
+
+    @model_validator(mode="after")
+    def _one_mean_over_a_completion(self) -> Self:
+        if self.level == "sequence" and self.aggregation != "sequence_sum":
+            raise ValueError(
+                f"level: sequence is one loss for each completion, of which aggregation: {self.aggregation} would divide by the length "
+                "a second time: set aggregation: sequence_sum, which is their mean (report eq. 32), or level: token"
+            )
+        return self
 
 
 class PreferencesOptions(Section):
@@ -111,37 +135,6 @@ class PreferencesOptions(Section):
     held_out_prompts: int = Field(128, ge=1, description="prompts of each of the card's other splits")
     samples: int = Field(8, ge=2, description="answers of a prompt")
     pairs_per_prompt: int = Field(2, ge=1, description="pairs of a prompt at most, no answer in two of them")
-
-
-class HookOptions(Section):
-    """A registered evaluation of the checkpoint that a stage wrote; `align evaluations list` shows them."""
-
-    name: str
-    params: dict[str, Any] = Field({})
-    label: str | None = Field(None, min_length=1, description="what its results are called; its name when not given")
-
-
-class AgainstOptions(Section):
-    """An earlier run whose answers to the same problems are compared with: how often the new ones are better."""
-
-    run: Path = Field(description="run directory, or the checkpoint in it")
-    judge: str = Field(description="component of the reward by which answers are compared")
-
-
-class EvaluationOptions(Section):
-    """Held-out problems answered by the policy, before and after the stage, and whatever else is asked of it then."""
-
-    cards: list[str] | None = Field(None, description="data cards; those of the training data when not given")
-    split: Literal["validation", "test"] = "test"
-    path: Path | None = Field(None, description="local file to read in place of the source of the only card")
-    levels: list[int] | None = Field(None, description="difficulty levels to keep of the only card")
-    limit: int = Field(256, ge=1, description="problems of a card, after a seeded shuffle")
-    samples: int = Field(4, ge=0, description="samples a problem for pass@k; 0 leaves it out")
-    before: bool = Field(True, description="also before the first step; not where the stage before has just done it")
-    every: int | None = Field(None, ge=1, description="also every so many steps")
-    max_new_tokens: int = Field(64, ge=1)
-    against: AgainstOptions | None = None
-    hooks: list[HookOptions] = Field([])
 
 
 class ScoringOptions(Section):
@@ -161,7 +154,7 @@ class MachineOptions(Section):
     """What the machine must have."""
 
     cores: int = Field(1, ge=1)
-    memory_gb: float = Field(1.0, gt=0, description="GiB that must be free")
+    memory_gb: float = Field(1.0, gt=0, description="memory that must be free, in GiB")
 
 
 class Recipe(Section):
@@ -242,8 +235,12 @@ class PolicyRecipe(SamplingRecipe, TrainingRecipe):
 
     @model_validator(mode="after")
     def _an_adapter_to_send(self) -> Self:
-        if self.weights.transport == "adapter" and self.learner.lora is None:
-            raise ValueError("weights.transport: adapter sends the adapter alone, and there is none: set learner.lora")
+        if self.weights.transport == "adapter":
+            if self.learner.lora is None:
+                raise ValueError(
+                    "weights.transport: adapter sends the adapter alone, and there is none: set learner.lora"
+                )
+            refuse_without_effect(self.weights, ["bucket_mb"], "weights", "an adapter is sent as a whole")
         return self
 
     @model_validator(mode="before")
@@ -262,6 +259,10 @@ class PolicyRecipe(SamplingRecipe, TrainingRecipe):
         if learner.zero_stage not in (1, 2) or learner.expert_parallel > 1:
             raise ValueError(
                 "take_turns: DeepSpeed moves what it holds under zero_stage 1 and 2, without expert_parallel"
+            )
+        if learner.zero_stage == 1 and self.model.dtype == "bfloat16":
+            raise ValueError(
+                "take_turns: DeepSpeed does not move the float32 gradients of a bfloat16 model under zero_stage 1; take zero_stage 2"
             )
         if learner.gpus + rollout.gpus > 1:
             raise ValueError("take_turns: learner.gpus and rollout.gpus are more than one GPU together; leave them out")
@@ -294,6 +295,14 @@ class SftRecipe(PolicyRecipe):
     def data_stage(self) -> DataStage:
         return "sft"
 
+    @model_validator(mode="after")
+    def _leave_out_what_has_no_effect(self) -> Self:
+        why = "SFT looks at the validation loss, every sft.validate_every steps"
+        refuse_without_effect(self.evaluation, ["every"], "evaluation", why)
+        for data in self.data:
+            refuse_without_effect(data, ["split"], "data", "the validation split gives the validation loss")
+        return self
+
 
 class RewardModelRecipe(TrainingRecipe):
     """A reward model from preferences. Nothing is sampled for it."""
@@ -312,8 +321,10 @@ class RewardModelRecipe(TrainingRecipe):
     def _leave_out_what_has_no_effect(self) -> Self:
         if self.reward_model.loss == "pointwise" and self.reward_model.margin_scale:
             raise ValueError("reward_model.margin_scale has no effect on the pointwise loss: leave it out")
-        if any(data.levels is not None for data in self.data):
-            raise ValueError("data.levels: preferences have no levels")
+        refuse_without_effect(self.learner, ["share_prompts"], "learner", "a reward model reads whole conversations")
+        for data in self.data:
+            refuse_without_effect(data, ["levels"], "data", "preferences have no levels")
+            refuse_without_effect(data, ["split"], "data", "validation and test pairs judge the reward model")
         return self
 
 
@@ -340,6 +351,15 @@ class GrpoRecipe(PolicyRecipe):
     def _consistent(self) -> Self:
         if self.sampling.temperature == 0:
             raise ValueError("sampling.temperature is 0: greedy completions of a group are all alike; use 1.0")
+        if "validation" in {data.split for data in self.data} and (
+            self.evaluation.every or self.evaluation.split == "validation"
+        ):
+            raise ValueError(
+                "data.split: validation is what evaluation.every and evaluation.split: validation measure on: train on train, or "
+                "leave those out"
+            )
+        if self.reference is not None and not self.grpo.kl_coefficient:
+            raise ValueError("reference has no effect while grpo.kl_coefficient is 0: set that, or leave it out")
         if self.learner.lora is not None and self.learner.lora.dropout:
             raise ValueError(
                 "learner.lora.dropout must be 0: with it the learner would judge another policy than the one that sampled"
@@ -372,6 +392,13 @@ class PreferencesRecipe(SamplingRecipe):
     @property
     def data_stage(self) -> DataStage:
         return "grpo"
+
+    @model_validator(mode="after")
+    def _leave_out_what_has_no_effect(self) -> Self:
+        refuse_without_effect(self.run, ["allow_changes"], "run", "this stage begins anew when it was interrupted")
+        for data in self.data:
+            refuse_without_effect(data, ["split", "share"], "data", "every prompt of every split is answered once")
+        return self
 
 
 STAGES: dict[str, type[Recipe]] = {

@@ -15,7 +15,8 @@ from align.data import instruction_words as lists
 from align.errors import UserError
 from align.run.samples import read_jsonl_lines
 from reward import Sample
-from reward.instructions import judge, sentences
+from reward.instructions import judge
+from reward.prose import sentences
 
 ATTEMPTS = 30
 MOST_SENTENCES = 4

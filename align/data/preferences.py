@@ -1,17 +1,17 @@
 """The preferences of a split of a data card, held apart from what reward models will be evaluated on."""
 
 import logging
-import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, get_args
 
 from align.data import nano_chat
 from align.data.cards import GENERATED, DataCard, FileSource, GeneratorSource, HubSource, check
 from align.data.code_rows import NothingToJudgeBy, Row
-from align.data.loader import held_out_splits
+from align.data.loader import first, held_together, nothing_left, own_held_out, without
 from align.data.preference_fields import (
     ChosenRejected,
     HhDialogues,
@@ -19,7 +19,7 @@ from align.data.preference_fields import (
     PreferenceFields,
     SignedResponses,
 )
-from align.data.tables import check_unicode, comparable, normalised, percentile, table_rows
+from align.data.tables import check_unicode, normalised, percentile, table_rows
 from align.data.types import Message, Preference, Role, SplitName
 from align.errors import UserError
 
@@ -36,9 +36,13 @@ class LoadedPreferences:
 
     preferences: list[Preference]
     dropped_contaminated: int = 0
-    """Preferences left out since their prompt occurs in a split that is held out from this one."""
+    """Preferences left out since their prompt occurs in something that is held out from this split."""
     unchecked: tuple[SplitName, ...] = ()
     """Held-out splits that could not be compared, because `path` gave one file only."""
+    compared: Mapping[str, int] = field(default_factory=dict)
+    """What was compared, such as "pku_saferlhf/test", with how many of the dropped preferences occur in it."""
+    prompts: frozenset[str] = frozenset()
+    """Every prompt of the split, those that were dropped too, as prompts are compared."""
 
 
 def load_preferences(
@@ -49,36 +53,26 @@ def load_preferences(
     limit: int | None = None,
     seed: int = 0,
     params: Mapping[str, Any] | None = None,
+    held_out: Mapping[str, Collection[str]] = MappingProxyType({}),
 ) -> LoadedPreferences:
     """The preferences of `split`, in the order of the source, or `limit` of them after a shuffle by `seed`.
 
-    Those whose prompt, the whole conversation, occurs in a split held out from this one are dropped and counted first.
+    Those whose prompt, the whole conversation, occurs in what is held out from this split are dropped and counted first.
     The arguments are those of `align.data.loader.load_split`. Raises UserError, with file and row, for a row that cannot
     be used, and when nothing is left.
     """
-    held_out = held_out_splits(card, split)
     local = Path(path) if path is not None else None
     overrides = dict(params or {})
-    found = _read(card, split, local, seed, overrides)
-    unchecked = tuple(
-        name
-        for name in held_out
-        if isinstance(card.source, HubSource | FileSource) and not comparable(card.source, split, name, local)
+    others, unchecked = own_held_out(
+        card, split, local, lambda name: [_conversation(p.messages) for p in _read(card, name, local, seed, overrides)]
     )
-    forbidden = {
-        _conversation_key(preference.messages)
-        for name in held_out
-        if name not in unchecked
-        for preference in _read(card, name, local, seed, overrides)
-    }
-    clean = [preference for preference in found if _conversation_key(preference.messages) not in forbidden]
+    found = _read(card, split, local, seed, overrides)
+    prompts = [normalised(_conversation(preference.messages)) for preference in found]
+    clean, compared = without(found, prompts, held_together(others, held_out))
     dropped = len(found) - len(clean)
     if not clean:
-        raise UserError(f"data card {card.name}, split {split}: no preferences ({dropped} dropped)")
-    if limit is not None:
-        random.Random(seed).shuffle(clean)
-        clean = clean[:limit]
-    return LoadedPreferences(clean, dropped, unchecked)
+        raise UserError(nothing_left(f"data card {card.name}, split {split}", "preferences", dropped, compared))
+    return LoadedPreferences(first(clean, limit, seed), dropped, unchecked, compared, frozenset(prompts))
 
 
 def _read(card: DataCard, split: SplitName, path: Path | None, seed: int, params: dict[str, Any]) -> list[Preference]:
@@ -240,5 +234,5 @@ def _opening(messages: Sequence[Message]) -> str:
     return next(message["content"] for message in messages if message["role"] == "user")
 
 
-def _conversation_key(messages: Sequence[Message]) -> str:
-    return normalised("\n".join(message["content"] for message in messages))
+def _conversation(messages: Sequence[Message]) -> str:
+    return "\n".join(message["content"] for message in messages)

@@ -2,8 +2,9 @@
 
 import hashlib
 import logging
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,18 @@ def comparable(source: HubSource | FileSource, split: SplitName, other: SplitNam
     return path is None or path.is_dir() or source.splits[split].table == source.splits[other].table
 
 
+def refuse_one_file(card: DataCard, path: Path | None, splits: Collection[SplitName]) -> None:
+    """Raise UserError where one file would be read as several of the card's splits, which have tables of their own."""
+    if path is None or path.is_dir() or not isinstance(card.source, HubSource | FileSource):
+        return
+    tables = dict.fromkeys(card.source.splits[split].table for split in splits if split in card.source.splits)
+    if len(tables) > 1:
+        raise UserError(
+            f"{path} is one file, and data card {card.name} has the splits {', '.join(splits)} in several: give a directory with "
+            f"{', '.join(Path(table).stem + '.jsonl' for table in tables)}"
+        )
+
+
 def normalised(prompt: str) -> str:
     """The prompt but for case and white space."""
     return " ".join(prompt.casefold().split())
@@ -79,6 +92,9 @@ def _example(card: DataCard, fields: Fields, identity: str, prompt: str, row: Ro
 
 def _answer(row: Row, fields: Fields, where: str) -> str:
     assert fields.answer is not None
+    published = row.get(fields.answer)
+    if isinstance(published, list) and published and all(isinstance(one, str) for one in published):
+        row = {**row, fields.answer: ", ".join(published)}  # the parts of one answer
     text = _text(row, fields.answer, "answer", where)
     if fields.answer_boxed:
         return _last_box(text, f"{where}: column {fields.answer!r}")
@@ -114,6 +130,8 @@ def _text(row: Row, column: str, role: str, where: str) -> str:
     if column not in row:
         raise UserError(f"{where}: no column {column!r} for the {role}; there are {', '.join(row) or 'none'}")
     value = row[column]
+    if isinstance(value, float) and not math.isfinite(value):
+        value = None  # how tables of numbers write a missing one
     if isinstance(value, int | float) and not isinstance(value, bool):
         value = str(value)
     if value is None or value == "":

@@ -59,10 +59,14 @@ class Preference:
 
 @dataclass(frozen=True)
 class LoadedSplit:
-    """The examples of a split, and how they were held apart from the other splits."""
+    """The examples of a split, and how they were held apart from what is held out."""
 
     examples: list[Example]
     dropped_contaminated: int = 0
-    """Examples left out since their prompt occurs in a split that is held out from this one."""
+    """Examples left out since their prompt occurs in something that is held out from this split."""
     unchecked: tuple[SplitName, ...] = ()
     """Held-out splits that could not be compared, because `path` gave one file only."""
+    compared: Mapping[str, int] = field(default_factory=dict)
+    """What was compared, such as "math/test", with how many of the dropped examples occur in it."""
+    prompts: frozenset[str] = frozenset()
+    """Every prompt of the split, those that were dropped too, as prompts are compared: see `align.data.tables.normalised`."""

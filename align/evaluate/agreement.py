@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import expm1
+from math import expm1, nan
 
 from align.config import AgreementOptions
 from align.learner.batch import TrainingSequence
@@ -28,8 +28,10 @@ class Disagreement:
 
     @classmethod
     def of(cls, sums: Sums) -> "Disagreement":
-        """The disagreement that a learner's pass over a batch found."""
-        n = max(sums.compared, 1)
+        """The disagreement that a learner's pass over a batch found; NaN where it compared nothing."""
+        n = sums.compared
+        if not n:
+            return cls(nan, nan, nan, 0)
         return cls(sums.difference / n, sums.max_difference, sums.sampler_kl / n, sums.compared)
 
 

@@ -1,18 +1,21 @@
 """Conversations put to the policy through the rollout workers."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from align.data.chat import decode_completion
+from align.data.chat import answer_text
 from align.data.types import Example, Message
 from align.evaluate.hooks import Checkpoint
 from align.evaluate.problems import encode_prompts
 from rollout import FinishReason, Fleet, SamplingOptions
 
+_log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """What the policy said: its text, its length in tokens, and whether it hit the limit of new tokens."""
+    """What the policy said: its text, its length in tokens (0 where it was not asked), and whether it was cut off at a limit."""
 
     text: str
     tokens: int
@@ -30,17 +33,24 @@ def ask(
 ) -> dict[str, Response]:
     """The policy's response to each conversation by its id, in their order; greedy unless there is a temperature.
 
-    Raises UserError, before anything is sampled, for a conversation that leaves no room for `max_new_tokens`.
+    A conversation that leaves no room for `max_new_tokens` is not put to it: the response is empty, and a warning counts
+    such conversations.
     """
     examples = [Example(id_, tuple(messages), None, None, "evaluation") for id_, messages in conversations.items()]
-    prompts = encode_prompts(checkpoint.tokenizer, examples, checkpoint.max_length - max_new_tokens)
+    longest = checkpoint.max_length - max_new_tokens
+    prompts = [p for p in encode_prompts(checkpoint.tokenizer, examples) if len(p.token_ids) <= longest]
+    if len(prompts) < len(examples):
+        _log.warning(
+            "%d of %d conversations have more than the %d tokens that are left beside %d new ones: they count as not answered",
+            *(len(examples) - len(prompts), len(examples), longest, max_new_tokens),
+        )
     sampling = SamplingOptions(temperature=temperature, max_new_tokens=max_new_tokens)
-    responses = {}
-    for group in fleet.generate(prompts, 1, sampling, seed=seed, step=0):
+    responses = {id_: Response("", 0, truncated=True) for id_ in conversations}
+    for group in fleet.generate(prompts, 1, sampling, seed=seed, step=0) if prompts else ():
         (completion,) = group.completions
         responses[group.prompt.id] = Response(
-            decode_completion(checkpoint.tokenizer, completion.token_ids),
+            answer_text(checkpoint.tokenizer, conversations[group.prompt.id], completion.token_ids),
             len(completion.token_ids),
             completion.finish_reason is FinishReason.LENGTH,
         )
-    return {id_: responses[id_] for id_ in conversations}
+    return responses

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from align.config import ModelOptions
-from align.data.chat import encode_prompt
+from align.data.chat import encode_example, encode_prompt
 from align.errors import UserError
 from align.evaluate.agreement import AgreementError, AgreementGate, probe
 from align.learner.batch import TrainingSequence
@@ -32,6 +32,8 @@ class Outcome(StrEnum):
     """How a check ended."""
 
     OK = "ok"
+    LIMITED = "limited"
+    """Not for every stage: the detail says for which not."""
     SKIPPED = "skipped"
     FAILED = "FAILED"
 
@@ -50,7 +52,7 @@ class DoctorError(UserError):
 
 
 def examine(model: ModelOptions, tokenizer: Any, *, reward_model: bool = False) -> list[Check]:
-    """Check tokenizer, template, softmax scale, experts and parameter names of a model directory or hub name.
+    """Check tokenizer, template, softmax scale, routing, experts and parameter names of a model directory or hub name.
 
     It should be a policy, or with `reward_model` a sequence classifier.
     """
@@ -63,7 +65,9 @@ def examine(model: ModelOptions, tokenizer: Any, *, reward_model: bool = False) 
     return [
         check_round_trip(tokenizer),
         check_template(tokenizer),
+        check_demonstrations(tokenizer),
         check_softmax_scale(skeleton),
+        check_routing(config),
         check_experts(skeleton),
         check_names(skeleton, model.path),
     ]
@@ -107,7 +111,35 @@ def check_template(tokenizer: Any) -> Check:
     return Check(
         "chat template",
         Outcome.OK,
-        f"{len(plain)} tokens around a message; special tokens in a message stay text",
+        f"{len(plain)} tokens around a message; special tokens in a message stay text" + no_system_messages(tokenizer),
+    )
+
+
+def no_system_messages(tokenizer: Any) -> str:
+    """What a template that refuses system messages says, to be added to another sentence; else ""."""
+    try:
+        encode_prompt(tokenizer, [{"role": "system", "content": "x"}, {"role": "user", "content": "x"}])
+    except UserError as error:
+        return f"; data with system messages cannot be used: {error}"
+    return ""
+
+
+def check_demonstrations(tokenizer: Any) -> Check:
+    """An answer, and an answer with a thought, can be trained on as the template renders them."""
+    name = "demonstrations"
+    refused = {}
+    for kind, response in {"": "x", " with a thought": "<think>\nx\n</think>\n\nx"}.items():
+        try:
+            encode_example(tokenizer, [{"role": "user", "content": "x"}], response)
+        except UserError as error:
+            refused[kind] = str(error)
+    if not refused:
+        return Check(name, Outcome.OK, "trained on as the template renders them, with a thought and without")
+    if len(refused) == 2:
+        return Check(name, Outcome.LIMITED, f"no SFT and no reward model: {refused['']}")
+    (kind, reason), *_ = refused.items()
+    return Check(
+        name, Outcome.LIMITED, f"no SFT and no reward model on answers{kind or ' without a thought'}: {reason}"
     )
 
 
@@ -133,6 +165,27 @@ def yarn_mscale(factor: float, mscale: float) -> float:
     """YaRN's attention factor, 0.1 m ln(s) + 1 (Peng et al. 2023, arXiv 2309.00071, eq. 22)."""
 
     return 0.1 * mscale * log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def check_routing(config: Any) -> Check:
+    """transformers and vLLM choose and weight the experts alike: of DeepSeek-V2's options they read two differently."""
+    name = "routing"
+    if config.model_type != "deepseek_v2":
+        return Check(name, Outcome.SKIPPED, "only DeepSeek-V2's configuration can be read in two ways")
+    groups = config.n_group or 1
+    if config.topk_method == "greedy" and groups > 1:
+        wrong = (
+            f"topk_method is greedy and n_group {groups}: vLLM takes experts from the best groups alone, transformers from all. "
+            'Cure: "n_group": 1 and "topk_group": 1 in config.json, or "topk_method": "group_limited_greedy", as the model was trained'
+        )
+    elif config.norm_topk_prob:
+        wrong = (
+            "norm_topk_prob is true: vLLM divides the weights of a token's experts by their sum, transformers does not. "
+            'Cure: "norm_topk_prob": false in config.json if the model was trained so; otherwise it cannot be trained here'
+        )
+    else:
+        return Check(name, Outcome.OK, f"{config.topk_method}, which sampler and learner compute alike")
+    return Check(name, Outcome.FAILED, wrong)
 
 
 def check_experts(skeleton: Any) -> Check:
@@ -261,4 +314,5 @@ def verdict(checks: Sequence[Check], path: str) -> str:
     if failed:
         told = "\n".join(f"- {check.name}: {check.detail}" for check in failed)
         raise DoctorError(f"{path} is not fit to be trained: {len(failed)} of {len(checks)} checks failed\n{told}")
-    return f"{path} is fit to be trained: {len(checks)} checks, none failed"
+    limits = "".join(f"; {check.detail}" for check in checks if check.outcome is Outcome.LIMITED)
+    return f"{path} is fit to be trained: {len(checks)} checks, none failed{limits}"

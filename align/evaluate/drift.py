@@ -39,7 +39,7 @@ def drift(
         return Metrics({}, not_run={"loss": "the run began with random weights; say with start which model is meant"})
     prompts = [encode_prompt(checkpoint.tokenizer, [message]) for message in ordinary_requests(count)]
     beginning = load(path, checkpoint)
-    stops = stop_token_ids(path, checkpoint.tokenizer)
+    stops = stop_token_ids(checkpoint.model.model_copy(update={"path": path}), checkpoint.tokenizer)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         answers = [a for batch in batches(prompts) for a in sample_answers(beginning, batch, max_new_tokens, stops)]

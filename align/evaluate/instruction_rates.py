@@ -6,7 +6,7 @@ from statistics import fmean
 from typing import Any
 
 from align.data.types import Example
-from reward import Sample
+from reward import Sample, UnusableAnswer
 from reward.instructions import judge
 from rollout import FinishReason
 
@@ -16,25 +16,27 @@ def instruction_rates(answers: Sequence[Mapping[str, Any]], examples: Sequence[E
 
     `accuracy/seen_kinds` and `accuracy/unseen_kinds`: right answers, to requests of kinds that are trained on alone, and of
     others. `accuracy/kind/KIND`: instructions of the kind that are met by an answer that is none of the degenerate ones, of
-    which `degenerate_share` is the share. Empty where no example has instructions.
+    which `degenerate_share` is the share. Left out are examples whose instructions nobody can judge; empty where no example has any.
     """
-    asked = {example.id: example for example in examples if "instructions" in example.metadata}
+    asked = {e.id: e for e in examples if {"instructions", "instruction_id_list"} & e.metadata.keys()}
     counts: dict[str, list[bool]] = defaultdict(list)
     for answer in answers:
         if (example := asked.get(answer["id"])) is None:
             continue
         cut_off = answer["finish_reason"] == FinishReason.LENGTH
-        found = judge(
-            Sample(
-                id=example.id,
-                prompt=example.prompt_text,
-                completion=answer["completion"],
-                answer=None,
-                domain=example.domain,
-                truncated=cut_off,
-                metadata=example.metadata,
-            )
+        sample = Sample(
+            id=example.id,
+            prompt=example.prompt_text,
+            completion=answer["completion"],
+            answer=None,
+            domain=example.domain,
+            truncated=cut_off,
+            metadata=example.metadata,
         )
+        try:
+            found = judge(sample)
+        except UnusableAnswer:
+            continue
         of = "unseen_kinds" if example.metadata.get("unseen") else "seen_kinds"
         counts[f"accuracy/{of}"].append(found.passes and not cut_off)
         counts["degenerate_share"].append(bool(found.degenerate))

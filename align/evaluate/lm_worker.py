@@ -151,13 +151,12 @@ def load_model(request: HarnessRequest) -> Any:
     name_vllm()
     from lm_eval.models.vllm_causallms import VLLM
 
-    arguments = engine_arguments(model.path, request.engine)
+    arguments = engine_arguments(model.path, request.engine, model.trust_remote_code)
     for name in ("skip_tokenizer_init", "logprobs_mode", "seed"):
         del arguments[name]
     return VLLM(
         model.path,
         dtype=model.dtype,
-        trust_remote_code=model.trust_remote_code,
         batch_size=request.batch_size or "auto",
         **arguments,
     )

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from align.data.chat import encode_prompt, encode_text
+from align.data.chat import encode_prompt
 from align.data.types import Message
 from align.errors import UserError
 from align.evaluate.asking import ask
@@ -112,7 +112,7 @@ def haystack(tokenizer: Any, length: int, depth: float, id_: str) -> Haystack:
     filler = _filler(draw)
     while room >= 0:
         sentences.append(next(filler))
-        room -= len(encode_text(tokenizer, " " + sentences[-1]))
+        room -= len(tokenizer(" " + sentences[-1], add_special_tokens=False)["input_ids"])
     # Sentences may take a token more together than each by itself.
     while True:
         at = round(depth * len(sentences))

@@ -9,7 +9,7 @@ from typing import Any
 
 from align.data.chat import answer_text, encode_prompt
 from align.data.types import Example
-from align.errors import UserError
+from align.errors import UserError, naming
 from align.statistics import pass_at_k
 from reward import Sample, SampleReward, ScoringPool, Ticket, Verdict
 from rollout import Completion, FinishReason, Fleet, Group, Prompt, SamplingOptions
@@ -46,7 +46,8 @@ class Evaluation:
 
     `accuracy` is greedy pass@1, `by_domain` the same for the problems of each domain; `pass_at` maps k to the share of
     problems that k samples solve (empty without samples). `rates` are what else was counted, such as refusals. `rows`
-    has every completion with its reward and verdict.
+    has every completion with its reward and verdict. `too_long` problems have a prompt that left no room for an answer:
+    they are among the others, as not solved.
     """
 
     problems: int
@@ -58,6 +59,7 @@ class Evaluation:
     verdicts: Mapping[str, int] = field(default_factory=dict)
     rates: Mapping[str, float] = field(default_factory=dict)
     rows: Sequence[Mapping[str, Any]] = ()
+    too_long: int = 0
 
     def summary(self) -> dict[str, float]:
         """The numbers as metrics."""
@@ -71,7 +73,18 @@ class Evaluation:
         """The evaluation whose `summary`, `problems` and `verdicts` are in `record`, of problems of these domains; no rows."""
         by_domain = {name: record[key] for name in domains if (key := f"accuracy/{name}") in record}
         pass_at = {int(key.removeprefix("pass@")): value for key, value in record.items() if key.startswith("pass@")}
-        known = {"stage", "step", "name", "problems", "accuracy", "mean_length", "truncated", "verdicts"}
+        known = {
+            "stage",
+            "step",
+            "name",
+            "problems",
+            "accuracy",
+            "mean_length",
+            "truncated",
+            "verdicts",
+            "too_long",
+            "split",
+        }
         known |= {f"accuracy/{name}" for name in by_domain} | {f"pass@{k}" for k in pass_at}
         return cls(
             problems=record["problems"],
@@ -82,6 +95,7 @@ class Evaluation:
             pass_at=pass_at,
             verdicts=record["verdicts"],
             rates={key: value for key, value in record.items() if key not in known},
+            too_long=record.get("too_long", 0),
         )
 
 
@@ -93,21 +107,33 @@ def evaluate(
     *,
     samples: int,
     max_new_tokens: int,
+    longest: int,
     seed: int,
 ) -> Evaluation:
     """Answer every example greedily, and `samples` times at temperature 1, and score the answers.
 
-    An answer is right when the verdict of the first reward of its domain is PASS.
+    An answer is right when the verdict of the first reward of its domain is PASS. An example whose prompt has more than
+    `longest` tokens is not asked: its answers are empty ones, which are not right.
     """
-    prompts = encode_prompts(tokenizer, examples)
     by_id = {example.id: example for example in examples}
+    prompts = encode_prompts(tokenizer, examples)
+    asked = short_prompts(prompts, longest)
+    too_long = [prompt for prompt in prompts if len(prompt.token_ids) > longest]
+    asked_by_id = {prompt.id: by_id[prompt.id] for prompt in asked}
 
     def answers(count: int, temperature: float) -> list[Answer]:
         sampling = SamplingOptions(temperature=temperature, max_new_tokens=max_new_tokens)
-        groups = fleet.generate(prompts, count, sampling, seed=seed, step=0)
-        return gather_answers(submit_groups(groups, by_id, tokenizer, judges), by_id, judges)
+        groups = fleet.generate(asked, count, sampling, seed=seed, step=0)
+        found = gather_answers(submit_groups(groups, asked_by_id, tokenizer, judges), asked_by_id, judges)
+        return found + [not_asked(prompt, index, fleet.weight_version) for prompt in too_long for index in range(count)]
 
     return summarise(by_id, answers(1, 0.0), answers(samples, 1.0) if samples else [])
+
+
+def not_asked(prompt: Prompt, index: int, weight_version: int) -> Answer:
+    """The answer to a prompt that is too long: an empty one."""
+    completion = Completion(prompt.id, index, prompt.token_ids, [], [], FinishReason.LENGTH, 0, weight_version)
+    return Answer(completion, "", SampleReward(0.0, Verdict.NO_ANSWER, {}))
 
 
 def summarise(by_id: Mapping[str, Example], greedy: Sequence[Answer], drawn: Sequence[Answer]) -> Evaluation:
@@ -116,6 +142,7 @@ def summarise(by_id: Mapping[str, Example], greedy: Sequence[Answer], drawn: Seq
     An answer that nobody could judge counts as neither right nor wrong. Of k samples, only problems with k judged ones tell.
     """
     judged = [answer for answer in greedy if answer.judged]
+    asked = [answer for answer in greedy if answer.completion.token_ids]
     counts: dict[str, list[bool]] = {id_: [] for id_ in by_id}
     for answer in drawn:
         if answer.judged:
@@ -124,8 +151,8 @@ def summarise(by_id: Mapping[str, Example], greedy: Sequence[Answer], drawn: Seq
     return Evaluation(
         problems=len(by_id),
         accuracy=mean_of([answer.right for answer in judged]),
-        mean_length=mean_of([len(answer.completion.token_ids) for answer in greedy]),
-        truncated=mean_of([answer.truncated for answer in greedy]),
+        mean_length=mean_of([len(answer.completion.token_ids) for answer in asked]),
+        truncated=mean_of([answer.truncated for answer in asked]),
         by_domain={
             domain: mean_of([a.right for a in judged if by_id[a.completion.prompt_id].domain == domain])
             for domain in dict.fromkeys(example.domain for example in by_id.values())
@@ -140,6 +167,7 @@ def summarise(by_id: Mapping[str, Example], greedy: Sequence[Answer], drawn: Seq
             row(by_id[answer.completion.prompt_id], answer, greedy=place < len(greedy))
             for place, answer in enumerate([*greedy, *drawn])
         ],
+        too_long=len(greedy) - len(asked),
     )
 
 
@@ -148,16 +176,25 @@ def mean_of(values: Sequence[float]) -> float:
     return fmean(values) if values else nan
 
 
-def encode_prompts(tokenizer: Any, examples: Sequence[Example], longest: int | None = None) -> list[Prompt]:
-    """The prompts as token ids. Raises UserError for one of more than `longest` tokens."""
-    prompts = [Prompt(example.id, encode_prompt(tokenizer, example.messages)) for example in examples]
-    for prompt in prompts:
-        if longest is not None and len(prompt.token_ids) > longest:
-            raise UserError(
-                f"prompt {prompt.id!r} has {len(prompt.token_ids)} tokens, but rollout.max_length leaves room for "
-                f"{longest} before the completion; raise rollout.max_length, or leave the prompt out"
-            )
+def encode_prompts(tokenizer: Any, examples: Sequence[Example]) -> list[Prompt]:
+    """The prompts as token ids. Raises UserError for one that the chat template refuses."""
+    prompts = []
+    for example in examples:
+        with naming(f"prompt {example.id!r}"):
+            prompts.append(Prompt(example.id, encode_prompt(tokenizer, example.messages)))
     return prompts
+
+
+def short_prompts(prompts: Sequence[Prompt], longest: int) -> list[Prompt]:
+    """Those of at most `longest` tokens. Raises UserError where none is."""
+    short = [prompt for prompt in prompts if len(prompt.token_ids) <= longest]
+    if prompts and not short:
+        least = min(prompts, key=lambda prompt: len(prompt.token_ids))
+        raise UserError(
+            f"every prompt is too long: even prompt {least.id!r} has {len(least.token_ids)} tokens, but rollout.max_length leaves room "
+            f"for {longest} before the completion; raise rollout.max_length"
+        )
+    return short
 
 
 def submit_groups(

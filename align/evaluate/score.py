@@ -16,8 +16,8 @@ EXAMPLE = '{"id": "1", "completion": "It is \\\\boxed{4}.", "answer": "4"}'
 def score_file(term: RewardTerm, data: Path, out: Path) -> str:
     """Score every line of `data` and write id, value, verdict, detail and seconds of each to `out`; returns a summary.
 
-    A line has `id` and `completion`; it may have `prompt`, `answer` and `domain`, and everything else, such as `tests`,
-    goes to the reward as metadata. A sample that nobody could judge has the value null. Raises UserError with file and line.
+    A line has `id` and `completion`, or `key` (which may be a number) and `response` as IFEval publishes them; it may have `prompt`,
+    `answer` and `domain`, and everything else, such as `tests`, goes to the reward as metadata. A sample that nobody could judge has the value null. Raises UserError with file and line.
     """
     if out.exists():
         raise UserError(f"--out {out} exists already; give another file, or take it away")
@@ -43,11 +43,17 @@ def score_file(term: RewardTerm, data: Path, out: Path) -> str:
 
 
 def _sample(row: Mapping[str, Any], where: str) -> Sample:
+    if "id" not in row and "key" in row:
+        row = {**row, "id": str(row["key"])}
+    if "completion" not in row and "response" in row:
+        row = {**row, "completion": row["response"]}
     texts: dict[str, str] = {}
     for key, required in (("id", True), ("completion", True), ("prompt", False), ("answer", False), ("domain", False)):
         value = row.get(key)
         if value is None and not required:
             continue
+        if key == "answer" and isinstance(value, int | float) and not isinstance(value, bool):
+            value = str(value)  # as data sets publish them
         if not isinstance(value, str):
             what = "is missing" if key not in row else f"must be text, not {type(value).__name__}"
             raise UserError(f"{where}: {key} {what}; a line is like {EXAMPLE}")

@@ -6,6 +6,7 @@ whole experts of the model as it was loaded.
 """
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,6 +62,17 @@ def moe_groups(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     named = [{"name": f"group_{number}", **group} for number, group in enumerate(groups)]
     split: list[dict[str, Any]] = split_params_into_different_moe_groups_for_optimizer(named)
     return split
+
+
+def route_in_float32(network: torch.nn.Module) -> None:
+    """Let AutoEP's routers compute their logits in float32, as transformers' do: in bfloat16 tokens go to other experts."""
+    for _, layer in _spread_layers(network):
+        layer.router.gate.forward = partial(float32_logits, layer.router.gate)
+
+
+def float32_logits(gate: torch.nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
+    """The router's logits of `hidden` [T, H], [T, E] float32, whatever the dtype of its weight."""
+    return torch.nn.functional.linear(hidden.float(), gate.weight.float())
 
 
 def whole_parameters(network: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -7,6 +7,11 @@ import torch
 from align.learner.expert_parallel import placement
 
 
+def shape(parameter: torch.nn.Parameter) -> tuple[int, ...]:
+    """The shape of a parameter as the model was loaded: that of one which ZeRO-3 has partitioned is (0,) itself."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
 class GradientCensus:
     """Watches a module's trainable parameters until each, and each expert of a fused one, had a non-zero gradient."""
 
@@ -15,8 +20,8 @@ class GradientCensus:
         self._handles: dict[str, Any] = {}
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
-                shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-                parts = shape[0] if ".experts." in name and len(shape) == 3 else 1
+                sizes = shape(parameter)
+                parts = sizes[0] if ".experts." in name and len(sizes) == 3 else 1
                 # Of experts that are spread over ranks, those of others are waited for too, and seen there.
                 total, here = placement(parameter) or (parts, slice(parts))
                 self._waiting[name] = torch.ones(total, dtype=torch.bool)

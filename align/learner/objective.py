@@ -13,12 +13,16 @@ from align.losses import agreement, grpo_token_loss, token_log_probs
 class LogProbs(torch.nn.Module):
     """The policy as a function from token ids to the log-probabilities of the last K of them.
 
-    DeepSpeed wraps this module, so that the whole computation from ids to log-probabilities is its forward pass.
+    DeepSpeed wraps this module, so that the whole computation from ids to log-probabilities is its forward pass. The
+    auxiliary balance loss that some checkpoints ask for (`output_router_logits`) is not computed: no objective has it.
     """
 
     def __init__(self, policy: Any):
         super().__init__()
         self.policy = policy
+        self._always: dict[str, Any] = (
+            {"output_router_logits": False} if hasattr(policy.config, "output_router_logits") else {}
+        )
 
     def forward(
         self,
@@ -38,7 +42,7 @@ class LogProbs(torch.nn.Module):
         before: dict[str, Any] = {"use_cache": False}
         if prefixes is not None and prefix_mask is not None and prefix_of is not None:
             before = self._after(prefixes, prefix_mask, prefix_of, token_ids)
-        output = self.policy(input_ids=token_ids, logits_to_keep=kept + 1, **before)
+        output = self.policy(input_ids=token_ids, logits_to_keep=kept + 1, **before, **self._always)
         return token_log_probs(output.logits[:, -(kept + 1) : -1], targets, temperature)
 
     def _after(
@@ -47,7 +51,12 @@ class LogProbs(torch.nn.Module):
         """What lets rows of tokens go on from prefixes, to whose keys and values the gradient flows back."""
         places = (mask.cumsum(dim=1) - 1).clamp(min=0)
         cache = self.policy(
-            input_ids=prefixes, attention_mask=mask, position_ids=places, use_cache=True, logits_to_keep=1
+            input_ids=prefixes,
+            attention_mask=mask,
+            position_ids=places,
+            use_cache=True,
+            logits_to_keep=1,
+            **self._always,
         ).past_key_values
         cache.reorder_cache(prefix_of)
         lengths = mask.sum(dim=1)[prefix_of]

@@ -15,10 +15,17 @@ from typing import Any
 
 import torch
 
-from align.config import LearnerOptions, ModelOptions
+from align.config import BFLOAT16_SUMS, LearnerOptions, ModelOptions
 from align.errors import UserError
-from align.learner.expert_parallel import autoep_section, check_spreadable, moe_groups, placement, whole_parameters
-from align.learner.gradients import GradientCensus
+from align.learner.expert_parallel import (
+    autoep_section,
+    check_spreadable,
+    moe_groups,
+    placement,
+    route_in_float32,
+    whole_parameters,
+)
+from align.learner.gradients import GradientCensus, shape
 from align.learner.state import load_state, save_state
 from align.model.checkpoint_names import layout_of, to_checkpoint
 from align.model.lora import (
@@ -235,6 +242,9 @@ class LearnerRank(ABC):
         self._engine, self._optimizer, *_ = deepspeed.initialize(
             model=module, optimizer=lambda _: self._make_optimizer(module), config=config
         )
+        # Without ZeRO in bfloat16 DeepSpeed has taken an empty step, by which Adam would correct its moments wrongly.
+        self._engine.basic_optimizer.state.clear()
+        route_in_float32(module)
         self._norm = 0.0
         if self._clips_itself:
             self._optimizer.register_step_pre_hook(self._clip)
@@ -249,14 +259,19 @@ class LearnerRank(ABC):
         trained = sum(size(p) for p in network.parameters() if p.requires_grad)
         if lora is None:
             sent = sum(size(p) * p.element_size() for p in network.parameters())
-            return Trained(f"{trained:,} trainable parameters", None, sent)
+            return Trained(f"{trained:,} trainable parameters{self._caveat}", None, sent)
         plain, modules = plain_parameters(network), adapted_modules(network)
         total = sum(map(size, plain.values()))
         below = tuple(f"{module}." for module in modules)
         sent = sum(size(p) * p.element_size() for name, p in plain.items() if name.startswith(below))
         for name, layer in adapter_layers(network).items():
             sent += sum(size(p) * p.element_size() for p in factors(layer)) if is_sent_apart(name, layer) else 0
-        return Trained(describe(network, total, trained, lora), modules, sent)
+        return Trained(describe(network, total, trained, lora) + self._caveat, modules, sent)
+
+    @property
+    def _caveat(self) -> str:
+        imprecise = self._model.dtype == "bfloat16" and not self._options.zero_stage
+        return f" ({BFLOAT16_SUMS})" if imprecise else ""
 
     def _backward(self, loss: torch.Tensor) -> None:
         """Add the gradient of a part of the loss, whose weights hold the whole batch's denominator.
@@ -337,16 +352,15 @@ class LearnerRank(ABC):
 
     def _make_optimizer(self, module: torch.nn.Module) -> torch.optim.Optimizer:
         options = self._options.optimizer
-        decayed = [p for p in module.parameters() if p.requires_grad and p.dim() > 1]
-        others = [p for p in module.parameters() if p.requires_grad and p.dim() <= 1]
+        trained = [p for p in module.parameters() if p.requires_grad]
         groups = [
-            {"params": decayed, "weight_decay": options.weight_decay},
-            {"params": others, "weight_decay": 0.0},
+            {"params": [p for p in trained if len(shape(p)) > 1], "weight_decay": options.weight_decay},
+            {"params": [p for p in trained if len(shape(p)) <= 1], "weight_decay": 0.0},
         ]
         groups = [group for group in groups if group["params"]]
         return torch.optim.AdamW(
             moe_groups(groups) if self._options.expert_parallel > 1 else groups,
-            lr=options.learning_rate,
+            lr=0.0,  # until `apply` sets it: DeepSpeed's empty step must not decay
             betas=options.betas,
             eps=options.eps,
         )
@@ -360,11 +374,21 @@ class LearnerRank(ABC):
             "managed_gradient_accumulation": False,
             "gradient_clipping": 0.0 if self._clips_itself else self._options.optimizer.clip_norm,
             "zero_optimization": {"stage": self._options.zero_stage},
-            "bf16": {"enabled": self._model.dtype == "bfloat16"},
+            **(self._bfloat16_sections() if self._model.dtype == "bfloat16" else {}),
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": 2**31,
         }
+
+    def _bfloat16_sections(self) -> dict[str, Any]:
+        """Weights and gradients in bfloat16, and the gradients of micro-batches added up in float32, but for ZeRO-0."""
+        sections: dict[str, Any] = {"bf16": {"enabled": True, "immediate_grad_update": True}}
+        if self._options.zero_stage:
+            sections["data_types"] = {"grad_accum_dtype": "fp32"}
+        if self._options.zero_stage == 1:
+            # The sums themselves are reduced, once an update. Under ZeRO-2 and -3 it is each micro-batch's gradient.
+            sections["communication_data_type"] = "fp32"
+        return sections
 
 
 def size(parameter: torch.nn.Parameter) -> int:

@@ -64,8 +64,13 @@ def load_state(engine: Any, directory: Path) -> dict[str, torch.Tensor]:
         raise ValueError(f"the checkpoint has {len(saved)} trained parameters, and the model {len(parameters)}")
     for name, tensor in parameters.items():
         _copy(saved[name], tensor, name)
-    masters = _masters(engine)
-    for number, (content, master) in enumerate(zip(own["masters"], masters or [], strict=True)):
+    masters = _masters(engine) or []
+    if len(own["masters"]) != len(masters):
+        raise ValueError(
+            f"it has {len(own['masters'])} groups of master copies, and this learner {len(masters)}; another version of this "
+            "software wrote it, or another learner.zero_stage"
+        )
+    for number, (content, master) in enumerate(zip(own["masters"], masters, strict=True)):
         _copy(content, master, f"master copy {number}")
     state = engine.basic_optimizer.state
     for content, master in zip(own["moments"], _stepped(engine), strict=True):

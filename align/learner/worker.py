@@ -34,6 +34,7 @@ class LearnerWorker(LearnerRank):
         self._pad_id = self._tokenizer.eos_token_id if pad is None else pad
         policy = self._with_adapter(load_policy(self._model), "CAUSAL_LM")
         trained = self._start_engine(LogProbs(policy), policy)
+        self._checkpointed = checkpoint_in_every_mode(policy)
         self._reference: Any = None
         self._shares_reference = self._options.lora is not None and reference == self._model
         if self._shares_reference:
@@ -45,9 +46,14 @@ class LearnerWorker(LearnerRank):
         return trained
 
     def accumulate(self, micro_batches: MicroBatches, objective: Objective) -> Sums:
-        """Forward and backward passes of this rank's micro-batches; gradients add up until `apply`."""
+        """Forward and backward passes of this rank's micro-batches; gradients add up until `apply`.
+
+        For GRPO without dropout, and whatever else is random in training alone: the policy that sampled has none.
+        """
         total = Sums()
-        self._engine.train()
+        self._engine.train(objective.grpo is None)
+        for layer in self._checkpointed:
+            layer.training = True
         for sequences in micro_batches:
             batch = self._collate(sequences)
             # First, for where it shares the policy's modules: backward must find them as the policy's forward left them.
@@ -91,3 +97,24 @@ class LearnerWorker(LearnerRank):
             rows = values.float().cpu().numpy()
             results.append([row[mask] for row, mask in zip(rows, batch.mask.cpu().numpy(), strict=True)])
         return results
+
+
+def checkpoint_in_every_mode(network: torch.nn.Module) -> list[torch.nn.Module]:
+    """Let gradient checkpointing work outside training mode too; returns the layers that must then say that they train.
+
+    transformers' layers checkpoint only where `training` is true, which switches dropout on as well. From here on a layer's
+    forward pass has the mode of its parts, whatever the layer says to whoever calls it.
+    """
+    layers = [layer for layer in network.modules() if getattr(layer, "gradient_checkpointing", False)]
+    for layer in layers:
+        layer.register_forward_pre_hook(as_its_parts)
+        layer.register_forward_hook(as_training, always_call=True)  # a recomputation ends in an exception
+    return layers
+
+
+def as_its_parts(layer: torch.nn.Module, _: Any) -> None:
+    layer.training = any(part.training for part in layer.children())
+
+
+def as_training(layer: torch.nn.Module, *_: Any) -> None:
+    layer.training = True

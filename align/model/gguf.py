@@ -15,7 +15,15 @@ from typing import Any
 
 from align.config import ModelOptions, check_model_directory
 from align.errors import UserError
-from align.model.policy import DTYPES, first_line, no_progress_bars
+from align.model.policy import (
+    DTYPES,
+    check_written,
+    first_line,
+    no_progress_bars,
+    probe_logits,
+    save_policy,
+    turn_end,
+)
 
 MAGIC = b"GGUF"
 PLAIN_TYPES = ("F32", "F16", "BF16", "F64")
@@ -208,9 +216,16 @@ def write_model(contents: Contents, tokenizer: Any, directory: Path, dtype: str)
     file = contents.file
     try:
         with no_progress_bars():
-            model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=DTYPES[dtype])
+            model, report = AutoModelForCausalLM.from_pretrained(
+                file.parent, gguf_file=file.name, dtype=DTYPES[dtype], output_loading_info=True
+            )
     except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError) as error:
         raise UserError(f"{file}: transformers cannot load its weights: {first_line(error)}") from None
+    tied = set(getattr(model, "_tied_weights_keys", None) or ()) if model.config.tie_word_embeddings else set()
+    if lost := sorted(map(str, {*report["missing_keys"], *report["mismatched_keys"]} - tied)):
+        raise UserError(
+            f"{file}: {len(lost)} of its tensors do not have the shapes that its metadata give, or are not there, {lost[0]} for one"
+        )
     # The weights are plain numbers from here on.
     for name in ("quantization_config", "_pre_quantization_dtype"):
         if hasattr(model.config, name):
@@ -219,26 +234,18 @@ def write_model(contents: Contents, tokenizer: Any, directory: Path, dtype: str)
     model.hf_quantizer = None
     model.config.name_or_path = str(contents.fields.get("general.name", file.stem))
     stops = stop_tokens(contents, tokenizer)
-    model.generation_config.eos_token_id = stops if len(stops) > 1 else stops[0]
-    with no_progress_bars():
-        model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
+    model.generation_config.eos_token_id = stops
+    save_policy(model, tokenizer, directory)
+    check_written(directory, probe_logits(model))
     return stops
 
 
 def stop_tokens(contents: Contents, tokenizer: Any) -> list[int]:
-    """The file's end tokens, and the control token that its template writes after an answer. Raises UserError for none."""
+    """The file's end tokens, and the one that its template writes after an answer. Raises UserError where there is none."""
     keys = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
     stops = {int(contents.fields[key]) for key in keys if key in contents.fields}
-    mark = "\ue000"
-    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
-    try:
-        after = tokenizer.apply_chat_template(messages, tokenize=False).partition(mark)[2]
-    except Exception as error:  # a template is a program, and may raise anything
-        raise UserError(f"{contents.file}: its chat template cannot be rendered: {first_line(error)}") from None
-    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    ids = tokenizer(after, add_special_tokens=False)["input_ids"]
-    stops |= {next(id_ for id_ in ids if id_ in special)} if special.intersection(ids) else set()
+    if (end := turn_end(tokenizer)) is not None:
+        stops.add(end)
     if not stops:
         raise UserError(
             f"{contents.file} names no end token (tokenizer.ggml.eos_token_id), and its chat template writes none after an "

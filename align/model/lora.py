@@ -1,4 +1,4 @@
-"""LoRA through PEFT: which parts of a model get an adapter, the weights with the adapter in them, and adapters on disk.
+"""LoRA through PEFT: which parts of a model get an adapter, and the weights with the adapter in them.
 
 PEFT moves targets of a model with fused experts that are named `gate_proj`, `up_proj`, `down_proj` or `gate` onto the routed
 experts and the router. Such layers are named to it as parameters, which it leaves where they are. In bfloat16 what PEFT computes has next to
@@ -7,7 +7,6 @@ nothing of a small adapter in it: (W + s B A) x of parameters, and of layers a s
 
 import json
 import re
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 
 from align.config import LoraOptions
 from align.errors import UserError
-from align.model.policy import first_line, has_fused_experts, load_tokenizer, no_progress_bars, save_policy
+from align.model.policy import has_fused_experts, let_weights_be_read_like
 from rollout.low_rank import Factors, experts_forward
 
 ADAPTER = "default"
@@ -334,65 +333,4 @@ def write_merge_report(directory: Path, lost: float | None, dtype: str) -> None:
 def save_adapter(adapted: Any, directory: Path, state_dict: Mapping[str, torch.Tensor]) -> None:
     """Write the adapter as PEFT does, into `directory`; `state_dict` holds what is trained, gathered from the ranks."""
     adapted.save_pretrained(directory, state_dict=dict(state_dict), save_embedding_layers=False)
-
-
-def merge_adapter(adapter: Path, out: Path, base: str | None = None) -> str:
-    """Write base and adapter as one Hugging Face checkpoint to `out`; returns where the base came from.
-
-    `base` is used in place of the one that the adapter names. Raises UserError where they are not what is needed.
-    """
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-
-    config = read_adapter_config(adapter)
-    if out.exists():
-        raise UserError(f"{out} exists already; give another directory, or take it away")
-    origin = base or config["base_model_name_or_path"]
-    if Path(origin).is_absolute() and not Path(origin).is_dir():
-        raise UserError(f"{adapter}: its base {origin} is not there (any more); say with --base where it is now")
-    classifies = config["task_type"] == "SEQ_CLS"
-    kind = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
-    try:
-        with no_progress_bars():
-            model = kind.from_pretrained(origin, dtype="auto", **({"num_labels": 1} if classifies else {}))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{adapter}: transformers cannot load its base {origin}: {first_line(error)}") from None
-    check_names(adapter, config, model, origin)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", message="Found missing adapter keys")
-            whole = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
-    except (RuntimeError, ValueError, UserWarning) as error:
-        shapes = re.search(r"size mismatch for .*", str(error))
-        raise UserError(f"{adapter}: is not for {origin}: {shapes[0] if shapes else first_line(error)}") from None
-    tokenizer = load_tokenizer(adapter if (adapter / "tokenizer.json").is_file() else origin)
-    save_policy(whole, tokenizer, out)
-    return str(origin)
-
-
-def read_adapter_config(adapter: Path) -> dict[str, Any]:
-    """An adapter's `adapter_config.json`. Raises UserError for a directory that holds no LoRA adapter."""
-    file = adapter / "adapter_config.json"
-    if not file.is_file() or not (adapter / "adapter_model.safetensors").is_file():
-        inside = adapter / ADAPTER_DIRECTORY
-        hint = f"; did you mean {inside}?" if inside.is_dir() else ""
-        raise UserError(f"{adapter} is no adapter of PEFT (adapter_config.json and adapter_model.safetensors){hint}")
-    try:
-        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        if config["peft_type"] != "LORA":
-            raise UserError(f"{file}: is an adapter of the kind {config['peft_type']}, not LORA")
-        config["base_model_name_or_path"], config["task_type"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file}: cannot be read as the configuration of an adapter: {error!r}") from None
-    return config
-
-
-def check_names(adapter: Path, config: Mapping[str, Any], base: Any, origin: str) -> None:
-    """Raise UserError where an adapter names, in full, parameters that its base does not have."""
-    names = {name for name, _ in base.named_parameters()}
-    targets = [*(f"{m}.weight" for m in config["target_modules"] or []), *(config.get("target_parameters") or [])]
-    absent = sorted(target for target in targets if ".layers." in target and target not in names)
-    if absent:
-        raise UserError(
-            f"{adapter}: is not for {origin}, which lacks {len(absent)} of what it adapts, {absent[0]} for one"
-        )
+    let_weights_be_read_like(directory / "adapter_config.json")

@@ -1,6 +1,5 @@
 """Building and loading the policy as a transformers model."""
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +10,9 @@ import torch
 
 from align.config import ModelOptions
 from align.errors import UserError
+from align.model.older_forms import add_older_forms
+from reward import RewardError
+from reward.chat import end_of_answer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -20,15 +22,55 @@ if not torch.cuda.is_available():
 
 
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a model directory or hub name. Raises UserError when there is none."""
+    """The tokenizer of a model directory or hub name.
+
+    Raises UserError when there is none, and when it writes tokens that the model beside it has no embedding for.
+    """
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(
             f"model.path: {path} has no tokenizer that transformers can load: {first_line(error)}"
         ) from None
+    config = find_config(path, trust_remote_code=trust_remote_code)
+    rows = config and getattr(config.get_text_config(), "vocab_size", None)
+    if rows:
+        check_vocabulary(tokenizer, rows, path)
+        if (tokenizer.pad_token_id or 0) >= rows:
+            tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def find_config(path: str | Path, *, trust_remote_code: bool = False) -> Any:
+    """The configuration of a model directory or hub name; None where there is none, as beside an adapter."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError):
+        return None
+
+
+def check_vocabulary(tokenizer: Any, rows: int, path: str | Path) -> None:
+    """Raise UserError for tokens that a conversation can hold and for which the embedding, of `rows` rows, has none.
+
+    Special tokens that neither the chat template nor an end of sequence writes, such as Gemma 3's for images, may be beyond it.
+    """
+    template = str(tokenizer.chat_template or "")
+    added, ends = tokenizer.added_tokens_decoder, {tokenizer.bos_token_id, tokenizer.eos_token_id}
+    beyond = [
+        token
+        for token, id_ in tokenizer.get_vocab().items()
+        if id_ >= rows and (id_ in ends or token in template or id_ not in added or not added[id_].special)
+    ]
+    if beyond:
+        raise UserError(
+            f"model.path: the tokenizer of {path} has {len(beyond)} tokens, {min(beyond)!r} for one, that are beyond the {rows} rows of the "
+            "model's embedding. Cause: tokens were added, and the model was not resized. Cure: "
+            "model.resize_token_embeddings(len(tokenizer)) and save_pretrained, or a tokenizer without them"
+        )
 
 
 def load_policy(options: ModelOptions, dtype: torch.dtype | None = None) -> Any:
@@ -57,10 +99,59 @@ def write_random_policy(options: ModelOptions, directory: Path, seed: int) -> No
 
 
 def save_policy(model: Any, tokenizer: Any, directory: Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-    """Write a Hugging Face checkpoint: safetensors under the architecture's checkpoint names, and the tokenizer."""
+    """Write a Hugging Face checkpoint: safetensors under the architecture's checkpoint names, and the tokenizer.
+
+    Versions 4 and 5 of transformers read it.
+    Its `generation_config.json` names all tokens that end a completion, so that whoever loads it stops where training did.
+    """
+    if (generation := getattr(model, "generation_config", None)) is not None:
+        ends = ends_of(generation, tokenizer)
+        generation.eos_token_id = ends[0] if len(ends) == 1 else ends
     with no_progress_bars():
         model.save_pretrained(directory, state_dict=state_dict)
     tokenizer.save_pretrained(directory)
+    add_older_forms(directory, model.config, tokenizer)
+    let_weights_be_read_like(directory / "config.json")
+
+
+def let_weights_be_read_like(file: Path) -> None:
+    """Give the safetensors files beside `file` its mode, which the umask chose: the library itself makes them 0600."""
+    for weights in file.parent.glob("*.safetensors"):
+        weights.chmod(file.stat().st_mode & 0o777)
+
+
+def probe_logits(model: Any) -> torch.Tensor:
+    """What a policy or a reward model computes for a few ids from all over its vocabulary, in float32 on the CPU."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    ids = torch.linspace(0, rows - 1, 32).long()[None].to(model.device)
+    with torch.no_grad():
+        logits: torch.Tensor = model.eval()(input_ids=ids, use_cache=False).logits
+    return logits.float().cpu()
+
+
+def check_written(directory: Path, expected: torch.Tensor) -> None:
+    """Raise UserError unless the checkpoint in `directory` opens as it stands and computes the `probe_logits` that are expected.
+
+    They may differ by 0.1 % of the largest in float32; in a coarser dtype, where merged weights are rounded, by 5 %.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    architectures = find_config(directory).architectures or [""]
+    classifies = architectures[0].endswith("ForSequenceClassification")
+    kind = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
+    try:
+        load_tokenizer(directory)
+        with no_progress_bars():
+            model, report = kind.from_pretrained(directory, dtype="auto", output_loading_info=True)
+        found = probe_logits(model)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"what was written cannot be loaded again, so it was removed: {first_line(error)}") from None
+    lost = sorted(map(str, {*report["missing_keys"], *report["mismatched_keys"], *report["unexpected_keys"]}))
+    tolerance = 1e-3 if model.dtype == torch.float32 else 5e-2
+    apart = float((found - expected).abs().max()) if found.shape == expected.shape else float("inf")
+    if lost or not apart <= tolerance * float(expected.abs().max()):
+        reason = f"{lost[0]} is not what the model needs" if lost else f"its logits are off by {apart:.2g}"
+        raise UserError(f"what was written is another model than was to be written, so it was removed: {reason}")
 
 
 @contextmanager
@@ -86,16 +177,38 @@ def has_fused_experts(model: Any) -> bool:
     return any(name.endswith("experts.gate_up_proj") for name, _ in model.named_parameters())
 
 
-def stop_token_ids(path: str | Path, tokenizer: Any) -> list[int]:
-    """The tokens that end a completion: the tokenizer's and those of generation_config.json."""
-    stops = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
-    file = Path(path) / "generation_config.json"
-    if file.is_file():
-        declared = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") or []
-        stops += [declared] if isinstance(declared, int) else list(declared)
+def stop_token_ids(model: ModelOptions, tokenizer: Any) -> list[int]:
+    """The tokens that end a completion, in ascending order. Raises UserError where a model has none.
+
+    They are the tokenizer's end of sequence, those that the model's `generation_config.json` names (where it has no such file, its
+    `config.json`), and the one with which the chat template ends an answer.
+    """
+    from transformers import GenerationConfig
+
+    try:
+        generation = GenerationConfig.from_pretrained(model.path)
+    except OSError:
+        config = find_config(model.path, trust_remote_code=model.trust_remote_code)
+        generation = GenerationConfig() if config is None else GenerationConfig.from_model_config(config)
+    stops = ends_of(generation, tokenizer)
     if not stops:
-        raise UserError(f"model.path: {path} declares no end-of-sequence token, so no completion could end")
-    return sorted(set(stops))
+        raise UserError(f"model.path: {model.path} declares no end-of-sequence token, so no completion could end")
+    return stops
+
+
+def ends_of(generation: Any, tokenizer: Any) -> list[int]:
+    """The tokens with which a generation configuration, a tokenizer and its chat template end an answer."""
+    declared = generation.eos_token_id
+    ends = {tokenizer.eos_token_id, turn_end(tokenizer), *(declared if isinstance(declared, list) else [declared])}
+    return sorted(ends - {None})
+
+
+def turn_end(tokenizer: Any) -> int | None:
+    """`reward.chat.end_of_answer`. Raises UserError where the chat template cannot be rendered."""
+    try:
+        return end_of_answer(tokenizer)
+    except RewardError as error:
+        raise UserError(str(error)) from None
 
 
 def first_line(error: Exception) -> str:

@@ -5,15 +5,45 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from align.config import ModelOptions
 from align.errors import UserError
-from align.model.policy import DTYPES, first_line, use_fast_experts
+from align.model.policy import DTYPES, first_line, turn_end, use_fast_experts
 
 HEAD = "score.weight"
+USAGE = """# A reward model
+
+The number at the last token of a conversation says how good its last answer is. That token is {end!r}; a chat template that
+writes anything behind it, if only a line break, would have the number read from a place where the model has not learned to give one.
+
+```python
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+path = {path!r}
+tokenizer = AutoTokenizer.from_pretrained(path)
+model = AutoModelForSequenceClassification.from_pretrained(path)
+
+
+def reward(messages):
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    answer, end, _ = text.rpartition({end!r})
+    ids = tokenizer((answer if end else text) + {end!r}, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        return (model(input_ids=ids).logits.item() - {mean!r}) / {std!r}
+
+
+print(reward([{{"role": "user", "content": "What is 1 + 1?"}}, {{"role": "assistant", "content": "2"}}]))
+```
+
+0 is an average answer of the validation pairs, 1 is one standard deviation above it. In a recipe of this project it is
+`rewards: [{{name: reward_model, params: {{path: {path}}}}}]`.
+"""
+"""How a reward model is called without this project, in Markdown; see `write_usage`."""
 
 
 def is_reward_model(options: ModelOptions) -> bool:
@@ -76,6 +106,16 @@ def padding_token_id(tokenizer: Any, path: str) -> int:
         f"model.path: the tokenizer of {path} has no token to pad with but its end-of-sequence token, at which reward "
         "models score; give it a pad_token of its own"
     )
+
+
+def write_usage(directory: Path, tokenizer: Any, mean: float, std: float) -> None:
+    """Write `README.md` beside a reward model's weights: how to call it, so that it reads what it was trained on.
+
+    `mean` and `std` bring its numbers to the scale on which 0 is an average answer.
+    """
+    end = tokenizer.convert_ids_to_tokens(turn_end(tokenizer))
+    text = USAGE.format(path=str(directory.absolute()), end=end, mean=mean, std=std or 1.0)
+    (directory / "README.md").write_text(text, encoding="utf-8")
 
 
 def tokenizer_hash(tokenizer: Any) -> str:

@@ -53,7 +53,8 @@ def learner_memory(job: Training) -> dict[str, float]:
     elsewhere = job.sizes.routed * (1 - 1 / job.options.expert_parallel)
     weights = (job.sizes.total - elsewhere) / (ranks if zero == 3 else 1)
     gradients = job.trained / ranks if zero >= 2 else job.trained - elsewhere
-    parts = {"weights": weights * job.element, "gradients": gradients * job.element}
+    # Those of micro-batches add up in float32 where ZeRO takes part, whatever the policy's dtype.
+    parts = {"weights": weights * job.element, "gradients": gradients * (4 if zero else job.element)}
     if zero == 3:
         held = job.sizes.largest_block * (2 if job.trained == job.sizes.total else 1) + min(PREFETCH, job.sizes.total)
         parts["gathered block"] = held * job.element
@@ -61,7 +62,8 @@ def learner_memory(job: Training) -> dict[str, float]:
     wrapped = zero > 0 or job.element < 4
     parts["optimiser"] = job.trained / share * (12 if wrapped else 8)
     stepping = min(SUB_GROUP, job.trained / share) if zero == 3 else job.trained / share
-    bucket = min(REDUCE_BUCKET, job.trained) * job.element if zero else 0
+    # ZeRO-1 reduces the sums of an update, the others what a micro-batch adds to them.
+    bucket = min(REDUCE_BUCKET, job.trained) * (4 if zero == 1 else job.element) if zero else 0
     parts["update and reduction"] = max(stepping * 4 if wrapped else 0, bucket)
     if job.reference_copy:
         parts["reference"] = job.sizes.total * job.element

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from align.config import (
+    BFLOAT16_SUMS,
     GrpoRecipe,
     PolicyRecipe,
     PreferencesRecipe,
@@ -290,10 +291,10 @@ def too_much_to_sample(
 def too_much_for_the_machine(recipe: Recipe, roles: Sequence[Role]) -> list[str]:
     """On CPUs everything shares one memory; the recipe says how much of it must be free."""
     total = sum(role.count * role.total for role in roles)
-    if total <= recipe.machine.memory_gb * 1e9:
+    if total <= recipe.machine.memory_gb * GIB:
         return []
     return [
-        f"all processes together need {total / 1e9:.1f} GB, and machine.memory_gb is {recipe.machine.memory_gb:g}: set it to "
+        f"all processes together need {total / GIB:.1f} GiB, and machine.memory_gb is {recipe.machine.memory_gb:g}: set it to "
         "that where the machine has it, or lower learner.ranks, rollout.workers, rollout.kv_cache_gb or "
         "learner.micro_batch_tokens"
     ]
@@ -368,6 +369,8 @@ def notes(recipe: Recipe, sizes: ModelSizes, learning: Learning | None, element:
         f"the KV cache takes {memory.kv_bytes_a_token(sizes, element):,} bytes a token ({sizes.kv_a_token:,} elements)"
     ]
     if learning is not None:
+        if element < 4 and not learning.training.options.zero_stage:
+            found.append(BFLOAT16_SUMS)
         found.append(
             f"each learner rank reads the whole model into its node's memory at the start: {gib(sizes.total * element)} a rank"
         )

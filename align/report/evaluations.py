@@ -72,7 +72,8 @@ def evaluation_table(run: RunRecord) -> Table:
     """The evaluations of all stages in the order in which they were made.
 
     Each is compared with the last one of the stage that made the policy, else of the stage before, on the same problems
-    where there is such a one; in the first stage, with that stage's first one. Accuracy has a 95 % interval: paired where both tables of completions
+    where there is such a one; in the first stage, with that stage's first one. One by which checkpoints are chosen is compared with such
+    ones alone. Accuracy has a 95 % interval: paired where both tables of completions
     hold the same problems, else unpaired. That of a domain, and pass@k, have one where they can be paired.
     """
     rows: list[Row] = []
@@ -82,7 +83,9 @@ def evaluation_table(run: RunRecord) -> Table:
         made = [_Evaluation(stage, record) for record in stage.evaluations]
         before = by_product.get(stage.policy, before)
         for position, evaluation in enumerate(made):
-            candidates = before or made[: min(position, 1)]
+            earlier = before or made[:position]
+            candidates = [each for each in earlier if each.split == evaluation.split]
+            candidates = candidates if before else candidates[:1]
             alike = [each for each in candidates if _pair(each, evaluation)] or candidates
             rows.append(_row(evaluation, alike[-1] if alike else None))
         by_product[RunDirectory(stage.path).final_directory.absolute()] = made
@@ -102,6 +105,7 @@ class _Evaluation:
         self.stage = stage
         self.name = str(record.get("name", "?"))
         self.step = _whole(record.get("step"))
+        self.split = record.get("split")
         self.problems = _whole(record.get("problems"))
         told = ((key, finite(value)) for key, value in record.items() if key not in ("step", "problems"))
         self.numbers = {key: value for key, value in told if value is not None}

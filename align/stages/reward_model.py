@@ -16,6 +16,8 @@ from align.config import ModelOptions, RewardModelRecipe, SftRecipe
 from align.evaluate.pairs import JudgedPair, PairEvaluation, evaluate_pairs, rows
 from align.learner.reward_model import RewardModelGroup
 from align.learner.schedule import learning_rate
+from align.model.policy import load_tokenizer
+from align.model.reward_model import write_usage
 from align.run import write_atomically
 from align.stages.engines import prepare_policy, start_engines
 from align.stages.examples import items_of_step
@@ -153,7 +155,7 @@ def write_notes(
     validation: Sequence[JudgedPair],
     evaluation: PairEvaluation,
 ) -> None:
-    """Write `reward_model.json` beside the weights: what the model judges, and the scale of its rewards.
+    """Write `reward_model.json` beside the weights: what the model judges, and the scale of its rewards; and how to call it.
 
     `mean` and `std` are of its rewards on the validation completions, chosen and rejected; the reward `reward_model` reads
     them to normalise.
@@ -170,6 +172,7 @@ def write_notes(
         "tokenizer_sha256": data.tokenizer_sha256,
     }
     write_atomically(directory / NOTES, json.dumps(notes, indent=2, ensure_ascii=False) + "\n")
+    write_usage(directory, load_tokenizer(directory), fmean(rewards), pstdev(rewards))
 
 
 def warn_of_missing_gradients(learner: RewardModelGroup, steps: int, run: Run) -> None:

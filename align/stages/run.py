@@ -1,5 +1,6 @@
 """A run: its directory, metrics and display, how it begins or goes on, and how it ends."""
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from align.stages.preflight import check_ready
 from align.stages.stop import StopRequest
 
 RESUMABLE = ("running", "interrupted", "failed")
+PACKAGES = ("align", "rollout", "reward")
 
 
 @dataclass(slots=True)
@@ -96,9 +98,16 @@ class Run:
         self.progress.warn(text)
         self.metrics.event("warning", text, **data)
 
-    def record_evaluation(self, stage: str, step: int, name: str, evaluation: Evaluation) -> None:
-        """Write an evaluation of answers, and say what came of it."""
-        facts = {"problems": evaluation.problems, "verdicts": dict(evaluation.verdicts)}
+    def tell(self, kind: str, text: str, **data: Any) -> None:
+        """A line on the terminal and an event of the run, of a kind of its own, with `data`."""
+        self.progress.note(text)
+        self.metrics.event(kind, text, **data)
+
+    def record_evaluation(self, stage: str, step: int, name: str, evaluation: Evaluation, split: str = "") -> None:
+        """Write an evaluation of answers, and say what came of it; `split` where it is not the one of the stage's others."""
+        facts: dict[str, Any] = {"problems": evaluation.problems, "verdicts": dict(evaluation.verdicts)}
+        facts |= {"too_long": evaluation.too_long} if evaluation.too_long else {}
+        facts |= {"split": split} if split else {}
         self.record_numbers(stage, step, name, evaluation.summary(), evaluation.rows, facts)
         self.progress.note(f"{name}: {describe(evaluation)}")
 
@@ -121,7 +130,8 @@ class Run:
         with self.directory.evaluations_file.open("a", encoding="utf-8") as file:
             record = {"stage": stage, "step": step, "name": name, **numbers, **(facts or {})}
             file.write(json_line(record) + "\n")
-        self.metrics.write(step, stage, {f"evaluation/{key}": value for key, value in numbers.items()})
+        split = (facts or {}).get("split", "evaluation")
+        self.metrics.write(step, stage, {f"{split}/{key}": value for key, value in numbers.items()})
 
 
 def recorded_evaluations(directory: RunDirectory, domains: Sequence[str]) -> dict[str, Evaluation]:
@@ -137,7 +147,9 @@ def describe(evaluation: Evaluation) -> str:
     by_domain = f" ({domains})" if len(evaluation.by_domain) > 1 else ""
     sampled = "".join(f", pass@{k} {value:.1%}" for k, value in evaluation.pass_at.items())
     rates = "".join(f", {name} {value:.1%}" for name, value in main_rates(evaluation).items())
-    return f"{evaluation.accuracy:.1%} of {evaluation.problems} held-out problems right{by_domain}{sampled}{rates}"
+    too_long = evaluation.too_long
+    not_asked = f"; {too_long} have prompts that are too long, and count as not right" if too_long else ""
+    return f"{evaluation.accuracy:.1%} of {evaluation.problems} held-out problems right{by_domain}{sampled}{rates}{not_asked}"
 
 
 def main_rates(evaluation: Evaluation) -> dict[str, float]:
@@ -196,6 +208,7 @@ def open_run(recipe: Recipe, path: Path | None = None, outer: Run | None = None)
             else:
                 progress, stop = outer.progress, outer.stop
             run = Run(*parts, progress, stop)
+            stack.enter_context(logged_warnings(run))
             if goes_on:
                 run.rewind()
                 for key in changed or ():
@@ -220,6 +233,25 @@ def open_run(recipe: Recipe, path: Path | None = None, outer: Run | None = None)
         directory.finish()
     finally:
         metrics.close()
+
+
+@contextmanager
+def logged_warnings(run: Run) -> Iterator[None]:
+    """Make warnings of the run of what these packages log in this process: of the innermost run, where one is inside another.
+
+    `extra={"facts": {...}}` of a logging call becomes the data of the event.
+    """
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: run.warn(record.getMessage(), **getattr(record, "facts", {}))  # type: ignore[method-assign]
+    loggers = [logging.getLogger(name) for name in PACKAGES]
+    before = [logger.handlers for logger in loggers]
+    for logger in loggers:
+        logger.handlers = [handler]
+    try:
+        yield
+    finally:
+        for logger, handlers in zip(loggers, before, strict=True):
+            logger.handlers = handlers
 
 
 def own_directory(recipe: Recipe, path: Path) -> tuple[RunDirectory, list[str] | None]:

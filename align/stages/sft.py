@@ -6,16 +6,20 @@ rest open; batch, schedule and length are the recipe's.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from align.config import ModelOptions, SftRecipe
 from align.data.chat import encode_example
+from align.data.loader import held_together
+from align.data.tables import refuse_one_file
 from align.data.types import Example
-from align.errors import UserError
+from align.errors import UserError, naming
 from align.evaluate.problems import Evaluation
 from align.learner.batch import TrainingSequence
 from align.learner.group import LearnerGroup
@@ -24,7 +28,15 @@ from align.learner.schedule import learning_rate
 from align.losses import completion_weights
 from align.run import RunDirectory, read_status
 from align.stages.engines import Engines, start_judges
-from align.stages.examples import Source, items_of_step, load_examples, training_sources
+from align.stages.examples import (
+    Room,
+    Source,
+    entries_of,
+    items_of_step,
+    load_examples,
+    short_enough,
+    training_sources,
+)
 from align.stages.held_out import CENSUS_STEP, HeldOut, Problems, load_problems
 from align.stages.run import Run, open_run, recorded_evaluations, refuse_changes
 from align.stages.steps import Steps, restarting
@@ -43,19 +55,39 @@ class SftData:
     problems: Problems
 
 
-def load_sft_data(recipe: SftRecipe, tokenizer: Any, run: Run) -> SftData:
-    """Everything the recipe names, read and checked. Raises UserError for what cannot be used."""
+def load_sft_data(
+    recipe: SftRecipe, tokenizer: Any, run: Run, also_held_out: Mapping[str, Collection[str]] = MappingProxyType({})
+) -> SftData:
+    """Everything the recipe names, read and checked; `also_held_out` is what the stage after it is evaluated on.
+
+    Raises UserError for what cannot be used.
+    """
     options = recipe.sft
-    sources = training_sources(recipe, run, a_step=options.sequences_per_step, a_step_key="sft.sequences_per_step")
-    validation = [
-        example
-        for data in recipe.data
-        for example in load_examples(recipe, data, "validation", limit=options.validation_limit).examples
-    ]
+    problems = load_problems(recipe, tokenizer)
+    room = Room(recipe.rollout.max_length, "rollout.max_length")
+    encode = partial(encode_demonstration, tokenizer)
+    held_out = held_together(problems.prompts, also_held_out)
+    validation: list[TrainingSequence] = []
+    for entry in entries_of(recipe):
+        refuse_one_file(entry.card, entry.data.path, (entry.data.split, "validation"))
+        loaded = load_examples(recipe, entry, "validation", limit=options.validation_limit)
+        held_out = held_together(held_out, {f"{entry.name}/validation": loaded.prompts})
+        sequences = [encode(example) for example in loaded.examples]
+        validation += short_enough(sequences, [len(s.token_ids) for s in sequences], room, entry, "validation", run)
+    sources = training_sources(
+        recipe,
+        run,
+        a_step=options.sequences_per_step,
+        a_step_key="sft.sequences_per_step",
+        held_out=held_out,
+        encode=encode,
+        tokens=lambda sequence: len(sequence.token_ids),
+        room=room,
+    )
     return SftData(
-        [Source(source.card, encode(source.items, tokenizer, recipe), source.a_step) for source in sources],
-        encode(validation, tokenizer, recipe),
-        load_problems(recipe, tokenizer),
+        [Source(source.card, [sequence for _, sequence in source.items], source.a_step) for source in sources],
+        validation,
+        problems,
     )
 
 
@@ -136,22 +168,12 @@ def finished_sft(
     return trained, recorded_evaluations(directory, domains)
 
 
-def encode(examples: Sequence[Example], tokenizer: Any, recipe: SftRecipe) -> list[TrainingSequence]:
-    """Examples as token ids. Raises UserError for one without a demonstration or longer than the context."""
-    sequences = []
-    for example in examples:
-        if example.response is None:
-            raise UserError(
-                f"example {example.id!r} has no response to learn from; SFT needs a card whose fields name one"
-            )
-        token_ids, prompt_length = encode_example(tokenizer, example.messages, example.response)
-        if len(token_ids) > recipe.rollout.max_length:
-            raise UserError(
-                f"example {example.id!r} has {len(token_ids)} tokens, more than rollout.max_length "
-                f"({recipe.rollout.max_length}); raise it, or leave the example out"
-            )
-        sequences.append(TrainingSequence(token_ids, prompt_length, 0.0))
-    return sequences
+def encode_demonstration(tokenizer: Any, example: Example) -> TrainingSequence:
+    """An example as token ids. Raises UserError for one without a demonstration."""
+    if example.response is None:
+        raise UserError(f"example {example.id!r} has no response to learn from; SFT needs a card whose fields name one")
+    with naming(f"example {example.id!r}"):
+        return TrainingSequence(*encode_example(tokenizer, example.messages, example.response), weight=0.0)
 
 
 def mean_over_tokens(batch: Sequence[TrainingSequence]) -> list[TrainingSequence]:

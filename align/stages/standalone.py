@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from align.config import AgreementOptions, LearnerOptions, ModelOptions, OptimizerOptions
 from align.data.types import Message
@@ -11,7 +12,7 @@ from align.evaluate.agreement import AgreementGate
 from align.evaluate.asking import ask
 from align.evaluate.doctor import examine, examine_engines, verdict
 from align.evaluate.hooks import Checkpoint
-from align.evaluate.problems import encode_prompts, evaluate
+from align.evaluate.problems import encode_prompts, evaluate, short_prompts
 from align.learner.group import LearnerGroup
 from align.model.policy import load_tokenizer, stop_token_ids
 from align.run import write_jsonl
@@ -22,6 +23,12 @@ from rollout import Fleet, FleetOptions, Prompt
 PROBES = ["What is 17 + 25?", "Write a sentence about the sea.", "1, 2, 3,", "naïve Größe, 你好"]
 
 
+def start_fleet(model: ModelOptions, rollout: FleetOptions, tokenizer: Any) -> Fleet:
+    """Rollout workers with a model (Ray must be running)."""
+    stops = stop_token_ids(model, tokenizer)
+    return Fleet(model.path, model.dtype, rollout, stops, trust_remote_code=model.trust_remote_code)
+
+
 def evaluate_file(model: ModelOptions, data: Path, out: Path, rollout: FleetOptions, max_new_tokens: int) -> str:
     """Answer every line of `data` greedily and write the answers with reward and verdict to `out`; returns a summary."""
     if out.exists():
@@ -29,20 +36,23 @@ def evaluate_file(model: ModelOptions, data: Path, out: Path, rollout: FleetOpti
     examples = read_user_file(data)
     tokenizer = load_tokenizer(model.path, trust_remote_code=model.trust_remote_code)
     longest = rollout.max_length - max_new_tokens
-    encode_prompts(tokenizer, examples, longest)
+    short_prompts(encode_prompts(tokenizer, examples), longest)
     mixture = Mixture([RewardTerm(name="exact_answer")])
     with local_ray():
-        fleet = Fleet(model.path, model.dtype, rollout, stop_token_ids(model.path, tokenizer))
+        fleet = start_fleet(model, rollout, tokenizer)
         judges = ScoringPool(mixture, workers=1, timeout_s=rollout.batch_timeout_s)
         try:
             fleet.wait_until_ready()
-            result = evaluate(fleet, tokenizer, examples, judges, samples=0, max_new_tokens=max_new_tokens, seed=0)
+            result = evaluate(
+                *(fleet, tokenizer, examples, judges), samples=0, max_new_tokens=max_new_tokens, longest=longest, seed=0
+            )
         finally:
             judges.close()
             fleet.close()
     write_jsonl(out, result.rows)
     verdicts = ", ".join(f"{count} {name}" for name, count in sorted(result.verdicts.items()))
-    return f"{result.accuracy:.1%} of {result.problems} right ({verdicts}); answers are in {out}"
+    too_long = f"; {result.too_long} have prompts that are too long, and count as not right" if result.too_long else ""
+    return f"{result.accuracy:.1%} of {result.problems} right ({verdicts}{too_long}); answers are in {out}"
 
 
 def answers_of(
@@ -52,13 +62,16 @@ def answers_of(
     tokenizer = load_tokenizer(model.path, trust_remote_code=model.trust_remote_code)
     conversations: dict[str, list[Message]] = {r: [{"role": "user", "content": r}] for r in requests}
     with local_ray():
-        fleet = Fleet(model.path, model.dtype, rollout, stop_token_ids(model.path, tokenizer))
+        fleet = start_fleet(model, rollout, tokenizer)
         try:
             fleet.wait_until_ready()
             checkpoint = Checkpoint(model, tokenizer, rollout.max_length)
             responses = ask(checkpoint, fleet, conversations, max_new_tokens=max_new_tokens, temperature=temperature)
         finally:
             fleet.close()
+    for request, response in responses.items():
+        if not response.tokens:
+            raise UserError(f"a request leaves no room for {max_new_tokens} new tokens: {request[:80]!r}")
     return {request: response.text for request, response in responses.items()}
 
 
@@ -67,7 +80,7 @@ def doctor(model: ModelOptions, rollout: FleetOptions) -> str:
     tokenizer = load_tokenizer(model.path, trust_remote_code=model.trust_remote_code)
     checks = examine(model, tokenizer)
     with local_ray():
-        fleet = Fleet(model.path, model.dtype, rollout, stop_token_ids(model.path, tokenizer))
+        fleet = start_fleet(model, rollout, tokenizer)
         options = LearnerOptions(ranks=1, threads=2, zero_stage=0, optimizer=OptimizerOptions(learning_rate=1e-3))
         learner = LearnerGroup(model, options, seed=0)
         try:

@@ -7,9 +7,9 @@
     assert execution.cases[0].stdout == "42\\n"
 
 Linux only, without root: each run has namespaces of its own (user, mount, process, network, IPC, UTS), an empty
-network, a read-only root with the standard library in it, one empty /tmp for each case, an empty environment, no
-capability, no descriptor but its own, limits, and a seccomp filter. `inside` has the parts, `types` the interface
-for another executor. Where a machine forbids it nothing is run: `check()` says what is missing.
+network, a read-only root with the standard library and the packages that were named, one empty /tmp for each case,
+an empty environment, no capability, no descriptor but its own, limits, and a seccomp filter. `inside` has the
+parts, `types` the interface for another executor. Where a machine forbids it nothing is run: `check()` says what is missing.
 
 What it does not do: it limits the memory of each process, and not that of the machine, which takes control groups;
 and it trusts the kernel.

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from reward.sandbox.inside import plain
+from reward.sandbox.packages import installed
 from reward.sandbox.types import Limits, SandboxFailure
+from reward.types import RewardError
 
 START_SECONDS = 60.0
 GRACE_SECONDS = 5.0
@@ -37,7 +39,7 @@ class Refused(Exception):  # noqa: N818
 def python_command(module: str, arguments: Sequence[str] | None = None) -> list[str]:
     """A Python that sees the standard library and `inside` only, running `inside.<module>.main`."""
     boot = _BOOT.format(folder=_FOLDER, module=module, arguments="" if arguments is None else repr(list(arguments)))
-    return [sys.executable, "-I", "-S", "-B", "-X", "utf8", "-c", boot]
+    return [sys.executable, "-I", "-S", "-B", "-X", "utf8", "-X", "int_max_str_digits=0", "-c", boot]
 
 
 @dataclass
@@ -75,14 +77,15 @@ class Handle:
 
 
 class Launcher:
-    """The launcher's process. Raises Refused, or SandboxFailure where it does not come up."""
+    """The launcher's process. Raises Refused, SandboxFailure where it does not come up, RewardError for a package."""
 
-    def __init__(self, isolated: bool) -> None:
+    def __init__(self, isolated: bool, packages: Sequence[str] = ()) -> None:
+        shown = plain.text({"names": list(packages), "paths": installed(tuple(packages))})
         self._lock = threading.Lock()
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         mode = "isolated" if isolated else "unsafe"
         self._process = subprocess.Popen(
-            python_command("launcher", [str(theirs.fileno()), mode]),
+            python_command("launcher", [str(theirs.fileno()), mode, shown]),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -111,6 +114,12 @@ class Launcher:
         if "missing" in greeting:
             self.close()
             raise Refused(greeting["missing"], greeting["why"])
+        if "package" in greeting:
+            self.close()
+            raise RewardError(
+                f"packages: {greeting['package']!r} cannot be used in the sandbox: {greeting['why'].rstrip('.')}. "
+                "Name what it needs in packages too, or leave it out"
+            )
         return greeting
 
     @property

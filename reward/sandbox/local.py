@@ -27,8 +27,8 @@ from reward.sandbox.types import (
 class LocalExecutor:
     """Runs candidates below a launcher of its own, which starts with the first run."""
 
-    def __init__(self, name: str, isolated: bool) -> None:
-        self.name, self.isolated = name, isolated
+    def __init__(self, name: str, isolated: bool, packages: Sequence[str] = ()) -> None:
+        self.name, self.isolated, self.packages = name, isolated, tuple(packages)
         self._launcher: Launcher | None = None
         self._owner = os.getpid()
         self._lock = threading.Lock()
@@ -64,7 +64,7 @@ class LocalExecutor:
             self._launcher = None
 
     def launcher(self) -> Launcher:
-        """The running launcher. Raises SandboxUnavailable or SandboxFailure."""
+        """The running launcher. Raises SandboxUnavailable, SandboxFailure, or RewardError for a package."""
         with self._lock:
             if self._owner != os.getpid():
                 if self._launcher is not None:
@@ -72,7 +72,7 @@ class LocalExecutor:
                 self._launcher, self._owner = None, os.getpid()
             if self._launcher is None:
                 try:
-                    self._launcher = Launcher(self.isolated)
+                    self._launcher = Launcher(self.isolated, self.packages)
                 except Refused as refusal:
                     raise SandboxUnavailable(_named(refusal)) from None
             return self._launcher
@@ -156,14 +156,15 @@ def _named(refusal: Refused) -> str:
     return missing() or str(refusal)
 
 
-def namespace_executor() -> LocalExecutor:
-    """The sandbox: see `reward.sandbox`."""
-    return LocalExecutor("namespaces", isolated=True)
+def namespace_executor(packages: Sequence[str] = ()) -> LocalExecutor:
+    """The sandbox: see `reward.sandbox`. Candidates can import the `packages` too, named as an import does."""
+    return LocalExecutor("namespaces", isolated=True, packages=packages)
 
 
-def unsafe_executor() -> LocalExecutor:
+def unsafe_executor(packages: Sequence[str] = ()) -> LocalExecutor:
     """No isolation: limits of time, memory and output, and the seccomp filter where there is one, nothing else.
 
-    A candidate reads every file and kills every process that this user can.
+    A candidate reads every file and kills every process that this user can; `packages` are all that it can import
+    besides the standard library, as long as it does not look for others itself.
     """
-    return LocalExecutor("unsafe", isolated=False)
+    return LocalExecutor("unsafe", isolated=False, packages=packages)

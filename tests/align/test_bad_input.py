@@ -54,7 +54,7 @@ def problems(tmp_path: Path, *lines: str) -> str:
             "rewards: none with a weight is for the domain 'arithmetic'",
         ),
         ("machine.cores=4096", "this machine is too small: the recipe needs 4096 cores"),
-        ("machine.memory_gb=1e6", "GB of free memory"),
+        ("machine.memory_gb=1e6", "GiB of free memory"),
         ("model.path=recipes/nano", "has no config.json"),
         ("data.levels=[9]", "no level 9; there are only 1, 2, 3"),
         ("data.limit=5", "grpo.prompts_per_step is 32, but data card 'nano_math' gives only 5 examples"),

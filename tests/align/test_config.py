@@ -40,6 +40,19 @@ def test_every_pipeline_is_valid_and_takes_each_product_from_the_stage_that_make
         check_names(stage.recipe, stage.entry.recipe)
 
 
+def test_a_loss_of_whole_completions_is_not_divided_by_their_length_again() -> None:
+    sequence_level = ["grpo.level=sequence"]
+    with pytest.raises(
+        UserError, match="sample_mean would divide by the length a second time: set aggregation: sequence_sum"
+    ):
+        load_recipe(NANO / "grpo.yaml", sequence_level)
+    with pytest.raises(UserError, match="token_mean would divide"):
+        load_recipe(NANO / "grpo.yaml", [*sequence_level, "grpo.aggregation=token_mean"])
+    recipe = load_recipe(NANO / "grpo.yaml", [*sequence_level, "grpo.aggregation=sequence_sum"])
+    assert isinstance(recipe, GrpoRecipe)
+    assert recipe.grpo.level == "sequence"
+
+
 def test_an_unknown_key_is_named_with_its_line_and_the_nearest_known_one(tmp_path: Path) -> None:
     file = tmp_path / "grpo.yaml"
     file.write_text((NANO / "grpo.yaml").read_text().replace("  group_size: 16", "  groupsize: 16"))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from reward import Mixture, RewardError, RewardTerm, Sample, Score, Verdict, get
-from reward.code_tests import code_tests, last_code_block
+from reward.code_tests import code_tests
 from reward.sandbox import Execution, Job, Limits, SandboxFailure, SandboxUnavailable, client
 
 from .corpus.code_corpus import ASSERTS, CALLS, CHECK, NEEDS_ISOLATION, REFUSING, TASKS
@@ -35,6 +35,45 @@ class TestVerdicts:
         tests = {"kind": "stdio", "cases": [{"input": "3", "output": "1 2\n3\n"}]}
         assert score("print('1 2 ')\nprint(input() + '\\n\\n')", tests).verdict is Verdict.PASS
         assert score("print('1  2')\nprint(input())", tests).verdict is Verdict.WRONG
+        assert score("print('1  2')\nprint(input())", tests, any_whitespace=True).verdict is Verdict.PASS
+
+    def test_printed_and_returned_numbers_may_differ_by_the_tolerance(self) -> None:
+        printed = {"kind": "stdio", "cases": [{"input": "", "output": "0.333333333333\n"}]}
+        returned = {"kind": "function", "entry_point": "f", "cases": [{"args": [], "expected": 0.333333333333}]}
+        for number, tolerance, verdict in (
+            ("0.333333", 1e-6, Verdict.PASS),
+            ("0.333333", 1e-9, Verdict.WRONG),
+            ("0.3333", 1e-6, Verdict.WRONG),
+            ("0.3333", 1e-3, Verdict.PASS),
+        ):
+            assert score(f"print({number})", printed, float_tolerance=tolerance).verdict is verdict
+            assert score(f"def f(): return {number}", returned, float_tolerance=tolerance).verdict is verdict
+        assert score("print(0.333333)", printed).verdict is Verdict.PASS
+
+    def test_a_tolerance_may_be_text_as_yaml_reads_it(self) -> None:
+        tests = {"kind": "stdio", "cases": [{"input": "", "output": "0.333333333333\n"}]}
+        assert score("print(0.3333)", tests, float_tolerance="1e-3").verdict is Verdict.PASS
+        for wrong in ("little", -1, None, math.nan):
+            with pytest.raises(RewardError, match="float_tolerance must be a number from 0 on"):
+                score("print(0.3333)", tests, float_tolerance=wrong)
+
+    def test_integers_have_as_many_digits_as_they_have(self) -> None:
+        printed = {"kind": "stdio", "cases": [{"input": "7" * 5000, "output": "7" * 4999 + "8\n"}]}
+        assert score("print(int(input()) + 1)", printed).verdict is Verdict.PASS
+        assert score("print(int(input()))", printed).verdict is Verdict.WRONG
+        returned = {
+            "kind": "function",
+            "entry_point": "double",
+            "cases": [{"args": [10**5000], "expected": 2 * 10**5000}],
+        }
+        assert score(GOOD, returned).verdict is Verdict.PASS
+        assert score("def double(n): return n", returned).verdict is Verdict.WRONG
+        asserts = {"kind": "assert", "entry_point": "double", "code": f"assert double({'7' * 5000}) == {'15' * 2500}"}
+        assert score(GOOD, asserts).verdict is Verdict.WRONG
+
+    def test_a_program_may_raise_the_limit_of_its_stack(self) -> None:
+        source = "import resource\nresource.setrlimit(resource.RLIMIT_STACK, (2**28, -1))\nprint(2 * int(input()))"
+        assert score(source, TASKS["stdio"]).verdict is Verdict.PASS
 
     def test_tests_may_be_given_as_json_text(self) -> None:
         assert score(GOOD, json.dumps(TASKS["function"])).verdict is Verdict.PASS
@@ -117,28 +156,19 @@ class TestVerdicts:
         assert [reward.value for reward in rewards] == [2.0, 1.0]
 
 
-class TestExtraction:
-    @pytest.mark.parametrize(
-        ("text", "block"),
-        [
-            ("```python\na\n```", "a\n"),
-            ("```\na\n```", "a\n"),
-            ("```py\na\n```\ntext\n```python\nb\n```", "b\n"),
-            ("```python\na\n```\n```bash\nls\n```", "a\n"),
-            ("```python\na\n```\n```python\ntruncated", "a\n"),
-            ("````python\n```\na\n```\n````", "```\na\n```\n"),
-            ("```python\r\na\r\n```\r\n", "a\r\n"),
-            ("```cpp\na\n```", None),
-            ("no fence", None),
-            ("```python\ntruncated", None),
-        ],
-    )
-    def test_the_last_closed_block_of_python_counts(self, text: str, block: str | None) -> None:
-        assert last_code_block(text) == block
-
+class TestProgram:
     def test_without_a_block_there_is_no_answer(self) -> None:
         [found] = code_tests([Sample("s", "", GOOD, None, metadata={"tests": TASKS["function"]})], executor=FAKE)
         assert (found.value, found.verdict) == (0.0, Verdict.NO_ANSWER)
+
+    @NEEDS_ISOLATION
+    def test_it_is_the_block_that_defines_the_function(self) -> None:
+        text = f"```python\n{GOOD}```\nUsage:\n```python\nprint(double(2))\n```\n```\n4\n```"
+        for tests in (TASKS["function"], TASKS["assert"], json.dumps(TASKS["check"])):
+            [found] = code_tests([Sample("s", "", text, None, metadata={"tests": tests})])
+            assert found.verdict is Verdict.PASS
+        [found] = code_tests([Sample("s", "", text, None, metadata={"tests": TASKS["stdio"]})])
+        assert found.verdict is Verdict.CRASH  # of programs the last one counts, which here lacks the function
 
 
 class Fake:
@@ -244,6 +274,8 @@ class TestWithoutIsolation:
 def test_it_is_registered_with_its_parameters() -> None:
     reward = get("code_tests")
     assert reward.batched
-    assert {"partial", "seconds", "memory_mb", "executor", "unsafe_no_isolation"} <= {p.name for p in reward.parameters}
+    assert {"partial", "seconds", "memory_mb", "packages", "executor", "unsafe_no_isolation"} <= {
+        p.name for p in reward.parameters
+    }
     assert not any(parameter.required for parameter in reward.parameters)
     assert CHECK in TASKS["check"]["code"]

@@ -94,10 +94,10 @@ def test_a_conversation_loses_its_oldest_tokens_but_the_bos(longest: int, expect
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"chat_template": None}, "refuses user: "),
-        ({"chat_template": "{{ raise_exception('no') }}"}, "refuses user: "),
-        ({"chat_template": "{% for m in messages %}{{ m['role'] }}{% endfor %}"}, "leaves out, repeats or reorders"),
-        ({"eos_token": None, "chat_template": CHATML}, "has no end-of-sequence token"),
+        ({"chat_template": None}, "has no chat template"),
+        ({"chat_template": "{{ raise_exception('no') }}"}, "refuses messages of user: "),
+        ({"chat_template": "{% for m in messages %}{{ m['role'] }}{% endfor %}"}, "leaves out what the user says"),
+        ({"eos_token": None, "chat_template": CHATML}, "has no eos_token"),
     ],
 )
 def test_a_tokenizer_that_is_not_fit_says_why(change: dict[str, Any], message: str) -> None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reward import Sample, UnusableAnswer, Verdict, boxed_answers, equal, extract_final_answer, normalise
-from reward.final_answer import exact_answer, is_spray
+from reward.final_answer import exact_answer, is_spray, last_answers, without_thought
 
 
 def sample(completion: str, answer: str | None = "42") -> Sample:
@@ -24,7 +24,11 @@ def sample(completion: str, answer: str | None = "42") -> Sample:
         (r"\boxed{\frac{1}{\sqrt{2}}}", r"\frac{1}{\sqrt{2}}"),
         (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
         (r"first \boxed{1}, no, \boxed{2}", "2"),
-        (r"\boxed{1} and cut off in \boxed{2", "1"),
+        (r"\boxed{1} and cut off in \boxed{2", None),
+        (r"so it is $\boxed 8$.", "8"),
+        (r"so it is \boxed -3/4.", "-3/4"),
+        (r"so it is \fbox{58}", "58"),
+        (r"put it into \boxed or \boxed and go on", None),
         (r"cut off \boxed{a then \boxed{7}", "7"),
         (r"a stray } before \boxed{7}", "7"),
         (r"a stray { before \boxed{7}", "7"),
@@ -41,6 +45,38 @@ def test_the_last_balanced_box_is_the_answer(text: str, answer: str | None) -> N
 
 def test_a_box_inside_a_box_is_not_a_second_answer() -> None:
     assert boxed_answers(r"\boxed{\boxed{5}} \boxed{6}") == [r"\boxed{5}", "6"]
+
+
+@pytest.mark.parametrize(
+    ("text", "answers"),
+    [
+        (r"a=\boxed{3}, b=\boxed{11}, so \boxed{14}", [("", "14")]),
+        (r"\boxed{1} and $\boxed{2}$", [("", "1"), ("", "2")]),
+        (r"x=\boxed{1}\text{ or } x=\boxed{2}", [("x", "1"), ("x", "2")]),
+        (r"It is \boxed{1}. Or maybe it is \boxed{2}.", [("", "1"), ("", "2")]),
+        (r"It is \boxed{1}. Wait, no: \boxed{2}.", [("", "2")]),
+        (r"\boxed{1}, \boxed{2}, \boxed{3", []),
+        (r"\boxed{3} + \boxed{4} = \boxed{7}", [("", "7")]),
+    ],
+)
+def test_boxes_are_one_answer_where_only_conjunctions_and_names_stand_between(
+    text: str, answers: list[tuple[str, str]]
+) -> None:
+    assert last_answers(text) == answers
+
+
+@pytest.mark.parametrize(
+    ("completion", "said"),
+    [
+        ("<think>1</think>2", "2"),
+        ("<think>1</think>2<think>3</think>4", "2 4"),
+        ("1</think>2", "2"),
+        ("<think>1", ""),
+        ("12", "12"),
+    ],
+)
+def test_a_thought_is_not_said(completion: str, said: str) -> None:
+    assert " ".join(without_thought(completion).split()) == said
 
 
 @given(st.text(alphabet=r"\boxed{}1 ", max_size=60))
@@ -178,6 +214,12 @@ def test_huge_numbers_cost_nothing() -> None:
         (r"\boxed{41}", Verdict.WRONG, -1.0),
         (r"\boxed{41} \boxed{42}", Verdict.WRONG, -1.0),
         (r"\boxed{42} \boxed{}", Verdict.WRONG, -1.0),
+        (r"<think>\boxed{41}</think> \boxed{42}", Verdict.PASS, 1.0),
+        (r"<think>\boxed{42}</think> \boxed{41}", Verdict.WRONG, -1.0),
+        (r"<think>\boxed{42}", Verdict.NO_ANSWER, -1.0),
+        (r"a=\boxed{40}, b=\boxed{2}, so \boxed{42}", Verdict.PASS, 1.0),
+        (r"a=\boxed{42}, b=\boxed{2}, so \boxed{44}", Verdict.WRONG, -1.0),
+        (r"\boxed{42}, or rather \boxed{43", Verdict.NO_ANSWER, -1.0),
         ("42", Verdict.NO_ANSWER, -1.0),
         (r"\boxed{}", Verdict.NO_ANSWER, -1.0),
     ],

@@ -1,14 +1,18 @@
 """Checkable instructions: what IFEval's checkers say of an answer, and which answers are none."""
 
+import json
+import math
 import os
+import random
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from reward import Sample, Score, UnusableAnswer, Verdict, get
-from reward.instructions import SENTENCES, instructions, judge, sentences
+from reward import Mixture, RewardTerm, Sample, Score, UnusableAnswer, Verdict, get
+from reward.instructions import SENTENCES, instructions, judge
 
 PARROTS = "Parrots are clever birds that can copy the words which people say. They live for many years in warm forests."
 REQUEST = "Tell me something interesting about parrots. Use no commas."
@@ -50,6 +54,31 @@ def judged(completion: str, *asked: tuple[str, dict[str, Any]], **more: Any) -> 
             {"letter": "w", "let_frequency": 3, "let_relation": "at least"},
             PARROTS,
             PARROTS[:66],
+        ),
+        (
+            "keywords:letter_frequency",
+            {"letter": "#", "let_frequency": 1, "let_relation": "at least"},
+            f"{PARROTS} #1",
+            PARROTS,
+        ),
+        (
+            "keywords:letter_frequency",
+            {"letter": "!", "let_frequency": 1, "let_relation": "less than"},
+            PARROTS,
+            f"{PARROTS}!",
+        ),
+        ("length_constraints:number_sentences", {"num_sentences": 2, "relation": "at least"}, PARROTS, PARROTS[:66]),
+        (
+            "change_case:capital_word_frequency",
+            {"capital_frequency": 2, "capital_relation": "less than"},
+            f"VERY often {PARROTS}",
+            f"VERY often I see them. {PARROTS}",
+        ),
+        (
+            "length_constraints:nth_paragraph_first_word",
+            {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "they"},
+            PARROTS.replace(". ", ".\n\n\n\n"),
+            PARROTS,
         ),
         ("detectable_format:json_format", {}, '{"parrots": "They are birds that live in the warm forests"}', PARROTS),
         ("detectable_format:json_format", {}, f'```json\n["{PARROTS}"]\n```', f'"{PARROTS}"'),
@@ -111,25 +140,109 @@ def test_the_topic_may_be_inflected(ending: str) -> None:
     assert judge(sample(f"It is a bird that can talk to you if you ask a {ending}")).degenerate == ""
 
 
-def test_sentences_are_counted_with_abbreviations_decimals_and_lines() -> None:
-    assert len(sentences('Dr. Smith ate 3.5 plums, e.g. green ones. "Really?" she asked! ')) == 3
-    assert len(sentences("* one\n* two\n\n***")) == 2
-
-
 @pytest.mark.parametrize(
     "metadata",
     [
         {},
         {"topic": ["parrots"]},
         {"topic": "parrots", "instructions": [{"kind": "punctuation:no_comma", "args": {}}]},
-        {"topic": ["parrots"], "instructions": [{"kind": "punctuation:no_coma", "args": {}}]},
-        {"topic": ["parrots"], "instructions": [{"kind": "punctuation:no_comma"}]},
-        {"topic": ["parrots"], "instructions": [{"kind": "punctuation:no_comma", "args": {"most": 3}}]},
+        {"instructions": [{"kind": "punctuation:no_coma", "args": {}}]},
+        {"instructions": [{"kind": "punctuation:no_comma"}]},
+        {"instructions": [{"kind": "punctuation:no_comma", "args": {"most": 3}}]},
+        {"instructions": []},
+        {"instruction_id_list": ["punctuation:no_comma", "startend:quotation"], "kwargs": [{}]},
+        {"instruction_id_list": ["punctuation:no_comma"]},
+        {"ground_truth": "[{'instruction_id': ["},
     ],
 )
 def test_data_that_cannot_be_judged_are_the_datas_fault(metadata: dict[str, Any]) -> None:
     with pytest.raises(UnusableAnswer):
         instructions(Sample("1", REQUEST, PARROTS, None, "instructions", metadata=metadata))
+
+
+def asks(kind: str, **args: Any) -> dict[str, Any]:
+    return {"instruction_id_list": [kind], "kwargs": [args]}
+
+
+ODD = [
+    asks("length_constraints:number_words", relation="at least"),
+    asks("length_constraints:number_words", num_words=None, relation="at least"),
+    asks("length_constraints:number_words", num_words=math.nan, relation="at least"),
+    asks("length_constraints:number_words", num_words=5),
+    asks("length_constraints:number_words", num_words=-5, relation="at least"),
+    asks("length_constraints:number_words", num_words=5, relation="at most"),
+    asks("length_constraints:number_words", num_words="5", relation="at least"),
+    asks("length_constraints:number_words", num_words=True, relation="at least"),
+    asks("length_constraints:number_sentences", num_sentences=2),
+    asks("length_constraints:number_sentences", num_sentences="2", relation="at least"),
+    asks("length_constraints:nth_paragraph_first_word", num_paragraphs=1, nth_paragraph=3, first_word="parrots"),
+    asks("length_constraints:exact_sentences"),
+    asks("change_case:capital_word_frequency", capital_frequency=3, capital_relation=["at least"]),
+    asks("keywords:letter_frequency", letter="ab", let_frequency=1, let_relation="at least"),
+    asks("keywords:letter_frequency", letter="", let_frequency=1, let_relation="at least"),
+    asks("keywords:existence", keywords=[]),
+    asks("keywords:existence", keywords="parrots"),
+    asks("keywords:existence", keywords=["parrots", ""]),
+    asks("keywords:existence", keywords=[5]),
+    asks("keywords:forbidden_words"),
+    asks("keywords:frequency", keyword="(", frequency=1, relation="at least"),
+    asks("language:response_language", language="xx"),
+    asks("startend:end_checker", end_phrase=" "),
+    asks("detectable_format:number_bullet_lists", num_bullets=2.5),
+    asks("combination:repeat_prompt"),
+]
+
+
+@pytest.mark.parametrize("row", ODD, ids=str)
+def test_an_argument_that_is_missing_or_odd_masks_its_row_alone(row: dict[str, Any]) -> None:
+    good = Sample("good", REQUEST, PARROTS, None, metadata=asks("punctuation:no_comma"))
+    odd = Sample("odd", REQUEST, PARROTS, None, metadata=row)
+    before, judged_odd, after = Mixture([RewardTerm(name="instructions")], infra_error_limit=1.0).score(
+        [good, odd, good]
+    )
+    assert (judged_odd.value, judged_odd.verdict) == (None, Verdict.INFRA_ERROR)
+    assert row["instruction_id_list"][0] in judged_odd.components["instructions"].detail
+    assert before.value == after.value == 1
+
+
+def test_what_is_missing_is_not_drawn() -> None:
+    """Whatever the state of the generator that IFEval's checkers draw from."""
+    for seed in range(20):
+        random.seed(seed)
+        with pytest.raises(UnusableAnswer, match="needs the arguments"):
+            judge(Sample("1", REQUEST, PARROTS, None, metadata=asks("length_constraints:number_words", num_words=None)))
+
+
+def test_rows_are_read_as_ifeval_and_open_instruct_publish_them() -> None:
+    """Columns of other kinds are null, numbers beside a null are floats, and kinds without arguments have null for all of them."""
+    kinds = ["length_constraints:number_words", "punctuation:no_comma", "detectable_format:title"]
+    number = {"num_words": 5.0, "relation": "at least", "keywords": None, "let_frequency": math.nan}
+    kwargs = [number, dict.fromkeys(number), None]
+    for metadata in (
+        {"instruction_id_list": kinds, "kwargs": kwargs, "topic": None},
+        {"ground_truth": str([{"instruction_id": kinds, "kwargs": [{**number, "let_frequency": None}, *kwargs[1:]]}])},
+    ):
+        found = judge(Sample("1", REQUEST, PARROTS, None, metadata=metadata))
+        assert (found.kinds, found.met, found.degenerate) == (tuple(kinds), (True, True, False), "")
+
+
+def test_json_that_is_nested_too_deeply_is_the_answers_fault() -> None:
+    assert judged("[" * 100_000, ("detectable_format:json_format", {})).verdict is Verdict.NO_ANSWER
+
+
+PUBLISHED = next(
+    (file for up in Path(__file__).resolve().parents if (file := up / "shared/real/ifeval_gpt4.jsonl").is_file()), None
+)
+
+
+@pytest.mark.skipif(PUBLISHED is None, reason="needs the published answers of GPT-4 in ../shared/real")
+def test_published_answers_have_their_published_verdicts_and_hardly_one_is_degenerate() -> None:
+    assert PUBLISHED is not None
+    rows = [json.loads(line) for line in PUBLISHED.open()]
+    found = [judge(Sample(str(row["key"]), row["prompt"], row["response"], None, metadata=row)) for row in rows]
+    assert [list(one.met) for one in found] == [row["follow_instruction_list"] for row in rows]
+    refused = [one.degenerate for one in found if all(one.met) and one.degenerate]
+    assert len(refused) <= 0.01 * sum(all(one.met) for one in found), refused
 
 
 def test_the_same_answer_is_always_judged_the_same() -> None:

@@ -285,8 +285,11 @@ def test_fractions_are_equal_exactly_when_their_values_are(top: int, bottom: int
         "\\" * 500_000,
         " " * 1_000_000 + "x",
         "**" * 300_000,
+        "<answer>" * 100_000,
+        "<think>" * 100_000,
+        r"\boxed 8 or " * 50_000,
     ],
-    ids=["boxes", "hashes", "answers", "backslashes", "spaces", "stars"],
+    ids=["boxes", "hashes", "answers", "backslashes", "spaces", "stars", "tags", "thoughts", "bare boxes"],
 )
 def test_a_megabyte_of_anything_takes_linear_time(text: str) -> None:
     started = time.process_time()

@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -98,6 +99,25 @@ def test_the_limit_on_masked_samples_is_for_all_batches_together(tmp_path: Path)
     register("deadly")(deadly(tmp_path / "deaths", 2))
     with pytest.raises(InfrastructureError, match=r"25.0% of the samples.*limit is 20.0%.*died, twice"):
         scored(Mixture([RewardTerm(name="deadly")], infra_error_limit=0.2), batches(4))
+
+
+def test_a_worker_whose_answers_take_long_to_fetch_is_not_taken_for_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    get = ray.get
+
+    def slow(references: Any, *, timeout: float | None = None) -> Any:
+        if timeout is not None and timeout < 10:
+            raise ray.exceptions.GetTimeoutError("a busy machine")
+        return get(references, timeout=timeout)
+
+    pool = ScoringPool(Mixture([RewardTerm(name="exact_answer")]), workers=1, timeout_s=60)
+    workers = list(pool._workers)
+    try:
+        monkeypatch.setattr(ray, "get", slow)
+        rewards = pool.gather([pool.submit(batch) for batch in batches(3)])
+        assert pool._workers == workers
+    finally:
+        pool.close()
+    assert verdicts(rewards) == [[Verdict.WRONG, Verdict.PASS]] * 3
 
 
 def sleeps(sample: Sample) -> Score:

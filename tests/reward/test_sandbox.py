@@ -1,5 +1,6 @@
 """The sandbox seen from inside and from outside, and what happens where there is none."""
 
+import ast
 import json
 import os
 import signal
@@ -124,6 +125,36 @@ import concurrent.futures, statistics, difflib, unicodedata, pprint, argparse, u
 print(json.dumps([hashlib.sha256(b"").hexdigest()[:8], sqlite3.connect(":memory:").execute("select 42").fetchone()]))
 """
         assert printed(executor, source) == ["e3b0c442", [42]]
+
+    def test_no_variable_of_ours_but_the_job_and_the_inputs(self, executor: LocalExecutor) -> None:
+        """A descriptor or a limit that by chance is the answer must not be there for a candidate to find."""
+        source = """
+import sys
+def f():
+    frame, seen = sys._getframe(1), {}
+    while frame is not None:
+        if frame.f_locals is not frame.f_globals:
+            seen |= frame.f_locals
+        frame = frame.f_back
+    return [[name, repr(value)] for name, value in seen.items()]
+"""
+        for job in (Calls(source, "f", (Call((), {}),)), Program(source + "print(repr(f()))", ("",))):
+            [case] = executor.run(job, QUICK).cases
+            found = dict(case.result["value"] if case.result else ast.literal_eval(case.stdout))
+            assert found.keys() <= {
+                "job",
+                "inputs",
+                "role",
+                "function",
+                "args",
+                "kwargs",
+                "arguments",
+                "source",
+                "name",
+                "code",
+                "module",
+            }
+            assert found.get("args", "[]") == "[]"
 
     def test_cases_do_not_see_each_other(self, executor: LocalExecutor) -> None:
         source = "import os\nprint(os.listdir('.'))\nopen('mark', 'w').write('x')\nimport json\njson.mark = 1"

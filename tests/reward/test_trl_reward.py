@@ -8,6 +8,7 @@ import pytest
 from reward import (
     InfrastructureError,
     ParameterError,
+    RewardError,
     Sample,
     Score,
     UnknownReward,
@@ -53,8 +54,45 @@ def test_a_sample_nobody_can_judge_is_none() -> None:
     assert values == [None] + [1.0] * 19
 
 
+def test_one_row_in_sixteen_without_an_answer_does_not_end_the_trainer() -> None:
+    """Whether a call holds sixteen rows, or the completions of one row alone, as with one process and one group a call."""
+    together, apart = (trl_reward_func("exact_answer") for _ in range(2))
+    for _ in range(20):
+        assert call(together, [r"\boxed{4}"] * 16, answer=[None] + ["4"] * 15) == [None] + [1.0] * 15
+        for row in range(16):
+            answer = "4" if row else None
+            assert call(apart, [r"\boxed{4}"] * 8, answer=[answer] * 8) == [1.0 if row else None] * 8
+
+
+def test_where_most_completions_cannot_be_judged_it_stops() -> None:
+    function = trl_reward_func("exact_answer")
+    call(function, [r"\boxed{4}"] * 1000, answer=["4"] * 1000)
+    call(function, [r"\boxed{4}"] * 128, answer=[None] * 128)
+    with pytest.raises(InfrastructureError, match=r"50.4% .* the limit is 50.0%.*no ground truth"):
+        call(function, [r"\boxed{4}"], answer=[None])
+    with pytest.raises(InfrastructureError, match=r"60.0% "):
+        call(trl_reward_func("exact_answer"), [r"\boxed{4}"] * 1000, answer=[None] * 600 + ["4"] * 400)
+
+
+@pytest.mark.parametrize(("limit", "masked"), [(0.0, 1), (0.05, 13), (1.0, None)])
+def test_the_limit_can_be_given(limit: float, masked: int | None) -> None:
+    function = trl_reward_func("exact_answer", infra_error_limit=limit)
+    assert call(function, [r"\boxed{4}"], answer=["4"]) == [1.0]
+    for count in range(1, 300):
+        if count == masked:
+            with pytest.raises(InfrastructureError):
+                call(function, [r"\boxed{4}"], answer=[None])
+            break
+        assert call(function, [r"\boxed{4}"], answer=[None]) == [None]
+
+
+def test_a_limit_that_is_no_share_is_refused() -> None:
+    with pytest.raises(RewardError, match=r"infra_error_limit is a share in \[0, 1\], not 5"):
+        trl_reward_func("exact_answer", infra_error_limit=5)
+
+
 def test_without_the_answer_column_it_stops() -> None:
-    with pytest.raises(InfrastructureError, match="no ground truth"):
+    with pytest.raises(InfrastructureError, match=r"no ground truth.* no column 'answer'"):
         call(trl_reward_func("exact_answer"), [r"\boxed{4}"])
 
 

@@ -68,10 +68,10 @@ def _limit_resources(limits: Mapping[str, float]) -> None:
         ("CORE", 0, 0),
         ("MEMLOCK", 0, 0),
         ("MSGQUEUE", 0, 0),
-        ("STACK", STACK, STACK),
+        ("STACK", STACK, None),  # a program may raise it as far as the user may: its memory bounds it
     ):
         which = getattr(resource, f"RLIMIT_{name}", None)
         if which is not None:
             _, ceiling = resource.getrlimit(which)
-            ceiling = sys.maxsize if ceiling == resource.RLIM_INFINITY else ceiling
-            resource.setrlimit(which, (min(soft, ceiling), min(hard, ceiling)))
+            most = sys.maxsize if ceiling == resource.RLIM_INFINITY else ceiling
+            resource.setrlimit(which, (min(soft, most), ceiling if hard is None else min(hard, most)))

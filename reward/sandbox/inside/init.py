@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import case, confine, kernel, plain, root
+from . import confine, kernel, plain
 
 _STDERR_KEPT = 4096
 _READY = b"1"
@@ -54,6 +54,7 @@ class Run:
     pipes: Sequence[int]
     lines: bytes
     isolated: bool
+    work_folder: str
 
 
 def main(job: int, report: int, run: Callable[[Mapping[str, Any]], Run]) -> None:
@@ -74,12 +75,25 @@ def main(job: int, report: int, run: Callable[[Mapping[str, Any]], Run]) -> None
             break
 
 
+@dataclass
+class Begin(BaseException):
+    """Takes the child of a case out of all our frames, since a candidate can read the variables of its callers.
+
+    Raised in the child; `launcher.main` catches it.
+    """
+
+    run: Run
+    inputs: Mapping[str, Any]
+    folder: str
+    numbers: Sequence[int]
+
+
 class fresh_folder:  # noqa: N801 (a context manager that reads like a function)
     """An empty folder for one case: its own tmpfs where the run is isolated."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self.path = root.work_folder() if run.isolated else tempfile.mkdtemp(prefix="candidate-")
+        self.path = run.work_folder if run.isolated else tempfile.mkdtemp(prefix="candidate-")
 
     def __enter__(self) -> fresh_folder:
         if self.run.isolated:
@@ -88,7 +102,9 @@ class fresh_folder:  # noqa: N801 (a context manager that reads like a function)
             kernel.mount("tmpfs", self.path, "tmpfs", flags, options)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is Begin:
+            return  # the child, which is about to use it
         if self.run.isolated:
             kernel.unmount(self.path)
         else:
@@ -101,7 +117,7 @@ def _one_case(run: Run, inputs: Mapping[str, Any], folder: str, wall_seconds: fl
     started = time.monotonic()
     child = os.fork()
     if child == 0:
-        _become_case(run, inputs, folder, [stdin, *(writing for _, writing in pairs)])
+        raise Begin(run, inputs, folder, [stdin, *(writing for _, writing in pairs)])
     for number in (stdin, *(writing for _, writing in pairs), *run.pipes):
         os.close(number)
     run.pipes = ()
@@ -126,23 +142,20 @@ def _one_case(run: Run, inputs: Mapping[str, Any], folder: str, wall_seconds: fl
     }
 
 
-def _become_case(run: Run, inputs: Mapping[str, Any], folder: str, numbers: Sequence[int]) -> None:
-    *standard, ready = numbers
-    wanted = [*standard, *run.pipes, ready]
+def confine_case(begin: Begin) -> None:
+    """Leave the calling process, a case's, its descriptors and its folder, and take everything else. Exits on failure."""
+    *standard, ready = begin.numbers
+    wanted = [*standard, *begin.run.pipes, ready]
     ready = len(wanted) - 1
     try:
         confine.keep_descriptors(wanted)
-        os.chdir(folder)
-        confine.give_up_everything(run.limits, run.lines, run.isolated)
+        os.chdir(begin.folder)
+        confine.give_up_everything(begin.run.limits, begin.run.lines, begin.run.isolated)
         os.write(ready, _READY)
         os.close(ready)
     except BaseException as error:
         with suppress(OSError):
             os.write(ready, f"{type(error).__name__}: {error}".encode()[:2000])
-        os._exit(1)
-    try:
-        case.main(run.job, inputs)
-    finally:
         os._exit(1)
 
 

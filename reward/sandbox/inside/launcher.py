@@ -16,9 +16,10 @@ import site
 import socket
 import sys
 from collections.abc import Mapping, Sequence
+from importlib.machinery import ModuleSpec, PathFinder
 from typing import Any
 
-from . import init, kernel, plain, root, seccomp, supervisor
+from . import case, init, kernel, plain, root, seccomp, supervisor
 
 # What candidates use most. Each import saved is milliseconds for every case.
 PRELOADED = [
@@ -61,11 +62,27 @@ _POLL_MS = 2000
 def main(arguments: Sequence[str]) -> None:
     """Serve runs over the socket of the given descriptor until its other end is closed.
 
-    Arguments: the descriptor, and "isolated" or "unsafe". The first message out is {"ready": …} or {"missing",
-    "why"}.
+    Arguments: the descriptor, "isolated" or "unsafe", and JSON of the packages to show: {"names", "paths"}. The first
+    message out is {"ready": …}, {"missing", "why"} or {"package", "why"}.
     """
+    try:
+        _launch(arguments)
+        return
+    except init.Begin as begin:
+        child = begin.with_traceback(None)
+    try:
+        init.confine_case(child)
+        job, inputs = child.run.job, child.inputs
+        del child
+        case.main(job, inputs)
+    finally:
+        os._exit(1)
+
+
+def _launch(arguments: Sequence[str]) -> None:
     channel = socket.socket(fileno=int(arguments[0]))
     isolated = arguments[1] != "unsafe"
+    packages = plain.loads(arguments[2])
     os.environ.clear()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
@@ -74,26 +91,31 @@ def main(arguments: Sequence[str]) -> None:
     kernel.one_malloc_arena()
     lines = b"" if seccomp.unavailable() else seccomp.program()
     proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY)
+    for name in packages["names"]:
+        if why := _unusable(name, packages["paths"], proc):
+            channel.send(plain.dumps({"package": name, "why": why}))
+            return
+    work_folder = root.work_folder(packages["paths"])
     step = "root"
     try:
         if isolated:
-            root.enter(proc)
+            root.enter(proc, packages["paths"])
             step = "run"
-            _try_once(proc)
+            _try_once(proc, work_folder)
     except OSError as error:
         channel.send(plain.dumps({"missing": step, "why": str(error)}))
         return
     channel.send(plain.dumps({"ready": True, "seccomp": bool(lines)}))
     gc.collect()
     gc.freeze()
-    _serve(channel, parent, _Setting(isolated, proc, lines))
+    _serve(channel, parent, _Setting(isolated, proc, lines, work_folder))
 
 
 class _Setting:
     """What every run starts from."""
 
-    def __init__(self, isolated: bool, proc: int, lines: bytes) -> None:
-        self.isolated, self.proc, self.lines = isolated, proc, lines
+    def __init__(self, isolated: bool, proc: int, lines: bytes, work_folder: str) -> None:
+        self.isolated, self.proc, self.lines, self.work_folder = isolated, proc, lines, work_folder
 
     def enter(self) -> None:
         if self.isolated:
@@ -115,8 +137,11 @@ def _serve(channel: socket.socket, parent: int, setting: _Setting) -> None:
             try:
                 channel.close()
                 _run(plain.loads(message), numbers, setting)
-            finally:
-                os._exit(0)
+            except init.Begin:
+                raise
+            except BaseException:
+                os._exit(1)
+            os._exit(0)
         for number in numbers:
             os.close(number)
 
@@ -130,16 +155,13 @@ def _run(message: Mapping[str, Any], numbers: Sequence[int], setting: _Setting) 
     def start() -> None:
         os.close(setting.proc)
         init.forget_modules()
-        init.main(
-            job,
-            report,
-            lambda content: init.Run(content, message["limits"], pipes, setting.lines, setting.isolated),
-        )
+        common = message["limits"], pipes, setting.lines, setting.isolated, setting.work_folder
+        init.main(job, report, lambda content: init.Run(content, *common))
 
     supervisor.supervise(control, message, setting.enter, start)
 
 
-def _try_once(proc: int) -> None:
+def _try_once(proc: int, work_folder: str) -> None:
     """Enter the namespaces of a run in a child, so that a refusal comes before the first run. Raises OSError."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     reading, writing = os.pipe()
@@ -147,7 +169,7 @@ def _try_once(proc: int) -> None:
     if child == 0:
         try:
             supervisor.enter_namespaces(proc)
-            kernel.mount("tmpfs", root.work_folder(), "tmpfs", 0, "size=4k")
+            kernel.mount("tmpfs", work_folder, "tmpfs", 0, "size=4k")
         except OSError as error:
             os.write(writing, str(error).encode())
         finally:
@@ -159,6 +181,34 @@ def _try_once(proc: int) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     if reason:
         raise OSError(reason)
+
+
+class _Packages:
+    """Finds named packages where they are installed, and nothing else of what is installed there."""
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        self.folders = {os.path.basename(path).partition(".")[0]: os.path.dirname(path) for path in paths}
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        return PathFinder.find_spec(name, [self.folders[name]]) if name in self.folders else None
+
+
+def _unusable(name: str, paths: Sequence[str], proc: int) -> str:
+    """Why the package cannot be imported; empty once it is, with the shared libraries that the root will not show."""
+    if not any(isinstance(finder, _Packages) for finder in sys.meta_path):
+        sys.meta_path.append(_Packages(paths))
+    # The threads of a numerical library would not survive a fork, and a run has few to spend.
+    os.environ.update(dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1"))
+    try:
+        importlib.import_module(name)
+    except BaseException as error:
+        return f"{type(error).__name__}: {error}"[:500]
+    finally:
+        os.environ.clear()
+    tasks = os.open("self/task", os.O_RDONLY | os.O_DIRECTORY, dir_fd=proc)
+    threads = len(os.listdir(tasks))
+    os.close(tasks)
+    return f"its import starts {threads - 1} threads, which no run would have" if threads > 1 else ""
 
 
 def _preload() -> None:

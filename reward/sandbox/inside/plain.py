@@ -8,6 +8,7 @@ dictionary out of what a candidate chose (numbers with colliding hashes would ma
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter, OrderedDict, defaultdict
 from typing import Any
 
@@ -24,7 +25,7 @@ class Malformed(Exception):  # noqa: N818
 
 
 def encode(value: Any) -> Any:
-    """The tree of a value of exact built-in types (or of Counter, OrderedDict, defaultdict: as dict).
+    """The tree of a value of exact built-in types (or of Counter, OrderedDict, defaultdict: as dict; or numpy's scalars).
 
     Raises NotPlain for anything else, subclasses too, and RecursionError for what contains itself.
     """
@@ -45,6 +46,9 @@ def encode(value: Any) -> Any:
         return {kind.__name__: bytes(value).hex()}
     if kind is complex:
         return {"complex": [value.real, value.imag]}
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and isinstance(value, numpy.generic):
+        return encode(value.item())
     raise NotPlain(f"a value of type {kind.__name__!r} is not plain data")
 
 

@@ -1,9 +1,10 @@
-"""The read-only root that every run sees: Python's standard library, four devices, and nothing else."""
+"""The read-only root that every run sees: Python's standard library, named packages, four devices, nothing else."""
 
 from __future__ import annotations
 
 import os
 import sysconfig
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -17,8 +18,8 @@ _RESTRICTIONS = _SHUT | kernel.MS_NOEXEC | kernel.MS_NOATIME | kernel.MS_NODIRAT
 _HIDDEN = ("site-packages", "dist-packages")
 
 
-def enter(proc: int) -> None:
-    """Enter a mount namespace whose root is the read-only one.
+def enter(proc: int, packages: Sequence[str] = ()) -> None:
+    """Enter a mount namespace whose root is the read-only one, with the files and folders `packages` in their places.
 
     `proc` is a descriptor of /proc. Needs no right but that to user namespaces. With CAP_SYS_ADMIN the caller
     keeps its user, since it may be the only one that can read the Python installation; without, root becomes
@@ -29,16 +30,21 @@ def enter(proc: int) -> None:
     root = "/tmp" if os.path.isdir("/tmp") else "/mnt"
     libraries = system_folders()
     # Descriptors keep what the new tmpfs may cover within reach.
-    sources = {path: os.open(path, os.O_PATH) for path in libraries}
+    sources = {path: os.open(path, os.O_PATH) for path in (*libraries, *packages)}
     kernel.mount("tmpfs", root, "tmpfs", _SHUT, "mode=755,size=1m,nr_inodes=1024")
-    for path, source in sources.items():
-        _bind(f"/proc/self/fd/{source}", root + path)
-        os.close(source)
-        for name in _HIDDEN:
-            if os.path.isdir(f"{root}{path}/{name}"):
-                kernel.mount("tmpfs", f"{root}{path}/{name}", "tmpfs", _SHUT | kernel.MS_RDONLY, "size=4k,mode=555")
+    hidden = []
+    for path in libraries:
+        _bind(sources[path], root + path)
+        for folder in (f"{root}{path}/{name}" for name in _HIDDEN):
+            if os.path.isdir(folder):
+                kernel.mount("tmpfs", folder, "tmpfs", _SHUT, "size=64k,mode=555")
+                hidden.append(folder)
+    for path in packages:
+        _bind(sources[path], root + path)
+    for folder in hidden:
+        kernel.mount("none", folder, None, kernel.MS_REMOUNT | kernel.MS_BIND | kernel.MS_RDONLY | _SHUT)
     _devices(root)
-    Path(root + work_folder()).mkdir(parents=True, exist_ok=True)
+    Path(root + work_folder(packages)).mkdir(parents=True, exist_ok=True)
     os.chdir(root)
     kernel.pivot_root_here()
     kernel.mount("none", "/", None, kernel.MS_REMOUNT | kernel.MS_BIND | kernel.MS_RDONLY | _SHUT)
@@ -71,16 +77,23 @@ def system_folders() -> list[str]:
     return [path for path in folders if not any(path.startswith(other + "/") for other in folders)]
 
 
-def work_folder() -> str:
-    """Where a case finds its empty folder: /tmp, unless Python itself lies below it."""
-    libraries = system_folders()
+def work_folder(packages: Sequence[str] = ()) -> str:
+    """Where a case finds its empty folder: /tmp, unless Python itself or one of the packages lies below it."""
+    libraries = [*system_folders(), *packages]
     free = [path for path in ("/tmp", "/var/tmp") if not any(library.startswith(path + "/") for library in libraries)]
     return [*free, "/work"][0]
 
 
-def _bind(source: str, target: str) -> None:
-    Path(target).mkdir(parents=True, exist_ok=True)
-    kernel.mount(source, target, None, kernel.MS_BIND | kernel.MS_REC)
+def _bind(source: int, target: str) -> None:
+    """Show what the descriptor `source`, which is closed, stands for at `target`, read-only."""
+    path = f"/proc/self/fd/{source}"
+    Path(target).parent.mkdir(parents=True, exist_ok=True)
+    if os.path.isdir(path):
+        os.makedirs(target, exist_ok=True)
+    else:
+        Path(target).touch()
+    kernel.mount(path, target, None, kernel.MS_BIND | kernel.MS_REC)
+    os.close(source)
     # A mount that comes from another user namespace keeps the restrictions it had there.
     kept = os.statvfs(target).f_flag & _RESTRICTIONS
     kernel.mount("none", target, None, kernel.MS_REMOUNT | kernel.MS_BIND | kernel.MS_RDONLY | _SHUT | kept)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
-from . import kernel, plain, root
+from . import init, kernel, plain, root
 
 FLAGS = kernel.CLONE_NEWNS | kernel.CLONE_NEWPID | kernel.CLONE_NEWNET | kernel.CLONE_NEWIPC | kernel.CLONE_NEWUTS
 INSIDE_ID = 1000
@@ -52,16 +52,17 @@ def supervise(
 
 
 def _become_first(control: socket.socket, start: Callable[[], None]) -> None:
-    status = 1
     try:
         kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
         kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
         start()
-        status = 0
+    except init.Begin:
+        control.close()
+        raise
     except BaseException as error:
         _tell(control, {"failed": f"{type(error).__name__}: {error}"})
-    finally:
-        os._exit(status)
+        os._exit(1)
+    os._exit(0)
 
 
 def _wait(first: int, control: socket.socket, deadline: float) -> None:

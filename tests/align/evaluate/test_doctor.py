@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken
 from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV2Config
 
 from align.config import ModelOptions
@@ -14,9 +15,11 @@ from align.evaluate.doctor import (
     Check,
     DoctorError,
     Outcome,
+    check_demonstrations,
     check_experts,
     check_names,
     check_round_trip,
+    check_routing,
     check_softmax_scale,
     check_template,
     examine,
@@ -38,8 +41,8 @@ def assert_failed(check: Check, *words: str) -> None:
 
 def test_the_nano_policy_is_fit(policy: ModelOptions) -> None:
     checks = examine(policy, load_tokenizer(policy.path))
-    assert [check.outcome for check in checks] == [Outcome.OK] * 5
-    assert "5 checks, none failed" in verdict(checks, policy.path)
+    assert [check.outcome for check in checks] == [Outcome.OK] * 7
+    assert "7 checks, none failed" in verdict(checks, policy.path)
 
 
 def test_the_softmax_scale_of_v2_lite_is_the_reports() -> None:
@@ -76,6 +79,22 @@ def test_experts_that_disagree(skeleton: Any, monkeypatch: pytest.MonkeyPatch) -
     assert_failed(check_experts(skeleton), "eager and grouped_mm differ")
 
 
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"topk_method": "greedy", "n_group": 4, "topk_group": 2}, "vLLM takes experts from the best groups alone"),
+        ({"norm_topk_prob": True}, "vLLM divides the weights"),
+    ],
+)
+def test_routing_that_vllm_computes_otherwise_than_transformers(changed: dict[str, Any], said: str) -> None:
+    assert_failed(check_routing(DeepseekV2Config(**changed)), said)
+
+
+def test_the_routing_of_deepseek_v2_is_fit() -> None:
+    published = {"topk_method": "group_limited_greedy", "n_group": 8, "topk_group": 3, "routed_scaling_factor": 16.0}
+    assert check_routing(DeepseekV2Config(**published, norm_topk_prob=False)).outcome is Outcome.OK
+
+
 class Tokenizer:
     """A tokenizer with something wrong."""
 
@@ -96,8 +115,43 @@ def test_a_tokenizer_that_loses_white_space(policy: ModelOptions) -> None:
 
 
 def test_a_tokenizer_that_lets_text_become_special_tokens(policy: ModelOptions) -> None:
-    forgeable = Tokenizer(load_tokenizer(policy.path), ignores=("split_special_tokens",))
-    assert_failed(check_template(forgeable), "in a text, where it must stay text")
+    tokenizer = load_tokenizer(policy.path)
+    tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken("b", normalized=True, special=True)]})
+    tokenizer.eos_token = "b"
+    assert_failed(check_template(tokenizer), "in a text, where it must stay text")
+
+
+@pytest.mark.parametrize(
+    ("opening", "answer", "outcome", "words"),
+    [
+        ("", "{{ m.content }}", Outcome.OK, "with a thought and without"),
+        ("<think>\n", "{{ m.content }}", Outcome.LIMITED, "no SFT and no reward model on answers without a thought"),
+        ("<think>\n\n</think>", "<think>\n\n</think>{{ m.content }}", Outcome.LIMITED, "on answers with a thought"),
+        ("<think>\n", "{{ m.content.split('</think>')[-1] }}", Outcome.LIMITED, "no SFT and no reward model: the chat"),
+    ],
+)
+def test_the_doctor_says_first_what_the_template_refuses_as_a_demonstration(
+    policy: ModelOptions, opening: str, answer: str, outcome: Outcome, words: str
+) -> None:
+    tokenizer = load_tokenizer(policy.path)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}Q: {{ m.content }}{% else %}A: "
+        f"{answer}{{{{ eos_token }}}}{{% endif %}}{{% endfor %}}{{% if add_generation_prompt %}}A: {opening}{{% endif %}}"
+    )
+    check = check_demonstrations(tokenizer)
+    assert (check.outcome, words in check.detail) == (outcome, True)
+    assert (words in verdict([check], "model")) == (outcome is Outcome.LIMITED)
+
+
+def test_the_doctor_says_that_a_template_takes_no_system_messages(policy: ModelOptions) -> None:
+    tokenizer = load_tokenizer(policy.path)
+    tokenizer.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('none here') }}{% endif %}{{ messages[0].content }}"
+    )
+    check = check_template(tokenizer)
+    assert check.outcome is Outcome.OK
+    assert "system messages cannot be used" in check.detail
+    assert "none here" in check.detail
 
 
 def test_files_that_lack_a_tensor(skeleton: Any, policy: ModelOptions, tmp_path: Path) -> None:

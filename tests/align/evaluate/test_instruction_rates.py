@@ -45,6 +45,17 @@ def test_shares_by_kind_and_of_what_was_and_was_not_trained_on() -> None:
     }
 
 
+def test_published_rows_count_and_what_nobody_can_judge_does_not() -> None:
+    messages = ({"role": "user", "content": "Describe them."},)
+    published = {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{"num_words": None}]}
+    examples = [
+        Example("good", messages, None, None, "user", metadata=published),  # type: ignore[arg-type]
+        Example("odd", messages, None, None, "user", metadata={**published, "kwargs": []}),  # type: ignore[arg-type]
+    ]
+    rates = instruction_rates([answer("good", SAID), answer("odd", SAID)], examples)
+    assert rates == {"degenerate_share": 0.0, "accuracy/seen_kinds": 1.0, "accuracy/kind/no_comma": 1.0}
+
+
 def test_other_problems_have_none() -> None:
     other = Example("sum", ({"role": "user", "content": "1 + 1?"},), None, "2", "arithmetic")
     assert instruction_rates([answer("sum", "2")], [other]) == {}

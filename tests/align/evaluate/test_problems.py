@@ -1,12 +1,16 @@
-"""What an evaluation says of right, wrong and unjudged answers."""
+"""What an evaluation says of right, wrong and unjudged answers, and of prompts that are too long to be answered."""
 
+from collections.abc import Callable, Sequence
 from math import isnan
+from typing import Any
 
 import pytest
 
 from align.data.types import Example
-from align.evaluate.problems import Answer, summarise
-from reward import SampleReward, Verdict
+from align.evaluate.asking import ask
+from align.evaluate.hooks import Checkpoint
+from align.evaluate.problems import Answer, Evaluation, evaluate, summarise
+from reward import Sample, SampleReward, Verdict
 from rollout import Completion, FinishReason
 
 DOMAINS = {"a": "arithmetic", "b": "arithmetic", "c": "code"}
@@ -60,3 +64,43 @@ def test_lengths_and_cut_off_answers_are_those_of_the_greedy_ones() -> None:
     found = summarise(EXAMPLES, answers, [answer(id_, RIGHT, tokens=50) for id_ in EXAMPLES])
     assert (found.mean_length, found.truncated) == (3.0, pytest.approx(1 / 3))
     assert [row["greedy"] for row in found.rows] == [True] * 3 + [False] * 3
+
+
+class KindJudges:
+    """Finds every answer right."""
+
+    def submit(self, samples: Sequence[Sample]) -> Sequence[Sample]:
+        return samples
+
+    def gather(self, tickets: Sequence[Sequence[Sample]]) -> list[list[SampleReward]]:
+        return [[SampleReward(1.0, RIGHT, {}) for _ in samples] for samples in tickets]
+
+
+def test_a_prompt_that_is_too_long_stays_in_the_denominator_and_is_counted(
+    checkpoint: Checkpoint, scripted: Callable[[Callable[[str], str]], Any]
+) -> None:
+    asked = {"short": "1 + 1?", "long": "1" * 200}
+    examples = [Example(i, ({"role": "user", "content": text},), None, "2", "arithmetic") for i, text in asked.items()]
+    fleet = scripted(lambda prompt: "2")
+    fleet.weight_version = 0
+    judges: Any = KindJudges()
+    found = evaluate(fleet, checkpoint.tokenizer, examples, judges, samples=1, max_new_tokens=8, longest=50, seed=0)
+    assert (found.problems, found.accuracy, found.pass_at, found.too_long) == (2, 0.5, {1: 0.5}, 1)
+    assert found.verdicts == {"pass": 1, "no_answer": 1}
+    assert (found.mean_length, found.truncated) == (2.0, 0.0)
+    record = {**found.summary(), "problems": 2, "verdicts": dict(found.verdicts), "too_long": 1}
+    again = Evaluation.of_record(record, ["arithmetic"])
+    assert (again.too_long, again.rates) == (1, {})
+
+
+def test_a_conversation_that_is_too_long_is_answered_with_nothing(
+    checkpoint: Checkpoint, scripted: Callable[[Callable[[str], str]], Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    said = ask(
+        checkpoint,
+        scripted(lambda prompt: "2"),
+        {"short": [{"role": "user", "content": "1 + 1?"}], "long": [{"role": "user", "content": "1" * 600}]},
+        max_new_tokens=8,
+    )
+    assert (said["short"].text, said["long"].text, said["long"].tokens) == ("2", "", 0)
+    assert "1 of 2 conversations have more than the 504 tokens" in caplog.text

@@ -35,10 +35,40 @@ def test_every_line_gets_value_verdict_and_detail(tmp_path: Path) -> None:
     assert "3 completions, mean value 0.500" in summary
 
 
+def test_a_number_is_an_answer_as_json_has_it(tmp_path: Path) -> None:
+    data = lines(tmp_path, {"id": "1", "completion": r"\boxed{0.00001}", "answer": 1e-05})
+    score_file(RewardTerm(name="math"), data, tmp_path / "out.jsonl")
+    assert json.loads((tmp_path / "out.jsonl").read_text())["value"] == 1.0
+
+
 def test_parameters_reach_the_reward(tmp_path: Path) -> None:
     data = lines(tmp_path, {"id": "1", "completion": r"\boxed{4}", "answer": "4"})
     score_file(RewardTerm(name="exact_answer", params={"right": 5.0}), data, tmp_path / "out.jsonl")
     assert json.loads((tmp_path / "out.jsonl").read_text())["value"] == 5.0
+
+
+def test_rows_as_ifeval_publishes_them_are_scored_and_an_odd_one_is_masked_alone(tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    row = {
+        "prompt": "Is it good to walk?",
+        "response": "It is good for most of us.",
+        "instruction_id_list": ["punctuation:no_comma"],
+    }
+    data = lines(
+        tmp_path,
+        {**row, "key": 1000, "kwargs": [{"num_words": None}]},
+        {**row, "key": 1001, "kwargs": [{}], "response": "Yes, it is."},
+        {**row, "key": 1002, "kwargs": [{}], "instruction_id_list": ["length_constraints:number_words"]},
+    )
+    summary = score_file(RewardTerm(name="instructions"), data, tmp_path / "out.jsonl")
+    found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [(one["id"], one["value"], one["verdict"]) for one in found] == [
+        ("1000", 1.0, "pass"),
+        ("1001", 0.0, "wrong"),
+        ("1002", None, "infra_error"),
+    ]
+    assert "['num_words', 'relation']" in found[2]["detail"]
+    assert "3 completions, mean value 0.500" in summary
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ The reference is plain PyTorch in this process: one rank, one padded batch, no D
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,17 +21,23 @@ from align.model.policy import load_policy
 
 STEPS = 10
 CLIP = 0.5
+DECAY = 1.0
+UNUSED = slice(512, None)  # of the vocabulary, by the sequences
 # With a first beta of 0, Adam's first moment is the gradient that the last step was taken with.
-OPTIMIZER = OptimizerOptions(learning_rate=1e-3, betas=(0.0, 0.95), clip_norm=CLIP)
+OPTIMIZER = OptimizerOptions(learning_rate=1e-3, betas=(0.0, 0.95), clip_norm=CLIP, weight_decay=DECAY)
 GRPO = GrpoOptions(steps=1, prompts_per_step=1, group_size=2, kl_coefficient=0.1)
 
 
 Draw = Callable[[int], list[TrainingSequence]]
 
 
-def plain_losses(policy: ModelOptions, sequences: Draw) -> list[float]:
+def plain_steps(policy: ModelOptions, sequences: Draw) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """The losses of the steps, and the weights after them."""
     model = load_policy(policy)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.0, 0.95), weight_decay=0.0)
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() == 1]
+    groups = [{"params": matrices, "weight_decay": DECAY}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.0, 0.95))
     losses = []
     for step in range(STEPS):
         batch = collate(sequences(step), pad_id=0)
@@ -44,7 +51,7 @@ def plain_losses(policy: ModelOptions, sequences: Draw) -> list[float]:
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    return losses
+    return losses, model.state_dict()
 
 
 def plain_gradient(weights: dict[str, torch.Tensor], policy: ModelOptions, batch_of: list[TrainingSequence]) -> Any:
@@ -83,33 +90,74 @@ def gradient_of_last_step(learner: LearnerGroup) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def expected_losses(policy: ModelOptions, sequences: Draw) -> list[float]:
-    return plain_losses(policy, sequences)
+def expected(policy: ModelOptions, sequences: Draw) -> tuple[list[float], dict[str, torch.Tensor]]:
+    return plain_steps(policy, sequences)
 
 
 @pytest.fixture(
     scope="module",
-    params=[(1, 1), (2, 0), (2, 1), (2, 2), (2, 3)],
-    ids=lambda p: f"{p[0]} rank{'s' * (p[0] > 1)}, ZeRO-{p[1]}",
+    params=[(1, 1, False), (2, 0, False), (2, 1, False), (2, 2, False), (2, 3, True)],
+    ids=lambda p: f"{p[0]} rank{'s' * (p[0] > 1)}, ZeRO-{p[1]}{', checkpointing' * p[2]}",
 )
 def learner(request: pytest.FixtureRequest, policy: ModelOptions, ray_session: None) -> Iterator[LearnerGroup]:
-    ranks, zero_stage = request.param
-    options = LearnerOptions(ranks=ranks, zero_stage=zero_stage, micro_batch_tokens=200, optimizer=OPTIMIZER)
+    ranks, zero_stage, checkpointing = request.param
+    options = LearnerOptions(
+        ranks=ranks,
+        zero_stage=zero_stage,
+        gradient_checkpointing=checkpointing,
+        micro_batch_tokens=200,
+        optimizer=OPTIMIZER,
+    )
     group = LearnerGroup(policy, options, seed=0, reference=policy)
     group.wait_until_ready()
     yield group
     group.close()
 
 
-def test_ten_steps_have_the_losses_of_plain_pytorch(
-    learner: LearnerGroup, expected_losses: list[float], sequences: Draw
+def test_ten_steps_have_the_losses_and_the_weights_of_plain_pytorch(
+    learner: LearnerGroup, policy: ModelOptions, expected: tuple[list[float], dict[str, torch.Tensor]], sequences: Draw
 ) -> None:
+    expected_losses, expected_weights = expected
     losses = []
     for step in range(STEPS):
         losses.append(learner.accumulate(sequences(step), Objective()).loss)
         learner.apply(1e-3)
     assert losses[-1] < losses[0]
     assert losses == pytest.approx(expected_losses, abs=1e-4)
+    weights, before = from_checkpoint(learner.weights()), load_policy(policy).state_dict()
+    moved = torch.sqrt(sum((expected_weights[n] - before[n]).square().sum() for n in weights))
+    apart = torch.sqrt(sum((expected_weights[n] - weights[n]).square().sum() for n in weights))
+    print(f"apart {apart / moved:.5f}")
+    assert apart < 0.01 * moved
+    unused = "model.embed_tokens.weight"
+    shrunk = before[unused][UNUSED] * (1 - 1e-3 * DECAY) ** STEPS
+    torch.testing.assert_close(weights[unused][UNUSED], shrunk, rtol=1e-5, atol=0)
+
+
+def test_with_checkpointing_a_layer_is_computed_again_in_backward(learner: LearnerGroup, sequences: Draw) -> None:
+    import ray
+
+    def listen(worker: Any) -> None:
+        worker.passes = 0
+
+        def count(*_: Any) -> None:
+            worker.passes += 1
+
+        # Before it: the second pass ends as soon as it has what backward asks for.
+        worker.handle = worker._network.model.layers[0].mlp.register_forward_pre_hook(count)
+
+    def heard(worker: Any) -> int:
+        worker.handle.remove()
+        return worker.passes
+
+    batch = [replace(s, advantage=1.0) for s in sequences(0)]
+    for objective in (Objective(), Objective(GRPO)):
+        ray.get([rank.__ray_call__.remote(listen) for rank in learner._ranks])
+        learner._options = learner._options.model_copy(update={"micro_batch_tokens": 10**6})
+        learner.accumulate(batch, objective)
+        passes = ray.get([rank.__ray_call__.remote(heard) for rank in learner._ranks])
+        assert set(passes) == {2 if learner._options.gradient_checkpointing else 1}
+        learner.apply(0.0)
 
 
 def test_every_parameter_and_every_expert_had_a_gradient(learner: LearnerGroup) -> None:

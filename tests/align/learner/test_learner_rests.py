@@ -17,7 +17,7 @@ GRPO = GrpoOptions(steps=1, prompts_per_step=1, group_size=2, kl_coefficient=0.1
 CASES: dict[str, dict[str, Any]] = {
     "ZeRO-1": {"zero_stage": 1},
     "ZeRO-2": {"zero_stage": 2},
-    "ZeRO-1, bfloat16": {"zero_stage": 1},
+    "ZeRO-2, bfloat16": {"zero_stage": 2},
     "ZeRO-2, adapters": {"zero_stage": 2, "lora": LoraOptions(rank=4)},
 }
 

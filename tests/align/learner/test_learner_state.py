@@ -20,6 +20,7 @@ WAYS = {
     "zero-1": (LearnerOptions(ranks=2, zero_stage=1, optimizer=OPTIMIZER), "float32"),
     "zero-3": (LearnerOptions(ranks=2, zero_stage=3, optimizer=OPTIMIZER), "float32"),
     "zero-2 in bfloat16": (LearnerOptions(ranks=2, zero_stage=2, optimizer=OPTIMIZER), "bfloat16"),
+    "zero-1 in bfloat16": (LearnerOptions(ranks=2, zero_stage=1, optimizer=OPTIMIZER), "bfloat16"),
     "zero-0 in bfloat16": (LearnerOptions(ranks=1, zero_stage=0, optimizer=OPTIMIZER), "bfloat16"),
     "adapters with dropout": (
         LearnerOptions(ranks=1, zero_stage=1, optimizer=OPTIMIZER, lora=LoraOptions(rank=4, dropout=0.1)),
@@ -75,6 +76,11 @@ def test_the_state_of_another_learner_is_refused(
         name, tensor = next(iter(state.items()))
         torch.save(state | {name: tensor.double()}, tmp_path / SHARED)
         with pytest.raises(UserError, match=r"float64 .* in the checkpoint, and torch.float32"):
+            learner.load_state(tmp_path)
+        torch.save(state, tmp_path / SHARED)
+        own = torch.load(tmp_path / own_file(0), weights_only=True)
+        torch.save(own | {"masters": [tensor]}, tmp_path / own_file(0))
+        with pytest.raises(UserError, match="it has 1 groups of master copies, and this learner 0; another version"):
             learner.load_state(tmp_path)
     finally:
         learner.close()

@@ -34,7 +34,7 @@ def test_head_and_adapters_learn_and_every_loader_gives_the_same_rewards(
         ranks=2,
         zero_stage=zero_stage,
         micro_batch_tokens=150,
-        optimizer=OptimizerOptions(learning_rate=1e-2),
+        optimizer=OptimizerOptions(learning_rate=3e-3),
         lora=LoraOptions(rank=4, targets=["attention+shared", "experts"]),
     )
     group = RewardModelGroup(policy, options, seed=0)
@@ -42,10 +42,10 @@ def test_head_and_adapters_learn_and_every_loader_gives_the_same_rewards(
         group.wait_until_ready()
         assert group.trained.description.endswith("and score as a whole")
         losses = []
-        for step in range(15):
-            losses.append(group.accumulate(pairs(step), "pairwise").loss)
-            group.apply(1e-2)
-        assert losses[-1] < losses[0] - 0.1
+        for _ in range(15):
+            losses.append(group.accumulate(pairs(0), "pairwise").loss)
+            group.apply(3e-3)
+        assert losses[-1] < 0.1 < losses[0], "one batch is learned by heart"
         assert group.missing_gradients() == []
         sequences = [list(pair.chosen) for pair in pairs(99)] + [list(pair.rejected) for pair in pairs(99)]
         rewards = group.rewards(sequences)

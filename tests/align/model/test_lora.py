@@ -20,12 +20,12 @@ from align.model.lora import (
     add_adapter,
     factors,
     is_adapter,
-    merge_adapter,
     merged,
     plain_parameters,
     save_adapter,
     update_of,
 )
+from align.model.merging import merge_adapter
 from align.model.policy import load_policy, load_tokenizer, save_policy, write_random_policy
 from align.model.reward_model import load_reward_model
 

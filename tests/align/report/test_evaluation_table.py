@@ -56,6 +56,15 @@ def test_other_problems_are_compared_as_two_samples(tmp_path: Path, write_run: W
     assert (change.interval, change.method) == (unpaired_interval(1, 4, 4, 5), UNPAIRED)
 
 
+def test_validation_problems_are_never_compared_with_those_of_the_test(tmp_path: Path, write_run: WriteRun) -> None:
+    before, after = evaluated("after SFT", "rwww"), evaluated("after GRPO", "rrww")
+    chosen_by = [evaluated(f"GRPO step {n}, validation", "rrrw", split="validation") for n in (1, 2)]
+    rows = table_of(tmp_path, write_run, [before], [*chosen_by, after]).rows
+    assert [row.against for row in rows] == [None, None, None, "after SFT"]
+    alone = table_of(tmp_path / "alone", write_run, [], [before, *chosen_by, after]).rows
+    assert [row.against for row in alone] == [None, None, "GRPO step 1, validation", "after SFT"]
+
+
 def test_completions_that_are_gone_or_another_evaluations_do_not_count_as_pairs(
     tmp_path: Path, write_run: WriteRun
 ) -> None:

@@ -138,6 +138,13 @@ def test_a_machine_too_small_is_refused_with_what_it_has_what_is_needed_and_the_
         check_machine(cores=10_000, memory_gb=1e6, hint="Lower sampler.count.")
     message = str(refusal.value)
     assert "10000 cores" in message
-    assert "1e+06 GB" in message
+    assert "1e+06 GiB" in message
     assert f"{environment_module.cores_available():g} can be used" in message
     assert message.endswith("Lower sampler.count.")
+
+
+def test_memory_is_counted_in_gib(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment_module, "memory_bytes", lambda: (8 * GIB, 7 * GIB))
+    check_machine(cores=1, memory_gb=7, hint="")
+    with pytest.raises(UserError, match=r"7\.4 GiB of free memory, and 7\.0 GiB is free"):
+        check_machine(cores=1, memory_gb=7.4, hint="")

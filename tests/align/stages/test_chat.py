@@ -82,6 +82,17 @@ def test_an_answer_that_is_stopped_is_kept_as_far_as_it_came(policy: ModelOption
     assert talking.messages[-1] == {"role": "assistant", "content": "42 is"}
 
 
+def test_an_empty_thought_that_the_template_writes_is_not_told(policy: ModelOptions) -> None:
+    talking, out = conversation(policy, "<think>\n\n</think>\n\n42 is it"), StringIO()
+    talking._tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}Q: {{ m.content }} A: {% else %}"
+        "<think>\n\n</think>\n\n{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+    )
+    say(talking, "17 + 25?", out)
+    assert out.getvalue() == "42 is it\n"
+    assert talking.messages[-1] == {"role": "assistant", "content": "42 is it"}
+
+
 def test_the_end_of_the_input_ends_the_conversation(policy: ModelOptions) -> None:
     out = StringIO()
     talk(conversation(policy, "4"), StringIO("2 + 2?\n"), out)

@@ -1,13 +1,17 @@
 """New weights travel as the recipe says, and what a killed run left of them is removed."""
 
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from align.config import GrpoRecipe, ModelOptions, load_recipe
 from align.errors import UserError
-from align.stages.engines import check_adapters_are_served, transport_of
+from align.model.policy import load_tokenizer
+from align.stages.engines import check_adapters_are_served, start_engines, transport_of
+from align.stages.run import open_run
 from rollout import Adapters, Broadcasts, Directory, ObjectStore
 
 
@@ -58,6 +62,7 @@ def test_an_adapter_alone_wants_one_and_workers_with_its_base(overrides: list[st
     [
         (["weights.transport=broadcast", "rollout.gpus=0.4"], "a GPU of its own for each process"),
         (["take_turns=true", "learner.zero_stage=3"], "zero_stage 1 and 2"),
+        (["take_turns=true", "learner.zero_stage=1", "model.dtype=bfloat16"], "take zero_stage 2"),
         (["take_turns=true", "learner.gpus=1"], "more than one GPU together"),
         (["take_turns=true", "learner=3"], "learner"),
         (["take_turns=true", "rollout.tensor_parallel=2"], "for workers of one process"),
@@ -74,3 +79,27 @@ def test_what_shares_a_gpu_does_so_in_a_way_that_is_possible(overrides: list[str
 def test_an_adapter_alone_is_refused_where_vllm_cannot_add_it() -> None:
     with pytest.raises(UserError, match="no adapters to a model with experts"):
         check_adapters_are_served(ModelOptions(path="recipes/nano/policy"))
+
+
+class Started(Exception):  # noqa: N818
+    """Carries what a fleet was asked for."""
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_the_workers_trust_the_code_of_a_model_as_the_recipe_does(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, trusted: bool
+) -> None:
+    def start(*_: Any, **named: Any) -> None:
+        raise Started(named)
+
+    monkeypatch.setattr("align.stages.engines.Fleet", start)
+    monkeypatch.setattr("align.stages.engines.local_ray", nullcontext)
+    made = recipe(f"run.dir={tmp_path / 'run'}", "machine={}", f"model.trust_remote_code={str(trusted).lower()}")
+    tokenizer = load_tokenizer("recipes/nano/policy")
+    with (
+        pytest.raises(Started) as started,
+        open_run(made) as run,
+        start_engines(made, made.model, tokenizer, run),
+    ):
+        pass
+    assert started.value.args[0]["trust_remote_code"] is trusted

@@ -18,7 +18,7 @@ name: three
 stages:
   - {name: sft, recipe: recipes/nano/sft.yaml, set: [sft.steps=5]}
   - {name: math, recipe: recipes/nano/grpo.yaml, set: ["model={path: '${sft}'}", init_from=null]}
-  - {name: more, recipe: recipes/nano/grpo.yaml, set: ["model={path: '${math}'}", "reference=${sft}", init_from=null]}
+  - {name: more, recipe: recipes/nano/grpo.yaml, set: ["model={path: '${math}'}", "reference=${sft}", grpo.kl_coefficient=0.04, init_from=null]}
 """
 
 

@@ -1,6 +1,8 @@
 """A reward model from a random policy and preferences that can be learnt: chosen completions say please."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -173,6 +175,15 @@ def test_as_a_reward_it_gives_the_same_order_on_the_scale_of_its_notes(trained: 
     assert sorted(range(40), key=found.__getitem__) == sorted(range(40), key=recorded.__getitem__)
 
 
+def test_it_says_how_to_call_it_without_this_project(trained: Path) -> None:
+    code = (trained / "final" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    sample = Sample(id="1", prompt="What is 1 + 1?", completion="2", answer=None, domain="chat")
+    mixture = Mixture([RewardTerm(name="reward_model", params={"path": str(trained / "final")})])
+    mixture.make_ready()
+    assert mixture.score([sample])[0].value == pytest.approx(float(printed), abs=1e-4)
+
+
 def test_a_reward_model_learns_on_from_what_it_was_with_a_tenth_of_earlier_pairs(trained: Path, tmp_path: Path) -> None:
     data = [
         {"card": "own_preferences", "path": str(write_preferences(tmp_path / "pairs")), "share": 0.9},
@@ -203,9 +214,13 @@ class Told:
 
     def __init__(self) -> None:
         self.warnings: list[str] = []
+        self.events: list[dict[str, Any]] = []
 
-    def warn(self, warning: str) -> None:
+    def warn(self, warning: str, **_: Any) -> None:
         self.warnings.append(warning)
+
+    def tell(self, kind: str, text: str, **data: Any) -> None:
+        self.events.append({"kind": kind, **data})
 
 
 def test_pairs_that_are_too_long_are_left_out_and_counted(tmp_path: Path) -> None:
@@ -216,9 +231,27 @@ def test_pairs_that_are_too_long_are_left_out_and_counted(tmp_path: Path) -> Non
     kept = data.sources[0].items
     assert 0 < len(kept) < 400
     assert all(max(len(item.pair.chosen), len(item.pair.rejected)) <= 45 for item in kept)
-    assert f"split train: {400 - len(kept)} of 400 pairs are longer than reward_model.max_length" in run.warnings[0]
-    with pytest.raises(UserError, match="every pair is longer than"):
+    told = f"split train: {400 - len(kept)} of 400 examples have more than 45 tokens (reward_model.max_length)"
+    assert told in run.warnings[-1]
+    with pytest.raises(UserError, match=r"reward_model\.max_length\), .*: none is left"):
         load_reward_model_data(recipe(tmp_path, reward_model=options | {"max_length": 5}), load_tokenizer(NANO), run)
+
+
+def test_a_training_pair_whose_prompt_another_entry_holds_out_is_left_out_and_ids_are_of_the_entry(
+    tmp_path: Path,
+) -> None:
+    earlier, later = write_preferences(tmp_path / "pairs"), write_preferences(tmp_path / "later")
+    rows = (later / "train.jsonl").read_text().splitlines()
+    (earlier / "test.jsonl").write_text("\n".join(rows[:30]) + "\n")
+    run: Any = Told()
+    data = [{"card": "own_preferences", "path": str(path)} for path in (earlier, later)]
+    options = {"steps": 1, "pairs_per_step": 4, "max_length": 200}
+    loaded = load_reward_model_data(recipe(tmp_path, data=data, reward_model=options), load_tokenizer(NANO), run)
+    assert [len(source.items) for source in loaded.sources] == [370, 370]
+    assert [source.card for source in loaded.sources] == ["own_preferences", "own_preferences@2"]
+    ids = [item.preference.id for part in (*[s.items for s in loaded.sources], loaded.test) for item in part]
+    assert len(set(ids)) == len(ids)
+    assert [event["compared"]["own_preferences/test"] for event in run.events] == [30, 30]
 
 
 def test_margins_count_as_much_as_the_recipe_says(tmp_path: Path) -> None:

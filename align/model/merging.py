@@ -1,0 +1,120 @@
+"""`align merge`: an adapter that PEFT wrote, and its base, as one checkpoint that computes what both compute together."""
+
+import json
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from align.errors import UserError
+from align.model.lora import ADAPTER_DIRECTORY
+from align.model.policy import check_written, first_line, load_tokenizer, no_progress_bars, probe_logits, save_policy
+from align.run.files import whole_directory
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def merge_adapter(adapter: Path, out: Path, base: str | None = None) -> str:
+    """Write base and adapter as one Hugging Face checkpoint to `out`; returns where the base came from.
+
+    `base` is used in place of the one that the adapter names. What was written is loaded again and compared with what base and adapter
+    compute. Raises UserError where they do not belong together, or the checkpoint differs from them; there is no `out` then.
+    """
+    config = read_adapter_config(adapter)
+    if out.exists():
+        raise UserError(f"{out} exists already; give another directory, or take it away")
+    origin = base or config["base_model_name_or_path"]
+    model = load_base(adapter, config, origin)
+    check_names(adapter, config, model, origin)
+    prepare_embeddings(model, adapter, config)
+    adapted = add_saved_adapter(model, adapter, origin)
+    expected = probe_logits(adapted)
+    whole = adapted.merge_and_unload()
+    tokenizer = load_tokenizer(adapter if (adapter / "tokenizer.json").is_file() else origin)
+    with whole_directory(out.absolute()) as written:
+        save_policy(whole, tokenizer, written)
+        del model, adapted, whole
+        check_written(written, expected)
+    return str(origin)
+
+
+def load_base(adapter: Path, config: Mapping[str, Any], origin: str) -> Any:
+    """The adapter's base, a policy or a reward model. Raises UserError where it is not there or cannot be loaded."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    if Path(origin).is_absolute() and not Path(origin).is_dir():
+        raise UserError(f"{adapter}: its base {origin} is not there (any more); say with --base where it is now")
+    classifies = config["task_type"] == "SEQ_CLS"
+    kind = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
+    try:
+        with no_progress_bars():
+            return kind.from_pretrained(origin, dtype="auto", **({"num_labels": 1} if classifies else {}))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{adapter}: transformers cannot load its base {origin}: {first_line(error)}") from None
+
+
+def add_saved_adapter(model: Any, adapter: Path, origin: str) -> Any:
+    """The base with the adapter that was saved. Raises UserError where the adapter is not for this base."""
+    from peft import PeftModel
+
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            return PeftModel.from_pretrained(model, str(adapter))
+    except (RuntimeError, ValueError, UserWarning) as error:
+        shapes = re.search(r"size mismatch for .*", str(error))
+        raise UserError(f"{adapter}: is not for {origin}: {shapes[0] if shapes else first_line(error)}") from None
+
+
+def prepare_embeddings(model: Any, adapter: Path, config: Mapping[str, Any]) -> None:
+    """Give a base the size of embedding that the adapter was trained with, and untie a head from it where one of them is adapted.
+
+    An adapter of a grown vocabulary holds its embedding as a whole. In a tied head, what is merged into one would change the other.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    names = [name for name, module in model.named_modules() if module is embedding or module is head]
+    with safe_open(adapter / WEIGHTS, framework="pt") as tensors:
+        shapes = {k.removeprefix("base_model.model."): tensors.get_slice(k).get_shape() for k in list(tensors.keys())}
+    wholes = [f"{name}{middle}.weight" for name in names for middle in ("", ".base_layer")]
+    rows = max((shapes[key][0] for key in wholes if key in shapes), default=embedding.num_embeddings)
+    if rows != embedding.num_embeddings:
+        model.resize_token_embeddings(rows, mean_resizing=False)
+    copied = {name.split(".")[-1] for name in config.get("modules_to_save") or ()}
+    adapted = any(key.startswith(tuple(f"{name}.lora_" for name in names)) for key in shapes)
+    text = model.config.get_text_config()
+    if head is not None and text.tie_word_embeddings and (adapted or copied & {n.split(".")[-1] for n in names}):
+        head = model.get_output_embeddings()
+        head.weight = torch.nn.Parameter(head.weight.detach().clone())
+        model.config.tie_word_embeddings = text.tie_word_embeddings = False
+
+
+def read_adapter_config(adapter: Path) -> dict[str, Any]:
+    """An adapter's `adapter_config.json`. Raises UserError for a directory that holds no LoRA adapter."""
+    file = adapter / "adapter_config.json"
+    if not file.is_file() or not (adapter / "adapter_model.safetensors").is_file():
+        inside = adapter / ADAPTER_DIRECTORY
+        hint = f"; did you mean {inside}?" if inside.is_dir() else ""
+        raise UserError(f"{adapter} is no adapter of PEFT (adapter_config.json and adapter_model.safetensors){hint}")
+    try:
+        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if config["peft_type"] != "LORA":
+            raise UserError(f"{file}: is an adapter of the kind {config['peft_type']}, not LORA")
+        config["base_model_name_or_path"], config["task_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: cannot be read as the configuration of an adapter: {error!r}") from None
+    return config
+
+
+def check_names(adapter: Path, config: Mapping[str, Any], base: Any, origin: str) -> None:
+    """Raise UserError where an adapter names, in full, parameters that its base does not have."""
+    names = {name for name, _ in base.named_parameters()}
+    targets = [*(f"{m}.weight" for m in config["target_modules"] or []), *(config.get("target_parameters") or [])]
+    absent = sorted(target for target in targets if ".layers." in target and target not in names)
+    if absent:
+        raise UserError(
+            f"{adapter}: is not for {origin}, which lacks {len(absent)} of what it adapts, {absent[0]} for one"
+        )

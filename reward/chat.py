@@ -1,0 +1,358 @@
+"""Token ids of conversations: those of the chat template's own rendering, in which nobody forges a control token.
+
+The template renders the real messages, and the rendering is tokenised as a whole with special tokens recognised and none
+added, as inference servers do. Where a content spells out a control token ("<｜end▁of▁sentence｜>"), the rendering is cut
+behind that token's first character, so that it stays letters and punctuation. A rendering whose control tokens are not
+those that the template writes around placeholders is looked through in the same way.
+
+Added tokens that are not special, such as `<tool_call>`, remain text in what users and systems say; in what an assistant
+says they are vocabulary, and so are `<think>` and `</think>`, whatever they are called in the tokenizer's files. Added tokens
+of one character or of white space only are vocabulary for everybody.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from itertools import groupby, pairwise, zip_longest
+from typing import Any, NamedTuple
+
+from reward.provenance import ASSISTANT, TEMPLATE, render_with_authors
+from reward.types import RewardError
+
+# Private-use characters: a template that looks for something in a content does not find it in these.
+_PLACEHOLDER = "\ue000{}\ue001"
+_PLACEHOLDERS = re.compile("\ue000([0-9]+)\ue001")
+_THOUGHT = ("<think>", "</think>")
+_OPENED_THOUGHT = re.compile(r"<think>\s*\Z")
+_TWO_THOUGHTS = re.compile(r"</think>\s*<think>")
+
+Messages = Sequence[Mapping[str, Any]]
+
+
+def encode_prompt(tokenizer: Any, messages: Messages) -> list[int]:
+    """The ids of the conversation up to where the model answers.
+
+    Raises RewardError where the tokenizer has no chat template, or its template has no place for these messages.
+    """
+    return _tokenised(tokenizer, messages, answering=True).ids
+
+
+def encode_example(tokenizer: Any, messages: Messages, response: str) -> tuple[list[int], int]:
+    """The ids of prompt, response and the token that ends it, and how many of them are the prompt's.
+
+    The prompt's are those of `encode_prompt`; the others are what the template renders for a response, white space and
+    thoughts included, up to the token of `end_of_answer`, which is appended where the template writes none. Raises RewardError as
+    `encode_prompt` does, where nothing could end a response, and where the conversation with its response does not begin with
+    the prompt.
+    """
+    asked = _tokenised(tokenizer, messages, answering=True)
+    answered = [*messages, {"role": "assistant", "content": response}]
+    text, ids = _tokenised(tokenizer, answered, answering=False, prompt=asked)
+    end_of_prompt = max(0, len(asked.text.rstrip()) - len("</think>"))
+    if _TWO_THOUGHTS.search(text, end_of_prompt) and not _TWO_THOUGHTS.search(response):
+        raise RewardError(
+            f"the chat template of {_name(tokenizer)} writes an empty thought before the thought of a response: take the "
+            "thought out, or use a template that finds it in the response"
+        )
+    length = len(asked.ids)
+    around = _surroundings(tokenizer, _template(tokenizer), _roles(messages))
+    if around.end is None:
+        raise RewardError(
+            f"the tokenizer of {_name(tokenizer)} has no eos_token: set it in tokenizer_config.json, or the model never "
+            "learns to stop"
+        )
+    ends = [place for place in range(length, len(ids)) if ids[place] == around.end]
+    return [*(ids[: ends[-around.ends]] if 0 < around.ends <= len(ends) else ids), around.end], length
+
+
+def end_of_answer(tokenizer: Any) -> int | None:
+    """The token that ends an answer in the chat template's rendering: the end of sequence, or the template's own end of turn.
+
+    Where the template writes neither, or there is no template, it is the tokenizer's end of sequence. Raises RewardError where the
+    template cannot be rendered.
+    """
+    if not tokenizer.chat_template:
+        end: int | None = tokenizer.eos_token_id
+        return end
+    return _surroundings(tokenizer, _template(tokenizer), ("user",)).end
+
+
+def decode_completion(tokenizer: Any, token_ids: Sequence[int]) -> str:
+    """The text of the ids without special tokens but those of thoughts, and otherwise as it is: a leading space stays."""
+    thoughts = _vocabulary(tokenizer).special_thoughts
+    parts = groupby(token_ids, thoughts.__contains__) if thoughts else [(False, token_ids)]
+    return "".join(
+        tokenizer.decode(list(ids), skip_special_tokens=not thought, clean_up_tokenization_spaces=False)
+        for thought, ids in parts
+    )
+
+
+def answer_text(tokenizer: Any, messages: Messages, token_ids: Sequence[int]) -> str:
+    """What a completion says, as the content of the assistant's message: the inverse of `encode_example`.
+
+    What the template itself writes around an answer, and which the model therefore writes (white space, an empty thought),
+    is not part of it. A thought that the prompt opens is: "<think>" stands at the head of the text.
+    """
+    template = _template(tokenizer)
+    around = _surroundings(tokenizer, template, _roles(messages))
+    # What a message says may open or close the thought of the prompt ("/no_think").
+    opened = _opened_thought(_render(tokenizer, template, messages, True))
+    said = opened + decode_completion(tokenizer, token_ids)
+    if around.before is None or opened != around.opened:
+        return said
+    before = opened + around.before
+    # Of an answer that has only begun nothing is said yet.
+    return "" if before.startswith(said) else said.removeprefix(before).removesuffix(around.after)
+
+
+class _Tokenised(NamedTuple):
+    """A rendering and its ids."""
+
+    text: str
+    ids: list[int]
+
+
+class _Outline(NamedTuple):
+    """The rendering of placeholders, and the ids of the control tokens in it."""
+
+    text: str
+    control: list[int]
+
+
+class _Surroundings(NamedTuple):
+    """What a template writes around an answer."""
+
+    opened: str
+    """The opening of a thought at the end of the prompt; "" where there is none."""
+    before: str | None
+    """Its text between the prompt and an answer; None where it renders no answer that continues the prompt."""
+    after: str
+    end: int | None
+    """The token that ends an answer; None where the template writes none and the tokenizer has none."""
+    ends: int
+    """How often the template writes that token after the answer."""
+
+
+class _Vocabulary(NamedTuple):
+    special: Mapping[str, int]
+    control: frozenset[int]
+    """The special tokens, and the added ones that are no text in a user's message."""
+    special_thoughts: frozenset[int]
+    swallowing: frozenset[int]
+    """Tokens that take in the white space behind them."""
+    found: re.Pattern[str]
+    """Finds control tokens, the longest first."""
+    found_special: re.Pattern[str]
+    overlapping: re.Pattern[str]
+    """Finds where a control token begins, in another one too; it is group 1."""
+
+
+def _tokenised(tokenizer: Any, messages: Messages, *, answering: bool, prompt: _Tokenised | None = None) -> _Tokenised:
+    """The rendering of the messages; where it continues a prompt, the prompt's ids are the first of its ids."""
+    prompt = prompt or _Tokenised("", [])
+    template, vocabulary = _template(tokenizer), _vocabulary(tokenizer)
+    outline = _outline(tokenizer, template, _roles(messages), answering)
+    text = _render(tokenizer, template, messages, answering)
+    if not text.startswith(prompt.text):
+        raise _not_continued(tokenizer, messages, prompt.text, text)
+    start = len(prompt.text)
+    if prompt.ids and prompt.ids[-1] in vocabulary.swallowing:
+        start += len(text) - start - len(text[start:].lstrip())
+    if not any(
+        (vocabulary.found_special if message["role"] == "assistant" else vocabulary.found).search(message["content"])
+        for message in messages
+    ):
+        ids = prompt.ids + _encode(tokenizer, text[start:], first=start == 0)
+        if [id_ for id_ in ids if id_ in vocabulary.control] == outline.control:
+            return _Tokenised(text, ids)
+    cuts = [cut for cut in _cuts(tokenizer, template, messages, answering, text) if cut > start]
+    new: list[int] = []
+    written = []
+    for begin, end in pairwise([start, *cuts, len(text)]):
+        new += _encode(tokenizer, text[begin:end], first=begin == 0)
+        written += [match[0] for match in vocabulary.found.finditer(text[begin:end]) if match[0] in vocabulary.special]
+    special = {id_: token for token, id_ in vocabulary.special.items()}
+    read = [special[id_] for id_ in new if id_ in special]
+    if read != written:
+        raise _forged(next(token or "" for token, known in zip_longest(read, written) if token != known))
+    return _Tokenised(text, prompt.ids + new)
+
+
+def _cuts(tokenizer: Any, template: str, messages: Messages, answering: bool, text: str) -> list[int]:
+    """Where to cut the rendering, so that its control tokens are the template's."""
+    vocabulary = _vocabulary(tokenizer)
+    same, author = render_with_authors(
+        template, messages, add_generation_prompt=answering, **tokenizer.special_tokens_map
+    )
+    if same != text:
+        raise RewardError(
+            f"the chat template of {_name(tokenizer)} changes what a message says in a way that cannot be followed, and the "
+            "message spells out control tokens: take them out of it"
+        )
+    cuts = set()
+    for match in vocabulary.overlapping.finditer(text):
+        places = range(match.start(1), match.end(1))
+        authors = {author(place) for place in places if not text[place].isspace()}
+        if authors == {TEMPLATE} or (authors == {ASSISTANT} and match[1] not in vocabulary.special):
+            continue
+        if len(places) == 1:
+            raise _forged(match[1])
+        cuts.add(max(places[1], next(place for place in places if author(place) != TEMPLATE)))
+    return sorted(cuts)
+
+
+@lru_cache(maxsize=256)
+def _outline(tokenizer: Any, template: str, roles: tuple[str, ...], answering: bool) -> _Outline:
+    messages = [{"role": role, "content": _PLACEHOLDER.format(i)} for i, role in enumerate(roles)]
+    text = _render(tokenizer, template, messages, answering)
+    found = {int(number) for number in _PLACEHOLDERS.findall(text)}
+    lost = [role for i, role in enumerate(roles) if i not in found]
+    if lost:
+        raise RewardError(
+            f"the chat template of {_name(tokenizer)} leaves out what the {' and the '.join(lost)} says, given messages of "
+            f"{', '.join(roles)}"
+        )
+    control = _vocabulary(tokenizer).control
+    return _Outline(text, [id_ for id_ in _encode(tokenizer, text) if id_ in control])
+
+
+@lru_cache(maxsize=256)
+def _surroundings(tokenizer: Any, template: str, roles: tuple[str, ...]) -> _Surroundings:
+    prompt = _outline(tokenizer, template, roles, True).text
+    opened = _opened_thought(prompt)
+    try:
+        whole = _outline(tokenizer, template, (*roles, "assistant"), False).text
+    except RewardError:
+        return _Surroundings(opened, None, "", tokenizer.eos_token_id, 0)
+    before, _, after = whole.rpartition(_PLACEHOLDER.format(len(roles)))
+    after_ids = _encode(tokenizer, after, first=False)
+    end, added = tokenizer.eos_token_id, tokenizer.added_tokens_decoder
+    if end not in after_ids:
+        end = next((id_ for id_ in reversed(after_ids) if id_ in added and not added[id_].content.isspace()), end)
+    ends = after_ids.count(end)
+    if ends:
+        after_ids = after_ids[: after_ids.index(end)]
+    return _Surroundings(
+        opened,
+        decode_completion(tokenizer, _encode(tokenizer, before[len(prompt) :], first=False))
+        if before.startswith(prompt)
+        else None,
+        decode_completion(tokenizer, after_ids),
+        end,
+        ends,
+    )
+
+
+def _opened_thought(prompt: str) -> str:
+    opened = _OPENED_THOUGHT.search(prompt)
+    return opened[0] if opened else ""
+
+
+def _not_continued(tokenizer: Any, messages: Messages, asked: str, whole: str) -> RewardError:
+    fault = (
+        f"the chat template of {_name(tokenizer)} ends a prompt in {asked[-40:]!r}, but writes something else before an "
+        "answer that is given"
+    )
+    if not _opened_thought(asked):
+        return RewardError(
+            f"{fault}: demonstrations would train on another prompt than the model is asked with. Use a template whose "
+            "conversations begin with their prompts"
+        )
+    thoughtful = [*messages[:-1], {"role": "assistant", "content": "<think>\nx\n</think>\n\nx"}]
+    if _render(tokenizer, _template(tokenizer), thoughtful, False).startswith(asked):
+        return RewardError(
+            f"{fault}: the prompt opens a thought, so each response needs one, <think>...</think>, first"
+        )
+    return RewardError(
+        f"{fault}: the prompt opens a thought, and the template leaves the thoughts of responses out. The model can be "
+        "sampled from (GRPO, eval, chat), but demonstrations and preferences need a template that keeps them"
+    )
+
+
+def _forged(token: str) -> RewardError:
+    return RewardError(f"the tokenizer reads the control token {token} in a text, where it must stay text")
+
+
+def _template(tokenizer: Any) -> str:
+    try:
+        template: str = tokenizer.get_chat_template()
+    except ValueError:
+        raise RewardError(
+            f"the tokenizer of {_name(tokenizer)} has no chat template (base models have none): put one into "
+            "its directory as chat_template.jinja, for example that of the chat model of the same family"
+        ) from None
+    return template
+
+
+def _render(tokenizer: Any, template: str, messages: Messages, answering: bool) -> str:
+    try:
+        rendered: str = tokenizer.apply_chat_template(
+            list(messages), chat_template=template, tokenize=False, add_generation_prompt=answering
+        )
+    except Exception as error:  # the template's own errors are jinja's, and whatever its expressions raise
+        raise RewardError(
+            f"the chat template of {_name(tokenizer)} refuses messages of {', '.join(_roles(messages))}: {error}"
+        ) from error
+    return rendered
+
+
+def _roles(messages: Messages) -> tuple[str, ...]:
+    return tuple(message["role"] for message in messages)
+
+
+def _encode(tokenizer: Any, text: str, *, first: bool = True) -> list[int]:
+    if not text or first or not _begins_with_space(tokenizer):
+        return _read(tokenizer, text)
+    # SentencePiece puts a space before what it tokenises: let it do so before a line break, then drop both.
+    head = _read(tokenizer, "\n")
+    ids = _read(tokenizer, "\n" + text)
+    if ids[: len(head)] != head:
+        raise RewardError(
+            f"the tokenizer of {_name(tokenizer)} puts a space before each text and merges line breaks with "
+            "what follows, so that a conversation cannot be tokenised in parts"
+        )
+    return ids[len(head) :]
+
+
+def _read(tokenizer: Any, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+@lru_cache(maxsize=8)
+def _begins_with_space(tokenizer: Any) -> bool:
+    return str(tokenizer.convert_ids_to_tokens(_read(tokenizer, "a"))[0]).startswith(("▁", "Ġ"))
+
+
+@lru_cache(maxsize=8)
+def _vocabulary(tokenizer: Any) -> _Vocabulary:
+    added = tokenizer.added_tokens_decoder
+    # Text that a vocabulary lacks is an unknown token, where there is one.
+    ids = {id_ for id_, token in added.items() if token.special} | set(tokenizer.all_special_ids)
+    texts = {tokenizer.convert_ids_to_tokens(id_): id_ for id_ in ids - {tokenizer.unk_token_id}}
+    special = {text: id_ for text, id_ in texts.items() if text not in _THOUGHT}
+    guarded = {
+        token.content: id_
+        for id_, token in added.items()
+        if len(token.content) > 1 and not token.content.isspace() and id_ != tokenizer.unk_token_id
+    }
+    every = _any_of(special | guarded)
+    return _Vocabulary(
+        special,
+        frozenset((special | guarded).values()),
+        frozenset(texts[mark] for mark in _THOUGHT if mark in texts),
+        frozenset(id_ for id_, token in added.items() if token.rstrip),
+        re.compile(every),
+        re.compile(_any_of(special)),
+        re.compile(f"(?=({every}))"),
+    )
+
+
+def _any_of(tokens: Mapping[str, int]) -> str:
+    return "|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)"
+
+
+def _name(tokenizer: Any) -> str:
+    return getattr(tokenizer, "name_or_path", "") or "this model"

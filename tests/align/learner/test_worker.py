@@ -1,0 +1,164 @@
+"""What a learner rank computes, with plain PyTorch in the place of DeepSpeed: the gradient is that of the formula as it is written."""
+
+import sys
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from align.config import GrpoOptions, LearnerOptions, ModelOptions, OptimizerOptions
+from align.learner.batch import TrainingSequence
+from align.learner.expert_load import ExpertCounter
+from align.learner.objective import LogProbs, Objective
+from align.learner.worker import LearnerWorker, checkpoint_in_every_mode
+
+TEMPERATURE = 0.7
+RATE, DECAY = 0.1, 0.5
+
+
+class PlainEngine:
+    """What the worker asks of DeepSpeed's engine."""
+
+    def __init__(self, module: torch.nn.Module, optimizer: torch.optim.Optimizer):
+        self.module, self.basic_optimizer, self.global_rank = module, optimizer, 0
+        self.train, self.eval, self.step = module.train, module.eval, optimizer.step
+
+    def __call__(self, **inputs: Any) -> Any:
+        return self.module(**inputs)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        loss.backward()
+
+    def get_global_grad_norm(self) -> float:
+        return 1.0
+
+
+def network(seed: int) -> Any:
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=32, num_key_value_heads=2, **sizes))
+
+
+@pytest.fixture
+def worker(monkeypatch: pytest.MonkeyPatch) -> Callable[..., LearnerWorker]:
+    """A rank of a tiny Llama, and of another as the KL's reference."""
+
+    def initialize(*, model: Any, optimizer: Any, config: Any) -> Any:
+        made = optimizer(None)
+        return PlainEngine(model, made), made, None, None
+
+    monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(initialize=initialize))
+
+    def make(**options: Any) -> LearnerWorker:
+        made = object.__new__(LearnerWorker)
+        optimizer = OptimizerOptions(learning_rate=RATE, weight_decay=DECAY)
+        made._model = ModelOptions(path="a tiny Llama")
+        made._options = LearnerOptions(ranks=1, optimizer=optimizer, **options)
+        made._device, made._pad_id = torch.device("cpu"), 0
+        policy = network(0)
+        made._start_engine(LogProbs(policy), policy)
+        made._checkpointed = checkpoint_in_every_mode(policy)
+        made._reference = LogProbs(network(1)).eval().requires_grad_(False)
+        made._shares_reference = False
+        made._expert_counter = ExpertCounter(policy)
+        return made
+
+    return make
+
+
+def drawn() -> list[TrainingSequence]:
+    """Four sequences whose log-probabilities, some with ratios on either side of the trust region, are of an older policy."""
+    random = np.random.default_rng(0)
+    found = []
+    for advantage in (1.0, -1.0, 0.5, -2.0):
+        length = int(random.integers(2, 6))
+        found.append(
+            TrainingSequence(
+                [int(t) for t in random.integers(1, 32, 3 + length)],
+                3,
+                weight=1 / (4 * length),
+                advantage=advantage,
+                old_log_probs=(-np.log(32) + random.normal(0, 0.4, length)).astype(np.float32),
+            )
+        )
+    return found
+
+
+def log_probs(model: Any, sequence: TrainingSequence, temperature: float) -> torch.Tensor:
+    ids = torch.tensor([list(sequence.token_ids)])
+    logits = model(input_ids=ids, use_cache=False).logits[0, sequence.prompt_length - 1 : -1] / temperature
+    return logits.log_softmax(-1).gather(-1, ids[0, sequence.prompt_length :, None])[:, 0]
+
+
+def expected_gradient(options: GrpoOptions, sequences: Sequence[TrainingSequence]) -> torch.Tensor:
+    """Of DeepSeekMath's equations 3 and 4, or the report's 32 and 33, one sequence after the other."""
+    policy, reference = network(0), network(1)
+    total = torch.zeros(())
+    for sequence in sequences:
+        now = log_probs(policy, sequence, TEMPERATURE)
+        before = log_probs(reference, sequence, TEMPERATURE).detach()
+        to_old, to_reference = now - torch.as_tensor(sequence.old_log_probs), before - now
+        if options.level == "sequence":
+            to_old, to_reference = to_old.sum(0, keepdim=True), to_reference.sum(0, keepdim=True)
+        ratio = to_old.exp()
+        clipped = ratio.clamp(1 - options.clip_low, 1 + options.clip_high)
+        surrogate = torch.minimum(ratio * sequence.advantage, clipped * sequence.advantage)
+        kl = to_reference.exp() - to_reference - 1
+        total = total - sequence.weight * (surrogate - options.kl_coefficient * kl).sum()
+    total.backward()
+    return torch.cat([p.grad.flatten() for p in policy.parameters()])
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("clip", [(0.1, 0.5), (0.5, 0.1)])
+@pytest.mark.parametrize("kl", [0.0, 0.3])
+def test_the_gradient_is_that_of_the_papers_equation(worker: Any, level: Any, clip: Any, kl: float) -> None:
+    options = GrpoOptions(
+        steps=1,
+        prompts_per_step=1,
+        group_size=2,
+        clip_low=clip[0],
+        clip_high=clip[1],
+        kl_coefficient=kl,
+        level=level,
+        aggregation="sequence_sum" if level == "sequence" else "sample_mean",
+    )
+    rank, sequences = worker(), drawn()
+    rank.accumulate([sequences[:3], sequences[3:]], Objective(options, TEMPERATURE))
+    found = torch.cat([p.grad.flatten() for p in rank._network.parameters()])
+    expected = expected_gradient(options, sequences)
+    assert expected.norm() > 0
+    assert (found - expected).norm() / expected.norm() < 1e-4
+
+
+def test_log_probabilities_are_those_after_the_temperature(worker: Any) -> None:
+    sequences = drawn()
+    [found] = worker().log_probs([sequences], TEMPERATURE)
+    for values, sequence in zip(found, sequences, strict=True):
+        assert values == pytest.approx(log_probs(network(0), sequence, TEMPERATURE).detach().numpy(), abs=1e-5)
+
+
+def test_matrices_decay_and_vectors_do_not(worker: Any) -> None:
+    rank = worker()
+    before = {name: p.detach().clone() for name, p in rank._network.named_parameters()}
+    for parameter in rank._network.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    rank.apply(RATE)
+    for name, parameter in rank._network.named_parameters():
+        share = 1 - RATE * DECAY if parameter.dim() > 1 else 1.0
+        torch.testing.assert_close(parameter.detach(), before[name] * share, msg=name)
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_with_gradient_checkpointing_layers_are_computed_again_in_the_backward_pass(worker: Any, on: bool) -> None:
+    rank = worker(gradient_checkpointing=on)
+    passes: list[int] = []
+    rank._network.model.layers[0].mlp.register_forward_pre_hook(lambda *_: passes.append(1))
+    for objective in (Objective(), Objective(GrpoOptions(steps=1, prompts_per_step=1, group_size=2))):
+        passes.clear()
+        rank.accumulate([drawn()], objective)
+        assert len(passes) == 1 + on

@@ -1,0 +1,98 @@
+"""What `align merge` writes computes what base and adapter compute, wherever the adapter is; else there is nothing."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from align.errors import UserError
+from align.model import merging
+from align.model.merging import merge_adapter
+from align.model.policy import load_tokenizer
+
+NANO = Path(__file__).parents[3] / "recipes/nano/policy"
+IDS = torch.tensor([[3, 5, 8, 13, 21, 34, 55]])
+
+
+def base(directory: Path, *, tied: bool, rows: int = 0) -> Path:
+    """A tiny Llama with the nano tokenizer."""
+    torch.manual_seed(0)
+    tokenizer = load_tokenizer(NANO)
+    config = LlamaConfig(
+        vocab_size=rows or len(tokenizer),
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        tie_word_embeddings=tied,
+    )
+    LlamaForCausalLM(config).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def adapted(origin: Path, adapter: Path, grown: int = 0, **options: Any) -> torch.Tensor:
+    """Save an adapter in which nothing is zero; the logits of its base with it."""
+    model = AutoModelForCausalLM.from_pretrained(origin)
+    if grown:
+        model.resize_token_embeddings(grown, mean_resizing=False)
+    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, **options))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.2 * torch.randn_like(parameter)
+    model.save_pretrained(adapter)
+    return model.eval()(input_ids=IDS).logits
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"target_modules": ["embed_tokens", "lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [3, 5]}},
+        {"target_modules": "all-linear"},
+    ],
+    ids=["head", "embedding", "both", "a copy of the embedding", "a copy of the head", "tokens", "neither"],
+)
+def test_head_and_embedding_are_each_what_they_were_with_the_adapter(
+    tied: bool, options: dict[str, Any], tmp_path: Path
+) -> None:
+    origin = base(tmp_path / "base", tied=tied)
+    expected = adapted(origin, tmp_path / "adapter", **options)
+    merge_adapter(tmp_path / "adapter", tmp_path / "out", str(origin))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(merged(input_ids=IDS).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("copied", [None, ["embed_tokens", "lm_head"]])
+def test_an_adapter_with_added_tokens_brings_its_embedding(
+    tied: bool, copied: list[str] | None, tmp_path: Path
+) -> None:
+    origin = base(tmp_path / "base", tied=tied)
+    tokenizer = AutoTokenizer.from_pretrained(origin)
+    tokenizer.add_tokens(["<think>", "</think>"])
+    expected = adapted(
+        origin, tmp_path / "adapter", grown=len(tokenizer), target_modules=["q_proj"], modules_to_save=copied
+    )
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    merge_adapter(tmp_path / "adapter", tmp_path / "out", str(origin))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(merged(input_ids=IDS).logits, expected, atol=1e-4, rtol=1e-4)
+    assert load_tokenizer(tmp_path / "out").convert_tokens_to_ids("</think>") == len(tokenizer) - 1
+
+
+def test_a_checkpoint_that_computes_something_else_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    origin = base(tmp_path / "base", tied=True)
+    adapted(origin, tmp_path / "adapter", target_modules=["lm_head"])
+    monkeypatch.setattr(merging, "prepare_embeddings", lambda *_: None)
+    with pytest.raises(UserError, match=r"another model than was to be written.*logits are off by"):
+        merge_adapter(tmp_path / "adapter", tmp_path / "out", str(origin))
+    assert [p.name for p in tmp_path.iterdir() if "out" in p.name] == []

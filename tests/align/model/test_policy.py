@@ -1,0 +1,94 @@
+"""Where an answer ends, and a tokenizer that writes more than the model can read."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer, Gemma3Config, Gemma3ForConditionalGeneration, LlamaConfig, LlamaForCausalLM
+
+from align.config import ModelOptions
+from align.errors import UserError
+from align.model.policy import load_tokenizer, save_policy, stop_token_ids
+
+NANO = Path(__file__).parents[3] / "recipes/nano/policy"
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+def tokenizer_with(template: str | None = CHATML, special: tuple[str, ...] = (), added: tuple[str, ...] = ()) -> Any:
+    tokenizer = AutoTokenizer.from_pretrained(NANO)
+    tokenizer.add_special_tokens({"additional_special_tokens": list(special)})
+    tokenizer.add_tokens(list(added))
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def saved(directory: Path, tokenizer: Any, rows: int | None = None, **config: Any) -> ModelOptions:
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=rows or len(tokenizer), **SMALL, **config))
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return ModelOptions(path=str(directory))
+
+
+class TestEnds:
+    def test_an_answer_ends_where_the_tokenizer_the_generation_configuration_or_the_template_says(
+        self, tmp_path: Path
+    ) -> None:
+        tokenizer = tokenizer_with(special=("<|im_start|>", "<|im_end|>"))
+        model = saved(tmp_path, tokenizer, eos_token_id=5)
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [6, 7]}))
+        end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+        assert stop_token_ids(model, tokenizer) == sorted([tokenizer.eos_token_id, 6, 7, end])
+
+    def test_without_a_generation_configuration_the_models_own_counts(self, tmp_path: Path) -> None:
+        tokenizer = tokenizer_with(template=None)
+        model = saved(tmp_path, tokenizer, eos_token_id=[5, 6])
+        (tmp_path / "generation_config.json").unlink()
+        assert stop_token_ids(model, tokenizer) == sorted([tokenizer.eos_token_id, 5, 6])
+
+    def test_a_model_of_text_and_images_says_it_for_its_text(self, tmp_path: Path) -> None:
+        text = {"vocab_size": 512, "head_dim": 8, "num_key_value_heads": 1, "eos_token_id": [5, 6], **SMALL}
+        vision = {"image_size": 16, "patch_size": 8, **SMALL}
+        config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, eos_token_id=[5, 6])
+        Gemma3ForConditionalGeneration(config).config.save_pretrained(tmp_path)
+        tokenizer = tokenizer_with(template=None)
+        assert stop_token_ids(ModelOptions(path=str(tmp_path)), tokenizer) == sorted([tokenizer.eos_token_id, 5, 6])
+
+    def test_white_space_that_is_an_added_token_ends_nothing(self, tmp_path: Path) -> None:
+        template = "{% for m in messages %}{{ m.content }}\n\n<|end|>{% endfor %}"
+        tokenizer = tokenizer_with(template, special=("<|end|>",), added=("\n\n",))
+        stops = stop_token_ids(saved(tmp_path, tokenizer, eos_token_id=None), tokenizer)
+        assert stops == sorted({tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|end|>")})
+
+    def test_a_checkpoint_names_every_token_that_ends_an_answer(self, tmp_path: Path) -> None:
+        tokenizer = tokenizer_with(special=("<|im_start|>", "<|im_end|>"))
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), eos_token_id=5, **SMALL))
+        save_policy(model, tokenizer, tmp_path)
+        declared = json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"]
+        assert declared == stop_token_ids(ModelOptions(path=str(tmp_path)), load_tokenizer(tmp_path))
+        assert tokenizer.convert_tokens_to_ids("<|im_end|>") in declared
+
+
+class TestVocabulary:
+    def test_tokens_that_the_template_writes_and_the_model_lacks_are_refused(self, tmp_path: Path) -> None:
+        tokenizer = tokenizer_with(special=("<|im_start|>", "<|im_end|>"))
+        saved(tmp_path, tokenizer, rows=len(tokenizer) - 2)
+        with pytest.raises(UserError, match=r"2 tokens, '<\|im_end\|>' for one.*resize_token_embeddings"):
+            load_tokenizer(tmp_path)
+
+    def test_so_is_a_word_that_was_added(self, tmp_path: Path) -> None:
+        tokenizer = tokenizer_with(template=None, added=("<think>",))
+        saved(tmp_path, tokenizer, rows=len(tokenizer) - 1)
+        with pytest.raises(UserError, match="'<think>' for one"):
+            load_tokenizer(tmp_path)
+
+    def test_a_special_token_that_nothing_writes_may_be_beyond_the_embedding(self, tmp_path: Path) -> None:
+        tokenizer = tokenizer_with(template=None, special=("<image_soft_token>", "[PAD]"))
+        tokenizer.pad_token = "[PAD]"
+        saved(tmp_path, tokenizer, rows=len(tokenizer) - 2)
+        loaded = load_tokenizer(tmp_path)
+        assert loaded.pad_token_id == loaded.eos_token_id, "padding is read by the embedding too"

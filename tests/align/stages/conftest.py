@@ -1,0 +1,241 @@
+"""Stages without engines: a sampler that writes what it is told to, and a learner that notes what it is given.
+
+They stand at the interfaces of rollout fleet, scoring pool and learner group; data, advantages, losses, alarms and files are real.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from align.config import ModelOptions, PolicyRecipe, load_recipe
+from align.evaluate.problems import Evaluation
+from align.learner.batch import TrainingSequence
+from align.learner.objective import Objective, Sums
+from align.model.policy import load_tokenizer
+from align.run.checkpoints import hashed_file
+from align.stages import grpo, sft
+from align.stages.engines import Engines
+from align.stages.held_out import HeldOut
+from align.stages.run import Run, open_run
+from reward import Mixture, RewardTerm, Sample, SampleReward, Score, Verdict
+from rollout import Completion, FinishReason, Group, ObjectStore, Prompt, SamplingOptions
+
+SURENESS = -0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A completion that the sampler returns, and what its components are worth; None where nobody can judge."""
+
+    tokens: int = 2
+    worth: float | Mapping[str, float] | None = 0.0
+    truncated: bool = False
+
+
+@dataclass(slots=True)
+class Accumulated:
+    """A call of the learner's `accumulate`, and the rate that was applied to its gradient."""
+
+    sequences: list[TrainingSequence]
+    objective: Objective
+    rate: float | None = None
+
+
+@dataclass(slots=True)
+class FakeFleet:
+    """Completions as `write(step, place of the prompt, index)` says, by the fields of `Written`."""
+
+    write: Callable[[int, int, int], Mapping[str, Any]]
+    weight_version: int = 0
+    calls: list[dict[str, Any]] = field(default_factory=list)
+    worth: dict[str, Any] = field(default_factory=dict)
+    loaded: list[tuple[Any, int]] = field(default_factory=list)
+
+    def wait_until_ready(self) -> None: ...
+
+    def load(self, source: Any, version: int, modules: Sequence[str] | None = None) -> None:
+        self.loaded.append((source, version))
+        self.weight_version = version
+
+    def generate(
+        self, prompts: Sequence[Prompt], group_size: int, sampling: SamplingOptions, **seeds: Any
+    ) -> Iterator[Group]:
+        asked = {"sampling": sampling, "version": self.weight_version, "prompts": [prompt.id for prompt in prompts]}
+        self.calls.append(seeds | asked)
+        for place, prompt in reversed(list(enumerate(prompts))):
+            written = [Written(**self.write(seeds["step"], place, index)) for index in range(group_size)]
+            self.worth |= {f"{prompt.id}#{index}": one.worth for index, one in enumerate(written)}
+            yield Group(prompt, [self._completion(prompt, index, one) for index, one in enumerate(written)])
+
+    def _completion(self, prompt: Prompt, index: int, written: Written) -> Completion:
+        reason = FinishReason.LENGTH if written.truncated else FinishReason.STOP
+        tokens, log_probs = [5] * written.tokens, [SURENESS] * written.tokens
+        return Completion(prompt.id, index, prompt.token_ids, tokens, log_probs, reason, 0, self.weight_version)
+
+
+@dataclass(slots=True)
+class FakeJudges:
+    """Scores of the completions that the fleet wrote."""
+
+    fleet: FakeFleet
+
+    def submit(self, samples: Sequence[Sample]) -> list[Sample]:
+        return list(samples)
+
+    def gather(self, tickets: Sequence[list[Sample]]) -> list[list[SampleReward]]:
+        rewards = [[self._reward(self.fleet.worth[sample.id]) for sample in samples] for samples in tickets]
+        mixture = Mixture([RewardTerm(name="exact_answer")], infra_error_limit=1.0)
+        mixture.refuse_too_many_masked(list(chain(*tickets)), list(chain(*rewards)))
+        return rewards
+
+    def _reward(self, worth: float | Mapping[str, float] | None) -> SampleReward:
+        if worth is None:
+            return SampleReward(
+                None, Verdict.INFRA_ERROR, {"exact_answer": Score(float("nan"), Verdict.INFRA_ERROR, "no sandbox")}
+            )
+        parts = worth if isinstance(worth, Mapping) else {"exact_answer": worth}
+        verdict = Verdict.PASS if next(iter(parts.values())) > 0 else Verdict.WRONG
+        scores = {name: Score(value, verdict) for name, value in parts.items()}
+        return SampleReward(next(iter(parts.values())), verdict, scores)
+
+
+@dataclass(slots=True)
+class FakeLearner:
+    """A learner of which each gradient has the norm 1. Its log-probability of token t of sequence number n is -(n + 1) / (t + 1)."""
+
+    sent: int = 0
+    difference: float = 0.0
+    missing: list[str] = field(default_factory=list)
+    batches: list[Accumulated] = field(default_factory=list)
+    asked: list[tuple[int, float, int]] = field(default_factory=list)
+    trained: Any = field(default_factory=lambda: SimpleNamespace(description="fake", modules=None, sent_bytes=8))
+    bad_updates: int = 0
+    reference: ModelOptions | None = None
+    asked_for_missing: int = 0
+
+    def wait_until_ready(self) -> None: ...
+
+    def close(self) -> None: ...
+
+    def accumulate(self, sequences: Sequence[TrainingSequence], objective: Objective) -> Sums:
+        self.batches.append(Accumulated(list(sequences), objective))
+        tokens = sum(s.completion_length for s in sequences)
+        apart = self.difference * tokens
+        return Sums(tokens=tokens, padded_tokens=tokens, entropy=tokens, compared=tokens, difference=apart, loss=0.5)
+
+    def apply(self, learning_rate: float) -> float:
+        self.batches[-1].rate = learning_rate
+        return 1.0
+
+    def log_probs(self, sequences: Sequence[TrainingSequence], temperature: float) -> list[Any]:
+        self.asked.append((len(sequences), temperature, len(self.batches)))
+        return [-(n + 1) / np.arange(1, s.completion_length + 1, dtype=np.float32) for n, s in enumerate(sequences)]
+
+    def expert_load(self) -> dict[str, float]:
+        return {}
+
+    def missing_gradients(self) -> list[str]:
+        self.asked_for_missing += 1
+        return self.missing
+
+    def publish(self, transport: Any, *, merged: bool = False) -> int:
+        self.sent += 1
+        return self.sent
+
+    def save(self, directory: Path) -> None:
+        directory.mkdir(parents=True)
+        (directory / "weights").write_text(str(len(self.batches)))
+
+    def save_state(self, directory: Path) -> dict[str, Any]:
+        with hashed_file(directory / "rank_00000.pt") as (file, entry):
+            file.write(b"state")
+        return {"rank_00000.pt": entry}
+
+    def load_state(self, directory: Path) -> None: ...
+
+
+@dataclass(slots=True)
+class Stage:
+    """A stage that has been run, and all that it asked for."""
+
+    recipe: Any
+    run: Run
+    fleet: FakeFleet
+    learner: FakeLearner
+    data: Any = None
+    checked: list[str] = field(default_factory=list)
+    evaluated: list[str] = field(default_factory=list)
+
+    def lines(self, name: str) -> list[dict[str, Any]]:
+        """What the run wrote into one of its files of JSON lines."""
+        file = self.run.directory.path / name
+        return [json.loads(line) for line in file.read_text().splitlines()]
+
+    @property
+    def warnings(self) -> list[dict[str, Any]]:
+        return [event for event in self.lines("events.jsonl") if event["kind"] == "warning"]
+
+    @property
+    def steps(self) -> list[dict[str, Any]]:
+        return [line for line in self.lines("metrics.jsonl") if "loss" in line]
+
+
+@pytest.fixture
+def train(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Stage]:
+    """Runs the stage of a nano recipe with some changes: `train("grpo", "grpo.steps=2", write=..., missing=[...])`; what is not known is the learner's."""
+
+    def run_stage(
+        name: str,
+        *overrides: str,
+        write: Callable[[int, int, int], Mapping[str, Any]] = lambda step, place, index: {"worth": float(index % 2)},
+        **learns: Any,
+    ) -> Stage:
+        learner = FakeLearner(**learns)
+        fixed = ["init_from=null"] if name == "grpo" else []
+        recipe = load_recipe(
+            Path(f"recipes/nano/{name}.yaml"),
+            [
+                *fixed,
+                f"run.dir={tmp_path / 'run'}",
+                "evaluation.limit=4",
+                "data={card: nano_math, limit: 64}",
+                *overrides,
+            ],
+        )
+        assert isinstance(recipe, PolicyRecipe)
+
+        def start(recipe: Any, policy: ModelOptions, engines: Any, reference: ModelOptions | None = None) -> Any:
+            learner.reference = reference
+            return learner
+
+        module = {"grpo": grpo, "sft": sft}[name]
+        monkeypatch.setattr(module, "start_learner", start)
+        monkeypatch.setattr(HeldOut, "check_agreement", lambda self, learner, when: stage.checked.append(when))
+        monkeypatch.setattr(HeldOut, "evaluate", lambda self, when, step: rated(when))
+        monkeypatch.setattr("align.stages.run.check_machine", lambda **_: None)
+        fleet = FakeFleet(write)
+        tokenizer = load_tokenizer(recipe.model.path)
+
+        def rated(when: str) -> Evaluation:
+            stage.evaluated.append(when)
+            return Evaluation(problems=1, accuracy=1.0, mean_length=1.0, truncated=0.0)
+
+        with open_run(recipe) as run:
+            stage = Stage(recipe, run, fleet, learner)
+            engines = Engines(recipe.model, tokenizer, fleet, FakeJudges(fleet), ObjectStore())  # type: ignore[arg-type]
+            if name == "grpo":
+                stage.data = grpo.load_grpo_data(recipe, tokenizer, run)  # type: ignore[arg-type]
+                grpo.train_grpo(recipe, stage.data, recipe.model, engines, run)  # type: ignore[arg-type]
+            else:
+                stage.data = sft.load_sft_data(recipe, tokenizer, run)  # type: ignore[arg-type]
+                sft.train_sft(recipe, stage.data, engines, run)  # type: ignore[arg-type]
+        return stage
+
+    return run_stage

@@ -1,0 +1,171 @@
+"""What a policy is evaluated on: the test split before and after a stage, the validation split to choose checkpoints by."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import MagicMock, call
+
+import pytest
+
+from align.config import GrpoRecipe, SftRecipe, load_recipe
+from align.errors import UserError
+from align.model.policy import load_tokenizer
+from align.stages import grpo
+from align.stages.commands import with_engines_of
+from align.stages.engines import Engines
+from align.stages.held_out import HeldOut, load_problems
+from align.stages.preflight import check_names
+from align.stages.run import open_run
+from reward import Sample, SampleReward, Score, Verdict
+from rollout import Completion, FinishReason, Group, Prompt
+
+NANO = Path("recipes/nano/grpo.yaml")
+RIGHT = Score(1.0, Verdict.PASS)
+TOKENIZER = load_tokenizer("recipes/nano/policy")
+
+
+class Fleet:
+    """Ends every answer at once, and keeps the ids of what it was asked."""
+
+    weight_version = 0
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def generate(self, prompts: Sequence[Prompt], group_size: int, *_: Any, seed: int, step: int) -> Iterator[Group]:
+        for prompt in prompts:
+            self.asked.append(prompt.id)
+            ended = Completion(prompt.id, 0, prompt.token_ids, [1], [0.0], FinishReason.STOP, seed, 0)
+            yield Group(prompt, [ended] * group_size)
+
+
+class Judges:
+    def submit(self, samples: Sequence[Sample]) -> Sequence[Sample]:
+        return samples
+
+    def gather(self, tickets: Sequence[Sequence[Sample]]) -> list[list[SampleReward]]:
+        return [[SampleReward(1.0, Verdict.PASS, {"exact_answer": RIGHT})] * len(samples) for samples in tickets]
+
+
+def recipe(directory: Path, *overrides: str) -> GrpoRecipe:
+    own = [f"run.dir={directory}", "init_from=null", "machine={}", "evaluation.samples=0", "evaluation.limit=20"]
+    loaded = load_recipe(NANO, [*own, *overrides])
+    assert isinstance(loaded, GrpoRecipe)
+    return loaded
+
+
+def test_checkpoints_are_chosen_by_validation_problems_and_the_test_is_left_for_the_end(tmp_path: Path) -> None:
+    made = recipe(tmp_path / "run", "evaluation.every=5")
+    fleet: Any = Fleet()
+    with open_run(made) as run:
+        problems = load_problems(made, TOKENIZER)
+        judges: Any = Judges()
+        run.progress.stage("GRPO", 40)
+        held_out = HeldOut(made, problems, Engines(made.model, TOKENIZER, fleet, judges, None), run)  # type: ignore[arg-type]
+        assert held_out.to_choose_by().evaluate("GRPO step 5", 5).accuracy == 1.0
+        chosen_by, fleet.asked = fleet.asked, []
+        held_out.evaluate("after GRPO", 40)
+    assert len(chosen_by) == len(fleet.asked) == 20
+    assert all(id_.startswith("nano_math/validation/") for id_ in chosen_by)
+    assert all(id_.startswith("nano_math/test/") for id_ in fleet.asked)
+    records = [json.loads(line) for line in (tmp_path / "run" / "evaluations.jsonl").read_text().splitlines()]
+    assert [(r["name"], r.get("split")) for r in records] == [
+        ("GRPO step 5, validation", "validation"),
+        ("after GRPO", None),
+    ]
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [("validation/accuracy" in m, "evaluation/accuracy" in m) for m in metrics] == [(True, False), (False, True)]
+
+
+def test_everything_that_is_evaluated_on_is_held_out_whatever_the_limit(tmp_path: Path) -> None:
+    for every, splits in (("null", {"test"}), ("5", {"test", "validation"})):
+        made = recipe(tmp_path / f"run_{every}", f"evaluation.every={every}")
+        problems = load_problems(made, TOKENIZER)
+        assert problems.prompts.keys() == {f"nano_math/{split}" for split in splits}
+        assert min(len(prompts) for prompts in problems.prompts.values()) > 500
+
+
+def test_without_a_validation_split_no_checkpoint_can_be_chosen() -> None:
+    made = load_recipe(NANO, ["evaluation={every: 5, cards: [humaneval]}", "rewards=[{name: code_tests}]"])
+    with pytest.raises(
+        UserError, match=r"evaluation\.every: checkpoints are chosen by the validation split, and humaneval"
+    ):
+        check_names(made, NANO)
+
+
+def test_two_evaluated_cards_of_one_name_are_refused(tmp_path: Path) -> None:
+    same = tmp_path / "nano_math.md"
+    same.write_text(Path("data_cards/nano_math.md").read_text())
+    made = load_recipe(NANO, [f"evaluation.cards=[nano_math, {same}]"])
+    with pytest.raises(UserError, match=r"2 cards are named 'nano_math'"):
+        check_names(made, NANO)
+
+
+def test_prompts_that_are_too_long_to_be_answered_are_on_record(tmp_path: Path) -> None:
+    made = recipe(
+        tmp_path / "run", "rollout.max_length=62", "evaluation.max_new_tokens=46", "sampling.max_new_tokens=8"
+    )
+    problems = load_problems(made, TOKENIZER)
+    engines: Any = Engines(made.model, TOKENIZER, Fleet(), Judges(), None)  # type: ignore[arg-type]
+    with open_run(made) as run:
+        HeldOut(made, problems, engines, run)
+        [found] = [
+            e for e in map(json.loads, (tmp_path / "run" / "events.jsonl").read_text().splitlines()) if "too_long" in e
+        ]
+    assert len(problems.examples) == 20
+    assert 0 < found["too_long"] < 20
+    assert all(len(prompt.token_ids) <= 16 for prompt in problems.probe)
+
+
+@pytest.mark.parametrize(
+    ("hooks", "message"),
+    [
+        ("[{name: drift}, {name: drift, params: {count: 5}}]", "two hooks are called 'drift'"),
+        ("[{name: drift, label: after GRPO}]", "as the stage's own evaluations are"),
+        ("[{name: drift, label: ../drift}]", r"evaluation\.hooks\.0\.label"),
+    ],
+)
+def test_results_of_hooks_overwrite_nothing(hooks: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_recipe(NANO, [f"evaluation.hooks={hooks}"])
+    load_recipe(NANO, ["evaluation.hooks=[{name: drift}, {name: drift, label: more drift, params: {count: 5}}]"])
+
+
+def test_the_sft_inside_grpo_keeps_its_own_room_and_says_what_it_takes_over(tmp_path: Path) -> None:
+    made = recipe(
+        tmp_path / "run", "rollout.max_length=200", "model={path: recipes/nano/policy, init: random, dtype: float32}"
+    )
+    first = load_recipe(Path("recipes/nano/sft.yaml"), ["rollout.kv_cache_gb=2"])
+    assert isinstance(first, SftRecipe)
+    with open_run(made) as run:
+        inside = with_engines_of(first, made, run)
+        [told] = [
+            e
+            for e in map(json.loads, (tmp_path / "run" / "events.jsonl").read_text().splitlines())
+            if e["kind"] == "init_from"
+        ]
+    assert (inside.rollout.max_length, inside.rollout.kv_cache_gb, inside.rollout.batch_sequences) == (128, 0.5, 256)
+    assert "rollout.kv_cache_gb (2.0 before, 0.5 now)" in told["message"]
+    assert "max_length" not in told["message"]
+
+
+def test_what_grpo_rates_its_checkpoints_by_are_those_problems(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    made = recipe(tmp_path / "run", "evaluation.every=2", "grpo.steps=5", "evaluation.before=false")
+    held_out, steps, run, engines = MagicMock(), MagicMock(), MagicMock(), MagicMock()
+    held_out.to_choose_by.return_value.evaluate.side_effect = lambda name, step: SimpleNamespace(accuracy=step / 10)
+    steps.__enter__.return_value = steps
+    steps.__iter__.return_value = range(5)
+    steps.state = {"weight_version": 0, "learning_steps": 0, "guard": [], "alarms": None}
+    engines.fleet.weight_version = 0
+    monkeypatch.setattr(grpo, "HeldOut", lambda *_: held_out)
+    monkeypatch.setattr(grpo, "Steps", lambda *_, **__: steps)
+    monkeypatch.setattr(grpo, "update", lambda *_: (None, None, 1.0))
+    for name in ("start_learner", "items_of_step", "sample", "training_sequences", "write_samples", "step_metrics"):
+        monkeypatch.setattr(grpo, name, MagicMock())
+    for name in ("Alarms", "BadSamples"):
+        monkeypatch.setattr(grpo, name, MagicMock())
+    grpo.train_grpo(made, MagicMock(), made.model, engines, run)
+    assert steps.rate.call_args_list == [call(2, 0.2), call(4, 0.4)]
+    assert [asked.args[0] for asked in held_out.evaluate.call_args_list] == ["after GRPO"]

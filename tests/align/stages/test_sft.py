@@ -1,0 +1,58 @@
+"""What Chat SFT gives its learner, and when it looks at what came of it."""
+
+from typing import Any
+
+import pytest
+
+from align.learner.schedule import learning_rate
+from align.stages.examples import items_of_step
+
+SMALL = ("sft.steps=4", "sft.sequences_per_step=4", "sft.validation_limit=2")
+
+
+def test_a_step_is_a_mean_over_the_completion_tokens_of_its_sequences(train: Any) -> None:
+    stage = train("sft", *SMALL)
+    for batch in stage.learner.batches:
+        assert len(batch.sequences) == 4
+        assert batch.objective.grpo is None
+        assert batch.objective.temperature == 1.0
+        tokens = sum(s.completion_length for s in batch.sequences)
+        assert [s.weight for s in batch.sequences] == pytest.approx([1 / tokens] * 4)
+
+
+def test_each_step_takes_the_sequences_that_seed_and_step_say(train: Any) -> None:
+    stage = train("sft", *SMALL, "seed=5")
+    for step, batch in enumerate(stage.learner.batches):
+        expected = items_of_step(stage.data.sources, seed=5, step=step)
+        assert [s.token_ids for s in batch.sequences] == [s.token_ids for s in expected]
+
+
+def test_the_learning_rate_follows_the_schedule(train: Any) -> None:
+    schedule = "learner.optimizer={learning_rate: 1.0e-3, warmup_steps: 2, final_ratio: 0.1}"
+    stage = train("sft", *SMALL, schedule)
+    expected = [learning_rate(step, 4, stage.recipe.learner.optimizer) for step in range(4)]
+    assert [batch.rate for batch in stage.learner.batches] == expected
+    assert [line["learning_rate"] for line in stage.steps] == expected
+    assert len(set(expected)) == 3
+
+
+def test_the_validation_loss_is_the_cross_entropy_of_a_token_every_so_many_steps_and_at_the_end(train: Any) -> None:
+    stage = train("sft", *SMALL, "sft.validate_every=3")
+    assert ["validation_loss" in line for line in stage.steps] == [False, False, True, True]
+    assert [(count, temperature) for count, temperature, _ in stage.learner.asked] == [(2, 1.0), (2, 1.0)]
+    assert stage.steps[-1]["validation_loss"] > 0
+
+
+def test_what_never_had_a_gradient_is_told_at_the_end_of_a_short_run(train: Any) -> None:
+    stage = train("sft", *SMALL, missing=["model.norm.weight"])
+    assert [event["message"] for event in stage.warnings] == [
+        "1 trainable parameters or experts have had no gradient in 4 steps: model.norm.weight"
+    ]
+
+
+def test_the_workers_get_what_was_trained_before_it_is_evaluated(train: Any) -> None:
+    stage = train("sft", *SMALL)
+    assert stage.fleet.loaded == [(1, 1)]
+    assert stage.checked == ["after SFT"]
+    assert stage.evaluated == ["before SFT", "after SFT"]
+    assert (stage.run.directory.final_directory / "weights").read_text() == "4"

@@ -1,0 +1,154 @@
+"""The nano policy with DeepSeek-V2's own options: a query latent, experts from the best groups, their weights scaled by 16.
+
+The nano recipes' policy is DeepSeek-V2-Lite in small, which has none of the three.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from align.config import AgreementOptions, GrpoOptions, LearnerOptions, ModelOptions, OptimizerOptions
+from align.evaluate.agreement import AgreementGate, Disagreement, probe
+from align.evaluate.doctor import Outcome, examine, verdict
+from align.learner.batch import TrainingSequence
+from align.learner.group import LearnerGroup
+from align.learner.objective import Objective
+from align.model.policy import load_tokenizer, write_random_policy
+from rollout import Fleet, FleetOptions, ObjectStore, Prompt, SamplingOptions
+
+ROOT = Path(__file__).parents[2]
+NANO = ROOT / "recipes" / "nano" / "policy"
+OWN = {
+    "q_lora_rank": 48,
+    "topk_method": "group_limited_greedy",
+    "n_group": 4,
+    "topk_group": 2,
+    "norm_topk_prob": False,
+    "routed_scaling_factor": 16.0,
+    "num_experts_per_tok": 3,
+    "n_routed_experts": 16,
+}
+PROMPTS = [Prompt(f"p{i}", [0, 40 + i, 60 + 3 * i, 17]) for i in range(8)]
+GRPO = GrpoOptions(steps=1, prompts_per_step=8, group_size=2, kl_coefficient=0.1)
+
+
+@pytest.fixture(scope="module")
+def deepseek_v2(tmp_path_factory: pytest.TempPathFactory) -> ModelOptions:
+    """It with random weights."""
+    configured, drawn = tmp_path_factory.mktemp("configured"), tmp_path_factory.mktemp("drawn")
+    for file in NANO.iterdir():
+        (configured / file.name).write_bytes(file.read_bytes())
+    config = json.loads((NANO / "config.json").read_text())
+    (configured / "config.json").write_text(json.dumps(config | OWN))
+    write_random_policy(ModelOptions(path=str(configured), init="random"), drawn, seed=0)
+    return ModelOptions(path=str(drawn))
+
+
+def test_the_doctor_finds_nothing_wrong_with_it(deepseek_v2: ModelOptions) -> None:
+    checks = examine(deepseek_v2, load_tokenizer(deepseek_v2.path))
+    assert verdict(checks, deepseek_v2.path)
+    assert next(check for check in checks if check.name == "routing").outcome is Outcome.OK
+
+
+@pytest.mark.parametrize("changed", [{"routed_scaling_factor": 1.0}, {"topk_method": "greedy", "n_group": 1}])
+def test_what_it_says_depends_on_its_groups_and_its_scaling(deepseek_v2: ModelOptions, changed: dict[str, Any]) -> None:
+    ids = torch.arange(2, 34)[None]
+    with torch.no_grad():
+        own, other = (
+            AutoModelForCausalLM.from_pretrained(deepseek_v2.path, **more)(input_ids=ids).logits.log_softmax(-1)
+            for more in ({}, changed)
+        )
+    assert (own - other).abs().mean() > 0.01
+
+
+def test_sampler_and_learner_agree_through_updates_of_both_stages(
+    deepseek_v2: ModelOptions, ray_session: None, tmp_path: Path
+) -> None:
+    """Under ZeRO-3 with gradient checkpointing, as DeepSeek-V2's recipes train."""
+    gate = AgreementGate(AgreementOptions(), "float32", pytest.fail)
+    options = FleetOptions(workers=1, max_length=64, kv_cache_gb=0.25)
+    fleet = Fleet(deepseek_v2.path, "float32", options, stop_token_ids=[1])
+    rate = OptimizerOptions(learning_rate=1e-2, weight_decay=0.1)
+    learner = LearnerGroup(
+        deepseek_v2,
+        LearnerOptions(ranks=2, zero_stage=3, gradient_checkpointing=True, micro_batch_tokens=100, optimizer=rate),
+        seed=0,
+        reference=deepseek_v2,
+    )
+    try:
+        fleet.wait_until_ready()
+        learner.wait_until_ready()
+        gate.check(probe(fleet, learner, PROMPTS), "at the start")
+        demonstrations = [
+            TrainingSequence([*p.token_ids, *range(300 + i, 340 + i)], 4, 1 / 320) for i, p in enumerate(PROMPTS)
+        ]
+        losses = []
+        for version in (1, 2):
+            losses.append(learner.accumulate(demonstrations, Objective()).loss)
+            learner.apply(1e-2)
+            fleet.load(learner.publish(ObjectStore()), version=version)
+            gate.check(probe(fleet, learner, PROMPTS), f"after update {version}")
+        assert losses[1] < losses[0]
+        groups = fleet.generate(PROMPTS, 2, SamplingOptions(temperature=0.8, max_new_tokens=16), seed=0, step=0)
+        sampled = [
+            TrainingSequence(
+                [*c.prompt_token_ids, *c.token_ids],
+                len(c.prompt_token_ids),
+                1e-2,
+                (-1.0) ** c.index,
+                np.array(c.log_probs, dtype=np.float32),
+            )
+            for group in groups
+            for c in group.completions
+        ]
+        sums = learner.accumulate(sampled, Objective(GRPO, 0.8))
+        gate.check(Disagreement.of(sums), "of the samples")
+        assert sums.kl > 0
+        assert 0 < learner.apply(1e-2) < float("inf")
+        fleet.load(learner.publish(ObjectStore()), version=3)
+        gate.check(probe(fleet, learner, PROMPTS), "after GRPO")
+        learner.save(tmp_path / "final")
+    finally:
+        learner.close()
+        fleet.close()
+    _, told = AutoModelForCausalLM.from_pretrained(tmp_path / "final", output_loading_info=True)
+    assert not any(told.values()), told
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_recipes_of_sft_and_grpo_train_it(deepseek_v2: ModelOptions, tmp_path: Path) -> None:
+    small = ["evaluation={limit: 8, samples: 0, max_new_tokens: 16}", "save_every=null"]
+    start = {"sft": deepseek_v2.path, "grpo": str(tmp_path / "sft" / "final")}
+    shape = {
+        "sft": ["sft={steps: 2, sequences_per_step: 16, validation_limit: 8}"],
+        "grpo": [
+            "grpo={steps: 3, prompts_per_step: 8, group_size: 4}",
+            "init_from=null",
+            "learner.optimizer.learning_rate=1e-3",
+        ],
+    }
+    for stage in ("sft", "grpo"):
+        command = [
+            sys.executable,
+            "-m",
+            "align.cli",
+            stage,
+            f"recipes/nano/{stage}.yaml",
+            f"run.dir={tmp_path / stage}",
+        ]
+        command += [f"model={{path: {start[stage]}}}", *small, *shape[stage]]
+        done = subprocess.run(command, cwd=ROOT, env=os.environ | {"NO_COLOR": "1"}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        lines = [json.loads(line) for line in (tmp_path / stage / "metrics.jsonl").read_text().splitlines()]
+        found = [line["agreement/mean"] for line in lines if "agreement/mean" in line]
+        print(f"{stage}: agreement {max(found):.1e}")
+        assert max(found) < 1e-5
