@@ -2,7 +2,7 @@
 
 from align.config.changes import differences
 from align.config.evaluation import AgainstOptions, EvaluationOptions
-from align.config.learners import BFLOAT16_SUMS, LearnerOptions, LoraOptions, OptimizerOptions
+from align.config.learners import BFLOAT16_SUMS, MERGED_ADAPTERS, LearnerOptions, LoraOptions, OptimizerOptions
 from align.config.options import (
     STAGES,
     DataOptions,
@@ -29,6 +29,7 @@ from align.config.watches import AgreementOptions, AlarmOptions, GuardOptions
 
 __all__ = [
     "BFLOAT16_SUMS",
+    "MERGED_ADAPTERS",
     "STAGES",
     "AgainstOptions",
     "AgreementOptions",

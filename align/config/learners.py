@@ -10,6 +10,10 @@ BFLOAT16_SUMS = (
     "gradients of micro-batches add up in bfloat16 under learner.zero_stage 0, off by some percent where there are many; "
     "under 1, 2 and 3 in float32"
 )
+MERGED_ADAPTERS = (
+    "in bfloat16 under learner.zero_stage 3, learner and workers have adapters merged into the weights, which rounds small ones away "
+    "(adapter/lost); under 0, 1 and 2 they have them beside the weights"
+)
 
 
 class OptimizerOptions(Section):

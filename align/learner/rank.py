@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from align.config import BFLOAT16_SUMS, LearnerOptions, ModelOptions
+from align.config import BFLOAT16_SUMS, MERGED_ADAPTERS, LearnerOptions, ModelOptions
 from align.errors import UserError
 from align.learner.expert_parallel import (
     autoep_section,
@@ -220,7 +220,9 @@ class LearnerRank(ABC):
     def _with_adapter(self, model: Any, task: Task) -> Any:
         """The model with the recipe's adapter, where there is one."""
         lora = self._options.lora
-        return model if lora is None else add_adapter(model, lora, task, self._model.path)
+        if lora is None:
+            return model
+        return add_adapter(model, lora, task, self._model.path, apart=self._options.zero_stage < 3)
 
     def _start_engine(self, module: torch.nn.Module, network: Any) -> Trained:
         """Wrap `module`, which computes something with `network`. Returns what is trained."""
@@ -270,8 +272,11 @@ class LearnerRank(ABC):
 
     @property
     def _caveat(self) -> str:
-        imprecise = self._model.dtype == "bfloat16" and not self._options.zero_stage
-        return f" ({BFLOAT16_SUMS})" if imprecise else ""
+        if self._model.dtype != "bfloat16":
+            return ""
+        if self._options.lora is not None and self._options.zero_stage == 3:
+            return f" ({MERGED_ADAPTERS})"
+        return "" if self._options.zero_stage else f" ({BFLOAT16_SUMS})"
 
     def _backward(self, loss: torch.Tensor) -> None:
         """Add the gradient of a part of the loss, whose weights hold the whole batch's denominator.
@@ -401,13 +406,15 @@ def size(parameter: torch.nn.Parameter) -> int:
 def mark_moe_leaves(module: torch.nn.Module) -> None:
     """Make ZeRO-3 fetch a mixture-of-experts block as one: ranks use different experts, collectives must not differ.
 
-    So too a layer with an adapter, which needs W, A and B at once.
+    So too a layer whose weight PEFT replaces by its sum with the adapter's, for which it needs all three at once.
     """
     from deepspeed.utils import set_z3_leaf_modules
-    from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.layer import ParamWrapper
 
     blocks = {
-        type(m) for m in module.modules() if (hasattr(m, "experts") and hasattr(m, "gate")) or isinstance(m, LoraLayer)
+        type(m)
+        for m in module.modules()
+        if (hasattr(m, "experts") and hasattr(m, "gate")) or isinstance(m, ParamWrapper)
     }
     if not blocks:
         return

@@ -96,9 +96,10 @@ def is_meant(part: Part, target: str) -> bool:
             return any(f".{name}".endswith(f".{target}") for name in (part.module, part.name))
 
 
-def add_adapter(model: Any, options: LoraOptions, task: Task, base: str) -> Any:
+def add_adapter(model: Any, options: LoraOptions, task: Task, base: str, *, apart: bool = True) -> Any:
     """`model`, frozen, in a PeftModel whose new adapter changes nothing yet; `base` is where `model` came from.
 
+    With `apart`, layers of `can_be_apart` compute by `forward_apart`, without it as in PEFT.
     A sequence classifier's head is trained beside the adapter. Raises UserError for targets that the model has not.
     """
     from peft import LoraConfig, get_peft_model
@@ -124,7 +125,7 @@ def add_adapter(model: Any, options: LoraOptions, task: Task, base: str) -> Any:
     adapted.peft_config[ADAPTER].base_model_name_or_path = str(Path(base).absolute()) if Path(base).is_dir() else base
     check_adapter(adapted, parts)
     for name, layer in adapter_layers(adapted).items():
-        if is_apart(name, layer):
+        if apart and can_be_apart(name, layer):
             layer.forward = MethodType(forward_apart, layer)
     return adapted
 
@@ -202,8 +203,8 @@ def update_of(layer: Any) -> Factors:
     return Factors(a.reshape(experts, -1, a.shape[-1]), b.reshape(b.shape[0], -1, experts).permute(2, 0, 1), scale)
 
 
-def is_apart(parameter: str, layer: Any) -> bool:
-    """Whether the learner computes with W and the adapter, not their sum, and the sampler can.
+def can_be_apart(parameter: str, layer: Any) -> bool:
+    """Whether the learner should compute with W and the adapter, not their sum, and the sampler can.
 
     In bfloat16, where W + s B A would lose a small adapter: of linear layers, and of experts without biases. Not of routers.
     """
@@ -215,9 +216,14 @@ def is_apart(parameter: str, layer: Any) -> bool:
     return ".experts." in parameter and base.has_gate and not (base.has_bias or base.is_transposed)
 
 
+def is_apart(layer: Any) -> bool:
+    """Whether the learner computes with W and the adapter, not their sum."""
+    return "forward" in vars(layer)
+
+
 def is_sent_apart(parameter: str, layer: Any) -> bool:
     """Whether the sampler gets W and the adapter, rather than their sum. It has kv_b_proj folded into its attention."""
-    return is_apart(parameter, layer) and not parameter.removesuffix(".weight").endswith(NOT_SERVED)
+    return is_apart(layer) and not parameter.removesuffix(".weight").endswith(NOT_SERVED)
 
 
 def forward_apart(layer: Any, x: torch.Tensor, *routing: torch.Tensor) -> torch.Tensor:

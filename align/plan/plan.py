@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from align.config import (
     BFLOAT16_SUMS,
+    MERGED_ADAPTERS,
     GrpoRecipe,
     PolicyRecipe,
     PreferencesRecipe,
@@ -371,6 +372,8 @@ def notes(recipe: Recipe, sizes: ModelSizes, learning: Learning | None, element:
     if learning is not None:
         if element < 4 and not learning.training.options.zero_stage:
             found.append(BFLOAT16_SUMS)
+        if element < 4 and learning.training.options.zero_stage == 3 and learning.training.options.lora is not None:
+            found.append(MERGED_ADAPTERS)
         found.append(
             f"each learner rank reads the whole model into its node's memory at the start: {gib(sizes.total * element)} a rank"
         )
