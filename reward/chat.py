@@ -317,7 +317,14 @@ def _encode(tokenizer: Any, text: str, *, first: bool = True) -> list[int]:
 
 
 def _read(tokenizer: Any, text: str) -> list[int]:
-    ids: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=False, verbose=False)["input_ids"]
+    try:
+        ids: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=False, verbose=False)[
+            "input_ids"
+        ]
+    except TypeError as error:  # all that tokenizers says of it
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise RewardError("a text holds half of a surrogate pair, which no tokenizer reads") from error
+        raise
     return ids
 
 

@@ -13,6 +13,7 @@ words of which an answer uses one.
 from __future__ import annotations
 
 import ast
+import json
 import math
 import operator
 import os
@@ -131,9 +132,17 @@ def _pairs(sample: Sample) -> list[Asked]:
         return [(str(one["kind"]), dict(one["args"] or {})) for one in row["instructions"]]
     if row.get("instruction_id_list") is None:
         truth = row.get("ground_truth") or sample.answer
-        row = ast.literal_eval(truth)[0] if truth else {}
+        row = _literal(truth)[0] if truth else {}
     kinds = row.get("instruction_id_list", row.get("instruction_id", ()))
     return [(str(kind), dict(args or {})) for kind, args in zip(kinds, row.get("kwargs", ()), strict=True)]
+
+
+def _literal(text: str) -> Any:
+    """What JSON or Python writes so: open-instruct's rows are Python's, and others' are JSON with its null."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return ast.literal_eval(text)
 
 
 def _null(value: Any) -> bool:

@@ -82,7 +82,7 @@ def _case(sample: Sample) -> _Case:
     case = _Case(sample, tidy(sample.answer or ""))
     if normalise(case.gold):
         case.form = None if unreadable(case.gold) else read(case.gold)
-        stated = list(dict.fromkeys(tidy(answer) for answer in stated_answers(sample.completion, sample.prompt)))
+        stated = list(dict.fromkeys(map(tidy, dict.fromkeys(stated_answers(sample.completion, sample.prompt)))))
         case.stated = len(stated)
         together = ",".join(stated)
         if len(stated) > 1 and case.form and len(case.form.items) == len(stated) and len(together) <= LONGEST_ANSWER:

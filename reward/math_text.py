@@ -88,10 +88,21 @@ _ROOT = re.compile(r"√(\d+|[a-z])(?!\w)", re.ASCII)
 
 _HASHES = re.compile(r"^[ \t]*####[ \t]*(\S.*)$", re.MULTILINE)
 _ANSWER_IS = re.compile(
-    r"\b(?:answer|final result)(?:\*\*)?[ \t]+is\b[ \t]*:?(?:[ \t]*\b(?:therefore|thus|then|hence|simply|just|exactly|approximately|about|equal to)\b)*|^[ \t#>*]*(?:the )?(?:final |correct )?answer(?:\*\*)?[ \t]*:(?!\w)",
+    r"\b(?:the[ \t]+)?(?:(?:final|correct)[ \t]+)?(?:answer|final result)(?:\*\*)?[ \t]+is\b[ \t]*:?"
+    r"(?:[ \t]*\b(?:therefore|thus|then|hence|simply|just|exactly|approximately|about|equal to|indeed|clearly|obviously)\b)*"
+    r"|^[ \t#>*]*(?:the )?(?:final |correct )?answer(?:\*\*)?[ \t]*:(?!\w)",
     re.IGNORECASE | re.MULTILINE,
 )
-_HEADING = re.compile(r"^[ \t#*]*(?:the )?final answer[ \t:*]*\n\s*(\S.*)$", re.IGNORECASE | re.MULTILINE)
+_LINES_BELOW = re.compile(
+    r"(?:(?:(?<=:)|[ \t*]*:)[ \t*]*\n\s*|[ \t*]*\n\s*(?=\$\$|\\\[))(?:(?:\$\$|\\\[)\s*)?", re.MULTILINE
+)
+"""What stands between "the answer is" and the answer where that has lines of its own."""
+_HEADING = re.compile(
+    r"^[ \t]*(?:[#*][ \t#*]*(?:the )?(?:final )?|(?:the )?final )answer[ \t:*]*\n\s*(?:(?:\$\$|\\\[)\s*)?(\S.*)$",
+    re.IGNORECASE | re.MULTILINE,
+)
+_NO_ANSWER_YET = re.compile(r"(?:the )?(?:final )?answer[ \t:*]*", re.IGNORECASE)
+"""A heading, with the answer in the lines below it."""
 _SUPPOSED = re.compile(r"\b(?:if|suppose|assume|assuming|whether|unless|guess)\b[^.!?\n]*\Z", re.IGNORECASE)
 _DENIED = re.compile(r"[ \t]*(?:not|wrong|incorrect)\b", re.IGNORECASE)
 _SENTENCE_END = re.compile(
@@ -156,7 +167,7 @@ def stated_answers(completion: str, prompt: str) -> list[str]:
 
     The last `\boxed{}`, with those before it that are offered together with it; where there is no box, the last line
     `#### answer` and the earlier ones that are another number; where there is none, what follows "the answer is" or
-    "Answer:" up to the end of the clause. Where there is `<answer>…</answer>`, only what it holds. What the completion
+    "Answer:" up to the end of the clause, or the line below the last of them or below such a heading. Where there is `<answer>…</answer>`, only what it holds. What the completion
     thinks in `<think>…</think>`, supposes ("if the answer is 12"), or repeats of its prompt does not count.
     """
     text = without_thought(without_echo(completion, prompt))
@@ -169,8 +180,9 @@ def stated_answers(completion: str, prompt: str) -> list[str]:
         found = [f"{label}={content}" if label else content for label, content in last_answers(text)]
     elif closed and tagged:
         found = _clauses(text) or [text]
-    elif hashes := _HASHES.findall(text):
+    elif (hashes := _HASHES.findall(text)) and not _NO_ANSWER_YET.fullmatch(hashes[-1]):
         # Headings of the fourth level look the same, so that of the earlier ones only numbers are answers.
+        hashes = [_ANSWER_IS.sub("", line, count=1) if _ANSWER_IS.match(line) else line for line in hashes]
         found = [line for line in hashes[:-1] if number(tidy(line)) is not None] + hashes[-1:]
     else:
         found = _HEADING.findall(text) or _clauses(text)
@@ -182,7 +194,9 @@ def _clauses(text: str) -> list[str]:
     found, matches = [], list(_ANSWER_IS.finditer(text))
     for before, match, after in zip([None, *matches], matches, [*matches[1:], None], strict=False):
         lead = text[max(before.end() if before else 0, match.start() - LONGEST_CLAUSE) : match.start()]
-        rest = text[match.end() : min(after.start() if after else len(text), match.end() + LONGEST_ANSWER + 1)]
+        below = None if after else _LINES_BELOW.match(text, match.end())
+        start = below.end() if below else match.end()
+        rest = text[start : min(after.start() if after else len(text), start + LONGEST_ANSWER + 1)]
         if not _SUPPOSED.search(lead) and not _DENIED.match(rest):
             found.append(_SENTENCE_END.split(rest.split("\n", 1)[0], maxsplit=1)[0])
     return found
@@ -304,8 +318,9 @@ def compare(gold: str, answer: str) -> bool | None:
         if saying is not None and " and " in said:
             return named(said) == named(saying)
         return said == (saying or " ".join(TEXT.sub(r" \1 ", answer).split()).strip(". ").casefold())
-    if is_choice(gold) and (picked := choice(answer)):
-        return picked == choice(gold)
+    if (is_choice(gold) or (gold.startswith((r"\text{(", "(")) and is_choice(answer))) and (picked := choice(answer)):
+        asked = choice(gold)  # "(B) 12" too, as contests' keys are published
+        return None if asked is None else picked == asked
     return None
 
 

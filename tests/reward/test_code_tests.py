@@ -113,6 +113,15 @@ class TestVerdicts:
         found = score("print(2 * int(input()))\nraise SystemExit(3)", TASKS["stdio"])
         assert (found.verdict, found.detail) == (Verdict.CRASH, "0 of 2 cases passed; case 1: exit status 3")
 
+    def test_what_a_program_writes_at_its_end_to_the_stream_that_it_replaced_counts(self) -> None:
+        replaced = "import atexit, io, sys\nold, sys.stdout = sys.stdout, io.StringIO()\nprint(2 * int(input()))\n"
+        for stream in ("sys.__stdout__", "old"):
+            for end in (
+                f"{stream}.write(sys.stdout.getvalue())",
+                f"atexit.register({stream}.write, sys.stdout.getvalue())",
+            ):
+                assert score(replaced + end, TASKS["stdio"]).verdict is Verdict.PASS, (stream, end)
+
     def test_partial_credit_is_the_share_of_cases(self) -> None:
         half = "def double(n):\n    return 4"
         assert score(half, TASKS["function"], partial=True).value == 0.5

@@ -147,8 +147,8 @@ def _say(job: Mapping[str, Any], message: Mapping[str, Any]) -> None:
 
 def _open_streams() -> None:
     sys.stdin = _text_stream(0, "r")
-    sys.stdout = _text_stream(1, "w")
-    sys.stderr = _text_stream(2, "w")
+    sys.stdout = sys.__stdout__ = _text_stream(1, "w")  # type: ignore[misc]
+    sys.stderr = sys.__stderr__ = _text_stream(2, "w")  # type: ignore[misc]
 
 
 def _text_stream(number: int, mode: str) -> io.TextIOWrapper:
@@ -161,8 +161,10 @@ def _exit(status: int) -> NoReturn:
     """End as Python would, but without a way to leave a frame of ours behind."""
     try:
         atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        # A candidate that put another stream in place of ours may have written to ours at its end.
+        for stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__):
+            if stream is not None:
+                stream.flush()
     except BaseException:
         status = status or 120
     os._exit(status)
