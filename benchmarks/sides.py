@@ -242,6 +242,7 @@ def floor(task: Task) -> Result:
 
 def sampling_passes(task: Task, rank: int, processes: int) -> Iterator[None]:
     """Each item drawn samples a step's completions of this process. Neither seeds nor log-probabilities are asked for."""
+    from transformers import AutoConfig
     from vllm import LLM, SamplingParams
 
     from rollout.engine import engine_arguments
@@ -249,7 +250,7 @@ def sampling_passes(task: Task, rank: int, processes: int) -> Iterator[None]:
     options = EngineOptions(
         max_length=longest_prompt(task) + task.new_tokens, batch_sequences=task.completions // processes
     )
-    llm = LLM(model=task.policy, dtype=task.dtype, **engine_arguments(task.policy, options))
+    llm = LLM(model=task.policy, dtype=task.dtype, **engine_arguments(AutoConfig.from_pretrained(task.policy), options))
     parameters = SamplingParams(max_tokens=task.new_tokens, ignore_eos=True, detokenize=False)
     prompts = share_of_prompts(task, rank, processes)
     while True:

@@ -57,14 +57,17 @@ class Engine:
 
         `stop_token_ids` are the tokens that end a completion; `trust_remote_code` lets the model bring code of its own.
         """
+        from transformers import AutoConfig
         from vllm import LLM
 
+        config = AutoConfig.from_pretrained(str(model), trust_remote_code=trust_remote_code)
         self.weight_version = 0
         self.steps = 0
         self._options = options
         self._adapter: Any = None
         self._stop_token_ids = list(stop_token_ids)
-        self._llm = LLM(model=str(model), dtype=dtype, **engine_arguments(str(model), options, trust_remote_code))
+        trusted = {"trust_remote_code": trust_remote_code}
+        self._llm = LLM(model=str(model), dtype=dtype, **trusted, **engine_arguments(config, options))
         self._count_steps()
 
     def generate(self, requests: Sequence[Request], sampling: SamplingOptions) -> list[Completion]:
@@ -222,12 +225,9 @@ class Engine:
         )
 
 
-def engine_arguments(model: str, options: EngineOptions, trust_remote_code: bool = False) -> dict[str, Any]:
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+def engine_arguments(config: Any, options: EngineOptions) -> dict[str, Any]:
+    """What vLLM's `LLM` is started with on this machine, for a model with this transformers configuration."""
     arguments: dict[str, Any] = {
-        "trust_remote_code": trust_remote_code,
         "max_model_len": options.max_length,
         "max_num_seqs": options.batch_sequences,
         "enforce_eager": True,

@@ -150,13 +150,16 @@ def load_model(request: HarnessRequest) -> Any:
         return HFLM(load_policy(model).to(device), tokenizer=tokenizer, batch_size=request.batch_size or 8)
     name_vllm()
     from lm_eval.models.vllm_causallms import VLLM
+    from transformers import AutoConfig
 
-    arguments = engine_arguments(model.path, request.engine, model.trust_remote_code)
+    config = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
+    arguments = engine_arguments(config, request.engine)
     for name in ("skip_tokenizer_init", "logprobs_mode", "seed"):
         del arguments[name]
     return VLLM(
         model.path,
         dtype=model.dtype,
+        trust_remote_code=model.trust_remote_code,
         batch_size=request.batch_size or "auto",
         **arguments,
     )

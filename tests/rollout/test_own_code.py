@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from rollout import Fleet, FleetOptions
-from rollout.engine import engine_arguments
+from rollout.engine import Engine
 from rollout.member import Member
 from rollout.types import EngineOptions
 from rollout.worker import RolloutWorker
@@ -28,13 +28,16 @@ def captured(*arguments: Any, **named: Any) -> None:
     raise Captured(arguments, named)
 
 
-def test_vllm_is_told_whether_the_model_is_trusted(tmp_path: Path) -> None:
+def test_vllm_is_told_whether_the_model_is_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "own_configuration.py").write_text(CODE)
     config = {"model_type": "own", "auto_map": {"AutoConfig": "own_configuration.OwnConfig"}}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert engine_arguments(str(tmp_path), EngineOptions(), True)["trust_remote_code"] is True
+    monkeypatch.setattr("vllm.LLM", captured)
+    with pytest.raises(Captured) as llm:
+        Engine(tmp_path, "float32", EngineOptions(), [1], trust_remote_code=True)
+    assert llm.value.args[1]["trust_remote_code"] is True
     with pytest.raises(ValueError, match="trust_remote_code"):
-        engine_arguments(str(tmp_path), EngineOptions(), False)
+        Engine(tmp_path, "float32", EngineOptions(), [1])
 
 
 @pytest.mark.parametrize("trusted", [False, True])
