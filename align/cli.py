@@ -9,7 +9,8 @@ from typing import TypeVar
 import yaml
 from pydantic import ValidationError
 
-from align.config import (
+from align.errors import Terminated, UserError
+from align.recipe import (
     GrpoRecipe,
     ModelOptions,
     PreferencesRecipe,
@@ -20,9 +21,8 @@ from align.config import (
     load_pipeline,
     load_recipe,
 )
-from align.errors import Terminated, UserError
-from align.interrupted import RESUME, as_begun
 from align.run.secrets import redacted
+from align.session.resume import RESUME, as_begun
 from reward import RewardTerm
 from reward.registry import Entry
 from rollout import EngineOptions, FleetOptions, SamplingOptions
@@ -158,7 +158,7 @@ def parser() -> argparse.ArgumentParser:
 def read_recipe(path: Path, overrides: Sequence[str]) -> Recipe:
     """A recipe of which everything it names is there."""
     recipe = load_recipe(path, overrides)
-    from align.stages.preflight import check_names
+    from align.session.checks import check_names
 
     check_names(recipe, path)
     return recipe
@@ -236,8 +236,8 @@ def preferences(options: argparse.Namespace) -> int:
 def pipeline(options: argparse.Namespace) -> int:
     """`align pipeline FILE`."""
     chain = load_pipeline(options.file, options.overrides)
+    from align.session.checks import check_names
     from align.stages.pipeline import run_pipeline
-    from align.stages.preflight import check_names
 
     for stage in chain.stages:
         check_names(stage.recipe, stage.entry.recipe)
@@ -276,25 +276,25 @@ def plan(options: argparse.Namespace) -> int:
 def doctor(options: argparse.Namespace) -> int:
     """`align doctor MODEL`."""
     model, fleet = model_and_fleet(options)
-    from align.stages import standalone
+    from align.tools import offline
 
-    print(standalone.doctor(model, fleet))
+    print(offline.doctor(model, fleet))
     return 0
 
 
 def evaluate(options: argparse.Namespace) -> int:
     """`align eval --model DIR --data FILE --out FILE`."""
     model, fleet = model_and_fleet(options)
-    from align.stages import standalone
+    from align.tools import offline
 
-    print(standalone.evaluate_file(model, options.data, options.out, fleet, options.max_new_tokens))
+    print(offline.evaluate_file(model, options.data, options.out, fleet, options.max_new_tokens))
     return 0
 
 
 def chat(options: argparse.Namespace) -> int:
     """`align chat --model DIR`."""
     model = model_of(options)
-    from align.stages.chat import chat_in_terminal
+    from align.tools.chat import chat_in_terminal
 
     try:
         sampling = SamplingOptions(temperature=options.temperature, max_new_tokens=options.max_new_tokens)
@@ -308,7 +308,7 @@ def chat(options: argparse.Namespace) -> int:
 
 def convert(options: argparse.Namespace) -> int:
     """`align convert FILE.gguf DIR`."""
-    from align.model.gguf import convert_gguf
+    from align.tools.gguf import convert_gguf
 
     for line in convert_gguf(options.file, options.directory, dtype=options.dtype, chat_template=options.chat_template):
         print(line)
@@ -339,7 +339,7 @@ def merge_adapter(options: argparse.Namespace) -> int:
 
 def score(options: argparse.Namespace) -> int:
     """`align score --reward NAME --data FILE --out FILE`."""
-    from align.evaluate.score import score_file
+    from align.tools.score_file import score_file
 
     try:
         params = yaml.safe_load(options.params)

@@ -24,14 +24,14 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
-from align.config import AgreementOptions, GrpoOptions, LearnerOptions, ModelOptions, OptimizerOptions
 from align.evaluate.agreement import AgreementError, AgreementGate, Disagreement, probe
 from align.learner.batch import TrainingSequence
 from align.learner.group import LearnerError, LearnerGroup
 from align.learner.objective import Objective
 from align.model.checkpoint_names import to_checkpoint
 from align.model.policy import write_random_policy
-from align.stages.ray_cluster import local_ray
+from align.recipe import AgreementOptions, GrpoOptions, LearnerOptions, ModelOptions, OptimizerOptions
+from align.session.ray import local_ray
 from rollout import Completion, ObjectStore, RolloutError, SamplingOptions, State, stored
 from rollout.drill import OPTIONS, PROMPTS, Injury, WitnessedFleet
 

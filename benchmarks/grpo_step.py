@@ -21,8 +21,8 @@ from typing import Any
 
 from sides import SEED, SIDES, Result, Task
 
-from align.config import ModelOptions
 from align.model.policy import DTYPES, write_random_policy
+from align.recipe import ModelOptions
 from align.run.environment import environment_record
 from rollout.processes import openmp
 

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import psutil
 
-from align.config import load_recipe
 from align.model.sizes import empty_model, model_sizes, read_config
 from align.plan.memory import GIB
 from align.plan.placement import cluster_of
 from align.plan.plan import make_plan
+from align.recipe import load_recipe
 
 ROLES = {"LearnerWorker": "learner rank", "RolloutWorker": "rollout worker"}
 

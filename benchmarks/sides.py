@@ -22,12 +22,12 @@ import psutil
 
 import reward
 import rollout.worker
-from align.config import GrpoRecipe, ModelOptions
 from align.data.cards import load_card
 from align.data.chat import encode_prompt
 from align.data.loader import load_split
 from align.data.types import Example
 from align.model.policy import DTYPES, load_policy, load_tokenizer
+from align.recipe import GrpoRecipe, ModelOptions
 from align.run import MetricsLog
 from rollout import EngineOptions
 
@@ -149,7 +149,7 @@ def ours(task: Task) -> Result:
         ends.append(read())
         write(*arguments)
 
-    no_early_end = patch("align.stages.engines.stop_token_ids", return_value=[])
+    no_early_end = patch("align.session.engines.stop_token_ids", return_value=[])
     with no_early_end, patch.object(MetricsLog, "write", write_and_note):
         run_grpo(recipe, None)
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from align.config import ModelOptions
 from align.model.policy import write_random_policy
-from align.stages.ray_cluster import local_ray
+from align.recipe import ModelOptions
+from align.session.ray import local_ray
 
 # A busy machine is no reason to fail.
 settings.register_profile("unhurried", deadline=None)

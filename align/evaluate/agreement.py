@@ -4,10 +4,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import expm1, nan
 
-from align.config import AgreementOptions
 from align.learner.batch import TrainingSequence
 from align.learner.group import LearnerGroup
 from align.learner.objective import Sums
+from align.recipe import AgreementOptions
 from rollout import Completion, Fleet, Prompt, SamplingOptions
 
 PROBE_TOKENS = 16

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from align.config import ModelOptions
 from align.data.chat import encode_example, encode_prompt
 from align.errors import UserError
 from align.evaluate.agreement import AgreementError, AgreementGate, probe
@@ -22,6 +21,7 @@ from align.learner.group import LearnerGroup
 from align.learner.objective import Objective
 from align.model.checkpoint_names import from_checkpoint, layout_of, to_checkpoint
 from align.model.policy import has_fused_experts
+from align.recipe import ModelOptions
 from rollout import Fleet, ObjectStore, Prompt
 
 ROUND_TRIP = "  What is 17 + 25?\n\n\tnaïve Größe, 你好，мир, 42,000.5 — \\boxed{-7} 🙂"

@@ -19,8 +19,8 @@ from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
-from align.config import ModelOptions
 from align.errors import UserError
+from align.recipe import ModelOptions
 from reward.registry import Entry, Function, Registry
 from rollout import Fleet
 

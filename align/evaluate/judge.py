@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from align.config.options import Section
 from align.errors import UserError
 from align.evaluate.hooks import EvaluationError
 from align.model.policy import first_line
+from align.recipe.options import Section
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI

@@ -11,10 +11,10 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
-from align.config import ModelOptions
 from align.errors import UserError
 from align.evaluate.hooks import nearest
 from align.model.policy import first_line, load_policy, load_tokenizer
+from align.recipe import ModelOptions
 from rollout import EngineOptions
 from rollout.engine import engine_arguments
 

@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from align.config import LearnerOptions, ModelOptions
 from align.errors import BadNumbersError, UserError
 from align.learner.batch import (
     TrainingSequence,
@@ -26,6 +25,7 @@ from align.learner.expert_load import add_loads, load_metrics
 from align.learner.objective import Objective, Sums
 from align.learner.rank import LearnerRank, Trained, environment
 from align.learner.worker import LearnerWorker
+from align.recipe import LearnerOptions, ModelOptions
 from align.run.checkpoints import Entry
 from align.run.files import whole_directory
 from rollout import AdapterFiles, Broadcast, ObjectStore, RolloutError, Transport, WeightSource

@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from align.config import GrpoOptions
 from align.learner.batch import Batch
 from align.losses import agreement, grpo_token_loss, token_log_probs
+from align.recipe import GrpoOptions
 
 
 class LogProbs(torch.nn.Module):

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from align.config import BFLOAT16_SUMS, MERGED_ADAPTERS, LearnerOptions, ModelOptions
 from align.errors import UserError
 from align.learner.expert_parallel import (
     autoep_section,
@@ -46,6 +45,7 @@ from align.model.lora import (
     write_merge_report,
 )
 from align.model.policy import load_tokenizer, save_policy
+from align.recipe import BFLOAT16_SUMS, MERGED_ADAPTERS, LearnerOptions, ModelOptions
 from align.run.checkpoints import Entry
 from rollout.processes import ProcessId, introduce_this_process, openmp
 from rollout.transport import Sending, buckets

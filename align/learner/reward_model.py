@@ -6,13 +6,13 @@ from typing import Any, Literal
 
 import torch
 
-from align.config import LearnerOptions, ModelOptions
 from align.learner.batch import in_order, plan_micro_batches, share_out, whole_rows
 from align.learner.group import RankGroup
 from align.learner.pairs import TrainingPair, collate_pairs, pad_right
 from align.learner.rank import LearnerRank, Trained
 from align.losses import pairwise_loss, pointwise_loss
 from align.model.reward_model import load_reward_model
+from align.recipe import LearnerOptions, ModelOptions
 
 PairLoss = Literal["pairwise", "pointwise"]
 

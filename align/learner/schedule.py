@@ -2,7 +2,7 @@
 
 import math
 
-from align.config import OptimizerOptions
+from align.recipe import OptimizerOptions
 
 
 def learning_rate(step: int, total_steps: int, options: OptimizerOptions) -> float:

@@ -7,12 +7,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from align.config import ModelOptions
 from align.learner.batch import Batch, TrainingSequence, collate, collate_after_prompts
 from align.learner.expert_load import ExpertCounter, Loads
 from align.learner.objective import LogProbs, Objective, Sums, loss_and_sums
 from align.learner.rank import LearnerRank, Trained
 from align.model.policy import load_policy
+from align.recipe import ModelOptions
 
 MicroBatches = list[list[TrainingSequence]]
 

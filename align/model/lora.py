@@ -15,9 +15,9 @@ from typing import Any, Literal
 
 import torch
 
-from align.config import LoraOptions
 from align.errors import UserError
 from align.model.policy import has_fused_experts, let_weights_be_read_like
+from align.recipe import LoraOptions
 from rollout.low_rank import Factors, experts_forward
 
 ADAPTER = "default"

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from align.config import ModelOptions
 from align.errors import UserError
 from align.model.older_forms import add_older_forms
+from align.recipe import ModelOptions
 from reward import RewardError
 from reward.chat import end_of_answer
 

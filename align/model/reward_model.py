@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from align.config import ModelOptions
 from align.errors import UserError
 from align.model.policy import DTYPES, first_line, turn_end, use_fast_experts
+from align.recipe import ModelOptions
 
 HEAD = "score.weight"
 USAGE = """# A reward model

@@ -7,8 +7,8 @@ estimate for a micro-batch of `learner.micro_batch_tokens`; what a process takes
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from align.config import LearnerOptions
 from align.model.sizes import ModelSizes
+from align.recipe import LearnerOptions
 from rollout import FleetOptions
 
 GIB = 2**30

@@ -3,7 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from align.config import (
+from align.model.sizes import ModelSizes
+from align.plan import memory, times
+from align.plan.adapters import adapted_parameters, adapter_size, changed_size
+from align.plan.memory import ELEMENT_BYTES, GIB, GPU_PROCESS, Parts, Training
+from align.plan.placement import Cluster, Demand, place
+from align.recipe import (
     BFLOAT16_SUMS,
     MERGED_ADAPTERS,
     GrpoRecipe,
@@ -14,11 +19,6 @@ from align.config import (
     SamplingRecipe,
     SftRecipe,
 )
-from align.model.sizes import ModelSizes
-from align.plan import memory, times
-from align.plan.adapters import adapted_parameters, adapter_size, changed_size
-from align.plan.memory import ELEMENT_BYTES, GIB, GPU_PROCESS, Parts, Training
-from align.plan.placement import Cluster, Demand, place
 
 
 @dataclass(frozen=True, slots=True)

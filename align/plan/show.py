@@ -1,9 +1,9 @@
 """A plan as text."""
 
-from align.config import Recipe
 from align.model.sizes import ModelSizes
 from align.plan.placement import Cluster
 from align.plan.plan import Plan, gib
+from align.recipe import Recipe
 
 
 def as_text(recipe: Recipe, sizes: ModelSizes, cluster: Cluster, plan: Plan) -> str:

@@ -6,8 +6,8 @@ from math import isfinite, sqrt
 from statistics import fmean
 from typing import TypedDict
 
-from align.config import AlarmOptions
-from align.stages.run import Run
+from align.recipe import AlarmOptions
+from align.session.run import Run
 
 SHOWN = 4
 KEPT = 16

@@ -6,7 +6,7 @@ from typing import Any
 
 from align.errors import BadNumbersError
 from align.evaluate.problems import Answer
-from align.stages.run import Run
+from align.session.run import Run
 
 SHOWN = 4
 BAD_STEPS = "steps_with_bad_samples"

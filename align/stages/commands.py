@@ -2,14 +2,14 @@
 
 from collections.abc import Mapping
 
-from align.config import GrpoRecipe, ModelOptions, PreferencesRecipe, SftRecipe, differences
 from align.evaluate.problems import Evaluation
-from align.stages.engines import prepare_policy, start_engines
+from align.recipe import GrpoRecipe, ModelOptions, PreferencesRecipe, SftRecipe, differences
+from align.session.engines import prepare_policy, start_engines
+from align.session.run import Run, compare_stages, open_run
+from align.session.steps import restarting
 from align.stages.grpo import load_grpo_data, train_grpo
 from align.stages.preferences import gather_preferences, load_prompts
-from align.stages.run import Run, compare_stages, open_run
 from align.stages.sft import finished_sft, load_sft_data, sft_before, train_sft
-from align.stages.steps import restarting
 
 
 def run_sft(recipe: SftRecipe) -> int:

@@ -1,30 +1,20 @@
-"""Which examples a stage trains on, and which of them a step takes."""
+"""Which examples a stage trains on."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from random import Random
 from types import MappingProxyType
-from typing import Generic, TypeVar
+from typing import TypeVar
 
-from align.config import DataOptions, Recipe
 from align.data.cards import DataCard, load_card, require_stage
+from align.data.drawing import Source, shares
 from align.data.loader import load_split
 from align.data.preferences import LoadedPreferences
 from align.data.types import Example, LoadedSplit, SplitName
 from align.errors import UserError
-from align.stages.run import Run
+from align.recipe import DataOptions, Recipe
+from align.session.run import Run
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class Source(Generic[T]):
-    """What one entry of `recipe.data` gives, and how many of it a step takes. `card` is the entry's name."""
-
-    card: str
-    items: Sequence[T]
-    a_step: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,42 +151,3 @@ def short_enough(
         raise UserError(f"{told}: none is left; give them more room")
     run.warn(f"{told}: they were left out", card=entry.name, too_long=len(items) - len(kept), examples=len(items))
     return kept
-
-
-def shares(total: int, weights: Sequence[float]) -> list[int]:
-    """`total` divided in proportion to `weights`, by largest remainders: whole numbers that add up to it."""
-    exact = [total * weight / sum(weights) for weight in weights]
-    counts = [int(value) for value in exact]
-    by_remainder = sorted(range(len(weights)), key=lambda i: counts[i] - exact[i])
-    for i in by_remainder[: total - sum(counts)]:
-        counts[i] += 1
-    return counts
-
-
-def items_of_step(sources: Sequence[Source[T]], *, seed: int, step: int) -> list[T]:
-    """What a step takes, the sources evenly mixed. A function of (seed, step): a resumed run goes on where it stopped."""
-    placed = [
-        ((place + 0.5) / source.a_step, number, item)
-        for number, source in enumerate(sources)
-        for place, item in enumerate(drawn(source.items, source.a_step, seed=seed, step=step))
-    ]
-    return [item for _, _, item in sorted(placed, key=lambda entry: entry[:2])]
-
-
-def drawn(items: Sequence[T], count: int, *, seed: int, step: int) -> list[T]:
-    """The `count` items of a step: each once an epoch, in an order drawn anew for each epoch, none twice in a step."""
-    total = len(items)
-    if count > total:
-        raise ValueError(f"a step takes {count} examples, but there are only {total}")
-    epoch_steps = total // count
-    epoch, place = divmod(step, epoch_steps)
-    order = permutation(total, seed, epoch)
-    return [items[i] for i in order[place * count : (place + 1) * count]]
-
-
-@lru_cache(maxsize=8)
-def permutation(total: int, seed: int, epoch: int) -> tuple[int, ...]:
-    """A permutation of 0..total-1."""
-    order = list(range(total))
-    Random(f"{seed}/{epoch}").shuffle(order)
-    return tuple(order)

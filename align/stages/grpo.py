@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from align.config import GrpoOptions, GrpoRecipe, ModelOptions
+from align.data.drawing import Source, items_of_step
 from align.data.types import Example
 from align.evaluate.agreement import AgreementGate, Disagreement
 from align.evaluate.problems import Answer, Evaluation, encode_prompts, gather_answers, row, submit_groups
@@ -24,16 +24,17 @@ from align.learner.group import LearnerGroup
 from align.learner.objective import Objective, Sums
 from align.learner.schedule import learning_rate
 from align.losses import ZERO_STD, completion_weights, group_advantages
+from align.recipe import GrpoOptions, GrpoRecipe, ModelOptions
 from align.run import write_samples
+from align.session.engines import Engines
+from align.session.run import Run
+from align.session.steps import Steps
+from align.session.turns import start_learner
 from align.stages.alarms import Alarms, SeenSample, no_history
 from align.stages.bad_numbers import BadSamples, bad_samples
-from align.stages.engines import Engines
-from align.stages.examples import Room, Source, items_of_step, training_sources
+from align.stages.examples import Room, training_sources
 from align.stages.held_out import CENSUS_STEP, HeldOut, Problems, load_problems
 from align.stages.over_optimisation import OverOptimisationGuard
-from align.stages.run import Run
-from align.stages.steps import Steps
-from align.stages.turns import start_learner
 from reward import SampleReward, Verdict
 from rollout import Completion, FinishReason, Prompt
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from align.config import ModelOptions, PolicyRecipe
 from align.data.cards import load_card
 from align.data.loader import first, load_split
 from align.data.tables import refuse_one_file
@@ -19,9 +18,10 @@ from align.evaluate.instruction_rates import instruction_rates
 from align.evaluate.preference_rates import over_refusal_rate, refusal_rate, win_rate
 from align.evaluate.problems import Evaluation, encode_prompts, evaluate, short_prompts
 from align.learner.group import LearnerGroup
+from align.recipe import ModelOptions, PolicyRecipe
 from align.run import RunDirectory, read_jsonl, read_samples
-from align.stages.engines import Engines
-from align.stages.run import Run
+from align.session.engines import Engines
+from align.session.run import Run
 from rollout import Prompt
 
 PROBE_PROMPTS = 8

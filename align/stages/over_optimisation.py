@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from math import isfinite, sqrt
 from statistics import fmean, variance
 
-from align.config import GuardOptions
+from align.recipe import GuardOptions
 from reward import SampleReward
 
 SURE = 2.0

@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
-from align.config import RewardModelRecipe
 from align.data.cards import require_stage
 from align.data.chat import encode_example
+from align.data.drawing import Source, shares
 from align.data.loader import held_together
 from align.data.preferences import LoadedPreferences, load_preferences
 from align.data.tables import refuse_one_file
@@ -15,8 +15,9 @@ from align.data.types import Preference, SplitName
 from align.errors import UserError, naming
 from align.learner.pairs import TrainingPair
 from align.model.reward_model import tokenizer_hash
-from align.stages.examples import Entry, Room, Source, entries_of, shares, short_enough, tell_compared
-from align.stages.run import Run
+from align.recipe import RewardModelRecipe
+from align.session.run import Run
+from align.stages.examples import Entry, Room, entries_of, short_enough, tell_compared
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,12 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-from align.config import Pipeline, PlannedStage, differences, load_recipe
 from align.errors import Terminated, UserError
+from align.recipe import Pipeline, PlannedStage, differences, load_recipe
 from align.run import RunDirectory, environment_record, read_status
 from align.run.checkpoints import CheckpointDirectory
-from align.stages.preflight import check_ready
-from align.stages.stop import StopRequest
+from align.session.checks import check_ready
+from align.session.signals import StopRequest
 
 COMMANDS = {"sft": "sft", "reward_model": "reward-model", "preferences": "preferences", "grpo": "grpo"}
 INTERRUPTED = {signal.SIGINT: 130, signal.SIGTERM: 75}

@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from align.config import PreferencesRecipe
 from align.data.tables import refuse_one_file
 from align.data.types import Example, SplitName
 from align.errors import UserError
 from align.evaluate.problems import Answer, encode_prompts, gather_answers, submit_groups
+from align.recipe import PreferencesRecipe
 from align.run import write_jsonl
-from align.stages.engines import Engines
+from align.session.engines import Engines
+from align.session.run import Run
 from align.stages.examples import Room, entries_of, load_examples, short_enough
-from align.stages.run import Run
 from rollout import Prompt
 
 SHOWN = ("prompts", "accuracy", "pairs")

@@ -12,21 +12,21 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, pstdev
 
-from align.config import ModelOptions, RewardModelRecipe, SftRecipe
+from align.data.drawing import items_of_step
 from align.evaluate.pairs import JudgedPair, PairEvaluation, evaluate_pairs, rows
 from align.learner.reward_model import RewardModelGroup
 from align.learner.schedule import learning_rate
 from align.model.policy import load_tokenizer
 from align.model.reward_model import write_usage
+from align.recipe import ModelOptions, RewardModelRecipe, SftRecipe
 from align.run import write_atomically
-from align.stages.engines import prepare_policy, start_engines
-from align.stages.examples import items_of_step
+from align.session.engines import prepare_policy, start_engines
+from align.session.ray import local_ray
+from align.session.run import Run, open_run
+from align.session.steps import Steps, restarting
 from align.stages.held_out import CENSUS_STEP
 from align.stages.pairs import EncodedPair, RewardModelData, load_reward_model_data
-from align.stages.ray_cluster import local_ray
-from align.stages.run import Run, open_run
 from align.stages.sft import finished_sft, load_sft_data, sft_before
-from align.stages.steps import Steps, restarting
 
 SHOWN = ("loss", "accuracy", "difference", "validation_accuracy", "tokens_per_second")
 NOTES = "reward_model.json"

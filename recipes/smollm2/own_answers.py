@@ -9,11 +9,11 @@ card `instructions` reads (`params: {answers: FILE}`). A FILE that has the same 
 import sys
 from pathlib import Path
 
-from align.config import ModelOptions, check_model_directory
 from align.data.instruction_answers import plain_requests
 from align.errors import UserError
+from align.recipe import ModelOptions, check_model_directory
 from align.run.samples import read_jsonl, write_jsonl
-from align.stages.standalone import answers_of
+from align.tools.offline import answers_of
 from rollout import FleetOptions
 
 REQUESTS_OF_A_TOPIC = 5

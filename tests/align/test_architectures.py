@@ -24,10 +24,10 @@ from transformers import (
 )
 from transformers.core_model_loading import revert_weight_conversion
 
-from align.config import ModelOptions
 from align.evaluate.doctor import Outcome, examine
 from align.model.checkpoint_names import from_checkpoint, layout_of, to_checkpoint
 from align.model.policy import load_tokenizer
+from align.recipe import ModelOptions
 
 ROOT = Path(__file__).parents[2]
 NANO = ROOT / "recipes" / "nano" / "policy"

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from align.config import GrpoRecipe, dump_recipe, load_pipeline, load_recipe
 from align.errors import UserError
-from align.stages.preflight import check_names
+from align.recipe import GrpoRecipe, dump_recipe, load_pipeline, load_recipe
+from align.session.checks import check_names
 
 NANO = Path(__file__).parents[2] / "recipes" / "nano"
 

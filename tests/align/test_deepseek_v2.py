@@ -15,13 +15,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from align.config import AgreementOptions, GrpoOptions, LearnerOptions, ModelOptions, OptimizerOptions
 from align.evaluate.agreement import AgreementGate, Disagreement, probe
 from align.evaluate.doctor import Outcome, examine, verdict
 from align.learner.batch import TrainingSequence
 from align.learner.group import LearnerGroup
 from align.learner.objective import Objective
 from align.model.policy import load_tokenizer, write_random_policy
+from align.recipe import AgreementOptions, GrpoOptions, LearnerOptions, ModelOptions, OptimizerOptions
 from rollout import Fleet, FleetOptions, ObjectStore, Prompt, SamplingOptions
 
 ROOT = Path(__file__).parents[2]

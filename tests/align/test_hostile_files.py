@@ -12,15 +12,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from align.config import ModelOptions, load_recipe
-from align.config.pipeline import load_pipeline
-from align.config.reading import check_model_directory
 from align.data.cards import load_card
 from align.data.chat import encode_prompt
 from align.errors import UserError
 from align.evaluate.doctor import Outcome, check_template
 from align.learner.state import _read
 from align.model.policy import load_policy, load_tokenizer
+from align.recipe import ModelOptions, load_recipe
+from align.recipe.pipeline import load_pipeline
+from align.recipe.reading import check_model_directory
 from align.run.checkpoints import CheckpointDirectory, hashed_file
 
 SFT = Path("recipes/nano/sft.yaml")

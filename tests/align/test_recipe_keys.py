@@ -19,16 +19,16 @@ from mypy.options import Options
 from mypy.types import Instance, Type, UnionType, get_proper_type
 from pydantic import BaseModel, ValidationError
 
-from align.config import STAGES
+from align.recipe import STAGES
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("align", "rollout", "reward")
 COMMANDS = {stage: f"align.cli.{stage}" for stage in STAGES}
 CHECKS = (
-    "align.config.reading",
-    "align.config.changes",
-    "align.config.pipeline",
-    "align.stages.preflight",
+    "align.recipe.reading",
+    "align.recipe.changes",
+    "align.recipe.pipeline",
+    "align.session.checks",
     "align.plan",
 )
 """What reads keys to check, compare or print them: that is no effect."""
@@ -192,7 +192,7 @@ def test_every_key_of_a_stage_is_read_by_what_it_runs_or_is_refused(code: Code, 
     keys = list(keys_of(STAGES[stage]))
     sections = {name_of(section) for _, section, _ in keys}
     functions = code.run_by(COMMANDS[stage], (*CHECKS, *([INSIDE[stage]] if stage in INSIDE else [])), sections)
-    assert "align.stages.run.open_run" in functions
+    assert "align.session.run.open_run" in functions
     read = set[tuple[str, str]]().union(*(code.reads[function] for function in functions))
     unread = [
         key

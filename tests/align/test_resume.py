@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from align.config import load_recipe
+from align.recipe import load_recipe
 
 Lines = Callable[[Path], list[dict[str, Any]]]
 SAVE_EVERY = 2

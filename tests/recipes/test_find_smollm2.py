@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from align.config import ModelOptions
 from align.errors import UserError
+from align.recipe import ModelOptions
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ from types import ModuleType
 
 import pytest
 
-from align.config import ModelOptions
 from align.data.instruction_answers import plain_requests, read_answers
 from align.errors import UserError
+from align.recipe import ModelOptions
 from align.run.samples import read_jsonl, write_jsonl
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from align.config import ModelOptions
+from align.recipe import ModelOptions
 from rollout.drill import WitnessedFleet
 
 

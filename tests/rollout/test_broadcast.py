@@ -13,8 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import rollout.broadcast
-from align.config import ModelOptions
 from align.model.checkpoint_names import to_checkpoint
+from align.recipe import ModelOptions
 from rollout import Broadcast, Completion, WeightSource, stored
 from rollout.broadcast import Meeting, Receiver, Sender, meet
 from rollout.drill import Injury, WitnessedFleet

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from align.config import ModelOptions
 from align.model.checkpoint_names import from_checkpoint, to_checkpoint
+from align.recipe import ModelOptions
 from rollout import (
     Broadcast,
     FinishReason,

@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from align.config import ModelOptions
 from align.model.checkpoint_names import to_checkpoint
+from align.recipe import ModelOptions
 from rollout import Completion, RolloutError, stored
 from rollout.drill import HANGS, OPTIONS, Injury, WitnessedFleet
 

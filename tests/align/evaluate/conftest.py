@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from align.config import ModelOptions
 from align.evaluate.hooks import Checkpoint
 from align.model.policy import load_tokenizer, stop_token_ids
+from align.recipe import ModelOptions
 from rollout import Completion, FinishReason, Fleet, FleetOptions, Group, Prompt, SamplingOptions
 
 MAX_LENGTH = 512

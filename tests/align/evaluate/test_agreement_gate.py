@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from align.config import AgreementOptions, GrpoOptions, LearnerOptions, ModelOptions, OptimizerOptions
 from align.evaluate.agreement import AgreementError, AgreementGate, Disagreement, compare, probe
 from align.evaluate.doctor import Outcome, examine_engines
 from align.learner.batch import TrainingSequence, collate
 from align.learner.group import LearnerGroup
 from align.learner.objective import LogProbs, Objective
 from align.model.policy import load_policy
+from align.recipe import AgreementOptions, GrpoOptions, LearnerOptions, ModelOptions, OptimizerOptions
 from rollout import Fleet, FleetOptions, ObjectStore, Prompt, SamplingOptions
 
 PROMPTS = [Prompt(f"p{i}", [1, 40 + i, 60 + 3 * i, 17]) for i in range(8)]

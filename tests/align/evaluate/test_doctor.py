@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
 from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV2Config
 
-from align.config import ModelOptions
 from align.evaluate.doctor import (
     Check,
     DoctorError,
@@ -26,6 +25,7 @@ from align.evaluate.doctor import (
     verdict,
 )
 from align.model.policy import load_tokenizer
+from align.recipe import ModelOptions
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from align.config import ModelOptions
 from align.evaluate.hooks import Checkpoint, run
+from align.recipe import ModelOptions
 from rollout import Fleet
 from rollout.worker import environment
 

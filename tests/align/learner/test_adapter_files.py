@@ -11,10 +11,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from align.config import LearnerOptions, LoraOptions, ModelOptions, OptimizerOptions
 from align.evaluate.agreement import Disagreement, probe
 from align.learner.group import LearnerGroup
 from align.model.policy import load_tokenizer
+from align.recipe import LearnerOptions, LoraOptions, ModelOptions, OptimizerOptions
 from rollout import Fleet, FleetOptions, Prompt, WeightUpdateError
 
 PROMPTS = [Prompt(f"p{i}", [1, 40 + i, 60 + 3 * i, 17]) for i in range(6)]

@@ -9,11 +9,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from align.config import GrpoOptions, LearnerOptions, ModelOptions, OptimizerOptions
 from align.errors import BadNumbersError
 from align.learner.batch import TrainingSequence
 from align.learner.group import LearnerError, LearnerGroup
 from align.learner.objective import Objective
+from align.recipe import GrpoOptions, LearnerOptions, ModelOptions, OptimizerOptions
 
 Draw = Callable[[int], list[TrainingSequence]]
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from align.config import LearnerOptions, ModelOptions, OptimizerOptions
 from align.learner.batch import TrainingSequence
 from align.learner.expert_load import ExpertCounter, load_metrics
 from align.learner.group import LearnerGroup
 from align.learner.objective import Objective
 from align.model.policy import load_policy
+from align.recipe import LearnerOptions, ModelOptions, OptimizerOptions
 
 TOP_K = 2
 EXPERTS = 8

@@ -9,7 +9,6 @@ import torch
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from align.config import LearnerOptions, LoraOptions, ModelOptions, OptimizerOptions
 from align.errors import UserError
 from align.learner.batch import TrainingSequence
 from align.learner.expert_parallel import check_spreadable
@@ -18,6 +17,7 @@ from align.learner.objective import Objective
 from align.learner.pairs import TrainingPair
 from align.learner.reward_model import RewardModelGroup
 from align.model.policy import load_tokenizer
+from align.recipe import LearnerOptions, LoraOptions, ModelOptions, OptimizerOptions
 
 Draw = Callable[[int], list[TrainingSequence]]
 STEPS = 10

@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 
-from align.config import LearnerOptions, ModelOptions, OptimizerOptions
 from align.learner.batch import TrainingSequence, collate
 from align.learner.group import LearnerGroup
 from align.learner.objective import LogProbs, Objective
 from align.model.checkpoint_names import from_checkpoint
 from align.model.policy import load_policy
+from align.recipe import LearnerOptions, ModelOptions, OptimizerOptions
 
 Draw = Callable[[int], list[TrainingSequence]]
 STEPS, RATE, DECAY, CLIP, BETAS = 4, 1e-2, 1.0, 0.5, (0.5, 0.95)

@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from align.config import GrpoOptions, LearnerOptions, ModelOptions, OptimizerOptions
 from align.learner.batch import TrainingSequence, collate
 from align.learner.group import LearnerGroup
 from align.learner.objective import LogProbs, Objective
 from align.losses import grpo_token_loss
 from align.model.checkpoint_names import from_checkpoint
 from align.model.policy import load_policy
+from align.recipe import GrpoOptions, LearnerOptions, ModelOptions, OptimizerOptions
 
 STEPS = 10
 CLIP = 0.5

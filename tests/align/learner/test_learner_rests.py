@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from align.config import GrpoOptions, LearnerOptions, LoraOptions, ModelOptions, OptimizerOptions
 from align.learner.batch import TrainingSequence
 from align.learner.group import LearnerGroup
 from align.learner.objective import Objective
+from align.recipe import GrpoOptions, LearnerOptions, LoraOptions, ModelOptions, OptimizerOptions
 
 OPTIMIZER = OptimizerOptions(learning_rate=1e-3)
 GRPO = GrpoOptions(steps=1, prompts_per_step=1, group_size=2, kl_coefficient=0.1)

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from align.config import LearnerOptions, LoraOptions, ModelOptions, OptimizerOptions
 from align.errors import UserError
 from align.learner.batch import TrainingSequence
 from align.learner.group import LearnerGroup
 from align.learner.objective import Objective
 from align.learner.state import SHARED, own_file
+from align.recipe import LearnerOptions, LoraOptions, ModelOptions, OptimizerOptions
 
 Draw = Callable[[int], list[TrainingSequence]]
 OPTIMIZER = OptimizerOptions(learning_rate=1e-3, weight_decay=0.01)

@@ -10,12 +10,12 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from align.config import GrpoOptions, LearnerOptions, LoraOptions, ModelOptions, OptimizerOptions
 from align.learner.batch import TrainingSequence, collate
 from align.learner.group import LearnerGroup
 from align.learner.objective import LogProbs, Objective, Sums
 from align.losses import grpo_token_loss
 from align.model.checkpoint_names import to_checkpoint
+from align.recipe import GrpoOptions, LearnerOptions, LoraOptions, ModelOptions, OptimizerOptions
 
 STEPS = 6
 CLIP = 0.5

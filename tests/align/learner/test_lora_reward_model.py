@@ -8,9 +8,9 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 
-from align.config import LearnerOptions, LoraOptions, ModelOptions, OptimizerOptions
 from align.learner.pairs import TrainingPair
 from align.learner.reward_model import RewardModelGroup
+from align.recipe import LearnerOptions, LoraOptions, ModelOptions, OptimizerOptions
 from reward.learned import _load
 
 EOS = 1

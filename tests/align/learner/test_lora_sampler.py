@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from align.config import LearnerOptions, LoraOptions, ModelOptions, OptimizerOptions
 from align.evaluate.agreement import Disagreement, probe
 from align.learner.group import LearnerGroup
+from align.recipe import LearnerOptions, LoraOptions, ModelOptions, OptimizerOptions
 from rollout import Fleet, FleetOptions, ObjectStore, Prompt, WeightUpdateError, stored
 
 PROMPTS = [Prompt(f"p{i}", [1, 40 + i, 60 + 3 * i, 17]) for i in range(6)]

@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers import DeepseekV2Config
 
-from align.config import LearnerOptions, ModelOptions, OptimizerOptions
 from align.learner.group import LearnerGroup
 from align.model.checkpoint_names import to_checkpoint
 from align.model.policy import load_policy, load_tokenizer
+from align.recipe import LearnerOptions, ModelOptions, OptimizerOptions
 from rollout import Directory, ObjectStore
 
 NANO = Path(__file__).parents[3] / "recipes" / "nano" / "policy"

@@ -12,13 +12,13 @@ from safetensors import safe_open
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from align.config import LearnerOptions, ModelOptions, OptimizerOptions
 from align.errors import UserError
 from align.learner.batch import in_order, plan_micro_batches, share_out, whole_rows
 from align.learner.pairs import TrainingPair, collate_pairs
 from align.learner.reward_model import PairLoss, PairSums, RewardModelGroup
 from align.model.policy import load_tokenizer
 from align.model.reward_model import load_reward_model, padding_token_id, tokenizer_hash
+from align.recipe import LearnerOptions, ModelOptions, OptimizerOptions
 
 STEPS = 6
 CLIP = 0.5

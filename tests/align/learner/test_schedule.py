@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from align.config import OptimizerOptions
 from align.learner.schedule import learning_rate
+from align.recipe import OptimizerOptions
 
 TOP = 2e-3
 

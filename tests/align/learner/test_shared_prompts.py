@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, PretrainedConfig, Qwen3MoeConfig
 
-from align.config import GrpoOptions, LearnerOptions, LoraOptions, ModelOptions, OptimizerOptions
 from align.learner.batch import (
     TrainingSequence,
     collate,
@@ -23,6 +22,7 @@ from align.learner.batch import (
 from align.learner.group import LearnerGroup
 from align.learner.objective import LogProbs, Objective
 from align.model.policy import load_policy
+from align.recipe import GrpoOptions, LearnerOptions, LoraOptions, ModelOptions, OptimizerOptions
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64,

@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from align.config import GrpoOptions, LearnerOptions, ModelOptions, OptimizerOptions
 from align.learner.batch import TrainingSequence
 from align.learner.expert_load import ExpertCounter
 from align.learner.objective import LogProbs, Objective
 from align.learner.worker import LearnerWorker, checkpoint_in_every_mode
+from align.recipe import GrpoOptions, LearnerOptions, ModelOptions, OptimizerOptions
 
 TEMPERATURE = 0.7
 RATE, DECAY = 0.1, 0.5

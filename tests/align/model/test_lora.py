@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from align.cli import main
-from align.config import LoraOptions, ModelOptions, check_model_directory
 from align.errors import UserError
 from align.model.lora import (
     AddedOnce,
@@ -28,6 +27,7 @@ from align.model.lora import (
 from align.model.merging import merge_adapter
 from align.model.policy import load_policy, load_tokenizer, save_policy, write_random_policy
 from align.model.reward_model import load_reward_model
+from align.recipe import LoraOptions, ModelOptions, check_model_directory
 
 IDS = torch.arange(3, 43).reshape(2, 20)
 LAYERS, MOE = range(4), (1, 2, 3)

@@ -26,9 +26,9 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from align.config import LoraOptions, ModelOptions
 from align.model.lora import add_adapter, save_adapter
 from align.model.policy import load_policy, load_tokenizer, probe_logits, save_policy
+from align.recipe import LoraOptions, ModelOptions
 
 ROOT = Path(__file__).parents[3]
 OLDER_PYTHON = ROOT / ".venv-transformers4/bin/python"

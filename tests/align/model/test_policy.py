@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, Gemma3Config, Gemma3ForConditionalGeneration, LlamaConfig, LlamaForCausalLM
 
-from align.config import ModelOptions
 from align.errors import UserError
 from align.model.policy import load_tokenizer, save_policy, stop_token_ids
+from align.recipe import ModelOptions
 
 NANO = Path(__file__).parents[3] / "recipes/nano/policy"
 CHATML = (

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from align.config import LoraOptions, ModelOptions
 from align.model.lora import add_adapter, save_adapter
 from align.model.policy import load_policy, load_tokenizer, save_policy
+from align.recipe import LoraOptions, ModelOptions
 
 
 @pytest.fixture(params=[0o022, 0o027], ids=["022", "027"])

@@ -14,16 +14,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from align.config import ModelOptions, PolicyRecipe, load_recipe
 from align.evaluate.problems import Evaluation
 from align.learner.batch import TrainingSequence
 from align.learner.objective import Objective, Sums
 from align.model.policy import load_tokenizer
+from align.recipe import ModelOptions, PolicyRecipe, load_recipe
 from align.run.checkpoints import hashed_file
+from align.session.engines import Engines
+from align.session.run import Run, open_run
 from align.stages import grpo, sft
-from align.stages.engines import Engines
 from align.stages.held_out import HeldOut
-from align.stages.run import Run, open_run
 from reward import Mixture, RewardTerm, Sample, SampleReward, Score, Verdict
 from rollout import Completion, FinishReason, Group, ObjectStore, Prompt, SamplingOptions
 
@@ -219,7 +219,7 @@ def train(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Stag
         monkeypatch.setattr(module, "start_learner", start)
         monkeypatch.setattr(HeldOut, "check_agreement", lambda self, learner, when: stage.checked.append(when))
         monkeypatch.setattr(HeldOut, "evaluate", lambda self, when, step: rated(when))
-        monkeypatch.setattr("align.stages.run.check_machine", lambda **_: None)
+        monkeypatch.setattr("align.session.run.check_machine", lambda **_: None)
         fleet = FakeFleet(write)
         tokenizer = load_tokenizer(recipe.model.path)
 

@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 
-from align.config import AlarmOptions
 from align.errors import BadNumbersError
 from align.evaluate.problems import Answer
+from align.recipe import AlarmOptions
 from align.run import MetricsLog, Progress, RunDirectory
 from align.run.checkpoints import CheckpointDirectory
+from align.session.run import Run
+from align.session.signals import StopRequest
 from align.stages.alarms import Alarms, SeenSample, no_history
 from align.stages.bad_numbers import BadSamples, bad_samples
-from align.stages.run import Run
-from align.stages.stop import StopRequest
 from reward import SampleReward, Verdict
 from rollout import Completion, FinishReason
 

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
-from align.config import ModelOptions
 from align.data.types import Example, Message, Preference
 from align.errors import UserError
 from align.evaluate.problems import encode_prompts
 from align.model.policy import load_tokenizer
+from align.recipe import ModelOptions
 from align.stages import pairs, sft
 
 MESSAGES: tuple[Message, ...] = ({"role": "user", "content": "Q"},)

@@ -11,14 +11,15 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from align.config import STAGES
 from align.data import load_card, load_split
+from align.data.drawing import Source, drawn, items_of_step, shares
 from align.errors import UserError
 from align.model.policy import load_tokenizer
-from align.stages.examples import Source, drawn, entries_of, items_of_step, shares
+from align.recipe import STAGES
+from align.session.run import open_run
+from align.stages.examples import entries_of
 from align.stages.grpo import load_grpo_data
 from align.stages.preferences import load_prompts
-from align.stages.run import open_run
 from align.stages.sft import load_sft_data
 
 

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from align.data.drawing import items_of_step
 from align.evaluate.agreement import AgreementError
 from align.learner.schedule import learning_rate
-from align.stages.examples import items_of_step
 
 SMALL = ("grpo.steps=2", "grpo.prompts_per_step=2", "grpo.group_size=4", "evaluation.before=false")
 REWARDS = ((0.0, 1.0, 1.0, 4.0), (2.0, 2.0, 2.0, 2.0))

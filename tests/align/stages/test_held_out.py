@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from align.config import load_recipe
 from align.model.policy import load_tokenizer
+from align.recipe import load_recipe
 from align.stages.held_out import load_problems
 
 

@@ -9,15 +9,15 @@ from unittest.mock import MagicMock, call
 
 import pytest
 
-from align.config import GrpoRecipe, SftRecipe, load_recipe
 from align.errors import UserError
 from align.model.policy import load_tokenizer
+from align.recipe import GrpoRecipe, SftRecipe, load_recipe
+from align.session.checks import check_names
+from align.session.engines import Engines
+from align.session.run import open_run
 from align.stages import grpo
 from align.stages.commands import with_engines_of
-from align.stages.engines import Engines
 from align.stages.held_out import HeldOut, load_problems
-from align.stages.preflight import check_names
-from align.stages.run import open_run
 from reward import Sample, SampleReward, Score, Verdict
 from rollout import Completion, FinishReason, Group, Prompt
 

@@ -5,7 +5,7 @@ from random import Random
 
 import pytest
 
-from align.config import GuardOptions
+from align.recipe import GuardOptions
 from align.stages.over_optimisation import OverOptimisationGuard
 from reward import SampleReward, Score, Verdict
 

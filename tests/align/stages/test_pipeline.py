@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from align.config import GrpoRecipe, MachineOptions, Pipeline, PlannedStage, dump_recipe, load_pipeline
 from align.errors import UserError
+from align.recipe import GrpoRecipe, MachineOptions, Pipeline, PlannedStage, dump_recipe, load_pipeline
 from align.run import RunDirectory, read_status
+from align.session.checks import check_names
+from align.session.run import open_run
 from align.stages.pipeline import forget, run_pipeline, stages_to_run
-from align.stages.preflight import check_names
-from align.stages.run import open_run
 
 ROOT = Path(__file__).parents[3]
 STAGES = """\

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from align.config import PreferencesRecipe
 from align.data.types import Example
 from align.evaluate.problems import Answer
+from align.recipe import PreferencesRecipe
 from align.stages.preferences import pairs_of
 from reward import SampleReward, Verdict
 from rollout import Completion, FinishReason

@@ -12,17 +12,17 @@ import torch
 import yaml
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from align.config import ModelOptions, RewardModelRecipe, load_recipe
 from align.data.chat import encode_example
 from align.errors import UserError
 from align.evaluate.doctor import DoctorError, examine, verdict
 from align.model.policy import load_tokenizer
+from align.recipe import ModelOptions, RewardModelRecipe, load_recipe
 from align.run import read_samples
-from align.stages.engines import prepare_policy
+from align.session.checks import check_names
+from align.session.engines import prepare_policy
+from align.session.run import open_run
 from align.stages.pairs import load_reward_model_data
-from align.stages.preflight import check_names
 from align.stages.reward_model import show, train_reward_model
-from align.stages.run import open_run
 from reward import Mixture, RewardTerm, Sample
 
 NANO = Path(__file__).parents[3] / "recipes" / "nano" / "policy"

@@ -1,0 +1,201 @@
+"""Recipes from YAML files and `key=value` overrides, with errors that name the file, the line and the key."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from align.errors import UserError
+from align.recipe.options import STAGES, GrpoRecipe, ModelOptions, PolicyRecipe, Recipe, RewardModelRecipe
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = (), *, pending: Path | None = None) -> Recipe:
+    """Read and check a recipe. Raises UserError that names the file, the line and the key of a mistake.
+
+    Files below `pending` need not be there yet.
+    """
+    values, lines = read_yaml(path)
+    for override in overrides:
+        apply_override(values, override)
+    stage = values.get("stage")
+    if stage not in STAGES:
+        raise UserError(f"{path}: stage must be one of {', '.join(STAGES)}, but is {stage!r}")
+    single = isinstance(values.get("data"), dict)
+    try:
+        recipe = STAGES[stage].model_validate(values)
+    except ValidationError as error:
+        raise UserError("\n".join(explain(error, path, lines, STAGES[stage], single_data=single))) from None
+    check_files(recipe, path, lines, pending)
+    return recipe
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML that `load_recipe` reads back to an equal one."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
+    """The mapping in a YAML file, and the line of each of its keys by path."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        near = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        raise UserError(f"{path}: no such recipe" + (f"; there are {', '.join(near)}" if near else "")) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as a recipe: {error}") from None
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: a recipe is a mapping of keys to values")
+    lines: dict[tuple[str, ...], int] = {}
+    collect_lines(node, (), lines, path)
+    return values, lines
+
+
+def collect_lines(node: yaml.Node | None, at: tuple[str, ...], lines: dict[tuple[str, ...], int], path: Path) -> None:
+    """Note the line of every key below `node`; a key given twice is refused."""
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            here = (*at, str(key.value))
+            if here in lines:
+                raise UserError(
+                    f"{path}, line {key.start_mark.line + 1}: {'.'.join(here)} is given twice "
+                    f"(first on line {lines[here]})"
+                )
+            lines[here] = key.start_mark.line + 1
+            collect_lines(value, here, lines, path)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            lines[(*at, str(index))] = item.start_mark.line + 1
+            collect_lines(item, (*at, str(index)), lines, path)
+
+
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Set `a.b.c=value` (the value is read as YAML) in a nested mapping."""
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise UserError(f"{override!r}: an override has the form key=value, for example grpo.steps=20")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{override!r}: the value is not valid YAML: {error}") from None
+    *parents, last = key.split(".")
+    at: Any = values
+    for parent in parents:
+        if isinstance(at, list) and parent.isdigit() and int(parent) < len(at):
+            at = at[int(parent)]
+        elif isinstance(at, dict):
+            at = at.setdefault(parent, {})
+    if isinstance(at, list) and last.isdigit() and int(last) < len(at):
+        at[int(last)] = value
+    elif isinstance(at, dict):
+        at[last] = value
+    else:
+        raise UserError(f"{override!r}: {'.'.join(parents)} is a single value and has no key {last!r}")
+
+
+def explain(
+    error: ValidationError,
+    path: Path,
+    lines: Mapping[tuple[str, ...], int],
+    model: type[BaseModel],
+    *,
+    single_data: bool,
+) -> list[str]:
+    """One line for each mistake: where it is, what is wrong, and the nearest known key."""
+    messages = []
+    for problem in error.errors():
+        at = tuple(str(part) for part in problem["loc"])
+        if single_data and at[:2] == ("data", "0"):
+            at = ("data", *at[2:])
+        line = next((lines[at[:n]] for n in range(len(at), 0, -1) if at[:n] in lines), None)
+        where = f"{path}, line {line}: " if at and at in lines else f"{path}: "
+        key = ".".join(at)
+        if problem["type"] == "extra_forbidden":
+            known = known_keys(model, at[:-1])
+            near = difflib.get_close_matches(at[-1], known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+            messages.append(f"{where}unknown key {key!r}; {hint}")
+        elif problem["type"] == "missing":
+            after = f" (the section begins on line {line})" if line else ""
+            messages.append(f"{path}: missing key {key!r}{after}")
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            given = "" if isinstance(problem["input"], dict | BaseModel) else f", not {problem['input']!r}"
+            messages.append(f"{where}{key + ': ' if key else ''}{message}{given}")
+    return messages
+
+
+def known_keys(model: type[BaseModel], at: Sequence[str]) -> list[str]:
+    """The keys of the section at a path."""
+    for part in at:
+        if part.isdigit():
+            continue
+        annotation = model.model_fields[part].annotation
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        nested = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+        if not nested:
+            return []
+        model = nested[0]
+    return list(model.model_fields)
+
+
+def check_files(recipe: Recipe, path: Path, lines: Mapping[tuple[str, ...], int], pending: Path | None) -> None:
+    """Refuse files and directories that a recipe names and that are not there."""
+    for key, file in named_files(recipe).items():
+        if pending is not None and file.is_relative_to(pending):
+            continue
+        if not file.exists():
+            line = f", line {lines[key]}" if key in lines else ""
+            raise UserError(f"{path}{line}: {'.'.join(key)} names {file}, which does not exist")
+    model = Path(recipe.model.path)
+    if model.is_dir() and not (pending is not None and model.is_relative_to(pending)):
+        check_model_directory(model, recipe.model)
+
+
+def named_files(recipe: Recipe) -> dict[tuple[str, ...], Path]:
+    """What a recipe names on this machine, by key. A model may be a name on the hub instead."""
+    named: dict[tuple[str, ...], Path | None] = {
+        ("data", "path") if len(recipe.data) == 1 else ("data", str(index), "path"): data.path
+        for index, data in enumerate(recipe.data)
+    }
+    if isinstance(recipe, PolicyRecipe):
+        named[("evaluation", "path")] = recipe.evaluation.path
+        if recipe.evaluation.against is not None:
+            named[("evaluation", "against", "run")] = recipe.evaluation.against.run
+    if isinstance(recipe, GrpoRecipe):
+        named |= {("init_from",): recipe.init_from, ("reference",): recipe.reference}
+    if isinstance(recipe, RewardModelRecipe):
+        named[("init_from",)] = recipe.init_from
+    model = Path(recipe.model.path)
+    local = model.is_absolute() or recipe.model.path.startswith((".", "~"))
+    if local or (model.parent.is_dir() and len(model.parts) > 2):
+        named[("model", "path")] = model
+    return {key: file for key, file in named.items() if file is not None}
+
+
+def check_model_directory(directory: Path, options: ModelOptions) -> None:
+    """Refuse a model directory that lacks its configuration, tokenizer or weights."""
+    if (directory / "adapter_config.json").is_file():
+        raise UserError(
+            f"model.path: {directory} is an adapter, not a model; give the checkpoint that it lies in, into which it is merged "
+            "already, or make one with `align merge ADAPTER OUT`"
+        )
+    if not (directory / "config.json").is_file():
+        raise UserError(f"model.path: {directory} has no config.json; give a Hugging Face model directory")
+    if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise UserError(
+            f"model.path: {directory} has no tokenizer (tokenizer.json); copy the tokenizer files of the model beside "
+            "its weights"
+        )
+    if options.init == "pretrained" and not any(directory.glob("*.safetensors")):
+        raise UserError(
+            f"model.path: {directory} has no weights (*.safetensors); give a trained model, "
+            "or set model.init=random to draw new weights from the seed"
+        )

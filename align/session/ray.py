@@ -1,0 +1,171 @@
+"""Ray for the time of a run: a cluster of this machine alone that is watched, or one that others have started."""
+
+import ipaddress
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from urllib.parse import urlsplit
+
+import torch
+
+from align.errors import RayDiedError, UserError
+from align.model.policy import first_line
+from align.run.watcher import watched
+from align.session.signals import SIGNALS
+
+OBJECT_STORE_BYTES = 256 * 2**20
+HEAD = ("gcs_server", "raylet")
+"""Ray's processes without which nothing goes on."""
+LOOK_S = 1.0
+PATIENCE_S = 10.0
+DEAD = "Ray itself died: its process {name} ended with status {status}; `align resume RUN` goes on from the last checkpoint"
+
+
+@contextmanager
+def local_ray() -> Iterator[None]:
+    """Ray for the time of a run: the cluster of RAY_ADDRESS where that is set, else one of this machine on loopback."""
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        # In a cluster of others Ray itself ends the actors of a driver that is gone.
+        with _joined(address):
+            yield
+    else:
+        with watched(), _started():
+            yield
+
+
+@contextmanager
+def _joined(address: str) -> Iterator[None]:
+    import ray
+
+    check_address(address, os.environ.get("RAY_AUTH_MODE"))
+    try:
+        with kept_signal_handlers():
+            ray.init(log_to_driver=False)
+    except (ConnectionError, ray.exceptions.AuthenticationError) as error:
+        raise UserError(f"RAY_ADDRESS={address}: {first_line(error)}") from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _started() -> Iterator[None]:
+    import ray
+    from ray._private import ray_constants
+
+    # Where Ray knows no clusters it listens on loopback alone; asked for 127.0.0.1 it would take the host's address.
+    # The variable tells the processes it starts; this one has read it already.
+    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    with kept_signal_handlers():
+        start_node()
+    head = _Head()
+    try:
+        with head.watched():
+            yield
+    finally:
+        ray.shutdown()
+        head.over.set()
+
+
+class _Head:
+    """The processes of this machine's own Ray."""
+
+    def __init__(self) -> None:
+        from ray._private import worker
+
+        started = worker._global_node.all_processes
+        self._processes = {name: started[name][0].process for name in HEAD}
+        self._died: str | None = None
+        self.over = threading.Event()
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Raise RayDiedError in the main thread when one of them ends: Ray's calls would wait for a minute, or for ever.
+
+        Unless `over` is set soon after that, the main thread waits for what is gone, and the process ends with status 1.
+        """
+        before = signal.signal(signal.SIGUSR1, self._raise)
+        thread = threading.Thread(target=self._watch, daemon=True)
+        thread.start()
+        try:
+            yield
+        except Exception:
+            # What fails for want of Ray is no news; and native code makes another error of one that is raised while it runs.
+            if self._died is not None:
+                raise RayDiedError(self._died) from None
+            raise
+        finally:
+            if self._died is None:
+                self.over.set()
+                thread.join()
+            signal.signal(signal.SIGUSR1, before)
+
+    def _watch(self) -> None:
+        while self._died is None:
+            if self.over.wait(LOOK_S):
+                return
+            for name, process in self._processes.items():
+                if process.poll() is not None:
+                    self._died = DEAD.format(name=name, status=process.returncode)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+        if not self.over.wait(PATIENCE_S):
+            print(f"stopped: {self._died}", file=sys.stderr, flush=True)
+            os._exit(1)
+
+    def _raise(self, *_: object) -> None:
+        raise RayDiedError(self._died)
+
+
+def check_address(address: str, auth_mode: str | None) -> None:
+    """Raise UserError for a cluster that others can reach and that asks for no token: whoever reaches it runs what he likes."""
+    if address == "local" or (auth_mode or "").lower() == "token":
+        return
+    host = urlsplit(address if "://" in address else f"//{address}").hostname or ""
+    try:
+        loopback = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        loopback = host == "localhost"
+    if not loopback:
+        raise UserError(
+            f"RAY_ADDRESS={address} is a cluster on a network and RAY_AUTH_MODE is not 'token': anyone who reaches it could run "
+            "code there. Start its nodes with RAY_AUTH_MODE=token and set the same here; docs/cluster.md has the commands"
+        )
+
+
+@contextmanager
+def kept_signal_handlers() -> Iterator[None]:
+    """Ray takes SIGTERM for itself when it starts; a run has to hear of it."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def start_node(attempts: int = 5) -> None:
+    """Start Ray on this machine. It gives itself 30 seconds, which are too few on a busy one: then it is tried again."""
+    import ray
+
+    for attempt in range(1, attempts + 1):
+        try:
+            ray.init(
+                num_cpus=os.cpu_count(),
+                num_gpus=torch.cuda.device_count(),
+                object_store_memory=OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="ERROR",
+            )
+            return
+        except Exception as error:  # Ray raises nothing more specific
+            ray.shutdown()
+            if attempt == attempts or "timed out during startup" not in str(error):
+                raise

@@ -1,0 +1,288 @@
+"""A run: its directory, metrics and display, how it begins or goes on, and how it ends."""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from align.errors import UserError
+from align.evaluate.problems import Evaluation
+from align.recipe import Recipe, SamplingRecipe, TrainingRecipe, differences, dump_recipe, load_recipe
+from align.run import (
+    MetricsLog,
+    Progress,
+    RunDirectory,
+    check_machine,
+    cut,
+    environment_record,
+    json_line,
+    read_jsonl,
+    read_status,
+    save_stacks,
+    synced_size,
+    write_samples,
+)
+from align.run.checkpoints import Checkpoint, CheckpointDirectory, DamagedCheckpointError
+from align.session.checks import check_ready
+from align.session.signals import StopRequest
+
+RESUMABLE = ("running", "interrupted", "failed")
+PACKAGES = ("align", "rollout", "reward")
+
+
+@dataclass(slots=True)
+class Run:
+    """Where a stage writes and what it shows. `resume` is the checkpoint from which it goes on, where there is one."""
+
+    directory: RunDirectory
+    metrics: MetricsLog
+    checkpoints: CheckpointDirectory
+    progress: Progress
+    stop: StopRequest
+    resume: Checkpoint | None = None
+
+    def rewind(self) -> None:
+        """Go back to the last whole checkpoint, or to the beginning where there is none yet, and say so.
+
+        What was measured after it is cut off. Raises UserError when there are checkpoints and none is whole.
+        """
+        damages: list[str] = []
+        self.checkpoints.sweep()
+        try:
+            self.resume = self.checkpoints.newest(damages.append)
+        except DamagedCheckpointError as error:
+            told = "; ".join([*damages, str(error)])
+            raise UserError(
+                f"{told}. What the run has measured is untouched; run.overwrite=true starts it again from the beginning"
+            ) from None
+        done = self.resume.step if self.resume else 0
+        for file in self._logs:
+            cut(file, int(self.resume.facts["positions"][file.name]) if self.resume else 0)
+        for file in self.directory.samples_directory.glob("step_*.parquet"):
+            if int(file.stem.removeprefix("step_")) > done:
+                file.unlink()
+        self.metrics.purge(done + 1)
+        for damage in damages:
+            self.warn(damage)
+        text = f"resuming from step {done}" if self.resume else "nothing of it was saved yet, so it begins at step 0"
+        self.progress.note(f"{self.directory.path.name}: {text}")
+        self.metrics.event("resumed", text, step=done)
+
+    def positions(self) -> dict[str, int]:
+        """How long the logs are, once they are on the disk."""
+        return {file.name: synced_size(file) for file in self._logs}
+
+    @property
+    def _logs(self) -> list[Path]:
+        return [self.directory.metrics_file, self.directory.events_file, self.directory.evaluations_file]
+
+    def record_step(self, stage: str, step: int, metrics: Mapping[str, float], shown: Sequence[str]) -> None:
+        """Write the metrics of a step and show some of them; tell where a bad gradient kept the weights as they were.
+
+        Raises KeyboardInterrupt when the run was asked to stop.
+        """
+        if "gradient_norm" in metrics:
+            skipped = not isfinite(metrics["gradient_norm"])
+            metrics = {**metrics, "skipped_update": float(skipped)}
+            if skipped:
+                self.warn(f"{stage} step {step}: the gradient was not finite, so that its update was left out")
+        self.metrics.write(step, stage, metrics)
+        self.progress.step(step, {name: metrics[name] for name in shown if name in metrics})
+        self.stop.check()
+
+    def warn(self, text: str, **data: Any) -> None:
+        """A warning: a line on the terminal and an event of the run, with `data`."""
+        self.progress.warn(text)
+        self.metrics.event("warning", text, **data)
+
+    def tell(self, kind: str, text: str, **data: Any) -> None:
+        """A line on the terminal and an event of the run, of a kind of its own, with `data`."""
+        self.progress.note(text)
+        self.metrics.event(kind, text, **data)
+
+    def record_evaluation(self, stage: str, step: int, name: str, evaluation: Evaluation, split: str = "") -> None:
+        """Write an evaluation of answers, and say what came of it; `split` where it is not the one of the stage's others."""
+        facts: dict[str, Any] = {"problems": evaluation.problems, "verdicts": dict(evaluation.verdicts)}
+        facts |= {"too_long": evaluation.too_long} if evaluation.too_long else {}
+        facts |= {"split": split} if split else {}
+        self.record_numbers(stage, step, name, evaluation.summary(), evaluation.rows, facts)
+        self.progress.note(f"{name}: {describe(evaluation)}")
+
+    def recorded(self, name: str, domains: Sequence[str]) -> Evaluation | None:
+        """The evaluation `name` of problems of these domains, where the run has made it already; without its rows."""
+        return recorded_evaluations(self.directory, domains).get(name)
+
+    def record_numbers(
+        self,
+        stage: str,
+        step: int,
+        name: str,
+        numbers: Mapping[str, float],
+        rows: Sequence[Mapping[str, Any]] = (),
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write what an evaluation found: its numbers, also among the metrics, its rows, and other facts about it."""
+        if rows:
+            write_samples(self.directory.evaluations_directory / f"{name}.parquet", rows)
+        with self.directory.evaluations_file.open("a", encoding="utf-8") as file:
+            record = {"stage": stage, "step": step, "name": name, **numbers, **(facts or {})}
+            file.write(json_line(record) + "\n")
+        split = (facts or {}).get("split", "evaluation")
+        self.metrics.write(step, stage, {f"{split}/{key}": value for key, value in numbers.items()})
+
+
+def recorded_evaluations(directory: RunDirectory, domains: Sequence[str]) -> dict[str, Evaluation]:
+    """The evaluations of answers that a run has recorded, by name; without their rows."""
+    file = directory.evaluations_file
+    records = read_jsonl(file) if file.exists() else []
+    return {r["name"]: Evaluation.of_record(r, domains) for r in records if "accuracy" in r and "verdicts" in r}
+
+
+def describe(evaluation: Evaluation) -> str:
+    """An evaluation in a line."""
+    domains = ", ".join(f"{name} {value:.1%}" for name, value in evaluation.by_domain.items())
+    by_domain = f" ({domains})" if len(evaluation.by_domain) > 1 else ""
+    sampled = "".join(f", pass@{k} {value:.1%}" for k, value in evaluation.pass_at.items())
+    rates = "".join(f", {name} {value:.1%}" for name, value in main_rates(evaluation).items())
+    too_long = evaluation.too_long
+    not_asked = f"; {too_long} have prompts that are too long, and count as not right" if too_long else ""
+    return f"{evaluation.accuracy:.1%} of {evaluation.problems} held-out problems right{by_domain}{sampled}{rates}{not_asked}"
+
+
+def main_rates(evaluation: Evaluation) -> dict[str, float]:
+    """The rates that a line has room for: those of every single kind, such as "accuracy/kind/title", are in the report."""
+    return {name: value for name, value in evaluation.rates.items() if name.count("/") < 2}
+
+
+def compare_stages(progress: Progress, evaluations: Mapping[str, Evaluation]) -> None:
+    """Print the evaluations of a run one below the other."""
+    domains = list(dict.fromkeys(name for e in evaluations.values() for name in e.by_domain if len(e.by_domain) > 1))
+    ks: Sequence[int] = sorted({k for evaluation in evaluations.values() for k in evaluation.pass_at})
+    rates = list(dict.fromkeys(name for e in evaluations.values() for name in main_rates(e)))
+    rows = [
+        [
+            name,
+            f"{e.accuracy:.1%}",
+            *(f"{e.by_domain[name]:.1%}" if name in e.by_domain else "" for name in domains),
+            *(f"{e.pass_at[k]:.1%}" if k in e.pass_at else "" for k in ks),
+            *(f"{e.rates[name]:.1%}" if name in e.rates else "" for name in rates),
+            f"{e.mean_length:.1f}",
+        ]
+        for name, e in evaluations.items()
+    ]
+    columns = ["policy", "greedy accuracy", *domains, *(f"pass@{k}" for k in ks), *rates, "tokens an answer"]
+    progress.table("held-out problems", columns, rows)
+
+
+@contextmanager
+def open_run(recipe: Recipe, path: Path | None = None, outer: Run | None = None) -> Iterator[Run]:
+    """Own the run of a recipe, a new one or one that was interrupted; note how it ended. Ctrl-C and SIGTERM end it cleanly.
+
+    With `path` and `outer` it is a stage inside another run. Raises UserError before anything is written when the
+    machine is too small, an evaluation's server does not answer or the directory holds another run. A UserError before the
+    first metrics takes a new run back.
+    """
+    check_machine(
+        cores=recipe.machine.cores,
+        memory_gb=recipe.machine.memory_gb,
+        hint="rollout.workers, rollout.kv_cache_gb and learner.ranks lower what is needed; then lower machine.cores and "
+        "machine.memory_gb to match",
+    )
+    check_ready(recipe)
+    directory, changed = own_directory(recipe, path or recipe.directory)
+    goes_on = changed is not None
+    directory.save_recipe(dump_recipe(recipe))
+    directory.save_environment(environment_record())
+    directory.enter(recipe.stage)
+    keep = recipe.keep_checkpoints if isinstance(recipe, TrainingRecipe) else 1
+    parts = directory, MetricsLog(directory), CheckpointDirectory(directory.checkpoints_directory, keep=keep)
+    metrics = parts[1]
+    try:
+        with ExitStack() as stack:
+            if outer is None:
+                progress = stack.enter_context(Progress(log=directory.log_file))
+                stop = stack.enter_context(StopRequest(recipe.run.grace_s))
+            else:
+                progress, stop = outer.progress, outer.stop
+            run = Run(*parts, progress, stop)
+            stack.enter_context(logged_warnings(run))
+            if goes_on:
+                run.rewind()
+                for key in changed or ():
+                    run.warn(f"going on with another recipe: {key}")
+            yield begun(run, recipe)
+    except KeyboardInterrupt:
+        directory.interrupt()
+        raise
+    except UserError as error:
+        metrics.close()
+        if goes_on or directory.has_metrics:
+            directory.fail(error)
+        else:
+            directory.discard()
+        raise
+    except BaseException as error:
+        file = save_stacks(directory, getattr(error, "stacks", ""))
+        metrics.event("error", str(error), type=type(error).__name__, **({"stacks": file} if file else {}))
+        directory.fail(error)
+        raise
+    else:
+        directory.finish()
+    finally:
+        metrics.close()
+
+
+@contextmanager
+def logged_warnings(run: Run) -> Iterator[None]:
+    """Make warnings of the run of what these packages log in this process: of the innermost run, where one is inside another.
+
+    `extra={"facts": {...}}` of a logging call becomes the data of the event.
+    """
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: run.warn(record.getMessage(), **getattr(record, "facts", {}))  # type: ignore[method-assign]
+    loggers = [logging.getLogger(name) for name in PACKAGES]
+    before = [logger.handlers for logger in loggers]
+    for logger in loggers:
+        logger.handlers = [handler]
+    try:
+        yield
+    finally:
+        for logger, handlers in zip(loggers, before, strict=True):
+            logger.handlers = handlers
+
+
+def own_directory(recipe: Recipe, path: Path) -> tuple[RunDirectory, list[str] | None]:
+    """The directory of a run; and for one that goes on what has changed of its recipe, None for a new one.
+
+    An interrupted run of a stage that trains goes on. Raises UserError where the directory holds another run, finished or
+    of another recipe.
+    """
+    status, there = read_status(path), RunDirectory(path.expanduser().absolute())
+    resumable = status is not None and status["state"] in RESUMABLE and isinstance(recipe, TrainingRecipe)
+    if recipe.run.overwrite or not resumable or not there.recipe_file.exists():
+        return RunDirectory.create(path, overwrite=recipe.run.overwrite), None
+    changed = refuse_changes(there, recipe)
+    return RunDirectory.reopen(path), changed
+
+
+def refuse_changes(directory: RunDirectory, recipe: Recipe) -> list[str]:
+    """What has changed of a run's recipe. Raises UserError where anything has and the recipe does not allow it."""
+    changed = differences(load_recipe(directory.recipe_file, pending=directory.path), recipe)
+    if changed and not recipe.run.allow_changes:
+        raise UserError(
+            f"{directory.path} holds an interrupted run of another recipe: {'; '.join(changed)}. Go on with that recipe "
+            f"(`align resume {directory.path}`), replace the run with run.overwrite=true, or go on with this recipe with "
+            "run.allow_changes=true"
+        )
+    return changed
+
+
+def begun(run: Run, recipe: Recipe) -> Run:
+    """The run, once it has on record what its user took upon himself."""
+    for term in recipe.rewards if isinstance(recipe, SamplingRecipe) else ():
+        if term.params.get("unsafe_no_isolation"):
+            run.warn(f"reward {term.component} runs model-written code with this user's rights (unsafe_no_isolation)")
+    return run

@@ -1,0 +1,190 @@
+"""The steps of a stage that trains: where they begin, when a checkpoint of them is written, and that it is of the same run."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+from align.data.drawing import Source
+from align.errors import UserError
+from align.learner.group import LearnerDiedError, RankGroup
+from align.model.policy import first_line
+from align.recipe import ModelOptions, TrainingRecipe, dump_recipe
+from align.run.checkpoints import Checkpoint, Entry, hash_files
+from align.session.run import Run
+
+MODEL = "model"
+BAD_UPDATES = "bad_updates"
+BEST = "best"
+SAMPLED_BYTES = 2**20
+FAILURES = 3
+RESTARTS = 3
+
+T = TypeVar("T")
+
+
+class SavingError(Exception):
+    """Checkpoint after checkpoint could not be written."""
+
+
+class Steps:
+    """The steps that are still to be made, as numbers from 0; ends the learner when the block ends.
+
+    A checkpoint is written every `save_every` steps, after the last one, after the best one so far, and when the run is told to
+    stop: then the step that is being made ends first, where `run.grace_s` allows. `state` is what the stage itself has to
+    remember, ready for JSON.
+    """
+
+    def __init__(
+        self,
+        recipe: TrainingRecipe,
+        run: Run,
+        learner: RankGroup,
+        total: int,
+        data: Sequence[Source[Any]],
+        *,
+        reference: ModelOptions | None = None,
+        state: dict[str, Any] | None = None,
+    ):
+        self._recipe, self._run, self._learner, self._total = recipe, run, learner, total
+        self._identity = {
+            "learner.ranks": recipe.learner.ranks,
+            "learner.zero_stage": recipe.learner.zero_stage,
+            "learner.expert_parallel": recipe.learner.expert_parallel,
+            "data": {source.card: data_digest(source.items) for source in data},
+            "reference": None if reference is None else weights_digest(reference.path),
+        }
+        self.done = run.resume.step if run.resume else 0
+        self.state = (state or {}) | (dict(run.resume.facts["state"]) if run.resume else {})
+        self._saved, self._failures, self._between = self.done, 0, False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is not None and issubclass(kind, KeyboardInterrupt) and self._between and self.done > self._saved:
+                self._save()
+        finally:
+            self._learner.close()
+
+    def restore(self) -> None:
+        """Give the learner, which must be ready, the state to go on from. Raises UserError where it is of another run."""
+        if self._run.resume is not None:
+            self._check_identity(self._run.resume)
+            self._learner.load_state(self._run.resume.path)
+            self._learner.bad_updates = self.state.get(BAD_UPDATES, 0)
+        self._between = True
+
+    def rate(self, step: int, accuracy: float) -> None:
+        """Tell how good the policy is after the step that is being made: the checkpoint of the best one stays."""
+        if accuracy > self.state.get(BEST, {"accuracy": -1.0})["accuracy"]:
+            self.state[BEST] = {"step": step, "accuracy": accuracy}
+
+    def __iter__(self) -> Iterator[int]:
+        for step in range(self.done, self._total):
+            with self._run.stop.deferred():
+                self._between = False
+                yield step
+                self.done, self._between = step + 1, True
+                every = self._recipe.save_every
+                is_due = every and (self.done % every == 0 or self.done in (self._total, self._best))
+                if self._run.stop.asked or is_due:
+                    self._save()
+            self._run.stop.check()
+
+    def save_final(self) -> None:
+        """Write what was trained to `final/`, and say how much of an adapter is lost where it is merged into the weights."""
+        lost = self._learner.save(self._run.directory.final_directory)
+        if lost is not None:
+            self._run.progress.note(
+                f"final: in the merged weights, in {self._recipe.model.dtype}, {lost:.2%} of what the adapter does is rounded away; "
+                "final/adapter is exact"
+            )
+
+    @property
+    def _best(self) -> int | None:
+        best: int | None = self.state.get(BEST, {}).get("step")
+        return best
+
+    def _save(self) -> None:
+        facts = {
+            "stage": self._recipe.stage,
+            "recipe": dump_recipe(self._recipe),
+            "identity": self._identity,
+            "positions": self._run.positions(),
+            "state": self.state | {BAD_UPDATES: self._learner.bad_updates},
+        }
+        try:
+            self._run.checkpoints.write(self.done, facts, self._fill, best=self._best)
+        except OSError as error:
+            self._failures += 1
+            self._run.warn(
+                f"the checkpoint of step {self.done} could not be written ({error}); the one of step {self._saved} is still "
+                "there"
+                if self._saved
+                else f"the checkpoint of step {self.done} could not be written ({error})"
+            )
+            if self._failures == FAILURES:
+                raise SavingError(
+                    f"{FAILURES} checkpoints in a row could not be written, the last because of: {error}. Free some space or "
+                    f"mend {self._run.directory.checkpoints_directory}; the same command then goes on from step {self._saved}"
+                ) from None
+        else:
+            self._saved, self._failures = self.done, 0
+
+    def _fill(self, directory: Path) -> Mapping[str, Entry]:
+        entries = self._learner.save_state(directory)
+        self._learner.save(directory / MODEL)
+        return entries | hash_files(directory, MODEL)
+
+    def _check_identity(self, checkpoint: Checkpoint) -> None:
+        before = checkpoint.facts["identity"]
+        for key in ("learner.ranks", "learner.zero_stage", "learner.expert_parallel"):
+            if before[key] != self._identity[key]:
+                raise UserError(
+                    f"{key} is {self._identity[key]}, and checkpoint {checkpoint.path} was written with {before[key]}: its "
+                    "parts fit no other division; go on with the same, or start again with run.overwrite=true"
+                )
+        for key, what in (("data", "the training data"), ("reference", "the weights of the KL's reference")):
+            if before[key] != self._identity[key]:
+                told = f"{what} are not what they were when checkpoint {checkpoint.path} was written"
+                if not self._recipe.run.allow_changes:
+                    raise UserError(f"{told}: put them back, or go on nevertheless with run.allow_changes=true")
+                self._run.warn(told)
+
+
+def restarting(run: Run, train: Callable[[], T]) -> T:
+    """What `train` returns. When a learner dies in it, the stage goes on from its last checkpoint, so many times at most."""
+    for restart in range(1, RESTARTS + 2):
+        try:
+            return train()
+        except LearnerDiedError as error:
+            # A signal to all processes of the run ends learners too.
+            run.stop.check()
+            if restart > RESTARTS:
+                raise
+            run.rewind()
+            run.warn(f"{first_line(error)}; the learners were started again ({restart} of {RESTARTS} times)")
+    raise AssertionError
+
+
+def data_digest(items: Sequence[Any]) -> str:
+    """A hash of all that a stage trains on, in its order."""
+    digest = hashlib.sha256()
+    for item in items:
+        digest.update(repr(item).encode())
+    return digest.hexdigest()
+
+
+def weights_digest(path: str) -> str:
+    """A hash by which the weights in a directory are told from others: their files' sizes, beginnings and ends."""
+    digest = hashlib.sha256(path.encode() if not Path(path).is_dir() else b"")
+    for file in sorted(Path(path).glob("*.safetensors")):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size} ".encode())
+        with file.open("rb") as opened:
+            digest.update(opened.read(SAMPLED_BYTES))
+            opened.seek(max(0, size - SAMPLED_BYTES))
+            digest.update(opened.read(SAMPLED_BYTES))
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""What can be done with models and files outside a run."""

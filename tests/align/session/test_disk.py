@@ -1,0 +1,44 @@
+"""A run that would fill the disk is refused before it begins."""
+
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+
+from align.errors import UserError
+from align.recipe import LearnerOptions, ModelOptions, OptimizerOptions, RewardModelOptions, RewardModelRecipe
+from align.session.disk import bytes_needed, check_space
+
+Usage = namedtuple("Usage", "free")
+NANO = str(Path(__file__).parents[3] / "recipes" / "nano" / "policy")
+PARAMETERS = 2_200_000
+
+
+def recipe(**more: object) -> RewardModelRecipe:
+    return RewardModelRecipe(
+        stage="reward_model",
+        name="disk",
+        model=ModelOptions(path=NANO),
+        data=[{"card": "nano_helpful"}],
+        learner=LearnerOptions(optimizer=OptimizerOptions(learning_rate=1e-3)),
+        reward_model=RewardModelOptions(steps=1),
+        **more,
+    )
+
+
+def test_each_checkpoint_counts_with_its_optimizer_and_the_one_that_is_being_written() -> None:
+    without = bytes_needed(recipe())
+    assert without == pytest.approx((4 + 4 + 12 + 4) * PARAMETERS, rel=0.1)
+    three = bytes_needed(recipe(save_every=1))
+    assert three - without == pytest.approx(2 * 20 * PARAMETERS, rel=0.1)
+    assert bytes_needed(recipe(save_every=1, keep_checkpoints=3)) > three
+
+
+def test_too_little_space_is_refused_with_what_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    need = bytes_needed(recipe())
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(need))
+    check_space(recipe(), tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(need - 1))
+    with pytest.raises(UserError, match=r"run\.dir: .* GB free, and the run writes up to 0\.1 GB"):
+        check_space(recipe(), tmp_path)

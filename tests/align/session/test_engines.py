@@ -1,0 +1,105 @@
+"""New weights travel as the recipe says, and what a killed run left of them is removed."""
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from align.errors import UserError
+from align.model.policy import load_tokenizer
+from align.recipe import GrpoRecipe, ModelOptions, load_recipe
+from align.session.engines import check_adapters_are_served, start_engines, transport_of
+from align.session.run import open_run
+from rollout import Adapters, Broadcasts, Directory, ObjectStore
+
+
+def recipe(*overrides: str) -> GrpoRecipe:
+    loaded = load_recipe(Path("recipes/nano/grpo.yaml"), ["init_from=null", *overrides])
+    assert isinstance(loaded, GrpoRecipe)
+    return loaded
+
+
+def test_through_ray_unless_the_recipe_says_otherwise(tmp_path: Path) -> None:
+    assert transport_of(recipe("weights.bucket_mb=0.5"), tmp_path) == ObjectStore(2**19)
+
+
+def test_files_of_a_killed_run_are_removed(tmp_path: Path) -> None:
+    directory = tmp_path / "weights"
+    directory.mkdir()
+    (directory / "left.safetensors").touch()
+    assert transport_of(recipe("weights.transport=directory"), directory) == Directory(directory, 2**28)
+    assert not directory.exists()
+
+
+def test_a_broadcast_has_buckets_of_the_size_that_was_asked_for(tmp_path: Path) -> None:
+    assert transport_of(recipe("weights={transport: broadcast, bucket_mb: 2}"), tmp_path) == Broadcasts(2**21)
+
+
+def test_an_adapter_alone_goes_as_files_too(tmp_path: Path) -> None:
+    chosen = recipe("weights.transport=adapter", "learner.lora={rank: 8}")
+    assert transport_of(chosen, tmp_path / "weights") == Adapters(tmp_path / "weights")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["weights.transport=adapter"], "there is none: set learner.lora"),
+        (
+            ["weights.transport=adapter", "learner.lora={}", "init_from=recipes/nano/sft.yaml"],
+            "run init_from's recipe first",
+        ),
+    ],
+)
+def test_an_adapter_alone_wants_one_and_workers_with_its_base(overrides: list[str], expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
+        recipe(*overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["weights.transport=broadcast", "rollout.gpus=0.4"], "a GPU of its own for each process"),
+        (["take_turns=true", "learner.zero_stage=3"], "zero_stage 1 and 2"),
+        (["take_turns=true", "learner.zero_stage=1", "model.dtype=bfloat16"], "take zero_stage 2"),
+        (["take_turns=true", "learner.gpus=1"], "more than one GPU together"),
+        (["take_turns=true", "learner=3"], "learner"),
+        (["take_turns=true", "rollout.tensor_parallel=2"], "for workers of one process"),
+        (["take_turns=true", "rollout.resources={fast: 1}"], "are in one place"),
+        (["take_turns=true", "weights.transport=broadcast"], "broadcast wants a GPU for each process"),
+    ],
+)
+def test_what_shares_a_gpu_does_so_in_a_way_that_is_possible(overrides: list[str], expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
+        recipe(*overrides)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU it can be served")
+def test_an_adapter_alone_is_refused_where_vllm_cannot_add_it() -> None:
+    with pytest.raises(UserError, match="no adapters to a model with experts"):
+        check_adapters_are_served(ModelOptions(path="recipes/nano/policy"))
+
+
+class Started(Exception):  # noqa: N818
+    """Carries what a fleet was asked for."""
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_the_workers_trust_the_code_of_a_model_as_the_recipe_does(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, trusted: bool
+) -> None:
+    def start(*_: Any, **named: Any) -> None:
+        raise Started(named)
+
+    monkeypatch.setattr("align.session.engines.Fleet", start)
+    monkeypatch.setattr("align.session.engines.local_ray", nullcontext)
+    made = recipe(f"run.dir={tmp_path / 'run'}", "machine={}", f"model.trust_remote_code={str(trusted).lower()}")
+    tokenizer = load_tokenizer("recipes/nano/policy")
+    with (
+        pytest.raises(Started) as started,
+        open_run(made) as run,
+        start_engines(made, made.model, tokenizer, run),
+    ):
+        pass
+    assert started.value.args[0]["trust_remote_code"] is trusted

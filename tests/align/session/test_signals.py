@@ -1,0 +1,63 @@
+"""Ctrl-C and SIGTERM are never lost, let a step end within its grace, and end the process when they come twice."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from align.errors import Terminated
+from align.session.signals import StopRequest
+
+KINDS = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
+
+
+@pytest.mark.parametrize("number", KINDS)
+def test_a_signal_whose_exception_is_swallowed_ends_the_run_at_the_next_check(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with StopRequest() as stop:
+        stop.check()
+        with pytest.raises(KINDS[number]):  # what a destructor or a callback of native code would swallow
+            os.kill(os.getpid(), number)
+        with pytest.raises(KINDS[number]) as again:
+            stop.check()
+    assert again.type is KINDS[number]
+    assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize("number", KINDS)
+def test_what_is_deferred_ends_before_the_run_does(number: signal.Signals) -> None:
+    ended = False
+    with StopRequest(grace_s=60) as stop:
+        with stop.deferred():
+            os.kill(os.getpid(), number)
+            stop.check()
+            assert stop.asked
+            ended = True
+        with pytest.raises(KINDS[number]):
+            stop.check()
+    assert ended
+
+
+def test_when_the_grace_is_over_what_is_deferred_is_interrupted() -> None:
+    began = time.monotonic()
+    with StopRequest(grace_s=0.2) as stop, stop.deferred():
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Terminated):
+            time.sleep(30)
+    assert 0.2 <= time.monotonic() - began < 20
+
+
+def test_a_second_signal_ends_the_process_at_once() -> None:
+    code = """
+import os, signal, time
+from align.session.signals import StopRequest
+with StopRequest(grace_s=60) as stop, stop.deferred():
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+"""
+    done = subprocess.run([sys.executable, "-c", code], timeout=30)
+    assert done.returncode == 128 + signal.SIGTERM

@@ -1,0 +1,94 @@
+"""`align score`: completions in, one line of score each out."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from align.errors import UserError
+from align.tools.score_file import score_file
+from reward import RewardTerm
+
+EXACT = RewardTerm(name="exact_answer")
+
+
+def lines(tmp_path: Path, *rows: Any) -> Path:
+    file = tmp_path / "completions.jsonl"
+    file.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return file
+
+
+def test_every_line_gets_value_verdict_and_detail(tmp_path: Path) -> None:
+    data = lines(
+        tmp_path,
+        {"id": "right", "completion": r"\boxed{4}", "answer": "4"},
+        {"id": "wrong", "completion": r"\boxed{5}", "answer": "4"},
+        {"id": "unusable", "completion": r"\boxed{5}"},
+    )
+    summary = score_file(EXACT, data, tmp_path / "out.jsonl")
+    right, wrong, unusable = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+    assert (right["id"], right["value"], right["verdict"].lower()) == ("right", 1.0, "pass")
+    assert (wrong["value"], wrong["detail"]) == (0.0, "'5' is not '4'")
+    assert unusable["value"] is None, "what nobody could judge is never 0"
+    assert {"seconds"} <= right.keys()
+    assert "3 completions, mean value 0.500" in summary
+
+
+def test_a_number_is_an_answer_as_json_has_it(tmp_path: Path) -> None:
+    data = lines(tmp_path, {"id": "1", "completion": r"\boxed{0.00001}", "answer": 1e-05})
+    score_file(RewardTerm(name="math"), data, tmp_path / "out.jsonl")
+    assert json.loads((tmp_path / "out.jsonl").read_text())["value"] == 1.0
+
+
+def test_parameters_reach_the_reward(tmp_path: Path) -> None:
+    data = lines(tmp_path, {"id": "1", "completion": r"\boxed{4}", "answer": "4"})
+    score_file(RewardTerm(name="exact_answer", params={"right": 5.0}), data, tmp_path / "out.jsonl")
+    assert json.loads((tmp_path / "out.jsonl").read_text())["value"] == 5.0
+
+
+def test_rows_as_ifeval_publishes_them_are_scored_and_an_odd_one_is_masked_alone(tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    row = {
+        "prompt": "Is it good to walk?",
+        "response": "It is good for most of us.",
+        "instruction_id_list": ["punctuation:no_comma"],
+    }
+    data = lines(
+        tmp_path,
+        {**row, "key": 1000, "kwargs": [{"num_words": None}]},
+        {**row, "key": 1001, "kwargs": [{}], "response": "Yes, it is."},
+        {**row, "key": 1002, "kwargs": [{}], "instruction_id_list": ["length_constraints:number_words"]},
+    )
+    summary = score_file(RewardTerm(name="instructions"), data, tmp_path / "out.jsonl")
+    found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [(one["id"], one["value"], one["verdict"]) for one in found] == [
+        ("1000", 1.0, "pass"),
+        ("1001", 0.0, "wrong"),
+        ("1002", None, "infra_error"),
+    ]
+    assert "['num_words', 'relation']" in found[2]["detail"]
+    assert "3 completions, mean value 0.500" in summary
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ('{"id": ', "completions.jsonl, line 1"),
+        ({"id": "1"}, "line 1: completion is missing"),
+        ({"id": 1, "completion": "x"}, "line 1: id must be text, not int"),
+    ],
+)
+def test_a_line_that_cannot_be_used_is_named(row: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        score_file(EXACT, lines(tmp_path, row), tmp_path / "out.jsonl")
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_an_unknown_reward_and_an_empty_file_are_refused(tmp_path: Path) -> None:
+    data = lines(tmp_path, {"id": "1", "completion": "x"})
+    with pytest.raises(UserError, match="Did you mean 'exact_answer'"):
+        score_file(RewardTerm(name="exact_anser"), data, tmp_path / "out.jsonl")
+    empty = lines(tmp_path)
+    with pytest.raises(UserError, match="is empty"):
+        score_file(EXACT, empty, tmp_path / "out.jsonl")
