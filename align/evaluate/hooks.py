@@ -25,7 +25,7 @@ from reward.registry import Entry, Function, Registry
 from rollout import Fleet
 
 ENTRY_POINT_GROUP = "moe_align.evaluations"
-OURS = ("drift", "instructions", "judged", "lm_tasks", "needle")
+OURS = ("drift", "instructions", "judged", "lm_eval", "needle")
 
 
 class EvaluationError(Exception):

@@ -15,8 +15,8 @@ from align.evaluate import hooks
 from align.evaluate.agreement import AgreementGate, Disagreement, probe
 from align.evaluate.hooks import Checkpoint
 from align.evaluate.instruction_rates import instruction_rates
-from align.evaluate.preference_rates import over_refusal_rate, refusal_rate, win_rate
 from align.evaluate.problems import Evaluation, encode_prompts, evaluate, short_prompts
+from align.evaluate.rates import over_refusal_rate, refusal_rate, win_rate
 from align.learner.group import LearnerGroup
 from align.recipe import ModelOptions, PolicyRecipe
 from align.run import RunDirectory, read_jsonl, read_samples

@@ -15,9 +15,9 @@ import yaml
 from align.data.chat import encode_prompt
 from align.data.nano_math import generate
 from align.errors import UserError
-from align.evaluate import lm_tasks
+from align.evaluate import lm_eval
 from align.evaluate.hooks import Checkpoint, EvaluationError, Metrics, check_params, check_ready, run
-from align.evaluate.lm_tasks import REPORT_TASKS
+from align.evaluate.lm_eval import REPORT_TASKS
 from align.evaluate.lm_worker import flatten, runs_code
 from align.model.policy import load_policy
 
@@ -161,7 +161,7 @@ def test_a_harness_that_takes_too_long_is_ended(checkpoint: Checkpoint, ray_sess
 
 
 def test_without_the_package_it_says_what_to_install(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lm_tasks, "find_spec", lambda name: None)
+    monkeypatch.setattr(lm_eval, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'moe-align\[evaluation\]'"):
         run("lm_eval", checkpoint, NO_FLEET, {"tasks": ["piqa"]})
     with pytest.raises(UserError, match=r"pip install 'moe-align\[evaluation\]'"):
