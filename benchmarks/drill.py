@@ -33,7 +33,9 @@ from align.model.policy import write_random_policy
 from align.recipe import AgreementOptions, GrpoOptions, LearnerOptions, ModelOptions, OptimizerOptions
 from align.session.ray import local_ray
 from rollout import Completion, ObjectStore, RolloutError, SamplingOptions, State, stored
-from rollout.drill import OPTIONS, PROMPTS, Injury, WitnessedFleet
+
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "rollout"))
+from injuries import OPTIONS, PROMPTS, Injury, WitnessedFleet
 
 NANO = Path(__file__).parents[1] / "recipes" / "nano" / "policy"
 GRPO = Objective(GrpoOptions(steps=1, prompts_per_step=1, group_size=2))

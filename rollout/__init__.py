@@ -8,15 +8,14 @@
     groups = fleet.generate([Prompt("p0", [0, 17, 5])], 8, SamplingOptions(max_new_tokens=64), seed=0, step=0)
 
 `rollout.types` has the records, `Fleet` the workers together, `rollout.supervisor` what replaces those that are lost,
-`rollout.engine` one vLLM engine, `rollout.transport` how new weights come to it, `rollout.weights` how they get into it. This package knows
+`rollout.engine` one vLLM engine, `rollout.sync.base` how new weights come to it, `rollout.weights` how they get into it. This package knows
 nothing of training or rewards.
 """
 
-from rollout.broadcast import Broadcast, Broadcasts
 from rollout.fleet import Fleet, Group
 from rollout.health import Fault, State
 from rollout.seeds import sample_seed
-from rollout.transport import (
+from rollout.sync.base import (
     AdapterFiles,
     Adapters,
     Directory,
@@ -26,6 +25,7 @@ from rollout.transport import (
     WeightSource,
     stored,
 )
+from rollout.sync.broadcast import Broadcast, Broadcasts
 from rollout.types import (
     Completion,
     EngineOptions,

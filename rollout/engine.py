@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from rollout.broadcast import Receiver
-from rollout.transport import Bucket
+from rollout.sync.base import Bucket
+from rollout.sync.broadcast import Receiver
 from rollout.types import (
     Completion,
     EngineOptions,

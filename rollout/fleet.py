@@ -7,14 +7,14 @@ from itertools import count, pairwise
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
-from rollout.broadcast import Broadcast
 from rollout.engine import Request
 from rollout.health import Fault, FaultHandler
-from rollout.member import Batch, Job, Member, Update
 from rollout.seeds import sample_seed
 from rollout.supervisor import Supervisor
-from rollout.transport import AdapterFiles, WeightSource
+from rollout.sync.base import AdapterFiles, WeightSource
+from rollout.sync.broadcast import Broadcast
 from rollout.types import Completion, FleetOptions, Prompt, RolloutError, SamplingOptions
+from rollout.worker_handle import Batch, Job, Member, Update
 
 T = TypeVar("T")
 

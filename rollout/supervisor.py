@@ -8,10 +8,10 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from rollout import processes
-from rollout.broadcast import Broadcast
 from rollout.health import Fault, State
-from rollout.member import Batch, Doing, Job, Member, Task, Update
+from rollout.sync.broadcast import Broadcast
 from rollout.types import FleetOptions, NotReceivedError, RolloutError
+from rollout.worker_handle import Batch, Doing, Job, Member, Task, Update
 
 Call = Callable[[], None]
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from rollout.broadcast import Receiver
 from rollout.low_rank import LowRankUpdates, split
-from rollout.transport import Bucket
+from rollout.sync.base import Bucket
+from rollout.sync.broadcast import Receiver
 from rollout.types import WeightUpdateError
 
 

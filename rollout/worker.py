@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 import torch
 
-from rollout.broadcast import Receiver
 from rollout.engine import Engine, Request
 from rollout.processes import ProcessId, introduce_this_process, openmp
-from rollout.transport import AdapterFiles, WeightSource
+from rollout.sync.base import AdapterFiles, WeightSource
+from rollout.sync.broadcast import Receiver
 from rollout.types import Completion, EngineOptions, SamplingOptions
 
 CONCURRENCY_GROUPS = {"pulse": 1, "watch": 1}

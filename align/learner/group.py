@@ -29,9 +29,9 @@ from align.recipe import LearnerOptions, ModelOptions
 from align.run.checkpoints import Entry
 from align.run.files import whole_directory
 from rollout import AdapterFiles, Broadcast, ObjectStore, RolloutError, Transport, WeightSource
-from rollout.broadcast import Meeting, Sender
 from rollout.processes import ProcessId, in_bundle, kill, stacks
-from rollout.transport import Sending
+from rollout.sync.base import Sending
+from rollout.sync.broadcast import Meeting, Sender
 
 DEATH_S = 5.0
 """How long it may take to hear of a rank that died."""

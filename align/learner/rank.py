@@ -48,7 +48,7 @@ from align.model.policy import load_tokenizer, save_policy
 from align.recipe import BFLOAT16_SUMS, MERGED_ADAPTERS, LearnerOptions, ModelOptions
 from align.run.checkpoints import Entry
 from rollout.processes import ProcessId, introduce_this_process, openmp
-from rollout.transport import Sending, buckets
+from rollout.sync.base import Sending, buckets
 
 
 def environment(rank: int, ranks: int, threads: int) -> dict[str, str]:

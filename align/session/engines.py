@@ -35,7 +35,7 @@ from rollout import (
     WeightOptions,
     WeightSource,
 )
-from rollout.transport import MIB
+from rollout.sync.base import MIB
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 import pytest
 
 from align.recipe import ModelOptions
-from rollout.drill import WitnessedFleet
+
+from .injuries import WitnessedFleet
 
 
 @pytest.fixture(scope="session")

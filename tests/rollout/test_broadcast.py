@@ -12,13 +12,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import rollout.broadcast
+import rollout.sync.broadcast
 from align.model.checkpoint_names import to_checkpoint
 from align.recipe import ModelOptions
 from rollout import Broadcast, Completion, WeightSource, stored
-from rollout.broadcast import Meeting, Receiver, Sender, meet
-from rollout.drill import Injury, WitnessedFleet
-from rollout.transport import Bucket, buckets
+from rollout.sync.base import Bucket, buckets
+from rollout.sync.broadcast import Meeting, Receiver, Sender, meet
+
+from .injuries import Injury, WitnessedFleet
 
 Weights = dict[str, torch.Tensor]
 
@@ -125,7 +126,7 @@ def test_a_broadcast_that_breaks_off_is_made_up_for_without_a_restart(
 
 
 def test_who_does_not_come_to_the_meeting_is_not_waited_for_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rollout.broadcast, "PATIENCE", timedelta(seconds=2))
+    monkeypatch.setattr(rollout.sync.broadcast, "PATIENCE", timedelta(seconds=2))
     with pytest.raises(RuntimeError, match=r"(?i)timed? ?out"):
         list(Sender(meeting(), 2).give(iter([{"a": torch.ones(1)}])))
 

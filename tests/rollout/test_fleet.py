@@ -23,8 +23,8 @@ from rollout import (
     WeightUpdateError,
     stored,
 )
-from rollout.broadcast import Meeting, Sender
-from rollout.transport import buckets
+from rollout.sync.base import buckets
+from rollout.sync.broadcast import Meeting, Sender
 
 PROMPTS = [Prompt(f"p{i}", [1, 40 + i, 60 + 3 * i, 17]) for i in range(6)]
 STOP = 2

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 from align.model.checkpoint_names import to_checkpoint
 from align.recipe import ModelOptions
 from rollout import Completion, RolloutError, stored
-from rollout.drill import HANGS, OPTIONS, Injury, WitnessedFleet
+
+from .injuries import HANGS, OPTIONS, Injury, WitnessedFleet
 
 pytestmark = pytest.mark.timeout(900)
 

@@ -8,7 +8,8 @@ import time
 import pytest
 
 from rollout import State
-from rollout.drill import Injury, WitnessedFleet
+
+from .injuries import Injury, WitnessedFleet
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -8,9 +8,9 @@ import pytest
 
 from rollout import Fleet, FleetOptions
 from rollout.engine import Engine
-from rollout.member import Member
 from rollout.types import EngineOptions
 from rollout.worker import RolloutWorker
+from rollout.worker_handle import Member
 
 CODE = """
 from transformers import LlamaConfig

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rollout.transport import Directory, ObjectStore, Transport, buckets
+from rollout.sync.base import Directory, ObjectStore, Transport, buckets
 
 FLOAT = 4
 

@@ -3,9 +3,9 @@
 import pytest
 
 from rollout import Completion, FinishReason, RolloutError, SamplingOptions, WeightUpdateError
-from rollout.member import Batch, Doing, Job, Task
 from rollout.supervisor import Supervisor
 from rollout.weights import check_coverage
+from rollout.worker_handle import Batch, Doing, Job, Task
 
 
 def test_an_update_that_leaves_a_parameter_out_is_refused_by_name() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.distributed import BroadcastOptions, ProcessGroupGloo, TCPStore
 
-from rollout.transport import MIB, Bucket, WeightSource
+from rollout.sync.base import MIB, Bucket, WeightSource
 
 PATIENCE = timedelta(seconds=60)
 """How long a process waits for the others, to meet and for each bucket."""

@@ -10,8 +10,8 @@ from typing import Any
 
 from rollout.fleet import Fleet
 from rollout.health import Fault, State
-from rollout.member import Doing
 from rollout.types import Completion, FleetOptions, Prompt, SamplingOptions
+from rollout.worker_handle import Doing
 
 OPTIONS = FleetOptions(
     workers=2,

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from rollout import processes
-from rollout.broadcast import Broadcast, Receiver
 from rollout.engine import Request
 from rollout.health import PROBES, State, Vitals
-from rollout.transport import AdapterFiles, WeightSource
+from rollout.sync.base import AdapterFiles, WeightSource
+from rollout.sync.broadcast import Broadcast, Receiver
 from rollout.types import Completion, EngineOptions, FleetOptions, RolloutError, SamplingOptions
 from rollout.worker import CONCURRENCY_GROUPS, RolloutWorker, environment
 
