@@ -21,7 +21,7 @@ from align.recipe import (
     load_pipeline,
     load_recipe,
 )
-from align.run.secrets import redacted
+from align.run.files import redacted
 from align.session.resume import RESUME, as_begun
 from reward import RewardTerm
 from reward.registry import Entry
@@ -261,8 +261,7 @@ def plan(options: argparse.Namespace) -> int:
     recipe = read_recipe(options.recipe, options.overrides)
     from align.model.sizes import empty_model, model_sizes, read_config
     from align.plan.placement import cluster_of
-    from align.plan.plan import make_plan
-    from align.plan.show import as_text
+    from align.plan.plan import as_text, make_plan
 
     cluster = cluster_of(options.nodes, options.gpus_per_node, options.gpu_memory)
     sizes = model_sizes(empty_model(read_config(recipe.model.path)))
@@ -330,7 +329,7 @@ def model_of(options: argparse.Namespace) -> ModelOptions:
 
 def merge_adapter(options: argparse.Namespace) -> int:
     """`align merge ADAPTER OUT`."""
-    from align.model.merging import merge_adapter as merge
+    from align.tools.merge import merge_adapter as merge
 
     origin = merge(options.adapter, options.out, options.base)
     print(f"{options.adapter} on {origin}, merged, is in {options.out}")

@@ -28,7 +28,7 @@ from align.evaluate.agreement import AgreementError, AgreementGate, Disagreement
 from align.learner.batch import TrainingSequence
 from align.learner.group import LearnerError, LearnerGroup
 from align.learner.objective import Objective
-from align.model.checkpoint_names import to_checkpoint
+from align.model.names import to_checkpoint
 from align.model.policy import write_random_policy
 from align.recipe import AgreementOptions, GrpoOptions, LearnerOptions, ModelOptions, OptimizerOptions
 from align.session.ray import local_ray

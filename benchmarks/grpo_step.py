@@ -23,7 +23,7 @@ from sides import SEED, SIDES, Result, Task
 
 from align.model.policy import DTYPES, write_random_policy
 from align.recipe import ModelOptions
-from align.run.environment import environment_record
+from align.run.machine import environment_record
 from rollout.processes import openmp
 
 ROOT = Path(__file__).resolve().parent.parent

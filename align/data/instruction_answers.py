@@ -13,7 +13,7 @@ from typing import Any
 from align.data import instruction_kinds as kinds
 from align.data import instruction_words as lists
 from align.errors import UserError
-from align.run.samples import read_jsonl_lines
+from align.run.files import read_jsonl_lines
 from reward import Sample
 from reward.instructions import judge
 from reward.prose import sentences

@@ -12,7 +12,7 @@ from align.data.cards import DataCard, Fields, FileSource, HubSource
 from align.data.code_rows import NothingToJudgeBy, Row, code_task
 from align.data.types import Example, SplitName
 from align.errors import UserError
-from align.run.samples import read_jsonl_lines
+from align.run.files import read_jsonl_lines
 from reward import boxed_answers, normalise
 
 _log = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from align.data.cards import nearest
 from align.data.tables import check_unicode
 from align.data.types import Example, Message, Role
 from align.errors import UserError
-from align.run.samples import read_jsonl_lines
+from align.run.files import read_jsonl_lines
 
 KEYS = ("id", "prompt", "messages", "answer", "domain", "level", "metadata")
 ROLES = get_args(Role)

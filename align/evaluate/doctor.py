@@ -19,7 +19,7 @@ from align.evaluate.agreement import AgreementError, AgreementGate, probe
 from align.learner.batch import TrainingSequence
 from align.learner.group import LearnerGroup
 from align.learner.objective import Objective
-from align.model.checkpoint_names import from_checkpoint, layout_of, to_checkpoint
+from align.model.names import from_checkpoint, layout_of, to_checkpoint
 from align.model.policy import has_fused_experts
 from align.recipe import ModelOptions
 from rollout import Fleet, ObjectStore, Prompt

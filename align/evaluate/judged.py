@@ -21,7 +21,7 @@ from align.evaluate.hooks import Checkpoint, Metrics, register
 from align.evaluate.judge import Judge, JudgeOptions
 from align.evaluate.judge_benchmarks import BENCHMARKS, Respondent
 from align.evaluate.judge_texts import judge_template
-from align.run.samples import read_jsonl_lines
+from align.run.files import read_jsonl_lines
 from rollout import Fleet
 
 

@@ -21,7 +21,7 @@ from align.learner.batch import (
     share_out,
     whole_rows,
 )
-from align.learner.expert_load import add_loads, load_metrics
+from align.learner.experts import add_loads, load_metrics
 from align.learner.objective import Objective, Sums
 from align.learner.rank import LearnerRank, Trained, environment
 from align.learner.worker import LearnerWorker

@@ -16,17 +16,17 @@ from typing import Any
 import torch
 
 from align.errors import UserError
-from align.learner.expert_parallel import (
+from align.learner.experts import (
+    GradientCensus,
     autoep_section,
     check_spreadable,
     moe_groups,
     placement,
     route_in_float32,
+    shape,
     whole_parameters,
 )
-from align.learner.gradients import GradientCensus, shape
 from align.learner.state import load_state, save_state
-from align.model.checkpoint_names import layout_of, to_checkpoint
 from align.model.lora import (
     ADAPTER_DIRECTORY,
     Task,
@@ -44,6 +44,7 @@ from align.model.lora import (
     update_of,
     write_merge_report,
 )
+from align.model.names import layout_of, to_checkpoint
 from align.model.policy import load_tokenizer, save_policy
 from align.recipe import BFLOAT16_SUMS, MERGED_ADAPTERS, LearnerOptions, ModelOptions
 from align.run.checkpoints import Entry

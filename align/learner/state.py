@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from align.learner.expert_parallel import is_spread
+from align.learner.experts import is_spread
 from align.run.checkpoints import Entry, hashed_file
 
 SHARED = "parameters.pt"

@@ -8,7 +8,7 @@ import numpy.typing as npt
 import torch
 
 from align.learner.batch import Batch, TrainingSequence, collate, collate_after_prompts
-from align.learner.expert_load import ExpertCounter, Loads
+from align.learner.experts import ExpertCounter, Loads
 from align.learner.objective import LogProbs, Objective, Sums, loss_and_sums
 from align.learner.rank import LearnerRank, Trained
 from align.model.policy import load_policy

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from align.errors import UserError
-from align.model.older_forms import add_older_forms
+from align.model.names import add_older_forms
 from align.recipe import ModelOptions
 from reward import RewardError
 from reward.chat import end_of_answer

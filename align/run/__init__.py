@@ -1,13 +1,20 @@
 """What a run leaves behind and shows: its directory, environment, metrics, samples, and progress."""
 
-from align.run.directory import RunDirectory, read_status
-from align.run.environment import check_machine, environment_record
-from align.run.files import cut, json_line, synced_size, write_atomically
-from align.run.metrics import MetricsLog
+from align.run.directory import RunDirectory, read_status, save_stacks
+from align.run.files import (
+    cut,
+    json_line,
+    read_jsonl,
+    read_samples,
+    redacted,
+    synced_size,
+    write_atomically,
+    write_jsonl,
+    write_samples,
+)
+from align.run.log import MetricsLog
+from align.run.machine import check_machine, environment_record
 from align.run.progress import Progress
-from align.run.samples import read_jsonl, read_samples, write_jsonl, write_samples
-from align.run.secrets import redacted
-from align.run.stacks import save_stacks
 
 __all__ = [
     "MetricsLog",

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, Self
 
 from align.errors import UserError
-from align.run.files import TEMPORARY_SUFFIX, write_atomically
-from align.run.secrets import redacted
+from align.run.files import TEMPORARY_SUFFIX, redacted, write_atomically
 
 State = Literal["running", "finished", "paused", "failed", "interrupted"]
 
@@ -346,3 +345,13 @@ def _json(record: dict[str, Any]) -> str:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def save_stacks(directory: RunDirectory, stacks: str) -> str | None:
+    """Write them into the run. Returns the file's path in it, None where there are none."""
+    if not stacks:
+        return None
+    directory.stacks_directory.mkdir(exist_ok=True)
+    file = directory.stacks_directory / f"{len(list(directory.stacks_directory.iterdir())) + 1:03d}.txt"
+    file.write_text(redacted(stacks), encoding="utf-8")
+    return str(file.relative_to(directory.path))

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
-from align.run.secrets import redacted
+from align.run.files import redacted
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -7,7 +7,7 @@ from typing import Any
 
 from align.errors import UserError
 from align.run import write_jsonl
-from align.run.samples import read_jsonl_lines
+from align.run.files import read_jsonl_lines
 from reward import Mixture, RewardError, RewardTerm, Sample
 
 EXAMPLE = '{"id": "1", "completion": "It is \\\\boxed{4}.", "answer": "4"}'

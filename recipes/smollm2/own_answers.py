@@ -12,7 +12,7 @@ from pathlib import Path
 from align.data.instruction_answers import plain_requests
 from align.errors import UserError
 from align.recipe import ModelOptions, check_model_directory
-from align.run.samples import read_jsonl, write_jsonl
+from align.run.files import read_jsonl, write_jsonl
 from align.tools.offline import answers_of
 from rollout import FleetOptions
 

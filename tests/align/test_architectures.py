@@ -25,7 +25,7 @@ from transformers import (
 from transformers.core_model_loading import revert_weight_conversion
 
 from align.evaluate.doctor import Outcome, examine
-from align.model.checkpoint_names import from_checkpoint, layout_of, to_checkpoint
+from align.model.names import from_checkpoint, layout_of, to_checkpoint
 from align.model.policy import load_tokenizer
 from align.recipe import ModelOptions
 

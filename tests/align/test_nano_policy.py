@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from align.model.checkpoint_names import from_checkpoint, to_checkpoint
+from align.model.names import from_checkpoint, to_checkpoint
 from align.model.nano import write_nano_policy
 
 POLICY = Path(__file__).parents[2] / "recipes" / "nano" / "policy"

@@ -9,7 +9,7 @@ import pytest
 from align.data.instruction_answers import plain_requests, read_answers
 from align.errors import UserError
 from align.recipe import ModelOptions
-from align.run.samples import read_jsonl, write_jsonl
+from align.run.files import read_jsonl, write_jsonl
 
 
 @pytest.fixture

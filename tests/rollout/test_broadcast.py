@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import rollout.sync.broadcast
-from align.model.checkpoint_names import to_checkpoint
+from align.model.names import to_checkpoint
 from align.recipe import ModelOptions
 from rollout import Broadcast, Completion, WeightSource, stored
 from rollout.sync.base import Bucket, buckets

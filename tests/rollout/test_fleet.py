@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from align.model.checkpoint_names import from_checkpoint, to_checkpoint
+from align.model.names import from_checkpoint, to_checkpoint
 from align.recipe import ModelOptions
 from rollout import (
     Broadcast,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from align.model.checkpoint_names import to_checkpoint
+from align.model.names import to_checkpoint
 from align.recipe import ModelOptions
 from rollout import Completion, RolloutError, stored
 

@@ -13,7 +13,7 @@ from align.data.instructions import SIZES, generate
 from align.data.loader import load_split
 from align.data.types import Example, SplitName
 from align.errors import UserError
-from align.run.samples import write_jsonl
+from align.run.files import write_jsonl
 from reward import Sample
 from reward.instructions import judge
 from reward.prose import degenerate

@@ -13,7 +13,7 @@ import pytest
 from align.data.types import Example
 from align.errors import UserError
 from align.evaluate.rates import over_refusal_rate, refusal_rate, win_rate
-from align.run.samples import read_samples, write_samples
+from align.run.files import read_samples, write_samples
 from align.statistics import wilson_interval
 
 DECLINES = "I am afraid I can't do that. Have a nice day."

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from align.errors import UserError
 from align.learner.batch import TrainingSequence
-from align.learner.expert_parallel import check_spreadable
+from align.learner.experts import check_spreadable
 from align.learner.group import LearnerGroup
 from align.learner.objective import Objective
 from align.learner.pairs import TrainingPair

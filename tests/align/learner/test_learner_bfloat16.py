@@ -9,7 +9,7 @@ import torch
 from align.learner.batch import TrainingSequence, collate
 from align.learner.group import LearnerGroup
 from align.learner.objective import LogProbs, Objective
-from align.model.checkpoint_names import from_checkpoint
+from align.model.names import from_checkpoint
 from align.model.policy import load_policy
 from align.recipe import LearnerOptions, ModelOptions, OptimizerOptions
 

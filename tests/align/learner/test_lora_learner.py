@@ -14,7 +14,7 @@ from align.learner.batch import TrainingSequence, collate
 from align.learner.group import LearnerGroup
 from align.learner.objective import LogProbs, Objective, Sums
 from align.losses import grpo_token_loss
-from align.model.checkpoint_names import to_checkpoint
+from align.model.names import to_checkpoint
 from align.recipe import GrpoOptions, LearnerOptions, LoraOptions, ModelOptions, OptimizerOptions
 
 STEPS = 6

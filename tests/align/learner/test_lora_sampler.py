@@ -96,7 +96,7 @@ def whole(learner: LearnerGroup) -> dict[str, torch.Tensor]:
     import ray
 
     def gather(worker: Any) -> dict[str, torch.Tensor]:
-        from align.model.checkpoint_names import to_checkpoint
+        from align.model.names import to_checkpoint
 
         return {name: tensor.contiguous() for name, tensor in to_checkpoint(worker._whole_weights())}
 

@@ -11,7 +11,7 @@ import torch
 from transformers import DeepseekV2Config
 
 from align.learner.group import LearnerGroup
-from align.model.checkpoint_names import to_checkpoint
+from align.model.names import to_checkpoint
 from align.model.policy import load_policy, load_tokenizer
 from align.recipe import LearnerOptions, ModelOptions, OptimizerOptions
 from rollout import Directory, ObjectStore

@@ -19,7 +19,7 @@ from transformers.models.mixtral import modeling_mixtral
 from transformers.models.qwen3_moe import modeling_qwen3_moe
 
 from align.learner.batch import TrainingSequence, collate, collate_after_prompts
-from align.learner.expert_load import ExpertCounter
+from align.learner.experts import ExpertCounter
 from align.learner.objective import LogProbs, Objective
 from align.learner.worker import LearnerWorker, checkpoint_in_every_mode
 from align.recipe import GrpoOptions, LearnerOptions, ModelOptions, OptimizerOptions

@@ -19,7 +19,7 @@ from align.evaluate.agreement import probe
 from align.learner.batch import TrainingSequence
 from align.learner.group import LearnerGroup
 from align.learner.objective import Objective
-from align.model.checkpoint_names import to_checkpoint
+from align.model.names import to_checkpoint
 from align.model.policy import load_policy, write_random_policy
 from align.recipe import LearnerOptions, LoraOptions, ModelOptions, OptimizerOptions
 from rollout import Fleet, FleetOptions, ObjectStore, Prompt

@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from align.learner.batch import TrainingSequence
-from align.learner.expert_load import ExpertCounter
+from align.learner.experts import ExpertCounter
 from align.learner.objective import LogProbs, Objective
 from align.learner.worker import LearnerWorker, checkpoint_in_every_mode
 from align.recipe import GrpoOptions, LearnerOptions, ModelOptions, OptimizerOptions

@@ -24,10 +24,10 @@ from align.model.lora import (
     save_adapter,
     update_of,
 )
-from align.model.merging import merge_adapter
 from align.model.policy import load_policy, load_tokenizer, save_policy, write_random_policy
 from align.model.reward_model import load_reward_model
 from align.recipe import LoraOptions, ModelOptions, check_model_directory
+from align.tools.merge import merge_adapter
 
 IDS = torch.arange(3, 43).reshape(2, 20)
 LAYERS, MOE = range(4), (1, 2, 3)

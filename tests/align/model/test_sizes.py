@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from align.errors import UserError
-from align.model.checkpoint_names import from_checkpoint, to_checkpoint
+from align.model.names import from_checkpoint, to_checkpoint
 from align.model.sizes import empty_model, model_sizes, read_config
 
 LITE, V2, NANO = "deepseek-ai/DeepSeek-V2-Lite", "deepseek-ai/DeepSeek-V2", "recipes/nano/policy"

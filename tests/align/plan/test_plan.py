@@ -10,8 +10,7 @@ from align.cli import main
 from align.errors import UserError
 from align.model.lora import add_adapter
 from align.model.sizes import ModelSizes, empty_model, model_sizes, read_config
-from align.plan.adapters import adapted_parameters, adapter_size, changed_size
-from align.plan.memory import GIB, kv_bytes_a_token
+from align.plan.memory import GIB, adapted_parameters, adapter_size, changed_size, kv_bytes_a_token
 from align.plan.placement import Cluster, Demand, cluster_of, place
 from align.plan.plan import Plan, make_plan, what_is_learned
 from align.recipe import BFLOAT16_SUMS, LoraOptions, load_recipe

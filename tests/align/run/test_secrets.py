@@ -6,7 +6,7 @@ import pytest
 
 from align.cli import main
 from align.run import MetricsLog, Progress, RunDirectory, save_stacks
-from align.run.secrets import redacted, without_secrets
+from align.run.files import redacted, without_secrets
 
 PLANTED = {
     "HF_TOKEN": "hf_plantedplantedplanted",

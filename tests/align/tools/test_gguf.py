@@ -13,9 +13,9 @@ import torch
 from align.cli import EXIT_USER_ERROR, main
 from align.data.chat import decode_completion, encode_prompt
 from align.errors import UserError
-from align.model import gguf as converting
 from align.model.policy import load_tokenizer, save_policy, stop_token_ids
 from align.recipe import ModelOptions
+from align.tools import gguf as converting
 from align.tools.gguf import convert_gguf
 
 HIDDEN, HEADS, INNER, LAYERS = 64, 2, 96, 2

@@ -10,9 +10,8 @@ import pytest
 import align
 from align.errors import UserError
 from align.run import check_machine, environment_record
-from align.run import environment as environment_module
-from align.run.cgroup import Limits, cgroup_limits
-from align.run.environment import cpu_record, git_record, gpu_records
+from align.run import machine as environment_module
+from align.run.machine import Limits, cgroup_limits, cpu_record, git_record, gpu_records
 
 GIB = 2**30
 

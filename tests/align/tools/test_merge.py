@@ -9,9 +9,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from align.errors import UserError
-from align.model import merging
-from align.model.merging import merge_adapter
 from align.model.policy import load_tokenizer
+from align.tools import merge
+from align.tools.merge import merge_adapter
 
 NANO = Path(__file__).parents[3] / "recipes/nano/policy"
 IDS = torch.tensor([[3, 5, 8, 13, 21, 34, 55]])
@@ -92,7 +92,7 @@ def test_an_adapter_with_added_tokens_brings_its_embedding(
 def test_a_checkpoint_that_computes_something_else_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     origin = base(tmp_path / "base", tied=True)
     adapted(origin, tmp_path / "adapter", target_modules=["lm_head"])
-    monkeypatch.setattr(merging, "prepare_embeddings", lambda *_: None)
+    monkeypatch.setattr(merge, "prepare_embeddings", lambda *_: None)
     with pytest.raises(UserError, match=r"another model than was to be written.*logits are off by"):
         merge_adapter(tmp_path / "adapter", tmp_path / "out", str(origin))
     assert [p.name for p in tmp_path.iterdir() if "out" in p.name] == []

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from align.run.directory import RunDirectory
-from align.run.files import json_line
-from align.run.secrets import redacted
+from align.run.files import json_line, redacted
 
 
 class MetricsLog:

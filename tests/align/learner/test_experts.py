@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from align.learner.batch import TrainingSequence
-from align.learner.expert_load import ExpertCounter, load_metrics
+from align.learner.experts import ExpertCounter, load_metrics
 from align.learner.group import LearnerGroup
 from align.learner.objective import Objective
 from align.model.policy import load_policy
