@@ -16,11 +16,14 @@ T their padded length; ``mask [B, T]`` is True on the tokens that are trained on
 arguments may hold anything, NaN and infinities included: that reaches neither values nor gradients.
 """
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Self
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn.functional import logsigmoid
+
+from align.options import Options
 
 Aggregation = Literal["sample_mean", "token_mean", "sequence_sum"]
 Level = Literal["token", "sequence"]
@@ -28,6 +31,34 @@ Level = Literal["token", "sequence"]
 STD_EPSILON = 1e-4  # added to the group's standard deviation; TRL's value
 ZERO_STD = 1e-6  # at or below this, a group's rewards count as all equal
 MAX_LOG_RATIO = 20.0  # exp(20) = 4.9e8: far outside any trust region, far inside float32
+
+
+class LossOptions(Options):
+    """What of a recipe's `grpo` decides about the loss."""
+
+    clip_low: float = Field(0.2, ge=0, lt=1, description="importance ratios are clipped below 1 - clip_low")
+    clip_high: float = Field(0.2, ge=0, description="importance ratios are clipped above 1 + clip_high")
+    kl_coefficient: float = Field(0.0, ge=0, description="weight of the k3 KL to the reference (beta)")
+    level: Level = Field(
+        "token",
+        description="importance ratio of a token (DeepSeekMath eq. 3) or of a completion (report eq. 32)",
+    )
+    aggregation: Aggregation = Field(
+        "sample_mean",
+        description="how token losses become one loss; see completion_weights. level: sequence needs sequence_sum",
+    )
+    advantage_scale: Literal["std", "none"] = Field(
+        "std", description="divide by the group's standard deviation, or only centre"
+    )
+
+    @model_validator(mode="after")
+    def _one_mean_over_a_completion(self) -> Self:
+        if self.level == "sequence" and self.aggregation != "sequence_sum":
+            raise ValueError(
+                f"level: sequence is one loss for each completion, of which aggregation: {self.aggregation} would divide by the length "
+                "a second time: set aggregation: sequence_sum, which is their mean (report eq. 32), or level: token"
+            )
+        return self
 
 
 def token_log_probs(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:

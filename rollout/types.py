@@ -107,7 +107,7 @@ class EngineOptions(BaseModel):
         description="largest rank of an adapter that vLLM adds to the policy; `weights.transport: adapter` sets it",
     )
     sleeps: bool = Field(
-        False, description="the engine can put what it holds on its GPU into the CPU's memory; `take_turns` sets it"
+        False, description="the engine can put what it holds on its GPU into the CPU's memory; `colocate` sets it"
     )
     native_rotary: bool = Field(
         True,
@@ -119,7 +119,7 @@ class EngineOptions(BaseModel):
     def _shared_by_one(self) -> Self:
         if self.gpus < 1 and self.tensor_parallel > 1:
             raise ValueError(
-                "gpus below 1, as with take_turns, is for workers of one process: leave it or tensor_parallel out"
+                "gpus below 1, as with colocate, is for workers of one process: leave it or tensor_parallel out"
             )
         return self
 

@@ -11,7 +11,7 @@ from pydantic import Field
 from align.errors import UserError
 from align.evaluate.hooks import EvaluationError
 from align.model.policy import first_line
-from align.recipe.options import Section
+from align.options import Options
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
@@ -20,7 +20,7 @@ LONGEST_BACKOFF_S = 120.0  # the longest that the client lets an endpoint put of
 GIVE_UP_AFTER = 10
 
 
-class JudgeOptions(Section):
+class JudgeOptions(Options):
     """Who judges, and how patiently it is asked."""
 
     base_url: str = Field(pattern=r"^https?://[^\s@]+$", description="such as http://127.0.0.1:8000/v1")

@@ -6,8 +6,7 @@ from typing import Any
 import torch
 
 from align.learner.batch import Batch
-from align.losses import agreement, grpo_token_loss, token_log_probs
-from align.recipe import GrpoOptions
+from align.losses import LossOptions, agreement, grpo_token_loss, token_log_probs
 
 
 class LogProbs(torch.nn.Module):
@@ -72,7 +71,7 @@ class LogProbs(torch.nn.Module):
 class Objective:
     """The loss to minimise: supervised when `grpo` is None. `temperature` is the sampler's."""
 
-    grpo: GrpoOptions | None = None
+    grpo: LossOptions | None = None
     temperature: float = 1.0
 
 

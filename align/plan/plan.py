@@ -148,7 +148,7 @@ def demands(recipe: Recipe, roles: Sequence[Role]) -> list[Demand]:
 
 def in_turns(recipe: Recipe) -> bool:
     """Whether a GPU that learners and workers share is only ever used by one side."""
-    return isinstance(recipe, PolicyRecipe) and recipe.take_turns
+    return isinstance(recipe, PolicyRecipe) and recipe.colocate
 
 
 def learners_part(recipe: Recipe, cluster: Cluster) -> Cluster:

@@ -1,31 +1,40 @@
-"""Recipes: `options` says what they can hold, `reading` gets one from a file, `pipeline` puts several in order."""
+"""Recipes: `options` and `recipes` say what they can hold, `load` gets one from a file, `pipeline` puts several in order."""
 
-from align.recipe.changes import differences
-from align.recipe.evaluation import AgainstOptions, EvaluationOptions
-from align.recipe.learners import BFLOAT16_SUMS, MERGED_ADAPTERS, LearnerOptions, LoraOptions, OptimizerOptions
+from align.recipe.load import check_model_directory, differences, dump_recipe, load_recipe, read_yaml
 from align.recipe.options import (
-    STAGES,
+    BFLOAT16_SUMS,
+    MERGED_ADAPTERS,
+    AgainstOptions,
+    AgreementOptions,
+    AlarmOptions,
     DataOptions,
+    EvaluationOptions,
     GrpoOptions,
-    GrpoRecipe,
+    GuardOptions,
+    LearnerOptions,
+    LoraOptions,
     MachineOptions,
     ModelOptions,
-    PolicyRecipe,
+    OptimizerOptions,
     PreferencesOptions,
-    PreferencesRecipe,
-    Recipe,
     RewardModelOptions,
-    RewardModelRecipe,
     RunOptions,
-    SamplingRecipe,
     ScoringOptions,
     SftOptions,
+)
+from align.recipe.pipeline import Pipeline, PlannedStage, load_pipeline
+from align.recipe.recipes import (
+    STAGES,
+    GrpoRecipe,
+    PolicyRecipe,
+    PreferencesRecipe,
+    Recipe,
+    RewardModelRecipe,
+    Roles,
+    SamplingRecipe,
     SftRecipe,
     TrainingRecipe,
 )
-from align.recipe.pipeline import Pipeline, PlannedStage, load_pipeline
-from align.recipe.reading import check_model_directory, dump_recipe, load_recipe, read_yaml
-from align.recipe.watches import AgreementOptions, AlarmOptions, GuardOptions
 
 __all__ = [
     "BFLOAT16_SUMS",
@@ -52,6 +61,7 @@ __all__ = [
     "Recipe",
     "RewardModelOptions",
     "RewardModelRecipe",
+    "Roles",
     "RunOptions",
     "SamplingRecipe",
     "ScoringOptions",

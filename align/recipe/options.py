@@ -1,23 +1,26 @@
-"""The recipe: what a stage does, as typed values. Every key that a YAML file may have is explained here and in what this imports."""
+"""The options of a recipe, section by section: every key that a YAML file may have, but those of `reward` and `rollout`."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from align.recipe.evaluation import EvaluationOptions
-from align.recipe.learners import LearnerOptions
-from align.recipe.section import Section, refuse_without_effect
-from align.recipe.watches import AgreementOptions, AlarmOptions, GuardOptions
-from reward import RewardTerm
-from rollout import WeightOptions
-from rollout.types import FleetOptions, SamplingOptions
+from align.losses import LossOptions
+from align.options import Options, refuse_without_effect
 
-DataStage = Literal["sft", "reward_model", "grpo"]
+STAGES_OWN = ("before ", "after ", "grpo step ")
+"""How the names of the evaluations begin that a stage makes by itself."""
+BFLOAT16_SUMS = (
+    "gradients of micro-batches add up in bfloat16 under learner.zero_stage 0, off by some percent where there are many; "
+    "under 1, 2 and 3 in float32"
+)
+MERGED_ADAPTERS = (
+    "in bfloat16 under learner.zero_stage 3, learner and workers have adapters merged into the weights, which rounds small ones away "
+    "(adapter/lost); under 0, 1 and 2 they have them beside the weights"
+)
 
 
-class RunOptions(Section):
+class RunOptions(Options):
     """Where a run's files go."""
 
     dir: Path | None = Field(None, description="run directory; runs/NAME when not given")
@@ -32,7 +35,14 @@ class RunOptions(Section):
     )
 
 
-class ModelOptions(Section):
+class MachineOptions(Options):
+    """What the machine must have."""
+
+    cores: int = Field(1, ge=1)
+    memory_gb: float = Field(1.0, gt=0, description="memory that must be free, in GiB")
+
+
+class ModelOptions(Options):
     """The policy to start from."""
 
     path: str = Field(description="Hugging Face directory or hub name")
@@ -43,7 +53,7 @@ class ModelOptions(Section):
     trust_remote_code: bool = False
 
 
-class DataOptions(Section):
+class DataOptions(Options):
     """Which examples of which data card. A recipe may list several; each step then takes from all of them."""
 
     card: str = Field(description="name of a card in data_cards/, or a path to one")
@@ -68,7 +78,108 @@ class DataOptions(Section):
         return self
 
 
-class SftOptions(Section):
+class OptimizerOptions(Options):
+    """AdamW and its schedule."""
+
+    learning_rate: float = Field(gt=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    warmup_steps: int = Field(0, ge=0)
+    schedule: Literal["cosine", "constant"] = "cosine"
+    final_ratio: float = Field(0.1, ge=0, le=1, description="last learning rate as a share of the highest")
+    clip_norm: float = Field(1.0, ge=0, description="largest gradient norm; 0 does not clip")
+
+    @model_validator(mode="after")
+    def _leave_out_what_has_no_effect(self) -> Self:
+        if self.schedule == "constant":
+            refuse_without_effect(self, "final_ratio", "schedule: constant keeps the rate", at="learner.optimizer.")
+        return self
+
+
+class LoraOptions(Options):
+    """Low-rank adapters (LoRA, arXiv 2106.09685): W + alpha / rank * B A, of which only A and B are trained."""
+
+    rank: int = Field(16, ge=1)
+    alpha: int = Field(32, ge=1, description="the adapter's product is scaled by alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="on what goes into attention's adapters; 0 for all others")
+    targets: list[str] = Field(
+        ["attention"],
+        min_length=1,
+        description="presets (attention; attention+shared: also shared experts and dense layers; experts: the routed ones) "
+        "and names such as q_proj or shared_experts.down_proj, one or a list; the router is frozen unless named (mlp.gate)",
+    )
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _one_or_several(cls, targets: Any) -> Any:
+        return [targets] if isinstance(targets, str) else targets
+
+
+class LearnerOptions(Options):
+    """The DeepSpeed learners."""
+
+    ranks: int = Field(2, ge=1, description="learner processes, data parallel")
+    threads: int = Field(1, ge=1, description="CPU threads of a rank")
+    gpus: float = Field(
+        1.0,
+        gt=0.5,
+        le=1,
+        description="GPUs of a rank, where there are any; below 1 (0.6, say) a rollout worker may have the rest of it, in memory too: "
+        "rollout.gpus, rollout.gpu_memory_share",
+    )
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        1, description="what ranks share out (ZeRO); 0, nothing, adds up a bfloat16 model's gradients in bfloat16"
+    )
+    expert_parallel: int = Field(
+        1,
+        ge=1,
+        description="ranks that share the routed experts of a layer among them (DeepSpeed's AutoEP); 1: each has all",
+    )
+    micro_batch_tokens: int = Field(4096, ge=1, description="tokens of a micro-batch, padding included")
+    gradient_checkpointing: bool = False
+    share_prompts: bool = Field(
+        False,
+        description="GRPO: compute a prompt once for all completions of a group that are in a micro-batch: the same gradient for "
+        "fewer tokens",
+    )
+    port: int | None = Field(None, ge=1024, le=65535, description="where the ranks meet; a free port when not given")
+    optimizer: OptimizerOptions
+    lora: LoraOptions | None = Field(None, description="train adapters alone; all parameters when not given")
+    resources: dict[str, float] = Field(
+        {}, description="custom Ray resources that a rank takes, to say on which nodes of a cluster ranks may be"
+    )
+    start_timeout_s: float = Field(600, gt=0)
+    step_timeout_s: float = Field(1800, gt=0)
+    stop_after_bad_steps: int = Field(
+        4, ge=1, description="steps in a row with numbers that are not finite after which the run stops"
+    )
+
+    @model_validator(mode="after")
+    def _prompts_can_be_shared(self) -> Self:
+        if self.share_prompts and self.gradient_checkpointing:
+            raise ValueError(
+                "share_prompts: gradient_checkpointing drops the keys and values of prompts; leave one of them out"
+            )
+        if self.share_prompts and self.zero_stage == 3:
+            raise ValueError(
+                "share_prompts: ZeRO-3 cannot use a parameter twice in a step; take zero_stage 2, or leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _experts_can_be_spread(self) -> Self:
+        if self.expert_parallel > 1:
+            if self.ranks % self.expert_parallel:
+                raise ValueError(f"ranks ({self.ranks}) must be a multiple of expert_parallel ({self.expert_parallel})")
+            if self.zero_stage not in (1, 2):
+                raise ValueError(f"expert_parallel needs zero_stage 1 or 2, not {self.zero_stage}")
+            if self.lora is not None:
+                raise ValueError("expert_parallel trains whole experts: leave out lora, or expert_parallel")
+        return self
+
+
+class SftOptions(Options):
     """Supervised fine-tuning (DeepSeek-V2 report, section 4.1)."""
 
     steps: int = Field(ge=1, description="optimizer steps")
@@ -77,7 +188,7 @@ class SftOptions(Section):
     validation_limit: int = Field(256, ge=1, description="examples of the validation loss")
 
 
-class RewardModelOptions(Section):
+class RewardModelOptions(Options):
     """A reward model, trained on preferences from the SFT policy (DeepSeek-V2 report, section 4.2)."""
 
     loss: Literal["pairwise", "pointwise"] = Field(
@@ -94,41 +205,18 @@ class RewardModelOptions(Section):
     test_limit: int = Field(1024, ge=1, description="test pairs of a data card, for the evaluation at the end")
 
 
-class GrpoOptions(Section):
+class GrpoOptions(LossOptions):
     """Group Relative Policy Optimization (DeepSeekMath, arXiv 2402.03300, section 4.1; DeepSeek-V2 report, eq. 32-34)."""
 
     steps: int = Field(ge=1, description="exploration steps: sample, score, train, send weights")
     prompts_per_step: int = Field(ge=1)
     group_size: int = Field(ge=2, description="completions of a prompt (G)")
     updates_per_step: int = Field(1, ge=1, description="optimizer updates on the samples of one step")
-    clip_low: float = Field(0.2, ge=0, lt=1)
-    clip_high: float = Field(0.2, ge=0)
-    kl_coefficient: float = Field(0.0, ge=0, description="weight of the k3 KL to the reference (beta)")
-    level: Literal["token", "sequence"] = Field(
-        "token",
-        description="importance ratio of a token (DeepSeekMath eq. 3) or of a completion (report eq. 32)",
-    )
-    aggregation: Literal["sample_mean", "token_mean", "sequence_sum"] = Field(
-        "sample_mean",
-        description="how token losses become one loss; see align.losses.completion_weights. level: sequence needs sequence_sum",
-    )
-    advantage_scale: Literal["std", "none"] = Field(
-        "std", description="divide by the group's standard deviation, or only centre"
-    )
     train_on_truncated: bool = Field(True, description="train on completions cut off at the length limit")
-    drop_uniform_groups: bool = Field(False, description="leave out groups whose rewards are all equal")
-
-    @model_validator(mode="after")
-    def _one_mean_over_a_completion(self) -> Self:
-        if self.level == "sequence" and self.aggregation != "sequence_sum":
-            raise ValueError(
-                f"level: sequence is one loss for each completion, of which aggregation: {self.aggregation} would divide by the length "
-                "a second time: set aggregation: sequence_sum, which is their mean (report eq. 32), or level: token"
-            )
-        return self
+    drop_zero_variance_groups: bool = Field(False, description="leave out groups whose rewards are all equal")
 
 
-class PreferencesOptions(Section):
+class PreferencesOptions(Options):
     """Pairs of the policy's own answers, the better one known by its verdict (DeepSeek-V2 report, section 4.2)."""
 
     prompts: int = Field(512, ge=1, description="training prompts of each data card that has no data.limit of its own")
@@ -137,7 +225,7 @@ class PreferencesOptions(Section):
     pairs_per_prompt: int = Field(2, ge=1, description="pairs of a prompt at most, no answer in two of them")
 
 
-class ScoringOptions(Section):
+class ScoringOptions(Options):
     """The pool of processes that judge completions while others are being sampled."""
 
     workers: int = Field(1, ge=1)
@@ -150,260 +238,91 @@ class ScoringOptions(Section):
     )
 
 
-class MachineOptions(Section):
-    """What the machine must have."""
+class HookOptions(Options):
+    """A registered evaluation of the checkpoint that a stage wrote; `align evaluations list` shows them."""
 
-    cores: int = Field(1, ge=1)
-    memory_gb: float = Field(1.0, gt=0, description="memory that must be free, in GiB")
-
-
-class Recipe(Section):
-    """What every stage has."""
-
-    stage: Literal["sft", "reward_model", "grpo", "preferences"]
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    seed: int = Field(0, ge=0)
-    run: RunOptions = RunOptions()
-    machine: MachineOptions = MachineOptions()
-    model: ModelOptions
-    data: list[DataOptions] = Field(min_length=1, description="one mapping, or a list of them")
-
-    @field_validator("data", mode="before")
-    @classmethod
-    def _one_or_several(cls, data: Any) -> Any:
-        return [data] if isinstance(data, Mapping) else data
+    name: str
+    params: dict[str, Any] = Field({})
+    label: str | None = Field(
+        None, pattern=r"^[^/.][^/]*$", description="what its results are called; its name when not given"
+    )
 
     @property
-    def directory(self) -> Path:
-        return self.run.dir or Path("runs") / self.name
-
-    @property
-    def data_stage(self) -> DataStage:
-        """The stage that the cards of its data must be meant for."""
-        raise NotImplementedError
+    def title(self) -> str:
+        """What its results are called."""
+        return self.label or self.name
 
 
-class TrainingRecipe(Recipe):
-    """A stage that trains, and goes on from its last checkpoint when it was interrupted."""
+class AgainstOptions(Options):
+    """An earlier run whose answers to the same problems are compared with: how often the new ones are better."""
 
-    learner: LearnerOptions
-    save_every: int | None = Field(
+    run: Path = Field(description="run directory, or the checkpoint in it")
+    judge: str = Field(description="component of the reward by which answers are compared")
+
+
+class EvaluationOptions(Options):
+    """Held-out problems answered by the policy, before and after the stage, and whatever else is asked of it then."""
+
+    cards: list[str] | None = Field(None, description="data cards; those of the training data when not given")
+    split: Literal["validation", "test"] = Field("test", description="of the evaluations before and after the stage")
+    path: Path | None = Field(
+        None, description="local file, or directory with a file for each split, in place of the source of the only card"
+    )
+    levels: list[int] | None = Field(None, description="difficulty levels to keep of the only card")
+    limit: int = Field(256, ge=1, description="problems of a card, after a seeded shuffle")
+    samples: int = Field(4, ge=0, description="samples a problem for pass@k; 0 leaves it out")
+    before: bool = Field(True, description="also before the first step; not where the stage before has just done it")
+    every: int | None = Field(
         None,
         ge=1,
-        description="steps between checkpoints; when not given, one is written only where the run is told to stop",
+        description="GRPO: also every so many steps, on the validation split, by which the most accurate checkpoint is chosen",
     )
-    keep_checkpoints: int = Field(
-        2, ge=1, description="checkpoints that stay, the newest; with evaluation.every also the most accurate one"
-    )
-
-
-class SamplingRecipe(Recipe):
-    """A stage in which the policy answers prompts and the answers are judged."""
-
-    rewards: list[RewardTerm] = Field(min_length=1)
-    scoring: ScoringOptions = ScoringOptions()
-    rollout: FleetOptions = FleetOptions()
-
-
-IN_TURNS: Mapping[str, Mapping[str, Any]] = {"learner": {"gpus": 0.6}, "rollout": {"gpus": 0.4, "sleeps": True}}
-"""What goes without saying where a learner rank and a rollout worker take turns on a GPU: shares of it, by Ray's count."""
-
-
-class PolicyRecipe(SamplingRecipe, TrainingRecipe):
-    """A stage that trains the policy."""
-
-    evaluation: EvaluationOptions = EvaluationOptions()
-    agreement: AgreementOptions = AgreementOptions()
-    weights: WeightOptions = WeightOptions()
-    take_turns: bool = Field(
-        False,
-        description="a learner rank and a rollout worker share a GPU, and use it in turn: while one works, what the other holds is in the "
-        "CPU's memory",
-    )
-
-    @property
-    def evaluation_cards(self) -> list[str]:
-        """The data cards whose held-out problems the policy answers, each once."""
-        return list(dict.fromkeys(self.evaluation.cards or [data.card for data in self.data]))
+    max_new_tokens: int = Field(64, ge=1)
+    against: AgainstOptions | None = None
+    hooks: list[HookOptions] = Field([])
 
     @model_validator(mode="after")
-    def _one_card_for_a_path(self) -> Self:
-        for key in ("path", "levels"):
-            if getattr(self.evaluation, key) is not None and len(self.evaluation_cards) > 1:
-                raise ValueError(f"evaluation.{key} is for a single data card; name it in evaluation.cards")
-        return self
-
-    @model_validator(mode="after")
-    def _an_adapter_to_send(self) -> Self:
-        if self.weights.transport == "adapter":
-            if self.learner.lora is None:
+    def _results_do_not_overwrite_each_other(self) -> Self:
+        titles = [hook.title for hook in self.hooks]
+        for title in titles:
+            if titles.count(title) > 1:
+                raise ValueError(f"two hooks are called {title!r}, where each needs a label of its own")
+            if title.lower().startswith(STAGES_OWN):
                 raise ValueError(
-                    "weights.transport: adapter sends the adapter alone, and there is none: set learner.lora"
+                    f"a hook is called {title!r}, as the stage's own evaluations are: give it another label"
                 )
-            refuse_without_effect(self.weights, ["bucket_mb"], "weights", "an adapter is sent as a whole")
-        return self
-
-    @model_validator(mode="before")
-    @classmethod
-    def _turns_are_taken_on_a_gpu(cls, data: Any) -> Any:
-        if not (isinstance(data, Mapping) and data.get("take_turns")):
-            return data
-        given = {key: data.get(key) or {} for key in IN_TURNS}
-        return {**data, **{key: {**IN_TURNS[key], **own} for key, own in given.items() if isinstance(own, Mapping)}}
-
-    @model_validator(mode="after")
-    def _turns_can_be_taken(self) -> Self:
-        learner, rollout = self.learner, self.rollout
-        if not self.take_turns:
-            return self
-        if learner.zero_stage not in (1, 2) or learner.expert_parallel > 1:
-            raise ValueError(
-                "take_turns: DeepSpeed moves what it holds under zero_stage 1 and 2, without expert_parallel"
-            )
-        if learner.zero_stage == 1 and self.model.dtype == "bfloat16":
-            raise ValueError(
-                "take_turns: DeepSpeed does not move the float32 gradients of a bfloat16 model under zero_stage 1; take zero_stage 2"
-            )
-        if learner.gpus + rollout.gpus > 1:
-            raise ValueError("take_turns: learner.gpus and rollout.gpus are more than one GPU together; leave them out")
-        if learner.resources or rollout.resources:
-            raise ValueError(
-                "take_turns: a rank and a worker are in one place; leave out learner.resources and rollout.resources"
-            )
-        if self.weights.transport == "broadcast":
-            raise ValueError(
-                "take_turns: weights.transport: broadcast wants a GPU for each process; leave one of them out"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _a_device_for_each_process(self) -> Self:
-        if self.weights.transport == "broadcast" and min(self.learner.gpus, self.rollout.gpus) < 1:
-            raise ValueError(
-                "weights.transport: broadcast wants a GPU of its own for each process: leave it out, or learner.gpus and rollout.gpus"
-            )
         return self
 
 
-class SftRecipe(PolicyRecipe):
-    """Supervised fine-tuning."""
+class AgreementOptions(Options):
+    """How far sampler and learner may differ in the log-probability of a token."""
 
-    stage: Literal["sft"]
-    sft: SftOptions
+    warn_mean: float | None = Field(None, gt=0, description="mean |difference|; by dtype when not given")
+    stop_mean: float | None = Field(None, gt=0, description="mean |difference|; by dtype when not given")
 
-    @property
-    def data_stage(self) -> DataStage:
-        return "sft"
-
-    @model_validator(mode="after")
-    def _leave_out_what_has_no_effect(self) -> Self:
-        why = "SFT looks at the validation loss, every sft.validate_every steps"
-        refuse_without_effect(self.evaluation, ["every"], "evaluation", why)
-        for data in self.data:
-            refuse_without_effect(data, ["split"], "data", "the validation split gives the validation loss")
-        return self
+    def limits(self, dtype: str) -> tuple[float, float]:
+        """(warn, stop): mean |difference| in nats a token, as given or as the dtype can hold."""
+        # In float32 a token whose router was undecided can go to another expert: 0.1 nats of one token, 2e-5 of a step's mean.
+        by_dtype = {"float32": (1e-4, 1e-3), "bfloat16": (0.03, 0.15)}
+        warn, stop = by_dtype[dtype]
+        return self.warn_mean or warn, self.stop_mean or stop
 
 
-class RewardModelRecipe(TrainingRecipe):
-    """A reward model from preferences. Nothing is sampled for it."""
+class AlarmOptions(Options):
+    """When a GRPO run is told to be going wrong; what is compared with earlier steps waits until there are `window` of them."""
 
-    stage: Literal["reward_model"]
-    init_from: Path | None = Field(
-        None, description="SFT recipe that trains the policy it is made of, run first and with this recipe's seed"
+    window: int = Field(5, ge=1, description="steps that entropy and reward are compared with: the first, and the last")
+    entropy_share: float = Field(
+        0.1, ge=0, le=1, description="share of the first steps' entropy below which it collapsed"
     )
-    reward_model: RewardModelOptions
-
-    @property
-    def data_stage(self) -> DataStage:
-        return "reward_model"
-
-    @model_validator(mode="after")
-    def _leave_out_what_has_no_effect(self) -> Self:
-        if self.reward_model.loss == "pointwise" and self.reward_model.margin_scale:
-            raise ValueError("reward_model.margin_scale has no effect on the pointwise loss: leave it out")
-        refuse_without_effect(self.learner, ["share_prompts"], "learner", "a reward model reads whole conversations")
-        for data in self.data:
-            refuse_without_effect(data, ["levels"], "data", "preferences have no levels")
-            refuse_without_effect(data, ["split"], "data", "validation and test pairs judge the reward model")
-        return self
+    zero_variance_groups: float = Field(0.95, gt=0, description="share of groups whose rewards are all equal")
+    reward_jump: float = Field(1.0, gt=0, description="change of the mean reward, in standard deviations of a sample's")
+    dead_experts: float = Field(0.5, gt=0, description="share of a layer's experts that no token goes to")
 
 
-class GrpoRecipe(PolicyRecipe):
-    """Reinforcement learning with GRPO."""
+class GuardOptions(Options):
+    """An alarm for over-optimisation: the reward that is learned from goes up while the one that is trusted goes down."""
 
-    stage: Literal["grpo"]
-    init_from: Path | None = Field(
-        None, description="SFT recipe that trains the starting policy, run first and with this recipe's seed"
-    )
-    reference: Path | None = Field(
-        None, description="checkpoint of the KL's reference; the policy at the start of the stage when not given"
-    )
-    sampling: SamplingOptions = SamplingOptions()
-    grpo: GrpoOptions
-    guard: GuardOptions | None = None
-    alarms: AlarmOptions = AlarmOptions()
-
-    @property
-    def data_stage(self) -> DataStage:
-        return "grpo"
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if self.sampling.temperature == 0:
-            raise ValueError("sampling.temperature is 0: greedy completions of a group are all alike; use 1.0")
-        if "validation" in {data.split for data in self.data} and (
-            self.evaluation.every or self.evaluation.split == "validation"
-        ):
-            raise ValueError(
-                "data.split: validation is what evaluation.every and evaluation.split: validation measure on: train on train, or "
-                "leave those out"
-            )
-        if self.reference is not None and not self.grpo.kl_coefficient:
-            raise ValueError("reference has no effect while grpo.kl_coefficient is 0: set that, or leave it out")
-        if self.learner.lora is not None and self.learner.lora.dropout:
-            raise ValueError(
-                "learner.lora.dropout must be 0: with it the learner would judge another policy than the one that sampled"
-            )
-        if self.weights.transport == "adapter" and self.init_from is not None:
-            raise ValueError(
-                "weights.transport: adapter wants workers that start from the policy that is trained: run init_from's recipe first, "
-                "and give what it made as model.path"
-            )
-        if self.sampling.max_new_tokens >= self.rollout.max_length:
-            raise ValueError(
-                f"sampling.max_new_tokens ({self.sampling.max_new_tokens}) leaves no room for a prompt in "
-                f"rollout.max_length ({self.rollout.max_length})"
-            )
-        if self.grpo.prompts_per_step % self.grpo.updates_per_step:
-            raise ValueError(
-                f"grpo.prompts_per_step ({self.grpo.prompts_per_step}) cannot be split into "
-                f"grpo.updates_per_step ({self.grpo.updates_per_step}) equal parts"
-            )
-        return self
-
-
-class PreferencesRecipe(SamplingRecipe):
-    """Preference data from the policy's own answers."""
-
-    stage: Literal["preferences"]
-    sampling: SamplingOptions = SamplingOptions()
-    preferences: PreferencesOptions = PreferencesOptions()
-
-    @property
-    def data_stage(self) -> DataStage:
-        return "grpo"
-
-    @model_validator(mode="after")
-    def _leave_out_what_has_no_effect(self) -> Self:
-        refuse_without_effect(self.run, ["allow_changes"], "run", "this stage begins anew when it was interrupted")
-        for data in self.data:
-            refuse_without_effect(data, ["split", "share"], "data", "every prompt of every split is answered once")
-        return self
-
-
-STAGES: dict[str, type[Recipe]] = {
-    "sft": SftRecipe,
-    "reward_model": RewardModelRecipe,
-    "grpo": GrpoRecipe,
-    "preferences": PreferencesRecipe,
-}
+    learned: str = Field(description="component of the reward, such as the label of a reward model")
+    trusted: str = Field(description="component that is not trained on, such as a rule of weight 0")
+    window: int = Field(5, ge=2, description="steps that are compared with as many before them")

@@ -9,14 +9,16 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from align.errors import UserError
-from align.recipe.options import Recipe, RunOptions, Section
-from align.recipe.reading import apply_override, explain, load_recipe, read_yaml
+from align.options import Options
+from align.recipe.load import apply_override, explain, load_recipe, read_yaml
+from align.recipe.options import RunOptions
+from align.recipe.recipes import Recipe
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"
 PRODUCT = re.compile(r"\$\{([^}]*)\}")
 
 
-class StageEntry(Section):
+class StageEntry(Options):
     """A stage: its recipe with `set` put over it, where `${NAME}` is what the stage NAME before it made (its `final/`)."""
 
     name: str = Field(pattern=NAME)
@@ -24,7 +26,7 @@ class StageEntry(Section):
     set: list[str] = Field([], description="overrides, such as model.path=${sft}")
 
 
-class PipelineOptions(Section):
+class PipelineOptions(Options):
     """What a pipeline file holds."""
 
     name: str = Field(pattern=NAME)

@@ -18,14 +18,14 @@ def shared_places(recipe: SamplingRecipe) -> Any:
     """
     import ray
 
-    if not (isinstance(recipe, PolicyRecipe) and recipe.take_turns):
+    if not (isinstance(recipe, PolicyRecipe) and recipe.colocate):
         return None
     count = max(recipe.learner.ranks, recipe.rollout.workers)
     device = {"GPU": 1.0} if torch.cuda.is_available() else {"CPU": A_LITTLE}
     places = ray.util.placement_group([device] * count)
     if not places.wait(PATIENCE_S):
         raise UserError(
-            f"take_turns: {count} GPUs are wanted, one for each learner rank and rollout worker, and Ray has "
+            f"colocate: {count} GPUs are wanted, one for each learner rank and rollout worker, and Ray has "
             f"{ray.available_resources().get('GPU', 0):g} free; lower learner.ranks and rollout.workers"
         )
     return places

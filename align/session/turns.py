@@ -12,8 +12,8 @@ def start_learner(
 ) -> LearnerGroup:
     """The learner of a stage, which takes turns with the rollout workers where it shares GPUs with them."""
     places = engines.places
-    if recipe.take_turns != (places is not None):
-        raise UserError("take_turns: the recipe of init_from must say the same as the one that goes on from it")
+    if recipe.colocate != (places is not None):
+        raise UserError("colocate: the recipe of init_from must say the same as the one that goes on from it")
     if places is not None and recipe.learner.ranks > places.bundle_count:
         raise UserError(f"learner.ranks: {recipe.learner.ranks} ranks cannot take turns on {places.bundle_count} GPUs")
     learner = LearnerGroup(policy, recipe.learner, seed=recipe.seed, reference=reference, bundles=places)

@@ -84,7 +84,7 @@ class Alarms:
 
     def _variance(self, uniform: float, samples: Sequence[SeenSample]) -> Iterator[Alarm]:
         """Nearly all groups have rewards that are all equal: there is nothing left to learn from."""
-        if uniform >= self._options.uniform_groups:
+        if uniform >= self._options.zero_variance_groups:
             ids = _first((sample for sample in samples if sample.in_uniform_group), key=lambda sample: 0.0)
             yield Alarm("variance", f"in {uniform:.0%} of the groups all rewards are equal, which teaches nothing", ids)
 

@@ -209,7 +209,7 @@ def sample(
     compared = torch.bincount(group_of[valid], minlength=len(examples)) > 1
     bad |= bad_samples(answers, advantages.tolist())
     kept = valid & torch.isfinite(advantages)
-    if options.drop_uniform_groups:
+    if options.drop_zero_variance_groups:
         kept &= ~uniform[group_of]
     if not options.train_on_truncated:
         kept &= ~torch.tensor([answer.truncated for answer in answers])

@@ -74,6 +74,30 @@ def test_overrides_are_typed_and_named_when_wrong() -> None:
         load_recipe(NANO / "grpo.yaml", ["grpo.steps"])
 
 
+def test_old_names_of_keys_are_read_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "recipe.yaml"
+    old = (NANO / "grpo.yaml").read_text().replace("  group_size: 16", "  group_size: 16\n  drop_uniform_groups: true")
+    file.write_text(old)
+    recipe = load_recipe(file, ["take_turns=true", "learner.zero_stage=2", "alarms={uniform_groups: 0.5}"])
+    assert isinstance(recipe, GrpoRecipe)
+    assert (recipe.grpo.drop_zero_variance_groups, recipe.colocate, recipe.alarms.zero_variance_groups) == (
+        True,
+        True,
+        0.5,
+    )
+    assert f"{file}: grpo.drop_uniform_groups is called grpo.drop_zero_variance_groups now" in caplog.messages
+    assert "take_turns=true: take_turns is called colocate now" in caplog.messages
+    line = old[: old.index("drop_uniform_groups")].count("\n") + 1
+    file.write_text(old.replace("drop_uniform_groups: true", "drop_uniform_groups: maybe"))
+    with pytest.raises(UserError, match=rf"line {line}: grpo\.drop_zero_variance_groups"):
+        load_recipe(file)
+    file.write_text(
+        old.replace("drop_uniform_groups: true", "drop_uniform_groups: true\n  drop_zero_variance_groups: true")
+    )
+    with pytest.raises(UserError, match="given twice, once by its old name"):
+        load_recipe(file)
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

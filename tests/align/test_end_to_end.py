@@ -99,7 +99,7 @@ def test_the_final_policy_answers_a_users_own_file(run: Path, tmp_path: Path) ->
 OTHERWISE = {
     "weights in files": ["weights={transport: directory, bucket_mb: 0.5}"],
     "weights broadcast": ["weights={transport: broadcast, bucket_mb: 0.5}"],
-    "taking turns": ["take_turns=true"],
+    "taking turns": ["colocate=true"],
 }
 
 

@@ -19,8 +19,8 @@ from align.evaluate.doctor import Outcome, check_template
 from align.learner.state import _read
 from align.model.policy import load_policy, load_tokenizer
 from align.recipe import ModelOptions, load_recipe
+from align.recipe.load import check_model_directory
 from align.recipe.pipeline import load_pipeline
-from align.recipe.reading import check_model_directory
 from align.run.checkpoints import CheckpointDirectory, hashed_file
 
 SFT = Path("recipes/nano/sft.yaml")

@@ -25,8 +25,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = ("align", "rollout", "reward")
 COMMANDS = {stage: f"align.cli.{stage}" for stage in STAGES}
 CHECKS = (
-    "align.recipe.reading",
-    "align.recipe.changes",
+    "align.recipe.load",
     "align.recipe.pipeline",
     "align.session.checks",
     "align.plan",

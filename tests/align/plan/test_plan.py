@@ -110,7 +110,7 @@ def test_a_gpu_is_shared_by_one_rank_and_one_process_of_a_worker(overrides: list
 
 def test_all_parameters_of_deepseek_v2_lite_fit_one_node_where_learners_and_workers_take_turns() -> None:
     recipe = "recipes/v2_lite/grpo_reasoning.yaml"
-    turns = ["take_turns=true", "learner.zero_stage=2", "grpo.kl_coefficient=0", "learner.micro_batch_tokens=4096"]
+    turns = ["colocate=true", "learner.zero_stage=2", "grpo.kl_coefficient=0", "learner.micro_batch_tokens=4096"]
     turns += ["rollout.workers=8", "rollout.kv_cache_gb=8"]
     plan = planned(recipe, LITE, 1, 8, *turns)
     assert plan.refusals == []

@@ -61,13 +61,13 @@ def test_an_adapter_alone_wants_one_and_workers_with_its_base(overrides: list[st
     ("overrides", "expected"),
     [
         (["weights.transport=broadcast", "rollout.gpus=0.4"], "a GPU of its own for each process"),
-        (["take_turns=true", "learner.zero_stage=3"], "zero_stage 1 and 2"),
-        (["take_turns=true", "learner.zero_stage=1", "model.dtype=bfloat16"], "take zero_stage 2"),
-        (["take_turns=true", "learner.gpus=1"], "more than one GPU together"),
-        (["take_turns=true", "learner=3"], "learner"),
-        (["take_turns=true", "rollout.tensor_parallel=2"], "for workers of one process"),
-        (["take_turns=true", "rollout.resources={fast: 1}"], "are in one place"),
-        (["take_turns=true", "weights.transport=broadcast"], "broadcast wants a GPU for each process"),
+        (["colocate=true", "learner.zero_stage=3"], "zero_stage 1 and 2"),
+        (["colocate=true", "learner.zero_stage=1", "model.dtype=bfloat16"], "take zero_stage 2"),
+        (["colocate=true", "learner.gpus=1"], "more than one GPU together"),
+        (["colocate=true", "learner=3"], "learner"),
+        (["colocate=true", "rollout.tensor_parallel=2"], "for workers of one process"),
+        (["colocate=true", "rollout.resources={fast: 1}"], "are in one place"),
+        (["colocate=true", "weights.transport=broadcast"], "broadcast wants a GPU for each process"),
     ],
 )
 def test_what_shares_a_gpu_does_so_in_a_way_that_is_possible(overrides: list[str], expected: str) -> None:

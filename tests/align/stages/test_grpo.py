@@ -50,8 +50,8 @@ def test_a_sequence_is_the_samplers_tokens_with_the_log_probabilities_that_drew_
 @pytest.mark.parametrize(
     ("override", "kept"),
     [
-        ("grpo.drop_uniform_groups=false", [0, 1, 2, 3, 4, 5, 6, 7]),
-        ("grpo.drop_uniform_groups=true", [0, 1, 2, 3]),
+        ("grpo.drop_zero_variance_groups=false", [0, 1, 2, 3, 4, 5, 6, 7]),
+        ("grpo.drop_zero_variance_groups=true", [0, 1, 2, 3]),
         ("grpo.train_on_truncated=false", [0, 1, 2, 4, 5, 6]),
     ],
 )

@@ -1,7 +1,8 @@
 """Recipes from YAML files and `key=value` overrides, with errors that name the file, the line and the key."""
 
 import difflib
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,42 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from align.errors import UserError
-from align.recipe.options import STAGES, GrpoRecipe, ModelOptions, PolicyRecipe, Recipe, RewardModelRecipe
+from align.recipe.options import ModelOptions
+from align.recipe.recipes import STAGES, Recipe
+
+logger = logging.getLogger(__name__)
+
+RENAMED = {
+    "take_turns": "colocate",
+    "grpo.drop_uniform_groups": "grpo.drop_zero_variance_groups",
+    "alarms.uniform_groups": "alarms.zero_variance_groups",
+}
+"""Old names of keys, which are still read."""
+
+# What changes nothing of what is trained: where it runs, how often it saves, how long it waits.
+FREE = (
+    "run",
+    "machine",
+    "save_every",
+    "keep_checkpoints",
+    "weights",
+    "learner.port",
+    "learner.gpus",
+    "learner.resources",
+    "learner.start_timeout_s",
+    "learner.step_timeout_s",
+    "rollout.workers",
+    "rollout.gpus",
+    "rollout.resources",
+    "rollout.start_timeout_s",
+    "rollout.batch_timeout_s",
+    "rollout.stall_timeout_s",
+    "rollout.probe_interval_s",
+    "rollout.probe_timeout_s",
+    "rollout.max_restarts",
+    "scoring.workers",
+    "scoring.timeout_s",
+)
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = (), *, pending: Path | None = None) -> Recipe:
@@ -18,8 +54,10 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), *, pending: Path | No
     Files below `pending` need not be there yet.
     """
     values, lines = read_yaml(path)
+    rename(values, lines, path)
     for override in overrides:
         apply_override(values, override)
+        rename(values, {}, override)
     stage = values.get("stage")
     if stage not in STAGES:
         raise UserError(f"{path}: stage must be one of {', '.join(STAGES)}, but is {stage!r}")
@@ -74,6 +112,24 @@ def collect_lines(node: yaml.Node | None, at: tuple[str, ...], lines: dict[tuple
         for index, item in enumerate(node.value):
             lines[(*at, str(index))] = item.start_mark.line + 1
             collect_lines(item, (*at, str(index)), lines, path)
+
+
+def rename(values: dict[str, Any], lines: dict[tuple[str, ...], int], where: Path | str) -> None:
+    """Give keys that `where` has by an old name their new one, with a warning. Raises UserError for one that has both."""
+    for old, new in RENAMED.items():
+        *parents, last = old.split(".")
+        at: Any = values
+        for parent in parents:
+            at = at.get(parent) if isinstance(at, dict) else None
+        if not isinstance(at, dict) or last not in at:
+            continue
+        value, name = at.pop(last), new.rpartition(".")[2]
+        if isinstance(where, Path) and name in at:
+            raise UserError(f"{where}: {new} is given twice, once by its old name {old}")
+        at[name] = value
+        logger.warning("%s: %s is called %s now", where, old, new)
+        if (place := tuple(old.split("."))) in lines:
+            lines[tuple(new.split("."))] = lines.pop(place)
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:
@@ -161,23 +217,26 @@ def check_files(recipe: Recipe, path: Path, lines: Mapping[tuple[str, ...], int]
 
 def named_files(recipe: Recipe) -> dict[tuple[str, ...], Path]:
     """What a recipe names on this machine, by key. A model may be a name on the hub instead."""
-    named: dict[tuple[str, ...], Path | None] = {
-        ("data", "path") if len(recipe.data) == 1 else ("data", str(index), "path"): data.path
-        for index, data in enumerate(recipe.data)
-    }
-    if isinstance(recipe, PolicyRecipe):
-        named[("evaluation", "path")] = recipe.evaluation.path
-        if recipe.evaluation.against is not None:
-            named[("evaluation", "against", "run")] = recipe.evaluation.against.run
-    if isinstance(recipe, GrpoRecipe):
-        named |= {("init_from",): recipe.init_from, ("reference",): recipe.reference}
-    if isinstance(recipe, RewardModelRecipe):
-        named[("init_from",)] = recipe.init_from
+    named = {key: file for key, file in paths_in(recipe, ()) if key[0] != "run"}
+    if len(recipe.data) == 1:
+        named = {("data", *key[2:]) if key[0] == "data" else key: file for key, file in named.items()}
     model = Path(recipe.model.path)
     local = model.is_absolute() or recipe.model.path.startswith((".", "~"))
     if local or (model.parent.is_dir() and len(model.parts) > 2):
         named[("model", "path")] = model
-    return {key: file for key, file in named.items() if file is not None}
+    return named
+
+
+def paths_in(options: Any, at: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Path]]:
+    """Every path among options, with its key."""
+    if isinstance(options, Path):
+        yield at, options
+    elif isinstance(options, list):
+        for index, item in enumerate(options):
+            yield from paths_in(item, (*at, str(index)))
+    elif isinstance(options, BaseModel):
+        for name in type(options).model_fields:
+            yield from paths_in(getattr(options, name), (*at, name))
 
 
 def check_model_directory(directory: Path, options: ModelOptions) -> None:
@@ -199,3 +258,18 @@ def check_model_directory(directory: Path, options: ModelOptions) -> None:
             f"model.path: {directory} has no weights (*.safetensors); give a trained model, "
             "or set model.init=random to draw new weights from the seed"
         )
+
+
+def differences(before: Recipe, now: Recipe) -> list[str]:
+    """The keys whose values matter and differ, such as "sft.steps (800 before, 900 now)"."""
+    return list(_differences(before.model_dump(mode="json"), now.model_dump(mode="json"), ""))
+
+
+def _differences(before: Any, now: Any, key: str) -> Iterator[str]:
+    if before == now or key in FREE:
+        return
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in dict.fromkeys([*before, *now]):
+            yield from _differences(before.get(name), now.get(name), f"{key}.{name}" if key else name)
+    else:
+        yield f"{key} ({before!r} before, {now!r} now)"

@@ -1,0 +1,346 @@
+"""The recipe of each stage: which options it has, which of them go together, and which processes it needs."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from align.options import Options, refuse_without_effect
+from align.recipe.options import (
+    AgreementOptions,
+    AlarmOptions,
+    DataOptions,
+    EvaluationOptions,
+    GrpoOptions,
+    GuardOptions,
+    LearnerOptions,
+    MachineOptions,
+    ModelOptions,
+    PreferencesOptions,
+    RewardModelOptions,
+    RunOptions,
+    ScoringOptions,
+    SftOptions,
+)
+from reward import RewardTerm
+from rollout import WeightOptions
+from rollout.types import FleetOptions, SamplingOptions
+
+DataStage = Literal["sft", "reward_model", "grpo"]
+INIT_FROM = "SFT recipe that trains the policy to start from, run first and with what this recipe shares with it"
+ALL_ANSWERED = "every prompt of every split is answered once"
+
+
+@dataclass(frozen=True, slots=True)
+class Roles:
+    """The processes that a recipe needs, each with its options (None where there are none of the kind), and their work in a step.
+
+    `learner`: ranks that train `trained`, on `trained_sequences` of at most `longest` tokens; with a `reference` they hold the
+    policy a second time, for the KL. `rollout`: workers that hold the policy and sample `sampled_sequences` of at most
+    `sampling.max_new_tokens` (of preference data, all of them; none in SFT, where they only answer evaluations). `scoring`: processes
+    that score what was sampled, by `rewards`. `evaluation`: what the policy is asked before and after the stage, by `weights` kept
+    equal to the learner's. `colocated`: a rank and a worker share a GPU and use it in turn.
+    """
+
+    learner: LearnerOptions | None = None
+    trained: Literal["policy", "reward_model"] | None = None
+    trained_sequences: int = 0
+    longest: int = 0
+    reference: bool = False
+    rollout: FleetOptions | None = None
+    sampling: SamplingOptions | None = None
+    sampled_sequences: int = 0
+    scoring: ScoringOptions | None = None
+    rewards: Sequence[RewardTerm] = ()
+    evaluation: EvaluationOptions | None = None
+    evaluation_cards: Sequence[str] = ()
+    weights: WeightOptions | None = None
+    colocated: bool = False
+
+
+class Recipe(Options):
+    """What every stage has."""
+
+    no_effect: ClassVar[Mapping[str, str]] = {}
+    """Keys that do nothing in this stage, and why: they are refused."""
+    data_stage: ClassVar[DataStage]
+    """The stage that the cards of its data must be meant for."""
+
+    stage: Literal["sft", "reward_model", "grpo", "preferences"]
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = Field(0, ge=0)
+    run: RunOptions = RunOptions()
+    machine: MachineOptions = MachineOptions()
+    model: ModelOptions
+    data: list[DataOptions] = Field(min_length=1, description="one mapping, or a list of them")
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _one_or_several(cls, data: Any) -> Any:
+        return [data] if isinstance(data, Mapping) else data
+
+    @model_validator(mode="after")
+    def _leave_out_what_has_no_effect(self) -> Self:
+        for key, why in self.no_effect.items():
+            refuse_without_effect(self, key, why)
+        return self
+
+    @property
+    def directory(self) -> Path:
+        return self.run.dir or Path("runs") / self.name
+
+    def roles(self) -> Roles:
+        """The processes that it needs."""
+        raise NotImplementedError
+
+
+class TrainingRecipe(Recipe):
+    """A stage that trains, and goes on from its last checkpoint when it was interrupted."""
+
+    learner: LearnerOptions
+    save_every: int | None = Field(
+        None,
+        ge=1,
+        description="steps between checkpoints; when not given, one is written only where the run is told to stop",
+    )
+    keep_checkpoints: int = Field(
+        2, ge=1, description="checkpoints that stay, the newest; with evaluation.every also the most accurate one"
+    )
+
+
+class SamplingRecipe(Recipe):
+    """A stage in which the policy answers prompts and the answers are scored."""
+
+    rewards: list[RewardTerm] = Field(min_length=1)
+    scoring: ScoringOptions = ScoringOptions()
+    rollout: FleetOptions = FleetOptions()
+
+    def roles(self) -> Roles:
+        return Roles(rollout=self.rollout, scoring=self.scoring, rewards=self.rewards)
+
+
+COLOCATED: Mapping[str, Mapping[str, Any]] = {"learner": {"gpus": 0.6}, "rollout": {"gpus": 0.4, "sleeps": True}}
+"""What goes without saying where a learner rank and a rollout worker share a GPU: their shares of it, by Ray's count."""
+
+
+class PolicyRecipe(SamplingRecipe, TrainingRecipe):
+    """A stage that trains the policy."""
+
+    evaluation: EvaluationOptions = EvaluationOptions()
+    agreement: AgreementOptions = AgreementOptions()
+    weights: WeightOptions = WeightOptions()
+    colocate: bool = Field(
+        False,
+        description="a learner rank and a rollout worker share a GPU, and use it in turn: while one works, what the other holds is in the "
+        "CPU's memory",
+    )
+
+    def roles(self) -> Roles:
+        return replace(
+            super().roles(),
+            learner=self.learner,
+            trained="policy",
+            longest=self.rollout.max_length,
+            evaluation=self.evaluation,
+            evaluation_cards=self.evaluation_cards,
+            weights=self.weights,
+            colocated=self.colocate,
+        )
+
+    @property
+    def evaluation_cards(self) -> list[str]:
+        """The data cards whose held-out problems the policy answers, each once."""
+        return list(dict.fromkeys(self.evaluation.cards or [data.card for data in self.data]))
+
+    @model_validator(mode="after")
+    def _one_card_for_a_path(self) -> Self:
+        for key in ("path", "levels"):
+            if getattr(self.evaluation, key) is not None and len(self.evaluation_cards) > 1:
+                raise ValueError(f"evaluation.{key} is for a single data card; name it in evaluation.cards")
+        return self
+
+    @model_validator(mode="after")
+    def _an_adapter_to_send(self) -> Self:
+        if self.weights.transport == "adapter":
+            if self.learner.lora is None:
+                raise ValueError(
+                    "weights.transport: adapter sends the adapter alone, and there is none: set learner.lora"
+                )
+            refuse_without_effect(self, "weights.bucket_mb", "an adapter is sent as a whole")
+        return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _share_a_gpu(cls, data: Any) -> Any:
+        if not (isinstance(data, Mapping) and data.get("colocate")):
+            return data
+        given = {key: data.get(key) or {} for key in COLOCATED}
+        return {**data, **{key: {**COLOCATED[key], **own} for key, own in given.items() if isinstance(own, Mapping)}}
+
+    @model_validator(mode="after")
+    def _can_be_colocated(self) -> Self:
+        learner, rollout = self.learner, self.rollout
+        if not self.colocate:
+            return self
+        if learner.zero_stage not in (1, 2) or learner.expert_parallel > 1:
+            raise ValueError(
+                "colocate: DeepSpeed moves what it holds under zero_stage 1 and 2, without expert_parallel"
+            )
+        if learner.zero_stage == 1 and self.model.dtype == "bfloat16":
+            raise ValueError(
+                "colocate: DeepSpeed does not move the float32 gradients of a bfloat16 model under zero_stage 1; take zero_stage 2"
+            )
+        if learner.gpus + rollout.gpus > 1:
+            raise ValueError("colocate: learner.gpus and rollout.gpus are more than one GPU together; leave them out")
+        if learner.resources or rollout.resources:
+            raise ValueError(
+                "colocate: a rank and a worker are in one place; leave out learner.resources and rollout.resources"
+            )
+        if self.weights.transport == "broadcast":
+            raise ValueError(
+                "colocate: weights.transport: broadcast wants a GPU for each process; leave one of them out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_device_for_each_process(self) -> Self:
+        if self.weights.transport == "broadcast" and min(self.learner.gpus, self.rollout.gpus) < 1:
+            raise ValueError(
+                "weights.transport: broadcast wants a GPU of its own for each process: leave it out, or learner.gpus and rollout.gpus"
+            )
+        return self
+
+
+class SftRecipe(PolicyRecipe):
+    """Supervised fine-tuning."""
+
+    no_effect: ClassVar = {
+        "evaluation.every": "SFT looks at the validation loss, every sft.validate_every steps",
+        "data.split": "the validation split gives the validation loss",
+    }
+    data_stage: ClassVar = "sft"
+
+    stage: Literal["sft"]
+    sft: SftOptions
+
+    def roles(self) -> Roles:
+        return replace(super().roles(), trained_sequences=self.sft.sequences_per_step)
+
+
+class RewardModelRecipe(TrainingRecipe):
+    """A reward model from preferences. Nothing is sampled for it."""
+
+    no_effect: ClassVar = {
+        "learner.share_prompts": "a reward model reads whole conversations",
+        "data.levels": "preferences have no levels",
+        "data.split": "validation and test pairs judge the reward model",
+    }
+    data_stage: ClassVar = "reward_model"
+
+    stage: Literal["reward_model"]
+    init_from: Path | None = Field(None, description=INIT_FROM)
+    reward_model: RewardModelOptions
+
+    def roles(self) -> Roles:
+        options = self.reward_model
+        return Roles(
+            learner=self.learner,
+            trained="reward_model",
+            trained_sequences=2 * options.pairs_per_step,
+            longest=options.max_length,
+        )
+
+    @model_validator(mode="after")
+    def _a_margin_to_scale(self) -> Self:
+        if self.reward_model.loss == "pointwise" and self.reward_model.margin_scale:
+            raise ValueError("reward_model.margin_scale has no effect on the pointwise loss: leave it out")
+        return self
+
+
+class GrpoRecipe(PolicyRecipe):
+    """Reinforcement learning with GRPO."""
+
+    data_stage: ClassVar = "grpo"
+
+    stage: Literal["grpo"]
+    init_from: Path | None = Field(None, description=INIT_FROM)
+    reference: Path | None = Field(
+        None, description="checkpoint of the KL's reference; the policy at the start of the stage when not given"
+    )
+    sampling: SamplingOptions = SamplingOptions()
+    grpo: GrpoOptions
+    guard: GuardOptions | None = None
+    alarms: AlarmOptions = AlarmOptions()
+
+    def roles(self) -> Roles:
+        sequences = self.grpo.prompts_per_step * self.grpo.group_size
+        return replace(
+            super().roles(),
+            trained_sequences=sequences,
+            reference=self.grpo.kl_coefficient > 0,
+            sampling=self.sampling,
+            sampled_sequences=sequences,
+        )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.sampling.temperature == 0:
+            raise ValueError("sampling.temperature is 0: greedy completions of a group are all alike; use 1.0")
+        if "validation" in {data.split for data in self.data} and (
+            self.evaluation.every or self.evaluation.split == "validation"
+        ):
+            raise ValueError(
+                "data.split: validation is what evaluation.every and evaluation.split: validation measure on: train on train, or "
+                "leave those out"
+            )
+        if self.reference is not None and not self.grpo.kl_coefficient:
+            raise ValueError("reference has no effect while grpo.kl_coefficient is 0: set that, or leave it out")
+        if self.learner.lora is not None and self.learner.lora.dropout:
+            raise ValueError(
+                "learner.lora.dropout must be 0: with it the learner would judge another policy than the one that sampled"
+            )
+        if self.weights.transport == "adapter" and self.init_from is not None:
+            raise ValueError(
+                "weights.transport: adapter wants workers that start from the policy that is trained: run init_from's recipe first, "
+                "and give what it made as model.path"
+            )
+        if self.sampling.max_new_tokens >= self.rollout.max_length:
+            raise ValueError(
+                f"sampling.max_new_tokens ({self.sampling.max_new_tokens}) leaves no room for a prompt in "
+                f"rollout.max_length ({self.rollout.max_length})"
+            )
+        if self.grpo.prompts_per_step % self.grpo.updates_per_step:
+            raise ValueError(
+                f"grpo.prompts_per_step ({self.grpo.prompts_per_step}) cannot be split into "
+                f"grpo.updates_per_step ({self.grpo.updates_per_step}) equal parts"
+            )
+        return self
+
+
+class PreferencesRecipe(SamplingRecipe):
+    """Preference data from the policy's own answers."""
+
+    no_effect: ClassVar = {
+        "run.allow_changes": "this stage begins anew when it was interrupted",
+        "data.split": ALL_ANSWERED,
+        "data.share": ALL_ANSWERED,
+    }
+    data_stage: ClassVar = "grpo"
+
+    stage: Literal["preferences"]
+    sampling: SamplingOptions = SamplingOptions()
+    preferences: PreferencesOptions = PreferencesOptions()
+
+    def roles(self) -> Roles:
+        sequences = self.preferences.prompts * self.preferences.samples
+        return replace(super().roles(), sampling=self.sampling, sampled_sequences=sequences)
+
+
+STAGES: dict[str, type[Recipe]] = {
+    "sft": SftRecipe,
+    "reward_model": RewardModelRecipe,
+    "grpo": GrpoRecipe,
+    "preferences": PreferencesRecipe,
+}
