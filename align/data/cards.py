@@ -4,7 +4,6 @@ Keys that the loader does not act on (`title`, `licence`, `homepage`, what the `
 held apart so) are what a listing of the cards shows; there are no others.
 """
 
-from collections.abc import Mapping
 from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -12,7 +11,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 import yaml
 from pydantic import BaseModel, Field, ValidationError, ValidationInfo, model_validator
 
-from align.data.nano_chat_requests import Aspect
+from align.data.generators import generator
 from align.data.preference_fields import PreferenceFields
 from align.data.strict import Strict, nearest
 from align.data.types import SplitName
@@ -153,53 +152,17 @@ class FileSource(TableSource):
         return data
 
 
-class NanoMathParams(Strict):
-    """See `align.data.nano_math.generate`."""
-
-    worked_share: float = Field(default=0.45, ge=0, le=1)
-    worked_differences: float | None = Field(default=None, ge=0, le=1)
-
-
-class NanoCodeParams(Strict):
-    """See `align.data.nano_code.generate`."""
-
-    stepwise_share: float = Field(default=0.45, ge=0, le=1)
-
-
-class NanoChatParams(Strict):
-    """See `align.data.nano_chat.generate`; preferences have an aspect and no shares."""
-
-    good_share: float = Field(default=0.4, ge=0, le=1)
-    careful_share: float = Field(default=0.6, ge=0, le=1)
-    aspect: Aspect | None = None
-
-
-class InstructionParams(Strict):
-    """See `align.data.instructions.generate`."""
-
-    answers: Path | None = None
-    aware_share: float = Field(default=0.5, ge=0, le=1)
-
-
-GENERATED: Mapping[str, type[Strict]] = {
-    "instructions": InstructionParams,
-    "nano_chat": NanoChatParams,
-    "nano_code": NanoCodeParams,
-    "nano_math": NanoMathParams,
-}
-
-
 class GeneratorSource(Strict):
-    """Problems that this project generates; the generator decides the splits."""
+    """Problems that this project generates, see `align.data.generators`; the generator decides the splits."""
 
     kind: Literal["generator"]
-    name: Literal["instructions", "nano_chat", "nano_code", "nano_math"]
+    name: str
     params: dict[str, Any] = Field(default={})
 
     @model_validator(mode="after")
     def _have_known_params(self) -> Self:
         try:
-            GENERATED[self.name].model_validate(self.params)
+            generator(self.name).params.model_validate(self.params)
         except ValidationError as error:
             raise ValueError("params: " + "; ".join(_problem(detail) for detail in error.errors())) from None
         return self
@@ -214,7 +177,7 @@ class GeneratorSource(Strict):
 
     @property
     def has_preferences(self) -> bool:
-        return self.name == "nano_chat"
+        return generator(self.name).preferences is not None
 
 
 class SeedRange(Strict):

@@ -1,5 +1,6 @@
 """The examples of a split of a data card, held apart from what they will be evaluated on."""
 
+import inspect
 import random
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -8,12 +9,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-from align.data import instructions, nano_chat, nano_code, nano_math
-from align.data.cards import GENERATED, DataCard, GeneratorSource, ReasoningGymSource, check
-from align.data.reasoning_gym_tasks import generate_task
+from align.data.cards import DataCard, GeneratorSource, ReasoningGymSource, check
+from align.data.generators import GIVEN, generator, reasoning_gym_task
 from align.data.tables import comparable, normalised, read_table
 from align.data.types import Example, LoadedSplit, SplitName
-from align.errors import UserError
+from align.errors import UserError, naming
 
 T = TypeVar("T")
 
@@ -21,12 +21,6 @@ HELD_OUT_FROM: Mapping[SplitName, tuple[SplitName, ...]] = {
     "train": ("validation", "test"),
     "validation": ("test",),
     "test": (),
-}
-GENERATORS: Mapping[str, Callable[..., list[Example]]] = {
-    "instructions": instructions.generate,
-    "nano_chat": nano_chat.generate,
-    "nano_code": nano_code.generate,
-    "nano_math": nano_math.generate,
 }
 
 
@@ -123,16 +117,37 @@ def nothing_left(where: str, what: str, dropped: int, compared: Mapping[str, int
 
 def _read(card: DataCard, split: SplitName, path: Path | None, seed: int, params: dict[str, Any]) -> list[Example]:
     source = card.source
-    if isinstance(source, GeneratorSource | ReasoningGymSource):
-        if path is not None:
-            raise UserError(f"data card {card.name} is generated: it takes no path, and {path} would be ignored")
-        if isinstance(source, ReasoningGymSource):
-            return generate_task(card, source, split, params)
-        merged = check(GENERATED[source.name], source.params | params, where=f"params of data card {card.name}")
-        return GENERATORS[source.name](split, **merged.model_dump(), seed=seed, domain=card.domain)
+    if isinstance(source, GeneratorSource):
+        return generated(card, source, generator(source.name).generate, split, path, seed, params)
+    if isinstance(source, ReasoningGymSource):
+        refuse_path(card, path)
+        return reasoning_gym_task().generate_task(card, source, split, params)
     if params:
         raise UserError(f"data card {card.name} is not generated: it takes no params ({', '.join(params)})")
     return read_table(card, source, split, path)
+
+
+def generated(
+    card: DataCard,
+    source: GeneratorSource,
+    function: Callable[..., list[T]],
+    split: SplitName,
+    path: Path | None,
+    seed: int,
+    params: dict[str, Any],
+) -> list[T]:
+    """What a function of the card's generator makes; `params` go before those of the card, and it is given those that it takes."""
+    refuse_path(card, path)
+    merged = check(generator(source.name).params, source.params | params, where=f"params of data card {card.name}")
+    taken = inspect.signature(function).parameters.keys() - set(GIVEN)
+    with naming(f"data card {card.name}"):
+        return function(split, **merged.model_dump(include=taken), seed=seed, domain=card.domain)
+
+
+def refuse_path(card: DataCard, path: Path | None) -> None:
+    """Raise UserError where a path is given for a card whose source has no files."""
+    if path is not None:
+        raise UserError(f"data card {card.name} is generated: it takes no path, and {path} would be ignored")
 
 
 def _comparable(card: DataCard, split: SplitName, other: SplitName, path: Path | None) -> bool:

@@ -8,10 +8,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, get_args
 
-from align.data import nano_chat
-from align.data.cards import GENERATED, DataCard, FileSource, GeneratorSource, HubSource, check
+from align.data.cards import DataCard, FileSource, GeneratorSource, HubSource
 from align.data.code_rows import NothingToJudgeBy, Row
-from align.data.loader import first, held_together, nothing_left, own_held_out, without
+from align.data.generators import generator
+from align.data.loader import first, generated, held_together, nothing_left, own_held_out, without
 from align.data.preference_fields import (
     ChosenRejected,
     HhDialogues,
@@ -77,16 +77,8 @@ def load_preferences(
 
 def _read(card: DataCard, split: SplitName, path: Path | None, seed: int, params: dict[str, Any]) -> list[Preference]:
     source = card.source
-    if isinstance(source, GeneratorSource) and source.has_preferences:
-        if path is not None:
-            raise UserError(f"data card {card.name} is generated: it takes no path, and {path} would be ignored")
-        merged = check(GENERATED[source.name], source.params | params, where=f"params of data card {card.name}")
-        aspect = merged.model_dump()["aspect"]
-        if aspect is None:
-            raise UserError(
-                f"data card {card.name}: its preferences are about one aspect; name it in params, as aspect"
-            )
-        return nano_chat.preferences(split, aspect=aspect, seed=seed, domain=card.domain)
+    if isinstance(source, GeneratorSource) and (preferences := generator(source.name).preferences):
+        return generated(card, source, preferences, split, path, seed, params)
     if not isinstance(source, HubSource | FileSource) or source.fields.preference is None:
         raise UserError(f"data card {card.name} has no preferences to train a reward model on")
     if params:

@@ -2,10 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypedDict
+from typing import Annotated, Any, Literal, TypedDict
+
+from pydantic import Field
 
 SplitName = Literal["train", "validation", "test"]
 Role = Literal["system", "user", "assistant"]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Message(TypedDict):

@@ -9,10 +9,10 @@ card `instructions` reads (`params: {answers: FILE}`). A FILE that has the same 
 import sys
 from pathlib import Path
 
-from align.data.instruction_answers import plain_requests
 from align.errors import UserError
 from align.recipe import ModelOptions, check_model_directory
 from align.run.files import read_jsonl, write_jsonl
+from align.tasks.instructions import plain_requests
 from align.tools.offline import answers_of
 from rollout import FleetOptions
 

@@ -6,10 +6,10 @@ from types import ModuleType
 
 import pytest
 
-from align.data.instruction_answers import plain_requests, read_answers
 from align.errors import UserError
 from align.recipe import ModelOptions
 from align.run.files import read_jsonl, write_jsonl
+from align.tasks.instructions import plain_requests, read_answers
 
 
 @pytest.fixture

@@ -13,13 +13,13 @@ import torch
 import yaml
 
 from align.data.chat import encode_prompt
-from align.data.nano_math import generate
 from align.errors import UserError
 from align.evaluate import lm_eval
 from align.evaluate.hooks import Checkpoint, EvaluationError, Metrics, check_params, check_ready, run
 from align.evaluate.lm_eval import REPORT_TASKS
 from align.evaluate.lm_worker import flatten, runs_code
 from align.model.policy import load_policy
+from align.tasks.arithmetic import generate
 
 if importlib.util.find_spec("lm_eval") is None:
     pytest.skip("the extra `evaluation` is not installed", allow_module_level=True)

@@ -1,7 +1,8 @@
 """The nano policy: a DeepSeek-V2 architecture of two million parameters and its tokenizer.
 
-`python -m align.model.nano DIRECTORY` writes both as an ordinary Hugging Face directory without weights; the one in
-`recipes/nano/policy` was made so. The attention keeps DeepSeek-V2's latent sizes (512 + 64 for each token and layer),
+    python recipes/nano/make_policy.py DIRECTORY
+
+writes both as an ordinary Hugging Face directory without weights; the one in `recipes/nano/policy` was made so. The attention keeps DeepSeek-V2's latent sizes (512 + 64 for each token and layer),
 which are what vLLM's MLA kernels are written for, and YaRN's softmax scale; everything else is small.
 """
 

@@ -8,10 +8,24 @@ import pytest
 
 from align.data.cards import load_card
 from align.data.loader import load_split
-from align.data.nano_chat import ALL_FACTS, SLIPS, UNHELPFUL, UNSAFE, answer, generate, preferences
-from align.data.nano_chat_requests import TIPS, TOPICS, Aspect, Request, deeds, facts_of, requests
 from align.data.preferences import load_preferences
 from align.data.types import Example, Preference, SplitName
+from align.tasks.conversation import (
+    ALL_FACTS,
+    SLIPS,
+    TIPS,
+    TOPICS,
+    UNHELPFUL,
+    UNSAFE,
+    Aspect,
+    Request,
+    answer,
+    deeds,
+    facts_of,
+    generate,
+    preferences,
+    requests,
+)
 from reward import Sample, Score, Verdict
 from reward.chat_rules import CLOSINGS, DECLINES, OPENINGS, Stance, chat_quality, nano_chat, refusal, sentences, stance
 

@@ -3,7 +3,7 @@ from collections import Counter
 
 import pytest
 
-from align.data.nano_math import (
+from align.tasks.arithmetic import (
     generate,
     problem_level,
     problem_split,

@@ -5,15 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from align.data import instruction_words as lists
 from align.data.cards import load_card
-from align.data.instruction_answers import MOST_CAPITALS, plain_requests, whole_sentences
-from align.data.instruction_kinds import APART, KINDS, SEEN, UNSEEN
-from align.data.instructions import SIZES, generate
 from align.data.loader import load_split
 from align.data.types import Example, SplitName
 from align.errors import UserError
 from align.run.files import write_jsonl
+from align.tasks import instruction_kinds as lists
+from align.tasks.instruction_kinds import APART, KINDS, SEEN, UNSEEN
+from align.tasks.instructions import MOST_CAPITALS, SIZES, generate, plain_requests, whole_sentences
 from reward import Sample
 from reward.instructions import judge
 from reward.prose import degenerate

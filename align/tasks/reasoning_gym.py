@@ -4,7 +4,8 @@ import json
 import warnings
 from typing import Any
 
-from align.data.cards import DataCard, ReasoningGymSource, nearest
+from align.data.cards import DataCard, ReasoningGymSource
+from align.data.strict import nearest
 from align.data.types import Example, SplitName
 from align.errors import UserError
 from reward.reasoning_gym_answer import REFUSED_TASKS

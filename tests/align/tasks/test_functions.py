@@ -6,7 +6,7 @@ import pytest
 
 from align.data.cards import load_card
 from align.data.loader import load_split
-from align.data.nano_code import (
+from align.tasks.functions import (
     INPUTS,
     Chain,
     chains,

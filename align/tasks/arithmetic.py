@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Iterator
 from typing import Literal
 
-from align.data.types import Example, SplitName
+from align.data.types import Example, Share, SplitName
 
 Operation = Literal["+", "-"]
 LARGEST = 99
@@ -19,8 +19,8 @@ VALIDATION_SHARE = 0.05
 def generate(
     split: SplitName,
     *,
-    worked_share: float,
-    worked_differences: float | None = None,
+    worked_share: Share = 0.45,
+    worked_differences: Share | None = None,
     seed: int,
     domain: str = "arithmetic",
 ) -> list[Example]:

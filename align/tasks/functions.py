@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from align.data.types import Example, SplitName
+from align.data.types import Example, Share, SplitName
 
 TRAIN_SHARE = 0.90
 VALIDATION_SHARE = 0.05
@@ -72,7 +72,7 @@ def steps() -> list[Step]:
 Chain = tuple[Step, ...]
 
 
-def generate(split: SplitName, *, stepwise_share: float, seed: int, domain: str = "code") -> list[Example]:
+def generate(split: SplitName, *, stepwise_share: Share = 0.45, seed: int, domain: str = "code") -> list[Example]:
     """The problems of `split`, each with one demonstration; `seed` draws which of the two kinds.
 
     About `stepwise_share` of the demonstrations have a statement for each step, and are right. The others were

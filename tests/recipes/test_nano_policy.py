@@ -1,19 +1,22 @@
 """The nano policy and the names of its parameters."""
 
 import filecmp
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from align.model.names import from_checkpoint, to_checkpoint
-from align.model.nano import write_nano_policy
 
 POLICY = Path(__file__).parents[2] / "recipes" / "nano" / "policy"
 
 
-def test_the_committed_policy_is_what_its_script_writes(tmp_path: Path) -> None:
-    write_nano_policy(tmp_path)
+def test_the_committed_policy_is_what_its_script_writes(
+    load_script: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
+    load_script("nano/make_policy.py").write_nano_policy(tmp_path)
     names = [file.name for file in POLICY.iterdir()]
     assert filecmp.cmpfiles(POLICY, tmp_path, names, shallow=False) == (names, [], [])
 
