@@ -2,24 +2,21 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
 
 import yaml
 from pydantic import ValidationError
 
 from align.errors import Terminated, UserError
 from align.recipe import (
-    GrpoRecipe,
+    STAGES,
     ModelOptions,
-    PreferencesRecipe,
     Recipe,
-    RewardModelRecipe,
-    SftRecipe,
     check_model_directory,
     load_pipeline,
     load_recipe,
+    load_stage,
 )
 from align.run.files import redacted
 from align.session.resume import RESUME, as_begun
@@ -32,8 +29,6 @@ EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 75
 OUR_PACKAGES = ("align", "rollout", "reward")
-
-R = TypeVar("R", bound=Recipe)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -63,16 +58,16 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     for name, run, text in (
-        ("sft", sft, "supervised fine-tuning of a policy"),
-        ("grpo", grpo, "reinforcement learning with GRPO, after SFT where the recipe says so"),
-        ("reward-model", reward_model, "a reward model from preferences, made of a policy"),
-        ("preferences", preferences, "preference data from a policy's own answers, judged by the recipe's rewards"),
+        ("sft", run_recipe, "supervised fine-tuning of a policy"),
+        ("grpo", run_recipe, "reinforcement learning with GRPO, after SFT where the recipe says so"),
+        ("reward-model", run_recipe, "a reward model from preferences, made of a policy"),
+        ("preferences", run_recipe, "preference data from a policy's own answers, judged by the recipe's rewards"),
         ("check", check, "read a recipe and say what is wrong with it; starts nothing"),
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("recipe", type=Path, help="recipe file, for example recipes/nano/grpo.yaml")
         command.add_argument("overrides", nargs="*", metavar="key=value", help="for example grpo.steps=20 seed=1")
-        command.set_defaults(run=run)
+        command.set_defaults(run=run, stage=name.replace("-", "_"))
     again = commands.add_parser(
         "resume",
         help="go on with an interrupted run, from its last checkpoint",
@@ -164,73 +159,27 @@ def read_recipe(path: Path, overrides: Sequence[str]) -> Recipe:
     return recipe
 
 
-def recipe_for(kind: type[R], options: argparse.Namespace) -> R:
-    """The recipe that a command names. Raises UserError where it is for another command."""
-    recipe = read_recipe(options.recipe, options.overrides)
-    if not isinstance(recipe, kind):
-        command = recipe.stage.replace("_", "-")
-        raise UserError(f"{options.recipe} is a recipe for {recipe.stage}; run `align {command} {options.recipe}`")
-    return recipe
-
-
-def sft(options: argparse.Namespace) -> int:
-    """`align sft RECIPE`."""
-    recipe = recipe_for(SftRecipe, options)
-    from align.stages.commands import run_sft
-
-    return run_sft(recipe)
-
-
-def grpo(options: argparse.Namespace) -> int:
-    """`align grpo RECIPE`."""
-    recipe = recipe_for(GrpoRecipe, options)
-    first = first_stage(options.recipe, recipe, recipe.init_from) if recipe.init_from is not None else None
-    from align.stages.commands import run_grpo
-
-    return run_grpo(recipe, first)
-
-
-def first_stage(path: Path, recipe: Recipe, init_from: Path) -> SftRecipe:
-    """The SFT recipe that a recipe begins with; that of a run in a directory is in the directory of the stage."""
-    own = path.parent / "sft" / "recipe.yaml"
-    first = read_recipe(own if own.exists() else init_from, [f"seed={recipe.seed}"])
-    if not isinstance(first, SftRecipe):
-        raise UserError(f"init_from: {init_from} is a recipe for {first.stage}, not for sft")
-    if first.model.dtype != recipe.model.dtype:
+def run_recipe(options: argparse.Namespace) -> int:
+    """`align sft RECIPE`, and so for every other stage."""
+    stage = load_stage(options.recipe, options.overrides)
+    if stage.recipe.stage != options.stage:
+        command = stage.recipe.stage.replace("_", "-")
         raise UserError(
-            f"model.dtype is {recipe.model.dtype} in {path} and {first.model.dtype} in {init_from}: "
-            "the stages of a run share their policy and need the same"
+            f"{options.recipe} is a recipe for {stage.recipe.stage}; run `align {command} {options.recipe}`"
         )
-    longest = first.rollout.max_length
-    if isinstance(recipe, GrpoRecipe) and longest > recipe.rollout.max_length:
-        raise UserError(
-            f"rollout.max_length is {recipe.rollout.max_length} in {path} and {longest} in {init_from}, whose stage has the same "
-            "rollout workers: give the former at least as much room"
-        )
-    return first.model_copy(update={"run": recipe.run})
+    from align.session.checks import check_names
+    from align.stages.commands import run_stage
 
-
-def reward_model(options: argparse.Namespace) -> int:
-    """`align reward-model RECIPE`."""
-    recipe = recipe_for(RewardModelRecipe, options)
-    first = first_stage(options.recipe, recipe, recipe.init_from) if recipe.init_from is not None else None
-    from align.stages.reward_model import run_reward_model
-
-    return run_reward_model(recipe, first)
+    for part in filter(None, (stage.before, stage)):
+        check_names(part.recipe, part.file)
+    run_stage(stage)
+    return 0
 
 
 def resume(options: argparse.Namespace) -> int:
     """`align resume RUN`."""
-    stage, given = as_begun(options.directory, options.overrides, COMMANDS)
-    return COMMANDS[stage](given)
-
-
-def preferences(options: argparse.Namespace) -> int:
-    """`align preferences RECIPE`."""
-    recipe = recipe_for(PreferencesRecipe, options)
-    from align.stages.commands import run_preferences
-
-    return run_preferences(recipe)
+    stage, given = as_begun(options.directory, options.overrides, ("pipeline", *STAGES))
+    return pipeline(given) if stage == "pipeline" else run_recipe(given)
 
 
 def pipeline(options: argparse.Namespace) -> int:
@@ -240,7 +189,7 @@ def pipeline(options: argparse.Namespace) -> int:
     from align.stages.pipeline import run_pipeline
 
     for stage in chain.stages:
-        check_names(stage.recipe, stage.entry.recipe)
+        check_names(stage.recipe, stage.file)
     status = run_pipeline(chain, options.start, options.last)
     if status == 0:
         from align.report import write_report
@@ -391,15 +340,6 @@ def show(entries: Sequence[Entry]) -> int:
         parameters = ", ".join(p.name if p.required else f"{p.name}={p.default!r}" for p in item.parameters)
         print(f"{item.name}({parameters})\n    {item.description}")
     return 0
-
-
-COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
-    "sft": sft,
-    "reward_model": reward_model,
-    "preferences": preferences,
-    "grpo": grpo,
-    "pipeline": pipeline,
-}
 
 
 if __name__ == "__main__":

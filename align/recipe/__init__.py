@@ -22,7 +22,7 @@ from align.recipe.options import (
     ScoringOptions,
     SftOptions,
 )
-from align.recipe.pipeline import Pipeline, PlannedStage, load_pipeline
+from align.recipe.pipeline import Pipeline, PlannedStage, load_pipeline, load_stage
 from align.recipe.recipes import (
     STAGES,
     GrpoRecipe,
@@ -73,5 +73,6 @@ __all__ = [
     "dump_recipe",
     "load_pipeline",
     "load_recipe",
+    "load_stage",
     "read_yaml",
 ]

@@ -1,21 +1,30 @@
-"""A pipeline: stages in their order, each with its recipe and what it takes from stages before it."""
+"""Stages in their order: a recipe after the one that its `init_from` names, or those of a pipeline file."""
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from align.errors import UserError
 from align.options import Options
-from align.recipe.load import apply_override, explain, load_recipe, read_yaml
+from align.recipe.load import FREE, apply_override, explain, load_recipe, read_yaml
 from align.recipe.options import RunOptions
-from align.recipe.recipes import Recipe
+from align.recipe.recipes import GrpoRecipe, Recipe, RewardModelRecipe
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"
 PRODUCT = re.compile(r"\$\{([^}]*)\}")
+FIRST = "sft"
+"""The directory, inside the run's, of the stage that `init_from` names."""
+SHARED = ("seed", "run", "machine", "model", "rollout", "colocate")
+"""What a recipe shares with the stage of its `init_from`: one command trains one policy on one machine, so what is said of these, in
+the recipe's file or as an override, holds for both stages. The rest makes a stage the one that it is: its data, learner, rewards
+and evaluation, and how long its sequences may be (`rollout.max_length`)."""
+OWN = "max_length"
 
 
 class StageEntry(Options):
@@ -51,12 +60,21 @@ class PipelineOptions(Options):
 
 @dataclass(frozen=True, slots=True)
 class PlannedStage:
-    """A stage of a pipeline, resolved: `overrides` over the file of `entry` give `recipe`, which runs in `directory`."""
+    """A stage, resolved: `overrides` over `file` give `recipe`, which runs in a directory of its own.
 
-    entry: StageEntry
+    `before` is the stage that its `init_from` names; `replaced` says what of its file the recipe after it has replaced.
+    """
+
+    name: str
+    file: Path
     overrides: Sequence[str]
     recipe: Recipe
-    directory: Path
+    before: "PlannedStage | None" = None
+    replaced: Sequence[str] = ()
+
+    @property
+    def directory(self) -> Path:
+        return self.recipe.directory
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,11 +106,51 @@ def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> Pipeline:
 
 
 def _planned(entry: StageEntry, options: PipelineOptions, directory: Path, path: Path) -> PlannedStage:
-    own = directory / entry.name
     given = [PRODUCT.sub(lambda match: str(directory / match[1] / "final"), override) for override in entry.set]
-    overrides = [f"seed={options.seed}", *given, f"run.dir={own}", "run.overwrite=true"]
+    overrides = [f"seed={options.seed}", *given, f"run.dir={directory / entry.name}", "run.overwrite=true"]
     try:
-        recipe = load_recipe(entry.recipe, overrides, pending=directory)
+        return load_stage(entry.recipe, overrides, name=entry.name, pending=directory)
     except UserError as error:
         raise UserError(f"{path}: stage {entry.name!r}: {error}") from None
-    return PlannedStage(entry, overrides, recipe, own)
+
+
+def load_stage(
+    path: Path, overrides: Sequence[str] = (), *, name: str | None = None, pending: Path | None = None
+) -> PlannedStage:
+    """A recipe with the stage that its `init_from` names. Raises UserError as `load_recipe` does, for both."""
+    recipe = load_recipe(path, overrides, pending=pending)
+    init_from = recipe.init_from if isinstance(recipe, GrpoRecipe | RewardModelRecipe) else None
+    before = _stage_before(path, recipe, init_from, pending) if init_from is not None else None
+    return PlannedStage(name or recipe.stage, path, overrides, recipe, before)
+
+
+def _stage_before(path: Path, recipe: Recipe, init_from: Path, pending: Path | None) -> PlannedStage:
+    """The stage of `init_from`, with what `recipe` shares with it. That of a run in a directory is in the directory of the stage."""
+    own = path.parent / FIRST / "recipe.yaml"
+    file = own if own.exists() else init_from
+    shared = recipe.model_dump(mode="json", include=set(SHARED), exclude={"rollout": {OWN}})
+    shared["run"] |= {"dir": str(recipe.directory / FIRST), "overwrite": False}
+    overrides = [f"{key}={json.dumps(value)}" for key, value in leaves(shared)]
+    try:
+        values, _ = read_yaml(file)
+        if values.get("stage") != "sft":
+            raise UserError(f"{file} is a recipe for {values.get('stage')}, not for sft")
+        first = load_recipe(file, overrides, pending=pending)
+    except UserError as error:
+        raise UserError(f"{path}: init_from: {error}") from None
+    theirs = dict(leaves(values))
+    replaced = [
+        f"{key} ({theirs[key]!r} before, {value!r} now)"
+        for key, value in leaves(shared)
+        if key in theirs and theirs[key] != value and not key.startswith(FREE)
+    ]
+    return PlannedStage(FIRST, file, overrides, first, replaced=replaced)
+
+
+def leaves(values: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key below a mapping, with its value; what is empty is a value."""
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from leaves(value, f"{at}{name}.")
+        else:
+            yield f"{at}{name}", value

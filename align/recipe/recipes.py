@@ -301,11 +301,6 @@ class GrpoRecipe(PolicyRecipe):
             raise ValueError(
                 "learner.lora.dropout must be 0: with it the learner would judge another policy than the one that sampled"
             )
-        if self.weights.transport == "adapter" and self.init_from is not None:
-            raise ValueError(
-                "weights.transport: adapter wants workers that start from the policy that is trained: run init_from's recipe first, "
-                "and give what it made as model.path"
-            )
         if self.sampling.max_new_tokens >= self.rollout.max_length:
             raise ValueError(
                 f"sampling.max_new_tokens ({self.sampling.max_new_tokens}) leaves no room for a prompt in "

@@ -54,8 +54,6 @@ class Progress:
     def __enter__(self) -> Self:
         if self._log_path is not None:
             self._log = self._log_path.open("a", encoding="utf-8")
-        if self._bars is not None:
-            self._bars.start()
         return self
 
     def __exit__(
@@ -74,6 +72,8 @@ class Progress:
         now = time.monotonic()
         self._stage = _Stage(title, total_steps, completed, started=now, shown_at=now)
         if self._bars is not None:
+            # Not before: another run may have the terminal until then.
+            self._bars.start()
             self._stage.bar = self._bars.add_task(
                 title, total=total_steps, completed=completed, left="", phase="", numbers=""
             )

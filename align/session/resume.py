@@ -36,4 +36,4 @@ def as_begun(root: Path, overrides: Sequence[str], stages: Collection[str]) -> t
     if stage not in stages:
         raise UserError(f"{file}: stage must be one of {', '.join(stages)}, but is {stage!r}")
     given = [f"run.dir={root}", *([] if stage == "pipeline" else ["run.overwrite=false"]), *overrides]
-    return stage, argparse.Namespace(recipe=file, file=file, overrides=given, start=None, last=None)
+    return stage, argparse.Namespace(recipe=file, file=file, stage=stage, overrides=given, start=None, last=None)

@@ -178,10 +178,10 @@ def compare_stages(progress: Progress, evaluations: Mapping[str, Evaluation]) ->
 
 
 @contextmanager
-def open_run(recipe: Recipe, path: Path | None = None, outer: Run | None = None) -> Iterator[Run]:
+def open_run(recipe: Recipe) -> Iterator[Run]:
     """Own the run of a recipe, a new one or one that was interrupted; note how it ended. Ctrl-C and SIGTERM end it cleanly.
 
-    With `path` and `outer` it is a stage inside another run. Raises UserError before anything is written when the
+    Raises UserError before anything is written when the
     machine is too small, an evaluation's server does not answer or the directory holds another run. A UserError before the
     first metrics takes a new run back.
     """
@@ -192,7 +192,7 @@ def open_run(recipe: Recipe, path: Path | None = None, outer: Run | None = None)
         "machine.memory_gb to match",
     )
     check_ready(recipe)
-    directory, changed = own_directory(recipe, path or recipe.directory)
+    directory, changed = own_directory(recipe, recipe.directory)
     goes_on = changed is not None
     directory.save_recipe(dump_recipe(recipe))
     directory.save_environment(environment_record())
@@ -202,11 +202,8 @@ def open_run(recipe: Recipe, path: Path | None = None, outer: Run | None = None)
     metrics = parts[1]
     try:
         with ExitStack() as stack:
-            if outer is None:
-                progress = stack.enter_context(Progress(log=directory.log_file))
-                stop = stack.enter_context(StopRequest(recipe.run.grace_s))
-            else:
-                progress, stop = outer.progress, outer.stop
+            progress = stack.enter_context(Progress(log=directory.log_file))
+            stop = stack.enter_context(StopRequest(recipe.run.grace_s))
             run = Run(*parts, progress, stop)
             stack.enter_context(logged_warnings(run))
             if goes_on:

@@ -1,69 +1,116 @@
-"""What the commands run: one stage, or the two of a GRPO recipe that names its SFT, in a run of its own."""
+"""What the commands run: a recipe, after the stage that its `init_from` names where there is one."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
 
+from align.data.cards import load_card
 from align.evaluate.problems import Evaluation
-from align.recipe import GrpoRecipe, ModelOptions, PreferencesRecipe, SftRecipe, differences
+from align.recipe import (
+    GrpoRecipe,
+    ModelOptions,
+    PlannedStage,
+    PreferencesRecipe,
+    RewardModelRecipe,
+    SftRecipe,
+    dump_recipe,
+    load_recipe,
+)
+from align.run import RunDirectory, read_status
 from align.session.engines import prepare_policy, start_engines
-from align.session.run import Run, compare_stages, open_run
+from align.session.ray import local_ray
+from align.session.run import Run, compare_stages, open_run, recorded_evaluations, refuse_changes
 from align.session.steps import restarting
 from align.stages.grpo import load_grpo_data, train_grpo
+from align.stages.pairs import load_reward_model_data
 from align.stages.preferences import gather_preferences, load_prompts
-from align.stages.sft import finished_sft, load_sft_data, sft_before, train_sft
+from align.stages.reward_model import show, train_reward_model
+from align.stages.sft import load_sft_data, train_sft
+
+HeldOutPrompts = Mapping[str, Collection[str]]
+NOTHING: HeldOutPrompts = MappingProxyType({})
 
 
-def run_sft(recipe: SftRecipe) -> int:
-    """Chat SFT alone, from its recipe to `final/`."""
+def run_stage(stage: PlannedStage) -> None:
+    """Run a stage, and the one before it where that is not done."""
+    recipe = stage.recipe
+    if isinstance(recipe, SftRecipe):
+        run_sft(recipe)
+    elif isinstance(recipe, GrpoRecipe):
+        run_grpo(recipe, stage.before)
+    elif isinstance(recipe, RewardModelRecipe):
+        run_reward_model(recipe, stage.before)
+    elif isinstance(recipe, PreferencesRecipe):
+        run_preferences(recipe)
+
+
+def run_sft(recipe: SftRecipe, also_held_out: HeldOutPrompts = NOTHING) -> None:
+    """Chat SFT, from its recipe to `final/`. `also_held_out`: prompts of a stage after it that it may not be trained on."""
     with open_run(recipe) as run:
         policy, tokenizer = prepare_policy(recipe, run)
-        data = load_sft_data(recipe, tokenizer, run)
+        data = load_sft_data(recipe, tokenizer, run, also_held_out)
         with start_engines(recipe, policy, tokenizer, run) as engines:
             trained, evaluations = restarting(run, lambda: train_sft(recipe, data, engines, run))
         finish(run, trained, evaluations)
-    return 0
 
 
-def run_grpo(recipe: GrpoRecipe, first: SftRecipe | None) -> int:
-    """GRPO, after the SFT stage `first` (which is a run of its own inside the run) where there is one."""
-    before = None
+def run_grpo(recipe: GrpoRecipe, before: PlannedStage | None) -> None:
+    """GRPO, from the policy of its recipe or of the stage before it to `final/`."""
     with open_run(recipe) as run:
         policy, tokenizer = prepare_policy(recipe, run)
         data = load_grpo_data(recipe, tokenizer, run)
-        if first is not None:
-            first = with_engines_of(first, recipe, run)
-            sft_data = load_sft_data(first, tokenizer, run, data.problems.prompts)
-            before = finished_sft(first, sft_data, policy, run)
         evaluations: dict[str, Evaluation] = {}
         if before is not None:
-            policy, evaluations = before
+            policy, evaluations = policy_of(before, policy, run, data.problems.prompts)
         with start_engines(recipe, policy, tokenizer, run) as engines:
-            if first is not None and before is None:
-                policy, evaluations = sft_before(first, sft_data, engines, run)
             trained, after = restarting(run, lambda: train_grpo(recipe, data, policy, engines, run))
         finish(run, trained, evaluations | after)
-    return 0
 
 
-def with_engines_of(first: SftRecipe, recipe: GrpoRecipe, run: Run) -> SftRecipe:
-    """The SFT recipe as it is run inside the run of `recipe`, whose policy and rollout workers it has. What that changes is noted.
+def run_reward_model(recipe: RewardModelRecipe, before: PlannedStage | None) -> None:
+    """A reward model, from the policy of its recipe or of the stage before it to `final/`."""
+    with open_run(recipe) as run:
+        policy, tokenizer = prepare_policy(recipe, run)
+        data = load_reward_model_data(recipe, tokenizer, run)
+        if before is not None:
+            policy, _ = policy_of(before, policy, run)
+        with local_ray():
+            trained, evaluation = restarting(run, lambda: train_reward_model(recipe, data, policy, run))
+        show(evaluation, run)
+        run.progress.note(f"the reward model is in {trained.path}")
 
-    Its own `rollout.max_length` still says which examples and answers there is room for.
-    """
-    own = {"max_length": first.rollout.max_length}
-    inside = first.model_copy(update={"rollout": recipe.rollout.model_copy(update=own)})
-    if changed := differences(first, inside.model_copy(update={"model": recipe.model})):
-        run.tell("init_from", f"SFT starts from this run's policy and has its rollout workers: {'; '.join(changed)}")
-    return inside
 
-
-def run_preferences(recipe: PreferencesRecipe) -> int:
+def run_preferences(recipe: PreferencesRecipe) -> None:
     """Preference data from the policy's own answers, into `final/`."""
     with open_run(recipe) as run:
         policy, tokenizer = prepare_policy(recipe, run)
         prompts = load_prompts(recipe, tokenizer, run)
         with start_engines(recipe, policy, tokenizer, run) as engines:
             gather_preferences(recipe, prompts, engines, run)
-    return 0
+
+
+def policy_of(
+    before: PlannedStage, policy: ModelOptions, run: Run, held_out: HeldOutPrompts = NOTHING
+) -> tuple[ModelOptions, dict[str, Evaluation]]:
+    """What the stage before that of `run` makes of `policy`, and its evaluations; it is run where it is not done.
+
+    Raises UserError where it was done with another recipe.
+    """
+    directory, recipe = RunDirectory(before.directory.absolute()), before.recipe
+    assert isinstance(recipe, SftRecipe)
+    status = read_status(directory.path)
+    if status is not None:
+        # What the two share is this run's, whose changes have been told or refused.
+        directory.save_recipe(dump_recipe(load_recipe(directory.recipe_file, before.overrides)))
+    if status is not None and status["state"] == "finished":
+        refuse_changes(directory, recipe)
+        run.progress.note("SFT: done before")
+    else:
+        if before.replaced:
+            run.tell("init_from", f"SFT takes over what it shares with this recipe: {'; '.join(before.replaced)}")
+        run_sft(recipe, held_out)
+    domains = list(dict.fromkeys(load_card(card).domain for card in recipe.evaluation_cards))
+    trained = policy.model_copy(update={"path": str(directory.final_directory)})
+    return trained, recorded_evaluations(directory, domains)
 
 
 def finish(run: Run, trained: ModelOptions, evaluations: Mapping[str, Evaluation]) -> None:

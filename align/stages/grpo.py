@@ -79,7 +79,7 @@ def train_grpo(
     if options.kl_coefficient:
         reference = policy if recipe.reference is None else policy.model_copy(update={"path": str(recipe.reference)})
     learner = start_learner(recipe, policy, engines, reference)
-    # An SFT stage before this one ends with an update of the rollout workers.
+    # After a stage of `init_from`, the policy to start from is version 1.
     state = {
         "weight_version": int(recipe.init_from is not None),
         "learning_steps": 0,

@@ -47,9 +47,9 @@ def run_pipeline(pipeline: Pipeline, start: str | None, last: str | None = None)
             now = stage in due and number <= end
             what = "not now" if stage in due else "done before"
             if now:
-                directory.enter(stage.entry.name)
-                what = f"align {COMMANDS[stage.recipe.stage]} {stage.entry.recipe}"
-            say(directory, f"[{number + 1}/{len(pipeline.stages)}] {stage.entry.name}: {what}")
+                directory.enter(stage.name)
+                what = f"align {COMMANDS[stage.recipe.stage]} {stage.file}"
+            say(directory, f"[{number + 1}/{len(pipeline.stages)}] {stage.name}: {what}")
             if now and (status := run_stage(stage)):
                 stopped(directory, stage, status)
                 return status
@@ -92,11 +92,11 @@ def say(directory: RunDirectory, text: str) -> None:
 
 def stopped(directory: RunDirectory, stage: PlannedStage, status: int) -> None:
     """Note where the pipeline stopped."""
-    say(directory, f"stopped in stage {stage.entry.name}; the same command goes on there")
+    say(directory, f"stopped in stage {stage.name}; the same command goes on there")
     if status in INTERRUPTED.values():
         directory.interrupt()
     else:
-        directory.fail(f"stage {stage.entry.name} ended with exit status {status}")
+        directory.fail(f"stage {stage.name} ended with exit status {status}")
 
 
 def stages_to_run(pipeline: Pipeline, start: str | None) -> list[PlannedStage]:
@@ -108,14 +108,14 @@ def stages_to_run(pipeline: Pipeline, start: str | None) -> list[PlannedStage]:
     for number, stage in enumerate(pipeline.stages[:first]):
         if not is_done(stage):
             if start is not None:
-                raise UserError(f"--from {start}: stage {stage.entry.name!r} before it is not done yet")
+                raise UserError(f"--from {start}: stage {stage.name!r} before it is not done yet")
             return list(pipeline.stages[number:])
     return list(pipeline.stages[first:])
 
 
 def place(pipeline: Pipeline, option: str, name: str) -> int:
     """Which stage has the name. Raises UserError where none has."""
-    names = [stage.entry.name for stage in pipeline.stages]
+    names = [stage.name for stage in pipeline.stages]
     if name not in names:
         raise UserError(f"{option} {name}: the pipeline has no such stage; its stages are {', '.join(names)}")
     return names.index(name)
@@ -129,8 +129,8 @@ def is_done(stage: PlannedStage) -> bool:
     saved = load_recipe(RunDirectory(stage.directory).recipe_file, pending=stage.directory.parent)
     if changed := differences(saved, stage.recipe):
         raise UserError(
-            f"stage {stage.entry.name!r} was run with another recipe ({stage.directory / 'recipe.yaml'}): {', '.join(changed)}; "
-            f"run it anew with --from {stage.entry.name}, or give another run.dir"
+            f"stage {stage.name!r} was run with another recipe ({stage.directory / 'recipe.yaml'}): {', '.join(changed)}; "
+            f"run it anew with --from {stage.name}, or give another run.dir"
         )
     return True
 
@@ -146,7 +146,7 @@ def run_stage(stage: PlannedStage) -> int:
     if was_cut_short(stage):
         command = ["resume", str(stage.directory)]
     else:
-        command = [COMMANDS[stage.recipe.stage], str(stage.entry.recipe), *stage.overrides]
+        command = [COMMANDS[stage.recipe.stage], str(stage.file), *stage.overrides]
     process = subprocess.Popen(
         [sys.executable, "-m", "align.cli", *command], start_new_session=True, preexec_fn=stop_with_the_pipeline
     )

@@ -18,15 +18,12 @@ from align.learner.reward_model import RewardModelGroup
 from align.learner.schedule import learning_rate
 from align.model.policy import load_tokenizer
 from align.model.reward_model import write_usage
-from align.recipe import ModelOptions, RewardModelRecipe, SftRecipe
+from align.recipe import ModelOptions, RewardModelRecipe
 from align.run import write_atomically
-from align.session.engines import prepare_policy, start_engines
-from align.session.ray import local_ray
-from align.session.run import Run, open_run
-from align.session.steps import Steps, restarting
+from align.session.run import Run
+from align.session.steps import Steps
 from align.stages.held_out import CENSUS_STEP
-from align.stages.pairs import EncodedPair, RewardModelData, load_reward_model_data
-from align.stages.sft import finished_sft, load_sft_data, sft_before
+from align.stages.pairs import EncodedPair, RewardModelData
 
 SHOWN = ("loss", "accuracy", "difference", "validation_accuracy", "tokens_per_second")
 NOTES = "reward_model.json"
@@ -73,25 +70,6 @@ def train_reward_model(
         steps.save_final()
         write_notes(run.directory.final_directory, recipe, data, judge(learner, data.validation), evaluation)
     return policy.model_copy(update={"path": str(run.directory.final_directory)}), evaluation
-
-
-def run_reward_model(recipe: RewardModelRecipe, first: SftRecipe | None = None) -> int:
-    """A reward model from its recipe to `final/`, after the SFT stage `first` (a run inside the run) where there is one."""
-    with open_run(recipe) as run:
-        policy, tokenizer = prepare_policy(recipe, run)
-        data = load_reward_model_data(recipe, tokenizer, run)
-        if first is not None:
-            sft_data = load_sft_data(first, tokenizer, run)
-            before = finished_sft(first, sft_data, policy, run)
-            if before is None:
-                with start_engines(first, policy, tokenizer, run) as engines:
-                    before = sft_before(first, sft_data, engines, run)
-            policy, _ = before
-        with local_ray():
-            trained, evaluation = restarting(run, lambda: train_reward_model(recipe, data, policy, run))
-        show(evaluation, run)
-        run.progress.note(f"the reward model is in {trained.path}")
-    return 0
 
 
 def judge(learner: RewardModelGroup, items: Sequence[EncodedPair]) -> list[JudgedPair]:

@@ -27,16 +27,12 @@ from align.learner.objective import Objective
 from align.learner.schedule import learning_rate
 from align.losses import completion_weights
 from align.recipe import ModelOptions, SftRecipe
-from align.run import RunDirectory, read_status
-from align.session.engines import Engines, start_judges
-from align.session.run import Run, open_run, recorded_evaluations, refuse_changes
-from align.session.steps import Steps, restarting
+from align.session.engines import Engines
+from align.session.run import Run
+from align.session.steps import Steps
 from align.session.turns import start_learner
 from align.stages.examples import Room, entries_of, load_examples, short_enough, training_sources
 from align.stages.held_out import CENSUS_STEP, HeldOut, Problems, load_problems
-
-SFT = "sft"
-"""What the stage is called as a run inside another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,40 +121,13 @@ def train_sft(
             if step + 1 == min(CENSUS_STEP, options.steps):
                 held_out.check_gradients(learner, step + 1)
 
-        version = engines.fleet.weight_version + 1
-        engines.send_weights(learner, version)
+        engines.send_weights(learner, engines.fleet.weight_version + 1)
         held_out.check_agreement(learner, "after SFT")
         evaluations["after SFT"] = held_out.evaluate("after SFT", options.steps)
         steps.save_final()
         trained = engines.policy.model_copy(update={"path": str(run.directory.final_directory)})
         held_out.run_hooks(trained, options.steps)
-        if recipe.learner.lora is not None:
-            # What a stage after this one starts from is in `final/`: an adapter is merged there.
-            engines.send_weights(learner, version, merged=True)
     return trained, evaluations
-
-
-def sft_before(
-    first: SftRecipe, data: SftData, engines: Engines, run: Run
-) -> tuple[ModelOptions, dict[str, Evaluation]]:
-    """Run the stage as a run of its own inside another, judged by its own rewards."""
-    with open_run(first, run.directory.path / SFT, run) as inner, start_judges(first) as judges:
-        return restarting(inner, lambda: train_sft(first, data, replace(engines, judges=judges), inner))
-
-
-def finished_sft(
-    first: SftRecipe, data: SftData, policy: ModelOptions, run: Run
-) -> tuple[ModelOptions, dict[str, Evaluation]] | None:
-    """What `sft_before` has made of `policy`, where the run was interrupted after it. Raises UserError for another recipe's."""
-    directory = RunDirectory(run.directory.path / SFT)
-    status = read_status(directory.path)
-    if status is None or status["state"] != "finished":
-        return None
-    refuse_changes(directory, first)
-    run.progress.note("SFT: done before")
-    domains = list(dict.fromkeys(example.domain for example in data.problems.examples))
-    trained = policy.model_copy(update={"path": str(directory.final_directory)})
-    return trained, recorded_evaluations(directory, domains)
 
 
 def encode_demonstration(tokenizer: Any, example: Example) -> TrainingSequence:

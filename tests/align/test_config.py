@@ -33,11 +33,11 @@ def test_every_recipe_is_valid_and_survives_being_saved(file: Path, tmp_path: Pa
 @pytest.mark.parametrize("size", ["nano", "v2_lite", "v2"])
 def test_every_pipeline_is_valid_and_takes_each_product_from_the_stage_that_makes_it(size: str, tmp_path: Path) -> None:
     pipeline = load_pipeline(NANO.parent / size / "pipeline.yaml", [f"run.dir={tmp_path}"])
-    by_name = {stage.entry.name: stage.recipe for stage in pipeline.stages}
+    by_name = {stage.name: stage.recipe for stage in pipeline.stages}
     assert next(iter(by_name)) == "sft"
     assert by_name["preference"].model.path == str(tmp_path / "reasoning" / "final")
     for stage in pipeline.stages:
-        check_names(stage.recipe, stage.entry.recipe)
+        check_names(stage.recipe, stage.file)
 
 
 def test_a_loss_of_whole_completions_is_not_divided_by_their_length_again() -> None:

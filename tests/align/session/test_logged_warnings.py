@@ -55,7 +55,7 @@ def test_of_a_run_inside_another_it_is_the_inner_ones(tmp_path: Path) -> None:
     log = logging.getLogger("reward")
     with open_run(recipe(tmp_path / "outer")) as outer:
         log.warning("before")
-        with open_run(recipe(tmp_path / "inner"), tmp_path / "outer" / "sft", outer) as inner:
+        with open_run(recipe(tmp_path / "outer" / "sft")) as inner:
             log.warning("inside")
         log.warning("after")
     assert events(inner) == [("warning", "inside")]

@@ -11,12 +11,11 @@ import pytest
 
 from align.errors import UserError
 from align.model.policy import load_tokenizer
-from align.recipe import GrpoRecipe, SftRecipe, load_recipe
+from align.recipe import GrpoRecipe, load_recipe
 from align.session.checks import check_names
 from align.session.engines import Engines
 from align.session.run import open_run
 from align.stages import grpo
-from align.stages.commands import with_engines_of
 from align.stages.held_out import HeldOut, load_problems
 from reward import Sample, SampleReward, Score, Verdict
 from rollout import Completion, FinishReason, Group, Prompt
@@ -131,24 +130,6 @@ def test_results_of_hooks_overwrite_nothing(hooks: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_recipe(NANO, [f"evaluation.hooks={hooks}"])
     load_recipe(NANO, ["evaluation.hooks=[{name: drift}, {name: drift, label: more drift, params: {count: 5}}]"])
-
-
-def test_the_sft_inside_grpo_keeps_its_own_room_and_says_what_it_takes_over(tmp_path: Path) -> None:
-    made = recipe(
-        tmp_path / "run", "rollout.max_length=200", "model={path: recipes/nano/policy, init: random, dtype: float32}"
-    )
-    first = load_recipe(Path("recipes/nano/sft.yaml"), ["rollout.kv_cache_gb=2"])
-    assert isinstance(first, SftRecipe)
-    with open_run(made) as run:
-        inside = with_engines_of(first, made, run)
-        [told] = [
-            e
-            for e in map(json.loads, (tmp_path / "run" / "events.jsonl").read_text().splitlines())
-            if e["kind"] == "init_from"
-        ]
-    assert (inside.rollout.max_length, inside.rollout.kv_cache_gb, inside.rollout.batch_sequences) == (128, 0.5, 256)
-    assert "rollout.kv_cache_gb (2.0 before, 0.5 now)" in told["message"]
-    assert "max_length" not in told["message"]
 
 
 def test_what_grpo_rates_its_checkpoints_by_are_those_problems(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -36,14 +36,14 @@ def pipeline(tmp_path: Path, *overrides: str, text: str = STAGES) -> Pipeline:
 def finish(plan: Pipeline, *names: str) -> None:
     """As if these stages had run."""
     for stage in plan.stages:
-        if stage.entry.name in names:
+        if stage.name in names:
             directory = RunDirectory.create(stage.directory, overwrite=True)
             directory.save_recipe(dump_recipe(stage.recipe))
             directory.finish()
 
 
 def to_run(plan: Pipeline, start: str | None = None) -> list[str]:
-    return [stage.entry.name for stage in stages_to_run(plan, start)]
+    return [stage.name for stage in stages_to_run(plan, start)]
 
 
 def test_a_stage_takes_what_stages_before_it_made(tmp_path: Path) -> None:
@@ -95,8 +95,8 @@ def test_it_can_stop_after_any_stage_and_then_says_that_it_is_not_finished(
     ran = []
 
     def run_stage(stage: PlannedStage) -> int:
-        ran.append(stage.entry.name)
-        finish(plan, stage.entry.name)
+        ran.append(stage.name)
+        finish(plan, stage.name)
         return 0
 
     monkeypatch.setattr("align.stages.pipeline.run_stage", run_stage)
@@ -190,9 +190,9 @@ def test_a_round_of_iterative_grpo_goes_on_from_the_policy_and_the_reward_model_
     tmp_path: Path,
 ) -> None:
     plan = load_pipeline(Path("recipes/nano/pipeline_iterative.yaml"), [f"run.dir={tmp_path}"])
-    made = {stage.entry.name: stage for stage in plan.stages}
+    made = {stage.name: stage for stage in plan.stages}
     for stage in plan.stages:
-        check_names(stage.recipe, stage.entry.recipe)
+        check_names(stage.recipe, stage.file)
     final = {name: str(tmp_path / name / "final") for name in made}
     pairs, reward, policy = (made[name].recipe for name in ("pairs_2", "reward_2", "policy_2"))
     assert pairs.model.path == policy.model.path == final["policy_1"]
