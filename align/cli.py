@@ -137,6 +137,9 @@ def parser() -> argparse.ArgumentParser:
     page = commands.add_parser("report", help="write a page about a run: settings, curves, evaluations and its samples")
     page.add_argument("directory", type=Path, help="run directory, for example runs/nano-grpo", metavar="RUN")
     page.add_argument("--out", type=Path, help="HTML file, or directory, to write to; RUN/report.html when not given")
+    page.add_argument(
+        "--svg", type=Path, help="also plot reward, accuracy and agreement to this SVG file, for a README"
+    )
     page.set_defaults(run=report)
     sandbox = commands.add_parser("sandbox", help="the sandbox that runs a model's code")
     actions = sandbox.add_subparsers(required=True, metavar="ACTION")
@@ -303,9 +306,11 @@ def score(options: argparse.Namespace) -> int:
 
 def report(options: argparse.Namespace) -> int:
     """`align report RUN`."""
-    from align.report import write_report
+    from align.report import write_plot, write_report
 
     print(f"the report is in {write_report(options.directory, options.out)}")
+    if options.svg:
+        print(f"the plot is in {write_plot(options.directory, options.svg)}")
     return 0
 
 

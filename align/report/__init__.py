@@ -1,5 +1,5 @@
-"""A finished or running run as something to read: a page with curves, evaluations and samples, and a summary."""
+"""A finished or running run as something to read: a page and a Markdown file about it, and a plot of its steps."""
 
-from align.report.write import write_report
+from align.report.write import write_plot, write_report
 
-__all__ = ["write_report"]
+__all__ = ["write_plot", "write_report"]

@@ -1,19 +1,20 @@
-"""Learning curves: which metrics of a stage share a panel, and their points, thinned where there are very many."""
+"""Learning curves: which metrics of a stage share a panel, and their points, thinned where there are too many."""
 
 import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from align.report.read import Stage, finite, number
+from align.report.read import Record, Stage, finite, number
 
 MOST_POINTS = 1_000
 LEAST_POINTS = 40
 POINTS_OF_A_PAGE = 150_000
 WRITTEN_BY_THE_LOG = ("step", "stage", "time")
+DROPPED_PREFIXES = ("reward", "seconds", "agreement", "evaluation", "experts")
 
-# (title, unit, logarithmic, metrics): a metric goes to the first panel that takes it.
+# (title, unit, logarithmic, metrics): a metric goes to the first panel whose pattern it matches.
 PANELS = (
     ("loss", "", False, r"loss|.*_loss"),
     ("reward", "", False, r"reward|reward_std"),
@@ -22,7 +23,7 @@ PANELS = (
     ("held-out problems", "", False, r"evaluation/(?!mean_length).*"),
     ("held-out problems by which checkpoints are chosen", "", False, r"validation/(?!mean_length).*"),
     ("length", "tokens", False, r"length|length_max|(evaluation|validation)/mean_length"),
-    ("shares of the samples", "", False, r"truncated|uniform_groups|not_judged|trained_on|clip_fraction"),
+    ("shares of the samples", "", False, r"truncated|zero_variance_groups|not_judged|trained_on|clip_fraction"),
     ("agreement of sampler and learner", "nats", True, r"agreement/(mean|max)"),
     ("agreement: k3", "nats", True, r"agreement/k3"),
     ("KL to the reference", "nats", False, r"kl|kl/.*"),
@@ -37,7 +38,7 @@ PANELS = (
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """One metric: `values` [N] over `steps` [N], rising; a value that is no finite number is None."""
+    """One metric: `values` [N] at `steps` [N], in rising order; a value that is not a finite number is None."""
 
     name: str
     steps: Sequence[int]
@@ -50,7 +51,7 @@ class Series:
 
 @dataclass(slots=True)
 class Panel:
-    """Metrics that are drawn over one another."""
+    """Metrics that are drawn in one chart."""
 
     title: str
     unit: str = ""
@@ -59,15 +60,28 @@ class Panel:
 
 
 def panels(stage: Stage) -> list[Panel]:
-    """Every numeric metric of a stage, in panels: those known here first, then the others by their prefix."""
+    """Every numeric metric of a stage, in panels: those of PANELS first, then the others by their prefix."""
     known = {title: Panel(title, unit, log) for title, unit, log, _ in PANELS}
     others: dict[str, Panel] = {}
-    for key, points in _points(stage.metrics).items():
-        title, name = _place(key)
+    for metric, series in metric_series(stage.metrics).items():
+        title, name = _place(metric)
         panel = known.get(title) or others.setdefault(title, Panel(title))
-        steps = sorted(points)
-        panel.series.append(Series(name, steps, [points[step] for step in steps]))
+        panel.series.append(replace(series, name=name))
     return [panel for panel in (*known.values(), *others.values()) if panel.series]
+
+
+def metric_series(metrics: Iterable[Record]) -> dict[str, Series]:
+    """Each numeric metric by its name; where a step was written twice, as after a resumed run, the later one counts."""
+    points: dict[str, dict[int, float | None]] = {}
+    for record in metrics:
+        step = record.get("step")
+        if not isinstance(step, int):
+            continue
+        for key, raw in record.items():
+            if number(raw) is not None and key not in WRITTEN_BY_THE_LOG:
+                points.setdefault(key, {})[step] = finite(raw)
+    ordered = {key: dict(sorted(found.items())) for key, found in points.items()}
+    return {key: Series(key, list(found), list(found.values())) for key, found in ordered.items()}
 
 
 def as_data(stages: Sequence[Stage]) -> list[dict[str, Any]]:
@@ -79,7 +93,7 @@ def as_data(stages: Sequence[Stage]) -> list[dict[str, Any]]:
 
 
 def thin(series: Series, limit: int) -> Series:
-    """At most `limit` points: of each stretch of the series its least and its greatest, so that no spike is lost."""
+    """At most `limit` points: the least and the greatest of each stretch of the series, so that no spike is lost."""
     if len(series.steps) <= limit:
         return series
     stretches = max(limit // 2, 1)
@@ -91,49 +105,21 @@ def thin(series: Series, limit: int) -> Series:
     return Series(series.name, [series.steps[i] for i in kept], [series.values[i] for i in kept])
 
 
-def _points(metrics: Iterable[Mapping[str, Any]]) -> dict[str, dict[int, float | None]]:
-    """Each metric's value by step; where a step was written twice, as after a resumed run, the later one."""
-    points: dict[str, dict[int, float | None]] = {}
-    for record in metrics:
-        step = record.get("step")
-        if not isinstance(step, int):
-            continue
-        for key, raw in record.items():
-            if number(raw) is not None and key not in WRITTEN_BY_THE_LOG:
-                points.setdefault(key, {})[step] = finite(raw)
-    return points
-
-
 def _place(key: str) -> tuple[str, str]:
     """The title of a metric's panel, and its name there."""
+    prefix, _, rest = key.partition("/")
     for title, _, _, pattern in PANELS:
         if re.fullmatch(pattern, key):
-            prefix, _, rest = key.partition("/")
-            return title, rest if rest and prefix in (
-                "reward",
-                "seconds",
-                "agreement",
-                "evaluation",
-                "experts",
-            ) else key
-    first, *parts = key.split("/")
-    if not parts:
+            return title, rest if rest and prefix in DROPPED_PREFIXES else key
+    if not rest:
         return key, key
     # Of expert_load/layer_3/max, what is counted (layer_3) makes the lines, what is measured (max) the panel.
+    parts = rest.split("/")
     counted = [part for part in parts if re.search(r"\d", part)] or parts[-1:]
-    return "/".join([first, *(part for part in parts if part not in counted)]), "/".join(counted)
+    return "/".join([prefix, *(part for part in parts if part not in counted)]), "/".join(counted)
 
 
 def _panel_data(panel: Panel, limit: int) -> dict[str, Any]:
-    series = [thin(each, limit) for each in panel.series]
-    return {
-        "title": panel.title,
-        "unit": panel.unit,
-        "log": panel.log,
-        "thinned": any(len(each.steps) > limit for each in panel.series),
-        "series": [{"name": s.name, "steps": s.steps, "values": [_short(v) for v in s.values]} for s in series],
-    }
-
-
-def _short(value: float | None) -> float | None:
-    return None if value is None else float(f"{value:.5g}")
+    thinned = [thin(series, limit) for series in panel.series]
+    rounded = [replace(s, values=[None if v is None else float(f"{v:.5g}") for v in s.values]) for s in thinned]
+    return asdict(replace(panel, series=rounded)) | {"thinned": thinned != panel.series}

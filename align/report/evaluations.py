@@ -1,13 +1,17 @@
-"""The evaluations of a run as one table, each with its change against the stage before."""
+"""The evaluations of a run: their changes with intervals, answers before and after, and the figures published."""
 
+import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from align.report.read import Record, RunRecord, Stage, finite, read_columns
+import yaml
+
+from align.report.read import Record, RunRecord, Stage, finite, read_table
 from align.run import RunDirectory
 from align.statistics import Interval, mean_interval, paired_interval, pass_at_k, unpaired_interval
 
@@ -24,98 +28,56 @@ GROUPS = (
     ("answers", r"truncated|[^/]*length[^/]*"),
     ("other", r"[^/]*"),
 )
-SHARES = re.compile(r"(accuracy|truncated)(/.*)?|pass@.*|.*_(rate|share)|[^/]+/(acc|acc_norm|exact_match)(/.*)?")
+# They share sizes with a model of the report, and are others.
+OTHER_MODELS = re.compile(r"coder|v2\.5|vl2", re.I)
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A difference to an earlier evaluation; `interval` holds it with 95 % confidence, where `method` gives one."""
+    """A difference to an earlier evaluation, with its 95 % confidence `interval` where `method` gives one."""
 
     difference: float
     interval: Interval | None = None
     method: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One evaluation. `changes` are against the one called `against`, by column."""
+@dataclass
+class Evaluation:
+    """One record of evaluations.jsonl; `changes` are against the evaluation called `against`, by column of `numbers`."""
 
-    stage: str
-    step: int | None
-    name: str
-    problems: int | None
-    numbers: Mapping[str, float]
-    verdicts: Mapping[str, int]
-    against: str | None
-    changes: Mapping[str, Change]
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """All evaluations; `groups` are the numeric columns by what they measure, none of them empty."""
-
-    groups: Sequence[tuple[str, Sequence[str]]]
-    rows: Sequence[Row]
+    stage: Stage
+    record: Record
+    against: str | None = None
+    changes: dict[str, Change] = field(default_factory=dict)
 
     @property
-    def columns(self) -> list[str]:
-        return [column for _, columns in self.groups for column in columns]
+    def name(self) -> str:
+        return str(self.record.get("name", "?"))
 
     @property
-    def methods(self) -> list[str]:
-        """The methods behind the intervals of the table."""
-        used = [change.method for row in self.rows for change in row.changes.values() if change.method]
-        return list(dict.fromkeys(used))
+    def step(self) -> int | None:
+        return _whole(self.record.get("step"))
 
+    @property
+    def problems(self) -> int | None:
+        return _whole(self.record.get("problems"))
 
-def evaluation_table(run: RunRecord) -> Table:
-    """The evaluations of all stages in the order in which they were made.
+    @cached_property
+    def numbers(self) -> dict[str, float]:
+        told = {key: finite(value) for key, value in self.record.items() if key not in ("step", "problems")}
+        return {key: value for key, value in told.items() if value is not None}
 
-    Each is compared with the last one of the stage that made the policy, else of the stage before, on the same problems
-    where there is such a one; in the first stage, with that stage's first one. One by which checkpoints are chosen is compared with such
-    ones alone. Accuracy has a 95 % interval: paired where both tables of completions
-    hold the same problems, else unpaired. That of a domain, and pass@k, have one where they can be paired.
-    """
-    rows: list[Row] = []
-    before: list[_Evaluation] = []
-    by_product: dict[Path, list[_Evaluation]] = {}
-    for stage in run.stages:
-        made = [_Evaluation(stage, record) for record in stage.evaluations]
-        before = by_product.get(stage.policy, before)
-        for position, evaluation in enumerate(made):
-            earlier = before or made[:position]
-            candidates = [each for each in earlier if each.split == evaluation.split]
-            candidates = candidates if before else candidates[:1]
-            alike = [each for each in candidates if _pair(each, evaluation)] or candidates
-            rows.append(_row(evaluation, alike[-1] if alike else None))
-        by_product[RunDirectory(stage.path).final_directory.absolute()] = made
-        before = made or before
-    return Table(_grouped({column for row in rows for column in row.numbers}), rows)
+    @property
+    def verdicts(self) -> list[tuple[str, int]]:
+        """How often each verdict was given, the most frequent first."""
+        told = self.record.get("verdicts")
+        counts = told.items() if isinstance(told, dict) else ()
+        return sorted(((str(name), n) for name, n in counts if isinstance(n, int)), key=lambda item: -item[1])
 
-
-def is_share(column: str) -> bool:
-    """Whether a column is a share of 1, to be shown in percent."""
-    return SHARES.fullmatch(column) is not None
-
-
-class _Evaluation:
-    """One record of evaluations.jsonl, and its completions where they are still there."""
-
-    def __init__(self, stage: Stage, record: Record) -> None:
-        self.stage = stage
-        self.name = str(record.get("name", "?"))
-        self.step = _whole(record.get("step"))
-        self.split = record.get("split")
-        self.problems = _whole(record.get("problems"))
-        told = ((key, finite(value)) for key, value in record.items() if key not in ("step", "problems"))
-        self.numbers = {key: value for key, value in told if value is not None}
-        verdicts = record.get("verdicts")
-        self.verdicts = (
-            {str(name): count for name, count in verdicts.items() if isinstance(count, int)}
-            if isinstance(verdicts, dict)
-            else {}
-        )
-        self._file = stage.evaluation_file(self.name)
+    @property
+    def file(self) -> Path | None:
+        """The table of completions, if it still exists."""
+        return self.stage.evaluation_file(self.name)
 
     @property
     def right(self) -> int | None:
@@ -124,67 +86,135 @@ class _Evaluation:
         return right if self.problems and 0 <= right <= self.problems else None
 
     @cached_property
-    def answers(self) -> "_Answers | None":
+    def answers(self) -> "Answers | None":
         """The answers by problem, if they are those that the record counted."""
-        told = self.numbers.get("accuracy")
-        if self._file is None or told is None:
+        told, file = self.numbers.get("accuracy"), self.file
+        found = Answers.read(file) if file and told is not None else None
+        if not found or not found.greedy or len(found.greedy) != self.problems:
             return None
-        found = _read_answers(self._file)
-        if not found.greedy or len(found.greedy) != self.problems:
-            return None
-        return found if abs(sum(found.greedy.values()) / len(found.greedy) - told) < 1e-9 else None
+        return found if abs(sum(found.greedy.values()) / len(found.greedy) - (told or 0.0)) < 1e-9 else None
 
 
 @dataclass(frozen=True, slots=True)
-class _Answers:
+class Answers:
     """By the id of the problem: whether the greedy answer is right, which sampled answers are, and its domain."""
 
-    greedy: Mapping[Any, bool]
-    sampled: Mapping[Any, Sequence[bool]]
-    domains: Mapping[Any, Any]
+    greedy: dict[Any, bool] = field(default_factory=dict)
+    sampled: dict[Any, list[bool]] = field(default_factory=dict)
+    domains: dict[Any, Any] = field(default_factory=dict)
 
-    def within(self, domain: str | None) -> dict[Any, bool]:
-        """The greedy answers to the problems of a domain; for None, all of them."""
-        return {id_: right for id_, right in self.greedy.items() if domain is None or self.domains[id_] == domain}
+    @classmethod
+    def read(cls, path: Path) -> "Answers":
+        found = cls()
+        for row in read_table(path, ("id", "domain", "greedy", "verdict")).to_pylist():
+            id_, right = row.get("id"), row.get("verdict") == "pass"
+            found.domains[id_] = row.get("domain")
+            if row.get("greedy"):
+                found.greedy[id_] = right
+            else:
+                found.sampled.setdefault(id_, []).append(right)
+        return found
 
-
-def _read_answers(path: Path) -> _Answers:
-    greedy: dict[Any, bool] = {}
-    sampled: dict[Any, list[bool]] = {}
-    domains: dict[Any, Any] = {}
-    for row in read_columns(path, ("id", "domain", "greedy", "verdict")):
-        domains[row.get("id")] = row.get("domain")
-        right = row.get("verdict") == "pass"
-        if row.get("greedy"):
-            greedy[row.get("id")] = right
-        else:
-            sampled.setdefault(row.get("id"), []).append(right)
-    return _Answers(greedy, sampled, domains)
+    def within(self, domain: str) -> dict[Any, bool]:
+        """The greedy answers to the problems of a domain; for "", all of them."""
+        return {id_: right for id_, right in self.greedy.items() if domain in ("", self.domains[id_])}
 
 
-def _row(evaluation: _Evaluation, baseline: _Evaluation | None) -> Row:
-    changes = {
-        column: _change(column, baseline, evaluation)
-        for column in (evaluation.numbers if baseline else ())
-        if baseline and column in baseline.numbers
-    }
-    return Row(
-        stage=evaluation.stage.label,
-        step=evaluation.step,
-        name=evaluation.name,
-        problems=evaluation.problems,
-        numbers=evaluation.numbers,
-        verdicts=evaluation.verdicts,
-        against=baseline.name if baseline else None,
-        changes=changes,
-    )
+def compared_evaluations(run: RunRecord) -> list[Evaluation]:
+    """The evaluations of all stages in the order in which they were made, each with its changes.
+
+    Each is compared with the last one of the stage that made the policy, else of the stage before, on the same problems
+    where there is such a one; in the first stage, with that stage's first one. Evaluations by which checkpoints are
+    chosen are compared with one another alone. Accuracy has a 95 % interval: paired where both tables of completions
+    hold the same problems, else unpaired. That of a domain, and pass@k, have one where they can be paired.
+    """
+    evaluations: list[Evaluation] = []
+    before: list[Evaluation] = []
+    by_product: dict[Path, list[Evaluation]] = {}
+    for stage in run.stages:
+        made = [Evaluation(stage, record) for record in stage.evaluations]
+        before = by_product.get(Path(stage.model_path).absolute(), before)
+        for position, evaluation in enumerate(made):
+            earlier = before or made[:position]
+            candidates = [each for each in earlier if each.record.get("split") == evaluation.record.get("split")]
+            candidates = candidates if before else candidates[:1]
+            alike = [each for each in candidates if _pair(each, evaluation)] or candidates
+            if alike:
+                evaluation.against = alike[-1].name
+                shared = [column for column in evaluation.numbers if column in alike[-1].numbers]
+                evaluation.changes = {column: _change(column, alike[-1], evaluation) for column in shared}
+        by_product[RunDirectory(stage.path).final_directory.absolute()] = made
+        before = made or before
+        evaluations += made
+    return evaluations
 
 
-def _change(column: str, before: _Evaluation, after: _Evaluation) -> Change:
+def column_groups(evaluations: Iterable[Evaluation]) -> dict[str, list[str]]:
+    """The numeric columns of all evaluations, in groups by what they measure."""
+
+    def rank(column: str) -> tuple[int, str]:
+        match = PASS_AT.fullmatch(column)
+        return (int(match[1]) if match else 0, column)
+
+    groups: dict[str, list[str]] = {name: [] for name, _ in GROUPS}
+    for column in sorted({column for evaluation in evaluations for column in evaluation.numbers}, key=rank):
+        known = next((name for name, pattern in GROUPS if re.fullmatch(pattern, column)), None)
+        groups.setdefault(known or column.partition("/")[0], []).append(column)
+    return {name: found for name, found in groups.items() if found}
+
+
+@dataclass(frozen=True, slots=True)
+class Pairs:
+    """The greedy answers of two evaluations to the problems that both have, (before, after) by the problem's id."""
+
+    evaluations: tuple[Evaluation, Evaluation]
+    answers: Mapping[str, tuple[Record, Record]]
+
+
+def find_pairs(evaluations: Sequence[Evaluation]) -> Pairs | None:
+    """The last evaluation of problems, and the first that has problems in common with it; None without two such."""
+    found = [each for each in evaluations if "accuracy" in each.record and each.file]
+    after = _greedy(found[-1]) if len(found) > 1 else {}
+    for first in found[:-1]:
+        before = _greedy(first)
+        if shared := {id_: (before[id_], answer) for id_, answer in after.items() if id_ in before}:
+            return Pairs((first, found[-1]), shared)
+    return None
+
+
+def published_figures(run: RunRecord) -> Mapping[str, Any] | None:
+    """The entry of published.yaml (name, tables, figures, source, url) for the run's model; None if it has none.
+
+    The model is known by the sizes in a config.json of the run or of the recipe's model.path; where there is none, by
+    the name in model.path.
+    """
+    text = resources.files("align.report").joinpath("published.yaml").read_text(encoding="utf-8")
+    models = yaml.safe_load(text)
+    for stage in reversed(run.stages):
+        if not OTHER_MODELS.search(stage.model_path):
+            config = _config(stage, run.path)
+            for model in models:
+                if _fits(config, model["sizes"]) if config else _is_called(stage.model_path, model["name"]):
+                    found: Mapping[str, Any] = model
+                    return found
+    return None
+
+
+def _whole(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _greedy(evaluation: Evaluation) -> dict[str, Record]:
+    columns = ("id", "greedy", "prompt", "completion", "verdict", "detail")
+    rows = read_table(evaluation.file, columns).to_pylist() if evaluation.file else []
+    return {str(row["id"]): row for row in rows if row.get("greedy") and "id" in row}
+
+
+def _change(column: str, before: Evaluation, after: Evaluation) -> Change:
     difference = after.numbers[column] - before.numbers[column]
     pair = _pair(before, after)
     name, _, domain = column.partition("/")
-    old, new = (answers.within(domain or None) for answers in pair) if pair else ({}, {})
+    old, new = (answers.within(domain) for answers in pair) if pair else ({}, {})
     if name == "accuracy" and new:
         gained = sum(new[id_] and not old[id_] for id_ in new)
         lost = sum(old[id_] and not new[id_] for id_ in new)
@@ -197,33 +227,35 @@ def _change(column: str, before: _Evaluation, after: _Evaluation) -> Change:
     return Change(difference, interval, MEANS if interval else "")
 
 
-def _whole(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
-
-
-def _pair(before: _Evaluation, after: _Evaluation) -> tuple[_Answers, _Answers] | None:
+def _pair(before: Evaluation, after: Evaluation) -> tuple[Answers, Answers] | None:
     """The answers of both where they are to the same problems."""
     old, new = before.answers, after.answers
     return (old, new) if old and new and old.greedy.keys() == new.greedy.keys() else None
 
 
-def _solved(old: _Answers, new: _Answers, k: int) -> list[float]:
+def _solved(old: Answers, new: Answers, k: int) -> list[float]:
     """By problem, how much pass@k changed; empty where a problem has fewer than k samples."""
     counts = [len(right) for each in (old, new) for right in each.sampled.values()]
     if new.sampled.keys() != old.sampled.keys() or k > min(counts, default=0):
         return []
-    rates = [{id_: pass_at_k(len(right), sum(right), k) for id_, right in each.sampled.items()} for each in (old, new)]
-    return [rates[1][id_] - rate for id_, rate in rates[0].items()]
+    was, now = ({id_: pass_at_k(len(r), sum(r), k) for id_, r in each.sampled.items()} for each in (old, new))
+    return [now[id_] - rate for id_, rate in was.items()]
 
 
-def _grouped(columns: set[str]) -> list[tuple[str, list[str]]]:
-    groups: dict[str, list[str]] = {name: [] for name, _ in GROUPS}
-    for column in sorted(columns, key=_rank):
-        known = next((name for name, pattern in GROUPS if re.fullmatch(pattern, column)), None)
-        groups.setdefault(known or column.partition("/")[0], []).append(column)
-    return [(name, found) for name, found in groups.items() if found]
+def _config(stage: Stage, whole_run: Path) -> Mapping[str, Any] | None:
+    for directory in stage.model_directories(whole_run):
+        try:
+            config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        return config if isinstance(config, dict) else {}
+    return None
 
 
-def _rank(column: str) -> tuple[int, str]:
-    match = PASS_AT.fullmatch(column)
-    return (int(match[1]) if match else 0, column)
+def _fits(config: Mapping[str, Any], sizes: Mapping[str, int]) -> bool:
+    kind = config.get("model_type") == "deepseek_v2" and not OTHER_MODELS.search(str(config.get("_name_or_path", "")))
+    return kind and all(config.get(key) == value for key, value in sizes.items())
+
+
+def _is_called(path: str, model: str) -> bool:
+    return re.fullmatch(rf"{re.escape(model)}(-chat)?", path.rstrip("/").rpartition("/")[2], re.I) is not None

@@ -1,8 +1,8 @@
-"""A run directory as data: its stages in the order in which they ran, each with what it left behind."""
+"""A run directory as data: its stages in the order in which they ran, each with the files that it wrote."""
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
@@ -16,11 +16,17 @@ from align.run.directory import LAYOUT
 
 Record = Mapping[str, Any]
 SAMPLES_NAME = re.compile(r"step_(\d+)\.parquet")
+# Columns of samples and metrics as earlier versions wrote them, and what they are called now.
+RENAMED = {
+    "answer": "ground_truth",
+    "sampler_log_probs": "log_probs",
+    "uniform_groups": "zero_variance_groups",
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One run of one stage. `label` tells it from the others of the run; `remarks` say what was left out in reading."""
+    """One run of one stage. `label` is unique within the run; `remarks` say which damaged lines were skipped."""
 
     label: str
     path: Path
@@ -34,29 +40,27 @@ class Stage:
     remarks: Sequence[str]
 
     def evaluation_file(self, name: str) -> Path | None:
-        """The table of completions of the evaluation `name`, or None where there is none."""
+        """The table of completions of the evaluation `name`, or None if it does not exist."""
         file = RunDirectory(self.path).evaluations_directory / f"{name}.parquet"
-        # A name out of a file must not lead out of the directory.
+        # A name read from a file must not lead out of the directory.
         return file if file.name == f"{name}.parquet" and file.is_file() else None
 
     @property
-    def policy(self) -> Path:
-        """Where the policy came from with which the stage began."""
-        return Path(str(_mapping(self.recipe.get("model")).get("path"))).absolute()
+    def model_path(self) -> str:
+        """The path of the policy that the stage started from; "" if the recipe has none."""
+        return str(at(self.recipe, "model", "path") or "")
 
     def model_directories(self, whole_run: Path) -> list[Path]:
-        """The directories that may hold this stage's policy, its configuration and tokenizer; the likeliest first."""
-        places = [run.final_directory for run in (RunDirectory(self.path), RunDirectory(whole_run))]
-        places += [run.initial_directory for run in (RunDirectory(self.path), RunDirectory(whole_run))]
-        named = _mapping(self.recipe.get("model")).get("path")
-        if isinstance(named, str):
-            places.append(Path(named).expanduser())
+        """The existing directories that may hold the policy's configuration and tokenizer, the likeliest first."""
+        runs = (RunDirectory(self.path), RunDirectory(whole_run))
+        places = [*(run.final_directory for run in runs), *(run.initial_directory for run in runs)]
+        places += [Path(self.model_path).expanduser()] if self.model_path else []
         return [place for place in dict.fromkeys(places) if place.is_dir()]
 
 
 @dataclass(frozen=True, slots=True)
 class RunRecord:
-    """A whole run: its own stage comes after those of the runs inside it, as it did in time."""
+    """A whole run; its own stage is the last, after those of the runs inside it."""
 
     path: Path
     stages: Sequence[Stage]
@@ -75,8 +79,8 @@ class RunRecord:
 def read_run(path: Path) -> RunRecord:
     """Read the run in `path` and the runs inside it.
 
-    A last line that was cut off in writing is left out with a remark. Raises UserError, with the file and line, for
-    any other damage, and when `path` holds no run.
+    A last line that was cut off while it was written is skipped with a remark. Raises UserError, with the file and
+    line, for any other damage, and when `path` holds no run.
     """
     root = path.expanduser().absolute()
     if read_status(root) is None:
@@ -87,51 +91,55 @@ def read_run(path: Path) -> RunRecord:
     return RunRecord(root, [*inside, whole])
 
 
+def at(value: Any, *keys: str) -> Any:
+    """The value at nested keys, or None where a mapping lacks one."""
+    for key in keys:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
 def number(value: Any) -> float | None:
-    """`value` as a float where it is a number (also one that JSON wrote as "nan" or "inf"), else None."""
+    """`value` as a float if it is a number or one that JSON wrote as "nan" or "inf"; else None."""
     if isinstance(value, bool):
         return None
-    if isinstance(value, int | float) or value in ("nan", "inf", "-inf"):
-        return float(value)
-    return None
+    return float(value) if isinstance(value, int | float) or value in ("nan", "inf", "-inf") else None
 
 
 def finite(value: Any) -> float | None:
-    """`value` as a float where it is a finite number, else None."""
+    """`value` as a float if it is a finite number, else None."""
     found = number(value)
     return found if found is not None and isfinite(found) else None
 
 
-def read_columns(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
-    """The rows of a Parquet table with those of `columns` that it has. Raises UserError when it cannot be read."""
-    table = read_table(path)
-    rows: list[dict[str, Any]] = table.select([name for name in columns if name in table.column_names]).to_pylist()
-    return rows
+def renamed(record: Record) -> Record:
+    """`record` with the present names of what earlier versions called otherwise."""
+    return {RENAMED.get(key, key): value for key, value in record.items()}
 
 
-def read_table(path: Path) -> Any:
-    """A Parquet file as a pyarrow table. Raises UserError when it cannot be read."""
+def read_table(path: Path, columns: Iterable[str]) -> Any:
+    """The pyarrow table of those of `columns` that a Parquet file has, under their present names.
+
+    Raises UserError when it cannot be read.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(path) as file:
-            return file.read()
+            stored = {RENAMED.get(name, name): name for name in file.schema_arrow.names}
+            table = file.read(columns=[stored[name] for name in columns if name in stored])
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{path} is not a readable Parquet file: {error}. Move it away to leave it out") from error
+    return table.rename_columns([RENAMED.get(name, name) for name in table.column_names])
 
 
 def read_records(path: Path) -> tuple[list[Record], str | None]:
-    """The objects of a file of JSON lines, and a remark where its last line was cut off in writing and left out.
+    """The objects of a JSON Lines file, and a remark if its last line was cut off while it was written and skipped.
 
-    A file that is not there has none. Raises UserError with file and line for any other line that is no JSON object.
+    A missing file has none. Raises UserError with file and line for any other line that is not a JSON object.
     """
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        return [], None
     records: list[Record] = []
-    lines = content.split(b"\n")
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
     for count, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -140,9 +148,9 @@ def read_records(path: Path) -> tuple[list[Record], str | None]:
         except ValueError:
             record = None
         if isinstance(record, dict):
-            records.append(record)
+            records.append(renamed(record))
         elif count == len(lines):
-            return records, f"{path.name}, line {count}: cut off in writing, and left out here"
+            return records, f"{path.name}, line {count}: cut off while it was written, and skipped here"
         else:
             raise UserError(
                 f"{path}, line {count}: not one JSON object, as every line of this file must be. "
@@ -165,52 +173,37 @@ def _stages(directory: Path, root: Path) -> list[Stage]:
 
 def _stage(directory: Path, root: Path) -> Stage:
     run = RunDirectory(directory)
-    status = read_status(directory) or {}
-    recipe = _recipe(run.recipe_file)
+    status, recipe = read_status(directory) or {}, _read_mapping(run.recipe_file)
     files = (run.metrics_file, run.events_file, run.evaluations_file)
     (metrics, events, evaluations), remarks = zip(*map(read_records, files), strict=True)
     own = status.get("stage") or recipe.get("stage") or directory.name
+    samples = {
+        int(match[1]): file for file in run.samples_directory.glob("*") if (match := SAMPLES_NAME.fullmatch(file.name))
+    }
     return Stage(
         label=str(own) if directory == root else directory.relative_to(root).as_posix(),
         path=directory,
         status=status,
         recipe=recipe,
-        environment=_environment(run.environment_file),
+        environment=_read_mapping(run.environment_file),
         metrics=metrics,
         events=events,
         evaluations=evaluations,
-        samples=_samples(run.samples_directory),
+        samples=dict(sorted(samples.items())),
         remarks=[remark for remark in remarks if remark],
     )
 
 
-def _samples(directory: Path) -> dict[int, Path]:
-    if not directory.is_dir():
-        return {}
-    found = {int(match[1]): file for file in directory.iterdir() if (match := SAMPLES_NAME.fullmatch(file.name))}
-    return dict(sorted(found.items()))
-
-
-def _recipe(path: Path) -> Record:
+def _read_mapping(path: Path) -> Record:
+    """The mapping in a YAML or JSON file; empty if the file is missing or holds something else."""
     try:
-        return _mapping(yaml.safe_load(path.read_text(encoding="utf-8")))
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except FileNotFoundError:
         return {}
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: not valid YAML: {error}") from None
-
-
-def _environment(path: Path) -> Record:
-    try:
-        return _mapping(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON: {error}") from None
-
-
-def _mapping(value: Any) -> Record:
-    return value if isinstance(value, dict) else {}
+    except (ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: not valid {'JSON' if path.suffix == '.json' else 'YAML'}: {error}") from None
+    return content if isinstance(content, dict) else {}
 
 
 def _no_run(root: Path) -> str:

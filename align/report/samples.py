@@ -1,4 +1,4 @@
-"""Which samples of a run go into its page, and their tokens as text. What is left out is counted."""
+"""Which samples of a run go into its page, with the text of each token. Whatever is left out is counted."""
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -7,8 +7,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from align.report.escape import for_script
-from align.report.read import RunRecord, Stage, finite, read_table
+from jinja2.utils import htmlsafe_json_dumps
+
+from align.report.read import Record, RunRecord, Stage, finite, read_table
 
 TRAINING_SAMPLES = 2_000
 EVALUATION_SAMPLES = 1_000
@@ -18,42 +19,25 @@ TOKENS_OF_A_SAMPLE = 6_000
 GOLDEN = 0.6180339887498949
 REPLACEMENT = "\ufffd"
 LONGEST_CHARACTER = 8
-COLUMNS = (
-    "id",
-    "domain",
-    "index",
-    "prompt",
-    "completion",
-    "answer",
-    "reward",
-    "verdict",
-    "components",
-    "detail",
-    "finish_reason",
-    "tokens",
-    "advantage",
-    "trained_on",
-    "greedy",
-    "token_ids",
-    "sampler_log_probs",
-)
-
-Row = Mapping[str, Any]
+TEXTS = ("id", "domain", "verdict", "detail", "ground_truth", "finish_reason")
+NUMBERS = ("index", "tokens", "reward", "advantage")
+OTHERS = ("prompt", "completion", "components", "trained_on", "greedy", "token_ids", "log_probs", "sampled")
+JSON_STYLE: dict[str, Any] = {"ensure_ascii": False, "allow_nan": False, "separators": (",", ":")}
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A table of samples: `rows` are the first of them in the order in which they deserve to be shown."""
+    """A file of samples: of a step, or of an evaluation. `rows` are its first ones in the order in which to show them."""
 
     stage: Stage
     step: int | None
     evaluation: str | None
     total: int
-    rows: Sequence[Row]
+    rows: Sequence[Record]
 
 
 class Decoder:
-    """Token ids as text, one by one, by the tokenizer.json of a model directory."""
+    """The text of single tokens, by the tokenizer.json of a model directory."""
 
     def __init__(self, file: Path) -> None:
         from tokenizers import Tokenizer
@@ -79,8 +63,70 @@ class Decoder:
         return found
 
 
-def decoder_of(stage: Stage, run: RunRecord) -> Decoder | None:
-    """The first tokenizer among the stage's model directories that can be loaded."""
+def as_data(run: RunRecord, limit: int = BYTES_OF_SAMPLES) -> dict[str, Any]:
+    """The samples of the page's browser, in at most `limit` bytes of JSON.
+
+    {"sources": [{stage, step, evaluation, total, shown}], "rows": [...], "texts": [...], "pieces": [...]}, where rows
+    refer to texts (prompts, which a group shares) and pieces (texts of tokens) by their places in those lists; "steps"
+    counts the files of training samples, "uncoloured" the training samples shown without their tokens.
+    """
+    training = [(stage, step, None, file) for stage in run.stages for step, file in stage.samples.items()]
+    evaluations = {
+        file: (stage, step if isinstance(step := record.get("step"), int) else None, name, file)
+        for stage in run.stages
+        for record in stage.evaluations
+        if (file := stage.evaluation_file(name := str(record.get("name")))) is not None
+    }
+    trained = _read(training, TRAINING_SAMPLES, by_interest)
+    evaluated = _read(list(evaluations.values()), EVALUATION_SAMPLES, by_problem)
+    decoders = {stage.label: _decoder(stage, run) for stage in run.stages}
+    share = 1.0
+    while True:
+        chosen = [*_first(trained, TRAINING_SAMPLES * share), *_first(evaluated, EVALUATION_SAMPLES * share)]
+        data = _pack(chosen, decoders)
+        if not chosen or len(to_json(data).encode(errors="replace")) <= limit:
+            bare = sum(
+                "pieces" not in row and data["sources"][row["source"]]["evaluation"] is None for row in data["rows"]
+            )
+            return data | {"steps": len(training), "uncoloured": bare}
+        share /= 2
+
+
+def to_json(data: Any) -> str:
+    """`data` as JSON that is safe inside a <script> element."""
+    return htmlsafe_json_dumps(data, **JSON_STYLE)
+
+
+def by_interest(rows: Sequence[Record]) -> list[int]:
+    """The places of training samples, masked, best, worst and ordinary ones in turn."""
+    spread = _spread(len(rows))
+    rewards = [finite(row.get("reward")) for row in rows]
+    judged = [i for i in spread if rewards[i] is not None]
+    masked = [i for i in spread if rewards[i] is None or _masked(rows[i])]
+    worst = sorted(judged, key=lambda i: rewards[i] or 0.0)
+    best = sorted(judged, key=lambda i: -(rewards[i] or 0.0))
+    turns = itertools.chain.from_iterable(itertools.zip_longest(masked, best, worst, spread))
+    return list(dict.fromkeys(i for i in turns if i is not None))
+
+
+def by_problem(rows: Sequence[Record]) -> list[int]:
+    """The places of an evaluation's samples: unjudged ones, then greedy ones, of the same problems each time."""
+    unjudged = [finite(row.get("reward")) is None for row in rows]
+    return sorted(_spread(len(rows)), key=lambda i: (not unjudged[i], not rows[i].get("greedy")))
+
+
+def _spread(count: int) -> list[int]:
+    """0 to `count` - 1 in an order of which every beginning is spread evenly over the whole."""
+    return sorted(range(count), key=lambda i: i * GOLDEN % 1)
+
+
+def _masked(row: Record) -> bool:
+    """Whether a training sample was excluded from the update."""
+    return row.get("trained_on") is False
+
+
+def _decoder(stage: Stage, run: RunRecord) -> Decoder | None:
+    """A decoder by the first tokenizer among the stage's model directories that can be loaded."""
     for directory in stage.model_directories(run.path):
         if (directory / "tokenizer.json").is_file():
             # The library raises bare Exception for a file that it cannot read.
@@ -91,76 +137,24 @@ def decoder_of(stage: Stage, run: RunRecord) -> Decoder | None:
     return None
 
 
-def as_data(run: RunRecord, limit: int = BYTES_OF_SAMPLES) -> dict[str, Any]:
-    """The samples of the page's browser, in at most `limit` bytes of JSON.
-
-    {"sources": [{stage, step, evaluation, total, shown}], "rows": [...], "texts": [...], "pieces": [...]}, where rows
-    name texts (prompts, which a group shares) and pieces (texts of tokens) by their places in those lists.
-    """
-    training, evaluations = _training(run), _evaluations(run)
-    decoders = {stage.label: decoder_of(stage, run) for stage in run.stages}
-    share = 1.0
-    while True:
-        chosen = [*_within(training, TRAINING_SAMPLES * share), *_within(evaluations, EVALUATION_SAMPLES * share)]
-        data = _pack(chosen, decoders)
-        if not chosen or len(for_script(data).encode(errors="replace")) <= limit:
-            return data | {"steps": sum(len(stage.samples) for stage in run.stages)}
-        share /= 2
-
-
-def by_interest(rows: Sequence[Row]) -> list[int]:
-    """The places of training samples, masked, best, worst and ordinary ones in turn."""
-    spread = sorted(range(len(rows)), key=lambda i: i * GOLDEN % 1)
-    rewards = [finite(row.get("reward")) for row in rows]
-    judged = [i for i in spread if rewards[i] is not None]
-    masked = [i for i in spread if rewards[i] is None or row_masked(rows[i])]
-    worst = sorted(judged, key=lambda i: rewards[i] or 0.0)
-    best = sorted(judged, key=lambda i: -(rewards[i] or 0.0))
-    turns = itertools.chain.from_iterable(itertools.zip_longest(masked, best, worst, spread))
-    return list(dict.fromkeys(i for i in turns if i is not None))
+def _read(
+    files: Sequence[tuple[Stage, int | None, str | None, Path]],
+    most: int,
+    order: Callable[[Sequence[Record]], list[int]],
+) -> list[Source]:
+    """The first samples in this order of each file, at most `most` in all."""
+    sources = []
+    chosen = _evenly(files, most)
+    for stage, step, evaluation, file in chosen:
+        table = read_table(file, (*TEXTS, *NUMBERS, *OTHERS))
+        light = [name for name in ("reward", "trained_on", "greedy") if name in table.column_names]
+        places = order(table.select(light).to_pylist()) if light else list(range(table.num_rows))
+        rows = table.take(places[: most // len(chosen)]).to_pylist()
+        sources.append(Source(stage, step, evaluation, table.num_rows, rows))
+    return sources
 
 
-def by_problem(rows: Sequence[Row]) -> list[int]:
-    """The places of an evaluation's samples: those nobody could judge, then greedy ones, the same problems each time."""
-    spread = sorted(range(len(rows)), key=lambda i: i * GOLDEN % 1)
-    return sorted(spread, key=lambda i: (finite(rows[i].get("reward")) is not None, not rows[i].get("greedy")))
-
-
-def row_masked(row: Row) -> bool:
-    """Whether a training sample was left out of the update."""
-    return row.get("trained_on") is False
-
-
-def _training(run: RunRecord) -> list[Source]:
-    files = [(stage, step, file) for stage in run.stages for step, file in stage.samples.items()]
-    files = _evenly(files, TRAINING_SAMPLES)
-    quota = TRAINING_SAMPLES // max(len(files), 1)
-    return [Source(stage, step, None, *_read(file, by_interest, quota)) for stage, step, file in files]
-
-
-def _evaluations(run: RunRecord) -> list[Source]:
-    made = {}
-    for stage in run.stages:
-        for record in stage.evaluations:
-            name, step = str(record.get("name")), record.get("step")
-            file = stage.evaluation_file(name)
-            if file is not None:
-                made[file] = (stage, step if isinstance(step, int) else None, name)
-    chosen = _evenly(list(made.items()), EVALUATION_SAMPLES)
-    quota = EVALUATION_SAMPLES // max(len(chosen), 1)
-    return [Source(stage, step, name, *_read(file, by_problem, quota)) for file, (stage, step, name) in chosen]
-
-
-def _read(path: Path, order: Callable[[Sequence[Row]], list[int]], most: int) -> tuple[int, list[Row]]:
-    """How many samples a table has, and the first `most` of them in this order."""
-    table = read_table(path)
-    table = table.select([name for name in COLUMNS if name in table.column_names])
-    light = [name for name in ("reward", "trained_on", "greedy") if name in table.column_names]
-    places = order(table.select(light).to_pylist()) if light else list(range(table.num_rows))
-    return table.num_rows, table.take(places[:most]).to_pylist()
-
-
-def _within(sources: Sequence[Source], most: float) -> Iterator[tuple[Source, Sequence[Row]]]:
+def _first(sources: Sequence[Source], most: float) -> Iterator[tuple[Source, Sequence[Record]]]:
     """At most `most` samples, as many of each source; of too many sources, evenly chosen ones."""
     chosen = _evenly(sources, int(most))
     for source in chosen:
@@ -168,29 +162,20 @@ def _within(sources: Sequence[Source], most: float) -> Iterator[tuple[Source, Se
 
 
 def _evenly(items: Sequence[Any], most: int) -> list[Any]:
-    """At most `most` of the items, the last always among them."""
-    if len(items) <= most:
-        return list(items)
-    return [items[(i + 1) * len(items) // most - 1] for i in range(most)]
+    """At most `most` of the items, always with the last."""
+    count = min(len(items), most)
+    return [items[(i + 1) * len(items) // count - 1] for i in range(count)]
 
 
-def _pack(chosen: Sequence[tuple[Source, Sequence[Row]]], decoders: Mapping[str, Decoder | None]) -> dict[str, Any]:
+def _pack(chosen: Sequence[tuple[Source, Sequence[Record]]], decoders: Mapping[str, Decoder | None]) -> dict[str, Any]:
     texts, pieces = _Places(), _Places()
-    packed = [
-        _row(row, place, decoders.get(source.stage.label), texts, pieces)
-        for place, (source, rows) in enumerate(chosen)
-        for row in rows
-    ]
-    sources = [
-        {
-            "stage": source.stage.label,
-            "step": source.step,
-            "evaluation": source.evaluation,
-            "total": source.total,
-            "shown": len(rows),
-        }
-        for source, rows in chosen
-    ]
+    packed, sources = [], []
+    for place, (source, rows) in enumerate(chosen):
+        told = {"stage": source.stage.label, "step": source.step, "evaluation": source.evaluation}
+        sources.append(told | {"total": source.total, "shown": len(rows)})
+        for row in rows:
+            coloured = _coloured(row, decoders[source.stage.label], pieces)
+            packed.append({"source": place, "prompt": texts.place(_cut(row.get("prompt")))} | _row(row) | coloured)
     return {"sources": sources, "rows": packed, "texts": list(texts), "pieces": list(pieces)}
 
 
@@ -201,32 +186,27 @@ class _Places(dict[str, int]):
         return self.setdefault(text, len(self))
 
 
-def _row(row: Row, source: int, decoder: Decoder | None, texts: _Places, pieces: _Places) -> dict[str, Any]:
-    completion = str(row.get("completion") or "")
+def _row(row: Record) -> dict[str, Any]:
     packed: dict[str, Any] = {
-        "source": source,
-        "prompt": texts.place(_cut(str(row.get("prompt") or ""))),
-        "completion": _cut(completion),
-        "masked": row_masked(row) or ("reward" in row and finite(row["reward"]) is None),
+        "completion": _cut(row.get("completion")),
+        "masked": _masked(row) or ("reward" in row and finite(row["reward"]) is None),
     }
-    for name in ("id", "domain", "verdict", "detail", "answer", "finish_reason"):
-        if row.get(name) not in (None, ""):
-            packed[name] = _cut(str(row[name]))
-    for name in ("index", "tokens", "reward", "advantage"):
-        packed[name] = _short(row.get(name))
-    components = row.get("components")
-    if isinstance(components, dict):
+    packed |= {name: _cut(row[name]) for name in TEXTS if row.get(name) not in (None, "")}
+    packed |= {name: _short(row.get(name)) for name in NUMBERS}
+    if isinstance(components := row.get("components"), dict):
         # A reward that does not apply to the sample's domain is a null column.
         packed["components"] = {name: _short(value) for name, value in components.items() if value is not None}
-    if row.get("greedy"):
-        packed["greedy"] = True
-    return packed | _coloured(row, completion, decoder, pieces)
+    return packed | ({"greedy": True} if row.get("greedy") else {})
 
 
-def _coloured(row: Row, completion: str, decoder: Decoder | None, pieces: _Places) -> dict[str, Any]:
-    """The sample's tokens with their log-probabilities; nothing where their texts do not add up to the completion."""
-    ids, log_probs = row.get("token_ids"), row.get("sampler_log_probs")
-    if decoder is None or not ids or not log_probs or len(ids) != len(log_probs):
+def _coloured(row: Record, decoder: Decoder | None, pieces: _Places) -> dict[str, Any]:
+    """The sample's tokens with their log-probabilities; nothing where their texts do not add up to the completion.
+
+    Tokens that an environment or a template wrote (`sampled` is false) are listed as given, without a colour.
+    """
+    ids, log_probs, completion = row.get("token_ids"), row.get("log_probs"), str(row.get("completion") or "")
+    sampled = row.get("sampled") or [True] * len(ids or ())
+    if decoder is None or not ids or not log_probs or not len(ids) == len(log_probs) == len(sampled):
         return {}
     shown = ids[:TOKENS_OF_A_SAMPLE]
     found = decoder.pieces(shown)
@@ -235,18 +215,20 @@ def _coloured(row: Row, completion: str, decoder: Decoder | None, pieces: _Place
     plain = plain if plain.startswith(completion[:1]) else plain.lstrip()
     if plain != completion and (len(shown) == len(ids) or not completion.startswith(plain.rstrip(REPLACEMENT))):
         return {}
+    drawn = [value for value, own in zip(log_probs, sampled, strict=True) if own]
     return {
         "pieces": [pieces.place(piece) for piece in found],
         "log_probs": [_short(value) for value in log_probs[: len(shown)]],
         "special": [i for i, id_ in enumerate(shown) if id_ in decoder.special],
-        "mean_log_prob": _short(sum(log_probs) / len(log_probs)),
+        "given": [i for i in range(len(shown)) if not sampled[i]],
+        "mean_log_prob": _short(sum(drawn) / len(drawn)) if drawn else None,
     }
 
 
-def _cut(text: str) -> str:
-    if len(text) <= CHARACTERS_OF_A_TEXT:
-        return text
-    return f"{text[:CHARACTERS_OF_A_TEXT]} […{len(text) - CHARACTERS_OF_A_TEXT} more characters]"
+def _cut(value: object) -> str:
+    text = "" if value is None else str(value)
+    more = len(text) - CHARACTERS_OF_A_TEXT
+    return text if more <= 0 else f"{text[:CHARACTERS_OF_A_TEXT]} […{more} more characters]"
 
 
 def _short(value: Any) -> float | None:

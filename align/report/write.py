@@ -1,16 +1,28 @@
-"""A run directory to its report: one HTML page and one Markdown file."""
+"""A run directory to its report: one HTML page and one Markdown file; and to one plot of its steps as an SVG file."""
 
+import base64
+import hashlib
+import re
 from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from align.errors import UserError
-from align.report.evaluations import evaluation_table
-from align.report.markdown import markdown_page
-from align.report.page import html_page
-from align.report.published import published_figures
+from align.report.content import build_report
+from align.report.plot import build_plot
 from align.report.read import read_run
+from align.report.samples import JSON_STYLE
 from align.run import write_atomically
 
 NAME = "report.html"
+STYLES = ("page.css",)
+SCRIPTS = ("page.js", "charts.js", "samples.js", "start.js")
+# An underscore inside a word is no markup, and reads better bare.
+MARKDOWN_PUNCTUATION = re.compile(r"([\\`*\[\]<>|~$&#]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))")
+# Control characters, which XML refuses, and lone surrogates, which JSON can smuggle in and UTF-8 does not have.
+NO_CHARACTERS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 
 
 def write_report(run: Path, out: Path | None = None) -> Path:
@@ -24,15 +36,64 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     page = (record.path if out is None else out.expanduser().absolute()) / (NAME if out is None or out.is_dir() else "")
     if page.suffix != ".html":
         raise UserError(f"--out {out} is neither a directory nor a file NAME.html; write it like --out report.html")
-    table, published = evaluation_table(record), published_figures(record)
-    texts = {
-        page: html_page(record, table, published),
-        page.with_suffix(".md"): markdown_page(record, table, published),
-    }
-    for path, text in texts.items():
-        try:
-            # A lone surrogate, which JSON can smuggle in, is no character of UTF-8.
-            write_atomically(path, text.encode(errors="replace"))
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror or error}. Choose another with --out") from error
+    report = build_report(record)
+    style, script = (_assets(names) for names in (STYLES, SCRIPTS))
+    digests = {"style": _digest(style), "script": _digest(script)}
+    html = _render("report.html", report=report, style=style, script=script, digests=digests)
+    _write(page, html, "--out")
+    _write(page.with_suffix(".md"), _render("report.md", report=report), "--out")
     return page
+
+
+def write_plot(run: Path, out: Path) -> Path:
+    """Write one plot of the run directory `run` to the SVG file `out`, and return its path.
+
+    Rewards, accuracy and the agreement of sampler and learner over the steps, with the evaluations marked. Raises
+    UserError for what is no run, for a run without metrics, and where the file cannot be written.
+    """
+    path = out.expanduser().absolute()
+    if path.suffix != ".svg":
+        raise UserError(f"--svg {out} is no file NAME.svg; write it like --svg plot.svg")
+    _write(path, _render("plot.svg", plot=build_plot(read_run(run))), "--svg")
+    return path
+
+
+def for_markdown(value: object) -> Markup:
+    """`value` as plain text in one cell of a Markdown table: no markup, no link, no image, no line break."""
+    return Markup(MARKDOWN_PUNCTUATION.sub(r"\\\1", " ".join(str(value).split())))
+
+
+def _render(template: str, **values: Any) -> str:
+    """A template with every value escaped for where it goes; None becomes a dash."""
+    markdown = template.endswith(".md")
+
+    def finalize(value: Any) -> Any:
+        shown = "–" if value is None else value
+        return for_markdown(shown) if markdown and not isinstance(shown, Markup) else shown
+
+    environment = Environment(
+        loader=PackageLoader("align.report"),
+        autoescape=True,
+        finalize=finalize,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.policies["json.dumps_kwargs"] = JSON_STYLE
+    return environment.get_template(template).render(values)
+
+
+def _assets(names: tuple[str, ...]) -> Markup:
+    directory = Path(__file__).parent / "templates"
+    return Markup("\n".join((directory / name).read_text(encoding="utf-8") for name in names))
+
+
+def _digest(text: str) -> str:
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def _write(path: Path, text: str, option: str) -> None:
+    try:
+        write_atomically(path, NO_CHARACTERS.sub("\ufffd", text))
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}. Choose another with {option}") from error

@@ -73,7 +73,7 @@ def sample_row(text: str, reward: float | None, **more: Any) -> dict[str, Any]:
         "greedy": False,
         "prompt": "What is 1 + 1?",
         "completion": text,
-        "answer": "2",
+        "ground_truth": "2",
         "reward": reward,
         "verdict": "infra_error" if reward is None else "pass" if reward > 0.5 else "wrong",
         "components": {"exact_answer": reward},
@@ -83,7 +83,7 @@ def sample_row(text: str, reward: float | None, **more: Any) -> dict[str, Any]:
         "advantage": 0.0 if reward is None else reward - 0.5,
         "trained_on": reward is not None,
         "token_ids": ids,
-        "sampler_log_probs": [-0.5 * place for place in range(len(ids))],
+        "log_probs": [-0.5 * place for place in range(len(ids))],
     } | more
 
 

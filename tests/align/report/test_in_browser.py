@@ -22,6 +22,7 @@ def page(tmp_path: Path, browser: Any, write_run: Callable[..., Path], sample_ro
                 id=f"step{step}/{i}",
                 domain="code" if i == 7 else "math",
                 prompt=f"{EVIL} {step}",
+                sampled=[place != 1 or i != 6 for place in range(6)],
                 detail=EVIL,
             )
             for i in range(8)
@@ -117,6 +118,10 @@ def test_a_token_under_the_pointer_says_its_probability(browser: Any, page: Path
     assert browser.js("document.querySelector('.completion').textContent") == "1+5=2<｜end▁of▁sentence｜>"
     kinds = browser.js("[...document.querySelectorAll('.token')].map((t) => t.className)")
     assert kinds == ["token p0", "token p1", "token p2", "token p2", "token p3", "token p3 special"]
+    browser.enter("samples-text", "step1/6")
+    kinds = browser.js("[...document.querySelectorAll('.token')].map((t) => t.className)")
+    assert kinds[:3] == ["token p0", "token given", "token p2"]
+    browser.enter("samples-text", "step1/5")
     browser.point("document.querySelectorAll('.token')[1]")
     assert browser.js("getComputedStyle(document.getElementById('tip')).visibility") == "visible"
     assert browser.js("document.getElementById('tip').textContent") == (

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from align.report.escape import for_script
 from align.report.read import read_run
 from align.report.samples import (
     CHARACTERS_OF_A_TEXT,
@@ -16,6 +15,7 @@ from align.report.samples import (
     as_data,
     by_interest,
     by_problem,
+    to_json,
 )
 
 NANO = Path(__file__).parents[3] / "recipes" / "nano" / "policy" / "tokenizer.json"
@@ -51,8 +51,21 @@ def test_tokens_become_the_text_that_they_are_pieces_of(
     texts = [data["pieces"][place] for place in packed["pieces"]]
     assert "".join(texts[:-1]) == "1+1=2 \\boxed{2}"
     assert packed["special"] == [len(texts) - 1]
-    assert packed["log_probs"] == row["sampler_log_probs"]
-    assert packed["mean_log_prob"] == pytest.approx(sum(row["sampler_log_probs"]) / len(texts), abs=1e-3)
+    assert packed["log_probs"] == row["log_probs"]
+    assert packed["mean_log_prob"] == pytest.approx(sum(row["log_probs"]) / len(texts), abs=1e-3)
+
+
+def test_tokens_that_the_policy_did_not_sample_are_listed_as_given(
+    tmp_path: Path, write_run: WriteRun, sample_row: SampleRow
+) -> None:
+    row = sample_row("1+1=2", 1.0, log_probs=[-1.0, 0.0, None, -3.0, -2.0, -2.0])
+    row |= {"sampled": [True, False, False, True, True, True], "turns": [{"start": 0, "end": 1}], "experts": None}
+    (packed,) = as_data(read_run(write_run(tmp_path / "run", samples={1: [row]})))["rows"]
+    assert packed["given"] == [1, 2]
+    assert packed["mean_log_prob"] == -2.0
+    short = row | {"sampled": [True]}
+    (bare,) = as_data(read_run(write_run(tmp_path / "short", samples={1: [short]})))["rows"]
+    assert "given" not in bare
 
 
 @pytest.mark.parametrize("text", ["日本語 and 🦊🦊", "ﷺ naïve", "a\n\n  b"])
@@ -113,7 +126,7 @@ def test_the_bytes_of_the_samples_are_bounded(tmp_path: Path, write_run: WriteRu
     whole, small = as_data(run, limit=50_000_000), as_data(run, limit=1_000_000)
     assert len(whole["rows"]) == 36
     assert 0 < len(small["rows"]) < 36
-    assert len(for_script(small).encode()) <= 1_100_000
+    assert len(to_json(small).encode()) <= 1_100_000
     assert all(len(row["completion"]) < CHARACTERS_OF_A_TEXT + 40 for row in whole["rows"])
     assert small["sources"][-1]["step"] == 3
     assert as_data(run, limit=10)["rows"] == []

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from align.errors import UserError
-from align.report.read import read_records, read_run
-from align.run import MetricsLog, RunDirectory
+from align.report.read import read_records, read_run, read_table
+from align.run import MetricsLog, RunDirectory, write_samples
 
 
 def test_the_stages_inside_a_run_come_before_its_own(tmp_path: Path, write_run: Callable[..., Path]) -> None:
@@ -50,7 +50,7 @@ def test_a_last_line_cut_off_in_writing_is_left_out_and_said(tmp_path: Path, wri
         file.write('{"step": 2, "lo')
     (stage,) = read_run(root).stages
     assert [record["step"] for record in stage.metrics] == [1]
-    assert stage.remarks == ["metrics.jsonl, line 2: cut off in writing, and left out here"]
+    assert stage.remarks == ["metrics.jsonl, line 2: cut off while it was written, and skipped here"]
 
 
 @pytest.mark.parametrize("damage", ['{"step": 2, "lo', "[1, 2]", "nonsense"])
@@ -100,3 +100,16 @@ def test_an_evaluation_cannot_name_a_file_elsewhere(tmp_path: Path, write_run: C
     assert stage.evaluation_file("after") == root / "evaluations" / "after.parquet"
     assert stage.evaluation_file("../evaluations/after") is None
     assert stage.evaluation_file("before") is None
+
+
+def test_columns_and_metrics_of_earlier_versions_are_read_by_their_present_names(
+    tmp_path: Path, write_run: Callable[..., Path]
+) -> None:
+    file = tmp_path / "step_00001.parquet"
+    wanted = ("id", "ground_truth", "log_probs", "components")
+    for answer, log_probs in (("answer", "sampler_log_probs"), ("ground_truth", "log_probs")):
+        write_samples(file, [{"other": 1, answer: "2", "components": {"exact": 1.0}, log_probs: [-0.5], "id": "a"}])
+        rows = read_table(file, wanted).to_pylist()
+        assert rows == [{"ground_truth": "2", "components": {"exact": 1.0}, "log_probs": [-0.5], "id": "a"}]
+    (stage,) = read_run(write_run(tmp_path / "run", metrics=[{"step": 1, "uniform_groups": 0.5}])).stages
+    assert stage.metrics == [{"step": 1, "zero_variance_groups": 0.5}]

@@ -91,7 +91,7 @@ function selectSamples(data, wanted) {
       && (!wanted.by_step || within(source.step, wanted.steps))
       && (!wanted.by_reward || within(row.reward, wanted.rewards))
       && (!wanted.masked || row.masked)
-      && (!wanted.text || [data.texts[row.prompt], row.completion, row.id, row.answer, row.detail]
+      && (!wanted.text || [data.texts[row.prompt], row.completion, row.id, row.ground_truth, row.detail]
         .some((text) => text !== undefined && String(text).toLowerCase().includes(wanted.text)));
   });
   const [, key, sign] = ORDERS[wanted.order];
@@ -107,7 +107,7 @@ function sampleCard(row, data) {
   const place = source.evaluation === null ? `${source.stage}, step ${source.step}` : `${source.stage}, ${source.evaluation}`;
   const how = source.evaluation === null ? null : element("span", {}, row.greedy ? "greedy" : "sampled");
   const components = Object.entries(row.components ?? {}).map(([name, number]) => `${name} ${brief(number)}`);
-  const told = [row.answer === undefined ? null : `answer: ${row.answer}`, ...components, row.detail].filter(Boolean);
+  const told = [row.ground_truth === undefined ? null : `ground truth: ${row.ground_truth}`, ...components, row.detail].filter(Boolean);
   return element("article", { class: "sample" },
     element("header", {}, element("span", { class: `badge v-${known}` }, row.verdict ?? "?"),
       row.masked ? element("span", { class: "badge masked" }, "masked") : null,
@@ -121,11 +121,13 @@ function sampleCard(row, data) {
 
 function tokens(row, pieces) {
   const special = new Set(row.special);
+  const given = new Set(row.given);
   const spans = row.pieces.map((piece, i) => {
     const log_prob = row.log_probs[i];
-    const span = element("span", { class: `token p${log_prob === null ? 5 : BINS.filter((bound) => log_prob < bound).length}${special.has(i) ? " special" : ""}` }, pieces[piece]);
+    const colour = given.has(i) ? "given" : `p${log_prob === null ? 5 : BINS.filter((bound) => log_prob < bound).length}`;
+    const span = element("span", { class: `token ${colour}${special.has(i) ? " special" : ""}` }, pieces[piece]);
     span.dataset.place = `${i + 1}`;
-    span.dataset.logProb = log_prob === null ? "−∞" : String(log_prob);
+    span.dataset.logProb = given.has(i) ? "none, not sampled" : log_prob === null ? "−∞" : String(log_prob);
     return span;
   });
   const rest = row.tokens - spans.length;

@@ -11,9 +11,14 @@ from typing import Any
 
 import pytest
 
+from align.cli import main
 from align.errors import UserError
 from align.report import write_report
-from align.report.escape import for_markdown, for_script
+from align.report.content import build_report, flatten
+from align.report.curves import panels
+from align.report.read import read_run
+from align.report.samples import to_json
+from align.report.write import for_markdown
 
 EVIL = "</script><script>document.title='taken'</script><img src=x onerror=alert(1)> ![x](http://evil.invalid/a.png)"
 
@@ -41,7 +46,7 @@ class Elements(HTMLParser):
 @pytest.fixture
 def hostile(tmp_path: Path, write_run: WriteRun, sample_row: SampleRow) -> Path:
     """A run whose every text is an attack."""
-    row = sample_row("2", 1.0) | {"prompt": EVIL, "completion": EVIL, "detail": EVIL, "id": EVIL, "answer": EVIL}
+    row = sample_row("2", 1.0) | {"prompt": EVIL, "completion": EVIL, "detail": EVIL, "id": EVIL, "ground_truth": EVIL}
     row |= {"verdict": EVIL, "finish_reason": EVIL, "components": {"</script><b>": 1.0}}
     record = {"name": "after", "step": 1, "problems": 4, "accuracy": 0.5, EVIL: 1.0, "verdicts": {EVIL: 4}}
     root = write_run(
@@ -84,8 +89,8 @@ def test_the_policy_lets_only_the_pages_own_script_and_style_in(hostile: Path) -
 
 def test_the_data_come_back_as_they_were() -> None:
     data = {"text": EVIL + "\u2028\u2029<!--", "value": [1.5, None]}
-    embedded = for_script(data)
-    assert not set("<>&\u2028\u2029") & set(embedded)
+    embedded = to_json(data)
+    assert not set("<>&'") & set(embedded)
     assert json.loads(embedded) == data
 
 
@@ -108,8 +113,8 @@ def test_markdown_tells_of_stages_evaluations_last_metrics_and_warnings(tmp_path
     )
     write_report(root)
     text = (root / "report.md").read_text(encoding="utf-8")
-    assert "| grpo | finished | 2026-01-02 03:04:05 UTC | 1 min 0 s | 2 of 2 |" in text
-    assert "| grpo | 2 | after GRPO | 4 | 75.0% | 3 pass |" in text
+    assert "| grpo | finished | 2026-01-02 03:04:05 UTC | 0:01:00 | 2 of 2 |" in text
+    assert "| grpo | after GRPO | 2 | 4 | 75.0% | 3 pass |" in text
     assert "| loss | loss | 1.5 |" in text
     assert "| grpo | 1970-01-01 00:00:00 UTC | warning | an expert had no gradient |" in text
 
@@ -142,6 +147,13 @@ def test_the_page_says_how_many_samples_it_leaves_out(
     assert page.stat().st_size < 10_000_000
 
 
+def test_the_command_writes_the_report_and_with_svg_a_plot(tmp_path: Path, write_run: WriteRun) -> None:
+    root = write_run(tmp_path / "run", metrics=[{"step": 1, "reward": 1.0}])
+    assert main(["report", str(root), "--svg", str(tmp_path / "plot.svg")]) == 0
+    assert (root / "report.html").is_file()
+    assert (tmp_path / "plot.svg").read_text().startswith("<svg ")
+
+
 def test_where_the_report_goes(tmp_path: Path, write_run: WriteRun) -> None:
     root = write_run(tmp_path / "run")
     assert write_report(root) == root / "report.html"
@@ -152,3 +164,57 @@ def test_where_the_report_goes(tmp_path: Path, write_run: WriteRun) -> None:
         write_report(root, tmp_path / "report.txt")
     with pytest.raises(UserError, match="cannot write"):
         write_report(root, root / "recipe.yaml" / "report.html")
+
+
+LOADS = [
+    {
+        "step": step,
+        "loss": 1.0,
+        "experts/cv": 0.1 * step,
+        **{f"experts/layer_{layer}/cv": 0.1 * step for layer in (2, 10)},
+        **{f"experts/layer_{layer}/max_over_mean": 1 + 0.1 * step for layer in (2, 10)},
+        **{f"experts/layer_{layer}/dead": 0.25 * (step == 3) for layer in (2, 10)},
+    }
+    for step in (1, 2, 3)
+]
+
+
+def test_first_and_last_step_of_every_layer_stand_side_by_side(tmp_path: Path, write_run: WriteRun) -> None:
+    run = write_run(tmp_path / "run", metrics=[*LOADS, {"step": 3, "evaluation/accuracy": 0.5}])
+    titles = {panel.title: [series.name for series in panel.series] for panel in panels(read_run(run).whole)}
+    assert titles["expert load"] == ["cv"]
+    assert titles["experts/cv"] == ["layer_2", "layer_10"]
+    page = write_report(run).read_text()
+    assert "<h2>Expert load</h2>" in page
+    assert (
+        "| 2 | 0.1 | 0.3 | 1.1 | 1.3 | 0.0% | 25.0% |\n| 10 | 0.1 | 0.3 | 1.1 | 1.3 | 0.0% | 25.0% |"
+        in (run / "report.md").read_text()
+    )
+
+
+def test_a_run_of_a_dense_model_says_nothing_of_experts(tmp_path: Path, write_run: WriteRun) -> None:
+    run = write_run(tmp_path / "run", metrics=[{"step": 1, "loss": 1.0}])
+    assert "Expert load" not in write_report(run).read_text()
+    assert "Expert load" not in (run / "report.md").read_text()
+
+
+def test_settings_stand_side_by_side_and_differences_are_marked(tmp_path: Path, write_run: WriteRun) -> None:
+    root = write_run(tmp_path / "run", recipe={"grpo": {"steps": 2, "layers": [1, 2]}, "seed": 1})
+    write_run(root / "sft", stage="sft")
+    table = build_report(read_run(root)).sections[-1].tables[0]
+    rows = {str(key): ([str(value) for value in values], "differs" in key.kind) for key, *values in table.rows}
+    assert table.heads == ["key", "sft", "grpo"]
+    assert rows["seed"] == (["0", "1"], True)
+    assert rows["grpo.steps"] == (["", "2"], False)
+    assert rows["grpo.layers"] == (["", "1, 2"], False)
+    assert rows["environment.packages.torch"] == (["2", "2"], False)
+    assert list(flatten({"a": [{"b": None}, True], "c": []})) == [("a.0.b", "none"), ("a.1", "yes"), ("c", "none")]
+
+
+def test_too_many_events_are_counted_and_alarms_kept(tmp_path: Path, write_run: WriteRun) -> None:
+    events = [{"time": i, "kind": "note", "message": f"note {i}"} for i in range(300)]
+    root = write_run(tmp_path / "run", events=[*events, {"time": 999.0, "kind": "error", "message": "last", "step": 7}])
+    found = next(section for section in build_report(read_run(root)).sections if section.key == "events")
+    assert found.note == "101 more in events.jsonl."
+    assert len(found.tables[0].rows) == 200
+    assert found.tables[0].rows[-1][-1] == "last (step: 7)"

@@ -1,5 +1,5 @@
 // Data of the run to curves and samples.
 
 const data = JSON.parse(document.getElementById("data").textContent);
-drawCharts(document.getElementById("charts"), data.stages, document.getElementById("smoothing"));
+if (data.stages.length) drawCharts(document.getElementById("charts"), data.stages, document.getElementById("smoothing"));
 if (data.samples.rows.length) browseSamples(document.getElementById("browser"), data.samples);

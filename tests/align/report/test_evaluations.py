@@ -1,0 +1,280 @@
+"""Evaluations across stages and their changes with intervals; answers before and after; published figures."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from align.report.content import SHOWN_PAIRS, Cell, Section, build_report
+from align.report.evaluations import (
+    MEANS,
+    PAIRED,
+    UNPAIRED,
+    Change,
+    Evaluation,
+    column_groups,
+    compared_evaluations,
+    find_pairs,
+    published_figures,
+)
+from align.report.read import read_run
+from align.statistics import mean_interval, paired_interval, unpaired_interval
+
+WriteRun = Callable[..., Path]
+Evaluated = tuple[dict[str, Any], list[dict[str, Any]]]
+
+LITE = {"model_type": "deepseek_v2", "num_hidden_layers": 27, "hidden_size": 2048, "n_routed_experts": 64}
+LARGE = {"model_type": "deepseek_v2", "num_hidden_layers": 60, "hidden_size": 5120, "n_routed_experts": 160}
+
+
+def evaluated(name: str, greedy: str, sampled: Mapping[str, str] | None = None, **more: Any) -> Evaluated:
+    """An evaluation of the problems 0, 1, ... whose greedy answers are right (r) or wrong (w)."""
+    rows = [answer(str(i), letter, greedy=True) for i, letter in enumerate(greedy)]
+    rows += [answer(id_, letter, greedy=False) for id_, letters in (sampled or {}).items() for letter in letters]
+    record = {
+        "stage": "x",
+        "step": 3,
+        "name": name,
+        "problems": len(greedy),
+        "accuracy": greedy.count("r") / len(greedy),
+    }
+    return record | {"verdicts": {"pass": greedy.count("r"), "wrong": greedy.count("w")}} | more, rows
+
+
+def answer(id_: str, letter: str, *, greedy: bool) -> dict[str, Any]:
+    return {"id": id_, "greedy": greedy, "verdict": "pass" if letter == "r" else "wrong"}
+
+
+def compared(path: Path, write_run: WriteRun, sft: list[Evaluated], grpo: list[Evaluated]) -> list[Evaluation]:
+    root = write_run(path / "run", evaluations=grpo)
+    write_run(root / "sft", stage="sft", evaluations=sft)
+    return compared_evaluations(read_run(root))
+
+
+def section(root: Path, key: str) -> Section:
+    return next(section for section in build_report(read_run(root)).sections if section.key == key)
+
+
+def test_the_same_problems_are_compared_in_pairs(tmp_path: Path, write_run: WriteRun) -> None:
+    before, after = evaluated("after SFT", "rrwwwwww"), evaluated("after GRPO", "rwrrrwrr")
+    made = compared(tmp_path, write_run, [before], [after])
+    change = made[1].changes["accuracy"]
+    assert made[1].against == "after SFT"
+    assert change.difference == pytest.approx(4 / 8)
+    assert change.interval == paired_interval(5, 1, 8)
+    assert change.method == PAIRED
+    (table,) = section(tmp_path / "run", "evaluations").tables
+    assert table.note.endswith(f" P{PAIRED[1:]}.")
+    figure = table.rows[1][4]
+    assert (str(figure), figure.note, figure.tone) == ("75.0%", "+50.0 (−10.3 to +82.1)", "")
+
+
+def test_other_problems_are_compared_as_two_samples(tmp_path: Path, write_run: WriteRun) -> None:
+    before, after = evaluated("after SFT", "rwww"), evaluated("after GRPO", "rrrwr")
+    change = compared(tmp_path, write_run, [before], [after])[1].changes["accuracy"]
+    assert (change.interval, change.method) == (unpaired_interval(1, 4, 4, 5), UNPAIRED)
+
+
+def test_validation_problems_are_never_compared_with_those_of_the_test(tmp_path: Path, write_run: WriteRun) -> None:
+    before, after = evaluated("after SFT", "rwww"), evaluated("after GRPO", "rrww")
+    chosen_by = [evaluated(f"GRPO step {n}, validation", "rrrw", split="validation") for n in (1, 2)]
+    rows = compared(tmp_path, write_run, [before], [*chosen_by, after])
+    assert [row.against for row in rows] == [None, None, None, "after SFT"]
+    alone = compared(tmp_path / "alone", write_run, [], [before, *chosen_by, after])
+    assert [row.against for row in alone] == [None, None, "GRPO step 1, validation", "after SFT"]
+
+
+def test_completions_that_are_gone_or_another_evaluations_do_not_count_as_pairs(
+    tmp_path: Path, write_run: WriteRun
+) -> None:
+    record, rows = evaluated("after GRPO", "rrrr")
+    before = evaluated("after SFT", "rwww")
+    overwritten = compared(tmp_path / "a", write_run, [before], [(record | {"accuracy": 0.5}, rows)])
+    gone = compared(tmp_path / "b", write_run, [before], [(record, [])])
+    assert [made[1].changes["accuracy"].method for made in (overwritten, gone)] == [UNPAIRED, UNPAIRED]
+
+
+def test_the_accuracy_of_a_domain_is_compared_on_its_problems(tmp_path: Path, write_run: WriteRun) -> None:
+    made = [evaluated("before", "wwwrr"), evaluated("after", "rrrwr")]
+    for place, (record, rows) in enumerate(made):
+        record |= {"accuracy/math": (0.0, 1.0)[place], "accuracy/code": (1.0, 0.5)[place]}
+        for i, row in enumerate(rows):
+            row["domain"] = "math" if i < 3 else "code"
+    changes = compared(tmp_path, write_run, made[:1], made[1:])[1].changes
+    assert changes["accuracy/math"] == Change(1.0, paired_interval(3, 0, 3), PAIRED)
+    assert changes["accuracy/code"] == Change(-0.5, paired_interval(0, 1, 2), PAIRED)
+    assert changes["accuracy"].interval == paired_interval(3, 1, 5)
+
+
+def test_pass_at_k_is_compared_problem_by_problem(tmp_path: Path, write_run: WriteRun) -> None:
+    before = evaluated("before", "ww", {"0": "rw", "1": "ww"}, **{"pass@1": 0.25, "pass@2": 0.5})
+    after = evaluated("after", "rr", {"0": "rr", "1": "rw"}, **{"pass@1": 0.75, "pass@2": 1.0})
+    changes = compared(tmp_path, write_run, [before], [after])[1].changes
+    # Both problems gain 1/2 at k = 1; at k = 2 the first gains nothing and the second everything.
+    assert (changes["pass@1"].difference, changes["pass@1"].interval) == (0.5, None)
+    assert changes["pass@2"] == Change(0.5, mean_interval([0.0, 1.0]), MEANS)
+
+
+def test_the_stage_before_is_the_one_to_compare_with(tmp_path: Path, write_run: WriteRun) -> None:
+    sft = [evaluated("before SFT", "wwww"), evaluated("SFT step 9", "wwwr"), evaluated("after SFT", "wwrr")]
+    grpo = [evaluated("GRPO step 20", "wrrr"), evaluated("after GRPO", "rrrr")]
+    rows = compared(tmp_path, write_run, sft, grpo)
+    assert [row.against for row in rows] == [None, "before SFT", "before SFT", "after SFT", "after SFT"]
+
+
+def test_a_policy_is_compared_with_the_one_that_it_was_made_of(tmp_path: Path, write_run: WriteRun) -> None:
+    sft, first, second = (evaluated(f"after {name}", "wwrr") for name in ("SFT", "first", "second"))
+    root = tmp_path / "run"
+    made_of = {"model": {"path": str(root / "sft" / "final")}}
+    write_run(root, stage="pipeline")
+    for place, (name, made, recipe) in enumerate((("sft", sft, {}), ("one", first, made_of), ("two", second, made_of))):
+        status = write_run(root / name, evaluations=[made], recipe=recipe) / "status.json"
+        status.write_text(status.read_text().replace("03:04:05", f"03:04:1{place}"))
+    rows = compared_evaluations(read_run(root))
+    assert [row.name for row in rows] == ["after SFT", "after first", "after second"]
+    assert [row.against for row in rows] == [None, "after SFT", "after SFT"]
+
+
+def test_of_several_sets_of_problems_each_is_compared_with_itself(tmp_path: Path, write_run: WriteRun) -> None:
+    sft = [evaluated("math after SFT", "wwrr"), evaluated("code after SFT", "wwwww")]
+    grpo = [evaluated("math after GRPO", "wrrr"), evaluated("code after GRPO", "wwwwr")]
+    rows = compared(tmp_path, write_run, sft, grpo)
+    assert [row.against for row in rows[2:]] == ["math after SFT", "code after SFT"]
+
+
+def test_every_number_of_a_record_is_a_column_in_its_group(tmp_path: Path, write_run: WriteRun) -> None:
+    more = {
+        "accuracy/code": 0.5,
+        "pass@16": 0.9,
+        "pass@4": 0.8,
+        "refusal_rate": 0.1,
+        "win_rate": 0.4,
+        "judge": 7.5,
+        "needle/recall": 0.3,
+        "sums/exact_match/boxed": 0.75,
+    }
+    more |= {"mean_length": 20.5, "truncated": 0.25}
+    assert column_groups(compared(tmp_path, write_run, [evaluated("after SFT", "rw", **more)], [])) == {
+        "right answers": ["accuracy", "accuracy/code"],
+        "sampled": ["pass@4", "pass@16"],
+        "rates": ["refusal_rate", "win_rate"],
+        "answers": ["mean_length", "truncated"],
+        "other": ["judge"],
+        "needle": ["needle/recall"],
+        "sums": ["sums/exact_match/boxed"],
+    }
+    (table,) = section(tmp_path / "run", "evaluations").tables
+    assert table.groups[1:4] == [("right answers", 2), ("sampled", 2), ("rates", 2)]
+    told = ["50.0%", "50.0%", "80.0%", "90.0%", "10.0%", "40.0%", "20.5", "25.0%", "7.5", "0.3", "75.0%"]
+    assert [str(figure) for figure in table.rows[0][4:-1]] == told
+    assert table.rows[0][-1] == Cell("1 pass, 1 wrong", "wide", bar=[("pass", 0.0, 50.0), ("wrong", 50.0, 50.0)])
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "told", "tone"), [("w", "r", "+100.0", "good"), ("r", "w", "−100.0", "bad")]
+)
+def test_a_change_beyond_chance_is_good_or_bad_news(
+    tmp_path: Path, write_run: WriteRun, before: str, after: str, told: str, tone: str
+) -> None:
+    compared(tmp_path, write_run, [evaluated("before", before * 40)], [evaluated("after", after * 40)])
+    figure = section(tmp_path / "run", "evaluations").tables[0].rows[1][4]
+    assert (figure.note.partition(" ")[0], figure.tone) == (told, tone)
+
+
+def pair(id_: str, completion: str, verdict: str, **more: Any) -> dict[str, Any]:
+    row = {"id": id_, "greedy": True, "prompt": f"prompt of {id_}", "completion": completion, "verdict": verdict}
+    return row | {"detail": f"because of {completion}"} | more
+
+
+def held_out(name: str, *rows: dict[str, Any]) -> Evaluated:
+    return {"name": name, "step": 0, "problems": len(rows), "accuracy": 0.5}, list(rows)
+
+
+def test_each_prompt_has_its_two_answers_and_what_was_said_of_them(tmp_path: Path, write_run: WriteRun) -> None:
+    before = held_out("before", pair("a", "old", "wrong"), pair("b", "same", "pass"))
+    after = held_out("after", pair("b", "same", "pass"), pair("a", "new " * 1000, "pass"))
+    found = section(write_run(tmp_path / "run", evaluations=[before, after]), "compared")
+    assert "Of 2, 1 became right and 0 wrong; 1 were right both times" in found.note
+    (table,) = found.tables
+    assert table.heads == ["prompt", "before", "after"]
+    prompt, was, is_ = table.rows[0]
+    assert (str(prompt), str(was), was.note, was.tone) == ("prompt of a", "old", "wrong: because of old", "bad")
+    assert (is_.note[:22], is_.tone) == ("pass: because of new n", "good")
+    assert len(str(is_)) < 1300
+    assert len(is_.note) < 1300
+
+
+def test_what_changed_comes_first_and_in_turn(tmp_path: Path, write_run: WriteRun) -> None:
+    kinds = {"gain": ("wrong", "pass"), "loss": ("pass", "wrong"), "bad": ("wrong", "wrong"), "good": ("pass", "pass")}
+    names = [f"{kind}{place}" for kind in ("good", "bad", "loss", "gain") for place in range(20)]
+    before = held_out("before", *(pair(name, "x", kinds[name.rstrip("0123456789")][0]) for name in names))
+    after = held_out("after", *(pair(name, "y", kinds[name.rstrip("0123456789")][1]) for name in names))
+    rows = section(write_run(tmp_path / "run", evaluations=[before, after]), "compared").tables[0].rows
+    assert len(rows) == SHOWN_PAIRS
+    assert [str(row[0]) for row in rows[:5]] == [
+        f"prompt of {name}" for name in ("gain0", "loss0", "bad0", "good0", "gain1")
+    ]
+
+
+def test_sampled_answers_and_other_problems_are_left_out(tmp_path: Path, write_run: WriteRun) -> None:
+    elsewhere = held_out("elsewhere", pair("z", "x", "pass"))
+    before = held_out("before", pair("a", "x", "wrong"), pair("a", "drawn", "pass", greedy=False))
+    after = held_out("after", pair("a", "y", "pass"), pair("c", "y", "pass"))
+    run = read_run(write_run(tmp_path / "run", evaluations=[elsewhere, before, after]))
+    pairs = find_pairs(compared_evaluations(run))
+    assert pairs is not None
+    assert [each.name for each in pairs.evaluations] == ["before", "after"]
+    assert {id_: was["completion"] for id_, (was, _) in pairs.answers.items()} == {"a": "x"}
+
+
+def test_a_run_with_one_evaluation_says_so(tmp_path: Path, write_run: WriteRun) -> None:
+    root = write_run(tmp_path / "run", evaluations=[held_out("only", pair("a", "x", "pass"))])
+    assert "No two evaluations" in section(root, "compared").note
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "model"),
+    [
+        ("models/mine", LITE, "DeepSeek-V2-Lite"),
+        ("models/mine", LARGE, "DeepSeek-V2"),
+        ("deepseek-ai/DeepSeek-V2-Lite-Chat", None, "DeepSeek-V2-Lite"),
+        ("deepseek-ai/DeepSeek-V2", None, "DeepSeek-V2"),
+        ("deepseek-ai/DeepSeek-Coder-V2-Lite-Base", LITE, None),
+        ("deepseek-ai/DeepSeek-V2.5", LARGE, None),
+        ("deepseek-ai/DeepSeek-V2", LITE | {"hidden_size": 128}, None),
+        ("models/mine", None, None),
+        ("models/mine", LITE | {"model_type": "deepseek_v3"}, None),
+    ],
+)
+def test_a_model_is_known_by_its_sizes_or_else_by_its_name(
+    tmp_path: Path, write_run: WriteRun, name: str, config: dict[str, object] | None, model: str | None
+) -> None:
+    root = write_run(tmp_path / "run", recipe={"model": {"path": name}}, tokenizer=False)
+    if config is not None:
+        (root / "final").mkdir()
+        (root / "final" / "config.json").write_text(json.dumps(config))
+    found = published_figures(read_run(root))
+    assert (found["name"] if found else None) == model
+
+
+def test_the_figures_are_those_of_the_report(tmp_path: Path, write_run: WriteRun) -> None:
+    lite = published_figures(
+        read_run(write_run(tmp_path / "a", recipe={"model": {"path": "DeepSeek-V2-Lite"}}, tokenizer=False))
+    )
+    large = published_figures(
+        read_run(write_run(tmp_path / "b", recipe={"model": {"path": "DeepSeek-V2"}}, tokenizer=False))
+    )
+    assert lite is not None
+    assert large is not None
+    assert "arXiv:2405.04434" in lite["source"]
+    # Table 7 for Lite, of which no reinforcement learning was reported; Table 3 for the large model.
+    assert list(lite["figures"]) == ["base", "Chat (SFT)"]
+    assert lite["figures"]["Chat (SFT)"]["GSM8K"] == 72.0
+    assert (large["figures"]["Chat (SFT)"]["BBH"], large["figures"]["Chat (RL)"]["BBH"]) == (81.3, 79.7)
+    table = section(tmp_path / "b", "evaluations").tables[-1]
+    assert table.title == "Published for DeepSeek-V2"
+    assert table.heads == ["benchmark", "base", "Chat (SFT)", "Chat (RL)"]
+    assert table.rows[0] == ["MMLU", "78.5", "78.4", "77.8"]
+    assert ["MT-Bench", "–", "8.62", "8.97"] in table.rows
