@@ -21,7 +21,7 @@ class Terminated(KeyboardInterrupt):
     """The run was asked to stop by SIGTERM, as batch systems and clusters do."""
 
 
-class BadNumbersError(Exception):
+class NonFiniteError(Exception):
     """Rewards, log-probabilities, losses or gradients were not finite for several steps in a row."""
 
 

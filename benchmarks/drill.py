@@ -19,12 +19,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
 from align.evaluate.agreement import AgreementError, AgreementGate, Disagreement, probe
+from align.experience import training_sequence
 from align.learner.batch import TrainingSequence
 from align.learner.group import LearnerError, LearnerGroup
 from align.learner.objective import Objective
@@ -32,7 +34,7 @@ from align.model.names import to_checkpoint
 from align.model.policy import write_random_policy
 from align.recipe import AgreementOptions, GrpoOptions, LearnerOptions, ModelOptions, OptimizerOptions
 from align.session.ray import local_ray
-from rollout import Completion, ObjectStore, RolloutError, SamplingOptions, State, stored
+from rollout import ObjectStore, RolloutError, SamplingOptions, State, Trajectory, stored
 
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "rollout"))
 from injuries import OPTIONS, PROMPTS, Injury, WitnessedFleet
@@ -91,7 +93,7 @@ def fleet_findings(witnessed: WitnessedFleet, policy: ModelOptions) -> Iterator[
     yield hurt_while_loading(witnessed, policy)
 
 
-def hurt_while_sampling(witnessed: WitnessedFleet, injury: Injury, unbroken: list[Completion]) -> Finding:
+def hurt_while_sampling(witnessed: WitnessedFleet, injury: Injury, unbroken: list[Trajectory]) -> Finding:
     witnessed.until_healthy()
     witnessed.faults.clear()
     began = time.monotonic()
@@ -100,10 +102,12 @@ def hurt_while_sampling(witnessed: WitnessedFleet, injury: Injury, unbroken: lis
     witnessed.fleet.wait_until_ready()
     again = any("sampled again" in fault.message for fault in witnessed.faults)
     seen = f"{'the same' if drawn == unbroken else 'others'}; all workers serve after {time.monotonic() - began:.1f} s"
-    return Finding(f"worker {injury}, sampling", "same completions, worker replaced", seen, drawn == unbroken and again)
+    return Finding(
+        f"worker {injury}, sampling", "same trajectories, worker replaced", seen, drawn == unbroken and again
+    )
 
 
-def hurt_while_idle(witnessed: WitnessedFleet, unbroken: list[Completion]) -> Finding:
+def hurt_while_idle(witnessed: WitnessedFleet, unbroken: list[Trajectory]) -> Finding:
     witnessed.until_healthy()
     witnessed.faults.clear()
     began = time.monotonic()
@@ -112,7 +116,7 @@ def hurt_while_idle(witnessed: WitnessedFleet, unbroken: list[Completion]) -> Fi
     noticed = time.monotonic() - began
     same = witnessed.sample() == unbroken
     seen = f"noticed after {noticed:.1f} s; {'the same' if same else 'others'}"
-    return Finding("worker stopped, idle", "noticed within three probes, same completions", seen, same)
+    return Finding("worker stopped, idle", "noticed within three probes, same trajectories", seen, same)
 
 
 def hurt_while_loading(witnessed: WitnessedFleet, policy: ModelOptions) -> Finding:
@@ -121,7 +125,7 @@ def hurt_while_loading(witnessed: WitnessedFleet, policy: ModelOptions) -> Findi
     witnessed.fleet.load(stored(weights(policy, 0.01)), version=2)
     first = witnessed.sample()
     witnessed.until_healthy()
-    new = {completion.weight_version for completion in [*first, *witnessed.sample()]} == {2}
+    new = {run.version for drawn in [*first, *witnessed.sample()] for run in drawn.weight_versions} == {2}
     seen = "all samples from version 2" if new else "samples from old weights"
     return Finding("worker stopped, taking new weights", "no sample from old weights", seen, new)
 
@@ -167,7 +171,7 @@ def random_kills(witnessed: WitnessedFleet, seconds: float, every_s: float = 20)
     over.set()
     killer.join()
     seen = f"{kills} kills, {done} calls {'all the same' if same else 'NOT all the same'}, {ratio:.0%} of the speed"
-    return Finding(f"a worker killed every {every_s:g} s", "same completions", seen, same and kills > 0)
+    return Finding(f"a worker killed every {every_s:g} s", "same trajectories", seen, same and kills > 0)
 
 
 def learner_findings(witnessed: WitnessedFleet, policy: ModelOptions) -> Iterator[Finding]:
@@ -184,7 +188,9 @@ def learner_findings(witnessed: WitnessedFleet, policy: ModelOptions) -> Iterato
 
 
 def batch() -> list[TrainingSequence]:
-    return [TrainingSequence([*p.token_ids, 5, 6, 7], len(p.token_ids), 0.02, advantage=1.0) for p in PROMPTS]
+    return [
+        TrainingSequence.of_completion([*p.token_ids, 5, 6, 7], len(p.token_ids), 0.02, advantage=1.0) for p in PROMPTS
+    ]
 
 
 def disagreements(witnessed: WitnessedFleet, learner: LearnerGroup) -> Iterator[Finding]:
@@ -215,14 +221,9 @@ def of_step(
     """What a GRPO step finds before its update. The gradient waits in vain: no update is made of it."""
     sampling = SamplingOptions(temperature=temperature, max_new_tokens=16)
     sequences = [
-        TrainingSequence(
-            [*c.prompt_token_ids, *c.token_ids],
-            len(c.prompt_token_ids),
-            1e-3,
-            sampler_log_probs=torch.tensor(c.log_probs).add(shift).numpy(),
-        )
-        for group in witnessed.fleet.generate(PROMPTS, 1, sampling, seed=0, step=0)
-        for c in group.completions
+        replace(drawn, sampler_log_probs=np.asarray(drawn.sampler_log_probs) + np.float32(shift))
+        for group in witnessed.fleet.sample(PROMPTS, 1, sampling, seed=0, step=0)
+        for drawn in [training_sequence(group.trajectories[0], weight=1e-3)]
     ]
     found = Disagreement.of(learner.accumulate(sequences, GRPO))
     learner.apply(0.0)

@@ -13,13 +13,13 @@ import torch
 from rollout.sync.base import Bucket
 from rollout.sync.broadcast import Receiver
 from rollout.types import (
-    Completion,
     EngineOptions,
     FinishReason,
     NotReceivedError,
     Prompt,
     RolloutError,
     SamplingOptions,
+    Trajectory,
     WeightUpdateError,
 )
 from rollout.weights import (
@@ -34,7 +34,7 @@ from rollout.weights import (
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One completion to be drawn: place `index` of the group of `prompt`, from `seed`."""
+    """One trajectory to be drawn: place `index` of the group of `prompt`, from `seed`."""
 
     prompt: Prompt
     index: int
@@ -70,15 +70,15 @@ class Engine:
         self._llm = LLM(model=str(model), dtype=dtype, **trusted, **engine_arguments(config, options))
         self._count_steps()
 
-    def generate(self, requests: Sequence[Request], sampling: SamplingOptions) -> list[Completion]:
-        """Draw one completion for each request, in their order, as one engine batch."""
+    def sample(self, requests: Sequence[Request], sampling: SamplingOptions) -> list[Trajectory]:
+        """Draw one trajectory for each request, in their order, as one engine batch."""
         too_long = next((r for r in requests if len(r.prompt.token_ids) >= self._options.max_length), None)
         if too_long is not None:
             raise RolloutError(
                 f"prompt {too_long.prompt.id!r} has {len(too_long.prompt.token_ids)} tokens, "
                 f"but the sampler's context is {self._options.max_length}"
             )
-        # What is cached of an earlier batch would let a completion depend, in its last bits, on who sampled that.
+        # What is cached of an earlier batch would let a trajectory depend, in its last bits, on who sampled that.
         self._clear_prefix_cache()
         parameters = [self._parameters(request, sampling) for request in requests]
         outputs = self._llm.generate(
@@ -87,7 +87,7 @@ class Engine:
             use_tqdm=False,
             lora_request=self._adapter,
         )
-        return [self._completion(r, output.outputs[0]) for r, output in zip(requests, outputs, strict=True)]
+        return [self._trajectory(r, output.outputs[0]) for r, output in zip(requests, outputs, strict=True)]
 
     def stream(self, request: Request, sampling: SamplingOptions) -> Generator[Sequence[int]]:
         """Draw one completion, token by token: yields the ids that are new. An abandoned iterator ends the request."""
@@ -160,7 +160,7 @@ class Engine:
 
     def probe(self) -> None:
         """Draw a token, as a sign that the engine works."""
-        self.generate([Request(Prompt("probe", [0]), 0, 0)], SamplingOptions(temperature=0, max_new_tokens=1))
+        self.sample([Request(Prompt("probe", [0]), 0, 0)], SamplingOptions(temperature=0, max_new_tokens=1))
 
     def _receive(self, receiver: Receiver) -> None:
         try:
@@ -209,17 +209,16 @@ class Engine:
             skip_special_tokens=False,
         )
 
-    def _completion(self, request: Request, output: Any) -> Completion:
+    def _trajectory(self, request: Request, output: Any) -> Trajectory:
         token_ids, log_probs = list(output.token_ids), list(output.logprobs.logprobs)
         if token_ids != output.logprobs.token_ids:
             raise RolloutError(f"vLLM's log-probabilities for prompt {request.prompt.id!r} are not those of its tokens")
-        return Completion(
-            prompt_id=request.prompt.id,
-            index=request.index,
-            prompt_token_ids=request.prompt.token_ids,
-            token_ids=token_ids,
-            log_probs=log_probs,
-            finish_reason=FinishReason(output.finish_reason),
+        return Trajectory.of_one_turn(
+            request.prompt,
+            request.index,
+            token_ids,
+            log_probs,
+            FinishReason(output.finish_reason),
             seed=request.seed,
             weight_version=self.weight_version,
         )

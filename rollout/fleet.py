@@ -1,11 +1,12 @@
-"""The rollout workers together: prompts in, groups of completions out as they finish."""
+"""The rollout workers together: prompts in, groups of trajectories out as they finish."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import count, pairwise
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
+
+from typing_extensions import deprecated
 
 from rollout.engine import Request
 from rollout.health import Fault, FaultHandler
@@ -13,18 +14,10 @@ from rollout.seeds import sample_seed
 from rollout.supervisor import Supervisor
 from rollout.sync.base import AdapterFiles, WeightSource
 from rollout.sync.broadcast import Broadcast
-from rollout.types import Completion, FleetOptions, Prompt, RolloutError, SamplingOptions
+from rollout.types import FleetOptions, Group, Prompt, RolloutError, SamplingOptions, Trajectory
 from rollout.worker_handle import Batch, Job, Member, Update
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """A prompt and its completions, by index."""
-
-    prompt: Prompt
-    completions: Sequence[Completion]
 
 
 class Fleet:
@@ -80,7 +73,7 @@ class Fleet:
         """Let them take it back. Raises RolloutError."""
         self._turn(asleep=False)
 
-    def generate(
+    def sample(
         self,
         prompts: Sequence[Prompt],
         group_size: int,
@@ -90,10 +83,10 @@ class Fleet:
         step: int,
         keep_bad: bool = False,
     ) -> Iterator[Group]:
-        """Draw `group_size` completions of each prompt; yields groups as they finish, in no particular order.
+        """Draw `group_size` trajectories of each prompt; yields groups as they finish, in no particular order.
 
         What is drawn depends on the weights and on (seed, step, prompt id, index). Prompt ids must be distinct.
-        Raises RolloutError for a completion with a log-probability that is not finite, unless `keep_bad`.
+        Raises RolloutError for a log-probability that is not finite, unless `keep_bad`.
         """
         self.before_use()
         requests = [
@@ -101,21 +94,26 @@ class Fleet:
             for prompt in prompts
             for index in range(group_size)
         ]
-        waiting: dict[str, dict[int, Completion]] = {prompt.id: {} for prompt in prompts}
+        waiting: dict[str, dict[int, Trajectory]] = {prompt.id: {} for prompt in prompts}
         if len(waiting) != len(prompts):
             raise RolloutError("two prompts of one call have the same id")
         by_id = {prompt.id: prompt for prompt in prompts}
-        for completions in self._run(engine_batches(requests, self._options.batch_sequences), sampling):
-            for completion in completions:
-                if not (keep_bad or completion.is_finite):
+        for trajectories in self._run(engine_batches(requests, self._options.batch_sequences), sampling):
+            for drawn in trajectories:
+                if not (keep_bad or drawn.is_finite):
                     raise RolloutError(
-                        f"the sampler returned a log-probability that is not finite for prompt {completion.prompt_id!r}: "
+                        f"the sampler returned a log-probability that is not finite for prompt {drawn.prompt_id!r}: "
                         "its weights hold NaN or infinity"
                     )
-                waiting[completion.prompt_id][completion.index] = completion
-                if len(waiting[completion.prompt_id]) == group_size:
-                    group = waiting.pop(completion.prompt_id)
-                    yield Group(by_id[completion.prompt_id], [group[index] for index in range(group_size)])
+                waiting[drawn.prompt_id][drawn.index] = drawn
+                if len(waiting[drawn.prompt_id]) == group_size:
+                    group = waiting.pop(drawn.prompt_id)
+                    yield Group(by_id[drawn.prompt_id], [group[index] for index in range(group_size)])
+
+    @deprecated("Fleet.generate is Fleet.sample now")
+    def generate(self, *arguments: Any, **options: Any) -> Iterator[Group]:
+        """`sample`, by its old name."""
+        return self.sample(*arguments, **options)
 
     def load(
         self, source: WeightSource | AdapterFiles | Broadcast, version: int, modules: Sequence[str] | None = None
@@ -147,7 +145,7 @@ class Fleet:
             self._answer(turned)
             self._is_asleep = asleep
 
-    def _run(self, batches: Sequence[Sequence[Request]], sampling: SamplingOptions) -> Iterator[list[Completion]]:
+    def _run(self, batches: Sequence[Sequence[Request]], sampling: SamplingOptions) -> Iterator[list[Trajectory]]:
         job = Job(sampling, self.weight_version)
         job.todo.extend(Batch(job, requests) for requests in batches)
         self._supervisor.submit(job)

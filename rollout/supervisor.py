@@ -261,7 +261,7 @@ class Supervisor:
         elif isinstance(task.subject, Batch):
             member.restarts = 0
             job = task.subject.job
-            if any(completion.weight_version != job.version for completion in result):
+            if any(run.version != job.version for drawn in result for run in drawn.weight_versions):
                 error = f"a rollout worker sampled with other weights than those of version {job.version}"
                 self._fail(job, RolloutError(error))
             else:

@@ -6,10 +6,12 @@ Token ids go in and token ids come out. Text never crosses this boundary, so not
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from math import isfinite
-from typing import Self
+from typing import NamedTuple, Self
 
+import numpy as np
+import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from typing_extensions import deprecated
 
 
 class RolloutError(Exception):
@@ -30,7 +32,7 @@ class NotReceivedError(RolloutError):
 
 
 class FinishReason(StrEnum):
-    """Why a completion ended."""
+    """Why a turn ended."""
 
     STOP = "stop"  # the policy said so, with an end-of-sequence token
     LENGTH = "length"  # cut off at the limit of new tokens
@@ -44,28 +46,89 @@ class Prompt:
     token_ids: Sequence[int]
 
 
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """One sampled continuation of a prompt.
+class Versions(NamedTuple):
+    """From token `start` of a trajectory on, tokens were drawn with the weights of `version`."""
 
-    `token_ids` [T] include the end-of-sequence token when the policy ended by itself; `log_probs` [T] are the natural
-    logarithms of the probabilities that the tokens were drawn with, after temperature. `weight_version` is the version
-    of the weights that drew them, `seed` what seeded them, `index` the place in its group.
+    start: int
+    version: int
+
+
+class Turn(NamedTuple):
+    """Tokens `start` to `end` of a trajectory, which the policy drew in one go, and why it stopped."""
+
+    start: int
+    end: int
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Trajectory:
+    """What the policy, and an environment between its turns, wrote after a prompt: P tokens of prompt, then T tokens.
+
+    Everything downstream (scoring, losses, samples files) reads this record; its tokens are never tokenised again.
     """
 
     prompt_id: str
-    index: int
-    prompt_token_ids: Sequence[int]
-    token_ids: Sequence[int]
-    log_probs: Sequence[float]
-    finish_reason: FinishReason
-    seed: int
-    weight_version: int
+    index: int  # the place in its group
+    seed: int  # what seeded its sampling
+    prompt_token_ids: Sequence[int]  # [P], as sampled from, with the tokens of the chat template
+    token_ids: Sequence[int]  # [T], with the end-of-sequence token where the policy ended by itself
+    sampled: npt.NDArray[np.bool_]  # [T], true where the policy drew the token, false where an environment wrote it
+    log_probs: npt.NDArray[np.float32]  # [T], natural, after temperature, under the weights that drew; 0 if not sampled
+    weight_versions: Sequence[Versions]  # in order of their starts, the first at 0
+    turns: Sequence[Turn]
+    finish_reason: FinishReason  # of the last turn
+    experts: npt.NDArray[np.uint8 | np.uint16] | None = None  # [P+T-1, MoE layers, k], what the routers chose
+
+    @classmethod
+    def of_one_turn(
+        cls,
+        prompt: Prompt,
+        index: int,
+        token_ids: Sequence[int],
+        log_probs: Sequence[float],
+        finish_reason: FinishReason,
+        *,
+        seed: int = 0,
+        weight_version: int = 0,
+    ) -> Self:
+        """The trajectory of a prompt that the policy answered once, with weights of one version."""
+        return cls(
+            prompt_id=prompt.id,
+            index=index,
+            seed=seed,
+            prompt_token_ids=prompt.token_ids,
+            token_ids=token_ids,
+            sampled=np.ones(len(token_ids), dtype=bool),
+            log_probs=np.array(log_probs, dtype=np.float32),
+            weight_versions=[Versions(0, weight_version)],
+            turns=[Turn(0, len(token_ids), finish_reason)],
+            finish_reason=finish_reason,
+        )
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Trajectory) and all(
+            np.array_equal(getattr(self, name), getattr(other, name)) for name in self.__slots__
+        )
 
     @property
     def is_finite(self) -> bool:
-        """Whether all its log-probabilities are numbers; where not, the weights or the engine are broken."""
-        return all(map(isfinite, self.log_probs))
+        """Whether all its log-probabilities are finite; where not, the weights or the engine are broken."""
+        return bool(np.isfinite(self.log_probs).all())
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A prompt and its trajectories, by index."""
+
+    prompt: Prompt
+    trajectories: Sequence[Trajectory]
+
+    @property
+    @deprecated("Group.completions is Group.trajectories now")
+    def completions(self) -> Sequence[Trajectory]:
+        """The trajectories, by their old name."""
+        return self.trajectories
 
 
 class SamplingOptions(BaseModel):

@@ -12,7 +12,7 @@ from rollout.engine import Engine, Request
 from rollout.processes import ProcessId, introduce_this_process, openmp
 from rollout.sync.base import AdapterFiles, WeightSource
 from rollout.sync.broadcast import Receiver
-from rollout.types import Completion, EngineOptions, SamplingOptions
+from rollout.types import EngineOptions, SamplingOptions, Trajectory
 
 CONCURRENCY_GROUPS = {"pulse": 1, "watch": 1}
 """Threads of the actor besides the one that the engine runs in."""
@@ -34,7 +34,7 @@ def environment(threads: int) -> dict[str, str]:
 
 
 class RolloutWorker:
-    """Draws completions and takes new weights. `start` comes first; it is no constructor so that `pulse` answers by then."""
+    """Draws trajectories and takes new weights. `start` comes first; it is no constructor so that `pulse` answers by then."""
 
     def __init__(self) -> None:
         # Interpreters full of native extensions can hang in their teardown: leave without it.
@@ -59,9 +59,9 @@ class RolloutWorker:
         gc.collect()
         gc.freeze()
 
-    def generate(self, requests: Sequence[Request], sampling: SamplingOptions) -> list[Completion]:
-        """One completion for each request, in their order."""
-        return self._loaded.generate(requests, sampling)
+    def sample(self, requests: Sequence[Request], sampling: SamplingOptions) -> list[Trajectory]:
+        """One trajectory for each request, in their order."""
+        return self._loaded.sample(requests, sampling)
 
     def load(
         self, source: WeightSource | AdapterFiles | Receiver, version: int, modules: Sequence[str] | None = None

@@ -16,18 +16,18 @@ from rollout.engine import Request
 from rollout.health import PROBES, State, Vitals
 from rollout.sync.base import AdapterFiles, WeightSource
 from rollout.sync.broadcast import Broadcast, Receiver
-from rollout.types import Completion, EngineOptions, FleetOptions, RolloutError, SamplingOptions
+from rollout.types import EngineOptions, FleetOptions, RolloutError, SamplingOptions, Trajectory
 from rollout.worker import CONCURRENCY_GROUPS, RolloutWorker, environment
 
 
 @dataclass(eq=False, slots=True)
 class Job:
-    """Engine batches to be sampled with the weights of `version`; completions, or the error that ends it, go to `answers`."""
+    """Engine batches to be sampled with the weights of `version`; trajectories, or the error that ends it, go to `answers`."""
 
     sampling: SamplingOptions
     version: int
     todo: deque["Batch"] = field(default_factory=deque)
-    answers: SimpleQueue[list[Completion] | RolloutError] = field(default_factory=SimpleQueue)
+    answers: SimpleQueue[list[Trajectory] | RolloutError] = field(default_factory=SimpleQueue)
 
 
 @dataclass(eq=False, slots=True)
@@ -149,7 +149,7 @@ class Member:
         self._do(Doing.STARTING, self.actor.start.remote(*self._start_arguments), now)
 
     def sample(self, batch: Batch, now: float) -> None:
-        self._do(Doing.SAMPLING, self.actor.generate.remote(batch.requests, batch.job.sampling), now, batch)
+        self._do(Doing.SAMPLING, self.actor.sample.remote(batch.requests, batch.job.sampling), now, batch)
 
     def load(self, update: Update, source: WeightSource | AdapterFiles | Receiver, now: float) -> None:
         self.state = State.STALE

@@ -4,11 +4,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import expm1, nan
 
-from align.learner.batch import TrainingSequence
+from align.experience import training_sequence
 from align.learner.group import LearnerGroup
 from align.learner.objective import Sums
 from align.recipe import AgreementOptions
-from rollout import Completion, Fleet, Prompt, SamplingOptions
+from rollout import Fleet, Prompt, SamplingOptions, Trajectory
 
 PROBE_TOKENS = 16
 
@@ -42,6 +42,10 @@ class AgreementGate:
         self._warn_mean, self._stop_mean = options.limits(dtype)
         self._warn = warn
 
+    def check_sums(self, sums: Sums, when: str) -> None:
+        """Check the disagreement that a learner's pass over a batch found."""
+        self.check(Disagreement.of(sums), when)
+
     def check(self, found: Disagreement, when: str) -> Disagreement:
         """Pass on `found`, having warned or raised AgreementError as its mean demands. NaN is beyond every limit."""
         size = f"sampler and learner differ by {found.mean:.1e} nats a token on average, {found.largest:.1e} at most"
@@ -59,23 +63,18 @@ class AgreementGate:
 
 
 def probe(fleet: Fleet, learner: LearnerGroup, prompts: Sequence[Prompt]) -> Disagreement:
-    """Let the sampler continue some prompts and the learner judge the same tokens; nothing is trained."""
+    """Let the sampler continue some prompts and the learner score the same tokens; nothing is trained."""
     sampling = SamplingOptions(temperature=1.0, max_new_tokens=PROBE_TOKENS)
-    groups = fleet.generate(prompts, 1, sampling, seed=0, step=0)
-    completions = [group.completions[0] for group in groups]
-    return compare(completions, learner)
+    return compare([group.trajectories[0] for group in fleet.sample(prompts, 1, sampling, seed=0, step=0)], learner)
 
 
-def compare(completions: Sequence[Completion], learner: LearnerGroup) -> Disagreement:
-    """The disagreement on completions drawn at temperature 1."""
-    sequences = [
-        TrainingSequence([*c.prompt_token_ids, *c.token_ids], len(c.prompt_token_ids), 0.0) for c in completions
-    ]
-    learned = learner.log_probs(sequences, 1.0)
+def compare(trajectories: Sequence[Trajectory], learner: LearnerGroup) -> Disagreement:
+    """The disagreement on trajectories drawn at temperature 1."""
+    learned = learner.log_probs([training_sequence(trajectory) for trajectory in trajectories], 1.0)
     differences = [
-        float(mine) - theirs
-        for values, completion in zip(learned, completions, strict=True)
-        for mine, theirs in zip(values, completion.log_probs, strict=True)
+        float(mine) - float(theirs)
+        for values, trajectory in zip(learned, trajectories, strict=True)
+        for mine, theirs in zip(values, trajectory.log_probs[trajectory.sampled], strict=True)
     ]
     sizes = [abs(d) for d in differences]
     return Disagreement(

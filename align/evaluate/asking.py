@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from align.data.chat import answer_text
 from align.data.types import Example, Message
 from align.evaluate.hooks import Checkpoint
-from align.evaluate.problems import encode_prompts
+from align.experience import encode_problems
 from rollout import FinishReason, Fleet, SamplingOptions
 
 _log = logging.getLogger(__name__)
@@ -38,7 +38,8 @@ def ask(
     """
     examples = [Example(id_, tuple(messages), None, None, "evaluation") for id_, messages in conversations.items()]
     longest = checkpoint.max_length - max_new_tokens
-    prompts = [p for p in encode_prompts(checkpoint.tokenizer, examples) if len(p.token_ids) <= longest]
+    encoded = [problem.prompt for problem in encode_problems(checkpoint.tokenizer, examples)]
+    prompts = [prompt for prompt in encoded if len(prompt.token_ids) <= longest]
     if len(prompts) < len(examples):
         _log.warning(
             "%d of %d conversations have more than the %d tokens that are left beside %d new ones: they count as not answered",
@@ -46,11 +47,11 @@ def ask(
         )
     sampling = SamplingOptions(temperature=temperature, max_new_tokens=max_new_tokens)
     responses = {id_: Response("", 0, truncated=True) for id_ in conversations}
-    for group in fleet.generate(prompts, 1, sampling, seed=seed, step=0) if prompts else ():
-        (completion,) = group.completions
+    for group in fleet.sample(prompts, 1, sampling, seed=seed, step=0) if prompts else ():
+        (trajectory,) = group.trajectories
         responses[group.prompt.id] = Response(
-            answer_text(checkpoint.tokenizer, conversations[group.prompt.id], completion.token_ids),
-            len(completion.token_ids),
-            completion.finish_reason is FinishReason.LENGTH,
+            answer_text(checkpoint.tokenizer, conversations[group.prompt.id], trajectory.token_ids),
+            len(trajectory.token_ids),
+            trajectory.finish_reason is FinishReason.LENGTH,
         )
     return responses

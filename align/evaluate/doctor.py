@@ -271,7 +271,9 @@ def examine_engines(fleet: Fleet, learner: LearnerGroup, prompts: Sequence[Promp
     checks = [agree("sampler and learner", fleet, learner, prompts, gate)]
     fleet.load(learner.publish(ObjectStore()), version=1, modules=learner.trained.modules)
     checks.append(agree("after an update with the same weights", fleet, learner, prompts, gate))
-    noise = [TrainingSequence([*p.token_ids, *reversed(p.token_ids)], len(p.token_ids), 1e-2) for p in prompts]
+    noise = [
+        TrainingSequence.of_completion([*p.token_ids, *reversed(p.token_ids)], len(p.token_ids), 1e-2) for p in prompts
+    ]
     learner.accumulate(noise, Objective())
     learner.apply(1e-3)
     stale = probe(fleet, learner, prompts)

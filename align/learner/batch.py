@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -12,33 +12,46 @@ Floats = Sequence[float] | npt.NDArray[np.float32]
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class TrainingSequence:
-    """One prompt with its completion, and what the loss needs to know of it.
+    """A prompt with what follows it, and what the loss needs to know of it.
 
-    `token_ids` [T] are prompt and completion; the completion begins at `prompt_length`. Every completion token counts in
-    the loss with `weight`, which carries the denominator of the whole batch (`align.losses.completion_weights`). For
-    GRPO, `advantage` is the group-relative one, and `sampler_log_probs` and `old_log_probs` [T - prompt_length] are the
-    log-probabilities the completion was drawn with and those of the learner before the step's first update.
+    `token_ids` [T] begin with the prompt; `sampled` [T] is true on the S tokens that are trained on, which the policy drew or is
+    to draw: false on the prompt and on what an environment wrote between turns. Each of them counts in the loss with
+    `weight`, which carries the denominator of the whole batch (`align.losses.completion_weights`). For GRPO, `advantage` is the
+    group-relative one, and `sampler_log_probs` and `old_log_probs` [S] are the log-probabilities that the tokens were drawn
+    with and those of the learner before the step's first update. Sequences with the same `group` have the same prompt, the
+    tokens before the first sampled one; where it is None, a prompt is shared with no other sequence.
     """
 
     token_ids: Sequence[int]
-    prompt_length: int
+    sampled: npt.NDArray[np.bool_]
     weight: float
     advantage: float = 0.0
     sampler_log_probs: Floats | None = None
     old_log_probs: Floats | None = None
+    group: int | None = None
+
+    @classmethod
+    def of_completion(cls, token_ids: Sequence[int], prompt_length: int, weight: float, **others: Any) -> Self:
+        """The sequence of a prompt and one completion, all that comes after `prompt_length` tokens."""
+        return cls(token_ids, np.arange(len(token_ids)) >= prompt_length, weight, **others)
 
     @property
-    def completion_length(self) -> int:
-        return len(self.token_ids) - self.prompt_length
+    def prompt_length(self) -> int:
+        """The number of tokens before the first sampled one."""
+        return int(self.sampled.argmax())
+
+    @property
+    def sampled_tokens(self) -> int:
+        return int(self.sampled.sum())
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Padded tensors of B sequences; K positions, the last of each row, cover all completions.
+    """Padded tensors of B sequences; K positions, the last of each row, cover all sampled tokens.
 
-    `token_ids` [B, T] int64; `targets` [B, K] int64, `mask` [B, K] bool (true on completion tokens), `weights` [B, K],
+    `token_ids` [B, T] int64; `targets` [B, K] int64, `mask` [B, K] bool (true on sampled tokens), `weights` [B, K],
     `advantages` [B], `sampler_log_probs` and `old_log_probs` [B, K] float32 (None when the sequences have none).
 
     Where prompts are shared, rows of `token_ids` begin with the last token of a prompt; what is before it, of G different
@@ -87,9 +100,9 @@ class Batch:
 
 
 def collate_after_prompts(sequences: Sequence[TrainingSequence], pad_id: int) -> Batch:
-    """Each different prompt once, all but its last token, and what comes after it of each sequence."""
-    prefixes: dict[tuple[int, ...], int] = {}
-    prefix_of = [prefixes.setdefault(tuple(s.token_ids[: s.prompt_length - 1]), len(prefixes)) for s in sequences]
+    """Each group's prompt once, all but its last token, and what comes after it of each sequence."""
+    prefix_of = prompt_numbers(sequences)
+    prefixes = [s.token_ids[: s.prompt_length - 1] for s in first_of_each(sequences, prefix_of)]
     width = max(1, *map(len, prefixes))
     padded = np.full((len(prefixes), width), pad_id, dtype=np.int64)
     mask = np.zeros((len(prefixes), width), dtype=bool)
@@ -97,13 +110,28 @@ def collate_after_prompts(sequences: Sequence[TrainingSequence], pad_id: int) ->
         # On the left, for models whose layers see only so many places back.
         padded[row, width - len(prefix) :] = prefix
         mask[row, width - len(prefix) :] = True
-    after = [replace(s, token_ids=s.token_ids[s.prompt_length - 1 :], prompt_length=1) for s in sequences]
+    after = [
+        replace(s, token_ids=s.token_ids[s.prompt_length - 1 :], sampled=s.sampled[s.prompt_length - 1 :])
+        for s in sequences
+    ]
     return replace(
         collate(after, pad_id),
         prefixes=torch.from_numpy(padded),
         prefix_mask=torch.from_numpy(mask),
         prefix_of=torch.tensor(prefix_of),
     )
+
+
+def prompt_numbers(sequences: Sequence[TrainingSequence]) -> list[int]:
+    """Which prompt each sequence has, numbered in the order of their first appearance."""
+    numbers: dict[tuple[str, int], int] = {}
+    keys = [("alone", i) if s.group is None else ("group", s.group) for i, s in enumerate(sequences)]
+    return [numbers.setdefault(key, len(numbers)) for key in keys]
+
+
+def first_of_each(sequences: Sequence[TrainingSequence], numbers: Sequence[int]) -> list[TrainingSequence]:
+    """The first sequence of each number, in the order of the numbers."""
+    return [sequences[numbers.index(number)] for number in range(max(numbers) + 1)]
 
 
 def collate(sequences: Sequence[TrainingSequence], pad_id: int) -> Batch:
@@ -118,12 +146,11 @@ def collate(sequences: Sequence[TrainingSequence], pad_id: int) -> Batch:
     old = np.zeros((rows, kept), dtype=np.float32)
     for row, s in enumerate(sequences):
         token_ids[row, : len(s.token_ids)] = s.token_ids
-        span = slice(s.prompt_length - first, len(s.token_ids) - first)
-        mask[row, span] = True
-        weights[row, span] = s.weight
+        mask[row, : len(s.token_ids) - first] = s.sampled[first:]
+        weights[row, mask[row]] = s.weight
         for values, given in ((sampler, s.sampler_log_probs), (old, s.old_log_probs)):
             if given is not None:
-                values[row, span] = given
+                values[row, mask[row]] = given
     return Batch(
         token_ids=torch.from_numpy(token_ids),
         targets=torch.from_numpy(token_ids[:, first:].copy()),
@@ -150,10 +177,9 @@ def rows_after_prompts(sequences: Sequence[TrainingSequence]) -> tuple[list[int]
 
     By length, though it takes groups apart: what that saves of padding is more than the prompts that are computed once more.
     """
-    numbers: dict[tuple[int, ...], int] = {}
-    prompts = [numbers.setdefault(tuple(s.token_ids[: s.prompt_length]), len(numbers)) for s in sequences]
-    before = [max(1, len(prompt) - 1) for prompt in numbers]
-    after = [1 + s.completion_length for s in sequences]
+    prompts = prompt_numbers(sequences)
+    before = [max(1, s.prompt_length - 1) for s in first_of_each(sequences, prompts)]
+    after = [1 + len(s.token_ids) - s.prompt_length for s in sequences]
 
     def padded(items: Sequence[int]) -> int:
         different = {prompts[i] for i in items}

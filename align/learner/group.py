@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from align.errors import BadNumbersError, UserError
+from align.errors import NonFiniteError, UserError
 from align.learner.batch import (
     TrainingSequence,
     in_order,
@@ -113,13 +113,13 @@ class RankGroup:
     def apply(self, learning_rate: float) -> float:
         """One optimizer update. Returns the norm of the whole gradient, before clipping.
 
-        When that is not finite nothing was changed. Raises BadNumbersError when it happens too often in a row.
+        When that is not finite nothing was changed. Raises NonFiniteError when it happens too often in a row.
         """
         calls = [rank.apply.remote(learning_rate) for rank in self._at_work()]
         norm = float(self._gather(calls, self._options.step_timeout_s, "updating the weights")[0])
         self.bad_updates = 0 if math.isfinite(norm) else self.bad_updates + 1
         if self.bad_updates >= self._options.stop_after_bad_steps:
-            raise BadNumbersError(
+            raise NonFiniteError(
                 f"{self.bad_updates} updates in a row had a gradient that is not finite; the weights are as they were before "
                 "them (learner.stop_after_bad_steps says how many there may be)"
             )
@@ -286,13 +286,39 @@ class LearnerGroup(RankGroup):
             total.add(sums)
         return total
 
+    def update(
+        self,
+        updates: Sequence[Sequence[TrainingSequence]],
+        objective: Objective,
+        learning_rate: float,
+        check: Callable[[Sums], object],
+    ) -> tuple[Sums, float]:
+        """One optimizer update for each batch of `updates`, but for empty ones. Returns their sums and the gradient's norm.
+
+        Of several updates each is clipped against the policy before the first. `check` is called with the sums of each
+        batch before its update is applied, and stops it by what it raises; a loss that is not finite is not checked: its
+        update is left out anyway. The norm is the last one, but NaN or infinite where any was.
+        """
+        if len(updates) > 1:
+            old = iter(self.log_probs([s for batch in updates for s in batch], objective.temperature))
+            updates = [[replace(s, old_log_probs=next(old)) for s in batch] for batch in updates]
+        total, norm = Sums(), 0.0
+        for batch in filter(None, updates):
+            sums = self.accumulate(batch, objective)
+            if math.isfinite(sums.loss):
+                check(sums)
+            applied = self.apply(learning_rate)
+            norm = applied if math.isfinite(norm) else norm
+            total.add(sums)
+        return total, norm
+
     def expert_load(self) -> dict[str, float]:
         """How evenly the tokens of all `accumulate` since the last time went to the experts; see `load_metrics`."""
         calls = [rank.take_expert_load.remote() for rank in self._ranks]
         return load_metrics(add_loads(self._gather(calls, self._options.step_timeout_s, "counting tokens of experts")))
 
     def log_probs(self, sequences: Sequence[TrainingSequence], temperature: float) -> list[npt.NDArray[np.float32]]:
-        """The policy's log-probabilities [completion length] of each completion."""
+        """The policy's log-probabilities [S] of the sampled tokens of each sequence."""
         work, plan = self._split(sequences)
         calls = [r.log_probs.remote(part, temperature) for r, part in zip(self._at_work(), work, strict=True)]
         return in_order(plan, self._gather(calls, self._options.step_timeout_s, "computing log-probabilities"))

@@ -87,7 +87,7 @@ class LearnerWorker(LearnerRank):
         return log_probs
 
     def log_probs(self, micro_batches: MicroBatches, temperature: float) -> list[list[npt.NDArray[np.float32]]]:
-        """Log-probabilities [completion length] of every completion, in the shape of the micro-batches."""
+        """Log-probabilities [S] of the sampled tokens of every sequence, in the shape of the micro-batches."""
         self._engine.eval()
         results = []
         for sequences in micro_batches:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from align.errors import UserError
-from align.evaluate.problems import Evaluation
+from align.evaluate.accuracy import Evaluation
 from align.recipe import Recipe, SamplingRecipe, TrainingRecipe, differences, dump_recipe, load_recipe
 from align.run import (
     MetricsLog,

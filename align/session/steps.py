@@ -1,9 +1,12 @@
 """The steps of a stage that trains: where they begin, when a checkpoint of them is written, and that it is of the same run."""
 
 import hashlib
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar
+
+import numpy as np
 
 from align.data.drawing import Source
 from align.errors import UserError
@@ -51,7 +54,7 @@ class Steps:
             "learner.ranks": recipe.learner.ranks,
             "learner.zero_stage": recipe.learner.zero_stage,
             "learner.expert_parallel": recipe.learner.expert_parallel,
-            "data": {source.card: data_digest(source.items) for source in data},
+            "data_sha256": {source.card: data_digest(source.items) for source in data},
             "reference": None if reference is None else weights_digest(reference.path),
         }
         self.done = run.resume.step if run.resume else 0
@@ -146,8 +149,10 @@ class Steps:
                     f"{key} is {self._identity[key]}, and checkpoint {checkpoint.path} was written with {before[key]}: its "
                     "parts fit no other division; go on with the same, or start again with run.overwrite=true"
                 )
-        for key, what in (("data", "the training data"), ("reference", "the weights of the KL's reference")):
-            if before[key] != self._identity[key]:
+        for key, what in (("data_sha256", "the training data"), ("reference", "the weights of the KL's reference")):
+            if key not in before:
+                self._run.warn(f"checkpoint {checkpoint.path} is of an earlier version: {what} could not be compared")
+            elif before[key] != self._identity[key]:
                 told = f"{what} are not what they were when checkpoint {checkpoint.path} was written"
                 if not self._recipe.run.allow_changes:
                     raise UserError(f"{told}: put them back, or go on nevertheless with run.allow_changes=true")
@@ -172,8 +177,9 @@ def restarting(run: Run, train: Callable[[], T]) -> T:
 def data_digest(items: Sequence[Any]) -> str:
     """A hash of all that a stage trains on, in its order."""
     digest = hashlib.sha256()
-    for item in items:
-        digest.update(repr(item).encode())
+    with np.printoptions(threshold=sys.maxsize):
+        for item in items:
+            digest.update(repr(item).encode())
     return digest.hexdigest()
 
 

@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 from types import MappingProxyType
 
 from align.data.cards import load_card
-from align.evaluate.problems import Evaluation
+from align.evaluate.accuracy import Evaluation
 from align.recipe import (
     GrpoRecipe,
     ModelOptions,
@@ -60,7 +60,7 @@ def run_grpo(recipe: GrpoRecipe, before: PlannedStage | None) -> None:
         data = load_grpo_data(recipe, tokenizer, run)
         evaluations: dict[str, Evaluation] = {}
         if before is not None:
-            policy, evaluations = policy_of(before, policy, run, data.problems.prompts)
+            policy, evaluations = policy_of(before, policy, run, data.held_out.prompts)
         with start_engines(recipe, policy, tokenizer, run) as engines:
             trained, after = restarting(run, lambda: train_grpo(recipe, data, policy, engines, run))
         finish(run, trained, evaluations | after)

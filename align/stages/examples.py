@@ -68,8 +68,8 @@ def training_sources(
     encode: Callable[[Example], T],
     tokens: Callable[[T], int],
     room: Room,
-) -> list[Source[tuple[Example, T]]]:
-    """The examples that `recipe.data` names, encoded, `a_step` of them a step; the run notes what was left out of them.
+) -> list[Source[T]]:
+    """The examples that `recipe.data` names, as `encode` makes them, `a_step` of them a step; the run notes what was left out.
 
     `held_out`: prompts that may not be among them, by what they are of. Raises UserError where an entry has fewer examples
     than a step takes of it.
@@ -79,8 +79,8 @@ def training_sources(
     for entry, count in zip(entries, shares(a_step, [entry.data.share for entry in entries]), strict=True):
         loaded = load_examples(recipe, entry, entry.data.split, limit=entry.data.limit, held_out=held_out)
         tell_compared(run, entry, loaded)
-        encoded = [(example, encode(example)) for example in loaded.examples]
-        fitting = short_enough(encoded, [tokens(item) for _, item in encoded], room, entry, entry.data.split, run)
+        encoded = [encode(example) for example in loaded.examples]
+        fitting = short_enough(encoded, list(map(tokens, encoded)), room, entry, entry.data.split, run)
         if not 1 <= count <= len(fitting):
             takes = f", of which data card {entry.name!r} is to give {count}," if len(entries) > 1 else ""
             raise UserError(

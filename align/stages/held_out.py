@@ -12,11 +12,12 @@ from align.data.tables import refuse_one_file
 from align.data.types import Example, SplitName
 from align.errors import UserError
 from align.evaluate import hooks
+from align.evaluate.accuracy import Evaluation, evaluate, short_problems
 from align.evaluate.agreement import AgreementGate, Disagreement, probe
 from align.evaluate.hooks import Checkpoint
 from align.evaluate.instruction_rates import instruction_rates
-from align.evaluate.problems import Evaluation, encode_prompts, evaluate, short_prompts
 from align.evaluate.rates import over_refusal_rate, refusal_rate, win_rate
+from align.experience import Problem, encode_problems
 from align.learner.group import LearnerGroup
 from align.recipe import ModelOptions, PolicyRecipe
 from align.run import RunDirectory, read_jsonl, read_samples
@@ -37,11 +38,15 @@ class Problems:
     problems have a prompt that leaves no room for an answer.
     """
 
-    examples: Sequence[Example]
+    problems: Sequence[Problem]
     probe: Sequence[Prompt]
-    watched: Sequence[Example] = ()
+    watched: Sequence[Problem] = ()
     prompts: Mapping[str, frozenset[str]] = field(default_factory=dict)
     too_long: int = 0
+
+    @property
+    def domains(self) -> list[str]:
+        return list(dict.fromkeys(problem.example.domain for problem in self.problems))
 
 
 def load_problems(recipe: PolicyRecipe, tokenizer: Any) -> Problems:
@@ -61,11 +66,11 @@ def load_problems(recipe: PolicyRecipe, tokenizer: Any) -> Problems:
             found += first(loaded.examples, options.limit, 0)
             prompts[f"{card.name}/{split}"] = loaded.prompts
     longest = recipe.rollout.max_length - options.max_new_tokens
-    problems, watched = examples.pop(options.split), [e for found in examples.values() for e in found]
-    encoded = encode_prompts(tokenizer, [*problems, *watched])
-    fitting = short_prompts(encoded[: len(problems)], longest)
-    short_prompts(encoded[len(problems) :], longest)
-    too_long = sum(len(prompt.token_ids) > longest for prompt in encoded)
+    problems = encode_problems(tokenizer, examples.pop(options.split))
+    watched = encode_problems(tokenizer, [example for found in examples.values() for example in found])
+    fitting = [problem.prompt for problem in short_problems(problems, longest)]
+    short_problems(watched, longest)
+    too_long = sum(len(problem.prompt.token_ids) > longest for problem in [*problems, *watched])
     return Problems(
         problems, fitting[:: max(1, len(fitting) // PROBE_PROMPTS)][:PROBE_PROMPTS], watched, prompts, too_long
     )
@@ -84,7 +89,7 @@ class HeldOut:
         self._start = None if recipe.model.init == "random" else recipe.model.path
         if problems.too_long:
             run.warn(
-                f"{problems.too_long} of {len(problems.examples) + len(problems.watched)} evaluation prompts have more than the "
+                f"{problems.too_long} of {len(problems.problems) + len(problems.watched)} evaluation prompts have more than the "
                 f"{self._longest} tokens that rollout.max_length leaves beside evaluation.max_new_tokens: they are not asked, and count "
                 "as not right",
                 too_long=problems.too_long,
@@ -95,7 +100,7 @@ class HeldOut:
         """The same questions, asked of the problems by which checkpoints are chosen."""
         chosen = copy(self)
         if self._problems.watched:
-            chosen._problems, chosen._split = replace(self._problems, examples=self._problems.watched), "validation"
+            chosen._problems, chosen._split = replace(self._problems, problems=self._problems.watched), "validation"
         return chosen
 
     def evaluate(self, name: str, step: int) -> Evaluation:
@@ -104,8 +109,8 @@ class HeldOut:
         What an interrupted run has measured already is not measured again.
         """
         name = f"{name}, {self._split}" if self._split else name
-        problems = self._problems.examples
-        domains = list(dict.fromkeys(example.domain for example in problems))
+        problems = self._problems.problems
+        domains = self._problems.domains
         if (before := self._run.recorded(name, domains)) is not None:
             return before
         self._run.progress.phase(f"evaluating ({name})")
@@ -127,7 +132,8 @@ class HeldOut:
         """How often the greedy answers decline, what instructions they follow, and how often they are better than
         another run's; and how often the sampled ones are."""
         greedy = [answer for answer in evaluation.rows if answer["greedy"]]
-        rates = decline_rates(greedy, self._problems.examples) | instruction_rates(greedy, self._problems.examples)
+        examples = [problem.example for problem in self._problems.problems]
+        rates = decline_rates(greedy, examples) | instruction_rates(greedy, examples)
         if (against := self._options.against) is not None and not self._split:
             for name, is_greedy in (("win_rate", True), ("win_rate_sampled", False)):
                 ours, theirs = (

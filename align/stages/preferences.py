@@ -4,22 +4,20 @@ The DeepSeek-V2 report (arXiv 2405.04434, section 4.2) gathers them so: for code
 the ground truth.
 """
 
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Any
 
 from align.data.tables import refuse_one_file
-from align.data.types import Example, SplitName
+from align.data.types import SplitName
 from align.errors import UserError
-from align.evaluate.problems import Answer, encode_prompts, gather_answers, submit_groups
+from align.experience import Problem, ScoredGroup, encode_problems, gather, submit
 from align.recipe import PreferencesRecipe
 from align.run import write_jsonl
 from align.session.engines import Engines
 from align.session.run import Run
 from align.stages.examples import Room, entries_of, load_examples, short_enough
-from rollout import Prompt
 
 SHOWN = ("prompts", "accuracy", "pairs")
 
@@ -29,8 +27,7 @@ class SplitPrompts:
     """The prompts of one split of one data card."""
 
     split: SplitName
-    examples: Sequence[Example]
-    prompts: Sequence[Prompt]
+    problems: Sequence[Problem]
 
 
 def load_prompts(recipe: PreferencesRecipe, tokenizer: Any, run: Run) -> list[SplitPrompts]:
@@ -44,36 +41,33 @@ def load_prompts(recipe: PreferencesRecipe, tokenizer: Any, run: Run) -> list[Sp
         for split in entry.card.splits:
             limit = (entry.data.limit or options.prompts) if split == "train" else options.held_out_prompts
             examples = load_examples(recipe, entry, split, limit=limit).examples
-            encoded = list(zip(examples, encode_prompts(tokenizer, examples), strict=True))
-            kept = short_enough(encoded, [len(prompt.token_ids) for _, prompt in encoded], room, entry, split, run)
-            found.append(SplitPrompts(split, [example for example, _ in kept], [prompt for _, prompt in kept]))
+            encoded = encode_problems(tokenizer, examples)
+            lengths = [len(problem.prompt.token_ids) for problem in encoded]
+            found.append(SplitPrompts(split, short_enough(encoded, lengths, room, entry, split, run)))
     return found
 
 
-def gather_preferences(recipe: PreferencesRecipe, prompts: Sequence[SplitPrompts], engines: Engines, run: Run) -> None:
+def gather_preferences(recipe: PreferencesRecipe, splits: Sequence[SplitPrompts], engines: Engines, run: Run) -> None:
     """Sample, judge and pair; writes `final/DOMAIN/SPLIT.jsonl`. Raises UserError where no prompt gave a pair."""
-    run.progress.stage("preferences", len(prompts))
+    run.progress.stage("preferences", len(splits))
     run.progress.phase("starting rollout workers")
     engines.fleet.wait_until_ready()
     pairs: dict[tuple[str, SplitName], list[dict[str, Any]]] = {}
-    for step, part in enumerate(prompts):
-        by_id = {example.id: example for example in part.examples}
-        run.progress.phase(f"sampling ({part.split} split of {part.examples[0].domain})")
-        groups = engines.fleet.generate(
-            part.prompts, recipe.preferences.samples, recipe.sampling, seed=recipe.seed, step=step
-        )
-        answers = gather_answers(submit_groups(groups, by_id, engines.tokenizer, engines.judges), by_id, engines.judges)
-        own = defaultdict(list)
-        for answer in answers:
-            own[answer.completion.prompt_id].append(answer)
-        for example in part.examples:
-            pairs.setdefault((example.domain, part.split), []).extend(pairs_of(example, own[example.id], recipe))
-        right = [answer.right for answer in answers]
+    for step, part in enumerate(splits):
+        run.progress.phase(f"sampling ({part.split} split of {part.problems[0].example.domain})")
+        prompts = [problem.prompt for problem in part.problems]
+        drawn = engines.fleet.sample(prompts, recipe.preferences.samples, recipe.sampling, seed=recipe.seed, step=step)
+        submitted = submit(drawn, part.problems, engines.tokenizer, engines.judges)
+        groups = gather(submitted, part.problems, engines.judges)
+        for group in groups:
+            found_pairs = pairs_of(group, recipe.preferences.pairs_per_prompt, recipe.seed)
+            pairs.setdefault((group.problem.example.domain, part.split), []).extend(found_pairs)
+        right = [answer.right for group in groups for answer in group.trajectories]
         found = sum(len(rows) for rows in pairs.values())
         run.record_step(
             "preferences",
             step + 1,
-            {"prompts": len(part.prompts), "accuracy": sum(right) / len(right), "pairs": found},
+            {"prompts": len(prompts), "accuracy": sum(right) / len(right), "pairs": found},
             SHOWN,
         )
     for (domain, split), rows in pairs.items():
@@ -88,17 +82,16 @@ def gather_preferences(recipe: PreferencesRecipe, prompts: Sequence[SplitPrompts
         run.progress.note(f"{len(rows)} pairs of the {split} split of {domain} are in {directory}")
 
 
-def pairs_of(example: Example, answers: Sequence[Answer], recipe: PreferencesRecipe) -> Iterator[dict[str, Any]]:
-    """Right answers beside wrong ones, as many pairs as the recipe takes of a prompt; every text comes once."""
-    judged = [answer for answer in answers if answer.reward.value is not None]
-    right = list(dict.fromkeys(answer.text for answer in judged if answer.right))
-    wrong = list(dict.fromkeys(answer.text for answer in judged if not answer.right))
-    draw = Random(f"{recipe.seed}/{example.id}")
+def pairs_of(group: ScoredGroup, most: int, seed: int) -> Iterator[dict[str, Any]]:
+    """Right answers beside wrong ones, `most` pairs at most; every text comes once."""
+    example = group.problem.example
+    scored = [answer for answer in group.trajectories if answer.reward.value is not None]
+    right = list(dict.fromkeys(answer.text for answer in scored if answer.right))
+    wrong = list(dict.fromkeys(answer.text for answer in scored if not answer.right))
+    draw = Random(f"{seed}/{example.id}")
     draw.shuffle(right)
     draw.shuffle(wrong)
-    for place, (chosen, rejected) in enumerate(zip(right, wrong, strict=False)):
-        if place == recipe.preferences.pairs_per_prompt:
-            return
+    for place, (chosen, rejected) in enumerate(zip(right[:most], wrong, strict=False)):
         yield {
             "id": f"{example.id}/{place}",
             "messages": [dict(message) for message in example.messages],

@@ -20,7 +20,7 @@ from align.data.loader import held_together
 from align.data.tables import refuse_one_file
 from align.data.types import Example
 from align.errors import UserError, naming
-from align.evaluate.problems import Evaluation
+from align.evaluate.accuracy import Evaluation
 from align.learner.batch import TrainingSequence
 from align.learner.group import LearnerGroup
 from align.learner.objective import Objective
@@ -73,11 +73,7 @@ def load_sft_data(
         tokens=lambda sequence: len(sequence.token_ids),
         room=room,
     )
-    return SftData(
-        [Source(source.card, [sequence for _, sequence in source.items], source.a_step) for source in sources],
-        validation,
-        problems,
-    )
+    return SftData(sources, validation, problems)
 
 
 def train_sft(
@@ -135,12 +131,13 @@ def encode_demonstration(tokenizer: Any, example: Example) -> TrainingSequence:
     if example.response is None:
         raise UserError(f"example {example.id!r} has no response to learn from; SFT needs a card whose fields name one")
     with naming(f"example {example.id!r}"):
-        return TrainingSequence(*encode_example(tokenizer, example.messages, example.response), weight=0.0)
+        token_ids, prompt_length = encode_example(tokenizer, example.messages, example.response)
+    return TrainingSequence.of_completion(token_ids, prompt_length, 0.0)
 
 
 def mean_over_tokens(batch: Sequence[TrainingSequence]) -> list[TrainingSequence]:
     """The batch with the weights of a mean over its completion tokens."""
-    lengths = torch.tensor([s.completion_length for s in batch])
+    lengths = torch.tensor([s.sampled_tokens for s in batch])
     weights = completion_weights(lengths, torch.ones(len(batch), dtype=torch.bool), "token_mean")
     return [replace(s, weight=float(w)) for s, w in zip(batch, weights, strict=True)]
 

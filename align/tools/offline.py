@@ -7,11 +7,12 @@ from typing import Any
 from align.data.types import Message
 from align.data.user_file import read_user_file
 from align.errors import UserError
+from align.evaluate.accuracy import evaluate, short_problems
 from align.evaluate.agreement import AgreementGate
 from align.evaluate.asking import ask
 from align.evaluate.doctor import examine, examine_engines, verdict
 from align.evaluate.hooks import Checkpoint
-from align.evaluate.problems import encode_prompts, evaluate, short_prompts
+from align.experience import encode_problems
 from align.learner.group import LearnerGroup
 from align.model.policy import load_tokenizer, stop_token_ids
 from align.recipe import AgreementOptions, LearnerOptions, ModelOptions, OptimizerOptions
@@ -36,7 +37,8 @@ def evaluate_file(model: ModelOptions, data: Path, out: Path, rollout: FleetOpti
     examples = read_user_file(data)
     tokenizer = load_tokenizer(model.path, trust_remote_code=model.trust_remote_code)
     longest = rollout.max_length - max_new_tokens
-    short_prompts(encode_prompts(tokenizer, examples), longest)
+    problems = encode_problems(tokenizer, examples)
+    short_problems(problems, longest)
     mixture = Mixture([RewardTerm(name="exact_answer")])
     with local_ray():
         fleet = start_fleet(model, rollout, tokenizer)
@@ -44,7 +46,7 @@ def evaluate_file(model: ModelOptions, data: Path, out: Path, rollout: FleetOpti
         try:
             fleet.wait_until_ready()
             result = evaluate(
-                *(fleet, tokenizer, examples, judges), samples=0, max_new_tokens=max_new_tokens, longest=longest, seed=0
+                *(fleet, tokenizer, problems, judges), samples=0, max_new_tokens=max_new_tokens, longest=longest, seed=0
             )
         finally:
             judges.close()

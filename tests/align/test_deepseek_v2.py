@@ -10,13 +10,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from align.evaluate.agreement import AgreementGate, Disagreement, probe
 from align.evaluate.doctor import Outcome, examine, verdict
+from align.experience import training_sequence
 from align.learner.batch import TrainingSequence
 from align.learner.group import LearnerGroup
 from align.learner.objective import Objective
@@ -88,7 +88,8 @@ def test_sampler_and_learner_agree_through_updates_of_both_stages(
         learner.wait_until_ready()
         gate.check(probe(fleet, learner, PROMPTS), "at the start")
         demonstrations = [
-            TrainingSequence([*p.token_ids, *range(300 + i, 340 + i)], 4, 1 / 320) for i, p in enumerate(PROMPTS)
+            TrainingSequence.of_completion([*p.token_ids, *range(300 + i, 340 + i)], 4, 1 / 320)
+            for i, p in enumerate(PROMPTS)
         ]
         losses = []
         for version in (1, 2):
@@ -97,17 +98,11 @@ def test_sampler_and_learner_agree_through_updates_of_both_stages(
             fleet.load(learner.publish(ObjectStore()), version=version)
             gate.check(probe(fleet, learner, PROMPTS), f"after update {version}")
         assert losses[1] < losses[0]
-        groups = fleet.generate(PROMPTS, 2, SamplingOptions(temperature=0.8, max_new_tokens=16), seed=0, step=0)
+        groups = fleet.sample(PROMPTS, 2, SamplingOptions(temperature=0.8, max_new_tokens=16), seed=0, step=0)
         sampled = [
-            TrainingSequence(
-                [*c.prompt_token_ids, *c.token_ids],
-                len(c.prompt_token_ids),
-                1e-2,
-                (-1.0) ** c.index,
-                np.array(c.log_probs, dtype=np.float32),
-            )
+            training_sequence(t, weight=1e-2, advantage=(-1.0) ** t.index)
             for group in groups
-            for c in group.completions
+            for t in group.trajectories
         ]
         sums = learner.accumulate(sampled, Objective(GRPO, 0.8))
         gate.check(Disagreement.of(sums), "of the samples")

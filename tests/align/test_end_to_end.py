@@ -59,7 +59,7 @@ def test_each_sample_carries_the_version_of_the_weights_that_drew_it(run: Path) 
         samples = pq.read_table(run / "samples" / f"step_{step:05d}.parquet").to_pylist()
         assert len(samples) == 32
         assert {sample["weight_version"] for sample in samples} == {step - 1}
-        assert all(len(sample["token_ids"]) == len(sample["sampler_log_probs"]) for sample in samples)
+        assert all(len(sample["token_ids"]) == len(sample["log_probs"]) for sample in samples)
 
 
 def test_the_final_policy_is_an_ordinary_checkpoint(run: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from rollout.fleet import Fleet
 from rollout.health import Fault, State
-from rollout.types import Completion, FleetOptions, Prompt, SamplingOptions
+from rollout.types import FleetOptions, Prompt, SamplingOptions, Trajectory
 from rollout.worker_handle import Doing
 
 OPTIONS = FleetOptions(
@@ -46,15 +46,15 @@ class WitnessedFleet:
         self.faults: list[Fault] = []
         self.fleet = Fleet(model, "float32", options, [2], self.faults.append)
 
-    def sample(self, at_first_group: Callable[[], object] = lambda: None) -> list[Completion]:
-        """The same completions at every call, in order; `at_first_group` is called while most are still being sampled."""
-        completions: list[Completion] = []
-        groups = self.fleet.generate(PROMPTS, 8, SamplingOptions(max_new_tokens=40), seed=0, step=0)
+    def sample(self, at_first_group: Callable[[], object] = lambda: None) -> list[Trajectory]:
+        """The same trajectories at every call, in order; `at_first_group` is called while most are still being sampled."""
+        drawn: list[Trajectory] = []
+        groups = self.fleet.sample(PROMPTS, 8, SamplingOptions(max_new_tokens=40), seed=0, step=0)
         for number, group in enumerate(groups):
-            completions += group.completions
+            drawn += group.trajectories
             if number == 0:
                 at_first_group()
-        return sorted(completions, key=lambda c: (c.prompt_id, c.index))
+        return sorted(drawn, key=lambda c: (c.prompt_id, c.index))
 
     def injure(self, worker: int, injury: Injury) -> None:
         """Inject the fault into the worker of that number. Returns at once."""

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 import rollout.sync.broadcast
 from align.model.names import to_checkpoint
 from align.recipe import ModelOptions
-from rollout import Broadcast, Completion, WeightSource, stored
+from rollout import Broadcast, Trajectory, WeightSource, stored
 from rollout.sync.base import Bucket, buckets
 from rollout.sync.broadcast import Meeting, Receiver, Sender, meet
 
@@ -73,7 +73,7 @@ def whole(sender: Sender, made: Iterator[Bucket]) -> None:
     list(sender.give(made))
 
 
-def sampled(witnessed: WitnessedFleet, weights: Weights) -> list[Completion]:
+def sampled(witnessed: WitnessedFleet, weights: Weights) -> list[Trajectory]:
     """What the workers sample with these weights in the usual way."""
     witnessed.fleet.load(stored(weights), version=7)
     return witnessed.sample()

@@ -11,7 +11,7 @@ from rollout.engine import Engine, Request
 from rollout.types import EngineOptions
 
 ACTIONS: dict[str, Callable[[Engine], object]] = {
-    "sampling": lambda engine: engine.generate([Request(Prompt("p", [1]), 0, 0)], SamplingOptions()),
+    "sampling": lambda engine: engine.sample([Request(Prompt("p", [1]), 0, 0)], SamplingOptions()),
     "new weights": lambda engine: engine.load([], version=1),
     "a new adapter": lambda engine: engine.load_adapter(Path("adapter"), version=1),
 }

@@ -51,22 +51,22 @@ def weights(policy: ModelOptions, fleet: Fleet) -> Iterator[dict[str, torch.Tens
 
 def sample(fleet: Fleet, *, temperature: float = 1.0, seed: int = 0, step: int = 0) -> list[Group]:
     sampling = SamplingOptions(temperature=temperature, max_new_tokens=12)
-    groups = fleet.generate(PROMPTS, 4, sampling, seed=seed, step=step)
+    groups = fleet.sample(PROMPTS, 4, sampling, seed=seed, step=step)
     return sorted(groups, key=lambda group: group.prompt.id)
 
 
 def tokens(groups: list[Group]) -> list[list[int]]:
-    return [list(completion.token_ids) for group in groups for completion in group.completions]
+    return [list(completion.token_ids) for group in groups for completion in group.trajectories]
 
 
 def test_groups_hold_a_completion_of_each_index_with_its_log_probabilities(fleet: Fleet) -> None:
     groups = sample(fleet)
     assert [group.prompt.id for group in groups] == [prompt.id for prompt in PROMPTS]
     for group in groups:
-        assert [completion.index for completion in group.completions] == [0, 1, 2, 3]
-        for completion in group.completions:
+        assert [completion.index for completion in group.trajectories] == [0, 1, 2, 3]
+        for completion in group.trajectories:
             assert len(completion.token_ids) == len(completion.log_probs) <= 12
-            assert max(completion.log_probs) <= 0
+            assert completion.log_probs.max() <= 0
             stopped = completion.finish_reason is FinishReason.STOP
             assert stopped == (completion.token_ids[-1] == STOP)
 
@@ -91,7 +91,7 @@ def test_whoever_asks_whether_the_workers_are_ready_is_answered(fleet: Fleet) ->
 
 def test_greedy_completions_of_a_group_are_alike(fleet: Fleet) -> None:
     for group in sample(fleet, temperature=0.0):
-        assert len({tuple(completion.token_ids) for completion in group.completions}) == 1
+        assert len({tuple(completion.token_ids) for completion in group.trajectories}) == 1
 
 
 def test_an_update_with_the_same_weights_changes_nothing(fleet: Fleet, weights: dict[str, torch.Tensor]) -> None:
@@ -99,9 +99,9 @@ def test_an_update_with_the_same_weights_changes_nothing(fleet: Fleet, weights: 
     fleet.load(stored(weights), version=7)
     after = sample(fleet)
     assert tokens(after) == tokens(before)
-    assert {c.weight_version for group in after for c in group.completions} == {7}
+    assert {run.version for group in after for t in group.trajectories for run in t.weight_versions} == {7}
     for old, new in zip(before, after, strict=True):
-        for a, b in zip(old.completions, new.completions, strict=True):
+        for a, b in zip(old.trajectories, new.trajectories, strict=True):
             assert a.log_probs == pytest.approx(b.log_probs, abs=1e-6)
 
 
@@ -113,7 +113,7 @@ def test_new_weights_arrive_whole(fleet: Fleet, weights: dict[str, torch.Tensor]
     model = AutoModelForCausalLM.from_pretrained(policy.path)
     model.load_state_dict(from_checkpoint(changed))
     for group in sample(fleet):
-        for completion in group.completions:
+        for completion in group.trajectories:
             ids = torch.tensor([[*completion.prompt_token_ids, *completion.token_ids]])
             with torch.no_grad():
                 logits = model(input_ids=ids, use_cache=False).logits[0, len(completion.prompt_token_ids) - 1 : -1]
@@ -156,9 +156,9 @@ def test_an_update_with_a_tensor_of_another_shape_is_refused(fleet: Fleet, weigh
 
 def test_a_prompt_that_fills_the_context_is_refused_by_its_id(fleet: Fleet) -> None:
     with pytest.raises(RolloutError, match=r"prompt 'long' has 64 tokens.*context is 64"):
-        list(fleet.generate([Prompt("long", [5] * 64)], 1, SamplingOptions(), seed=0, step=0))
+        list(fleet.sample([Prompt("long", [5] * 64)], 1, SamplingOptions(), seed=0, step=0))
 
 
 def test_two_prompts_of_one_id_are_refused(fleet: Fleet) -> None:
     with pytest.raises(RolloutError, match="same id"):
-        list(fleet.generate([PROMPTS[0], PROMPTS[0]], 1, SamplingOptions(), seed=0, step=0))
+        list(fleet.sample([PROMPTS[0], PROMPTS[0]], 1, SamplingOptions(), seed=0, step=0))

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from align.model.names import to_checkpoint
 from align.recipe import ModelOptions
-from rollout import Completion, RolloutError, stored
+from rollout import RolloutError, Trajectory, stored
 
 from .injuries import HANGS, OPTIONS, Injury, WitnessedFleet
 
@@ -28,7 +28,7 @@ def other_weights(witnessed: WitnessedFleet, policy: ModelOptions) -> None:
 
 
 @pytest.fixture(scope="module")
-def unbroken(witnessed: WitnessedFleet, other_weights: None) -> list[Completion]:
+def unbroken(witnessed: WitnessedFleet, other_weights: None) -> list[Trajectory]:
     return witnessed.sample()
 
 
@@ -46,7 +46,7 @@ SLOW = pytest.mark.slow
     ],
 )
 def test_what_a_worker_was_lost_with_is_sampled_again_with_the_same_result(
-    injury: Injury, witnessed: WitnessedFleet, unbroken: list[Completion]
+    injury: Injury, witnessed: WitnessedFleet, unbroken: list[Trajectory]
 ) -> None:
     witnessed.until_healthy()
     witnessed.faults.clear()
@@ -68,7 +68,7 @@ def test_what_a_worker_was_lost_with_is_sampled_again_with_the_same_result(
 @pytest.mark.slow
 @pytest.mark.parametrize("injury", [Injury.KILL, Injury.SEGFAULT, Injury.STOP, Injury.LOCKED])
 def test_a_worker_lost_while_nothing_is_asked_is_replaced_by_one_with_the_same_weights(
-    injury: Injury, witnessed: WitnessedFleet, unbroken: list[Completion]
+    injury: Injury, witnessed: WitnessedFleet, unbroken: list[Trajectory]
 ) -> None:
     witnessed.until_healthy()
     witnessed.faults.clear()
@@ -88,7 +88,7 @@ def test_an_update_survives_a_worker_that_dies_while_it_loads(witnessed: Witness
     witnessed.fleet.load(stored(weights), version=2)
     assert any("rollout worker 0 left 3 probes" in fault.message for fault in witnessed.faults)
     drawn = witnessed.sample()
-    assert {completion.weight_version for completion in drawn} == {2}
+    assert {run.version for one in drawn for run in one.weight_versions} == {2}
     witnessed.until_healthy()
     assert witnessed.sample() == drawn
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rollout import Completion, FinishReason, RolloutError, SamplingOptions, WeightUpdateError
+from rollout import FinishReason, Prompt, RolloutError, SamplingOptions, Trajectory, WeightUpdateError
 from rollout.supervisor import Supervisor
 from rollout.weights import check_coverage
 from rollout.worker_handle import Batch, Doing, Job, Task
@@ -17,7 +17,7 @@ def test_an_update_that_leaves_a_parameter_out_is_refused_by_name() -> None:
 @pytest.mark.parametrize("version", [0, 1])
 def test_completions_of_other_weights_are_refused(version: int) -> None:
     job = Job(SamplingOptions(), version=1)
-    drawn = [Completion("p", 0, [1], [5], [-0.5], FinishReason.STOP, seed=0, weight_version=version)]
+    drawn = [Trajectory.of_one_turn(Prompt("p", [1]), 0, [5], [-0.5], FinishReason.STOP, weight_version=version)]
     supervisor = object.__new__(Supervisor)
     supervisor._jobs = [job]
     member = type("Member", (), {"restarts": 0})()

@@ -9,7 +9,7 @@ import pytest
 from align.evaluate.hooks import Checkpoint
 from align.model.policy import load_tokenizer, stop_token_ids
 from align.recipe import ModelOptions
-from rollout import Completion, FinishReason, Fleet, FleetOptions, Group, Prompt, SamplingOptions
+from rollout import FinishReason, Fleet, FleetOptions, Group, Prompt, SamplingOptions, Trajectory
 
 MAX_LENGTH = 512
 
@@ -22,7 +22,7 @@ class ScriptedFleet:
     answer: Callable[[str], str]
     calls: list[SamplingOptions]
 
-    def generate(
+    def sample(
         self, prompts: Sequence[Prompt], group_size: int, sampling: SamplingOptions, *, seed: int, step: int
     ) -> Iterator[Group]:
         self.calls.append(sampling)
@@ -33,7 +33,7 @@ class ScriptedFleet:
             ids = ids[: sampling.max_new_tokens]
             reason = FinishReason.LENGTH if cut else FinishReason.STOP
             log_probs = [0.0] * len(ids)
-            yield Group(prompt, [Completion(prompt.id, 0, prompt.token_ids, ids, log_probs, reason, seed, 0)])
+            yield Group(prompt, [Trajectory.of_one_turn(prompt, 0, ids, log_probs, reason, seed=seed)])
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from align.evaluate.agreement import AgreementError, AgreementGate, Disagreement, compare, probe
 from align.evaluate.doctor import Outcome, examine_engines
+from align.experience import training_sequence
 from align.learner.batch import TrainingSequence, collate
 from align.learner.group import LearnerGroup
 from align.learner.objective import LogProbs, Objective
@@ -67,7 +69,7 @@ class PlainLearner:
 def test_a_skipped_weight_update_is_caught_and_a_made_one_is_not(engines: tuple[Fleet, LearnerGroup]) -> None:
     fleet, learner = engines
     gate().check(probe(fleet, learner, PROMPTS), "start")
-    batch = [TrainingSequence([*p.token_ids, 5, 6, 7], 4, 0.05) for p in PROMPTS]
+    batch = [TrainingSequence.of_completion([*p.token_ids, 5, 6, 7], 4, 0.05) for p in PROMPTS]
     learner.accumulate(batch, Objective())
     learner.apply(1e-2)
     with pytest.raises(AgreementError, match=r"step 1: sampler and learner differ.*\n.*hold the learner's weights"):
@@ -85,16 +87,10 @@ def test_wrong_log_probabilities_are_caught_before_the_first_update(
     fleet, learner = engines
     fleet.load(learner.publish(ObjectStore()), version=fleet.weight_version + 1)
     sampling = SamplingOptions(temperature=temperature, max_new_tokens=16)
-    drawn = [group.completions[0] for group in fleet.generate(PROMPTS, 1, sampling, seed=0, step=0)]
+    drawn = [group.trajectories[0] for group in fleet.sample(PROMPTS, 1, sampling, seed=0, step=0)]
     sequences = [
-        TrainingSequence(
-            [*c.prompt_token_ids, *c.token_ids],
-            4,
-            1e-3,
-            1.0,
-            sampler_log_probs=np.array(c.log_probs, dtype=np.float32) + shift,
-        )
-        for c in drawn
+        replace(training_sequence(t, weight=1e-3, advantage=1.0), sampler_log_probs=t.log_probs + np.float32(shift))
+        for t in drawn
     ]
     found = Disagreement.of(learner.accumulate(sequences, Objective(GRPO)))
     learner.apply(0.0)
@@ -110,7 +106,7 @@ def test_vllms_own_rotary_kernel_is_caught(native: bool, without_yarn: ModelOpti
     fleet = Fleet(without_yarn.path, "float32", OPTIONS.model_copy(update={"native_rotary": native}), [2])
     try:
         sampling = SamplingOptions(max_new_tokens=16)
-        drawn = [g.completions[0] for g in fleet.generate(PROMPTS, 1, sampling, seed=0, step=0)]
+        drawn = [g.trajectories[0] for g in fleet.sample(PROMPTS, 1, sampling, seed=0, step=0)]
         found = compare(drawn, PlainLearner(without_yarn))  # type: ignore[arg-type]
     finally:
         fleet.close()

@@ -22,8 +22,10 @@ def sequences() -> Callable[[int], list[TrainingSequence]]:
         drawn = []
         for _ in range(12):
             prompt, completion = random.randint(2, 20), random.randint(1, 30)
-            drawn.append(TrainingSequence([random.randrange(512) for _ in range(prompt + completion)], prompt, 1.0))
-        total = sum(s.completion_length for s in drawn)
+            drawn.append(
+                TrainingSequence.of_completion([random.randrange(512) for _ in range(prompt + completion)], prompt, 1.0)
+            )
+        total = sum(s.sampled_tokens for s in drawn)
         return [replace(s, weight=1 / total) for s in drawn]
 
     return draw
@@ -41,7 +43,7 @@ def experience() -> Callable[[list[TrainingSequence], Sequence[Any]], list[Train
         return [
             replace(
                 s,
-                weight=1 / (len(drawn) * s.completion_length),
+                weight=1 / (len(drawn) * s.sampled_tokens),
                 advantage=float(random.normal()),
                 old_log_probs=(now + random.normal(0, 0.2, len(now))).astype(np.float32),
             )

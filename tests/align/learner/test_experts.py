@@ -23,7 +23,9 @@ EXPERTS = 8
 def sequences(count: int) -> list[TrainingSequence]:
     random = Random(3)
     return [
-        TrainingSequence([random.randrange(512) for _ in range(random.randint(5, 40))], random.randint(1, 4), 0.01)
+        TrainingSequence.of_completion(
+            [random.randrange(512) for _ in range(random.randint(5, 40))], random.randint(1, 4), 0.01
+        )
         for _ in range(count)
     ]
 

@@ -24,8 +24,8 @@ def test_ranks_get_like_shares() -> None:
 
 
 def test_collate_lines_up_targets_masks_and_values() -> None:
-    a = TrainingSequence([5, 6, 7, 8], 2, 0.5, 1.0, [-1.0, -2.0])
-    b = TrainingSequence([5, 6, 9], 1, 0.25, -1.0, [-3.0, -4.0])
+    a = TrainingSequence.of_completion([5, 6, 7, 8], 2, 0.5, advantage=1.0, sampler_log_probs=[-1.0, -2.0])
+    b = TrainingSequence.of_completion([5, 6, 9], 1, 0.25, advantage=-1.0, sampler_log_probs=[-3.0, -4.0])
     batch = collate([a, b], pad_id=0)
     assert batch.token_ids.tolist() == [[5, 6, 7, 8], [5, 6, 9, 0]]
     assert batch.targets[batch.mask].tolist() == [7, 8, 6, 9]

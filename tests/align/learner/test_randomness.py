@@ -142,7 +142,7 @@ def test_a_checkpoint_s_auxiliary_loss_is_not_computed_with_prompts_apart_or_sha
     settings = config()
     settings.output_router_logits = True
     module = LogProbs(network_of(settings))
-    group = [TrainingSequence([5, 6, 7, 8, *tail], 4, 1.0) for tail in ([9, 10], [11], [12, 13, 14])]
+    group = [TrainingSequence.of_completion([5, 6, 7, 8, *tail], 4, 1.0) for tail in ([9, 10], [11], [12, 13, 14])]
     found = []
     for together in (collate, collate_after_prompts):
         batch = together(group, 0)

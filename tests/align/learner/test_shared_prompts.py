@@ -54,12 +54,14 @@ def groups(seed: int, vocabulary: int = 64, sizes: tuple[int, ...] = (4, 3, 1)) 
 
     prompts = [tokens(random.randint(12, 20)) for _ in sizes[:-1]] + [tokens(1)]
     drawn = [
-        TrainingSequence([*prompt, *tokens(random.randint(1, 12))], len(prompt), 1.0, random.gauss(0, 1))
-        for prompt, size in zip(prompts, sizes, strict=True)
+        TrainingSequence.of_completion(
+            [*prompt, *tokens(random.randint(1, 12))], len(prompt), 1.0, advantage=random.gauss(0, 1), group=number
+        )
+        for number, (prompt, size) in enumerate(zip(prompts, sizes, strict=True))
         for _ in range(size)
     ]
     random.shuffle(drawn)
-    total = sum(s.completion_length for s in drawn)
+    total = sum(s.sampled_tokens for s in drawn)
     return [replace(s, weight=1 / total) for s in drawn]
 
 
@@ -94,7 +96,7 @@ def experience(policy: ModelOptions, ray_session: None) -> list[TrainingSequence
     """Samples of an older policy."""
     drawn = groups(1, vocabulary=512, sizes=(6, 5, 3))
     generator = torch.Generator().manual_seed(2)
-    noise = [0.2 * torch.randn(s.completion_length, generator=generator).numpy() - 6 for s in drawn]
+    noise = [0.2 * torch.randn(s.sampled_tokens, generator=generator).numpy() - 6 for s in drawn]
     return [
         replace(s, old_log_probs=values, sampler_log_probs=values + 0.1) for s, values in zip(drawn, noise, strict=True)
     ]
@@ -180,7 +182,7 @@ def test_micro_batches_hold_every_sequence_once_within_the_budget(
 def test_a_group_stays_together_unless_its_lengths_are_far_apart() -> None:
     prompt = list(range(40))
     lengths = [10, 11, 12, 100, 101, 102]
-    sequences = [TrainingSequence([*prompt, *[1] * n], 40, 1.0) for n in lengths]
+    sequences = [TrainingSequence.of_completion([*prompt, *[1] * n], 40, 1.0) for n in lengths]
     order, padded = rows_after_prompts(sequences)
     (micro_batches,) = plan_micro_batches(order, padded, 400, 1)
     assert sorted(sorted(m) for m in micro_batches) == [[0, 1, 2], [3, 4, 5]]

@@ -188,7 +188,7 @@ def inputs_and_outputs(engine: Any, process: Any, prompts: list[Prompt]) -> dict
             method.apply = remember
             undo.append(lambda method=method, apply=apply: setattr(method, "apply", apply))
     sampling = SamplingOptions(temperature=1, max_new_tokens=1)
-    engine.generate([Request(prompt, 0, 0) for prompt in prompts], sampling)
+    engine.sample([Request(prompt, 0, 0) for prompt in prompts], sampling)
     for step in undo:
         step()
     found = outputs(engine, process, seen)

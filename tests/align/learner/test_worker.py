@@ -70,28 +70,37 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> Callable[..., LearnerWorker]:
     return make
 
 
-def drawn() -> list[TrainingSequence]:
-    """Four sequences whose log-probabilities, some with ratios on either side of the trust region, are of an older policy."""
+def drawn(*, gaps: bool = False) -> list[TrainingSequence]:
+    """Two groups of two sequences whose log-probabilities, some with ratios on either side of the trust region, are of an older policy.
+
+    With `gaps`, an environment wrote tokens between those that the policy drew.
+    """
     random = np.random.default_rng(0)
+    prompts = [[int(t) for t in random.integers(1, 32, 3)] for _ in range(2)]
     found = []
-    for advantage in (1.0, -1.0, 0.5, -2.0):
-        length = int(random.integers(2, 6))
+    for place, advantage in enumerate((1.0, -1.0, 0.5, -2.0)):
+        length = int(random.integers(4, 8))
+        sampled = random.random(length) < 0.6 if gaps else np.ones(length, dtype=bool)
+        sampled[0] = sampled[-1] = True
+        count = int(sampled.sum())
         found.append(
             TrainingSequence(
-                [int(t) for t in random.integers(1, 32, 3 + length)],
-                3,
-                weight=1 / (4 * length),
+                [*prompts[place // 2], *(int(t) for t in random.integers(1, 32, length))],
+                np.concatenate([np.zeros(3, dtype=bool), sampled]),
+                weight=1 / (4 * count),
                 advantage=advantage,
-                old_log_probs=(-np.log(32) + random.normal(0, 0.4, length)).astype(np.float32),
+                old_log_probs=(-np.log(32) + random.normal(0, 0.4, count)).astype(np.float32),
+                group=place // 2,
             )
         )
+    assert not gaps or any(not s.sampled[3:].all() for s in found)
     return found
 
 
 def log_probs(model: Any, sequence: TrainingSequence, temperature: float) -> torch.Tensor:
-    ids = torch.tensor([list(sequence.token_ids)])
-    logits = model(input_ids=ids, use_cache=False).logits[0, sequence.prompt_length - 1 : -1] / temperature
-    return logits.log_softmax(-1).gather(-1, ids[0, sequence.prompt_length :, None])[:, 0]
+    ids, sampled = torch.tensor([list(sequence.token_ids)]), torch.as_tensor(sequence.sampled)
+    logits = model(input_ids=ids, use_cache=False).logits[0, :-1] / temperature
+    return logits.log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0][sampled[1:]]
 
 
 def expected_gradient(options: GrpoOptions, sequences: Sequence[TrainingSequence]) -> torch.Tensor:
@@ -116,7 +125,10 @@ def expected_gradient(options: GrpoOptions, sequences: Sequence[TrainingSequence
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("clip", [(0.1, 0.5), (0.5, 0.1)])
 @pytest.mark.parametrize("kl", [0.0, 0.3])
-def test_the_gradient_is_that_of_the_papers_equation(worker: Any, level: Any, clip: Any, kl: float) -> None:
+@pytest.mark.parametrize(("gaps", "share"), [(False, False), (True, False), (True, True)])
+def test_the_gradient_is_that_of_the_papers_equation(
+    worker: Any, level: Any, clip: Any, kl: float, gaps: bool, share: bool
+) -> None:
     options = GrpoOptions(
         steps=1,
         prompts_per_step=1,
@@ -127,7 +139,7 @@ def test_the_gradient_is_that_of_the_papers_equation(worker: Any, level: Any, cl
         level=level,
         aggregation="sequence_sum" if level == "sequence" else "sample_mean",
     )
-    rank, sequences = worker(), drawn()
+    rank, sequences = worker(share_prompts=share), drawn(gaps=gaps)
     rank.accumulate([sequences[:3], sequences[3:]], Objective(options, TEMPERATURE))
     found = torch.cat([p.grad.flatten() for p in rank._network.parameters()])
     expected = expected_gradient(options, sequences)
@@ -135,9 +147,10 @@ def test_the_gradient_is_that_of_the_papers_equation(worker: Any, level: Any, cl
     assert (found - expected).norm() / expected.norm() < 1e-4
 
 
-def test_log_probabilities_are_those_after_the_temperature(worker: Any) -> None:
-    sequences = drawn()
-    [found] = worker().log_probs([sequences], TEMPERATURE)
+@pytest.mark.parametrize(("gaps", "share"), [(False, False), (True, False), (True, True)])
+def test_log_probabilities_are_those_after_the_temperature(worker: Any, gaps: bool, share: bool) -> None:
+    sequences = drawn(gaps=gaps)
+    [found] = worker(share_prompts=share).log_probs([sequences], TEMPERATURE)
     for values, sequence in zip(found, sequences, strict=True):
         assert values == pytest.approx(log_probs(network(0), sequence, TEMPERATURE).detach().numpy(), abs=1e-5)
 

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from align.evaluate.problems import Evaluation
+from align.evaluate.accuracy import Evaluation
 from align.learner.batch import TrainingSequence
+from align.learner.group import LearnerGroup
 from align.learner.objective import Objective, Sums
 from align.model.policy import load_tokenizer
 from align.recipe import ModelOptions, PolicyRecipe, load_recipe
@@ -25,9 +26,9 @@ from align.session.run import Run, open_run
 from align.stages import grpo, sft
 from align.stages.held_out import HeldOut
 from reward import Mixture, RewardTerm, Sample, SampleReward, Score, Verdict
-from rollout import Completion, FinishReason, Group, ObjectStore, Prompt, SamplingOptions
+from rollout import FinishReason, Group, ObjectStore, Prompt, SamplingOptions, Trajectory
 
-SURENESS = -0.5
+MEAN_LOG_PROB = -0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,7 @@ class FakeFleet:
         self.loaded.append((source, version))
         self.weight_version = version
 
-    def generate(
+    def sample(
         self, prompts: Sequence[Prompt], group_size: int, sampling: SamplingOptions, **seeds: Any
     ) -> Iterator[Group]:
         asked = {"sampling": sampling, "version": self.weight_version, "prompts": [prompt.id for prompt in prompts]}
@@ -72,12 +73,12 @@ class FakeFleet:
         for place, prompt in reversed(list(enumerate(prompts))):
             written = [Written(**self.write(seeds["step"], place, index)) for index in range(group_size)]
             self.worth |= {f"{prompt.id}#{index}": one.worth for index, one in enumerate(written)}
-            yield Group(prompt, [self._completion(prompt, index, one) for index, one in enumerate(written)])
+            yield Group(prompt, [self._trajectory(prompt, index, one) for index, one in enumerate(written)])
 
-    def _completion(self, prompt: Prompt, index: int, written: Written) -> Completion:
+    def _trajectory(self, prompt: Prompt, index: int, written: Written) -> Trajectory:
         reason = FinishReason.LENGTH if written.truncated else FinishReason.STOP
-        tokens, log_probs = [5] * written.tokens, [SURENESS] * written.tokens
-        return Completion(prompt.id, index, prompt.token_ids, tokens, log_probs, reason, 0, self.weight_version)
+        tokens, log_probs = [5] * written.tokens, [MEAN_LOG_PROB] * written.tokens
+        return Trajectory.of_one_turn(prompt, index, tokens, log_probs, reason, weight_version=self.weight_version)
 
 
 @dataclass(slots=True)
@@ -126,7 +127,7 @@ class FakeLearner:
 
     def accumulate(self, sequences: Sequence[TrainingSequence], objective: Objective) -> Sums:
         self.batches.append(Accumulated(list(sequences), objective))
-        tokens = sum(s.completion_length for s in sequences)
+        tokens = sum(s.sampled_tokens for s in sequences)
         apart = self.difference * tokens
         return Sums(tokens=tokens, padded_tokens=tokens, entropy=tokens, compared=tokens, difference=apart, loss=0.5)
 
@@ -136,7 +137,9 @@ class FakeLearner:
 
     def log_probs(self, sequences: Sequence[TrainingSequence], temperature: float) -> list[Any]:
         self.asked.append((len(sequences), temperature, len(self.batches)))
-        return [-(n + 1) / np.arange(1, s.completion_length + 1, dtype=np.float32) for n, s in enumerate(sequences)]
+        return [-(n + 1) / np.arange(1, s.sampled_tokens + 1, dtype=np.float32) for n, s in enumerate(sequences)]
+
+    update = LearnerGroup.update
 
     def expert_load(self) -> dict[str, float]:
         return {}

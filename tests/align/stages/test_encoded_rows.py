@@ -7,7 +7,7 @@ import pytest
 
 from align.data.types import Example, Message, Preference
 from align.errors import UserError
-from align.evaluate.problems import encode_prompts
+from align.experience import encode_problems
 from align.model.policy import load_tokenizer
 from align.recipe import ModelOptions
 from align.stages import pairs, sft
@@ -19,7 +19,7 @@ EXAMPLE = Example("row 7", MESSAGES, "It is 4.", None, "math")
 @pytest.mark.parametrize(
     ("encode", "message"),
     [
-        (lambda tokenizer: encode_prompts(tokenizer, [EXAMPLE]), "prompt 'row 7': .* refuses .* not today"),
+        (lambda tokenizer: encode_problems(tokenizer, [EXAMPLE]), "prompt 'row 7': .* refuses .* not today"),
         (lambda tokenizer: sft.encode_demonstration(tokenizer, EXAMPLE), "example 'row 7': .* refuses .* not today"),
         (
             lambda tokenizer: pairs.encode(tokenizer, Preference("row 7", MESSAGES, "a", "b", "math"), 0.0),

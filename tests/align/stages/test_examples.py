@@ -112,11 +112,11 @@ def test_a_second_entry_of_a_card_has_ids_and_a_digest_of_its_own(tmp_path: Path
     made = recipe("grpo", tmp_path, data=data, grpo={"steps": 1, "prompts_per_step": 80, "group_size": 2})
     with open_run(made) as run:
         loaded = load_grpo_data(made, TOKENIZER, run)
-    ids = [example.id for example in items_of_step(loaded.sources, seed=0, step=0)]
+    ids = [problem.example.id for problem in items_of_step(loaded.sources, seed=0, step=0)]
     assert len(set(ids)) == len(ids) == 80
-    assert all(loaded.prompts[id_].id == id_ for id_ in ids)
+    assert all(problem.prompt.id == problem.example.id for problem in loaded.sources[1].items)
     assert [source.card for source in loaded.sources] == ["nano_math", "nano_math@2"]
-    assert all(example.id.endswith("@2") for example in loaded.sources[1].items)
+    assert all(problem.prompt.id.endswith("@2") for problem in loaded.sources[1].items)
 
 
 def test_a_single_entry_has_the_ids_that_it_always_had(tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_a_single_entry_has_the_ids_that_it_always_had(tmp_path: Path) -> None:
     with open_run(made) as run:
         [source] = load_grpo_data(made, TOKENIZER, run).sources
     assert source.card == "nano_math"
-    assert source.items == load_split(load_card("nano_math"), "train").examples
+    assert [problem.example for problem in source.items] == load_split(load_card("nano_math"), "train").examples
 
 
 def test_entries_that_differ_in_their_share_alone_are_one_with_both_shares(tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_a_prompt_that_is_too_long_is_left_out_and_counted_or_refuses_the_run(
     with open_run(made) as run:
         loaded = load(made, TOKENIZER, run)
         [found] = [event for event in events(tmp_path, "warning") if "too_long" in event]
-    parts = {part.split: part.examples for part in loaded} if stage == "preferences" else {}
+    parts = {part.split: part.problems for part in loaded} if stage == "preferences" else {}
     kept = parts["train"] if parts else loaded.sources[0].items
     assert len(kept) == 2
     assert (found["too_long"], found["examples"], found["card"]) == (1, 3, own)

@@ -41,7 +41,7 @@ def test_advantages_are_of_the_scale_that_the_recipe_names(train: Any, scale: st
 def test_a_sequence_is_the_samplers_tokens_with_the_log_probabilities_that_drew_them(train: Any) -> None:
     stage = train("grpo", *SMALL, write=write)
     for sequence, length in zip(first_batch(stage), LENGTHS * 2, strict=True):
-        assert sequence.completion_length == length
+        assert sequence.sampled_tokens == length
         assert list(sequence.token_ids[sequence.prompt_length :]) == [5] * length
         assert list(sequence.sampler_log_probs) == [-0.5] * length
         assert sequence.old_log_probs is None
@@ -60,8 +60,8 @@ def test_what_the_recipe_leaves_out_is_neither_trained_on_nor_in_a_denominator(
 ) -> None:
     stage = train("grpo", *SMALL, override, write=write)
     batch = first_batch(stage)
-    assert [s.completion_length for s in batch] == [LENGTHS[i % 4] for i in kept]
-    assert [s.weight * s.completion_length for s in batch] == pytest.approx([1 / len(kept)] * len(kept))
+    assert [s.sampled_tokens for s in batch] == [LENGTHS[i % 4] for i in kept]
+    assert [s.weight * s.sampled_tokens for s in batch] == pytest.approx([1 / len(kept)] * len(kept))
     assert stage.steps[0]["trained_on"] == len(kept) / 8
 
 
@@ -106,11 +106,11 @@ def test_several_updates_keep_near_the_policy_that_the_step_began_with(train: An
     for step in (0, 2):
         sequences = [s for batch in stage.learner.batches[step : step + 2] for s in batch.sequences]
         for number, sequence in enumerate(sequences):
-            expected = [-(number + 1) / (place + 1) for place in range(sequence.completion_length)]
+            expected = [-(number + 1) / (place + 1) for place in range(sequence.sampled_tokens)]
             assert list(sequence.old_log_probs) == pytest.approx(expected)
     # Each update has the weights of a mean of its own.
     for batch in stage.learner.batches:
-        assert sum(s.weight * s.completion_length for s in batch.sequences) == pytest.approx(1)
+        assert sum(s.weight * s.sampled_tokens for s in batch.sequences) == pytest.approx(1)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_each_step_is_drawn_with_the_seed_the_step_and_the_weights_of_the_step_b
         (3, 2, 2),
     ]
     for step, call in enumerate(stage.fleet.calls):
-        assert call["prompts"] == [e.id for e in items_of_step(stage.data.sources, seed=3, step=step)]
+        assert call["prompts"] == [p.prompt.id for p in items_of_step(stage.data.sources, seed=3, step=step)]
         assert call["sampling"] == stage.recipe.sampling
     assert stage.fleet.loaded == [(1, 1), (2, 2), (3, 3)]
     assert stage.checked == ["before GRPO", "after GRPO"]
@@ -181,7 +181,7 @@ def test_groups_that_could_not_be_judged_are_not_groups_of_equal_rewards(train: 
         *SMALL,
         write=lambda step, place, index: {"worth": None if place or step else float(index)},
     )
-    assert [line["uniform_groups"] for line in stage.steps] == [0.0, "nan"]
+    assert [line["zero_variance_groups"] for line in stage.steps] == [0.0, "nan"]
     assert [event for event in stage.warnings if "alarm" in event] == []
 
 

@@ -14,6 +14,6 @@ from align.stages.held_out import load_problems
 def test_the_problems_are_of_the_split_that_is_held_out(split: str) -> None:
     recipe: Any = load_recipe(Path("recipes/nano/sft.yaml"), [f"evaluation.split={split}", "evaluation.limit=40"])
     problems = load_problems(recipe, load_tokenizer(recipe.model.path))
-    assert len(problems.examples) == 40
-    assert all(example.id.startswith(f"nano_math/{split}/") for example in problems.examples)
-    assert {prompt.id for prompt in problems.probe} <= {example.id for example in problems.examples}
+    assert len(problems.problems) == 40
+    assert all(problem.prompt.id.startswith(f"nano_math/{split}/") for problem in problems.problems)
+    assert {prompt.id for prompt in problems.probe} <= {problem.prompt.id for problem in problems.problems}

@@ -18,7 +18,7 @@ from align.session.run import open_run
 from align.stages import grpo
 from align.stages.held_out import HeldOut, load_problems
 from reward import Sample, SampleReward, Score, Verdict
-from rollout import Completion, FinishReason, Group, Prompt
+from rollout import FinishReason, Group, Prompt, Trajectory
 
 NANO = Path("recipes/nano/grpo.yaml")
 RIGHT = Score(1.0, Verdict.PASS)
@@ -33,10 +33,10 @@ class Fleet:
     def __init__(self) -> None:
         self.asked: list[str] = []
 
-    def generate(self, prompts: Sequence[Prompt], group_size: int, *_: Any, seed: int, step: int) -> Iterator[Group]:
+    def sample(self, prompts: Sequence[Prompt], group_size: int, *_: Any, seed: int, step: int) -> Iterator[Group]:
         for prompt in prompts:
             self.asked.append(prompt.id)
-            ended = Completion(prompt.id, 0, prompt.token_ids, [1], [0.0], FinishReason.STOP, seed, 0)
+            ended = Trajectory.of_one_turn(prompt, 0, [1], [0.0], FinishReason.STOP, seed=seed)
             yield Group(prompt, [ended] * group_size)
 
 
@@ -113,7 +113,7 @@ def test_prompts_that_are_too_long_to_be_answered_are_on_record(tmp_path: Path) 
         [found] = [
             e for e in map(json.loads, (tmp_path / "run" / "events.jsonl").read_text().splitlines()) if "too_long" in e
         ]
-    assert len(problems.examples) == 20
+    assert len(problems.problems) == 20
     assert 0 < found["too_long"] < 20
     assert all(len(prompt.token_ids) <= 16 for prompt in problems.probe)
 
@@ -142,11 +142,12 @@ def test_what_grpo_rates_its_checkpoints_by_are_those_problems(monkeypatch: pyte
     engines.fleet.weight_version = 0
     monkeypatch.setattr(grpo, "HeldOut", lambda *_: held_out)
     monkeypatch.setattr(grpo, "Steps", lambda *_, **__: steps)
-    monkeypatch.setattr(grpo, "update", lambda *_: (None, None, 1.0))
-    for name in ("start_learner", "items_of_step", "sample", "training_sequences", "write_samples", "step_metrics"):
+    learner = MagicMock()
+    learner.return_value.update.return_value = (None, 1.0)
+    monkeypatch.setattr(grpo, "start_learner", learner)
+    for name in ("submit", "gather", "compare", "updates_of", "sample_rows", "write_samples", "step_metrics", "Guards"):
         monkeypatch.setattr(grpo, name, MagicMock())
-    for name in ("Alarms", "BadSamples"):
-        monkeypatch.setattr(grpo, name, MagicMock())
+    monkeypatch.setattr(grpo, "items_of_step", lambda *_, **__: [])
     grpo.train_grpo(made, MagicMock(), made.model, engines, run)
     assert steps.rate.call_args_list == [call(2, 0.2), call(4, 0.4)]
     assert [asked.args[0] for asked in held_out.evaluate.call_args_list] == ["after GRPO"]

@@ -1,34 +1,25 @@
 """Pairs of a policy's own answers: right beside wrong, no text twice, nothing that nobody could judge."""
 
-from pathlib import Path
+from typing import Any
 
 from align.data.types import Example
-from align.evaluate.problems import Answer
-from align.recipe import PreferencesRecipe
+from align.experience import Problem, ScoredGroup, ScoredTrajectory
 from align.stages.preferences import pairs_of
 from reward import SampleReward, Verdict
-from rollout import Completion, FinishReason
+from rollout import FinishReason, Prompt, Trajectory
 
 EXAMPLE = Example("e", ({"role": "user", "content": "What is 1 + 1?"},), None, "2", "arithmetic")
+PROMPT = Prompt("e", [1])
 
 
-def recipe(pairs_per_prompt: int) -> PreferencesRecipe:
-    return PreferencesRecipe.model_validate(
-        {
-            "stage": "preferences",
-            "name": "pairs",
-            "model": {"path": str(Path("policy"))},
-            "data": [{"card": "nano_math"}],
-            "rewards": [{"name": "exact_answer"}],
-            "preferences": {"pairs_per_prompt": pairs_per_prompt},
-        }
-    )
+def pairs(*answers: ScoredTrajectory, most: int) -> list[dict[str, Any]]:
+    return list(pairs_of(ScoredGroup(Problem(EXAMPLE, PROMPT), answers), most, seed=0))
 
 
-def answer(text: str, verdict: Verdict) -> Answer:
-    completion = Completion("e", 0, [], [], [], FinishReason.STOP, 0, 0)
+def answer(text: str, verdict: Verdict) -> ScoredTrajectory:
+    drawn = Trajectory.of_one_turn(PROMPT, 0, [], [], FinishReason.STOP)
     value = None if verdict is Verdict.INFRA_ERROR else 1.0
-    return Answer(completion, text, SampleReward(value, verdict, {}))
+    return ScoredTrajectory(drawn, text, SampleReward(value, verdict, {}))
 
 
 RIGHT = [answer(f"right {i}", Verdict.PASS) for i in (1, 2, 2, 3)]
@@ -37,20 +28,20 @@ MASKED = [answer("nobody knows", Verdict.INFRA_ERROR)]
 
 
 def test_each_pair_has_a_right_answer_and_a_wrong_one_and_each_text_comes_once() -> None:
-    pairs = list(pairs_of(EXAMPLE, RIGHT + WRONG + MASKED, recipe(5)))
-    assert len(pairs) == 2
-    assert all(pair["chosen"].startswith("right") and pair["rejected"].startswith("wrong") for pair in pairs)
-    assert len({pair["chosen"] for pair in pairs} | {pair["rejected"] for pair in pairs}) == 4
-    assert [pair["id"] for pair in pairs] == ["e/0", "e/1"]
-    assert pairs[0]["messages"] == [{"role": "user", "content": "What is 1 + 1?"}]
+    found = pairs(*RIGHT, *WRONG, *MASKED, most=5)
+    assert len(found) == 2
+    assert all(pair["chosen"].startswith("right") and pair["rejected"].startswith("wrong") for pair in found)
+    assert len({pair["chosen"] for pair in found} | {pair["rejected"] for pair in found}) == 4
+    assert [pair["id"] for pair in found] == ["e/0", "e/1"]
+    assert found[0]["messages"] == [{"role": "user", "content": "What is 1 + 1?"}]
 
 
 def test_the_recipe_limits_the_pairs_of_a_prompt_and_they_are_drawn_by_its_seed() -> None:
-    one = list(pairs_of(EXAMPLE, RIGHT + WRONG, recipe(1)))
+    one = pairs(*RIGHT, *WRONG, most=1)
     assert len(one) == 1
-    assert one == list(pairs_of(EXAMPLE, RIGHT + WRONG, recipe(1)))
+    assert one == pairs(*RIGHT, *WRONG, most=1)
 
 
 def test_a_prompt_that_is_too_easy_or_too_hard_gives_none() -> None:
-    assert list(pairs_of(EXAMPLE, RIGHT, recipe(2))) == []
-    assert list(pairs_of(EXAMPLE, WRONG + MASKED, recipe(2))) == []
+    assert pairs(*RIGHT, most=2) == []
+    assert pairs(*WRONG, *MASKED, most=2) == []

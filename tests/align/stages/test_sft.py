@@ -16,7 +16,7 @@ def test_a_step_is_a_mean_over_the_completion_tokens_of_its_sequences(train: Any
         assert len(batch.sequences) == 4
         assert batch.objective.grpo is None
         assert batch.objective.temperature == 1.0
-        tokens = sum(s.completion_length for s in batch.sequences)
+        tokens = sum(s.sampled_tokens for s in batch.sequences)
         assert [s.weight for s in batch.sequences] == pytest.approx([1 / tokens] * 4)
 
 

@@ -7,30 +7,34 @@ from typing import Any
 import pytest
 
 from align.data.types import Example
+from align.evaluate.accuracy import Evaluation, evaluate, summarise
 from align.evaluate.asking import ask
 from align.evaluate.hooks import Checkpoint
-from align.evaluate.problems import Answer, Evaluation, evaluate, summarise
+from align.experience import Problem, ScoredGroup, ScoredTrajectory, encode_problems
 from reward import Sample, SampleReward, Verdict
-from rollout import Completion, FinishReason
+from rollout import FinishReason, Prompt, Trajectory
 
 DOMAINS = {"a": "arithmetic", "b": "arithmetic", "c": "code"}
-EXAMPLES = {
-    id_: Example(id_, ({"role": "user", "content": "?"},), None, None, domain) for id_, domain in DOMAINS.items()
+PROBLEMS = {
+    id_: Problem(Example(id_, ({"role": "user", "content": "?"},), None, None, domain), Prompt(id_, [1]))
+    for id_, domain in DOMAINS.items()
 }
 RIGHT, WRONG, UNJUDGED = Verdict.PASS, Verdict.WRONG, Verdict.INFRA_ERROR
 
 
-def answer(id_: str, verdict: Verdict, *, tokens: int = 3, finish: FinishReason = FinishReason.STOP) -> Answer:
-    completion = Completion(id_, 0, [1], [2] * tokens, [-0.1] * tokens, finish, 0, 0)
-    return Answer(completion, "text", SampleReward(None if verdict is UNJUDGED else 1.0, verdict, {}))
+def group(id_: str, *verdicts: Verdict, tokens: int = 3, finish: FinishReason = FinishReason.STOP) -> ScoredGroup:
+    problem = PROBLEMS[id_]
+    drawn = Trajectory.of_one_turn(problem.prompt, 0, [2] * tokens, [-0.1] * tokens, finish)
+    rewards = [SampleReward(None if verdict is UNJUDGED else 1.0, verdict, {}) for verdict in verdicts]
+    return ScoredGroup(problem, [ScoredTrajectory(drawn, "text", reward) for reward in rewards])
 
 
-def greedy(a: Verdict, b: Verdict, c: Verdict) -> list[Answer]:
-    return [answer("a", a), answer("b", b), answer("c", c)]
+def greedy(a: Verdict, b: Verdict, c: Verdict) -> list[ScoredGroup]:
+    return [group("a", a), group("b", b), group("c", c)]
 
 
 def test_accuracy_is_the_share_of_right_answers_in_all_and_by_domain() -> None:
-    found = summarise(EXAMPLES, greedy(RIGHT, WRONG, RIGHT), [])
+    found = summarise(greedy(RIGHT, WRONG, RIGHT), [])
     assert found.accuracy == pytest.approx(2 / 3)
     assert found.by_domain == {"arithmetic": 0.5, "code": 1.0}
     assert (found.problems, found.pass_at) == (3, {})
@@ -38,7 +42,7 @@ def test_accuracy_is_the_share_of_right_answers_in_all_and_by_domain() -> None:
 
 
 def test_an_answer_that_nobody_could_judge_is_not_a_wrong_one() -> None:
-    found = summarise(EXAMPLES, greedy(RIGHT, UNJUDGED, UNJUDGED), [])
+    found = summarise(greedy(RIGHT, UNJUDGED, UNJUDGED), [])
     assert found.accuracy == 1.0
     assert found.by_domain["arithmetic"] == 1.0
     assert isnan(found.by_domain["code"])
@@ -46,22 +50,18 @@ def test_an_answer_that_nobody_could_judge_is_not_a_wrong_one() -> None:
 
 
 def test_pass_at_k_is_over_the_problems_with_k_judged_samples() -> None:
-    drawn = [
-        *(answer("a", verdict) for verdict in (RIGHT, WRONG)),
-        *(answer("b", verdict) for verdict in (WRONG, WRONG)),
-        *(answer("c", verdict) for verdict in (RIGHT, UNJUDGED)),
-    ]
-    found = summarise(EXAMPLES, greedy(RIGHT, RIGHT, RIGHT), drawn)
+    drawn = [group("a", RIGHT, WRONG), group("b", WRONG, WRONG), group("c", RIGHT, UNJUDGED)]
+    found = summarise(greedy(RIGHT, RIGHT, RIGHT), drawn)
     assert found.pass_at == {1: pytest.approx((0.5 + 0 + 1) / 3), 2: pytest.approx((1 + 0) / 2)}
 
 
 def test_lengths_and_cut_off_answers_are_those_of_the_greedy_ones() -> None:
     answers = [
-        answer("a", WRONG, tokens=5, finish=FinishReason.LENGTH),
-        answer("b", RIGHT),
-        answer("c", RIGHT, tokens=1),
+        group("a", WRONG, tokens=5, finish=FinishReason.LENGTH),
+        group("b", RIGHT),
+        group("c", RIGHT, tokens=1),
     ]
-    found = summarise(EXAMPLES, answers, [answer(id_, RIGHT, tokens=50) for id_ in EXAMPLES])
+    found = summarise(answers, [group(id_, RIGHT, tokens=50) for id_ in PROBLEMS])
     assert (found.mean_length, found.truncated) == (3.0, pytest.approx(1 / 3))
     assert [row["greedy"] for row in found.rows] == [True] * 3 + [False] * 3
 
@@ -81,10 +81,11 @@ def test_a_prompt_that_is_too_long_stays_in_the_denominator_and_is_counted(
 ) -> None:
     asked = {"short": "1 + 1?", "long": "1" * 200}
     examples = [Example(i, ({"role": "user", "content": text},), None, "2", "arithmetic") for i, text in asked.items()]
+    problems = encode_problems(checkpoint.tokenizer, examples)
     fleet = scripted(lambda prompt: "2")
     fleet.weight_version = 0
     judges: Any = KindJudges()
-    found = evaluate(fleet, checkpoint.tokenizer, examples, judges, samples=1, max_new_tokens=8, longest=50, seed=0)
+    found = evaluate(fleet, checkpoint.tokenizer, problems, judges, samples=1, max_new_tokens=8, longest=50, seed=0)
     assert (found.problems, found.accuracy, found.pass_at, found.too_long) == (2, 0.5, {1: 0.5}, 1)
     assert found.verdicts == {"pass": 1, "no_answer": 1}
     assert (found.mean_length, found.truncated) == (2.0, 0.0)

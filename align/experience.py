@@ -1,0 +1,195 @@
+"""Experience: trajectories sampled from the policy, with their rewards. Training and evaluation share this record.
+
+A problem's trajectories are a group, and stay one from the sampler to the loss: `Fleet.sample` yields groups as they
+finish, `submit` hands each to the scoring pool while others are still being sampled, and `gather` returns all of them
+scored, in the order of the problems.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from align.data.chat import answer_text, encode_prompt
+from align.data.types import Example
+from align.errors import naming
+from align.learner.batch import TrainingSequence
+from reward import Sample, SampleReward, ScoringPool, Ticket, Verdict
+from rollout import FinishReason, Group, Prompt, Trajectory, Turn, Versions
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """An example of the data, and its prompt as token ids."""
+
+    example: Example
+    prompt: Prompt
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredTrajectory:
+    """A trajectory, its last turn as text, and its reward with the verdict."""
+
+    trajectory: Trajectory
+    text: str
+    reward: SampleReward
+
+    @property
+    def sample_id(self) -> str:
+        """The prompt's id and the place in the group, such as `sum/17#3`."""
+        return f"{self.trajectory.prompt_id}#{self.trajectory.index}"
+
+    @property
+    def right(self) -> bool:
+        return self.reward.verdict is Verdict.PASS
+
+    @property
+    def scored(self) -> bool:
+        """Whether it has a reward: False where the scoring machinery failed, which says nothing of the policy."""
+        return self.reward.verdict is not Verdict.INFRA_ERROR
+
+    @property
+    def truncated(self) -> bool:
+        """Whether it was cut off at a limit of length."""
+        return self.trajectory.finish_reason is FinishReason.LENGTH
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredGroup:
+    """A problem and its scored trajectories, by index."""
+
+    problem: Problem
+    trajectories: Sequence[ScoredTrajectory]
+
+
+Submitted = tuple[Group, list[str], Ticket]
+
+
+def encode_problems(tokenizer: Any, examples: Sequence[Example]) -> list[Problem]:
+    """The examples with their prompts as token ids. Raises UserError for one that the chat template refuses."""
+    problems = []
+    for example in examples:
+        with naming(f"prompt {example.id!r}"):
+            problems.append(Problem(example, Prompt(example.id, encode_prompt(tokenizer, example.messages))))
+    return problems
+
+
+def submit(
+    groups: Iterable[Group], problems: Sequence[Problem], tokenizer: Any, pool: ScoringPool
+) -> dict[str, Submitted]:
+    """Hand each group to the scoring pool as soon as it is complete; returns them by the problem's id."""
+    examples = {problem.example.id: problem.example for problem in problems}
+    submitted = {}
+    for group in groups:
+        example = examples[group.prompt.id]
+        texts = [answer_text(tokenizer, example.messages, t.token_ids) for t in group.trajectories]
+        samples = [reward_sample(example, t, text) for t, text in zip(group.trajectories, texts, strict=True)]
+        submitted[example.id] = group, texts, pool.submit(samples)
+    return submitted
+
+
+def gather(submitted: Mapping[str, Submitted], problems: Sequence[Problem], pool: ScoringPool) -> list[ScoredGroup]:
+    """Wait for the rewards of all groups. Returns them in the order of the problems."""
+    rewards = dict(zip(submitted, pool.gather([ticket for _, _, ticket in submitted.values()]), strict=True))
+    scored = []
+    for problem in problems:
+        group, texts, _ = submitted[problem.example.id]
+        parts = zip(group.trajectories, texts, rewards[problem.example.id], strict=True)
+        scored.append(ScoredGroup(problem, [ScoredTrajectory(*part) for part in parts]))
+    return scored
+
+
+def reward_sample(example: Example, trajectory: Trajectory, text: str) -> Sample:
+    """A trajectory as the rewards see it."""
+    return Sample(
+        id=f"{example.id}#{trajectory.index}",
+        prompt=example.prompt_text,
+        completion=text,
+        answer=example.answer,
+        domain=example.domain,
+        truncated=trajectory.finish_reason is FinishReason.LENGTH,
+        metadata={
+            **example.metadata,
+            "messages": list(example.messages),
+            "completion_tokens": int(trajectory.sampled.sum()),
+        },
+    )
+
+
+def training_sequence(
+    trajectory: Trajectory, weight: float = 0.0, advantage: float = 0.0, group: int | None = None
+) -> TrainingSequence:
+    """A trajectory as the learner takes it: trained on where the policy drew the token."""
+    prompt = np.zeros(len(trajectory.prompt_token_ids), dtype=bool)
+    return TrainingSequence(
+        token_ids=[*trajectory.prompt_token_ids, *trajectory.token_ids],
+        sampled=np.concatenate([prompt, trajectory.sampled]),
+        weight=weight,
+        advantage=advantage,
+        sampler_log_probs=trajectory.log_probs[trajectory.sampled],
+        group=group,
+    )
+
+
+def row_of(example: Example, scored: ScoredTrajectory) -> dict[str, Any]:
+    """A scored trajectory as a row for people, and with all that is needed to score it again."""
+    trajectory, reward = scored.trajectory, scored.reward
+    return {
+        "id": example.id,
+        "domain": example.domain,
+        "index": trajectory.index,
+        "prompt": example.prompt_text,
+        "completion": scored.text,
+        "answer": example.answer,
+        "reward": reward.value,
+        "verdict": str(reward.verdict),
+        "components": {name: score.value for name, score in reward.components.items()},
+        "detail": "; ".join(score.detail for score in reward.components.values() if score.detail),
+        "finish_reason": str(trajectory.finish_reason),
+        "tokens": len(trajectory.token_ids),
+        "weight_version": trajectory.weight_versions[-1].version,
+        "seed": trajectory.seed,
+    }
+
+
+def token_columns(trajectory: Trajectory) -> dict[str, Any]:
+    """The rest of a trajectory's record, token by token, for a row beside `row_of`'s; `trajectory_of` reads both."""
+    experts = trajectory.experts
+    return {
+        "prompt_token_ids": list(trajectory.prompt_token_ids),
+        "token_ids": list(trajectory.token_ids),
+        "sampled": trajectory.sampled.tolist(),
+        "log_probs": trajectory.log_probs.tolist(),
+        "weight_versions": [run._asdict() for run in trajectory.weight_versions],
+        "turns": [turn._asdict() | {"finish_reason": str(turn.finish_reason)} for turn in trajectory.turns],
+        "experts": None
+        if experts is None
+        else {"dtype": str(experts.dtype), "shape": list(experts.shape), "bytes": experts.tobytes()},
+    }
+
+
+def trajectory_of(row: Mapping[str, Any]) -> Trajectory:
+    """The trajectory of a row of a samples file, also of one from before trajectories had turns."""
+    ids, reason, experts = row["token_ids"], FinishReason(row["finish_reason"]), row.get("experts")
+    log_probs = row["log_probs"] if "log_probs" in row else row["sampler_log_probs"]
+    return Trajectory(
+        prompt_id=row["id"],
+        index=row["index"],
+        seed=row["seed"],
+        prompt_token_ids=row["prompt_token_ids"],
+        token_ids=ids,
+        sampled=np.array(row.get("sampled", [True] * len(ids)), dtype=bool),
+        log_probs=np.array(log_probs, dtype=np.float32),
+        weight_versions=[Versions(**run) for run in row.get("weight_versions", [])]
+        or [Versions(0, row["weight_version"])],
+        turns=[Turn(turn["start"], turn["end"], FinishReason(turn["finish_reason"])) for turn in row.get("turns", [])]
+        or [Turn(0, len(ids), reason)],
+        finish_reason=reason,
+        experts=None if experts is None else experts_of(experts),
+    )
+
+
+def experts_of(column: Mapping[str, Any]) -> npt.NDArray[Any]:
+    return np.frombuffer(column["bytes"], dtype=column["dtype"]).reshape(column["shape"])

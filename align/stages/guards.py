@@ -1,0 +1,242 @@
+"""What a GRPO run is watched for while it trains: each guard says what it saw, and which samples show it."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from math import isfinite, sqrt
+from statistics import fmean, variance
+from typing import Any, TypedDict
+
+from align.errors import NonFiniteError
+from align.experience import ScoredGroup, ScoredTrajectory
+from align.recipe import AlarmOptions, GuardOptions
+from align.stages.advantages import Advantages
+
+SHOWN = 4
+KEPT = 16
+SURE = 2.0
+"""Standard errors of a difference of means that count as a change."""
+
+Warn = Callable[..., None]
+"""Called with a sentence, and with facts about it by name."""
+
+
+class Guards:
+    """All guards of a run. `state`, ready for JSON, is kept up to date for a run that is resumed."""
+
+    def __init__(
+        self,
+        alarms: AlarmOptions,
+        over_optimisation: GuardOptions | None,
+        *,
+        non_finite_limit: int,
+        warn: Warn,
+        state: MutableMapping[str, Any],
+    ):
+        self._alarms = Alarms(alarms, warn, state.setdefault("alarms", no_history()))
+        self._guard = over_optimisation and OverOptimisationGuard(over_optimisation, state.setdefault("guard", []))
+        self._non_finite = NonFiniteGuard(non_finite_limit, warn, state)
+        self._warn = warn
+
+    def observe(
+        self, step: int, groups: Sequence[ScoredGroup], advantages: Advantages, metrics: Mapping[str, float]
+    ) -> None:
+        """Look at a step, counted from 1. Raises NonFiniteError after too many steps with numbers that are not finite."""
+        self._non_finite.observe(step, advantages.non_finite)
+        self._alarms.observe(step, metrics, samples_to_show(groups, advantages))
+        if self._guard and (alarm := self._guard.observe([a for group in groups for a in group.trajectories])):
+            self._warn(f"GRPO step {step}: {alarm}")
+
+
+class NonFiniteGuard:
+    """Says which samples were left out for a NaN or an infinity.
+
+    Raises NonFiniteError when `limit` steps in a row had some; how many there are by now is in `state`.
+    """
+
+    KEY = "steps_with_bad_samples"
+
+    def __init__(self, limit: int, warn: Warn, state: MutableMapping[str, Any]):
+        self._limit, self._warn, self._state = limit, warn, state
+
+    def observe(self, step: int, found: Mapping[str, str]) -> None:
+        """Take which number of which sample is not finite."""
+        in_a_row = self._state[self.KEY] = self._state.get(self.KEY, 0) + 1 if found else 0
+        if not found:
+            return
+        shown = ", ".join(f"{number} of {id_}" for id_, number in list(found.items())[:SHOWN])
+        more = ", ..." if len(found) > SHOWN else ""
+        text = f"GRPO step {step}: {len(found)} samples left out, for a number that is not finite: {shown}{more}"
+        self._warn(text, samples=list(found))
+        if in_a_row >= self._limit:
+            raise NonFiniteError(
+                f"{in_a_row} steps in a row had samples with numbers that are not finite, the last: {shown}{more} "
+                "(learner.stop_after_bad_steps says how many there may be)"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class SeenSample:
+    """A sample as the alarms look at it; `mean_log_prob` of its sampled tokens, in nats."""
+
+    id: str
+    reward: float
+    mean_log_prob: float
+    in_zero_variance_group: bool
+
+
+def samples_to_show(groups: Sequence[ScoredGroup], advantages: Advantages) -> list[SeenSample]:
+    """The samples with a valid reward."""
+    return [
+        SeenSample(answer.sample_id, float(answer.reward.value or 0), mean_log_prob(answer), bool(zero_variance))
+        for group, valid, zero_variance in zip(groups, advantages.valid, advantages.zero_variance, strict=True)
+        for answer, good in zip(group.trajectories, valid, strict=True)
+        if good
+    ]
+
+
+def mean_log_prob(answer: ScoredTrajectory) -> float:
+    return float(answer.trajectory.log_probs[answer.trajectory.sampled].mean())
+
+
+@dataclass(frozen=True, slots=True)
+class Alarm:
+    """`kind` of alarm, what was seen, and the ids of samples that show it, most telling first."""
+
+    kind: str
+    message: str
+    samples: Sequence[str] = ()
+
+
+class History(TypedDict):
+    """What the alarms compare a step with, ready for JSON.
+
+    The entropies of the first steps, mean and standard deviation of the rewards of the last, and the alarms that are on.
+    """
+
+    entropies: list[float]
+    rewards: list[tuple[float, float]]
+    on: list[str]
+
+
+class Alarms:
+    """Looks at every step. An alarm is told when it begins, and again only after a step without it.
+
+    `history`, at first `no_history()`, is kept up to date for whoever goes on.
+    """
+
+    def __init__(self, options: AlarmOptions, warn: Warn, history: History):
+        self._options, self._warn, self._history = options, warn, history
+
+    def observe(self, step: int, metrics: Mapping[str, float], samples: Sequence[SeenSample]) -> None:
+        """Take a step's metrics and its judged samples."""
+        found = list(self._look(metrics, samples))
+        for alarm in found:
+            if alarm.kind not in self._history["on"]:
+                shown = f" (samples {', '.join(alarm.samples[:SHOWN])})" if alarm.samples else ""
+                self._warn(f"GRPO step {step}: {alarm.message}{shown}", alarm=alarm.kind, samples=list(alarm.samples))
+        self._history["on"] = [alarm.kind for alarm in found]
+
+    def _look(self, metrics: Mapping[str, float], samples: Sequence[SeenSample]) -> Iterator[Alarm]:
+        yield from self._entropy(metrics["entropy"], samples)
+        yield from self._variance(metrics["zero_variance_groups"], samples)
+        yield from self._reward(metrics["reward"], metrics["reward_std"], samples)
+        yield from self._experts(metrics)
+
+    def _entropy(self, entropy: float, samples: Sequence[SeenSample]) -> Iterator[Alarm]:
+        """The policy has lost most of the entropy that it had in the first steps."""
+        if not isfinite(entropy):
+            return
+        first = self._history["entropies"]
+        if len(first) < self._options.window:
+            first.append(entropy)
+            return
+        share = entropy / max(fmean(first), 1e-12)
+        if share < self._options.entropy_share:
+            ids = _first(samples, key=lambda sample: -sample.mean_log_prob)
+            yield Alarm("entropy", f"the policy's entropy is {share:.0%} of that of its first steps", ids)
+
+    def _variance(self, share: float, samples: Sequence[SeenSample]) -> Iterator[Alarm]:
+        """Nearly all groups have rewards that are all equal: there is nothing left to learn from."""
+        if share >= self._options.zero_variance_groups:
+            ids = _first((sample for sample in samples if sample.in_zero_variance_group), key=lambda sample: 0.0)
+            yield Alarm("variance", f"in {share:.0%} of the groups all rewards are equal, which teaches nothing", ids)
+
+    def _reward(self, reward: float, spread: float, samples: Sequence[SeenSample]) -> Iterator[Alarm]:
+        """The mean reward is far from that of the steps before: a broken reward, or a policy that has found a way around it."""
+        if not isfinite(reward):
+            return
+        before = self._history["rewards"]
+        self._history["rewards"] = [*before, (reward, spread)][-self._options.window :]
+        if len(before) < self._options.window:
+            return
+        usual = fmean(mean for mean, _ in before)
+        one = max(sqrt(fmean(std * std for _, std in before)), 1e-6)
+        jump = (reward - usual) / one
+        if abs(jump) > self._options.reward_jump:
+            ids = _first(samples, key=lambda sample: -sample.reward if jump > 0 else sample.reward)
+            yield Alarm("reward", f"the mean reward jumped from {usual:.3g} to {reward:.3g}", ids)
+
+    def _experts(self, metrics: Mapping[str, float]) -> Iterator[Alarm]:
+        """Many experts of a layer get no token."""
+        dead = {
+            name.split("/")[1]: share
+            for name, share in metrics.items()
+            if name.startswith("experts/layer_") and name.endswith("/dead") and share > self._options.dead_experts
+        }
+        if dead:
+            layers = ", ".join(f"{share:.0%} in {layer}" for layer, share in dead.items())
+            yield Alarm("experts", f"experts without a single token: {layers}")
+
+
+def no_history() -> History:
+    """That of a run that has made no step yet."""
+    return {"entropies": [], "rewards": [], "on": []}
+
+
+def _first(samples: Iterable[SeenSample], key: Callable[[SeenSample], float]) -> list[str]:
+    return [sample.id for sample in sorted(samples, key=key)[:KEPT]]
+
+
+class OverOptimisationGuard:
+    """The alarm for a policy that learns to please its reward model (Gao et al. 2022, arXiv 2210.10760).
+
+    Compares the last `window` steps with as many before them.
+
+    It says so when the learned reward went up and the trusted one down, each by more than two standard errors, and then
+    starts anew. `steps`, the rewards of the steps that it compares, is kept up to date for whoever goes on.
+    """
+
+    def __init__(self, options: GuardOptions, steps: list[tuple[list[float], list[float]]]):
+        self._options, self._steps = options, steps
+
+    def observe(self, answers: Sequence[ScoredTrajectory]) -> str | None:
+        """Take the rewards of a step; an alarm where the two rewards have parted."""
+        learned, trusted = self._options.learned, self._options.trusted
+        pairs = [
+            (answer.reward.components[learned].value, answer.reward.components[trusted].value)
+            for answer in answers
+            if {learned, trusted} <= answer.reward.components.keys()
+        ]
+        judged = [pair for pair in pairs if all(map(isfinite, pair))]
+        self._steps.append(([of_learned for of_learned, _ in judged], [of_trusted for _, of_trusted in judged]))
+        del self._steps[: -2 * self._options.window]
+        if len(self._steps) < 2 * self._options.window:
+            return None
+        up, down = (self._change(place) for place in (0, 1))
+        if up <= SURE or down >= -SURE:
+            return None
+        self._steps.clear()
+        return (
+            f"over {self._options.window} steps the learned reward {learned!r} rose while {trusted!r} fell "
+            f"({up:+.1f} and {down:+.1f} standard errors): the policy may be exploiting the reward model"
+        )
+
+    def _change(self, place: int) -> float:
+        """The later half's mean less the earlier's, in standard errors; 0 where it cannot be told."""
+        steps = [step[place] for step in self._steps]
+        half = self._options.window
+        before, after = ([value for step in part for value in step] for part in (steps[:half], steps[half:]))
+        if min(len(before), len(after)) < 2:
+            return 0.0
+        error = sqrt(variance(before) / len(before) + variance(after) / len(after))
+        return (fmean(after) - fmean(before)) / error if error else 0.0

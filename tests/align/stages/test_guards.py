@@ -1,0 +1,145 @@
+"""What goes wrong in silence is told once, with the samples that show it."""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+
+from align.data.types import Example
+from align.errors import NonFiniteError
+from align.experience import Problem, ScoredGroup, ScoredTrajectory
+from align.recipe import AlarmOptions, GrpoOptions, GuardOptions
+from align.run import MetricsLog, Progress, RunDirectory
+from align.run.checkpoints import CheckpointDirectory
+from align.session.run import Run
+from align.session.signals import StopRequest
+from align.stages.advantages import compare
+from align.stages.guards import Alarms, NonFiniteGuard, OverOptimisationGuard, SeenSample, no_history
+from reward import SampleReward, Score, Verdict
+from rollout import FinishReason, Prompt, Trajectory
+
+FINE = {"entropy": 1.0, "zero_variance_groups": 0.2, "reward": 0.5, "reward_std": 0.4, "experts/layer_1/dead": 0.0}
+PROBLEM = Problem(Example("p", ({"role": "user", "content": "?"},), None, None, "math"), Prompt("p", [1]))
+SAMPLES = [SeenSample("a#0", 0.0, -1.0, False), SeenSample("a#1", 1.0, -0.1, False), SeenSample("b#0", 1.0, -0.5, True)]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Run]:
+    directory = RunDirectory.create(tmp_path / "run")
+    with Progress(log=directory.log_file) as progress:
+        yield Run(
+            directory,
+            MetricsLog(directory),
+            CheckpointDirectory(directory.checkpoints_directory),
+            progress,
+            StopRequest(),
+        )
+
+
+def told(run: Run) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in run.directory.events_file.read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "samples"),
+    [
+        ({"entropy": 0.05}, "entropy", ["a#1", "b#0", "a#0"]),
+        ({"zero_variance_groups": 1.0}, "variance", ["b#0"]),
+        ({"reward": 1.0}, "reward", ["a#1", "b#0", "a#0"]),
+        ({"reward": 0.0}, "reward", ["a#0", "a#1", "b#0"]),
+        ({"experts/layer_1/dead": 0.75}, "experts", []),
+    ],
+)
+def test_an_alarm_is_told_when_it_begins(run: Run, change: dict[str, float], kind: str, samples: Sequence[str]) -> None:
+    history = no_history()
+    alarms = Alarms(AlarmOptions(), run.warn, history)
+    for step in range(1, 11):
+        alarms.observe(step, FINE, SAMPLES)
+    assert told(run) == []
+    alarms.observe(11, FINE | change, SAMPLES)
+    # As after an interruption: what the alarms remember comes out of a checkpoint.
+    resumed = Alarms(AlarmOptions(), run.warn, json.loads(json.dumps(history)))
+    resumed.observe(12, FINE | change, SAMPLES)
+    [event] = told(run)
+    assert (event["alarm"], event["samples"]) == (kind, samples)
+    assert "GRPO step 11" in event["message"]
+
+
+def answer(index: int, log_prob: float = -1.0, reward: float | None = 1.0) -> ScoredTrajectory:
+    drawn = Trajectory.of_one_turn(PROBLEM.prompt, index, [5, 6], [-1.0, log_prob], FinishReason.STOP)
+    return ScoredTrajectory(drawn, "", SampleReward(reward, Verdict.PASS, {}))
+
+
+def test_a_sample_with_a_number_that_is_not_finite_is_named_and_left_out_of_its_group() -> None:
+    answers = [answer(0), answer(1, log_prob=math.nan), answer(2, reward=math.inf), answer(3), answer(4, reward=None)]
+    found = compare([ScoredGroup(PROBLEM, answers)], GrpoOptions(steps=1, prompts_per_step=1, group_size=5))
+    assert found.non_finite == {"p#1": "log-probability", "p#2": "reward"}
+    assert found.valid.tolist() == [[True, False, False, True, False]]
+    assert found.kept.tolist() == found.valid.tolist()
+
+
+def test_samples_with_such_numbers_in_too_many_steps_in_a_row_end_the_run(run: Run) -> None:
+    state: dict[str, Any] = {}
+    steps = NonFiniteGuard(2, run.warn, state)
+    steps.observe(1, {"p#1": "reward"})
+    steps.observe(2, {})
+    steps.observe(3, {"p#1": "reward"})
+    steps = NonFiniteGuard(2, run.warn, json.loads(json.dumps(state)))
+    with pytest.raises(NonFiniteError, match=r"2 steps in a row.*reward of p#1"):
+        steps.observe(4, {"p#1": "reward"})
+    assert [event["samples"] for event in told(run)] == [["p#1"]] * 3
+
+
+def test_an_update_that_was_left_out_is_told_and_counted(run: Run) -> None:
+    run.progress.stage("GRPO", 4)
+    run.record_step("grpo", 3, {"gradient_norm": math.nan}, ())
+    run.record_step("grpo", 4, {"gradient_norm": 1.0}, ())
+    counts = [json.loads(line)["skipped_update"] for line in run.directory.metrics_file.read_text().splitlines()]
+    assert counts == [1.0, 0.0]
+    assert "grpo step 3" in told(run)[0]["message"]
+
+
+STEPS = 12
+
+
+def scored(components: dict[str, Score]) -> ScoredTrajectory:
+    return replace(answer(0), reward=SampleReward(0.0, Verdict.PASS, components))
+
+
+def alarms(learned_slope: float, trusted_slope: float, *, noise: float = 1.0) -> list[int]:
+    """The steps at which it goes off while both rewards drift by their slopes a step."""
+    guard = OverOptimisationGuard(GuardOptions(learned="model", trusted="rule", window=3), [])
+    draw = Random(0)
+
+    def score(mean: float) -> Score:
+        return Score(mean + draw.gauss(0, noise), Verdict.PASS)
+
+    found = []
+    for step in range(STEPS):
+        rewards = [
+            scored({"model": score(step * learned_slope), "rule": score(step * trusted_slope)}) for _ in range(64)
+        ]
+        if guard.observe(rewards):
+            found.append(step)
+    return found
+
+
+def test_over_optimisation_is_told_when_the_rewards_part_and_then_looks_anew() -> None:
+    assert alarms(0.5, -0.5) == [5, 11]
+
+
+@pytest.mark.parametrize("slopes", [(0.5, 0.5), (-0.5, -0.5), (-0.5, 0.5), (0.5, 0.0), (0.0, -0.5), (0.0, 0.0)])
+def test_over_optimisation_is_not_told_when_they_do_not(slopes: tuple[float, float]) -> None:
+    assert alarms(*slopes) == []
+
+
+def test_rewards_that_cannot_be_compared_are_no_alarm() -> None:
+    guard = OverOptimisationGuard(GuardOptions(learned="model", trusted="rule", window=2), [])
+    broken = scored({"model": Score(1.0, Verdict.PASS), "rule": Score(math.nan, Verdict.INFRA_ERROR)})
+    other_domain = scored({"code_tests": Score(1.0, Verdict.PASS)})
+    assert [guard.observe([broken, other_domain]) for _ in range(6)] == [None] * 6

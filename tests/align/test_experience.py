@@ -1,0 +1,68 @@
+"""The record of a trajectory on its way from the sampler to the loss and to a samples file."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from align.data.types import Example
+from align.experience import ScoredTrajectory, row_of, token_columns, training_sequence, trajectory_of
+from align.run import read_samples, write_samples
+from reward import SampleReward, Score, Verdict
+from rollout import FinishReason, Prompt, Trajectory, Turn, Versions
+
+EXAMPLE = Example("p", ({"role": "user", "content": "?"},), None, "4", "math")
+TWO_TURNS = Trajectory(
+    prompt_id="p",
+    index=3,
+    seed=7,
+    prompt_token_ids=[1, 2, 3],
+    token_ids=[10, 11, 20, 21, 12],
+    sampled=np.array([True, True, False, False, True]),
+    log_probs=np.array([-0.1, -0.2, 0, 0, -0.3], dtype=np.float32),
+    weight_versions=[Versions(0, 5), Versions(4, 6)],
+    turns=[Turn(0, 2, FinishReason.STOP), Turn(4, 5, FinishReason.LENGTH)],
+    finish_reason=FinishReason.LENGTH,
+)
+
+
+@pytest.mark.parametrize("experts", [None, (256, np.uint8), (300, np.uint16)])
+def test_a_samples_file_holds_the_whole_record(tmp_path: Path, experts: Any) -> None:
+    chosen = None
+    if experts is not None:
+        chosen = np.random.default_rng(0).integers(0, experts[0], (7, 2, 2)).astype(experts[1])
+    fields = {name: getattr(TWO_TURNS, name) for name in Trajectory.__slots__}
+    trajectory = Trajectory(**fields | {"experts": chosen})
+    scored = ScoredTrajectory(
+        trajectory, "text", SampleReward(1.0, Verdict.PASS, {"exact_answer": Score(1.0, Verdict.PASS)})
+    )
+    write_samples(tmp_path / "samples.parquet", [row_of(EXAMPLE, scored) | token_columns(trajectory)])
+    [row] = read_samples(tmp_path / "samples.parquet")
+    assert trajectory_of(row) == trajectory
+    assert trajectory_of(row) != TWO_TURNS or experts is None
+
+
+def test_a_samples_file_from_before_turns_is_read() -> None:
+    row = {
+        "id": "p",
+        "index": 0,
+        "seed": 1,
+        "weight_version": 4,
+        "finish_reason": "stop",
+        "prompt_token_ids": [1],
+        "token_ids": [5, 6],
+        "sampler_log_probs": [-1.0, -2.0],
+    }
+    expected = Trajectory.of_one_turn(
+        Prompt("p", [1]), 0, [5, 6], [-1.0, -2.0], FinishReason.STOP, seed=1, weight_version=4
+    )
+    assert trajectory_of(row) == expected
+
+
+def test_the_learner_trains_on_what_the_policy_drew_and_on_nothing_else() -> None:
+    sequence = training_sequence(TWO_TURNS, weight=0.5, advantage=-1.0, group=2)
+    assert list(sequence.token_ids) == [1, 2, 3, 10, 11, 20, 21, 12]
+    assert [t for t, sampled in zip(sequence.token_ids, sequence.sampled, strict=True) if sampled] == [10, 11, 12]
+    assert sequence.sampler_log_probs == pytest.approx([-0.1, -0.2, -0.3])
+    assert (sequence.prompt_length, sequence.sampled_tokens, sequence.group) == (3, 3, 2)
