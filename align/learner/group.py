@@ -62,23 +62,10 @@ class RankGroup:
 
         Raises UserError when the port is in use.
         """
-        import ray
-
         self._options = options
         if options.port is not None:
             check_port(options.port)
-        gpus = options.gpus if torch.cuda.is_available() else 0
-        self._ranks = [
-            ray.remote(
-                num_cpus=0,
-                num_gpus=gpus,
-                resources=options.resources,
-                max_restarts=0,
-                runtime_env={"env_vars": environment(rank, options.ranks, options.threads)},
-                **in_bundle(bundles, rank),
-            )(kind).remote(model, options)
-            for rank in range(options.ranks)
-        ]
+        self._ranks = [self._start(kind, model, rank, bundles) for rank in range(options.ranks)]
         self._setup = setup
         self._processes: list[ProcessId] = []
         self._stalled = False
@@ -86,6 +73,25 @@ class RankGroup:
         self.trained = Trained("", None)
         self.before_use: Callable[[], None] = lambda: None
         self._is_ready = self._is_resting = False
+
+    def _start(self, kind: type[LearnerRank], model: ModelOptions, rank: int, bundles: Any) -> Any:
+        """The actor of one rank."""
+        import ray
+
+        options = self._options
+        return ray.remote(
+            num_cpus=0,
+            num_gpus=options.gpus if torch.cuda.is_available() else 0,
+            resources=options.resources,
+            max_restarts=0,
+            runtime_env={"env_vars": environment(rank, options.ranks, options.threads)},
+            **in_bundle(bundles, rank),
+        )(kind).remote(model, options)
+
+    def _end(self, rank: Any) -> None:
+        import ray
+
+        ray.kill(rank)
 
     def wait_until_ready(self) -> None:
         """Join the ranks and load the model; returns when all are ready to train. Raises LearnerError, UserError."""
@@ -210,11 +216,9 @@ class RankGroup:
 
     def close(self) -> None:
         """End the ranks' processes."""
-        import ray
-
         self._is_ready = self._is_resting = False
         for rank in self._ranks:
-            ray.kill(rank)
+            self._end(rank)
         if self._stalled:
             # Ray asks first; a rank that is stopped or hung would stay for seconds, with the memory it has.
             for process in self._processes:
