@@ -23,8 +23,8 @@ from align.learner.batch import (
 )
 from align.learner.experts import add_loads, load_metrics
 from align.learner.objective import Objective, Sums
+from align.learner.policy import LearnerWorker
 from align.learner.rank import LearnerRank, Trained, environment
-from align.learner.worker import LearnerWorker
 from align.recipe import LearnerOptions, ModelOptions
 from align.run.checkpoints import Entry
 from align.run.files import whole_directory

@@ -1,5 +1,6 @@
-"""What a learner computes on a micro-batch: log-probabilities, the loss, and the sums that become metrics."""
+"""What a learner computes on a micro-batch (log-probabilities, the loss, the sums that become metrics), and its learning rate."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 
 from align.learner.batch import Batch
 from align.losses import LossOptions, agreement, grpo_token_loss, token_log_probs
+from align.recipe import OptimizerOptions
 
 
 class LogProbs(torch.nn.Module):
@@ -140,3 +142,18 @@ def loss_and_sums(
         sums.sampler_kl = compared.k3 * compared.tokens
         sums.max_difference = compared.max_abs
     return loss, sums
+
+
+def learning_rate(step: int, total_steps: int, options: OptimizerOptions) -> float:
+    """The learning rate of optimizer step `step` in 0..total_steps-1: linear warm-up, then cosine or constant.
+
+    The cosine falls from `learning_rate` at the end of the warm-up to `final_ratio` of it at the last step.
+    """
+    if step < options.warmup_steps:
+        return options.learning_rate * (step + 1) / options.warmup_steps
+    if options.schedule == "constant":
+        return options.learning_rate
+    span = max(total_steps - options.warmup_steps - 1, 1)
+    progress = min((step - options.warmup_steps) / span, 1.0)
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    return options.learning_rate * (options.final_ratio + (1 - options.final_ratio) * cosine)

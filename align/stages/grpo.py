@@ -14,8 +14,7 @@ from typing import Any
 from align.data.drawing import Source, items_of_step
 from align.evaluate.accuracy import Evaluation
 from align.experience import Problem, ScoredGroup, encode_problems, gather, row_of, submit, token_columns
-from align.learner.objective import Objective
-from align.learner.schedule import learning_rate
+from align.learner.objective import Objective, learning_rate
 from align.recipe import GrpoRecipe, ModelOptions
 from align.run import write_samples
 from align.session.engines import Engines

@@ -13,7 +13,7 @@ from align.data.preferences import LoadedPreferences, load_preferences
 from align.data.tables import refuse_one_file
 from align.data.types import Preference, SplitName
 from align.errors import UserError, naming
-from align.learner.pairs import TrainingPair
+from align.learner.reward_model import TrainingPair
 from align.model.reward_model import tokenizer_hash
 from align.recipe import RewardModelRecipe
 from align.session.run import Run

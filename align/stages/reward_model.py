@@ -14,8 +14,8 @@ from statistics import fmean, pstdev
 
 from align.data.drawing import items_of_step
 from align.evaluate.pairs import JudgedPair, PairEvaluation, evaluate_pairs, rows
+from align.learner.objective import learning_rate
 from align.learner.reward_model import RewardModelGroup
-from align.learner.schedule import learning_rate
 from align.model.policy import load_tokenizer
 from align.model.reward_model import write_usage
 from align.recipe import ModelOptions, RewardModelRecipe

@@ -23,8 +23,7 @@ from align.errors import UserError, naming
 from align.evaluate.accuracy import Evaluation
 from align.learner.batch import TrainingSequence
 from align.learner.group import LearnerGroup
-from align.learner.objective import Objective
-from align.learner.schedule import learning_rate
+from align.learner.objective import Objective, learning_rate
 from align.losses import completion_weights
 from align.recipe import ModelOptions, SftRecipe
 from align.session.engines import Engines

@@ -14,8 +14,7 @@ from align.learner.batch import TrainingSequence
 from align.learner.experts import check_spreadable
 from align.learner.group import LearnerGroup
 from align.learner.objective import Objective
-from align.learner.pairs import TrainingPair
-from align.learner.reward_model import RewardModelGroup
+from align.learner.reward_model import RewardModelGroup, TrainingPair
 from align.model.policy import load_tokenizer
 from align.recipe import LearnerOptions, LoraOptions, ModelOptions, OptimizerOptions
 

@@ -8,8 +8,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 
-from align.learner.pairs import TrainingPair
-from align.learner.reward_model import RewardModelGroup
+from align.learner.reward_model import RewardModelGroup, TrainingPair
 from align.recipe import LearnerOptions, LoraOptions, ModelOptions, OptimizerOptions
 from reward.learned import _load
 

@@ -21,7 +21,7 @@ from transformers.models.qwen3_moe import modeling_qwen3_moe
 from align.learner.batch import TrainingSequence, collate, collate_after_prompts
 from align.learner.experts import ExpertCounter
 from align.learner.objective import LogProbs, Objective
-from align.learner.worker import LearnerWorker, checkpoint_in_every_mode
+from align.learner.policy import LearnerWorker, checkpoint_in_every_mode
 from align.recipe import GrpoOptions, LearnerOptions, ModelOptions, OptimizerOptions
 
 SIZES: dict[str, Any] = {

@@ -14,8 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from align.errors import UserError
 from align.learner.batch import in_order, plan_micro_batches, share_out, whole_rows
-from align.learner.pairs import TrainingPair, collate_pairs
-from align.learner.reward_model import PairLoss, PairSums, RewardModelGroup
+from align.learner.reward_model import PairLoss, PairSums, RewardModelGroup, TrainingPair, collate_pairs
 from align.model.policy import load_tokenizer
 from align.model.reward_model import load_reward_model, padding_token_id, tokenizer_hash
 from align.recipe import LearnerOptions, ModelOptions, OptimizerOptions

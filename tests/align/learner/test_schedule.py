@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from align.learner.schedule import learning_rate
+from align.learner.objective import learning_rate
 from align.recipe import OptimizerOptions
 
 TOP = 2e-3

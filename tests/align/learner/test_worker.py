@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from align.learner.batch import TrainingSequence
 from align.learner.experts import ExpertCounter
 from align.learner.objective import LogProbs, Objective
-from align.learner.worker import LearnerWorker, checkpoint_in_every_mode
+from align.learner.policy import LearnerWorker, checkpoint_in_every_mode
 from align.recipe import GrpoOptions, LearnerOptions, ModelOptions, OptimizerOptions
 
 TEMPERATURE = 0.7

@@ -8,7 +8,7 @@ import pytest
 
 from align.data.drawing import items_of_step
 from align.evaluate.agreement import AgreementError
-from align.learner.schedule import learning_rate
+from align.learner.objective import learning_rate
 
 SMALL = ("grpo.steps=2", "grpo.prompts_per_step=2", "grpo.group_size=4", "evaluation.before=false")
 REWARDS = ((0.0, 1.0, 1.0, 4.0), (2.0, 2.0, 2.0, 2.0))

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from align.data.drawing import items_of_step
-from align.learner.schedule import learning_rate
+from align.learner.objective import learning_rate
 
 SMALL = ("sft.steps=4", "sft.sequences_per_step=4", "sft.validation_limit=2")
 
