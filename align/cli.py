@@ -316,7 +316,7 @@ def report(options: argparse.Namespace) -> int:
 
 def check_sandbox(options: argparse.Namespace) -> int:
     """`align sandbox check`: 0 where code can be isolated, 1 where it cannot."""
-    from reward.sandbox import check as check_machine
+    from reward.isolation import check as check_machine
 
     pieces = check_machine()
     for piece in pieces:

@@ -107,7 +107,7 @@ def reward_sample(example: Example, trajectory: Trajectory, text: str) -> Sample
         id=f"{example.id}#{trajectory.index}",
         prompt=example.prompt_text,
         completion=text,
-        answer=example.answer,
+        ground_truth=example.answer,
         domain=example.domain,
         truncated=trajectory.finish_reason is FinishReason.LENGTH,
         metadata={

@@ -25,10 +25,10 @@ from typing import NamedTuple, TypeVar
 import psutil
 
 from reward import Sample, Verdict
-from reward.code_tests import code_tests
-from reward.math_answer import math_answer
-from reward.math_text import compare, tidy
-from reward.sandbox import SandboxUnavailable
+from reward.code.answer import code_tests
+from reward.isolation import SandboxUnavailable
+from reward.math.answer import math_answer
+from reward.math.text import compare, tidy
 
 TESTS = Path(__file__).resolve().parent.parent / "tests" / "reward"
 MADE_TO_FOOL = {"lookalike", "spray"}  # kinds of pairs
@@ -61,7 +61,7 @@ def main() -> int:
 
 def math() -> str:
     """Answers a second of the reward `math`. Raises SystemExit where one is not judged."""
-    rows = [json.loads(line) for line in (TESTS / "math_pairs.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (TESTS / "math" / "pairs.jsonl").read_text().splitlines()]
     pairs = [(row["gold"], row["answer"]) for row in rows if row["kind"] not in MADE_TO_FOOL]
     algebra = sum(compare(tidy(gold), tidy(answer)) is None for gold, answer in pairs)
     batch = [Sample(answer, "", rf"\boxed{{{answer}}}", gold) for gold, answer in pairs]
@@ -86,7 +86,7 @@ def code() -> str:
     bare, _ = at_once(run_bare, honest_programs())
     runs = [run for run in bare if run.printed is not None]
     try:
-        code_tests([])  # starts the launcher
+        code_tests([])  # starts the zygote
     except SandboxUnavailable as error:
         return str(error)
     seconds, total = at_once(run_sandboxed, runs)

@@ -3,27 +3,22 @@ r"""Verifiable rewards for any trainer: a sample in, a number or None out.
     from reward import Mixture, RewardTerm, Sample
 
     mixture = Mixture([RewardTerm(name="exact_answer"), RewardTerm(name="answer_format", weight=0.1)])
-    samples = [Sample(id="1", prompt="2 + 2?", completion=r"It is \boxed{4}.", answer="4")]
+    samples = [Sample(id="1", prompt="2 + 2?", completion=r"It is \boxed{4}.", ground_truth="4")]
     rewards = mixture.score(samples)
     assert rewards[0].value == 1.1  # None would mean: nobody could judge it, leave it out
 
 A reward of your own is a function with `@register("name")` over it. Start reading at `reward.types`.
 """
 
-from reward import (  # noqa: F401 (they register themselves)
-    answer_format,
-    chat_rules,
-    code_tests,
-    endpoint,
-    instructions,
-    learned,
-    math_answer,
-    reasoning_gym_answer,
-    rules,
-)
-from reward.final_answer import boxed_answers, equal, extract_final_answer, normalise
+from reward import form, instructions, nano_chat, older_names  # noqa: F401 (these and the next five register rewards)
+from reward.code import answer as _code  # noqa: F401
+from reward.learned import endpoint as _endpoint  # noqa: F401
+from reward.learned import model as _model  # noqa: F401
+from reward.math import answer as _math  # noqa: F401
+from reward.math.final_answer import boxed_answers, equal, extract_final_answer, normalise
 from reward.mixture import Mixture, RewardTerm
 from reward.pool import ScoringPool, Ticket
+from reward.reasoning_gym import answer as _reasoning_gym  # noqa: F401
 from reward.registry import Parameter, Reward, available, check_params, get, register
 from reward.trl import trl_reward_func
 from reward.types import (
@@ -68,3 +63,6 @@ __all__ = [
     "register",
     "trl_reward_func",
 ]
+
+older_names.install()
+__getattr__ = older_names.attribute

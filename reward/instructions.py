@@ -131,7 +131,7 @@ def _pairs(sample: Sample) -> list[Asked]:
     if row.get("instruction_id_list") is None and row.get("instructions") is not None:
         return [(str(one["kind"]), dict(one["args"] or {})) for one in row["instructions"]]
     if row.get("instruction_id_list") is None:
-        truth = row.get("ground_truth") or sample.answer
+        truth = row.get("ground_truth") or sample.ground_truth
         row = _literal(truth)[0] if truth else {}
     kinds = row.get("instruction_id_list", row.get("instruction_id", ()))
     return [(str(kind), dict(args or {})) for kind, args in zip(kinds, row.get("kwargs", ()), strict=True)]

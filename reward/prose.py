@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from reward.rules import distinct_share, words
+from reward.form import distinct_share, words
 from reward.types import RewardError
 
 LEAST_WORDS = 8

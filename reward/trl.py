@@ -74,7 +74,7 @@ def _sample(index: int, prompt: Any, completion: Any, row: Mapping[str, Any]) ->
         id=str(row.get("id", f"row {index}")),
         prompt=prompt if isinstance(prompt, str) else "\n".join(_content(message) for message in prompt),
         completion=completion if isinstance(completion, str) else _content(completion[-1]),
-        answer=None if answer is None else str(answer),
+        ground_truth=None if answer is None else str(answer),
         domain=str(row.get("domain", "math")),
         metadata=row,
     )

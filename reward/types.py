@@ -7,6 +7,8 @@ number for each sample, or into None where nobody could judge: that sample is ma
 from __future__ import annotations
 
 import difflib
+import functools
+import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -40,18 +42,39 @@ class Verdict(StrEnum):
 class Sample:
     """One completion to be judged.
 
-    `completion` is decoded text without special tokens; `answer` is the ground truth, None where the task has
-    none; `truncated` says that the completion hit its length limit instead of ending by itself; `metadata` is
+    `completion` is decoded text without special tokens; `ground_truth` is None where the task has none; `truncated` says that the completion hit its length limit instead of ending by itself; `metadata` is
     whatever the verifier of its domain needs, such as the row of the data set.
     """
 
     id: str
     prompt: str
     completion: str
-    answer: str | None
+    ground_truth: str | None
     domain: str = "math"
     truncated: bool = False
     metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def answer(self) -> str | None:
+        """The older name of `ground_truth`."""
+        warnings.warn("Sample.answer is Sample.ground_truth now", DeprecationWarning, stacklevel=2)
+        return self.ground_truth
+
+
+def _take_answer(init: Any) -> Any:
+    """Let `Sample` be made with the keyword `answer` too, the older name of `ground_truth`."""
+
+    @functools.wraps(init)
+    def __init__(self: Sample, *args: Any, **fields: Any) -> None:  # noqa: N807
+        if "answer" in fields:
+            warnings.warn("Sample(answer=...) is Sample(ground_truth=...) now", DeprecationWarning, stacklevel=2)
+            fields["ground_truth"] = fields.pop("answer")
+        init(self, *args, **fields)
+
+    return __init__
+
+
+Sample.__init__ = _take_answer(Sample.__init__)  # type: ignore[method-assign]
 
 
 @dataclass(frozen=True)

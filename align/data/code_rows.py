@@ -1,4 +1,4 @@
-"""Programming tasks from the rows of HumanEval, MBPP and APPS: a prompt, and tests as `reward.code_cases` takes them.
+"""Programming tasks from the rows of HumanEval, MBPP and APPS: a prompt, and tests as `reward.code.cases` takes them.
 
 The code in a row is parsed, and never run here.
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 from align.data.cards import AppsTests, HumanEvalTests, MbppTests
 from align.errors import UserError
-from reward.code_cases import UnusableTests, parse_tests
+from reward.code.cases import UnusableTests, parse_tests
 
 Row = Mapping[str, Any]
 

@@ -28,7 +28,7 @@ def instruction_rates(answers: Sequence[Mapping[str, Any]], examples: Sequence[E
             id=example.id,
             prompt=example.prompt_text,
             completion=answer["completion"],
-            answer=None,
+            ground_truth=None,
             domain=example.domain,
             truncated=cut_off,
             metadata=example.metadata,

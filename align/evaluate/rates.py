@@ -14,7 +14,7 @@ import numpy as np
 from align.data.types import Example
 from align.errors import UserError
 from align.statistics import wilson_interval
-from reward.chat_rules import Stance, stance
+from reward.nano_chat import Stance, stance
 
 Row = Mapping[str, Any]
 RESAMPLES = 2000
@@ -34,7 +34,7 @@ def refusal_rate(rows: Iterable[Row], examples: Iterable[Example]) -> Rate:
     """The share of answers that decline, of those to prompts that must be declined.
 
     `examples` are those that were answered; their metadata says `aspect` and `must_decline`. What declines is what
-    `reward.chat_rules.stance` says does. Raises UserError where no answer is to such a prompt.
+    `reward.nano_chat.stance` says does. Raises UserError where no answer is to such a prompt.
     """
     return _declining(rows, examples, must_decline=True)
 

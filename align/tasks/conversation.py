@@ -14,7 +14,7 @@ from typing import Literal
 
 from align.data.types import Example, Preference, Share, SplitName
 from align.errors import UserError
-from reward.chat_rules import CLOSINGS, CURT_CLOSINGS, CURT_OPENINGS, DECLINES, OPENINGS
+from reward.nano_chat import CLOSINGS, CURT_CLOSINGS, CURT_OPENINGS, DECLINES, OPENINGS
 
 Aspect = Literal["helpful", "safety"]
 TRAIN_SHARE = 0.80
@@ -228,7 +228,7 @@ def generate(
 
     About `good_share` of the demonstrations that tell facts, and `careful_share` of those that give advice or decline
     to, are good. The others have one defect or several, which the metadata names (`defects`); it also has what the
-    judges of `reward.chat_rules` read. Draws of one seed are nested: a larger share only turns bad ones into good ones.
+    judges of `reward.nano_chat` read. Draws of one seed are nested: a larger share only turns bad ones into good ones.
     """
     shares = {"helpful": good_share, "safety": careful_share}
     return [

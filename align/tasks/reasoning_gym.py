@@ -8,7 +8,7 @@ from align.data.cards import DataCard, ReasoningGymSource
 from align.data.strict import nearest
 from align.data.types import Example, SplitName
 from align.errors import UserError
-from reward.reasoning_gym_answer import REFUSED_TASKS
+from reward.reasoning_gym.answer import REFUSED_TASKS
 
 
 def generate_task(

@@ -1,5 +1,6 @@
 """A user's own file of completions, scored by a registered reward."""
 
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,14 +11,14 @@ from align.run import write_jsonl
 from align.run.files import read_jsonl_lines
 from reward import Mixture, RewardError, RewardTerm, Sample
 
-EXAMPLE = '{"id": "1", "completion": "It is \\\\boxed{4}.", "answer": "4"}'
+EXAMPLE = '{"id": "1", "completion": "It is \\\\boxed{4}.", "ground_truth": "4"}'
 
 
 def score_file(term: RewardTerm, data: Path, out: Path) -> str:
     """Score every line of `data` and write id, value, verdict, detail and seconds of each to `out`; returns a summary.
 
     A line has `id` and `completion`, or `key` (which may be a number) and `response` as IFEval publishes them; it may have `prompt`,
-    `answer` and `domain`, and everything else, such as `tests`, goes to the reward as metadata. A sample that nobody could judge has the value null. Raises UserError with file and line.
+    `ground_truth` (`answer` in older files) and `domain`, and everything else, such as `tests`, goes to the reward as metadata. A sample that nobody could judge has the value null. Raises UserError with file and line.
     """
     if out.exists():
         raise UserError(f"--out {out} exists already; give another file, or take it away")
@@ -47,23 +48,29 @@ def _sample(row: Mapping[str, Any], where: str) -> Sample:
         row = {**row, "id": str(row["key"])}
     if "completion" not in row and "response" in row:
         row = {**row, "completion": row["response"]}
+    if "answer" in row:
+        warnings.warn("the key answer of a completion is ground_truth now", FutureWarning, stacklevel=2)
+    truth = (
+        "ground_truth" if "answer" not in row and isinstance(row.get("ground_truth"), str | int | float) else "answer"
+    )
+    taken = {"id": True, "completion": True, "prompt": False, truth: False, "domain": False}
     texts: dict[str, str] = {}
-    for key, required in (("id", True), ("completion", True), ("prompt", False), ("answer", False), ("domain", False)):
+    for key, required in taken.items():
         value = row.get(key)
         if value is None and not required:
             continue
-        if key == "answer" and isinstance(value, int | float) and not isinstance(value, bool):
+        if key == truth and isinstance(value, int | float) and not isinstance(value, bool):
             value = str(value)  # as data sets publish them
         if not isinstance(value, str):
             what = "is missing" if key not in row else f"must be text, not {type(value).__name__}"
             raise UserError(f"{where}: {key} {what}; a line is like {EXAMPLE}")
         texts[key] = value
-    rest = {key: value for key, value in row.items() if key not in ("id", "completion", "prompt", "answer", "domain")}
+    rest = {key: value for key, value in row.items() if key not in taken or key == "ground_truth"}
     return Sample(
         id=texts["id"],
         prompt=texts.get("prompt", ""),
         completion=texts["completion"],
-        answer=texts.get("answer"),
+        ground_truth=texts.get(truth),
         domain=texts.get("domain", "user"),
         metadata=rest,
     )

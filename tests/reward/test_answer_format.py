@@ -5,11 +5,11 @@ import time
 import pytest
 
 from reward import Sample, Verdict
-from reward.answer_format import answer_format
+from reward.form import answer_format
 
 
 def sample(completion: str, truncated: bool = False) -> Sample:
-    return Sample(id="s", prompt="?", completion=completion, answer=None, truncated=truncated)
+    return Sample(id="s", prompt="?", completion=completion, ground_truth=None, truncated=truncated)
 
 
 @pytest.mark.parametrize("ending", ["", ".", " .\n", "$", "$.", "$$", r"\)", "\n\\]\n", r".\]"])

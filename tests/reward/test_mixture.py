@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("own_rewards")
 
 
 def sample(completion: str = r"\boxed{4}", **fields: Any) -> Sample:
-    return Sample(**{"id": "s", "prompt": "?", "completion": completion, "answer": "4", **fields})
+    return Sample(**{"id": "s", "prompt": "?", "completion": completion, "ground_truth": "4", **fields})
 
 
 def good(count: int) -> list[Sample]:
@@ -147,7 +147,7 @@ def test_only_the_failed_samples_of_a_batch_are_asked_again() -> None:
 
 def test_a_missing_ground_truth_masks_the_sample_and_says_so() -> None:
     mixture = Mixture([RewardTerm(name="exact_answer", params={"wrong": 0.0})])
-    rewards = mixture.score([sample(answer=None), *good(19)])
+    rewards = mixture.score([sample(ground_truth=None), *good(19)])
     assert rewards[0].value is None
     assert rewards[0].verdict is Verdict.INFRA_ERROR
     assert "no ground truth" in rewards[0].components["exact_answer"].detail
@@ -164,10 +164,10 @@ def test_two_terms_for_one_reward_are_told_apart_by_their_labels() -> None:
 
 def test_too_many_masked_samples_stop_the_run() -> None:
     mixture = Mixture([RewardTerm(name="exact_answer")], infra_error_limit=0.5)
-    half = [sample(answer=None, id="bare"), sample()]
+    half = [sample(ground_truth=None, id="bare"), sample()]
     assert mixture.score(half)[0].value is None
     with pytest.raises(InfrastructureError, match=r"66.7%.*50.0%.*'exact_answer' on sample 'bare'.*no ground truth"):
-        mixture.score([*half, sample(answer=None)])
+        mixture.score([*half, sample(ground_truth=None)])
 
 
 def test_a_term_without_weight_measures_and_never_masks() -> None:

@@ -37,7 +37,7 @@ def _functions_of_this_file_travel_whole() -> Iterator[None]:
 def batches(count: int, size: int = 2) -> list[list[Sample]]:
     return [
         [
-            Sample(id=f"{batch}#{place}", prompt="?", completion=rf"\boxed{{{place}}}", answer="1")
+            Sample(id=f"{batch}#{place}", prompt="?", completion=rf"\boxed{{{place}}}", ground_truth="1")
             for place in range(size)
         ]
         for batch in range(count)

@@ -12,8 +12,8 @@ from align.data import load_card, load_split
 from align.data.types import Example
 from align.errors import UserError
 from reward import Sample, Verdict
-from reward.code_tests import code_tests
-from reward.sandbox.check import probe
+from reward.code.answer import code_tests
+from reward.isolation.check import probe
 
 NEEDS_ISOLATION = pytest.mark.skipif(
     any(piece.needed and not piece.ok for piece in probe()), reason="this machine cannot isolate a model's code"

@@ -7,8 +7,8 @@ from align.data import load_card, load_split
 from align.data.tables import normalised
 from align.data.types import Example
 from align.errors import UserError
-from reward.math_answer import math_answer
-from reward.reasoning_gym_answer import reasoning_gym_answer
+from reward.math.answer import math_answer
+from reward.reasoning_gym.answer import reasoning_gym_answer
 from reward.types import Sample, Verdict
 
 
@@ -250,7 +250,7 @@ def test_generated_splits_are_disjoint_and_solved_by_the_verifier_of_their_task(
             id=example.id,
             prompt=example.prompt_text,
             completion=rf"\boxed{{{example.answer}}}",
-            answer=example.answer,
+            ground_truth=example.answer,
             domain=example.domain,
             metadata=example.metadata,
         )

@@ -8,7 +8,7 @@ import pytest
 from align.data import load_card, load_split, require_stage
 from align.errors import UserError
 from reward import Sample, Verdict
-from reward.math_answer import math_answer
+from reward.math.answer import math_answer
 
 
 def math_row(solution=r"Twice $\boxed{2}$ is $\boxed{\frac{8}{2}}$.", level="Level 3"):

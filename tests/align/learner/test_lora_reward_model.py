@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification
 
 from align.learner.reward_model import RewardModelGroup, TrainingPair
 from align.recipe import LearnerOptions, LoraOptions, ModelOptions, OptimizerOptions
-from reward.learned import _load
+from reward.learned.model import _load
 
 EOS = 1
 

@@ -163,7 +163,7 @@ def test_as_a_reward_it_gives_the_same_order_on_the_scale_of_its_notes(trained: 
     assert len(notes["tokenizer_sha256"]) == 64
     rows = read_samples(trained / "evaluations" / "held-out pairs.parquet")[:20]
     samples = [
-        Sample(id=f"{row['id']} {side}", prompt=row["prompt"], completion=row[side], answer=None, domain="chat")
+        Sample(id=f"{row['id']} {side}", prompt=row["prompt"], completion=row[side], ground_truth=None, domain="chat")
         for row in rows
         for side in ("chosen", "rejected")
     ]
@@ -178,7 +178,7 @@ def test_as_a_reward_it_gives_the_same_order_on_the_scale_of_its_notes(trained: 
 def test_it_says_how_to_call_it_without_this_project(trained: Path) -> None:
     code = (trained / "final" / "README.md").read_text().split("```python\n")[1].split("```")[0]
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    sample = Sample(id="1", prompt="What is 1 + 1?", completion="2", answer=None, domain="chat")
+    sample = Sample(id="1", prompt="What is 1 + 1?", completion="2", ground_truth=None, domain="chat")
     mixture = Mixture([RewardTerm(name="reward_model", params={"path": str(trained / "final")})])
     mixture.make_ready()
     assert mixture.score([sample])[0].value == pytest.approx(float(printed), abs=1e-4)

@@ -27,7 +27,7 @@ from align.tasks.conversation import (
     requests,
 )
 from reward import Sample, Score, Verdict
-from reward.chat_rules import CLOSINGS, DECLINES, OPENINGS, Stance, chat_quality, nano_chat, refusal, sentences, stance
+from reward.nano_chat import CLOSINGS, DECLINES, OPENINGS, Stance, chat_quality, nano_chat, refusal, sentences, stance
 
 SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
 REQUESTS = {request.prompt: request for request in requests()}

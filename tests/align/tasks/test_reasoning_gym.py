@@ -10,7 +10,7 @@ from align.data import Example, load_card, load_split
 from align.data.cards import DataCard
 from align.errors import UserError
 from reward import Sample, Score, Verdict
-from reward.reasoning_gym_answer import REFUSED_TASKS, reasoning_gym_answer
+from reward.reasoning_gym.answer import REFUSED_TASKS, reasoning_gym_answer
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

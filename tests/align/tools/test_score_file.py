@@ -22,8 +22,8 @@ def lines(tmp_path: Path, *rows: Any) -> Path:
 def test_every_line_gets_value_verdict_and_detail(tmp_path: Path) -> None:
     data = lines(
         tmp_path,
-        {"id": "right", "completion": r"\boxed{4}", "answer": "4"},
-        {"id": "wrong", "completion": r"\boxed{5}", "answer": "4"},
+        {"id": "right", "completion": r"\boxed{4}", "ground_truth": "4"},
+        {"id": "wrong", "completion": r"\boxed{5}", "ground_truth": "4"},
         {"id": "unusable", "completion": r"\boxed{5}"},
     )
     summary = score_file(EXACT, data, tmp_path / "out.jsonl")
@@ -36,13 +36,20 @@ def test_every_line_gets_value_verdict_and_detail(tmp_path: Path) -> None:
 
 
 def test_a_number_is_an_answer_as_json_has_it(tmp_path: Path) -> None:
-    data = lines(tmp_path, {"id": "1", "completion": r"\boxed{0.00001}", "answer": 1e-05})
+    data = lines(tmp_path, {"id": "1", "completion": r"\boxed{0.00001}", "ground_truth": 1e-05})
     score_file(RewardTerm(name="math"), data, tmp_path / "out.jsonl")
     assert json.loads((tmp_path / "out.jsonl").read_text())["value"] == 1.0
 
 
+def test_the_ground_truth_of_an_older_file_is_called_answer(tmp_path: Path) -> None:
+    data = lines(tmp_path, {"id": "1", "completion": r"\boxed{4}", "answer": "4", "ground_truth": ["for the reward"]})
+    with pytest.warns(FutureWarning, match="the key answer of a completion is ground_truth now"):
+        score_file(EXACT, data, tmp_path / "out.jsonl")
+    assert json.loads((tmp_path / "out.jsonl").read_text())["value"] == 1.0
+
+
 def test_parameters_reach_the_reward(tmp_path: Path) -> None:
-    data = lines(tmp_path, {"id": "1", "completion": r"\boxed{4}", "answer": "4"})
+    data = lines(tmp_path, {"id": "1", "completion": r"\boxed{4}", "ground_truth": "4"})
     score_file(RewardTerm(name="exact_answer", params={"right": 5.0}), data, tmp_path / "out.jsonl")
     assert json.loads((tmp_path / "out.jsonl").read_text())["value"] == 5.0
 

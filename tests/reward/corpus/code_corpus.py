@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from reward import Sample, Verdict
-from reward.sandbox import Execution, Executor, Job, Limits
-from reward.sandbox.check import probe
+from reward.isolation import Execution, Executor, Job, Limits
+from reward.isolation.check import probe
 
 FOLDER = Path(__file__).parent
 SECRET = f"SECRET-{secrets.token_hex(16)}"
@@ -23,13 +23,13 @@ NEEDS_EVERYTHING = pytest.mark.skipif(bool(_missing), reason=_reason)
 REFUSING = (
     "import sys\n"
     "sys.path.append({folder!r})\n"
-    "from inside import {module}, kernel\n"
+    "from child import {module}, kernel\n"
     "sys.path.pop()\n"
     "def refuse(*_): raise PermissionError(1, 'unshare(user): Operation not permitted')\n"
     "kernel.unshare = refuse\n"
     "{module}.main({arguments})\n"
 )
-"""What to boot a launcher with to play a machine that forbids namespaces (`client._BOOT`)."""
+"""What to boot a zygote with to play a machine that forbids namespaces (`zygote._BOOT`)."""
 
 ASSERTS = "assert double(2) == 4\nassert double(21) == 42"
 CHECK = "def check(candidate):\n    assert candidate(2) == 4\n    assert candidate(21) == 42\n"

@@ -1,0 +1,82 @@
+"""The supervisor of one run: it enters the namespaces, starts process 1 in them, and kills it when time is up.
+
+It lives outside the run's process namespace, where nothing of the run can reach it. When process 1 is dead the
+kernel has killed every process of the namespace, and the namespaces, with the run's files, are gone.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Any
+
+from . import init, kernel, plain, root
+
+FLAGS = kernel.CLONE_NEWNS | kernel.CLONE_NEWPID | kernel.CLONE_NEWNET | kernel.CLONE_NEWIPC | kernel.CLONE_NEWUTS
+CHILD_ID = 1000
+"""The user and group of a candidate, as it sees them; outside it is nobody, or the user who started the run."""
+
+
+def enter_namespaces(proc: int) -> None:
+    """Leave everything that is shared with the machine; root becomes nobody. Raises OSError."""
+    if os.geteuid() == 0:
+        root.give_up_root()
+    kernel.enter_user_namespace(FLAGS, proc, CHILD_ID)
+    socket.sethostname("sandbox")
+
+
+def supervise(
+    control: socket.socket, message: Mapping[str, Any], enter: Callable[[], None], start: Callable[[], None]
+) -> None:
+    """Run `start` as process 1 and tell `control` how that ended: {"exit": status} or {"failed": reason}.
+
+    The run is killed after `message["limits"]["total_seconds"]`, and as soon as the other end of `control` closes.
+    """
+    try:
+        enter()
+        first = os.fork()
+    except OSError as error:
+        _tell(control, {"failed": str(error)})
+        return
+    if first == 0:
+        _become_first(control, start)
+    deadline = time.monotonic() + float(message["limits"]["total_seconds"])
+    _wait(first, control, deadline)
+    _, status = os.waitpid(first, 0)
+    _tell(control, {"exit": os.waitstatus_to_exitcode(status)})
+
+
+def _become_first(control: socket.socket, start: Callable[[], None]) -> None:
+    try:
+        kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
+        kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
+        start()
+    except init.Begin:
+        control.close()
+        raise
+    except BaseException as error:
+        _tell(control, {"failed": f"{type(error).__name__}: {error}"})
+        os._exit(1)
+    os._exit(0)
+
+
+def _wait(first: int, control: socket.socket, deadline: float) -> None:
+    ended = os.pidfd_open(first)
+    watched = select.poll()
+    watched.register(ended, select.POLLIN)
+    watched.register(control, select.POLLIN)
+    remaining = max(0.0, deadline - time.monotonic())
+    happened = watched.poll(remaining * 1000)
+    if not any(number == ended for number, _ in happened):
+        os.kill(first, signal.SIGKILL)
+    os.close(ended)
+
+
+def _tell(control: socket.socket, message: Mapping[str, Any]) -> None:
+    with suppress(OSError):  # nobody may be there to hear it
+        control.send(plain.dumps(message), socket.MSG_NOSIGNAL)

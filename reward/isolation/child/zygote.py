@@ -1,0 +1,228 @@
+"""The zygote: a small process, started once, that forks the supervisor of each run.
+
+It imports the standard library once for all runs (a fork costs a millisecond, a Python start ten), enters the
+read-only root, and from then on reads nothing but limits: programs and inputs reach the run by descriptors that
+the zygote passes on unread. So no run can find anything of another in the memory that it inherits.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import os
+import select
+import signal
+import site
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.machinery import ModuleSpec, PathFinder
+from typing import Any
+
+from . import case, init, kernel, plain, root, seccomp, supervisor
+
+# What candidates use most. Each import saved is milliseconds for every case.
+PRELOADED = [
+    "abc",
+    "ast",
+    "asyncio",
+    "bisect",
+    "cmath",
+    "collections",
+    "copy",
+    "dataclasses",
+    "datetime",
+    "decimal",
+    "enum",
+    "fractions",
+    "functools",
+    "hashlib",
+    "heapq",
+    "inspect",
+    "itertools",
+    "json",
+    "math",
+    "numbers",
+    "operator",
+    "random",
+    "re",
+    "statistics",
+    "string",
+    "sys",
+    "textwrap",
+    "threading",
+    "time",
+    "traceback",
+    "typing",
+]
+_SLOW_OR_SHOWN = ("_tkinter", "_curses", "_test", "xx", "_ctypes_test", "readline", "_xxtest")
+_POLL_MS = 2000
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Serve runs over the socket of the given descriptor until its other end is closed.
+
+    Arguments: the descriptor, "isolated" or "unsafe", and JSON of the packages to show: {"names", "paths"}. The first
+    message out is {"ready": …}, {"missing", "why"} or {"package", "why"}.
+    """
+    try:
+        _launch(arguments)
+        return
+    except init.Begin as begin:
+        child = begin.with_traceback(None)
+    try:
+        init.confine_case(child)
+        job, inputs = child.run.job, child.inputs
+        del child
+        case.main(job, inputs)
+    finally:
+        os._exit(1)
+
+
+def _launch(arguments: Sequence[str]) -> None:
+    channel = socket.socket(fileno=int(arguments[0]))
+    isolated = arguments[1] != "unsafe"
+    packages = plain.loads(arguments[2])
+    os.environ.clear()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    parent = os.getppid()
+    _preload()
+    kernel.one_malloc_arena()
+    lines = b"" if seccomp.unavailable() else seccomp.program()
+    proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY)
+    for name in packages["names"]:
+        if why := _unusable(name, packages["paths"], proc):
+            channel.send(plain.dumps({"package": name, "why": why}))
+            return
+    work_folder = root.work_folder(packages["paths"])
+    step = "root"
+    try:
+        if isolated:
+            root.enter(proc, packages["paths"])
+            step = "run"
+            _try_once(proc, work_folder)
+    except OSError as error:
+        channel.send(plain.dumps({"missing": step, "why": str(error)}))
+        return
+    channel.send(plain.dumps({"ready": True, "seccomp": bool(lines)}))
+    gc.collect()
+    gc.freeze()
+    _serve(channel, parent, _Setting(isolated, proc, lines, work_folder))
+
+
+class _Setting:
+    """What every run starts from."""
+
+    def __init__(self, isolated: bool, proc: int, lines: bytes, work_folder: str) -> None:
+        self.isolated, self.proc, self.lines, self.work_folder = isolated, proc, lines, work_folder
+
+    def enter(self) -> None:
+        if self.isolated:
+            supervisor.enter_namespaces(self.proc)
+
+
+def _serve(channel: socket.socket, parent: int, setting: _Setting) -> None:
+    watched = select.poll()
+    watched.register(channel, select.POLLIN)
+    while True:
+        if not watched.poll(_POLL_MS):
+            if os.getppid() != parent:
+                return
+            continue
+        message, numbers, _, _ = socket.recv_fds(channel, 4096, 8)
+        if not message:
+            return
+        if os.fork() == 0:
+            try:
+                channel.close()
+                _run(plain.loads(message), numbers, setting)
+            except init.Begin:
+                raise
+            except BaseException:
+                os._exit(1)
+            os._exit(0)
+        for number in numbers:
+            os.close(number)
+
+
+def _run(message: Mapping[str, Any], numbers: Sequence[int], setting: _Setting) -> None:
+    """Be the supervisor of one run. The descriptors: control, job, report, and the pipes of a dialogue."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    control_number, job, report, *pipes = numbers
+    control = socket.socket(fileno=control_number)
+
+    def start() -> None:
+        os.close(setting.proc)
+        init.forget_modules()
+        common = message["limits"], pipes, setting.lines, setting.isolated, setting.work_folder
+        init.main(job, report, lambda content: init.Run(content, *common))
+
+    supervisor.supervise(control, message, setting.enter, start)
+
+
+def _try_once(proc: int, work_folder: str) -> None:
+    """Enter the namespaces of a run in a child, so that a refusal comes before the first run. Raises OSError."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            supervisor.enter_namespaces(proc)
+            kernel.mount("tmpfs", work_folder, "tmpfs", 0, "size=4k")
+        except OSError as error:
+            os.write(writing, str(error).encode())
+        finally:
+            os._exit(0)
+    os.close(writing)
+    with open(reading, "rb") as file:
+        reason = file.read().decode()
+    os.waitpid(child, 0)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    if reason:
+        raise OSError(reason)
+
+
+class _Packages:
+    """Finds named packages where they are installed, and nothing else of what is installed there."""
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        self.folders = {os.path.basename(path).partition(".")[0]: os.path.dirname(path) for path in paths}
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        return PathFinder.find_spec(name, [self.folders[name]]) if name in self.folders else None
+
+
+def _unusable(name: str, paths: Sequence[str], proc: int) -> str:
+    """Why the package cannot be imported; empty once it is, with the shared libraries that the root will not show."""
+    if not any(isinstance(finder, _Packages) for finder in sys.meta_path):
+        sys.meta_path.append(_Packages(paths))
+    # The threads of a numerical library would not survive a fork, and a run has few to spend.
+    os.environ.update(dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1"))
+    try:
+        importlib.import_module(name)
+    except BaseException as error:
+        return f"{type(error).__name__}: {error}"[:500]
+    finally:
+        os.environ.clear()
+    tasks = os.open("self/task", os.O_RDONLY | os.O_DIRECTORY, dir_fd=proc)
+    threads = len(os.listdir(tasks))
+    os.close(tasks)
+    return f"its import starts {threads - 1} threads, which no run would have" if threads > 1 else ""
+
+
+def _preload() -> None:
+    """Import what is used most, and load the shared libraries that the root will not show."""
+    folders = [path for path in sys.path if os.path.basename(path) == "lib-dynload" and os.path.isdir(path)]
+    found = sorted(entry.split(".")[0] for folder in folders for entry in os.listdir(folder))
+    extensions = [name for name in found if not name.startswith(_SLOW_OR_SHOWN)]
+    for name in (*PRELOADED, *extensions):
+        try:
+            importlib.import_module(name)
+        except Exception:
+            continue  # not built here; a candidate that wants it gets the ImportError
+    site.setquit()  # what Python's start without -S gives to programs
+    site.sethelper()
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.flush()

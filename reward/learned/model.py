@@ -1,0 +1,209 @@
+"""Learned rewards: a reward model, any sequence classifier of one label that transformers loads, in this process.
+
+DeepSeek-V2's rewards for reasoning, helpfulness and safety are such models (arXiv:2405.04434, section 4.2, eq. 35 and 36).
+What a checkpoint's `reward_model.json` says of the scale of its rewards brings several of them to the same scale.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+from reward.chat import encode_example
+from reward.registry import register
+from reward.types import RewardError, Sample, Score, Verdict
+
+NOTES = "reward_model.json"
+
+
+@dataclass(frozen=True)
+class Scale:
+    """From a model's number to a reward: `(number - mean) / std`, cut off at -clip and clip."""
+
+    mean: float = 0.0
+    std: float = 1.0
+    clip: float | None = None
+
+    def __call__(self, number: float) -> float:
+        value = (number - self.mean) / self.std
+        return value if self.clip is None else max(-self.clip, min(self.clip, value))
+
+
+@register("reward_model", batched=True)
+def reward_model(
+    samples: Sequence[Sample],
+    *,
+    path: str,
+    normalise: bool = True,
+    clip: float | None = None,
+    max_length: int | None = None,
+    batch_size: int = 32,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    device: str = "auto",
+) -> list[Score]:
+    """The number that a reward model, a checkpoint at `path`, gives to a completion; it passes above 0.
+
+    The prompt is `sample.metadata["messages"]`, or else `sample.prompt` as the user's message. With `normalise`, the mean
+    and the standard deviation of the checkpoint's `reward_model.json` are taken out, so that 0 is an average completion.
+    `clip` bounds what comes of it. A conversation of more than `max_length` tokens (None: as many as the model takes) loses
+    its oldest ones, those of the prompt first; the detail says so. A truncated completion is read as if it ended there.
+    `device` "auto" is a GPU where there is one. The model is loaded once a process.
+
+    Raises RewardError where the checkpoint cannot be used.
+    """
+    model = _load(path, dtype, device)
+    return judge(
+        samples,
+        model.tokenizer,
+        longest=min(max_length or model.longest, model.longest),
+        scale=read_scale(path, normalise=normalise, clip=clip),
+        numbers=lambda conversations: model.numbers(conversations, batch_size),
+    )
+
+
+def judge(
+    samples: Sequence[Sample],
+    tokenizer: Any,
+    *,
+    longest: int,
+    scale: Scale,
+    numbers: Callable[[Sequence[Sequence[int]]], Sequence[float | str]],
+) -> list[Score]:
+    """A score for each sample from the number that its conversation gets, or INFRA_ERROR with the reason, a text."""
+    scores: dict[int, Score] = {}
+    conversations: dict[int, list[int]] = {}
+    for place, sample in enumerate(samples):
+        try:
+            conversations[place] = encode_conversation(tokenizer, messages_of(sample), sample.completion)
+        except (RewardError, KeyError, TypeError) as error:
+            scores[place] = Score(math.nan, Verdict.INFRA_ERROR, f"its conversation cannot be read: {error!r}")
+    cut = {place: tuple(shortened(ids, longest, tokenizer.bos_token_id)) for place, ids in conversations.items()}
+    # Each conversation once: the last digit of a number depends on its batch, and equal completions are to be worth the same.
+    different = list(dict.fromkeys(cut.values()))
+    found = dict(zip(different, numbers(different), strict=True)) if different else {}
+    for place, ids in cut.items():
+        lost = len(conversations[place]) - len(ids)
+        scores[place] = _score(found[ids], scale, f"; its first {lost} tokens were cut off" if lost else "")
+    return [scores[place] for place in range(len(samples))]
+
+
+def _score(number: float | str, scale: Scale, remark: str) -> Score:
+    if isinstance(number, str):
+        return Score(math.nan, Verdict.INFRA_ERROR, number)
+    value = scale(number)
+    return Score(value, Verdict.PASS if value > 0 else Verdict.WRONG, f"the model says {number:.4g}{remark}")
+
+
+def read_scale(path: str, *, normalise: bool, clip: float | None) -> Scale:
+    """The scale that a checkpoint's `reward_model.json` gives. Raises RewardError where it is asked for and not there."""
+    if clip is not None and not clip > 0:
+        raise RewardError(f"clip must be above 0, not {clip}")
+    if not normalise:
+        return Scale(clip=clip)
+    file = Path(path) / NOTES
+    try:
+        notes = json.loads(file.read_text(encoding="utf-8"))
+        mean, std = float(notes["mean"]), float(notes["std"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RewardError(
+            f"{file}: cannot read the mean and std of the model's rewards ({error!r}); `align reward-model` writes them. "
+            "For another model set normalise: false"
+        ) from None
+    if not (math.isfinite(mean) and math.isfinite(std) and std > 0):
+        raise RewardError(
+            f"{file}: rewards of mean {mean} and std {std} cannot be normalised: the model tells nothing apart"
+        )
+    return Scale(mean, std, clip)
+
+
+@dataclass(frozen=True)
+class _Model:
+    tokenizer: Any
+    network: Any
+    longest: int
+
+    def numbers(self, conversations: Sequence[Sequence[int]], batch_size: int) -> list[float]:
+        """The number at the end of each conversation, in batches of like length, padded on the right."""
+        import torch
+
+        padding, device = self.network.config.pad_token_id, self.network.device
+        order = sorted(range(len(conversations)), key=lambda place: len(conversations[place]))
+        found: dict[int, float] = {}
+        for start in range(0, len(order), batch_size):
+            places = order[start : start + batch_size]
+            width = len(conversations[places[-1]])
+            # Under a causal mask no real token attends to what is on its right, so padding needs no mask.
+            rows = [[*conversations[place], *[padding] * (width - len(conversations[place]))] for place in places]
+            with torch.no_grad():
+                logits = self.network(input_ids=torch.tensor(rows, device=device), use_cache=False).logits
+            found |= dict(zip(places, logits[:, 0].float().tolist(), strict=True))
+        return [found[place] for place in range(len(conversations))]
+
+
+@lru_cache(maxsize=8)
+def _load(path: str, dtype: str, device: str) -> _Model:
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers.utils import logging
+
+    if dtype not in ("float32", "bfloat16"):
+        raise RewardError(f"reward_model: dtype is float32 or bfloat16, not {dtype!r}")
+    where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        network, report = AutoModelForSequenceClassification.from_pretrained(
+            path, dtype=getattr(torch, dtype), output_loading_info=True
+        )
+        network.to(where).eval().requires_grad_(False)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise RewardError(f"reward model {path} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+    finally:
+        logging.enable_progress_bar()
+    if report["missing_keys"] or network.config.num_labels != 1:
+        raise RewardError(
+            f"{path} is no reward model: it needs weights for a classifier of one label, and "
+            + (
+                f"lacks {min(report['missing_keys'])}"
+                if report["missing_keys"]
+                else f"has {network.config.num_labels} labels"
+            )
+        )
+    padding = network.config.pad_token_id
+    if padding is None or padding == tokenizer.eos_token_id:
+        raise RewardError(
+            f"{path}: config.json has pad_token_id {padding}, so that transformers would read the reward before the "
+            "end-of-sequence token; set it to another token, such as the BOS"
+        )
+    if any(name.endswith("experts.gate_up_proj") for name, _ in network.named_parameters()):
+        network.set_experts_implementation("grouped_mm")
+    encode_conversation(tokenizer, [{"role": "user", "content": "?"}], "!")
+    longest = tokenizer.model_max_length
+    return _Model(tokenizer, network, min(getattr(network.config, "max_position_embeddings", longest), longest))
+
+
+def messages_of(sample: Sample) -> Sequence[Mapping[str, str]]:
+    """The sample's prompt as chat messages: those of its metadata, or else one message of the user."""
+    messages: Sequence[Mapping[str, str]] = sample.metadata.get("messages") or ()
+    return messages or ({"role": "user", "content": sample.prompt},)
+
+
+def encode_conversation(tokenizer: Any, messages: Sequence[Mapping[str, str]], completion: str) -> list[int]:
+    """The ids of prompt, completion and one end-of-sequence token: those that a reward model is trained on.
+
+    Raises RewardError as `reward.chat.encode_example` does.
+    """
+    return encode_example(tokenizer, messages, completion)[0]
+
+
+def shortened(ids: list[int], longest: int, bos: int | None) -> list[int]:
+    """The ids, without the oldest of them where there are more than `longest`; the first stays if it is the BOS."""
+    if len(ids) <= longest:
+        return ids
+    head = ids[:1] if ids[0] == bos else []
+    return head + ids[len(ids) - longest + len(head) :]

@@ -1,0 +1,1 @@
+"""Mathematical answers: `answer` scores them, by `text` and `value` where that is certain, and by `job`, in a worker, where it takes algebra."""
