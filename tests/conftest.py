@@ -1,9 +1,10 @@
-"""What the tests that run real engines share: one Ray, and the nano policy with weights."""
+"""What the tests that run real engines share: one Ray, and the nano policy with weights; and which tests run side by side."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
 
 from align.model.policy import write_random_policy
@@ -14,7 +15,24 @@ from align.session.ray import local_ray
 settings.register_profile("unhurried", deadline=None)
 settings.load_profile("unhurried")
 
+# The tensors of these tests are tiny: a second thread costs more than it gives.
+torch.set_num_threads(1)
+
+COMMANDS = ("test_end_to_end", "test_resume", "test_sandbox_removed", "test_chat")
+
 NANO = Path(__file__).parents[1] / "recipes" / "nano" / "policy"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Under pytest-xdist, one process runs all tests that share a Ray and its engines; the others stay together by file.
+
+    These come first, for they take the longest, and then the files that start whole commands.
+    """
+    for item in items:
+        engines = "ray_session" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("engines" if engines else item.path.stem))
+    items.sort(key=lambda item: 0 if "ray_session" in item.fixturenames else 1 if item.path.stem in COMMANDS else 2)  # type: ignore[attr-defined]
 
 
 @pytest.fixture(scope="session")

@@ -24,13 +24,13 @@ Its auxiliary loss, entropy bonus and off-policy mask are off. TRL has no form o
 
 from collections import defaultdict
 from contextlib import nullcontext
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from trl.trainer import grpo_trainer as trl_grpo
 
 from align.losses import (
     Aggregation,
@@ -50,6 +50,14 @@ WEIGHTS: dict[str, Aggregation] = {
     "dapo": "token_mean",
     "luspo": "sequence_sum",
 }
+
+
+@cache
+def trl_grpo() -> Any:
+    """TRL's module of GRPO. It imports vLLM, which is too slow for the collection of tests."""
+    from trl.trainer import grpo_trainer
+
+    return grpo_trainer
 
 
 class LogitsModel(nn.Module):
@@ -100,8 +108,8 @@ class Case:
         self, loss_type: str, beta: float, old: Tensor | None, importance: Tensor | None = None
     ) -> tuple[Tensor, dict[str, list[float]]]:
         """TRL's loss and metrics."""
-        trl_grpo.add_fused_lm_head(self.model, temperature=TEMPERATURE, outputs=("log_probs", "entropy"))
-        trainer = trl_grpo.GRPOTrainer.__new__(trl_grpo.GRPOTrainer)
+        trl_grpo().add_fused_lm_head(self.model, temperature=TEMPERATURE, outputs=("log_probs", "entropy"))
+        trainer = trl_grpo().GRPOTrainer.__new__(trl_grpo().GRPOTrainer)
         trainer.__dict__.update(
             model=self.model,
             loss_type=loss_type,
@@ -151,7 +159,7 @@ def assert_same(found: Tensor, expected: Tensor) -> None:
 
 def test_log_probs_are_trls() -> None:
     case = Case()
-    trl_grpo.add_fused_lm_head(case.model, temperature=TEMPERATURE, outputs=("log_probs", "entropy"))
+    trl_grpo().add_fused_lm_head(case.model, temperature=TEMPERATURE, outputs=("log_probs", "entropy"))
     theirs = case.model(labels=case.tokens, fused_lm_head=True)
     log_probs, entropy = token_log_probs(case.model.logits[:, :-1], case.tokens[:, 1:], TEMPERATURE)
     assert_same(log_probs, theirs.log_probs)
@@ -220,7 +228,7 @@ def test_dropped_completions_leave_the_denominators_where_trl_keeps_one() -> Non
 def trl_advantages(rewards: Tensor, group_size: int, scale: bool) -> Tensor:
     """The lines of `GRPOTrainer._generate_and_score_completions`, `scale_rewards="group"` or `"none"`."""
     mean = torch.nanmean(rewards.view(-1, group_size), dim=1).repeat_interleave(group_size, dim=0)
-    std = trl_grpo.nanstd(rewards.view(-1, group_size), dim=1).repeat_interleave(group_size, dim=0)
+    std = trl_grpo().nanstd(rewards.view(-1, group_size), dim=1).repeat_interleave(group_size, dim=0)
     advantages = rewards - mean
     if scale:
         advantages = advantages / (std + 1e-4)
