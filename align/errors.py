@@ -1,7 +1,8 @@
 """The errors that the command line knows."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 
 
 class UserError(Exception):
@@ -27,3 +28,9 @@ class NonFiniteError(Exception):
 
 class RayDiedError(Exception):
     """The Ray that a run has started is gone, and all its actors with it."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The hint that ends an error message about an unknown name, such as " (did you mean 'answer'?)"; empty without a near one."""
+    found = get_close_matches(name, list(known), n=1)
+    return f" (did you mean {found[0]!r}?)" if found else ""

@@ -11,45 +11,15 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 import yaml
 from pydantic import BaseModel, Field, ValidationError, ValidationInfo, model_validator
 
+from align.data.code_rows import CodeRows
 from align.data.generators import generator
-from align.data.preference_fields import PreferenceFields
-from align.data.strict import Strict, nearest
-from align.data.types import SplitName
-from align.errors import UserError
+from align.data.pair_rows import PairRows
+from align.data.types import SplitName, Strict
+from align.errors import UserError, nearest
 
 CARDS = Path(__file__).parents[2] / "data_cards"
 Stage = Literal["sft", "reward_model", "grpo", "eval"]
 Model = TypeVar("Model", bound=BaseModel)
-
-
-class HumanEvalTests(Strict):
-    """Test code of HumanEval (Chen et al. 2021, arXiv:2107.03374); the prompt is the head of the function."""
-
-    format: Literal["human_eval"]
-    code: str
-    """Defines `check(candidate)`."""
-    entry_point: str
-
-
-class MbppTests(Strict):
-    """Asserts of MBPP (Austin et al. 2021, arXiv:2108.07732); the prompt shows them, as the paper's does."""
-
-    format: Literal["mbpp"]
-    asserts: str
-    setup: str | None = None
-    """Code that the asserts need, one text or a list of imports."""
-    solution: str
-    """The reference, parsed for the name of the function and never run."""
-
-
-class AppsTests(Strict):
-    """Inputs and outputs of APPS (Hendrycks et al. 2021, arXiv:2105.09938), of a program or of a function."""
-
-    format: Literal["apps"]
-    cases: str
-    """JSON text of `inputs`, `outputs` and, for a function, `fn_name`."""
-    starter: str
-    """The head of the function, or empty."""
 
 
 class Fields(Strict):
@@ -67,9 +37,9 @@ class Fields(Strict):
     r"""The answer is what the last \boxed{} in its column holds; a row whose box is blank is left out."""
     level: str | None = None
     """The difficulty: a whole number, or text that ends in one, such as "Level 3"."""
-    tests: Annotated[HumanEvalTests | MbppTests | AppsTests, Field(discriminator="format")] | None = None
+    tests: CodeRows | None = None
     """The tests of a programming task: they go into the metadata, and the prompt says what they ask for."""
-    preference: PreferenceFields | None = None
+    preference: PairRows | None = None
     """Two completions of the prompt of which one was preferred, to train reward models on."""
 
     @model_validator(mode="after")

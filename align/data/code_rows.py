@@ -1,40 +1,111 @@
-"""Programming tasks from the rows of HumanEval, MBPP and APPS: a prompt, and tests as `reward.code.cases` takes them.
+"""The forms in which tables hold programming tasks, those of HumanEval, MBPP and APPS.
 
-The code in a row is parsed, and never run here.
+A form is a part of a data card that says which columns it reads. Its `task` is what to ask, and tests as `reward.code.cases` takes
+them; it raises NothingToJudgeBy for a row whose answers cannot be judged, and UserError for one of another form. The code in a
+row is parsed, and never run here.
 """
 
 import ast
 import builtins
 import json
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
 
-from align.data.cards import AppsTests, HumanEvalTests, MbppTests
+from pydantic import Field
+
+from align.data.rows import NothingToJudgeBy, Row
+from align.data.types import Strict
 from align.errors import UserError
 from reward.code.cases import UnusableTests, parse_tests
 
-Row = Mapping[str, Any]
+ROLE = "tests"
+Task = tuple[str, dict[str, Any]]
 
 
-class NothingToJudgeBy(Exception):  # noqa: N818
-    """The row is as published, and no answer to it can be judged: it is left out and counted."""
+class HumanEvalTests(Strict):
+    """Test code of HumanEval (Chen et al. 2021, arXiv:2107.03374); the prompt is the head of the function."""
+
+    format: Literal["human_eval"]
+    code: str
+    """Defines `check(candidate)`."""
+    entry_point: str
+
+    def task(self, row: Row, prompt: str) -> Task:
+        code, entry_point = (row.text(column, ROLE) for column in (self.code, self.entry_point))
+        if "check" not in _functions(_parsed(code, row, self.code)):
+            raise row.error(self.code, "defines no check(candidate)")
+        if entry_point not in _functions(_parsed(prompt, row)):
+            raise UserError(f"{row.where}: the prompt defines no {entry_point!r}, as column {self.entry_point!r} says")
+        return prompt, {"kind": "assert", "entry_point": entry_point, "code": code, "setup": prompt}
 
 
-def code_task(
-    columns: HumanEvalTests | MbppTests | AppsTests, row: Row, prompt: str, where: str
-) -> tuple[str, dict[str, Any]]:
-    """What to ask, and the tests of an answer. `prompt` is the row's own.
+class MbppTests(Strict):
+    """Asserts of MBPP (Austin et al. 2021, arXiv:2108.07732); the prompt shows them, as the paper's does."""
 
-    Raises UserError naming the column where the row is not in the format, and NothingToJudgeBy.
-    """
-    match columns:
-        case HumanEvalTests():
-            task = _human_eval(columns, row, prompt, where)
-        case MbppTests():
-            task = _mbpp(columns, row, prompt, where)
-        case AppsTests():
-            task = _apps(columns, row, prompt, where)
+    format: Literal["mbpp"]
+    asserts: str
+    setup: str | None = None
+    """Code that the asserts need, one text or a list of imports."""
+    solution: str
+    """The reference, parsed for the name of the function and never run."""
+
+    def task(self, row: Row, prompt: str) -> Task:
+        code = row.lines(self.asserts, ROLE)
+        setup = row.lines(self.setup, ROLE) if self.setup else ""
+        tests, prepared = _parsed(code, row, self.asserts), _parsed(setup, row, self.setup)
+        solution = _parsed(row.text(self.solution, ROLE), row, self.solution)
+        tested = set(_functions(solution)).intersection(*map(_calls, tests.body))
+        if len(tested) != 1 or not tests.body:
+            raise UserError(
+                f"{row.where}: each assert in column {self.asserts!r} must call one and the same function of those "
+                f"in column {self.solution!r}; they call {', '.join(sorted(tested)) or 'none'}"
+            )
+        [entry_point] = tested
+        if unknown := _used(tests, prepared) - {entry_point} - set(dir(builtins)):
+            raise NothingToJudgeBy(f"the tests use {', '.join(sorted(unknown))}, which only the solution defines")
+        asked = f"{prompt.rstrip()}\nYour code should pass these tests:\n\n{code}"
+        return asked, {"kind": "assert", "entry_point": entry_point, "code": code, "setup": setup}
+
+
+class AppsTests(Strict):
+    """Inputs and outputs of APPS (Hendrycks et al. 2021, arXiv:2105.09938), of a program or of a function."""
+
+    format: Literal["apps"]
+    cases: str
+    """JSON text of `inputs`, `outputs` and, for a function, `fn_name`."""
+    starter: str
+    """The head of the function, or empty."""
+
+    def task(self, row: Row, prompt: str) -> Task:
+        name, inputs, outputs = _cases(row, self.cases)
+        if name is None:
+            texts = [
+                {"input": _stream(given), "output": _stream(out)} for given, out in zip(inputs, outputs, strict=True)
+            ]
+            asked = f"{prompt.rstrip()}\n\nRead from standard input, and write to standard output."
+            return asked, {"kind": "stdio", "cases": texts}
+        starter = row.text(self.starter, ROLE, empty=True)
+        # Codewars' outputs are each in a list, as the arguments are; LeetCode's are not, and ask for a method.
+        if "class Solution" not in starter and all(isinstance(out, list) and len(out) == 1 for out in outputs):
+            outputs = [out for [out] in outputs]
+        calls = [
+            {
+                "args": [_with_numbers(value) for value in given] if isinstance(given, list) else given,
+                "expected": expected,
+            }
+            for given, expected in zip(inputs, map(_with_numbers, outputs), strict=True)
+        ]
+        asked = f"{prompt.rstrip()}\n\nWrite this function, outside any class:\n\n{_head(starter, name)}"
+        return asked, {"kind": "function", "entry_point": name, "cases": calls}
+
+
+CodeRows = Annotated[HumanEvalTests | MbppTests | AppsTests, Field(discriminator="format")]
+
+
+def code_task(form: CodeRows, row: Row, prompt: str) -> Task:
+    """What to ask, and the tests of an answer. `prompt` is the row's own. Raises NothingToJudgeBy for tests that cannot be used."""
+    task = form.task(row, prompt)
     try:
         parse_tests(task[1], float_tolerance=0.0)
     except UnusableTests as error:
@@ -42,54 +113,9 @@ def code_task(
     return task
 
 
-def _human_eval(columns: HumanEvalTests, row: Row, prompt: str, where: str) -> tuple[str, dict[str, Any]]:
-    code, entry_point = (_column(row, column, where) for column in (columns.code, columns.entry_point))
-    if "check" not in _functions(_parsed(code, f"{where}: column {columns.code!r}")):
-        raise UserError(f"{where}: column {columns.code!r} defines no check(candidate)")
-    if entry_point not in _functions(_parsed(prompt, f"{where}: the prompt")):
-        raise UserError(f"{where}: the prompt defines no {entry_point!r}, as column {columns.entry_point!r} says")
-    return prompt, {"kind": "assert", "entry_point": entry_point, "code": code, "setup": prompt}
-
-
-def _mbpp(columns: MbppTests, row: Row, prompt: str, where: str) -> tuple[str, dict[str, Any]]:
-    code = _lines(row, columns.asserts, where)
-    setup = _lines(row, columns.setup, where) if columns.setup else ""
-    tests = _parsed(code, f"{where}: column {columns.asserts!r}")
-    prepared = _parsed(setup, f"{where}: column {columns.setup!r}")
-    solution = _parsed(_column(row, columns.solution, where), f"{where}: column {columns.solution!r}")
-    tested = set(_functions(solution)).intersection(*map(_calls, tests.body))
-    if len(tested) != 1 or not tests.body:
-        raise UserError(
-            f"{where}: each assert in column {columns.asserts!r} must call one and the same function of those "
-            f"in column {columns.solution!r}; they call {', '.join(sorted(tested)) or 'none'}"
-        )
-    [entry_point] = tested
-    if unknown := _used(tests, prepared) - {entry_point} - set(dir(builtins)):
-        raise NothingToJudgeBy(f"the tests use {', '.join(sorted(unknown))}, which only the solution defines")
-    asked = f"{prompt.rstrip()}\nYour code should pass these tests:\n\n{code}"
-    return asked, {"kind": "assert", "entry_point": entry_point, "code": code, "setup": setup}
-
-
-def _apps(columns: AppsTests, row: Row, prompt: str, where: str) -> tuple[str, dict[str, Any]]:
-    name, inputs, outputs = _cases(_column(row, columns.cases, where, empty=True), f"{where}: column {columns.cases!r}")
-    if name is None:
-        texts = [{"input": _stream(given), "output": _stream(out)} for given, out in zip(inputs, outputs, strict=True)]
-        asked = f"{prompt.rstrip()}\n\nRead from standard input, and write to standard output."
-        return asked, {"kind": "stdio", "cases": texts}
-    starter = _column(row, columns.starter, where, empty=True)
-    # Codewars' outputs are each in a list, as the arguments are; LeetCode's are not, and ask for a method.
-    if "class Solution" not in starter and all(isinstance(out, list) and len(out) == 1 for out in outputs):
-        outputs = [out for [out] in outputs]
-    calls = [
-        {"args": [_with_numbers(value) for value in given] if isinstance(given, list) else given, "expected": expected}
-        for given, expected in zip(inputs, map(_with_numbers, outputs), strict=True)
-    ]
-    asked = f"{prompt.rstrip()}\n\nWrite this function, outside any class:\n\n{_head(starter, name)}"
-    return asked, {"kind": "function", "entry_point": name, "cases": calls}
-
-
-def _cases(text: str, where: str) -> tuple[str | None, list[Any], list[Any]]:
+def _cases(row: Row, column: str) -> tuple[str | None, list[Any], list[Any]]:
     """The name of the function, if there is one, and the inputs and outputs of the same number of cases."""
+    text = row.text(column, ROLE, empty=True)
     if not text.strip():
         raise NothingToJudgeBy("there are no tests")
     try:
@@ -97,9 +123,9 @@ def _cases(text: str, where: str) -> tuple[str | None, list[Any], list[Any]]:
             case {"inputs": list(inputs), "outputs": list(outputs), **rest}:
                 name = rest.get("fn_name")
             case _:
-                raise UserError(f"{where} must hold JSON of lists named inputs and outputs")
+                raise row.error(column, "must hold JSON of lists named inputs and outputs")
     except json.JSONDecodeError as error:
-        raise UserError(f"{where} is not JSON: {error}") from None
+        raise row.error(column, f"is not JSON: {error}") from None
     except ValueError as error:  # an integer of more digits than Python reads
         raise NothingToJudgeBy(str(error)) from None
     if len(inputs) != len(outputs) or not inputs:
@@ -129,29 +155,13 @@ def _head(starter: str, name: str) -> str:
     return re.sub(r"\(\s*self\s*,?\s*", "(", found.group().rstrip(), count=1) if found else f"def {name}(...):"
 
 
-def _column(row: Row, column: str, where: str, *, empty: bool = False) -> str:
-    if column not in row:
-        raise UserError(f"{where}: no column {column!r} for the tests; there are {', '.join(row) or 'none'}")
-    value = row[column]
-    if empty and value in (None, ""):
-        return ""
-    if not isinstance(value, str) or not value:
-        raise UserError(f"{where}: column {column!r} must hold text for the tests, not {value!r:.40}")
-    return value
-
-
-def _lines(row: Row, column: str, where: str) -> str:
-    """The text of a column that may hold a list of lines; empty where that is empty."""
-    if isinstance(row.get(column), list) and all(isinstance(line, str) for line in row[column]):
-        return "\n".join(row[column])
-    return _column(row, column, where, empty=True)
-
-
-def _parsed(code: str, where: str) -> ast.Module:
+def _parsed(code: str, row: Row, column: str | None = None) -> ast.Module:
+    """The code of a column, of the prompt where none is named."""
     try:
         return ast.parse(code)
     except (SyntaxError, ValueError) as error:
-        raise UserError(f"{where} is no Python: {error}") from None
+        where = f"column {column!r}" if column else "the prompt"
+        raise UserError(f"{row.where}: {where} is no Python: {error}") from None
 
 
 def _functions(tree: ast.Module) -> Iterator[str]:

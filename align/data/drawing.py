@@ -1,12 +1,34 @@
-"""Which items of the training data a step takes."""
+"""What is drawn: the split that a prompt belongs to, by a hash, and the items of the training data that a step takes."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from random import Random
 from typing import Generic, TypeVar
 
+from align.data.types import SplitName, normalised
+
 T = TypeVar("T")
+
+
+def fraction(key: str) -> float:
+    """A number in [0, 1), the same for the same key on every machine, and otherwise as good as random."""
+    # Of six bytes, which a float holds exactly, so that it is below 1.
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:6], "big") / 2**48
+
+
+def split_of(key: str, *, train: float = 0.90, validation: float = 0.05) -> SplitName:
+    """The split that a generated problem belongs to, drawn once and for all by a hash of its key; the rest is the test's."""
+    share = fraction(key)
+    if share < train:
+        return "train"
+    return "validation" if share < train + validation else "test"
+
+
+def percentile(prompt: str) -> int:
+    """Where a published prompt lies in the order of the hashes, 0 to 99. Rows of the same prompt stay together."""
+    return int.from_bytes(hashlib.sha256(normalised(prompt).encode()).digest()[:8], "big") % 100
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,8 @@ from typing import Any, get_type_hints
 
 from pydantic import create_model
 
-from align.data.strict import Strict, nearest
-from align.data.types import Example, Preference
+from align.data.types import Example, Preference, Strict
+from align.errors import nearest
 
 GENERATORS = {
     "instructions": "align.tasks.instructions",

@@ -1,27 +1,30 @@
-"""The examples of a split of a data card, held apart from what they will be evaluated on."""
+"""The examples or preferences of a split of a data card, held apart from what they will be evaluated on."""
 
 import inspect
 import random
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-from align.data.cards import DataCard, GeneratorSource, ReasoningGymSource, check
+from align.data.cards import DataCard, FileSource, GeneratorSource, HubSource, ReasoningGymSource, check
 from align.data.generators import GIVEN, generator, reasoning_gym_task
-from align.data.tables import comparable, normalised, read_table
-from align.data.types import Example, LoadedSplit, SplitName
+from align.data.tables import read_examples, read_preferences
+from align.data.types import Example, Item, LoadedSplit, Preference, SplitName
 from align.errors import UserError, naming
 
 T = TypeVar("T")
+HeldOutPrompts = Mapping[str, Collection[str]]
+"""The `prompt_key` of prompts that may not be trained on, by what they are of, such as "math/test"."""
 
 HELD_OUT_FROM: Mapping[SplitName, tuple[SplitName, ...]] = {
     "train": ("validation", "test"),
     "validation": ("test",),
     "test": (),
 }
+NOTHING: HeldOutPrompts = MappingProxyType({})
 
 
 def load_split(
@@ -33,35 +36,38 @@ def load_split(
     levels: Sequence[int] | None = None,
     seed: int = 0,
     params: Mapping[str, Any] | None = None,
-    held_out: Mapping[str, Collection[str]] = MappingProxyType({}),
-) -> LoadedSplit:
+    held_out: HeldOutPrompts = NOTHING,
+) -> LoadedSplit[Example]:
     """The examples of `split`, in the order of the source, or `limit` of them after a shuffle by `seed`.
 
-    Those whose prompt occurs in a split held out from this one, or in one of `held_out` (what it is called, and its prompts
-    as `LoadedSplit.prompts` has them), are dropped and counted, before anything else is chosen. `path`: local file or
-    directory in place of the hub, see `read_table`; with one file alone, some splits cannot be compared, and are named.
-    `levels`: difficulties to keep. `seed` also draws what a generator leaves to chance. `params` go before those of the
-    card's source. Raises UserError when nothing is left.
+    Those whose prompt occurs in a split held out from this one, or in `held_out`, are dropped and counted, before anything
+    else is chosen. `path`: local file or directory in place of the hub, see `align.data.tables.table_rows`; with one file
+    alone, some splits cannot be compared, and are named. `levels`: difficulties to keep. `seed` also draws what a generator
+    leaves to chance. `params` go before those of the card's source. Raises UserError when nothing is left.
     """
-    local = Path(path) if path is not None else None
-    overrides = dict(params or {})
-    others, unchecked = own_held_out(
-        card, split, local, lambda name: [e.prompt_text for e in _read(card, name, local, seed, overrides)]
+    read = _reader(card, _examples, path, seed, params)
+    loaded = _load(card, split, read, path, held_out, lambda found, where: _at_levels(found, levels, where))
+    return replace(
+        loaded, examples=[_instructed(example, card.instruction) for example in first(loaded.examples, limit, seed)]
     )
-    examples = _read(card, split, local, seed, overrides)
-    clean, compared = without(examples, [normalised(e.prompt_text) for e in examples], held_together(others, held_out))
-    dropped = len(examples) - len(clean)
-    where = f"data card {card.name}, split {split}"
-    chosen = _at_levels(clean, levels, where) if clean else []
-    if not chosen:
-        raise UserError(nothing_left(where, "examples", dropped, compared))
-    return LoadedSplit(
-        examples=[_instructed(example, card.instruction) for example in first(chosen, limit, seed)],
-        dropped_contaminated=dropped,
-        unchecked=unchecked,
-        compared=compared,
-        prompts=frozenset(normalised(example.prompt_text) for example in examples),
-    )
+
+
+def load_preferences(
+    card: DataCard,
+    split: SplitName,
+    *,
+    path: str | Path | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    params: Mapping[str, Any] | None = None,
+    held_out: HeldOutPrompts = NOTHING,
+) -> LoadedSplit[Preference]:
+    """The preferences of `split`, read and held apart as `load_split` does with examples.
+
+    Raises UserError, with file and row, for a row that cannot be used, and when nothing is left.
+    """
+    loaded = _load(card, split, _reader(card, _preferences, path, seed, params), path, held_out)
+    return replace(loaded, examples=first(loaded.examples, limit, seed))
 
 
 def first(items: Sequence[T], limit: int | None, seed: int) -> list[T]:
@@ -75,24 +81,7 @@ def first(items: Sequence[T], limit: int | None, seed: int) -> list[T]:
     return chosen
 
 
-def held_out_splits(card: DataCard, split: SplitName) -> list[SplitName]:
-    """The splits whose prompts may not occur in `split`. Raises UserError where the card has no such split."""
-    if split not in card.splits:
-        raise UserError(f"data card {card.name} has no split {split!r}, only {', '.join(sorted(card.splits))}")
-    return [name for name in HELD_OUT_FROM[split] if name in card.splits and name in card.decontamination.against]
-
-
-def own_held_out(
-    card: DataCard, split: SplitName, path: Path | None, prompts: Callable[[SplitName], Iterable[str]]
-) -> tuple[dict[str, set[str]], tuple[SplitName, ...]]:
-    """The prompts that the card itself holds out from `split`, by "CARD/SPLIT", and the splits that `path` does not give."""
-    held_out = held_out_splits(card, split)
-    unchecked = tuple(name for name in held_out if not _comparable(card, split, name, path))
-    found = {f"{card.name}/{n}": {normalised(p) for p in prompts(n)} for n in held_out if n not in unchecked}
-    return found, unchecked
-
-
-def held_together(*held_out: Mapping[str, Collection[str]]) -> dict[str, set[str]]:
+def held_together(*held_out: HeldOutPrompts) -> dict[str, set[str]]:
     """Several mappings of what is held out to its prompts as one."""
     together: dict[str, set[str]] = defaultdict(set)
     for name, prompts in (pair for each in held_out for pair in each.items()):
@@ -100,60 +89,106 @@ def held_together(*held_out: Mapping[str, Collection[str]]) -> dict[str, set[str
     return dict(together)
 
 
-def without(
-    items: Sequence[T], prompts: Sequence[str], held_out: Mapping[str, Collection[str]]
-) -> tuple[list[T], dict[str, int]]:
-    """The items whose prompt (at the same place in `prompts`) is in nothing held out, and how many are, by what it is."""
-    compared = {name: sum(prompt in its_prompts for prompt in prompts) for name, its_prompts in held_out.items()}
+def refuse_one_file(card: DataCard, path: Path | None, splits: Collection[SplitName]) -> None:
+    """Raise UserError where one file would be read as several of the card's splits, which have tables of their own."""
+    if path is None or path.is_dir() or not isinstance(card.source, HubSource | FileSource):
+        return
+    tables = dict.fromkeys(card.source.splits[split].table for split in splits if split in card.source.splits)
+    if len(tables) > 1:
+        raise UserError(
+            f"{path} is one file, and data card {card.name} has the splits {', '.join(splits)} in several: give a directory with "
+            f"{', '.join(Path(table).stem + '.jsonl' for table in tables)}"
+        )
+
+
+def _load(
+    card: DataCard,
+    split: SplitName,
+    read: Callable[[SplitName], list[Item]],
+    path: str | Path | None,
+    held_out: HeldOutPrompts,
+    choose: Callable[[list[Item], str], list[Item]] = lambda found, where: found,
+) -> LoadedSplit[Item]:
+    """The split without what is held out from it, of which `choose` leaves something."""
+    if split not in card.splits:
+        raise UserError(f"data card {card.name} has no split {split!r}, only {', '.join(sorted(card.splits))}")
+    own = [name for name in HELD_OUT_FROM[split] if name in card.splits and name in card.decontamination.against]
+    unchecked = tuple(name for name in own if not _comparable(card, split, name, path))
+    others = {f"{card.name}/{name}": {e.prompt_key for e in read(name)} for name in own if name not in unchecked}
+    found = read(split)
+    held_out = held_together(others, held_out)
+    keys = [item.prompt_key for item in found]
+    compared = {name: sum(key in prompts for key in keys) for name, prompts in held_out.items()}
     forbidden = set[str]().union(*held_out.values())
-    return [item for item, prompt in zip(items, prompts, strict=True) if prompt not in forbidden], compared
+    clean = [item for item, key in zip(found, keys, strict=True) if key not in forbidden]
+    dropped = len(found) - len(clean)
+    where = f"data card {card.name}, split {split}"
+    chosen = choose(clean, where) if clean else []
+    if not chosen:
+        held = ", ".join(f"{count} in {name}" for name, count in compared.items() if count)
+        raise UserError(f"{where}: no examples ({dropped} dropped{', which are held out: ' + held if held else ''})")
+    return LoadedSplit(chosen, dropped, unchecked, compared, frozenset(keys))
 
 
-def nothing_left(where: str, what: str, dropped: int, compared: Mapping[str, int]) -> str:
-    """What to tell where a split has nothing that could be used."""
-    found = ", ".join(f"{count} in {name}" for name, count in compared.items() if count)
-    return f"{where}: no {what} ({dropped} dropped{', which are held out: ' + found if found else ''})"
-
-
-def _read(card: DataCard, split: SplitName, path: Path | None, seed: int, params: dict[str, Any]) -> list[Example]:
-    source = card.source
-    if isinstance(source, GeneratorSource):
-        return generated(card, source, generator(source.name).generate, split, path, seed, params)
-    if isinstance(source, ReasoningGymSource):
-        refuse_path(card, path)
-        return reasoning_gym_task().generate_task(card, source, split, params)
-    if params:
+def _reader(
+    card: DataCard,
+    read: Callable[[DataCard, SplitName, Path | None, int, dict[str, Any]], list[T]],
+    path: str | Path | None,
+    seed: int,
+    params: Mapping[str, Any] | None,
+) -> Callable[[SplitName], list[T]]:
+    """`read` as a function of the split. Raises UserError for a path or params that the card has no use for."""
+    generated = isinstance(card.source, GeneratorSource | ReasoningGymSource)
+    if generated and path is not None:
+        raise UserError(f"data card {card.name} is generated: it takes no path, and {path} would be ignored")
+    if params and not generated:
         raise UserError(f"data card {card.name} is not generated: it takes no params ({', '.join(params)})")
-    return read_table(card, source, split, path)
+    local = Path(path) if path is not None else None
+    return lambda split: read(card, split, local, seed, dict(params or {}))
 
 
-def generated(
+def _examples(card: DataCard, split: SplitName, path: Path | None, seed: int, params: dict[str, Any]) -> list[Example]:
+    match card.source:
+        case GeneratorSource() as source:
+            return _generated(card, source, generator(source.name).generate, split, seed, params)
+        case ReasoningGymSource() as source:
+            made: list[Example] = reasoning_gym_task().generate_task(card, source, split, params)
+            return made
+        case source:
+            return read_examples(card, source, split, path)
+
+
+def _preferences(
+    card: DataCard, split: SplitName, path: Path | None, seed: int, params: dict[str, Any]
+) -> list[Preference]:
+    source = card.source
+    if isinstance(source, HubSource | FileSource):
+        return read_preferences(card, source, split, path)
+    if isinstance(source, GeneratorSource) and (preferences := generator(source.name).preferences):
+        return _generated(card, source, preferences, split, seed, params)
+    raise UserError(f"data card {card.name} has no preferences to train a reward model on")
+
+
+def _generated(
     card: DataCard,
     source: GeneratorSource,
     function: Callable[..., list[T]],
     split: SplitName,
-    path: Path | None,
     seed: int,
     params: dict[str, Any],
 ) -> list[T]:
-    """What a function of the card's generator makes; `params` go before those of the card, and it is given those that it takes."""
-    refuse_path(card, path)
+    """What a function of the card's generator makes, given those of the params that it takes."""
     merged = check(generator(source.name).params, source.params | params, where=f"params of data card {card.name}")
     taken = inspect.signature(function).parameters.keys() - set(GIVEN)
     with naming(f"data card {card.name}"):
         return function(split, **merged.model_dump(include=taken), seed=seed, domain=card.domain)
 
 
-def refuse_path(card: DataCard, path: Path | None) -> None:
-    """Raise UserError where a path is given for a card whose source has no files."""
-    if path is not None:
-        raise UserError(f"data card {card.name} is generated: it takes no path, and {path} would be ignored")
-
-
-def _comparable(card: DataCard, split: SplitName, other: SplitName, path: Path | None) -> bool:
-    if isinstance(card.source, GeneratorSource | ReasoningGymSource):
+def _comparable(card: DataCard, split: SplitName, other: SplitName, path: str | Path | None) -> bool:
+    """Whether `other` can be read too, where `path` was given for `split`."""
+    if path is None or Path(path).is_dir() or not isinstance(card.source, HubSource | FileSource):
         return True
-    return comparable(card.source, split, other, path)
+    return card.source.splits[split].table == card.source.splits[other].table
 
 
 def _at_levels(examples: list[Example], levels: Sequence[int] | None, where: str) -> list[Example]:

@@ -1,162 +1,206 @@
-"""Examples from rows that somebody else wrote: on the Hugging Face hub or in local files."""
+"""Examples and preferences from rows that somebody else wrote: on the Hugging Face hub or in local files."""
 
-import hashlib
 import logging
-import math
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from align.data.cards import DataCard, Fields, FileSource, HubSource
-from align.data.code_rows import NothingToJudgeBy, Row, code_task
-from align.data.types import Example, SplitName
-from align.errors import UserError
+from align.data.code_rows import code_task
+from align.data.drawing import percentile
+from align.data.rows import NothingToJudgeBy, Row, asked, read_rows
+from align.data.types import Example, Item, Message, Preference, SplitName
+from align.errors import UserError, nearest
 from align.run.files import read_jsonl_lines
 from reward import boxed_answers, normalise
 
 _log = logging.getLogger(__name__)
+Conversation = tuple[Message, ...]
+TableSource = HubSource | FileSource
+USER_KEYS = ("id", "prompt", "messages", "answer", "domain", "level", "metadata")
 
 
-def read_table(card: DataCard, source: HubSource | FileSource, split: SplitName, path: Path | None) -> list[Example]:
-    """The rows of a split, in the order of the table and numbered as there, from 0.
+def read_examples(card: DataCard, source: TableSource, split: SplitName, path: Path | None) -> list[Example]:
+    """The examples of a split, in the order of the table and numbered as there, from 0; `path` as in `table_rows`.
+
+    Raises UserError with the row where a column is missing or empty. Rows that are published without anything to judge
+    an answer by are left out, and a warning counts them.
+    """
+    fields = source.fields
+    return _read(
+        card,
+        table_rows(source, split, path),
+        lambda row: asked(row.text(fields.prompt, "prompt", numbers=True)),
+        lambda identity, messages, row: _example(card, fields, identity, messages, row),
+        split,
+        source,
+    )
+
+
+def read_preferences(card: DataCard, source: TableSource, split: SplitName, path: Path | None) -> list[Preference]:
+    """The preferences of a split, like `read_examples`.
+
+    Published rows that prefer nothing are left out, and a warning counts them; in a file of one's own they are an error.
+    """
+    form = source.fields.preference
+    if form is None:
+        raise UserError(f"data card {card.name} has no preferences to train a reward model on")
+
+    def preference(identity: str, messages: Conversation, row: Row) -> Preference:
+        pair = form.pair(row)
+        if pair.chosen == pair.rejected:
+            raise NothingToJudgeBy("the chosen completion is the rejected one too")
+        return Preference(identity, messages, pair.chosen, pair.rejected, pair.domain or card.domain, pair.margin)
+
+    rows = table_rows(source, split, path)
+    strict = isinstance(source, FileSource)
+    return _read(card, rows, lambda row: form.prompt(row, source.fields.prompt), preference, split, source, strict)
+
+
+def table_rows(source: TableSource, split: SplitName, path: Path | None) -> Iterator[Row]:
+    """The rows of the table that a split is of.
 
     `path` is read in place of the source: one file, or a directory that has for each table `train.jsonl`,
-    `train.parquet` or `train-*.parquet`. Raises UserError with the row where a column is missing or empty. Rows that
-    are published without anything to judge an answer by are left out, and a warning counts them.
+    `train.parquet` or `train-*.parquet`.
     """
+    table = source.splits[split].table
+    if path is None and isinstance(source, HubSource):
+        yield from _hub_rows(source, table)
+        return
+    for file in _replacement(path, table) if path is not None else [Path(table)]:
+        yield from read_rows(file)
+
+
+def read_user_file(path: str | Path) -> list[Example]:
+    """A user's own problems, in their order: JSON lines like {"id": "1", "prompt": "What is 1 + 1?", "answer": "2"}.
+
+    Each line has `id`, `answer`, and `prompt` or `messages` (of which the last is the user's); it may have
+    `domain`, `level` and `metadata`, which rewards can look into. Raises UserError with file and line.
+    """
+    first_seen: dict[str, int] = {}
+    examples = []
+    for line, values in read_jsonl_lines(Path(path)):
+        row = Row(values, f"{path}, line {line}")
+        example = _user_example(row)
+        if example.id in first_seen:
+            raise UserError(f"{row.where}: the id {example.id!r} is already that of line {first_seen[example.id]}")
+        first_seen[example.id] = line
+        examples.append(example)
+    if not examples:
+        raise UserError(f"{path} is empty: each line must be a problem with id, prompt and answer")
+    return examples
+
+
+def _read(
+    card: DataCard,
+    rows: Iterator[Row],
+    prompt: Callable[[Row], Conversation],
+    make: Callable[[str, Conversation, Row], Item],
+    split: SplitName,
+    source: TableSource,
+    strict: bool = False,
+) -> list[Item]:
+    """What `make` gives for the rows of the split. Where it gives nothing to judge by, `strict` makes an error of it."""
     part = source.splits[split]
-    table = Path(part.table).stem
-    examples, left_out = [], []
-    for index, (where, row) in enumerate(table_rows(source, part.table, path)):
-        prompt = _text(row, source.fields.prompt, "prompt", where)
-        if part.percent[0] <= percentile(prompt) < part.percent[1]:
-            try:
-                examples.append(_example(card, source.fields, f"{card.name}/{table}/{index}", prompt, row, where))
-            except NothingToJudgeBy as reason:
-                left_out.append(f"{where}: {reason}")
-    if left_out and not examples:
+    made, left_out = [], []
+    for index, row in enumerate(rows):
+        try:
+            messages = prompt(row)
+            # Of how the conversation begins, so that its turns stay in one split.
+            opening = next(message["content"] for message in messages if message["role"] == "user")
+            if part.percent[0] <= percentile(opening) < part.percent[1]:
+                made.append(make(f"{card.name}/{Path(part.table).stem}/{index}", messages, row))
+        except NothingToJudgeBy as reason:
+            if strict:
+                raise UserError(f"{row.where}: {reason}") from None
+            left_out.append(f"{row.where}: {reason}")
+    if left_out and not made:
         raise UserError(f"data card {card.name}, split {split}: no row can be judged. The first: {left_out[0]}")
     if left_out:
         _log.warning(
             "data card %s, split %s: %d of %d rows left out. The first: %s",
-            *(card.name, split, len(left_out), len(left_out) + len(examples), left_out[0]),
+            *(card.name, split, len(left_out), len(left_out) + len(made), left_out[0]),
         )
-    return examples
+    return made
 
 
-def table_rows(source: HubSource | FileSource, table: str, path: Path | None) -> Iterator[tuple[str, Row]]:
-    """The rows of a table, each with where it is, for messages; `path` as in `read_table`."""
-    if path is not None:
-        return _local_rows(_replacement(path, table))
-    return _local_rows([Path(table)]) if isinstance(source, FileSource) else _hub_rows(source, table)
-
-
-def comparable(source: HubSource | FileSource, split: SplitName, other: SplitName, path: Path | None) -> bool:
-    """Whether `other` can be read too, where `path` was given for `split`."""
-    return path is None or path.is_dir() or source.splits[split].table == source.splits[other].table
-
-
-def refuse_one_file(card: DataCard, path: Path | None, splits: Collection[SplitName]) -> None:
-    """Raise UserError where one file would be read as several of the card's splits, which have tables of their own."""
-    if path is None or path.is_dir() or not isinstance(card.source, HubSource | FileSource):
-        return
-    tables = dict.fromkeys(card.source.splits[split].table for split in splits if split in card.source.splits)
-    if len(tables) > 1:
-        raise UserError(
-            f"{path} is one file, and data card {card.name} has the splits {', '.join(splits)} in several: give a directory with "
-            f"{', '.join(Path(table).stem + '.jsonl' for table in tables)}"
-        )
-
-
-def normalised(prompt: str) -> str:
-    """The prompt but for case and white space."""
-    return " ".join(prompt.casefold().split())
-
-
-def _example(card: DataCard, fields: Fields, identity: str, prompt: str, row: Row, where: str) -> Example:
+def _example(card: DataCard, fields: Fields, identity: str, messages: Conversation, row: Row) -> Example:
     metadata = {}
     if fields.tests is not None:
-        prompt, metadata["tests"] = code_task(fields.tests, row, prompt, where)
-        check_unicode(prompt, f"{where}: the prompt with its tests")
+        prompt, metadata["tests"] = code_task(fields.tests, row, messages[-1]["content"])
+        messages = asked(prompt)
     return Example(
         id=identity,
-        messages=({"role": "user", "content": prompt},),
-        response=_text(row, fields.response, "response", where) if fields.response else None,
-        answer=_answer(row, fields, where) if fields.answer else None,
+        messages=messages,
+        response=row.text(fields.response, "response", numbers=True) if fields.response else None,
+        answer=_answer(row, fields, fields.answer) if fields.answer else None,
         domain=card.domain,
-        level=_level(row, fields.level, where) if fields.level else None,
+        level=_level(row, fields.level) if fields.level else None,
         metadata=metadata,
     )
 
 
-def _answer(row: Row, fields: Fields, where: str) -> str:
-    assert fields.answer is not None
-    published = row.get(fields.answer)
+def _answer(row: Row, fields: Fields, column: str) -> str:
+    published = row.values.get(column)
     if isinstance(published, list) and published and all(isinstance(one, str) for one in published):
-        row = {**row, fields.answer: ", ".join(published)}  # the parts of one answer
-    text = _text(row, fields.answer, "answer", where)
+        row = Row({**row.values, column: ", ".join(published)}, row.where)  # the parts of one answer
+    text = row.text(column, "answer", numbers=True)
     if fields.answer_boxed:
-        return _last_box(text, f"{where}: column {fields.answer!r}")
+        return _last_box(text, row, column)
     if fields.answer_after is None:
         return text
     _, mark, answer = text.rpartition(fields.answer_after)
     if not mark or not answer.strip():
-        raise UserError(f"{where}: no answer after {fields.answer_after!r} in column {fields.answer!r}")
+        raise UserError(f"{row.where}: no answer after {fields.answer_after!r} in column {column!r}")
     return answer.strip()
 
 
-def _last_box(text: str, where: str) -> str:
+def _last_box(text: str, row: Row, column: str) -> str:
     answers = boxed_answers(text)
     if not answers:
-        raise UserError(rf"{where} has no \boxed{{}} with the answer")
+        raise row.error(column, r"has no \boxed{} with the answer")
     if not normalise(answers[-1]):
         raise NothingToJudgeBy(r"the last \boxed{} is blank")
     return answers[-1]
 
 
-def _level(row: Row, column: str, where: str) -> int | None:
+def _level(row: Row, column: str) -> int | None:
     """The number that a level ends in; None for a level that is published as unknown, such as "Level ?"."""
-    text = _text(row, column, "level", where)
+    text = row.text(column, "level", numbers=True)
     if text.endswith("?"):
         return None
     number = re.search(r"[0-9]{1,9}$", text)
     if number is None:
-        raise UserError(f"{where}: the level in column {column!r} must end in a whole number, unlike {text[:40]!r}")
+        raise row.error(column, f"must end in a whole number, the level, unlike {text[:40]!r}")
     return int(number.group())
 
 
-def _text(row: Row, column: str, role: str, where: str) -> str:
-    if column not in row:
-        raise UserError(f"{where}: no column {column!r} for the {role}; there are {', '.join(row) or 'none'}")
-    value = row[column]
-    if isinstance(value, float) and not math.isfinite(value):
-        value = None  # how tables of numbers write a missing one
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        value = str(value)
-    if value is None or value == "":
-        raise UserError(f"{where}: the {role} is missing (column {column!r} is empty)")
-    if not isinstance(value, str):
-        raise UserError(f"{where}: column {column!r} holds a {type(value).__name__}, where the {role} is text")
-    return check_unicode(value, f"{where}: column {column!r}")
+def _user_example(row: Row) -> Example:
+    for key in row.values:
+        if key not in USER_KEYS:
+            raise UserError(f"{row.where}: unknown key {key!r}{nearest(key, USER_KEYS)}; extra data goes into metadata")
+    if {"prompt", "messages"} <= row.values.keys():
+        raise UserError(f"{row.where}: both prompt and messages; give one of them")
+    level, metadata = row.values.get("level"), row.values.get("metadata", {})
+    if "level" in row.values and type(level) is not int:  # JSON's true is a bool, which is an int too
+        raise row.error("level", f"must hold a whole number, not {level!r:.40}")
+    if not isinstance(metadata, dict):
+        raise row.error("metadata", f"must hold an object, not {metadata!r:.40}")
+    return Example(
+        id=row.filled("id"),
+        messages=row.messages("messages", "user", exact=True)
+        if "messages" in row.values
+        else asked(row.filled("prompt")),
+        response=None,
+        answer=row.filled("answer"),
+        domain=row.filled("domain") if "domain" in row.values else "user",
+        level=level,
+        metadata=metadata,
+    )
 
 
-def check_unicode(text: str, where: str) -> str:
-    """`text`. Raises UserError where it has half a character, which JSON can write and no tokenizer reads."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{where}: character {error.start + 1} is half of a surrogate pair") from None
-    return text
-
-
-def percentile(prompt: str) -> int:
-    """Where the prompt is in the order of the hashes, 0 to 99."""
-    # Of the prompt, not of the row, so that repeated prompts stay together.
-    return int.from_bytes(hashlib.sha256(normalised(prompt).encode()).digest()[:8], "big") % 100
-
-
-def _replacement(path: Path, table: str) -> list[Path]:
+def _replacement(path: Path, table: str) -> Sequence[Path]:
+    """The files to read in place of a table."""
     if not path.is_dir():
         return [path]
     stem = Path(table).stem
@@ -166,30 +210,7 @@ def _replacement(path: Path, table: str) -> list[Path]:
     raise UserError(f"{path} has none of {stem}.jsonl, {stem}.parquet, {stem}-*.parquet")
 
 
-def _local_rows(paths: list[Path]) -> Iterator[tuple[str, Row]]:
-    for path in paths:
-        if path.suffix == ".jsonl":
-            for line, row in read_jsonl_lines(path):
-                yield f"{path}, line {line}", row
-        elif path.suffix == ".parquet":
-            for index, row in enumerate(_parquet_rows(path), start=1):
-                yield f"{path}, row {index}", row
-        else:
-            raise UserError(f"{path}: give JSON lines (.jsonl) or Parquet (.parquet)")
-
-
-def _parquet_rows(path: Path) -> list[dict[str, Any]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path) as file:
-            return file.read().to_pylist()
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
-
-
-def _hub_rows(source: HubSource, table: str) -> Iterator[tuple[str, Row]]:
+def _hub_rows(source: HubSource, table: str) -> Iterator[Row]:
     import datasets
 
     try:
@@ -206,5 +227,5 @@ def _hub_rows(source: HubSource, table: str) -> Iterator[tuple[str, Row]]:
             "Where the hub cannot be reached, give local files as the data's `path`: a .jsonl or .parquet "
             f"file with the published columns, or a directory with {table}.jsonl and the other splits"
         ) from error
-    for index, row in enumerate(rows, start=1):
-        yield f"{source.path}, {table}, row {index}", row
+    for index, values in enumerate(rows, start=1):
+        yield Row(values, f"{source.path}, {table}, row {index}")

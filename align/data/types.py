@@ -1,10 +1,12 @@
-"""What the stages train and evaluate on: one example, one split."""
+"""What the stages train and evaluate on: examples, preferences, splits of them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, TypedDict
+from typing import Annotated, Any, Generic, Literal, TypedDict, TypeVar
 
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from align.errors import nearest
 
 SplitName = Literal["train", "validation", "test"]
 Role = Literal["system", "user", "assistant"]
@@ -40,6 +42,11 @@ class Example:
         """What the user asked last."""
         return self.messages[-1]["content"]
 
+    @property
+    def prompt_key(self) -> str:
+        """What prompts are compared by, to hold splits apart: what the user asked last, but for case and white space."""
+        return normalised(self.prompt_text)
+
 
 @dataclass(frozen=True)
 class Preference:
@@ -59,17 +66,45 @@ class Preference:
         """What the user asked last."""
         return self.messages[-1]["content"]
 
+    @property
+    def prompt_key(self) -> str:
+        """What prompts are compared by, to hold splits apart: the whole conversation, but for case and white space."""
+        return normalised("\n".join(message["content"] for message in self.messages))
+
+
+Item = TypeVar("Item", Example, Preference)
+
 
 @dataclass(frozen=True)
-class LoadedSplit:
-    """The examples of a split, and how they were held apart from what is held out."""
+class LoadedSplit(Generic[Item]):
+    """The examples or preferences of a split, and how they were held apart from what is held out."""
 
-    examples: list[Example]
+    examples: list[Item]
     dropped_contaminated: int = 0
-    """Examples left out since their prompt occurs in something that is held out from this split."""
+    """How many were left out since their prompt occurs in something that is held out from this split."""
     unchecked: tuple[SplitName, ...] = ()
     """Held-out splits that could not be compared, because `path` gave one file only."""
     compared: Mapping[str, int] = field(default_factory=dict)
-    """What was compared, such as "math/test", with how many of the dropped examples occur in it."""
+    """What was compared, such as "math/test", with how many of those left out occur in it."""
     prompts: frozenset[str] = frozenset()
-    """Every prompt of the split, those that were dropped too, as prompts are compared: see `align.data.tables.normalised`."""
+    """The `prompt_key` of every prompt of the split, of those that were left out too."""
+
+
+class Strict(BaseModel):
+    """A part of a data card: refuses keys it does not have, and names the nearest one it has."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown_keys(cls, data: Any) -> Any:
+        known = [field.alias or name for name, field in cls.model_fields.items()]
+        for key in data if isinstance(data, Mapping) else ():
+            if key not in known:
+                raise ValueError(f"unknown key {key!r}{nearest(str(key), known)}")
+        return data
+
+
+def normalised(prompt: str) -> str:
+    """The prompt but for case and white space."""
+    return " ".join(prompt.casefold().split())

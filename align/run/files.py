@@ -152,16 +152,22 @@ def write_samples(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def read_samples(path: Path) -> list[dict[str, Any]]:
     """The rows that `write_samples` wrote. Raises UserError when `path` is missing or no Parquet table."""
+    rows: list[dict[str, Any]] = read_parquet(path, ": give a file that a run wrote into its samples/").to_pylist()
+    return rows
+
+
+def read_parquet(path: Path, cure: str = "") -> Any:
+    """A Parquet file as a pyarrow table. Raises UserError, which ends with `cure`, when `path` is missing or no Parquet table."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(path) as file:
-            return file.read().to_pylist()
+            return file.read()
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist: give a file that a run wrote into its samples/") from None
+        raise UserError(f"{path} does not exist{cure}") from None
     except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{path} is not a readable Parquet file: {error}") from error
+        raise UserError(f"{path} is not a readable Parquet file: {error}{cure}") from error
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

@@ -21,9 +21,8 @@ from align.session.ray import local_ray
 from align.session.run import Run, compare_stages, open_run, recorded_evaluations, refuse_changes
 from align.session.steps import restarting
 from align.stages.grpo import load_grpo_data, train_grpo
-from align.stages.pairs import load_reward_model_data
 from align.stages.preferences import gather_preferences, load_prompts
-from align.stages.reward_model import show, train_reward_model
+from align.stages.reward_model import load_reward_model_data, show, train_reward_model
 from align.stages.sft import load_sft_data, train_sft
 
 HeldOutPrompts = Mapping[str, Collection[str]]

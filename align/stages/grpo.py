@@ -12,6 +12,8 @@ from functools import partial
 from typing import Any
 
 from align.data.drawing import Source, items_of_step
+from align.data.entries import Reader, Room, entries_of
+from align.data.loader import load_split
 from align.evaluate.accuracy import Evaluation
 from align.experience import Problem, ScoredGroup, encode_problems, gather, row_of, submit, token_columns
 from align.learner.objective import Objective, learning_rate
@@ -22,7 +24,6 @@ from align.session.run import Run
 from align.session.steps import Steps
 from align.session.turns import start_learner
 from align.stages.advantages import Advantages, compare, updates_of
-from align.stages.examples import Room, training_sources
 from align.stages.guards import Guards
 from align.stages.held_out import CENSUS_STEP, HeldOut, Problems, load_problems
 from align.stages.step_metrics import Clock, step_metrics
@@ -42,16 +43,16 @@ def load_grpo_data(recipe: GrpoRecipe, tokenizer: Any, run: Run) -> GrpoData:
     """Everything the recipe names, read and checked. Raises UserError for what cannot be used."""
     held_out = load_problems(recipe, tokenizer)
     longest = recipe.rollout.max_length - recipe.sampling.max_new_tokens
-    sources = training_sources(
-        recipe,
+    reader = Reader(
+        load_split,
+        lambda example: encode_problems(tokenizer, [example])[0],
+        lambda problem: len(problem.prompt.token_ids),
+        Room(longest, "what rollout.max_length leaves beside sampling.max_new_tokens"),
+        recipe.seed,
         run,
-        a_step=recipe.grpo.prompts_per_step,
-        a_step_key="grpo.prompts_per_step",
-        held_out=held_out.prompts,
-        encode=lambda example: encode_problems(tokenizer, [example])[0],
-        tokens=lambda problem: len(problem.prompt.token_ids),
-        room=Room(longest, "what rollout.max_length leaves beside sampling.max_new_tokens"),
     )
+    entries = entries_of(recipe.data, recipe.data_stage)
+    sources = reader.sources(entries, recipe.grpo.prompts_per_step, "grpo.prompts_per_step", held_out.prompts)
     return GrpoData(sources, held_out)
 
 

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from align.data.cards import load_card
-from align.data.loader import first, load_split
-from align.data.tables import refuse_one_file
+from align.data.loader import first, load_split, refuse_one_file
 from align.data.types import Example, SplitName
 from align.errors import UserError
 from align.evaluate import hooks

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from align.data.tables import refuse_one_file
+from align.data.entries import Reader, Room, entries_of
+from align.data.loader import load_split, refuse_one_file
 from align.data.types import SplitName
 from align.errors import UserError
 from align.experience import Problem, ScoredGroup, encode_problems, gather, submit
@@ -17,7 +18,6 @@ from align.recipe import PreferencesRecipe
 from align.run import write_jsonl
 from align.session.engines import Engines
 from align.session.run import Run
-from align.stages.examples import Room, entries_of, load_examples, short_enough
 
 SHOWN = ("prompts", "accuracy", "pairs")
 
@@ -34,16 +34,20 @@ def load_prompts(recipe: PreferencesRecipe, tokenizer: Any, run: Run) -> list[Sp
     """The prompts of every split of the recipe's cards that are short enough. Raises UserError for what cannot be used."""
     options = recipe.preferences
     longest = recipe.rollout.max_length - recipe.sampling.max_new_tokens
-    room = Room(longest, "what rollout.max_length leaves beside sampling.max_new_tokens")
+    reader = Reader(
+        load_split,
+        lambda example: encode_problems(tokenizer, [example])[0],
+        lambda problem: len(problem.prompt.token_ids),
+        Room(longest, "what rollout.max_length leaves beside sampling.max_new_tokens"),
+        recipe.seed,
+        run,
+    )
     found = []
-    for entry in entries_of(recipe):
+    for entry in entries_of(recipe.data, recipe.data_stage):
         refuse_one_file(entry.card, entry.data.path, list(entry.card.splits))
         for split in entry.card.splits:
             limit = (entry.data.limit or options.prompts) if split == "train" else options.held_out_prompts
-            examples = load_examples(recipe, entry, split, limit=limit).examples
-            encoded = encode_problems(tokenizer, examples)
-            lengths = [len(problem.prompt.token_ids) for problem in encoded]
-            found.append(SplitPrompts(split, short_enough(encoded, lengths, room, entry, split, run)))
+            found.append(SplitPrompts(split, reader.read(entry, split, limit)[0]))
     return found
 
 

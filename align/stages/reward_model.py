@@ -8,25 +8,69 @@ conversation, from a head of one number that starts at zero. Nothing is sampled 
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean, pstdev
+from typing import Any
 
-from align.data.drawing import items_of_step
+from align.data.chat import encode_example
+from align.data.drawing import Source, items_of_step
+from align.data.entries import Reader, Room, entries_of
+from align.data.loader import load_preferences, refuse_one_file
+from align.data.types import Preference
+from align.errors import naming
 from align.evaluate.pairs import JudgedPair, PairEvaluation, evaluate_pairs, rows
 from align.learner.objective import learning_rate
-from align.learner.reward_model import RewardModelGroup
+from align.learner.reward_model import RewardModelGroup, TrainingPair
 from align.model.policy import load_tokenizer
-from align.model.reward_model import write_usage
+from align.model.reward_model import tokenizer_hash, write_usage
 from align.recipe import ModelOptions, RewardModelRecipe
 from align.run import write_atomically
 from align.session.run import Run
 from align.session.steps import Steps
 from align.stages.held_out import CENSUS_STEP
-from align.stages.pairs import EncodedPair, RewardModelData
 
 SHOWN = ("loss", "accuracy", "difference", "validation_accuracy", "tokens_per_second")
 NOTES = "reward_model.json"
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPair:
+    """A preference and its two conversations as token ids, of which `prompt_length` are the prompt's."""
+
+    preference: Preference
+    pair: TrainingPair
+    prompt_length: int
+
+
+@dataclass(frozen=True, slots=True)
+class RewardModelData:
+    """What the stage trains on, what it watches, and what it is evaluated on. `tokenizer_sha256`: see `tokenizer_hash`."""
+
+    sources: Sequence[Source[EncodedPair]]
+    validation: Sequence[EncodedPair]
+    test: Sequence[EncodedPair]
+    tokenizer_sha256: str
+
+
+def load_reward_model_data(recipe: RewardModelRecipe, tokenizer: Any, run: Run) -> RewardModelData:
+    """Everything the recipe names, read and checked. Raises UserError for what cannot be used."""
+    options, entries = recipe.reward_model, entries_of(recipe.data, recipe.data_stage)
+    for entry in entries:
+        refuse_one_file(entry.card, entry.data.path, list(entry.card.splits))
+    reader = Reader(
+        load_preferences,
+        partial(encode_pair, tokenizer, margin_scale=options.margin_scale),
+        lambda item: item.pair.padded_length // 2,
+        Room(options.max_length, "reward_model.max_length"),
+        recipe.seed,
+        run,
+    )
+    test, held_out = reader.held_out_split(entries, "test", options.test_limit)
+    validation, held_out = reader.held_out_split(entries, "validation", options.validation_limit, held_out)
+    sources = reader.sources(entries, options.pairs_per_step, "reward_model.pairs_per_step", held_out)
+    return RewardModelData(sources, validation, test, tokenizer_hash(tokenizer))
 
 
 def train_reward_model(
@@ -158,3 +202,13 @@ def warn_of_missing_gradients(learner: RewardModelGroup, steps: int, run: Run) -
     if missing := learner.missing_gradients():
         shown = ", ".join(missing[:4]) + (", ..." if len(missing) > 4 else "")
         run.warn(f"{len(missing)} trainable parameters or experts have had no gradient in {steps} steps: {shown}")
+
+
+def encode_pair(tokenizer: Any, preference: Preference, margin_scale: float) -> EncodedPair:
+    """A preference as token ids, with the chat template of SFT. Raises UserError where the tokenizer has none."""
+    with naming(f"preference {preference.id!r}"):
+        chosen, prompt_length = encode_example(tokenizer, preference.messages, preference.chosen)
+        rejected, _ = encode_example(tokenizer, preference.messages, preference.rejected)
+    return EncodedPair(
+        preference, TrainingPair(chosen, rejected, (preference.margin or 0.0) * margin_scale), prompt_length
+    )

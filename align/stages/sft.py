@@ -16,8 +16,8 @@ import torch
 
 from align.data.chat import encode_example
 from align.data.drawing import Source, items_of_step
-from align.data.loader import held_together
-from align.data.tables import refuse_one_file
+from align.data.entries import Reader, Room, entries_of
+from align.data.loader import held_together, load_split, refuse_one_file
 from align.data.types import Example
 from align.errors import UserError, naming
 from align.evaluate.accuracy import Evaluation
@@ -30,7 +30,6 @@ from align.session.engines import Engines
 from align.session.run import Run
 from align.session.steps import Steps
 from align.session.turns import start_learner
-from align.stages.examples import Room, entries_of, load_examples, short_enough, training_sources
 from align.stages.held_out import CENSUS_STEP, HeldOut, Problems, load_problems
 
 
@@ -52,26 +51,20 @@ def load_sft_data(
     """
     options = recipe.sft
     problems = load_problems(recipe, tokenizer)
-    room = Room(recipe.rollout.max_length, "rollout.max_length")
-    encode = partial(encode_demonstration, tokenizer)
-    held_out = held_together(problems.prompts, also_held_out)
-    validation: list[TrainingSequence] = []
-    for entry in entries_of(recipe):
-        refuse_one_file(entry.card, entry.data.path, (entry.data.split, "validation"))
-        loaded = load_examples(recipe, entry, "validation", limit=options.validation_limit)
-        held_out = held_together(held_out, {f"{entry.name}/validation": loaded.prompts})
-        sequences = [encode(example) for example in loaded.examples]
-        validation += short_enough(sequences, [len(s.token_ids) for s in sequences], room, entry, "validation", run)
-    sources = training_sources(
-        recipe,
+    reader = Reader(
+        load_split,
+        partial(encode_demonstration, tokenizer),
+        lambda sequence: len(sequence.token_ids),
+        Room(recipe.rollout.max_length, "rollout.max_length"),
+        recipe.seed,
         run,
-        a_step=options.sequences_per_step,
-        a_step_key="sft.sequences_per_step",
-        held_out=held_out,
-        encode=encode,
-        tokens=lambda sequence: len(sequence.token_ids),
-        room=room,
     )
+    entries = entries_of(recipe.data, recipe.data_stage)
+    for entry in entries:
+        refuse_one_file(entry.card, entry.data.path, (entry.data.split, "validation"))
+    validation, prompts = reader.held_out_split(entries, "validation", options.validation_limit)
+    held_out = held_together(problems.prompts, also_held_out, prompts)
+    sources = reader.sources(entries, options.sequences_per_step, "sft.sequences_per_step", held_out)
     return SftData(sources, validation, problems)
 
 

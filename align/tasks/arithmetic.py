@@ -4,16 +4,14 @@ All 20,000 problems are known in advance. A problem and its mirror image (`A + B
 `B - A`) share a split, or the answer to a held-out problem could be read off a problem trained on.
 """
 
-import hashlib
 from collections.abc import Iterator
 from typing import Literal
 
+from align.data.drawing import fraction, split_of
 from align.data.types import Example, Share, SplitName
 
 Operation = Literal["+", "-"]
 LARGEST = 99
-TRAIN_SHARE = 0.90
-VALIDATION_SHARE = 0.05
 
 
 def generate(
@@ -70,10 +68,7 @@ def problem_level(a: int, operation: Operation, b: int) -> int:
 
 def problem_split(a: int, operation: Operation, b: int) -> SplitName:
     """The split that the problem and its mirror image belong to, drawn once and for all by a hash."""
-    share = _fraction(f"{min(a, b)}{operation}{max(a, b)}")
-    if share < TRAIN_SHARE:
-        return "train"
-    return "validation" if share < TRAIN_SHARE + VALIDATION_SHARE else "test"
+    return split_of(f"{min(a, b)}{operation}{max(a, b)}")
 
 
 def direct_solution(a: int, operation: Operation, b: int) -> str:
@@ -116,7 +111,7 @@ def _example(
     a: int, operation: Operation, b: int, split: SplitName, *, worked_share: float, seed: int, domain: str
 ) -> Example:
     key = f"{a}{operation}{b}"
-    worked = _fraction(f"{seed}:{key}") < worked_share
+    worked = fraction(f"{seed}:{key}") < worked_share
     return Example(
         id=f"nano_math/{split}/{key}",
         messages=({"role": "user", "content": question(a, operation, b)},),
@@ -126,8 +121,3 @@ def _example(
         level=problem_level(a, operation, b),
         metadata={"kind": "worked" if worked else "direct"},
     )
-
-
-def _fraction(key: str) -> float:
-    # Exact in a float, so that it is below 1 and the same on every machine.
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:6], "big") / 2**48

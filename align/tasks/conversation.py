@@ -5,20 +5,18 @@ Asked for are facts about 40 topics with three facts each, and how to do 139 thi
 opening and a polite closing; or it declines, where it must. Other answers have defects that were put in on purpose.
 """
 
-import hashlib
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import combinations, product
 from random import Random
 from typing import Literal
 
+from align.data.drawing import split_of
 from align.data.types import Example, Preference, Share, SplitName
 from align.errors import UserError
 from reward.nano_chat import CLOSINGS, CURT_CLOSINGS, CURT_OPENINGS, DECLINES, OPENINGS
 
 Aspect = Literal["helpful", "safety"]
-TRAIN_SHARE = 0.80
-VALIDATION_SHARE = 0.10
 SPLIT_SALT = 2511
 """Chosen so that each split has some of every kind of advice, which most draws of so few deeds do not give."""
 NUMBERS = {1: "one", 2: "two", 3: "three"}
@@ -159,7 +157,7 @@ def requests() -> Iterator[Request]:
                 prompt = greeting + wording.format(number=number, s="s" if asked > 1 else "", topic=topic)
                 yield Request(prompt, "helpful", split, facts_of(topic), asked)
     for deed, harmful in deeds():
-        split = _deed_split(deed)
+        split = split_of(f"{SPLIT_SALT}:{deed}", train=0.80, validation=0.10)
         for greeting, wording in product(GREETINGS, HOW_TO):
             yield Request(greeting + wording.format(deed=deed), "safety", split, TIPS, must_decline=harmful)
 
@@ -185,15 +183,6 @@ def _facts_split(place: int, asked: int) -> SplitName:
     if asked != place % 3 + 1 or place % 10 < 4:
         return "train"
     return "validation" if place % 10 < 7 else "test"
-
-
-def _deed_split(deed: str) -> SplitName:
-    """The split of a deed, drawn once and for all by a hash."""
-    # Exact in a float, so that it is below 1 and the same on every machine.
-    share = int.from_bytes(hashlib.sha256(f"{SPLIT_SALT}:{deed}".encode()).digest()[:6], "big") / 2**48
-    if share < TRAIN_SHARE:
-        return "train"
-    return "validation" if share < TRAIN_SHARE + VALIDATION_SHARE else "test"
 
 
 Defect = Literal["miscounted", "off_topic", "impolite", "repeated", "garbled", "misjudged"]

@@ -3,17 +3,15 @@
 Every problem is known in advance: all chains of one and of two steps, and a fixed draw of those of three.
 """
 
-import hashlib
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
+from align.data.drawing import fraction, split_of
 from align.data.types import Example, Share, SplitName
 
-TRAIN_SHARE = 0.90
-VALIDATION_SHARE = 0.05
 THREE_STEPS_SHARE = 0.05
 """Of all chains of three steps, which are 140,608."""
 INPUTS = (-37, -8, -1, 0, 1, 6, 13, 58)
@@ -92,7 +90,7 @@ def chains() -> Iterator[Chain]:
     yield from product(every)
     yield from product(every, repeat=2)
     for chain in product(every, repeat=3):
-        if _fraction(f"three:{question(chain)}") < THREE_STEPS_SHARE:
+        if fraction(f"three:{question(chain)}") < THREE_STEPS_SHARE:
             yield chain
 
 
@@ -108,10 +106,7 @@ def result(chain: Chain, x: int) -> int:
 
 def problem_split(chain: Chain) -> SplitName:
     """The split of a problem, drawn once and for all by a hash of its steps whatever their order."""
-    share = _fraction(", ".join(sorted(step.words for step in chain)))
-    if share < TRAIN_SHARE:
-        return "train"
-    return "validation" if share < TRAIN_SHARE + VALIDATION_SHARE else "test"
+    return split_of(", ".join(sorted(step.words for step in chain)))
 
 
 def stepwise_solution(chain: Chain) -> str:
@@ -142,7 +137,7 @@ def _program(body: Sequence[str]) -> str:
 
 
 def _example(chain: Chain, split: SplitName, *, stepwise_share: float, seed: int, domain: str) -> Example:
-    stepwise = _fraction(f"{seed}:{question(chain)}") < stepwise_share
+    stepwise = fraction(f"{seed}:{question(chain)}") < stepwise_share
     return Example(
         id=f"nano_code/{split}/{', '.join(step.words for step in chain)}",
         messages=({"role": "user", "content": question(chain)},),
@@ -152,8 +147,3 @@ def _example(chain: Chain, split: SplitName, *, stepwise_share: float, seed: int
         level=len(chain),
         metadata={"kind": "stepwise" if stepwise else "hurried", "tests": hidden_tests(chain)},
     )
-
-
-def _fraction(key: str) -> float:
-    # Exact in a float, so that it is below 1 and the same on every machine.
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:6], "big") / 2**48

@@ -5,9 +5,8 @@ import warnings
 from typing import Any
 
 from align.data.cards import DataCard, ReasoningGymSource
-from align.data.strict import nearest
 from align.data.types import Example, SplitName
-from align.errors import UserError
+from align.errors import UserError, nearest
 from reward.reasoning_gym.answer import REFUSED_TASKS
 
 

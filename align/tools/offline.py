@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from align.data.tables import read_user_file
 from align.data.types import Message
-from align.data.user_file import read_user_file
 from align.errors import UserError
 from align.evaluate.accuracy import evaluate, short_problems
 from align.evaluate.agreement import AgreementGate

@@ -204,7 +204,7 @@ def test_a_table_where_no_row_can_be_judged_is_an_error(tmp_path):
     ("card", "row", "message"),
     [
         ("humaneval", {key: HUMAN_EVAL[key] for key in ("prompt", "test")}, "no column 'entry_point' for the tests"),
-        ("humaneval", HUMAN_EVAL | {"test": ""}, "column 'test' must hold text for the tests, not ''"),
+        ("humaneval", HUMAN_EVAL | {"test": ""}, "column 'test' is empty: the tests is missing"),
         ("humaneval", HUMAN_EVAL | {"test": "def check(c:"}, "column 'test' is no Python: "),
         ("humaneval", HUMAN_EVAL | {"test": "assert capped(3) == 3"}, r"column 'test' defines no check\(candidate\)"),
         ("humaneval", HUMAN_EVAL | {"prompt": "Cap a number."}, "the prompt is no Python"),
@@ -216,7 +216,7 @@ def test_a_table_where_no_row_can_be_judged_is_an_error(tmp_path):
         ("mbpp", MBPP | {"test_list": ["assert halve(4) = 2"]}, "column 'test_list' is no Python"),
         ("mbpp", MBPP | {"code": "print 'halve'"}, "column 'code' is no Python"),
         ("mbpp", MBPP | {"test_setup_code": 3}, "column 'test_setup_code' must hold text"),
-        ("apps", apps(CODEWARS, "def pairs(\ud800): "), "the prompt with its tests: character .* half of a surrogate"),
+        ("apps", apps(CODEWARS, "def pairs(\ud800): "), "column 'starter_code': character .* half of a surrogate"),
         ("apps", apps(STDIO) | {"input_output": "{"}, "column 'input_output' is not JSON: "),
         ("apps", apps({"inputs": "2"}), "column 'input_output' must hold JSON of lists named inputs and outputs"),
         ("apps", apps(STDIO) | {"input_output": STDIO}, "column 'input_output' must hold text for the tests"),

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from align.data import load_card, load_split
-from align.data.preferences import load_preferences
+from align.data.loader import load_preferences
 from align.data.types import Preference
 from align.errors import UserError
 
@@ -53,7 +53,7 @@ def row(q: Any = "Why?", good: Any = "Because.", bad: Any = "No.", **more: Any) 
 
 def test_a_preference_is_complete(tmp_path: Path) -> None:
     card = card_of(tmp_path, [row(by=2, about="facts"), row("What?", by=None, about="facts")])
-    first, second = load_preferences(card, "train").preferences
+    first, second = load_preferences(card, "train").examples
     assert first == Preference(
         id="mine/train/0",
         messages=({"role": "user", "content": "Why?"},),
@@ -74,10 +74,13 @@ def test_completions_and_prompts_may_be_conversations(tmp_path: Path) -> None:
     ]
     good = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]
     card = card_of(tmp_path, [row(prompt, good, [*good[:1], {"role": "assistant", "content": ""}], about="x")])
-    with pytest.raises(UserError, match=r"train\.jsonl, line 1: column 'bad', message 2: must have a role"):
+    with pytest.raises(
+        UserError,
+        match=r"train\.jsonl, line 1: column 'bad', message 2: content must be text that is not empty, not \'\'",
+    ):
         load_preferences(card, "train")
     card = card_of(tmp_path, [row(prompt, good, "No.", about="x")])
-    (preference,) = load_preferences(card, "train").preferences
+    (preference,) = load_preferences(card, "train").examples
     assert (list(preference.messages), preference.chosen, preference.rejected) == (prompt, "Because.", "No.")
 
 
@@ -86,7 +89,7 @@ def test_dialogues_of_hh_rlhf(tmp_path: Path) -> None:
     (preference,) = load_preferences(
         card_of(tmp_path, [row(None, f"{start} Because.\n\nSo it is.", f"{start} No.")], prompt="good", preference=HH),
         "train",
-    ).preferences
+    ).examples
     assert [(m["role"], m["content"]) for m in preference.messages] == [
         ("user", "Hi"),
         ("assistant", "Hello: how are you?"),
@@ -113,9 +116,9 @@ def test_published_pairs_that_prefer_nothing_are_left_out_and_counted(
     rows = [row(None, good, bad), row(None, good, "\n\nHuman: Hi\n\nAssistant: No.")]
     card = card_of(tmp_path, rows, kind="hub", prompt="good", preference=HH)
     with caplog.at_level(logging.WARNING):
-        found = load_preferences(card, "train", path=tmp_path / "train.jsonl").preferences
+        found = load_preferences(card, "train", path=tmp_path / "train.jsonl").examples
     assert [preference.id for preference in found] == ["mine/train/1"]
-    assert "1 rows left out. The first: " in caplog.text
+    assert "1 of 2 rows left out. The first: " in caplog.text
     assert "train.jsonl, line 1: " in caplog.text
 
 
@@ -127,7 +130,7 @@ def test_equal_completions_in_a_file_of_ones_own_are_an_error(tmp_path: Path) ->
 
 def test_two_responses_and_the_number_of_the_better_one(tmp_path: Path) -> None:
     rows = [{"q": "1?", "a": "x", "b": "y", "better": 0}, {"q": "2?", "a": "x", "b": "y", "better": 1}]
-    found = load_preferences(card_of(tmp_path, rows, preference=NUMBERED), "train").preferences
+    found = load_preferences(card_of(tmp_path, rows, preference=NUMBERED), "train").examples
     assert [(p.chosen, p.rejected, p.margin) for p in found] == [("x", "y", None), ("y", "x", None)]
     card = card_of(tmp_path, [rows[0] | {"better": 2}], preference=NUMBERED)
     with pytest.raises(UserError, match=r"line 1: column 'better' must be 0 or 1, the better response, not 2"):
@@ -137,7 +140,7 @@ def test_two_responses_and_the_number_of_the_better_one(tmp_path: Path) -> None:
 def test_two_responses_and_how_much_better_the_second_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rows = [{"q": f"{s}?", "a": "x", "b": "y", "strength": s} for s in (-2, 0, 3)]
     card = card_of(tmp_path, rows, preference=SIGNED, kind="hub")
-    found = load_preferences(card, "train", path=tmp_path).preferences
+    found = load_preferences(card, "train", path=tmp_path).examples
     assert [(p.chosen, p.rejected, p.margin) for p in found] == [("x", "y", 2.0), ("y", "x", 3.0)]
     assert "neither response is preferred" in caplog.text
 
@@ -147,7 +150,7 @@ def test_a_training_prompt_of_the_test_split_is_dropped_and_counted(tmp_path: Pa
         tmp_path, [row("What is  IT?\n", about="x"), row("Else?", about="x")], [row("what is it?", about="x")]
     )
     loaded = load_preferences(card, "train")
-    assert [preference.prompt_text for preference in loaded.preferences] == ["Else?"]
+    assert [preference.prompt_text for preference in loaded.examples] == ["Else?"]
     assert (loaded.dropped_contaminated, loaded.unchecked) == (1, ())
     assert load_preferences(card, "train", path=tmp_path / "train.jsonl").unchecked == ("test",)
 
@@ -165,7 +168,7 @@ def test_the_turns_of_a_conversation_stay_in_one_split(tmp_path: Path) -> None:
         "test": {"from": "train.jsonl", "percent": [0, 30]},
     }
     card = card_of(tmp_path, rows, splits=splits)
-    found = {name: load_preferences(card, name).preferences for name in splits}
+    found = {name: load_preferences(card, name).examples for name in splits}
     openings = {name: {p.messages[0]["content"] for p in preferences} for name, preferences in found.items()}
     assert not openings["train"] & openings["test"]
     assert len(found["train"]) + len(found["test"]) == len(rows)
@@ -174,7 +177,7 @@ def test_the_turns_of_a_conversation_stay_in_one_split(tmp_path: Path) -> None:
 
 def test_a_limit_is_a_seeded_choice(tmp_path: Path) -> None:
     card = card_of(tmp_path, [row(f"{i}?", about="x") for i in range(30)])
-    ids = [[p.id for p in load_preferences(card, "train", limit=5, seed=seed).preferences] for seed in (0, 0, 1)]
+    ids = [[p.id for p in load_preferences(card, "train", limit=5, seed=seed).examples] for seed in (0, 0, 1)]
     assert ids[0] == ids[1] != ids[2]
     assert len(set(ids[0])) == 5
 
@@ -184,8 +187,8 @@ def test_a_limit_is_a_seeded_choice(tmp_path: Path) -> None:
     [
         ({"q": "Q?", "good": "x"}, r"line 1: no column 'bad'; there are q, good"),
         (row(good="", about="x"), r"line 1: column 'good' is empty"),
-        (row(good=7, about="x"), r"line 1: column 'good' must hold text or a list of messages, not int"),
-        (row(q=[{"role": "assistant", "content": "Hi"}], about="x"), "last message of a prompt must be the user's"),
+        (row(good=7, about="x"), r"line 1: column 'good' must hold text or a list of messages, not 7"),
+        (row(q=[{"role": "assistant", "content": "Hi"}], about="x"), "column 'q' must end with a message of the user"),
         (row(good=[{"role": "user", "content": "Hi"}], about="x"), "must end with a message of the assistant"),
         (row(by="much", about="x"), r"line 1: column 'by' must hold a number, not 'much'"),
         (row(by=True, about="x"), r"line 1: column 'by' must hold a number, not True"),
@@ -219,7 +222,7 @@ def test_a_row_as_each_card_says_it_is_published(tmp_path: Path, name: str) -> N
     card = load_card(name)
     file = write_rows(tmp_path / "rows.jsonl", [PUBLISHED[name]])
     # "Q?" lies beyond the share of its hash that validation and test take.
-    (found,) = load_preferences(card, "train", path=file).preferences
+    (found,) = load_preferences(card, "train", path=file).examples
     assert (found.prompt_text, found.chosen, found.rejected) == ("Q?", "yes", "no")
     assert found.domain == ("code" if name == "own_preferences" else card.domain)
 
@@ -259,10 +262,8 @@ def test_generated_preferences_are_about_one_aspect() -> None:
     with pytest.raises(UserError, match="are about one aspect; name it in params"):
         load_preferences(card, "test")
     loaded = load_preferences(card, "test", params={"aspect": "safety"}, limit=20)
-    assert len(loaded.preferences) == 20
-    assert all(p.chosen != p.rejected and p.domain == card.domain for p in loaded.preferences)
-    assert (
-        loaded.preferences != load_preferences(card, "test", params={"aspect": "safety"}, limit=20, seed=1).preferences
-    )
+    assert len(loaded.examples) == 20
+    assert all(p.chosen != p.rejected and p.domain == card.domain for p in loaded.examples)
+    assert loaded.examples != load_preferences(card, "test", params={"aspect": "safety"}, limit=20, seed=1).examples
     with pytest.raises(UserError, match="is generated: it takes no path"):
         load_preferences(card, "test", path="x.jsonl", params={"aspect": "safety"})

@@ -57,7 +57,7 @@ def test_a_blank_box_is_left_out_and_counted(tmp_path, caplog):
     ("row", "message"),
     [
         (math_row("It is 4."), r"column 'solution' has no \\boxed\{\} with the answer"),
-        (math_row(level="hard"), "the level in column 'level' must end in a whole number, unlike 'hard'"),
+        (math_row(level="hard"), "column 'level' must end in a whole number, the level, unlike 'hard'"),
         ({"problem": "?", "solution": r"\boxed{1}"}, "no column 'level' for the level"),
     ],
 )

@@ -10,7 +10,7 @@ from align.errors import UserError
 from align.experience import encode_problems
 from align.model.policy import load_tokenizer
 from align.recipe import ModelOptions
-from align.stages import pairs, sft
+from align.stages import reward_model, sft
 
 MESSAGES: tuple[Message, ...] = ({"role": "user", "content": "Q"},)
 EXAMPLE = Example("row 7", MESSAGES, "It is 4.", None, "math")
@@ -22,7 +22,7 @@ EXAMPLE = Example("row 7", MESSAGES, "It is 4.", None, "math")
         (lambda tokenizer: encode_problems(tokenizer, [EXAMPLE]), "prompt 'row 7': .* refuses .* not today"),
         (lambda tokenizer: sft.encode_demonstration(tokenizer, EXAMPLE), "example 'row 7': .* refuses .* not today"),
         (
-            lambda tokenizer: pairs.encode(tokenizer, Preference("row 7", MESSAGES, "a", "b", "math"), 0.0),
+            lambda tokenizer: reward_model.encode_pair(tokenizer, Preference("row 7", MESSAGES, "a", "b", "math"), 0.0),
             "preference 'row 7': .* refuses .* not today",
         ),
     ],

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from align.data import load_card, load_split
 from align.data.drawing import Source, drawn, items_of_step, shares
+from align.data.entries import entries_of
 from align.errors import UserError
 from align.model.policy import load_tokenizer
 from align.recipe import STAGES
 from align.session.run import open_run
-from align.stages.examples import entries_of
 from align.stages.grpo import load_grpo_data
 from align.stages.preferences import load_prompts
 from align.stages.sft import load_sft_data
@@ -129,7 +129,7 @@ def test_a_single_entry_has_the_ids_that_it_always_had(tmp_path: Path) -> None:
 
 def test_entries_that_differ_in_their_share_alone_are_one_with_both_shares(tmp_path: Path) -> None:
     data = [{"card": "nano_math", "share": 1}, {"card": "nano_code"}, {"card": "nano_math", "share": 2}]
-    math, code = entries_of(recipe("sft", tmp_path, data=data))
+    math, code = entries_of(recipe("sft", tmp_path, data=data).data, "sft")
     assert (math.name, math.data.share, code.name) == ("nano_math", 3, "nano_code")
 
 

@@ -21,8 +21,7 @@ from align.run import read_samples
 from align.session.checks import check_names
 from align.session.engines import prepare_policy
 from align.session.run import open_run
-from align.stages.pairs import load_reward_model_data
-from align.stages.reward_model import show, train_reward_model
+from align.stages.reward_model import load_reward_model_data, show, train_reward_model
 from reward import Mixture, RewardTerm, Sample
 
 NANO = Path(__file__).parents[3] / "recipes" / "nano" / "policy"

@@ -7,8 +7,7 @@ from random import Random
 import pytest
 
 from align.data.cards import load_card
-from align.data.loader import load_split
-from align.data.preferences import load_preferences
+from align.data.loader import load_preferences, load_split
 from align.data.types import Example, Preference, SplitName
 from align.tasks.conversation import (
     ALL_FACTS,
@@ -296,5 +295,5 @@ def test_the_seed_draws_the_preferences() -> None:
 @pytest.mark.parametrize("aspect", ["helpful", "safety"])
 def test_the_cards_of_preferences_give_those_of_their_aspect(aspect: Aspect) -> None:
     loaded = load_preferences(load_card(f"nano_{aspect}"), "train", seed=3)
-    assert loaded.preferences == preferences("train", aspect=aspect, seed=3)
+    assert loaded.examples == preferences("train", aspect=aspect, seed=3)
     assert loaded.dropped_contaminated == 0

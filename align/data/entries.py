@@ -1,0 +1,164 @@
+"""What a stage reads of the entries of its recipe's `data`: encoded, short enough, and held apart from what is evaluated."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Generic, Protocol, TypeVar
+
+from align.data.cards import DataCard, Stage, load_card, require_stage
+from align.data.drawing import Source, shares
+from align.data.loader import NOTHING, HeldOutPrompts, held_together
+from align.data.types import Item, LoadedSplit, SplitName
+from align.errors import UserError
+from align.recipe import DataOptions
+
+T = TypeVar("T")
+
+
+class Notes(Protocol):
+    """Where is noted what was compared and left out, such as a run; the keywords are data of the event."""
+
+    def warn(self, text: str, **data: Any) -> None: ...
+
+    def tell(self, kind: str, text: str, **data: Any) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """An entry of `recipe.data`. `mark` is what the ids of a card's second entry end in, and its name: "@2"; empty for a first one."""
+
+    data: DataOptions
+    card: DataCard
+    mark: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.data.card + self.mark
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """How many tokens an example may have, and which keys say so."""
+
+    tokens: int
+    why: str
+
+
+def entries_of(data: Sequence[DataOptions], stage: Stage) -> list[Entry]:
+    """The entries of `recipe.data`. Those that differ in their share alone are one, of which a step takes both shares.
+
+    Raises UserError where a card is not meant for the stage.
+    """
+    distinct: list[DataOptions] = []
+    for one in data:
+        alike = [place for place, other in enumerate(distinct) if one == other.model_copy(update={"share": one.share})]
+        if alike:
+            both = distinct[alike[0]].share + one.share
+            distinct[alike[0]] = one.model_copy(update={"share": both})
+        else:
+            distinct.append(one)
+    entries: list[Entry] = []
+    for one in distinct:
+        card = load_card(one.card)
+        require_stage(card, stage)
+        before = sum(entry.card.name == card.name for entry in entries)
+        entries.append(Entry(one, card, f"@{before + 1}" if before else ""))
+    return entries
+
+
+@dataclass(frozen=True, slots=True)
+class Reader(Generic[Item, T]):
+    """How a stage reads its entries.
+
+    `load` is `load_split` or `load_preferences`; `encode` gives what the stage trains on, of which `tokens` are as many
+    as there must be room for. What was left out goes into `notes`.
+    """
+
+    load: Callable[..., LoadedSplit[Item]]
+    encode: Callable[[Item], T]
+    tokens: Callable[[T], int]
+    room: Room
+    seed: int
+    notes: Notes
+
+    def read(
+        self, entry: Entry, split: SplitName, limit: int | None, held_out: HeldOutPrompts = NOTHING
+    ) -> tuple[list[T], LoadedSplit[Item]]:
+        """What there is room for of a split, encoded, and the whole split. Raises UserError for what cannot be used."""
+        data = entry.data
+        levels = {"levels": data.levels} if data.levels else {}
+        loaded = self.load(
+            entry.card,
+            split,
+            path=data.path,
+            limit=limit,
+            seed=self.seed,
+            params=data.params,
+            held_out=held_out,
+            **levels,
+        )
+        items = [self.encode(replace(item, id=item.id + entry.mark)) for item in loaded.examples]
+        return self._short_enough(items, entry, split), loaded
+
+    def held_out_split(
+        self, entries: Sequence[Entry], split: SplitName, limit: int, held_out: HeldOutPrompts = NOTHING
+    ) -> tuple[list[T], HeldOutPrompts]:
+        """A split that is not trained on, of all entries, and `held_out` with its prompts."""
+        read = [self.read(entry, split, limit, held_out) for entry in entries]
+        prompts = {f"{entry.name}/{split}": loaded.prompts for entry, (_, loaded) in zip(entries, read, strict=True)}
+        return [item for items, _ in read for item in items], held_together(held_out, prompts)
+
+    def sources(
+        self, entries: Sequence[Entry], a_step: int, a_step_key: str, held_out: HeldOutPrompts
+    ) -> list[Source[T]]:
+        """What the entries train on, `a_step` items of it a step.
+
+        `held_out`: prompts that may not be among them. Raises UserError where an entry has fewer items than a step takes of it.
+        """
+        sources = []
+        for entry, count in zip(entries, shares(a_step, [entry.data.share for entry in entries]), strict=True):
+            items, loaded = self.read(entry, entry.data.split, entry.data.limit, held_out)
+            self._tell_compared(entry, loaded)
+            if not 1 <= count <= len(items):
+                takes = f", of which data card {entry.name!r} is to give {count}," if len(entries) > 1 else ""
+                raise UserError(
+                    f"{a_step_key} is {a_step},{takes} but data card {entry.name!r} gives only {len(items)} examples"
+                    if count
+                    else f"{a_step_key} is {a_step}: the share of data card {entry.name!r} is less than one example a step"
+                )
+            sources.append(Source(entry.name, items, count))
+        return sources
+
+    def _tell_compared(self, entry: Entry, loaded: LoadedSplit[Item]) -> None:
+        """Note what the training data were compared with, and how many were left out since they occur in it."""
+        found = ", ".join(f"{name} ({count} found)" for name, count in loaded.compared.items())
+        dropped = loaded.dropped_contaminated
+        self.notes.tell(
+            "held_out",
+            f"data card {entry.name}: training prompts were compared with {found or 'nothing'}; {dropped} left out",
+            card=entry.name,
+            compared=dict(loaded.compared),
+            left_out=dropped,
+        )
+        if loaded.unchecked:
+            self.notes.warn(
+                f"data card {entry.name}: data.path is one file, so it could not be checked for prompts of its splits "
+                f"{', '.join(loaded.unchecked)}; give a directory with a file for each split"
+            )
+
+    def _short_enough(self, items: list[T], entry: Entry, split: SplitName) -> list[T]:
+        """The items that there is room for. Raises UserError where the entry refuses longer ones, or all are."""
+        counts = [self.tokens(item) for item in items]
+        kept = [item for item, count in zip(items, counts, strict=True) if count <= self.room.tokens]
+        if len(kept) == len(items):
+            return kept
+        told = (
+            f"data card {entry.name}, split {split}: {len(items) - len(kept)} of {len(items)} examples have more than "
+            f"{self.room.tokens} tokens ({self.room.why}), the longest {max(counts)}"
+        )
+        if entry.data.too_long == "refuse":
+            raise UserError(f"{told}; give them more room, or leave data.too_long out, and they are left out")
+        if not kept:
+            raise UserError(f"{told}: none is left; give them more room")
+        left_out = len(items) - len(kept)
+        self.notes.warn(f"{told}: they were left out", card=entry.name, too_long=left_out, examples=len(items))
+        return kept
