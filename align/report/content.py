@@ -9,13 +9,7 @@ from math import isfinite
 from typing import Any, Literal
 
 from align.report import curves, samples
-from align.report.evaluations import (
-    Evaluation,
-    column_groups,
-    compared_evaluations,
-    find_pairs,
-    published_figures,
-)
+from align.report.evaluations import Evaluation, column_groups, compared_evaluations, find_pairs, published_figures
 from align.report.read import Record, RunRecord, Stage, at, finite, number
 from align.run.progress import compact
 
@@ -112,13 +106,13 @@ def build_report(run: RunRecord) -> Report:
     return Report(run.name, str(run.path), tiles, sections, curves.as_data(run.stages), samples.as_data(run))
 
 
-def percent(value: float) -> str:
-    """A share of 1 in percent."""
-    return f"{value:.1%}" if isfinite(value) else "–"
+def percent(value: float | None) -> str:
+    """A share of 1 in percent; a dash for None and what is not finite."""
+    return f"{value:.1%}" if value is not None and isfinite(value) else "–"
 
 
 def plain(value: float | None) -> str:
-    """Any other number in a few digits."""
+    """Any other number in a few digits; a dash for None and what is not finite."""
     return compact(value) if value is not None and isfinite(value) else "–"
 
 
@@ -154,10 +148,9 @@ def _tiles(run: RunRecord, evaluations: Sequence[Evaluation]) -> list[tuple[Valu
         columns = list(chain(*column_groups([last]).values()))
         for column in dict.fromkeys(columns[:1] + [name for name in columns if name.startswith("pass@")][-1:]):
             tiles.append((_figure(last, column, name_baseline=True), f"{column}, {last.name}"))
-    metrics = [record for stage in run.stages for record in stage.metrics]
-    agreements = [value for record in metrics if (value := number(record.get("agreement/mean"))) is not None]
-    if agreements:
-        tiles.append((plain(agreements[-1]), "nats a token between sampler and learner, mean of the last step"))
+    told = [record["agreement/mean"] for stage in run.stages for record in stage.metrics if "agreement/mean" in record]
+    if told:
+        tiles.append((plain(number(told[-1])), "nats a token between sampler and learner, mean of the last step"))
     alarms = sum(event.get("kind") in ALARMS for stage in run.stages for event in stage.events)
     return [*tiles, (alarms, "warnings and errors")]
 
@@ -177,13 +170,13 @@ def _stage_facts(stage: Stage) -> dict[str, Value]:
     return {
         "stage": stage.label,
         "state": _state(stage),
-        "started": _moment(stage.status.get("started")),
+        "started": str(stage.status.get("started") or "").replace("T", " ").replace("+00:00", " UTC"),
         "took": _took(stage.status),
         "steps": f"{done} of {planned}" if planned is not None else done,
         "model": stage.model_path or None,
         "data": ", ".join(cards) or None,
         "learning rate": plain(number(at(recipe, "learner", "optimizer", "learning_rate"))),
-        "seed": recipe.get("seed"),
+        "seed": str(recipe.get("seed", "–")),
     }
 
 
@@ -255,15 +248,11 @@ def _verdicts(verdicts: Sequence[tuple[str, int]]) -> Cell:
 def _published(model: Mapping[str, Any]) -> Table:
     columns: Mapping[str, Mapping[str, float]] = model["figures"]
     benchmarks = dict.fromkeys(name for figures in reversed(list(columns.values())) for name in figures)
-    note = (
-        "In percent, but MT-Bench and AlignBench of 10. Prompts, shots and judges are the report's: they orient, and do "
-        "not compare to a run's own problems."
-    )
     return Table(
         ["benchmark", *columns],
         [[name, *(plain(figures.get(name)) for figures in columns.values())] for name in benchmarks],
         title=f"Published for {model['name']}",
-        note=f"{model['source']}. {note}",
+        note=f"{model['source']}. {model['note']}",
         url=model["url"],
         kind="narrow",
         numbers=range(1, 1 + len(columns)),
@@ -305,9 +294,7 @@ def _experts(run: RunRecord) -> list[Section]:
             rows: list[list[Value]] = []
             for layer in sorted({layer for layer, _ in steps[-1]}):
                 measured = [(name, step.get((layer, name))) for name in LAYER_METRICS for step in (steps[0], steps[-1])]
-                rows.append(
-                    [layer, *(percent(v) if name == "dead" and v is not None else plain(v) for name, v in measured)]
-                )
+                rows.append([layer, *((percent if name == "dead" else plain)(value) for name, value in measured)])
             tables.append(Table(heads, rows, title=stage.label, kind="facts", numbers=range(len(heads))))
     note = (
         "Tokens of a training step that the router sent to each expert of a layer. Variation: standard deviation over mean, 0 "
@@ -382,14 +369,9 @@ def _took(status: Record) -> str | None:
 
 
 def _time(seconds: float | None) -> str:
-    """A time since 1970 as people write it; "" for none and for one that is no time."""
+    """A time in seconds since 1970 as people write it; "" for none and for one that is no time."""
     known = seconds is not None and abs(seconds) < 1e11
-    return _moment(datetime.fromtimestamp(seconds or 0.0, UTC).isoformat(timespec="seconds")) if known else ""
-
-
-def _moment(iso: object) -> str:
-    """A moment in ISO format as people write it; "" for none."""
-    return str(iso or "").replace("T", " ").replace("+00:00", " UTC")
+    return f"{datetime.fromtimestamp(seconds or 0.0, UTC):%Y-%m-%d %H:%M:%S} UTC" if known else ""
 
 
 def _cut(text: object) -> str:

@@ -5,7 +5,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -41,43 +40,25 @@ class Change:
     method: str = ""
 
 
-@dataclass
 class Evaluation:
-    """One record of evaluations.jsonl; `changes` are against the evaluation called `against`, by column of `numbers`."""
+    """One record of evaluations.jsonl; `changes` are against the evaluation called `against`, by column of `numbers`.
 
-    stage: Stage
-    record: Record
-    against: str | None = None
-    changes: dict[str, Change] = field(default_factory=dict)
+    `verdicts` are (verdict, how often), the most frequent first; `file` is the table of completions if it still exists.
+    """
 
-    @property
-    def name(self) -> str:
-        return str(self.record.get("name", "?"))
-
-    @property
-    def step(self) -> int | None:
-        return _whole(self.record.get("step"))
-
-    @property
-    def problems(self) -> int | None:
-        return _whole(self.record.get("problems"))
-
-    @cached_property
-    def numbers(self) -> dict[str, float]:
-        told = {key: finite(value) for key, value in self.record.items() if key not in ("step", "problems")}
-        return {key: value for key, value in told.items() if value is not None}
-
-    @property
-    def verdicts(self) -> list[tuple[str, int]]:
-        """How often each verdict was given, the most frequent first."""
-        told = self.record.get("verdicts")
-        counts = told.items() if isinstance(told, dict) else ()
-        return sorted(((str(name), n) for name, n in counts if isinstance(n, int)), key=lambda item: -item[1])
-
-    @property
-    def file(self) -> Path | None:
-        """The table of completions, if it still exists."""
-        return self.stage.evaluation_file(self.name)
+    def __init__(self, stage: Stage, record: Record) -> None:
+        self.stage = stage
+        self.name = str(record.get("name", "?"))
+        self.split = record.get("split")
+        self.step, self.problems = (_whole(record.get(key)) for key in ("step", "problems"))
+        self.file = stage.evaluation_file(self.name)
+        told = ((key, finite(value)) for key, value in record.items() if key not in ("step", "problems"))
+        self.numbers = {key: value for key, value in told if value is not None}
+        verdicts = record.get("verdicts")
+        counts = verdicts.items() if isinstance(verdicts, dict) else ()
+        self.verdicts = sorted(((str(v), n) for v, n in counts if isinstance(n, int)), key=lambda item: -item[1])
+        self.against: str | None = None
+        self.changes: dict[str, Change] = {}
 
     @property
     def right(self) -> int | None:
@@ -88,11 +69,12 @@ class Evaluation:
     @cached_property
     def answers(self) -> "Answers | None":
         """The answers by problem, if they are those that the record counted."""
-        told, file = self.numbers.get("accuracy"), self.file
-        found = Answers.read(file) if file and told is not None else None
-        if not found or not found.greedy or len(found.greedy) != self.problems:
+        if self.file is None or "accuracy" not in self.numbers:
             return None
-        return found if abs(sum(found.greedy.values()) / len(found.greedy) - (told or 0.0)) < 1e-9 else None
+        found = Answers.read(self.file)
+        counted = found.greedy and len(found.greedy) == self.problems
+        alike = counted and abs(sum(found.greedy.values()) / len(found.greedy) - self.numbers["accuracy"]) < 1e-9
+        return found if alike else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +118,7 @@ def compared_evaluations(run: RunRecord) -> list[Evaluation]:
         before = by_product.get(Path(stage.model_path).absolute(), before)
         for position, evaluation in enumerate(made):
             earlier = before or made[:position]
-            candidates = [each for each in earlier if each.record.get("split") == evaluation.record.get("split")]
+            candidates = [each for each in earlier if each.split == evaluation.split]
             candidates = candidates if before else candidates[:1]
             alike = [each for each in candidates if _pair(each, evaluation)] or candidates
             if alike:
@@ -173,7 +155,7 @@ class Pairs:
 
 def find_pairs(evaluations: Sequence[Evaluation]) -> Pairs | None:
     """The last evaluation of problems, and the first that has problems in common with it; None without two such."""
-    found = [each for each in evaluations if "accuracy" in each.record and each.file]
+    found = [each for each in evaluations if "accuracy" in each.numbers and each.file]
     after = _greedy(found[-1]) if len(found) > 1 else {}
     for first in found[:-1]:
         before = _greedy(first)
@@ -188,15 +170,16 @@ def published_figures(run: RunRecord) -> Mapping[str, Any] | None:
     The model is known by the sizes in a config.json of the run or of the recipe's model.path; where there is none, by
     the name in model.path.
     """
-    text = resources.files("align.report").joinpath("published.yaml").read_text(encoding="utf-8")
-    models = yaml.safe_load(text)
+    models = yaml.safe_load((Path(__file__).parent / "published.yaml").read_text(encoding="utf-8"))
     for stage in reversed(run.stages):
-        if not OTHER_MODELS.search(stage.model_path):
-            config = _config(stage, run.path)
-            for model in models:
-                if _fits(config, model["sizes"]) if config else _is_called(stage.model_path, model["name"]):
-                    found: Mapping[str, Any] = model
-                    return found
+        config, called = _config(stage, run.path), stage.model_path.rstrip("/").rpartition("/")[2]
+        if OTHER_MODELS.search(f"{stage.model_path} {config.get('_name_or_path')}"):
+            continue
+        for model in models:
+            sizes: Mapping[str, Any] = {"model_type": "deepseek_v2"} | model["sizes"]
+            fits = all(config.get(key) == value for key, value in sizes.items())
+            if fits or (not config and re.fullmatch(rf"{re.escape(model['name'])}(-chat)?", called, re.I)):
+                return dict(model)
     return None
 
 
@@ -242,20 +225,12 @@ def _solved(old: Answers, new: Answers, k: int) -> list[float]:
     return [now[id_] - rate for id_, rate in was.items()]
 
 
-def _config(stage: Stage, whole_run: Path) -> Mapping[str, Any] | None:
+def _config(stage: Stage, whole_run: Path) -> Record:
+    """The policy's configuration; empty where none can be read."""
     for directory in stage.model_directories(whole_run):
         try:
             config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
         return config if isinstance(config, dict) else {}
-    return None
-
-
-def _fits(config: Mapping[str, Any], sizes: Mapping[str, int]) -> bool:
-    kind = config.get("model_type") == "deepseek_v2" and not OTHER_MODELS.search(str(config.get("_name_or_path", "")))
-    return kind and all(config.get(key) == value for key, value in sizes.items())
-
-
-def _is_called(path: str, model: str) -> bool:
-    return re.fullmatch(rf"{re.escape(model)}(-chat)?", path.rstrip("/").rpartition("/")[2], re.I) is not None
+    return {}

@@ -1,8 +1,8 @@
 """Which samples of a run go into its page, with the text of each token. Whatever is left out is counted."""
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,14 @@ JSON_STYLE: dict[str, Any] = {"ensure_ascii": False, "allow_nan": False, "separa
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A file of samples: of a step, or of an evaluation. `rows` are its first ones in the order in which to show them."""
+    """A file of samples, of a step or of an evaluation: `total` rows, of which `rows` are to be shown, in this order."""
 
     stage: Stage
     step: int | None
     evaluation: str | None
-    total: int
-    rows: Sequence[Record]
+    file: Path
+    total: int = 0
+    rows: Sequence[Record] = ()
 
 
 class Decoder:
@@ -70,25 +71,22 @@ def as_data(run: RunRecord, limit: int = BYTES_OF_SAMPLES) -> dict[str, Any]:
     refer to texts (prompts, which a group shares) and pieces (texts of tokens) by their places in those lists; "steps"
     counts the files of training samples, "uncoloured" the training samples shown without their tokens.
     """
-    training = [(stage, step, None, file) for stage in run.stages for step, file in stage.samples.items()]
+    steps = [Source(stage, step, None, file) for stage in run.stages for step, file in stage.samples.items()]
     evaluations = {
-        file: (stage, step if isinstance(step := record.get("step"), int) else None, name, file)
+        file: Source(stage, step if isinstance(step := record.get("step"), int) else None, name, file)
         for stage in run.stages
         for record in stage.evaluations
         if (file := stage.evaluation_file(name := str(record.get("name")))) is not None
     }
-    trained = _read(training, TRAINING_SAMPLES, by_interest)
-    evaluated = _read(list(evaluations.values()), EVALUATION_SAMPLES, by_problem)
+    training = _read(steps, TRAINING_SAMPLES, by_interest)
+    held_out = _read(list(evaluations.values()), EVALUATION_SAMPLES, by_problem)
     decoders = {stage.label: _decoder(stage, run) for stage in run.stages}
     share = 1.0
     while True:
-        chosen = [*_first(trained, TRAINING_SAMPLES * share), *_first(evaluated, EVALUATION_SAMPLES * share)]
-        data = _pack(chosen, decoders)
-        if not chosen or len(to_json(data).encode(errors="replace")) <= limit:
-            bare = sum(
-                "pieces" not in row and data["sources"][row["source"]]["evaluation"] is None for row in data["rows"]
-            )
-            return data | {"steps": len(training), "uncoloured": bare}
+        shown = [*_first(training, int(TRAINING_SAMPLES * share)), *_first(held_out, int(EVALUATION_SAMPLES * share))]
+        data = _pack(shown, decoders)
+        if not shown or len(to_json(data).encode(errors="replace")) <= limit:
+            return data | {"steps": len(steps)}
         share /= 2
 
 
@@ -137,28 +135,23 @@ def _decoder(stage: Stage, run: RunRecord) -> Decoder | None:
     return None
 
 
-def _read(
-    files: Sequence[tuple[Stage, int | None, str | None, Path]],
-    most: int,
-    order: Callable[[Sequence[Record]], list[int]],
-) -> list[Source]:
-    """The first samples in this order of each file, at most `most` in all."""
-    sources = []
-    chosen = _evenly(files, most)
-    for stage, step, evaluation, file in chosen:
-        table = read_table(file, (*TEXTS, *NUMBERS, *OTHERS))
+def _read(sources: Sequence[Source], most: int, order: Callable[[Sequence[Record]], list[int]]) -> list[Source]:
+    """The sources with their first samples in this order, at most `most` in all."""
+    found = []
+    chosen = _evenly(sources, most)
+    for source in chosen:
+        table = read_table(source.file, (*TEXTS, *NUMBERS, *OTHERS))
         light = [name for name in ("reward", "trained_on", "greedy") if name in table.column_names]
         places = order(table.select(light).to_pylist()) if light else list(range(table.num_rows))
         rows = table.take(places[: most // len(chosen)]).to_pylist()
-        sources.append(Source(stage, step, evaluation, table.num_rows, rows))
-    return sources
+        found.append(replace(source, total=table.num_rows, rows=rows))
+    return found
 
 
-def _first(sources: Sequence[Source], most: float) -> Iterator[tuple[Source, Sequence[Record]]]:
+def _first(sources: Sequence[Source], most: int) -> list[Source]:
     """At most `most` samples, as many of each source; of too many sources, evenly chosen ones."""
-    chosen = _evenly(sources, int(most))
-    for source in chosen:
-        yield source, source.rows[: int(most) // len(chosen)]
+    chosen = _evenly(sources, most)
+    return [replace(source, rows=source.rows[: most // len(chosen)]) for source in chosen]
 
 
 def _evenly(items: Sequence[Any], most: int) -> list[Any]:
@@ -167,16 +160,17 @@ def _evenly(items: Sequence[Any], most: int) -> list[Any]:
     return [items[(i + 1) * len(items) // count - 1] for i in range(count)]
 
 
-def _pack(chosen: Sequence[tuple[Source, Sequence[Record]]], decoders: Mapping[str, Decoder | None]) -> dict[str, Any]:
+def _pack(sources: Sequence[Source], decoders: Mapping[str, Decoder | None]) -> dict[str, Any]:
     texts, pieces = _Places(), _Places()
-    packed, sources = [], []
-    for place, (source, rows) in enumerate(chosen):
-        told = {"stage": source.stage.label, "step": source.step, "evaluation": source.evaluation}
-        sources.append(told | {"total": source.total, "shown": len(rows)})
-        for row in rows:
+    rows, told, uncoloured = [], [], 0
+    for place, source in enumerate(sources):
+        named = {"stage": source.stage.label, "step": source.step, "evaluation": source.evaluation}
+        told.append(named | {"total": source.total, "shown": len(source.rows)})
+        for row in source.rows:
             coloured = _coloured(row, decoders[source.stage.label], pieces)
-            packed.append({"source": place, "prompt": texts.place(_cut(row.get("prompt")))} | _row(row) | coloured)
-    return {"sources": sources, "rows": packed, "texts": list(texts), "pieces": list(pieces)}
+            uncoloured += source.evaluation is None and not coloured
+            rows.append({"source": place, "prompt": texts.place(_cut(row.get("prompt")))} | _row(row) | coloured)
+    return {"sources": told, "rows": rows, "texts": list(texts), "pieces": list(pieces), "uncoloured": uncoloured}
 
 
 class _Places(dict[str, int]):

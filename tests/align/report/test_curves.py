@@ -12,16 +12,19 @@ from align.report.curves import POINTS_OF_A_PAGE, Panel, Series, as_data, panels
 from align.report.plot import AGREEMENT, HEIGHT, WIDTH, build_plot, round_numbers
 from align.report.read import read_run
 
+WriteRun = Callable[..., Path]
+EVIL = "</title><script>alert(1)</script>&\x00\ud800"
 
-def drawn(path: Path, write_run: Callable[..., Path], *records: dict[str, object]) -> dict[str, Panel]:
+
+def drawn(path: Path, write_run: WriteRun, *records: dict[str, object]) -> dict[str, Panel]:
     (stage,) = read_run(write_run(path / "run", metrics=records)).stages
     return {panel.title: panel for panel in panels(stage)}
 
 
-def test_metrics_go_where_they_are_compared(tmp_path: Path, write_run: Callable[..., Path]) -> None:
+def test_metrics_go_where_they_are_compared(tmp_path: Path, write_run: WriteRun) -> None:
     names = ["loss", "validation_loss", "reward", "reward/exact", "accuracy", "accuracy/code", "agreement/mean"]
     names += ["agreement/max", "seconds/sampling", "evaluation/pass@4", "evaluation/mean_length", "length"]
-    names += ["uniform_groups"]
+    names += ["uniform_groups", "expert_load/layer_1/max", "expert_load/layer_2/max", "expert_load/violation", "other"]
     found = drawn(tmp_path, write_run, {"step": 1, "stage": "grpo", "time": 9.0} | dict.fromkeys(names, 1.0))
     assert {title: [series.name for series in panel.series] for title, panel in found.items()} == {
         "loss": ["loss", "validation_loss"],
@@ -33,24 +36,15 @@ def test_metrics_go_where_they_are_compared(tmp_path: Path, write_run: Callable[
         "shares of the samples": ["zero_variance_groups"],
         "agreement of sampler and learner": ["mean", "max"],
         "seconds by part": ["sampling"],
-    }
-    assert found["agreement of sampler and learner"].log
-
-
-def test_the_load_of_the_experts_is_a_line_for_each_layer_or_expert(
-    tmp_path: Path, write_run: Callable[..., Path]
-) -> None:
-    names = ["expert_load/layer_1/max", "expert_load/layer_2/max", "expert_load/violation", "other"]
-    found = drawn(tmp_path, write_run, {"step": 1} | dict.fromkeys(names, 1.0))
-    assert {title: [series.name for series in panel.series] for title, panel in found.items()} == {
         "expert_load/max": ["layer_1", "layer_2"],
         "expert_load": ["violation"],
         "other": ["other"],
     }
+    assert found["agreement of sampler and learner"].log
 
 
 def test_what_is_no_finite_number_is_a_gap_and_a_step_written_again_counts_anew(
-    tmp_path: Path, write_run: Callable[..., Path]
+    tmp_path: Path, write_run: WriteRun
 ) -> None:
     records = [{"step": 1, "reward": 1.0}, {"step": 2, "reward": "nan"}, {"step": 3, "reward": "inf"}]
     records += [{"step": 1, "reward": 7.0}, {"step": 4, "note": "text", "flag": True}]
@@ -68,7 +62,7 @@ def test_thinning_keeps_the_spikes() -> None:
     assert thin(thinned, 100) is thinned
 
 
-def test_a_page_holds_a_bounded_number_of_points(tmp_path: Path, write_run: Callable[..., Path]) -> None:
+def test_a_page_holds_a_bounded_number_of_points(tmp_path: Path, write_run: WriteRun) -> None:
     names = [f"expert_load/layer_{layer}/expert_{expert}" for layer in range(20) for expert in range(50)]
     root = write_run(tmp_path / "run", metrics=[{"step": step} | dict.fromkeys(names, 0.5) for step in range(200)])
     (stage,) = as_data(read_run(root).stages)
@@ -76,12 +70,7 @@ def test_a_page_holds_a_bounded_number_of_points(tmp_path: Path, write_run: Call
     assert stage["panels"][0]["thinned"]
 
 
-EVIL = "</title><script>alert(1)</script>&\x00\ud800"
-
-
-def test_the_plot_has_rewards_accuracy_with_its_evaluations_and_agreement(
-    tmp_path: Path, write_run: Callable[..., Path]
-) -> None:
+def test_the_plot_has_rewards_accuracy_with_its_evaluations_and_agreement(tmp_path: Path, write_run: WriteRun) -> None:
     records = [
         {"step": s, "reward": s / 50, "accuracy": s / 100, "agreement/mean": 1e-6, "agreement/max": 2e-5}
         for s in range(1, 101)
@@ -105,7 +94,7 @@ def test_the_plot_has_rewards_accuracy_with_its_evaluations_and_agreement(
     assert agreement.lines[0].path.startswith(f"M{WIDTH / 100:.1f} {HEIGHT:.1f} L")
 
 
-def test_a_run_without_rewards_has_its_loss_plotted_with_gaps(tmp_path: Path, write_run: Callable[..., Path]) -> None:
+def test_a_run_without_rewards_has_its_loss_plotted_with_gaps(tmp_path: Path, write_run: WriteRun) -> None:
     losses = [3.0, "nan", 2.0, 1.0]
     root = write_run(tmp_path / "run", stage="sft", metrics=[{"step": s, "loss": v} for s, v in enumerate(losses)])
     (panel,) = build_plot(read_run(root)).panels
@@ -121,7 +110,7 @@ def test_ticks_are_round_few_and_within(low: float, high: float) -> None:
     assert all(low <= tick <= high and len(f"{tick:g}") <= 7 for tick in ticks)
 
 
-def test_the_plot_is_one_small_file_that_loads_nothing(tmp_path: Path, write_run: Callable[..., Path]) -> None:
+def test_the_plot_is_one_small_file_that_loads_nothing(tmp_path: Path, write_run: WriteRun) -> None:
     metrics = [{"step": s, "reward": 1.0, "agreement/mean": 0.0} for s in range(20_000)]
     root = write_run(tmp_path / "run", metrics=metrics, recipe={"name": EVIL})
     path = write_plot(root, tmp_path / "plots" / "run.svg")
@@ -139,7 +128,7 @@ def test_the_plot_is_one_small_file_that_loads_nothing(tmp_path: Path, write_run
     assert len(text) < 20_000
 
 
-def test_what_cannot_be_plotted_is_refused(tmp_path: Path, write_run: Callable[..., Path]) -> None:
+def test_what_cannot_be_plotted_is_refused(tmp_path: Path, write_run: WriteRun) -> None:
     root = write_run(tmp_path / "run")
     with pytest.raises(UserError, match="no metrics yet"):
         write_plot(root, tmp_path / "plot.svg")

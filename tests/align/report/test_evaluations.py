@@ -14,9 +14,7 @@ from align.report.evaluations import (
     UNPAIRED,
     Change,
     Evaluation,
-    column_groups,
     compared_evaluations,
-    find_pairs,
     published_figures,
 )
 from align.report.read import read_run
@@ -33,14 +31,9 @@ def evaluated(name: str, greedy: str, sampled: Mapping[str, str] | None = None, 
     """An evaluation of the problems 0, 1, ... whose greedy answers are right (r) or wrong (w)."""
     rows = [answer(str(i), letter, greedy=True) for i, letter in enumerate(greedy)]
     rows += [answer(id_, letter, greedy=False) for id_, letters in (sampled or {}).items() for letter in letters]
-    record = {
-        "stage": "x",
-        "step": 3,
-        "name": name,
-        "problems": len(greedy),
-        "accuracy": greedy.count("r") / len(greedy),
-    }
-    return record | {"verdicts": {"pass": greedy.count("r"), "wrong": greedy.count("w")}} | more, rows
+    right, wrong = greedy.count("r"), greedy.count("w")
+    record = {"stage": "x", "step": 3, "name": name, "problems": len(greedy), "accuracy": right / len(greedy)}
+    return record | {"verdicts": {"pass": right, "wrong": wrong}} | more, rows
 
 
 def answer(id_: str, letter: str, *, greedy: bool) -> dict[str, Any]:
@@ -77,13 +70,27 @@ def test_other_problems_are_compared_as_two_samples(tmp_path: Path, write_run: W
     assert (change.interval, change.method) == (unpaired_interval(1, 4, 4, 5), UNPAIRED)
 
 
-def test_validation_problems_are_never_compared_with_those_of_the_test(tmp_path: Path, write_run: WriteRun) -> None:
-    before, after = evaluated("after SFT", "rwww"), evaluated("after GRPO", "rrww")
-    chosen_by = [evaluated(f"GRPO step {n}, validation", "rrrw", split="validation") for n in (1, 2)]
-    rows = compared(tmp_path, write_run, [before], [*chosen_by, after])
-    assert [row.against for row in rows] == [None, None, None, "after SFT"]
-    alone = compared(tmp_path / "alone", write_run, [], [before, *chosen_by, after])
-    assert [row.against for row in alone] == [None, None, "GRPO step 1, validation", "after SFT"]
+@pytest.mark.parametrize(
+    ("sft", "grpo", "against"),
+    [
+        # The last evaluation of the stage before; in the first stage, its first one.
+        (["before:wwww", "step 9:wwwr", "after:wwrr"], ["step 20:wrrr", "end:rrrr"], "- before before after after"),
+        # Of several sets of problems, the same one.
+        (["math:wwrr", "code:wwwww"], ["math 2:wrrr", "code 2:wwwwr"], "- math math code"),
+        # Problems by which checkpoints are chosen are compared with one another alone.
+        (["sft:rwww"], ["v1:rrrw", "v2:rrrw", "end:rrww"], "- - - sft"),
+        ([], ["start:rwww", "v1:rrrw", "v2:rrrw", "end:rrww"], "- - v1 start"),
+    ],
+)
+def test_what_an_evaluation_is_compared_with(
+    tmp_path: Path, write_run: WriteRun, sft: list[str], grpo: list[str], against: str
+) -> None:
+    def made(names: list[str]) -> list[Evaluated]:
+        split = {True: {"split": "validation"}, False: {}}
+        return [evaluated(*each.split(":"), **split[each[0] == "v"]) for each in names]
+
+    rows = compared(tmp_path, write_run, made(sft), made(grpo))
+    assert " ".join(row.against or "-" for row in rows) == against
 
 
 def test_completions_that_are_gone_or_another_evaluations_do_not_count_as_pairs(
@@ -117,13 +124,6 @@ def test_pass_at_k_is_compared_problem_by_problem(tmp_path: Path, write_run: Wri
     assert changes["pass@2"] == Change(0.5, mean_interval([0.0, 1.0]), MEANS)
 
 
-def test_the_stage_before_is_the_one_to_compare_with(tmp_path: Path, write_run: WriteRun) -> None:
-    sft = [evaluated("before SFT", "wwww"), evaluated("SFT step 9", "wwwr"), evaluated("after SFT", "wwrr")]
-    grpo = [evaluated("GRPO step 20", "wrrr"), evaluated("after GRPO", "rrrr")]
-    rows = compared(tmp_path, write_run, sft, grpo)
-    assert [row.against for row in rows] == [None, "before SFT", "before SFT", "after SFT", "after SFT"]
-
-
 def test_a_policy_is_compared_with_the_one_that_it_was_made_of(tmp_path: Path, write_run: WriteRun) -> None:
     sft, first, second = (evaluated(f"after {name}", "wwrr") for name in ("SFT", "first", "second"))
     root = tmp_path / "run"
@@ -137,36 +137,17 @@ def test_a_policy_is_compared_with_the_one_that_it_was_made_of(tmp_path: Path, w
     assert [row.against for row in rows] == [None, "after SFT", "after SFT"]
 
 
-def test_of_several_sets_of_problems_each_is_compared_with_itself(tmp_path: Path, write_run: WriteRun) -> None:
-    sft = [evaluated("math after SFT", "wwrr"), evaluated("code after SFT", "wwwww")]
-    grpo = [evaluated("math after GRPO", "wrrr"), evaluated("code after GRPO", "wwwwr")]
-    rows = compared(tmp_path, write_run, sft, grpo)
-    assert [row.against for row in rows[2:]] == ["math after SFT", "code after SFT"]
-
-
 def test_every_number_of_a_record_is_a_column_in_its_group(tmp_path: Path, write_run: WriteRun) -> None:
-    more = {
-        "accuracy/code": 0.5,
-        "pass@16": 0.9,
-        "pass@4": 0.8,
-        "refusal_rate": 0.1,
-        "win_rate": 0.4,
-        "judge": 7.5,
-        "needle/recall": 0.3,
-        "sums/exact_match/boxed": 0.75,
-    }
-    more |= {"mean_length": 20.5, "truncated": 0.25}
-    assert column_groups(compared(tmp_path, write_run, [evaluated("after SFT", "rw", **more)], [])) == {
-        "right answers": ["accuracy", "accuracy/code"],
-        "sampled": ["pass@4", "pass@16"],
-        "rates": ["refusal_rate", "win_rate"],
-        "answers": ["mean_length", "truncated"],
-        "other": ["judge"],
-        "needle": ["needle/recall"],
-        "sums": ["sums/exact_match/boxed"],
-    }
+    more = {"accuracy/code": 0.5, "pass@16": 0.9, "pass@4": 0.8, "refusal_rate": 0.1, "win_rate": 0.4, "judge": 7.5}
+    more |= {"mean_length": 20.5, "truncated": 0.25, "needle/recall": 0.3, "sums/exact_match/boxed": 0.75}
+    compared(tmp_path, write_run, [evaluated("after SFT", "rw", **more)], [])
     (table,) = section(tmp_path / "run", "evaluations").tables
-    assert table.groups[1:4] == [("right answers", 2), ("sampled", 2), ("rates", 2)]
+    assert table.heads[4:-1] == [
+        *("accuracy", "accuracy/code", "pass@4", "pass@16", "refusal_rate", "win_rate", "mean_length", "truncated"),
+        *("judge", "needle/recall", "sums/exact_match/boxed"),
+    ]
+    names = ("right answers", "sampled", "rates", "answers", "other", "needle", "sums")
+    assert table.groups == [("", 4), *zip(names, (2, 2, 2, 2, 1, 1, 1), strict=True), ("", 1)]
     told = ["50.0%", "50.0%", "80.0%", "90.0%", "10.0%", "40.0%", "20.5", "25.0%", "7.5", "0.3", "75.0%"]
     assert [str(figure) for figure in table.rows[0][4:-1]] == told
     assert table.rows[0][-1] == Cell("1 pass, 1 wrong", "wide", bar=[("pass", 0.0, 50.0), ("wrong", 50.0, 50.0)])
@@ -222,11 +203,9 @@ def test_sampled_answers_and_other_problems_are_left_out(tmp_path: Path, write_r
     elsewhere = held_out("elsewhere", pair("z", "x", "pass"))
     before = held_out("before", pair("a", "x", "wrong"), pair("a", "drawn", "pass", greedy=False))
     after = held_out("after", pair("a", "y", "pass"), pair("c", "y", "pass"))
-    run = read_run(write_run(tmp_path / "run", evaluations=[elsewhere, before, after]))
-    pairs = find_pairs(compared_evaluations(run))
-    assert pairs is not None
-    assert [each.name for each in pairs.evaluations] == ["before", "after"]
-    assert {id_: was["completion"] for id_, (was, _) in pairs.answers.items()} == {"a": "x"}
+    (table,) = section(write_run(tmp_path / "run", evaluations=[elsewhere, before, after]), "compared").tables
+    assert table.heads == ["prompt", "before", "after"]
+    assert [[str(cell) for cell in row] for row in table.rows] == [["prompt of a", "x", "y"]]
 
 
 def test_a_run_with_one_evaluation_says_so(tmp_path: Path, write_run: WriteRun) -> None:
@@ -260,21 +239,15 @@ def test_a_model_is_known_by_its_sizes_or_else_by_its_name(
 
 
 def test_the_figures_are_those_of_the_report(tmp_path: Path, write_run: WriteRun) -> None:
-    lite = published_figures(
-        read_run(write_run(tmp_path / "a", recipe={"model": {"path": "DeepSeek-V2-Lite"}}, tokenizer=False))
+    lite, large = (
+        section(write_run(tmp_path / name, recipe={"model": {"path": name}}, tokenizer=False), "evaluations").tables[-1]
+        for name in ("DeepSeek-V2-Lite", "DeepSeek-V2")
     )
-    large = published_figures(
-        read_run(write_run(tmp_path / "b", recipe={"model": {"path": "DeepSeek-V2"}}, tokenizer=False))
-    )
-    assert lite is not None
-    assert large is not None
-    assert "arXiv:2405.04434" in lite["source"]
     # Table 7 for Lite, of which no reinforcement learning was reported; Table 3 for the large model.
-    assert list(lite["figures"]) == ["base", "Chat (SFT)"]
-    assert lite["figures"]["Chat (SFT)"]["GSM8K"] == 72.0
-    assert (large["figures"]["Chat (SFT)"]["BBH"], large["figures"]["Chat (RL)"]["BBH"]) == (81.3, 79.7)
-    table = section(tmp_path / "b", "evaluations").tables[-1]
-    assert table.title == "Published for DeepSeek-V2"
-    assert table.heads == ["benchmark", "base", "Chat (SFT)", "Chat (RL)"]
-    assert table.rows[0] == ["MMLU", "78.5", "78.4", "77.8"]
-    assert ["MT-Bench", "–", "8.62", "8.97"] in table.rows
+    assert "arXiv:2405.04434, Tables 6 and 7" in lite.note
+    assert lite.heads == ["benchmark", "base", "Chat (SFT)"]
+    assert ["GSM8K", "41.1", "72"] in lite.rows
+    assert large.title == "Published for DeepSeek-V2"
+    assert large.heads == ["benchmark", "base", "Chat (SFT)", "Chat (RL)"]
+    assert large.rows[:2] == [["MMLU", "78.5", "78.4", "77.8"], ["BBH", "78.9", "81.3", "79.7"]]
+    assert ["MT-Bench", "–", "8.62", "8.97"] in large.rows

@@ -14,22 +14,13 @@ EVIL = "</script><script>document.title='taken'</script><img src=http://evil.inv
 @pytest.fixture
 def page(tmp_path: Path, browser: Any, write_run: Callable[..., Path], sample_row: Callable[..., Any]) -> Path:
     """The report on a small run, with hostile texts among its own, open in the browser."""
-    rows = {
-        step: [
-            sample_row(
-                f"{step}+{i}=2",
-                i / 10,
-                id=f"step{step}/{i}",
-                domain="code" if i == 7 else "math",
-                prompt=f"{EVIL} {step}",
-                sampled=[place != 1 or i != 6 for place in range(6)],
-                detail=EVIL,
-            )
-            for i in range(8)
-        ]
-        + [sample_row("2", None, id=f"step{step}/masked")]
-        for step in (1, 2, 3)
-    }
+    rows = {}
+    for step in (1, 2, 3):
+        told = {"prompt": f"{EVIL} {step}", "detail": EVIL, "domain": "math"}
+        rows[step] = [sample_row(f"{step}+{i}=2", i / 10, id=f"step{step}/{i}", **told) for i in range(8)]
+        rows[step][6] |= {"sampled": [True, False, True, True, True, True]}
+        rows[step][7] |= {"domain": "code"}
+        rows[step].append(sample_row("2", None, id=f"step{step}/masked"))
     load = {f"expert_load/layer_{layer}/max": layer / 10 for layer in range(12)}
     root = write_run(
         tmp_path / "run",

@@ -1,6 +1,5 @@
 """A run directory as data, and what is refused by file and line."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,24 +9,20 @@ from align.errors import UserError
 from align.report.read import read_records, read_run, read_table
 from align.run import MetricsLog, RunDirectory, write_samples
 
+WriteRun = Callable[..., Path]
 
-def test_the_stages_inside_a_run_come_before_its_own(tmp_path: Path, write_run: Callable[..., Path]) -> None:
-    root = write_run(tmp_path / "run", metrics=[{"step": 1, "stage": "grpo", "time": 2.0, "reward": 0.5}])
-    write_run(root / "sft", stage="sft", metrics=[{"step": 1, "stage": "sft", "time": 1.0, "loss": 3.0}])
+
+def test_the_stages_inside_a_run_come_before_its_own(tmp_path: Path, write_run: WriteRun) -> None:
+    root = write_run(tmp_path / "run", stage="pipeline")
+    write_run(root / "preference", stage="grpo", metrics=[{"step": 1, "loss": 3.0}])
+    write_run(root / "preference" / "reward", stage="reward_model")
     run = read_run(root)
-    assert [stage.label for stage in run.stages] == ["sft", "grpo"]
-    assert run.stages[0].metrics[0]["loss"] == 3.0
+    assert [stage.label for stage in run.stages] == ["preference/reward", "preference", "pipeline"]
+    assert run.stages[1].metrics[0]["loss"] == 3.0
     assert run.name == "run"
 
 
-def test_a_pipeline_holds_a_stage_in_a_stage(tmp_path: Path, write_run: Callable[..., Path]) -> None:
-    root = write_run(tmp_path / "run", stage="pipeline")
-    write_run(root / "preference", stage="grpo")
-    write_run(root / "preference" / "reward", stage="reward_model")
-    assert [stage.label for stage in read_run(root).stages] == ["preference/reward", "preference", "pipeline"]
-
-
-def test_two_stages_never_share_a_label(tmp_path: Path, write_run: Callable[..., Path]) -> None:
+def test_two_stages_never_share_a_label(tmp_path: Path, write_run: WriteRun) -> None:
     root = write_run(tmp_path / "run", stage="sft")
     write_run(root / "sft", stage="sft")
     assert [stage.label for stage in read_run(root).stages] == ["sft", "sft (whole run)"]
@@ -44,7 +39,7 @@ def test_what_a_live_run_has_written_so_far_is_read(tmp_path: Path) -> None:
     assert stage.status["state"] == "running"
 
 
-def test_a_last_line_cut_off_in_writing_is_left_out_and_said(tmp_path: Path, write_run: Callable[..., Path]) -> None:
+def test_a_last_line_cut_off_in_writing_is_left_out_and_said(tmp_path: Path, write_run: WriteRun) -> None:
     root = write_run(tmp_path / "run", metrics=[{"step": 1, "loss": 2.0}])
     with (root / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2, "lo')
@@ -53,30 +48,20 @@ def test_a_last_line_cut_off_in_writing_is_left_out_and_said(tmp_path: Path, wri
     assert stage.remarks == ["metrics.jsonl, line 2: cut off while it was written, and skipped here"]
 
 
-@pytest.mark.parametrize("damage", ['{"step": 2, "lo', "[1, 2]", "nonsense"])
-def test_any_other_damaged_line_is_refused_by_file_and_line(
-    tmp_path: Path, write_run: Callable[..., Path], damage: str
-) -> None:
-    root = write_run(tmp_path / "run")
-    lines = [json.dumps({"step": 1}), damage, json.dumps({"step": 3})]
-    (root / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b'{"step": 1}\n%b\n{"step": 3}\n' % damage for damage in (b'{"step": 2, "lo', b"[1, 2]", b"\xff\xfe")),
+        b'{"kind": "warning"}\n{"kind"\n',  # A last line that ends was not cut off.
+    ],
+)
+def test_any_other_damaged_line_is_refused_by_file_and_line(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(content)
     with pytest.raises(UserError, match=r"metrics\.jsonl, line 2: not one JSON object"):
-        read_run(root)
-
-
-def test_a_damaged_last_line_that_ends_was_not_cut_off(tmp_path: Path) -> None:
-    (tmp_path / "events.jsonl").write_text('{"kind": "warning"}\n{"kind"\n')
-    with pytest.raises(UserError, match=r"events\.jsonl, line 2"):
-        read_records(tmp_path / "events.jsonl")
-
-
-def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n\xff\xfe\n{"step": 2}\n')
-    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2"):
         read_records(tmp_path / "metrics.jsonl")
 
 
-def test_what_is_no_run_is_refused(tmp_path: Path, write_run: Callable[..., Path]) -> None:
+def test_what_is_no_run_is_refused(tmp_path: Path, write_run: WriteRun) -> None:
     with pytest.raises(UserError, match="does not exist"):
         read_run(tmp_path / "missing")
     (tmp_path / "file").write_text("")
@@ -87,14 +72,14 @@ def test_what_is_no_run_is_refused(tmp_path: Path, write_run: Callable[..., Path
         read_run(tmp_path / "runs")
 
 
-def test_a_damaged_recipe_is_refused_by_name(tmp_path: Path, write_run: Callable[..., Path]) -> None:
+def test_a_damaged_recipe_is_refused_by_name(tmp_path: Path, write_run: WriteRun) -> None:
     root = write_run(tmp_path / "run")
     (root / "recipe.yaml").write_text("a: [1")
     with pytest.raises(UserError, match=r"recipe\.yaml: not valid YAML"):
         read_run(root)
 
 
-def test_an_evaluation_cannot_name_a_file_elsewhere(tmp_path: Path, write_run: Callable[..., Path]) -> None:
+def test_an_evaluation_cannot_name_a_file_elsewhere(tmp_path: Path, write_run: WriteRun) -> None:
     root = write_run(tmp_path / "run", evaluations=[({"name": "after"}, [{"id": "1"}])])
     (stage,) = read_run(root).stages
     assert stage.evaluation_file("after") == root / "evaluations" / "after.parquet"
@@ -103,7 +88,7 @@ def test_an_evaluation_cannot_name_a_file_elsewhere(tmp_path: Path, write_run: C
 
 
 def test_columns_and_metrics_of_earlier_versions_are_read_by_their_present_names(
-    tmp_path: Path, write_run: Callable[..., Path]
+    tmp_path: Path, write_run: WriteRun
 ) -> None:
     file = tmp_path / "step_00001.parquet"
     wanted = ("id", "ground_truth", "log_probs", "components")

@@ -67,10 +67,8 @@ def test_no_text_of_a_run_becomes_an_element(hostile: Path) -> None:
     page = write_report(hostile).read_text(encoding="utf-8")
     elements = Elements(page)
     assert not {"img", "b2", "iframe", "object", "link"} & {tag for tag, _ in elements.found}
-    assert [attributes.get("type") for tag, attributes in elements.found if tag == "script"] == [
-        "application/json",
-        None,
-    ]
+    scripts = [attributes.get("type") for tag, attributes in elements.found if tag == "script"]
+    assert scripts == ["application/json", None]
     assert not any(name.startswith("on") or name == "style" for _, attributes in elements.found for name in attributes)
 
 
@@ -134,6 +132,7 @@ def test_a_run_that_has_nothing_yet_has_a_report(tmp_path: Path, write_run: Writ
     text = write_report(write_run(tmp_path / "run", tokenizer=False)).read_text(encoding="utf-8")
     for said in ("no evaluations", "no metrics yet", "holds no samples", "Nothing was noted"):
         assert said in text
+    assert "Expert load" not in text + (tmp_path / "run" / "report.md").read_text()
 
 
 def test_the_page_says_how_many_samples_it_leaves_out(
@@ -147,40 +146,27 @@ def test_the_page_says_how_many_samples_it_leaves_out(
     assert page.stat().st_size < 10_000_000
 
 
-def test_the_command_writes_the_report_and_with_svg_a_plot(tmp_path: Path, write_run: WriteRun) -> None:
-    root = write_run(tmp_path / "run", metrics=[{"step": 1, "reward": 1.0}])
-    assert main(["report", str(root), "--svg", str(tmp_path / "plot.svg")]) == 0
-    assert (root / "report.html").is_file()
-    assert (tmp_path / "plot.svg").read_text().startswith("<svg ")
-
-
 def test_where_the_report_goes(tmp_path: Path, write_run: WriteRun) -> None:
-    root = write_run(tmp_path / "run")
+    root = write_run(tmp_path / "run", metrics=[{"step": 1, "reward": 1.0}])
     assert write_report(root) == root / "report.html"
     assert write_report(root, tmp_path) == tmp_path / "report.html"
     assert write_report(root, tmp_path / "new" / "mine.html") == tmp_path / "new" / "mine.html"
     assert (tmp_path / "new" / "mine.md").is_file()
+    assert main(["report", str(root), "--svg", str(tmp_path / "plot.svg")]) == 0
+    assert (tmp_path / "plot.svg").read_text().startswith("<svg ")
     with pytest.raises(UserError, match=r"neither a directory nor a file NAME\.html"):
         write_report(root, tmp_path / "report.txt")
     with pytest.raises(UserError, match="cannot write"):
         write_report(root, root / "recipe.yaml" / "report.html")
 
 
-LOADS = [
-    {
-        "step": step,
-        "loss": 1.0,
-        "experts/cv": 0.1 * step,
-        **{f"experts/layer_{layer}/cv": 0.1 * step for layer in (2, 10)},
-        **{f"experts/layer_{layer}/max_over_mean": 1 + 0.1 * step for layer in (2, 10)},
-        **{f"experts/layer_{layer}/dead": 0.25 * (step == 3) for layer in (2, 10)},
-    }
-    for step in (1, 2, 3)
-]
-
-
 def test_first_and_last_step_of_every_layer_stand_side_by_side(tmp_path: Path, write_run: WriteRun) -> None:
-    run = write_run(tmp_path / "run", metrics=[*LOADS, {"step": 3, "evaluation/accuracy": 0.5}])
+    def loads(step: int) -> dict[str, float]:
+        layer = {"cv": 0.1 * step, "max_over_mean": 1 + 0.1 * step, "dead": 0.25 * (step == 3)}
+        return {f"experts/layer_{n}/{name}": value for n in (2, 10) for name, value in layer.items()}
+
+    metrics = [{"step": step, "experts/cv": 0.1 * step} | loads(step) for step in (1, 2, 3)]
+    run = write_run(tmp_path / "run", metrics=[*metrics, {"step": 3, "evaluation/accuracy": 0.5}])
     titles = {panel.title: [series.name for series in panel.series] for panel in panels(read_run(run).whole)}
     assert titles["expert load"] == ["cv"]
     assert titles["experts/cv"] == ["layer_2", "layer_10"]
@@ -190,12 +176,6 @@ def test_first_and_last_step_of_every_layer_stand_side_by_side(tmp_path: Path, w
         "| 2 | 0.1 | 0.3 | 1.1 | 1.3 | 0.0% | 25.0% |\n| 10 | 0.1 | 0.3 | 1.1 | 1.3 | 0.0% | 25.0% |"
         in (run / "report.md").read_text()
     )
-
-
-def test_a_run_of_a_dense_model_says_nothing_of_experts(tmp_path: Path, write_run: WriteRun) -> None:
-    run = write_run(tmp_path / "run", metrics=[{"step": 1, "loss": 1.0}])
-    assert "Expert load" not in write_report(run).read_text()
-    assert "Expert load" not in (run / "report.md").read_text()
 
 
 def test_settings_stand_side_by_side_and_differences_are_marked(tmp_path: Path, write_run: WriteRun) -> None:
