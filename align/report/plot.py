@@ -18,7 +18,7 @@ TICKS = 5
 REWARD = ("reward, mean of the step", False, {"reward": "reward"})
 LOSS = ("loss", False, {"loss": "training", "validation_loss": "validation"})
 ACCURACY = ("accuracy", False, {"accuracy": "training", "evaluation/accuracy": "held-out"})
-AGREEMENT = ("sampler–learner gap, nats a token", True, {"agreement/mean": "mean", "agreement/max": "largest"})
+AGREEMENT = ("sampler–learner gap, nats/token", True, {"agreement/mean": "mean", "agreement/max": "largest"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ def build_plot(run: RunRecord) -> Plot:
 def round_numbers(low: float, high: float, count: int) -> list[float]:
     """About `count` round numbers from `low` to `high`."""
     power = 10 ** floor(log10((high - low) / count))
-    width = next(factor * power for factor in (1, 2, 5, 10) if factor * power * count >= high - low)
+    width = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power * count >= high - low)
     return [float(f"{i * width:.12g}") for i in range(ceil(low / width), floor(high / width) + 1)]
 
 
