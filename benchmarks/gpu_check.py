@@ -1,0 +1,671 @@
+"""Does the toolkit work on this machine's GPU, and how fast? `make gpu-check` runs it; docs/gpu.md explains the results.
+
+Each section is a process with a time limit of its own, so that one that fails or hangs does not end the others. The model of most sections
+is four layers of DeepSeek-V2-Lite with random weights in bfloat16: real shapes, and nothing to download. Results are lines of JSON in
+`$OUT/gpu.jsonl` (OUT is runs/gpu_check when not set), and what the engines print is in `$OUT/log.txt`. `--tiny` goes through the sections on a
+CPU with the shapes of the nano policy: it finds mistakes in this file, and measures nothing.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import pickle
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from safetensors import safe_open
+
+from align.learner import rank, worker
+from align.learner.batch import TrainingSequence, collate, plan_micro_batches, share_out, whole_rows
+from align.learner.objective import LogProbs, Objective
+from align.model.policy import load_policy, load_tokenizer, save_policy, use_fast_experts
+from align.model.sizes import empty_model, model_sizes, read_config
+from align.plan.memory import GIB, GPU_PROCESS, Training, learner_memory
+from align.recipe import GrpoOptions, LearnerOptions, ModelOptions
+from rollout import engine as sampler
+from rollout.sync.base import MIB, ObjectStore, buckets
+from rollout.types import EngineOptions, Prompt, SamplingOptions
+from rollout.worker import environment
+
+ROOT = Path(__file__).resolve().parent.parent
+NANO = ROOT / "recipes/nano/policy"
+OUT = Path(os.environ.get("OUT", ROOT / "runs/gpu_check"))
+PEAK_FLOPS = 989e12  # dense bfloat16 of an H100 SXM, by its data sheet
+# For a machine without a network: where processes meet, and that no hub is asked.
+ENVIRONMENT = {"VLLM_HOST_IP": "127.0.0.1", "HF_HUB_OFFLINE": "1", "NO_COLOR": "1"}
+ENVIRONMENT |= dict.fromkeys(["GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"], "lo")
+
+TINY = "--tiny" in sys.argv
+# Layers of the model, and of the one that is trained with adapters; prompts, and the tokens of one: each eighth is so long that it
+# goes through vLLM's kernel for prefill, which takes more than 512.
+LAYERS, DEEP = (2, 2) if TINY else (4, 27)
+PROMPTS, SHORT, LONG = (4, (8, 16), (8, 16)) if TINY else (64, (32, 128), (600, 1200))
+NEW_TOKENS, CONTEXT, CACHE_GB = (8, 512, 0.25) if TINY else (128, 2048, 4)
+# Sequences of a step, and the tokens of one, where all parameters are trained and where adapters are; and of a micro-batch.
+WHOLE, ADAPTED, MICRO_BATCH = ((4, 64), (4, 64), 128) if TINY else ((64, 512), (16, 2048), 4096)
+SFT_STEPS, GRPO_STEPS = (4, 2) if TINY else (60, 3)
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
+synchronize: Callable[[], object] = torch.cuda.synchronize if GPU else lambda: None
+
+
+# What is measured is written down: a line of JSON each.
+
+section_name = ""
+
+
+def emit(what: str, **values: Any) -> None:
+    """Append a result of this section to gpu.jsonl."""
+    rounded = {k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}
+    with (OUT / "gpu.jsonl").open("a") as file:
+        file.write(json.dumps({"section": section_name, "what": what} | rounded, default=str) + "\n")
+
+
+@contextmanager
+def timed(what: str, **values: Any) -> Iterator[dict[str, Any]]:
+    """Emit the seconds that the block takes, the GPU's work included. Of values `..._tokens` and `..._bytes`, also the rate."""
+    synchronize()
+    began = time.perf_counter()
+    yield values
+    synchronize()
+    seconds = time.perf_counter() - began
+    rates = {f"{k}_per_second": round(v / seconds, 1) for k, v in values.items() if k.endswith("_tokens")}
+    rates |= {f"{k}_gb_per_second": v / seconds / 1e9 for k, v in values.items() if k.endswith("_bytes")}
+    values |= {"seconds": seconds} | rates
+    emit(what, **values)
+
+
+def memory() -> dict[str, float]:
+    """GiB that the card has in use, by whomever, and that PyTorch holds here now and held at most; nothing on a CPU."""
+    if not GPU:
+        return {}
+    free, total = torch.cuda.mem_get_info()
+    ours = (torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved())
+    names = ("card_gib", "now_gib", "peak_gib", "reserved_gib")
+    return {name: size / GIB for name, size in zip(names, (total - free, *ours), strict=True)}
+
+
+# Models, and what is sampled from them.
+
+
+def scratch() -> Path:
+    """Where models and runs are kept for the sections to share: in memory where it has 24 GB."""
+    shared = Path("/dev/shm")
+    roomy = not TINY and shared.is_dir() and shutil.disk_usage(shared).free > 24e9
+    directory = Path(os.environ.get("GPU_CHECK_WORK", (shared if roomy else OUT) / "gpu_check"))
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory
+
+
+def lite_config(layers: int) -> dict[str, Any]:
+    """The configuration of V2-Lite with so many layers; of the nano policy where all is tiny."""
+    config = read_config(str(NANO) if TINY else "deepseek-ai/DeepSeek-V2-Lite")
+    return config | {"num_hidden_layers": layers, "bos_token_id": 0, "eos_token_id": 1}
+
+
+def empty_directory(name: str, config: dict[str, Any]) -> Path:
+    """A model directory without weights: a configuration, and the nano policy's tokenizer."""
+    directory = scratch() / name
+    shutil.copytree(NANO, directory, dirs_exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+def random_model(directory: Path, seed: int) -> Any:
+    """The model of a directory with random weights in bfloat16, made on the GPU."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    with DEVICE:
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory), dtype=torch.bfloat16)
+    with torch.no_grad():
+        # The distribution of random weights is nearly flat; a head three times as large gives the samplers something to be wrong about.
+        model.get_output_embeddings().weight.mul_(3.0)
+    return model
+
+
+def lite_directory(seed: int = 0) -> Path:
+    """Four layers of V2-Lite with weights drawn from `seed`, written once for all sections."""
+    directory = scratch() / f"lite-{seed}"
+    if not (directory / "written").exists():
+        empty_directory(directory.name, lite_config(LAYERS))
+        with timed("model made", seed=seed) as values:
+            model = random_model(directory, seed)
+            values["parameters"] = sum(p.numel() for p in model.parameters())
+        with timed("model written", seed=seed, weight_bytes=2 * values["parameters"]):
+            save_policy(model, load_tokenizer(directory), directory)
+        (directory / "written").touch()
+        del model
+        torch.cuda.empty_cache()
+    return directory
+
+
+def new_engine(directory: Path, *, sleeps: bool = False, changed: dict[str, Any] | None = None) -> Any:
+    """The project's sampler on the GPU; `changed` are arguments of vLLM in place of the project's own."""
+    os.environ |= environment(os.cpu_count() or 1) | {"VLLM_LOGGING_LEVEL": "INFO"}
+    options = EngineOptions(
+        max_length=CONTEXT, batch_sequences=64, kv_cache_gb=CACHE_GB, gpu_memory_share=0.5, sleeps=sleeps
+    )
+    arguments = sampler.engine_arguments
+    with timed("import vllm"):
+        importlib.import_module("vllm")
+    with (
+        timed("engine started"),
+        patch.object(sampler, "engine_arguments", lambda *given: arguments(*given) | (changed or {})),
+    ):
+        engine = sampler.Engine(directory, "bfloat16", options, [1])
+    emit("memory with engine", **memory())
+    emit("backends", **backends(engine))
+    return engine
+
+
+def backends(engine: Any) -> dict[str, str]:
+    """The kernels that vLLM chose, found in its model; they decide what the other numbers mean."""
+    try:
+        runner = engine._llm.llm_engine.model_executor.driver_worker.worker.model_runner
+        found = {"runner": f"{type(runner).__module__}.{type(runner).__name__}"}
+        for module in runner.get_model().modules():
+            for name in ("attn_backend", "impl", "quant_method", "prefill_backend"):
+                value = getattr(module, name, None)
+                if value is not None and not any(word in type(value).__name__ for word in ("Linear", "Embedding")):
+                    found[name] = getattr(value, "__name__", type(value).__name__)
+            if kernel := getattr(getattr(module, "quant_method", None), "moe_kernel", None):
+                parts = (getattr(kernel, name, None) for name in ("fused_experts", "prepare_finalize"))
+                found["experts"] = ", ".join(type(part).__name__ for part in parts)
+    except AttributeError as error:
+        return {"error": repr(error)[:300]}
+    return found
+
+
+def sample(engine: Any, what: str, seed: int = 0) -> list[Any]:
+    """The same prompts each time, answered from `seed`."""
+    drawn, vocabulary = random.Random(0), lite_config(LAYERS)["vocab_size"]
+    ranges = [LONG if i % 8 == 7 else SHORT for i in range(PROMPTS)]
+    ids = [[drawn.randrange(2, vocabulary) for _ in range(drawn.randint(*r))] for r in ranges]
+    requests = [sampler.Request(Prompt(f"p{i}", row), 0, seed * 1000 + i) for i, row in enumerate(ids)]
+    before = engine.steps
+    with timed(what) as values:
+        found: list[Any] = engine.generate(requests, SamplingOptions(temperature=1.0, max_new_tokens=NEW_TOKENS))
+        values |= {"sampled_tokens": sum(len(c.token_ids) for c in found), "engine_steps": engine.steps - before}
+    log_probs = [p for c in found for p in c.log_probs]
+    emit("sampled", finite=all(c.is_finite for c in found), mean_log_prob=sum(log_probs) / len(log_probs))
+    return found
+
+
+def emit_equal(what: str, one: Sequence[Any], other: Sequence[Any]) -> None:
+    """How many completions have the same tokens, and bit for bit the same log-probabilities."""
+    pairs = list(zip(one, other, strict=True))
+    tokens = sum(list(a.token_ids) == list(b.token_ids) for a, b in pairs)
+    exact = sum(list(a.log_probs) == list(b.log_probs) for a, b in pairs)
+    emit(what, same_tokens=tokens, same_log_probs=exact, of=len(pairs))
+
+
+def kept_samples() -> list[Any]:
+    """What section b sampled; where it did not run, it runs first, in a process of its own."""
+    file = scratch() / "samples.pickle"
+    if not file.exists():
+        subprocess.run([sys.executable, __file__, "b", "--child", *(["--tiny"] if TINY else [])], check=True)
+    found: list[Any] = pickle.loads(file.read_bytes())
+    return found
+
+
+def training_sequences(completions: Sequence[Any]) -> list[Any]:
+    """The completions as the learner takes them, with advantages of 1 and -1."""
+    weight = 1 / sum(len(c.token_ids) for c in completions)
+    return [
+        TrainingSequence(
+            [*c.prompt_token_ids, *c.token_ids],
+            len(c.prompt_token_ids),
+            weight,
+            advantage=1.0 if i % 2 else -1.0,
+            sampler_log_probs=np.asarray(c.log_probs, dtype=np.float32),
+        )
+        for i, c in enumerate(completions)
+    ]
+
+
+def learner_log_probs(directory: Path, completions: Sequence[Any], dtype: str) -> list[Any]:
+    """The completions' log-probabilities by transformers, loaded as in the learner."""
+    with timed("transformers loaded", dtype=dtype):
+        policy = load_policy(ModelOptions.model_validate({"path": str(directory), "dtype": dtype})).to(DEVICE).eval()
+    if dtype == "float32" and GPU:
+        policy.set_experts_implementation("eager")
+    module, sequences, rows = LogProbs(policy), training_sequences(completions), []
+    with timed("log-probabilities", dtype=dtype, scored_tokens=sum(len(s.token_ids) for s in sequences)):
+        for start in range(0, len(sequences), 8):
+            batch = collate(sequences[start : start + 8], 1).to(DEVICE)
+            with torch.no_grad():
+                values, _ = module(**batch.inputs, temperature=1.0)
+            rows += [row[mask].float().cpu() for row, mask in zip(values, batch.mask, strict=True)]
+    emit("memory", dtype=dtype, **memory())
+    del policy, module
+    torch.cuda.empty_cache()
+    return rows
+
+
+def emit_difference(what: str, one: Sequence[Any], other: Sequence[Any]) -> None:
+    """How far two sets of log-probabilities are apart, in nats a token; `k3` is an estimate of the KL divergence."""
+    a, b = (torch.cat([torch.as_tensor(row).double() for row in rows]) for rows in (one, other))
+    d, size = a - b, (a - b).abs()
+    values = {"mean": size.mean(), "max": size.max(), "k3": (torch.expm1(d) - d).mean(), "bias": d.mean()}
+    values |= {"p99": size.quantile(0.99), "beyond_half": (size > 0.5).double().mean()}
+    emit(what, tokens=d.numel(), **{name: value.item() for name, value in values.items()})
+
+
+def stored_weights(directory: Path, below: str = "") -> Iterator[Any]:
+    """The weights of a checkpoint whose names begin with `below`, as a learner sends them."""
+
+    def tensors() -> Iterator[Any]:
+        for file in sorted(directory.glob("*.safetensors")):
+            with safe_open(file, "pt") as content:
+                yield from ((name, content.get_tensor(name)) for name in list(content.keys()) if name.startswith(below))
+
+    return buckets(tensors(), 256 * MIB)
+
+
+# The sections.
+
+
+def machine() -> None:
+    """a: versions, imports, the kernels that vLLM brings, the rates of the card"""
+    packages = "numpy torch triton transformers peft accelerate ray deepspeed pydantic datasets math_verify vllm"
+    ours = "align.cli align.learner.worker align.stages.grpo rollout.engine reward"
+    of_vllm = "v1.worker.gpu.model_runner v1.worker.gpu_worker model_executor.models.deepseek_v2 device_allocator.cumem"
+    of_vllm += " v1.attention.backends.mla.flashattn_mla v1.attention.backends.flash_attn"
+    on_gpu = [] if TINY else [f"vllm.{name}" for name in of_vllm.split()]
+    for name in [*packages.split(), *ours.split(), *on_gpu]:
+        with timed("import", name=name) as values:
+            try:
+                values["version"] = getattr(importlib.import_module(name), "__version__", None)
+            except Exception as error:
+                values["error"] = repr(error)[:400]
+    if GPU:
+        card = torch.cuda.get_device_properties(0)
+        chip, nccl = f"{card.major}.{card.minor}", torch.cuda.nccl.version()
+        emit("card", name=card.name, chip=chip, sms=card.multi_processor_count, nccl=nccl, **memory())
+        card_rates()
+        vllm_kernels()
+    else:
+        emit("card, its rates, vLLM's kernels", skipped="there is no GPU")
+
+
+def card_rates() -> None:
+    """A matrix product's floating-point operations, and copies from and to pageable and pinned memory."""
+    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    for _ in range(3):
+        a @ a
+    with timed("matrix product 8192, ten times") as values:
+        for _ in range(10):
+            a @ a
+    emit("bf16 rate", tflops=10 * 2 * 8192**3 / values["seconds"] / 1e12)
+    size = 2 * 10**9
+    card, pageable = torch.empty(size, dtype=torch.uint8, device="cuda"), torch.ones(size, dtype=torch.uint8)
+    with timed("pin 2 GB", pinned_bytes=size):
+        pinned = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    for name, host in (("pageable", pageable), ("pinned", pinned)):
+        with timed(f"to the card, {name}", moved_bytes=size):
+            card.copy_(host)
+        with timed(f"from the card, {name}", moved_bytes=size):
+            host.copy_(card)
+
+
+def vllm_kernels() -> None:
+    """vLLM's RMS norm and FlashAttention-3 against PyTorch; it refuses the nano policy's heads of 96 and 32."""
+    from torch.nn.functional import rms_norm, scaled_dot_product_attention
+    from vllm.vllm_flash_attn import flash_attn_varlen_func
+
+    bf16 = {"device": "cuda", "dtype": torch.bfloat16}
+    x, weight = torch.randn(64, 2048, **bf16), torch.ones(2048, **bf16)
+    out = torch.empty_like(x)
+    torch.ops._C.rms_norm(out, x, weight, 1e-6)
+    emit("kernel rms_norm", error=(out.float() - rms_norm(x.float(), (2048,), eps=1e-6)).abs().max().item())
+    ends = torch.tensor([0, 96], device="cuda", dtype=torch.int32)
+    for dims in ((128, 128), (192, 128), (96, 96), (96, 32)):
+        q, k, v = (torch.randn(96, 16, dim, **bf16) for dim in (dims[0], *dims))
+        try:
+            got = flash_attn_varlen_func(q, k, v, 96, ends, 96, ends, causal=True, fa_version=3)
+            heads = (t.float().transpose(0, 1)[None] for t in (q, k, v))
+            want = scaled_dot_product_attention(*heads, is_causal=True)[0].transpose(0, 1)
+            emit("kernel FA3", dims=dims, error=(got.float() - want).abs().max().item())
+        except Exception as error:
+            emit("kernel FA3", dims=dims, failed=repr(error)[:300])
+
+
+def sampling() -> None:
+    """b: the sampler answers prompts, twice from one seed"""
+    engine = new_engine(lite_directory())
+    sample(engine, "first batch (kernels are compiled)", seed=1)
+    found = sample(engine, "batch, eager")
+    (scratch() / "samples.pickle").write_bytes(pickle.dumps(found))
+    emit_equal("the same batch again", found, sample(engine, "the same batch"))
+    emit("memory at the end", **memory())
+
+
+def agreement() -> None:
+    """c: transformers computes the log-probabilities of b, and both beside float32"""
+    completions, directory = kept_samples(), lite_directory()
+    sampled = [c.log_probs for c in completions]
+    learner = learner_log_probs(directory, completions, "bfloat16")
+    exact = learner_log_probs(directory, completions, "float32")
+    emit_difference("vLLM and transformers, bfloat16", learner, sampled)
+    emit_difference("transformers bfloat16 and float32", learner, exact)
+    emit_difference("vLLM bfloat16 and float32", sampled, exact)
+
+
+def weight_sync() -> None:
+    """d: the sampler takes new weights, whole and in part; it sleeps and wakes"""
+    old, new = lite_directory(0), lite_directory(1)
+    engine = new_engine(old, sleeps=True)
+    first = sample(engine, "batch of the old weights")
+    size = sum(f.stat().st_size for f in new.glob("*.safetensors"))
+    for version in (1, 2):
+        with timed("new weights", version=version, weight_bytes=size):
+            engine.load(stored_weights(new), version)
+    second = sample(engine, "batch of the new weights")
+    emit_equal("old and new weights", first, second)
+    name = "model.layers.1.self_attn"
+    with timed("weights of one module", module=name):
+        engine.load(stored_weights(new, f"{name}."), 3, [name])
+    third = sample(engine, "batch after one module")
+    emit_equal("before and after one module's same weights", second, third)
+    for turn in (1, 2):
+        sleep_and_wake(turn, "awake", engine.sleep, "asleep", engine.wake)
+    emit_equal("before and after sleep", third, sample(engine, "batch after sleep"))
+    with timed("new weights after sleep", weight_bytes=size):
+        engine.load(stored_weights(old), 4)
+    emit_equal("old weights, before and again", first, sample(engine, "batch of the old weights again"))
+    engine.sleep()
+    sampled = [c.log_probs for c in second]
+    emit_difference("after the update: vLLM and transformers", learner_log_probs(new, second, "bfloat16"), sampled)
+    emit_difference("update left out (must be far)", learner_log_probs(old, second, "bfloat16"), sampled)
+
+
+def sleep_and_wake(turn: int, working: str, leave: Callable[[], Any], away: str, come_back: Callable[[], Any]) -> None:
+    """Time how an engine leaves the GPU and comes back; emit the memory before and in between."""
+    emit(working, turn=turn, **memory())
+    with timed(f"from {working} to {away}", turn=turn):
+        leave()
+    emit(away, turn=turn, **memory())
+    with timed(f"from {away} to {working}", turn=turn):
+        come_back()
+
+
+def graphs() -> None:
+    """h: b with CUDA graphs, which the sampler does not use as it is, before and after an update"""
+    changed = {"enforce_eager": False, "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}}
+    engine = new_engine(lite_directory(), changed=changed)
+    sample(engine, "first batch, graphs", seed=1)
+    found = sample(engine, "batch, graphs")
+    emit("memory with graphs", **memory())
+    emit_equal("eager and graphs", kept_samples(), found)
+    engine.load(stored_weights(lite_directory()), 1)
+    emit_equal("graphs, before and after the same weights", found, sample(engine, "batch after an update"))
+
+
+def training() -> None:
+    """e: the learner trains all parameters under ZeRO-1: SFT, GRPO on b's samples, weights to send, leaving the GPU"""
+    directory = lite_directory()
+    learner = new_learner(directory)
+    flops = 6 * emit_plan(learner, directory, *WHOLE)
+    if (scratch() / "samples.pickle").exists():
+        options = GrpoOptions(steps=1, prompts_per_step=2, group_size=2)
+        train(learner, "GRPO on b's samples", training_sequences(kept_samples()), flops, options)
+    for turn in range(4):
+        train(learner, f"SFT step {turn}", sft_sequences(*WHOLE, turn), flops)
+    send_and_rest(learner)
+    train(learner, "SFT step after rest", sft_sequences(*WHOLE, 3), flops)
+    emit("expert load", layers=len(learner.take_expert_load()), missing=len(learner.missing_gradients()))
+
+
+def lora() -> None:
+    """l: the learner with LoRA on all 27 layers of V2-Lite (31 GB, made on the card), gradient checkpointing"""
+    directory = empty_directory("lite-deep", lite_config(DEEP))
+
+    def made_on_the_card(*_: Any) -> Any:
+        with timed("random weights made on the card"):
+            model = random_model(directory, 0)
+        use_fast_experts(model)
+        return model
+
+    adapter = {"rank": 4 if TINY else 32, "alpha": 32, "targets": "attention+shared"}
+    tokens = {"gradient_checkpointing": True, "micro_batch_tokens": 2 * MICRO_BATCH}
+    with patch.object(worker, "load_policy", made_on_the_card):
+        learner = new_learner(directory, lora=adapter, **tokens)
+    flops = 4 * emit_plan(learner, directory, *ADAPTED)
+    for turn in range(3):
+        train(learner, f"LoRA step {turn}", sft_sequences(*ADAPTED, turn), flops)
+    send_and_rest(learner)
+    train(learner, "LoRA step after rest", sft_sequences(*ADAPTED, 2), flops)
+
+
+def new_learner(directory: Path, **options: Any) -> Any:
+    """A learner rank in this process, alone and without Ray."""
+    threads = os.cpu_count() or 1
+    os.environ |= rank.environment(0, 1, threads)
+    given = {"ranks": 1, "threads": threads, "zero_stage": 1, "micro_batch_tokens": MICRO_BATCH} | options
+    given["optimizer"] = {"learning_rate": 1e-4}
+    model = ModelOptions(path=str(directory), dtype="bfloat16")
+    with patch.object(rank, "introduce_this_process", lambda: None):
+        learner = worker.LearnerWorker(model, LearnerOptions.model_validate(given))
+    with timed("learner started") as values:
+        values["trained"] = learner.setup("127.0.0.1", learner.free_port(), 0, None).description
+    emit("memory with learner", **memory())
+    return learner
+
+
+def emit_plan(learner: Any, directory: Path, count: int, length: int) -> int:
+    """Emit what `align plan` foresees for this rank. Returns the parameters that a token is multiplied with."""
+    sizes = model_sizes(empty_model(read_config(str(directory))))
+    trained = sum(p.numel() for p in learner._network.parameters() if p.requires_grad)
+    parts = learner_memory(Training(sizes, learner._options, trained, count * length, length, 2, False))
+    gib = {name: size / GIB for name, size in parts.items()}
+    total = (sum(parts.values()) + GPU_PROCESS) / GIB
+    emit("align plan", total_gib=total, **gib, active=sizes.active, total=sizes.total)
+    return sizes.active
+
+
+def sft_sequences(count: int, length: int, seed: int) -> list[Any]:
+    """Random conversations of `length` tokens, the first 32 of them a prompt."""
+    drawn, vocabulary = random.Random(seed), lite_config(LAYERS)["vocab_size"]
+    rows = ([drawn.randrange(2, vocabulary) for _ in range(length)] for _ in range(count))
+    return [TrainingSequence(row, 32, 1 / (count * (length - 32))) for row in rows]
+
+
+def train(learner: Any, what: str, sequences: Sequence[Any], flops: float, grpo: Any = None) -> None:
+    """One update. `flops` are of a token; `mfu` is the share of the card's peak that they come to."""
+    lengths = [len(s.token_ids) for s in sequences]
+    plan = plan_micro_batches(*whole_rows(lengths), learner._options.micro_batch_tokens, 1)
+    micro_batches = share_out(sequences, plan, sequences[0])[0]
+    if GPU:
+        torch.cuda.reset_peak_memory_stats()
+    with timed(what, micro_batches=len(micro_batches)) as values:
+        with timed(f"{what}: gradients"):
+            sums = learner.accumulate(micro_batches, Objective(grpo))
+        norm = learner.apply(1e-5)
+        values["trained_tokens"] = sums.padded_tokens
+    mfu = sums.padded_tokens / values["seconds"] * flops / PEAK_FLOPS
+    emit(f"{what}: results", loss=sums.loss, norm=norm, entropy=sums.entropy / max(sums.tokens, 1), mfu=mfu)
+    if sums.compared:
+        mean, k3 = sums.difference / sums.compared, sums.sampler_kl / sums.compared
+        emit(f"{what}: agreement", mean=mean, max=sums.max_difference, k3=k3)
+    emit(f"{what}: memory", **memory())
+
+
+def send_and_rest(learner: Any) -> None:
+    """Twice each: give out the weights for the sampler, leave the GPU and come back."""
+    for turn in (1, 2):
+        with timed("publish", turn=turn) as values:
+            sizes = [sum(t.nbytes for t in bucket.values()) for bucket in learner.publish(ObjectStore())]
+            values |= {"published_bytes": sum(sizes), "buckets": len(sizes)}
+    for turn in (1, 2):
+        sleep_and_wake(turn, "at work", learner.rest, "at rest", learner.rise)
+
+
+IN_TURNS = ("model.dtype=bfloat16", "learner.ranks=1", "rollout.workers=1", "take_turns=true", "evaluation.samples=0")
+
+
+def nano_run() -> None:
+    """f: `align sft` and `align grpo` of the nano policy, learner and sampler in turns on the GPU, by Ray"""
+    try:
+        run_both_stages(NANO)
+    except RuntimeError as error:
+        emit("the nano policy's own heads failed", error=str(error)[:1000])
+        # FlashAttention-3 has no kernel for keys of 96 and values of 32.
+        config = json.loads((NANO / "config.json").read_text())
+        width = config["qk_nope_head_dim"] + config["qk_rope_head_dim"]
+        run_both_stages(empty_directory("nano-wide", config | {"v_head_dim": width}))
+
+
+def run_both_stages(policy: Path) -> None:
+    """SFT of a policy with random weights, then GRPO of what came out."""
+    shorter = ["evaluation.limit=32", "save_every=null"]
+    steps = [f"sft.steps={SFT_STEPS}", "sft.validation_limit=32", "learner.optimizer.warmup_steps=2"]
+    first = run_align("sft", *IN_TURNS, *shorter, *steps, f"model.path={policy}", "model.init=random")
+    small = ["grpo.prompts_per_step=4", "grpo.group_size=4"] if TINY else []
+    start = ["init_from=null", f"model.path={first / 'final'}", "model.init=pretrained"]
+    run_align("grpo", *IN_TURNS, *shorter, *small, *start, f"grpo.steps={GRPO_STEPS}")
+
+
+def lite_run() -> None:
+    """g: `align grpo` of the four layers in turns, their weights through Ray's object store"""
+    given = [f"model.path={lite_directory()}", "model.init=pretrained", "init_from=null", "grpo.steps=2"]
+    given += ["grpo.prompts_per_step=4", "grpo.group_size=4", "evaluation.limit=4", "evaluation.before=false"]
+    given += ["learner.optimizer.learning_rate=1e-6", f"rollout.kv_cache_gb={CACHE_GB}", "save_every=null"]
+    run_align("grpo", *IN_TURNS, *given, "sampling.max_new_tokens=32")
+
+
+def run_align(stage: str, *overrides: str) -> Path:
+    """Run a nano recipe and emit its last metrics. Raises RuntimeError where it fails."""
+    directory = scratch() / "runs" / f"{section_name}-{stage}"
+    shutil.rmtree(directory, ignore_errors=True)
+    recipe = ROOT / f"recipes/nano/{stage}.yaml"
+    command = [sys.executable, "-m", "align.cli", stage, str(recipe), f"run.dir={directory}", *overrides]
+    with timed(f"align {stage}") as values:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        values["status"] = done.returncode
+    print(" ".join(command), done.stdout[-4000:], done.stderr[-6000:], sep="\n")
+    metrics = directory / "metrics.jsonl"
+    for line in metrics.read_text().splitlines()[-6:] if metrics.is_file() else []:
+        emit("metrics", run=directory.name, values={k: v for k, v in json.loads(line).items() if "experts/" not in k})
+    if done.returncode:
+        raise RuntimeError(f"align {stage} ended with {done.returncode}: {done.stderr.strip()[-800:]}")
+    return directory
+
+
+# One process starts the sections and shows what they found.
+
+SECTIONS: dict[str, tuple[Callable[[], None], float]] = {
+    "a": (machine, 100),
+    "b": (sampling, 170),
+    "c": (agreement, 110),
+    "d": (weight_sync, 170),
+    "e": (training, 150),
+    "f": (nano_run, 230),
+    "h": (graphs, 130),
+    "l": (lora, 170),
+    "g": (lite_run, 230),
+}
+"""What each letter runs, and how many seconds it may take; six times as many with `--tiny`."""
+NEEDS_GPU = {"h": "needs a GPU: CUDA graphs"}
+
+
+def main() -> int:
+    """Run the sections that were asked for. Returns how many failed."""
+    options = arguments()
+    OUT.mkdir(parents=True, exist_ok=True)
+    if options.child:
+        return child(options.sections[0])
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    began, rows, failed = time.monotonic(), [], 0
+    for letter in [options.only] if options.only else options.sections or SECTIONS:
+        left = options.budget - (time.monotonic() - began)
+        limit, start = min(SECTIONS[letter][1] * (6 if TINY else 1), left), time.monotonic()
+        if TINY and letter in NEEDS_GPU:
+            result = NEEDS_GPU[letter]
+        elif left < 20 or (failed and options.stop):
+            result = f"not begun: {left:.0f} s left"
+        else:
+            print(f"== {letter}: at most {limit:.0f} s", flush=True)
+            result = run_section(letter, limit)
+            failed += result != "done"
+        rows.append((f"{time.monotonic() - start:.0f}", result, SECTIONS[letter][0].__doc__))
+    print("\nseconds  result")
+    for seconds, result, about in rows:
+        print(f"{seconds:>7}  {result:32} {about}")
+    return failed
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    sections = "\n".join(f"  {function.__doc__}" for function, _ in SECTIONS.values())
+    about = f"{__doc__}\nsections:\n{sections}"
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sections", nargs="*", choices=SECTIONS, help="all if not given")
+    parser.add_argument("--only", choices=SECTIONS, metavar="SECTION", help="one section")
+    parser.add_argument("--tiny", action="store_true", help="a dry run on a CPU")
+    parser.add_argument("--budget", type=float, default=3600, help="seconds after which no section is begun")
+    parser.add_argument("--stop", action="store_true", help="begin no section after one that failed")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def run_section(letter: str, limit: float) -> str:
+    """Run a section in a process group of its own, print what it found, and the end of its output where it failed."""
+    results, log_file = OUT / "gpu.jsonl", OUT / "log.txt"
+    shown = len(results.read_text().splitlines()) if results.exists() else 0
+    command = [sys.executable, __file__, letter, "--child", *(["--tiny"] if TINY else [])]
+    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)]))
+    variables = os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+    with log_file.open("ab") as log:
+        began = log.tell()
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=variables, start_new_session=True)
+        try:
+            result = "failed" if process.wait(limit) else "done"
+        except subprocess.TimeoutExpired:
+            result = "too slow"
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # what it left running, Ray's processes among it
+        process.wait()
+    for line in results.read_text().splitlines()[shown:] if results.exists() else []:
+        values = json.loads(line)
+        where = f"{values.pop('section')} {values.pop('what')}:"
+        short = (f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={str(v)[:200]}" for k, v in values.items())
+        print(" ".join([where, *short])[:600])
+    if result != "done":
+        print(log_file.read_bytes()[began:].decode(errors="replace")[-2500:], flush=True)
+    return result
+
+
+def child(letter: str) -> int:
+    """Run a section in this process. Does not return: interpreters full of native extensions can hang in their teardown."""
+    global section_name
+    section_name = letter
+    try:
+        with timed("done"):
+            SECTIONS[letter][0]()
+        status = 0
+    except BaseException as error:
+        traceback.print_exc()
+        emit("failed", error=f"{type(error).__name__}: {error}"[:1500])
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
