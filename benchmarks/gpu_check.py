@@ -591,7 +591,7 @@ def main() -> int:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     began, rows, failed = time.monotonic(), [], 0
-    for letter in [options.only] if options.only else options.sections or SECTIONS:
+    for letter in options.sections:
         left = options.budget - (time.monotonic() - began)
         limit, start = min(SECTIONS[letter][1] * (6 if TINY else 1), left), time.monotonic()
         if TINY and letter in NEEDS_GPU:
@@ -614,13 +614,17 @@ def arguments() -> argparse.Namespace:
     sections = "\n".join(f"  {function.__doc__}" for function, _ in SECTIONS.values())
     about = f"{__doc__}\nsections:\n{sections}"
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sections", nargs="*", choices=SECTIONS, help="all if not given")
-    parser.add_argument("--only", choices=SECTIONS, metavar="SECTION", help="one section")
+    parser.add_argument("sections", nargs="*", metavar="SECTION", default=list(SECTIONS), help="all if not given")
+    parser.add_argument("--only", metavar="SECTION", help="one section")
     parser.add_argument("--tiny", action="store_true", help="a dry run on a CPU")
     parser.add_argument("--budget", type=float, default=3600, help="seconds after which no section is begun")
     parser.add_argument("--stop", action="store_true", help="begin no section after one that failed")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.sections = [options.only] if options.only else options.sections
+    if unknown := set(options.sections) - set(SECTIONS):
+        parser.error(f"no section {', '.join(sorted(unknown))}; there are {' '.join(SECTIONS)}")
+    return options
 
 
 def run_section(letter: str, limit: float) -> str:

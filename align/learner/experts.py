@@ -1,7 +1,12 @@
-"""How evenly a mixture-of-experts policy spreads the tokens that it is trained on over its experts.
+"""Routed experts in a learner: how evenly tokens go to them, how ranks share them, and which of them are trained at all.
 
-A router that sends most tokens to few experts leaves the others untrained: the load is what balance losses (DeepSeek-V2
+Load: a router that sends most tokens to few experts leaves the others untrained: the load is what balance losses (DeepSeek-V2
 report, arXiv 2405.04434, section 2.2.3) hold even, and neither Chat SFT nor GRPO has such a loss here.
+
+Parallelism: DeepSpeed's AutoEP gives each rank some experts of each layer, which it computes for all ranks' tokens. It puts a block of its
+own in the place of each mixture-of-experts block, with this rank's experts stacked as `w1` (gate), `w2` (down) and `w3` (up),
+[experts here, ...], and the router one level further down. Whatever leaves the learner has the names and the whole experts of the model
+as it was loaded.
 """
 
 import re

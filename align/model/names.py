@@ -1,7 +1,10 @@
-"""Parameter names: transformers' fused experts against the checkpoint format that vLLM and the hub read.
+"""What checkpoints call things where the library that writes them and those that read them differ.
 
-transformers keeps the experts of a layer stacked, `experts.gate_up_proj` [E, 2I, H] and `experts.down_proj` [E, H, I];
-a checkpoint has one tensor an expert and projection, `experts.3.gate_proj.weight` [I, H] and so on.
+Parameters: transformers keeps the experts of a layer stacked, `experts.gate_up_proj` [E, 2I, H] and `experts.down_proj` [E, H, I];
+a checkpoint has one tensor an expert and projection, `experts.3.gate_proj.weight` [I, H] and so on, as vLLM and the hub read it.
+
+Configurations and tokenizers: transformers 5 writes some settings under new names, which are added under the old ones too. Without them
+transformers 4.57 refuses the tokenizer ("TokenizersBackend does not exist"), and takes a rotary base of 10,000 and no YaRN without a word.
 """
 
 import json

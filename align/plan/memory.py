@@ -1,4 +1,4 @@
-"""The memory of each role, part by part, in bytes: what DeepSpeed and vLLM hold, by the recipe's own settings.
+"""The memory of each process, part by part, in bytes: what DeepSpeed and vLLM hold, by the recipe's own settings.
 
 Parameters, gradients and optimizer states are counted exactly, as ZeRO (arXiv:1910.02054) shares them out; activations are an
 estimate for a micro-batch of `learner.micro_batch_tokens`; what a process takes with nothing in it was measured.

@@ -51,12 +51,12 @@ def place(cluster: Cluster, demands: Sequence[Demand]) -> tuple[list[str], list[
     """A line for each node, and the roles of which something found no room."""
     free = [[1.0] * cluster.gpus_per_node for _ in range(cluster.nodes)]
     held: list[dict[str, list[int]]] = [{} for _ in free]
-    homeless = []
+    unplaced = []
     for demand in demands:
         for index in range(demand.count):
             node = next((n for n, gpus in enumerate(free) if take(gpus, demand.gpus)), None)
             if node is None:
-                homeless.append(demand.role)
+                unplaced.append(demand.role)
                 break
             held[node].setdefault(demand.role, []).append(index)
     lines = []
@@ -66,7 +66,7 @@ def place(cluster: Cluster, demands: Sequence[Demand]) -> tuple[list[str], list[
         lines.append(
             f"node {number}: {', '.join(parts) or 'nothing'}" + (f"; {idle} GPUs idle" if idle and cluster.gpus else "")
         )
-    return lines, homeless
+    return lines, unplaced
 
 
 def take(gpus: list[float], wanted: float) -> bool:

@@ -1,32 +1,23 @@
-"""A recipe on a cluster: its roles with their memory, their places, the time of a step, and what stands in the way."""
+"""A recipe on a cluster: its processes with their memory, their places, the time of a step, and what stands in the way."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from align.model.sizes import ModelSizes
 from align.plan import memory, times
-from align.plan.memory import (
-    ELEMENT_BYTES,
-    GIB,
-    GPU_PROCESS,
-    Parts,
-    Training,
-    adapted_parameters,
-    adapter_size,
-    changed_size,
-)
+from align.plan.memory import ELEMENT_BYTES, GIB, GPU_PROCESS, Parts, Training
 from align.plan.placement import Cluster, Demand, place
-from align.recipe import (
-    BFLOAT16_SUMS,
-    MERGED_ADAPTERS,
-    GrpoRecipe,
-    PolicyRecipe,
-    PreferencesRecipe,
-    Recipe,
-    RewardModelRecipe,
-    SamplingRecipe,
-    SftRecipe,
-)
+from align.recipe import BFLOAT16_SUMS, MERGED_ADAPTERS, Recipe, Roles
+from rollout import FleetOptions
+
+SHARED = "learner.gpus=0.6 rollout.gpus=0.4 rollout.gpu_memory_share=0.45"
+THROUGH = {
+    "broadcast": "one broadcast from the device of rank 0 to theirs",
+    "object_store": "Ray's shared memory: the node of rank 0 holds them twice, those of before included",
+    "directory": "files in the run directory, which holds them twice, those of before included",
+    "adapter": "the adapter's files in the run directory",
+}
+"""The way of new weights to the workers, by `weights.transport`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,145 +47,126 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
-class Learning:
-    """What the learners do: `training` of a rank, the `tokens` of a step, and the elements that are sent after it."""
+class Work:
+    """What the processes of a recipe do with a model of `sizes`, in `element` bytes a number.
 
-    training: Training
-    tokens: int
+    `training` is that of a learner rank, None where nothing is trained. `sent` elements go to the workers after an update; of an
+    adapter that the workers hold beside the weights there are `beside`.
+    """
+
+    roles: Roles
+    sizes: ModelSizes
+    element: int
+    training: Training | None
     sent: int
+    beside: int
 
+    @property
+    def weight_bytes(self) -> int:
+        return self.sizes.total * self.element
 
-SHARED = "learner.gpus=0.6 rollout.gpus=0.4 rollout.gpu_memory_share=0.45"
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the KV cache that a token takes."""
+        return memory.kv_bytes_a_token(self.sizes, self.element)
 
 
 def make_plan(recipe: Recipe, sizes: ModelSizes, cluster: Cluster) -> Plan:
     """Plan a recipe of any stage. Raises UserError for LoRA targets that the model does not have."""
-    element = ELEMENT_BYTES[recipe.model.dtype]
-    learning = what_is_learned(recipe, sizes, element)
-    roles = []
-    if isinstance(recipe, SamplingRecipe):
-        roles += [rollout_role(recipe, sizes, cluster, element), scoring_role(recipe, sizes, cluster)]
-    learners = learners_part(recipe, cluster)
-    if learning is not None:
-        roles.append(learner_role(learning.training, learners))
-    nodes, homeless = place(cluster, demands(recipe, roles))
-    refusals = [*too_few(recipe, roles, homeless, cluster)]
-    if learning is not None and cluster.gpus:
-        refusals += too_much_to_learn(learning.training, roles[-1], learners)
-    if isinstance(recipe, SamplingRecipe):
-        refusals += too_much_to_sample(recipe, sizes, roles[0], cluster, element)
+    work = work_of(recipe.roles(), sizes, ELEMENT_BYTES[recipe.model.dtype])
+    worker, scoring, learner = rollout_role(work, cluster), scoring_role(work, cluster), learner_role(work, cluster)
+    roles = [role for role in (worker, scoring, learner) if role is not None]
+    nodes, unplaced = place(cluster, demands(work.roles, roles))
+    refusals = too_few(work.roles, roles, unplaced, cluster)
+    if work.training and learner and cluster.gpus:
+        refusals += too_much_to_learn(work.training, learner, cluster)
+    if worker and work.roles.rollout:
+        refusals += too_much_to_sample(work, work.roles.rollout, worker, cluster)
     if not cluster.gpus:
-        refusals += too_much_for_the_machine(recipe, roles)
-    return Plan(
-        roles,
-        nodes,
-        step_seconds(recipe, sizes, learning, cluster, element),
-        notes(recipe, sizes, learning, element),
-        refusals,
-    )
+        refusals += too_much_for_the_machine(recipe.machine.memory_gb, roles)
+    return Plan(roles, nodes, step_seconds(work, worker, cluster), notes(work), refusals)
 
 
-def what_is_learned(recipe: Recipe, sizes: ModelSizes, element: int) -> Learning | None:
-    """What the learners of a recipe do; None for a stage that trains nothing."""
-    if not isinstance(recipe, PolicyRecipe | RewardModelRecipe):
-        return None
-    lora = recipe.learner.lora
-    trained = sent = sizes.total
+def work_of(roles: Roles, sizes: ModelSizes, element: int) -> Work:
+    """What the processes of a recipe do. Raises UserError for LoRA targets that the model does not have."""
+    if roles.learner is None:
+        return Work(roles, sizes, element, None, 0, 0)
+    lora, trained, sent, beside = roles.learner.lora, sizes.total, sizes.total, 0
     if lora is not None:
-        parameters = adapted_parameters(sizes, lora.targets)
-        trained, sent = adapter_size(parameters, lora.rank), changed_size(sizes, parameters)
-        if isinstance(recipe, PolicyRecipe) and recipe.weights.transport == "adapter":
-            sent = trained
-        else:
-            sent += held_apart(recipe, sizes, element)
-    if isinstance(recipe, GrpoRecipe):
-        sequences, longest = recipe.grpo.prompts_per_step * recipe.grpo.group_size, recipe.rollout.max_length
-    elif isinstance(recipe, SftRecipe):
-        sequences, longest = recipe.sft.sequences_per_step, recipe.rollout.max_length
-    else:
-        assert isinstance(recipe, RewardModelRecipe)
-        sequences, longest, sent = 2 * recipe.reward_model.pairs_per_step, recipe.reward_model.max_length, 0
-    each = -(-sequences // recipe.learner.ranks)
+        parameters = memory.adapted_parameters(sizes, lora.targets)
+        trained, sent = memory.adapter_size(parameters, lora.rank), memory.changed_size(sizes, parameters)
+        # In float32 it is in the weights.
+        beside = trained if roles.rollout and element != ELEMENT_BYTES["float32"] else 0
+        sent = trained if roles.weights and roles.weights.transport == "adapter" else sent + beside
     training = Training(
         sizes=sizes,
-        options=recipe.learner,
+        options=roles.learner,
         trained=trained,
-        step_tokens=each * longest,
-        longest=longest,
+        step_tokens=-(-roles.trained_sequences // roles.learner.ranks) * roles.longest,
+        longest=roles.longest,
         element=element,
-        reference_copy=isinstance(recipe, GrpoRecipe) and bool(recipe.grpo.kl_coefficient) and lora is None,
+        reference_copy=roles.reference and lora is None,
         # A reward model has a number where a policy has logits.
-        logits=not isinstance(recipe, RewardModelRecipe),
+        logits=roles.trained == "policy",
     )
-    return Learning(training, sequences * longest, sent)
+    return Work(roles, sizes, element, training, sent if roles.rollout else 0, beside)
 
 
-def held_apart(recipe: Recipe, sizes: ModelSizes, element: int) -> int:
-    """Elements of the adapter that the rollout workers have beside the weights: in float32 it is in the weights."""
-    if not isinstance(recipe, PolicyRecipe) or recipe.learner.lora is None or element == ELEMENT_BYTES["float32"]:
-        return 0
-    lora = recipe.learner.lora
-    return adapter_size(adapted_parameters(sizes, lora.targets), lora.rank)
+def demands(recipe: Roles, roles: Sequence[Role]) -> list[Demand]:
+    """What wants a place, in the order in which it is given one: colocated, a worker and a rank have a GPU together."""
+    separate = [Demand(role.name, role.count, role.gpus) for role in roles]
+    if not recipe.colocated:
+        return separate
+    worker, learner = roles[0], roles[-1]
+    pair = Demand(f"{worker.name} and {learner.name}", max(worker.count, learner.count), float(learner.gpus > 0))
+    return [pair, *separate[1:-1]]
 
 
-def demands(recipe: Recipe, roles: Sequence[Role]) -> list[Demand]:
-    """What wants a place, in the order in which it is given one: in turns, a worker and a rank have a GPU together."""
-    if not in_turns(recipe):
-        return [Demand(role.name, role.count, role.gpus) for role in roles]
-    worker, *others, learner = roles
-    pairs = Demand(f"{worker.name} and {learner.name}", max(worker.count, learner.count), float(learner.gpus > 0))
-    return [pairs, *(Demand(role.name, role.count, role.gpus) for role in others)]
+def learner_role(work: Work, cluster: Cluster) -> Role | None:
+    """The learner ranks: a GPU each, or `learner.gpus` of one. Their limit is what rollout workers on the same GPUs leave of it."""
+    if work.training is None:
+        return None
+    limit, rollout, options = cluster.gpu_memory, work.roles.rollout, work.training.options
+    if work.roles.colocated and cluster.gpus:
+        limit -= GPU_PROCESS
+    elif rollout and rollout.gpus < 1:
+        limit *= 1 - rollout.gpu_memory_share
+    gpus = options.gpus if cluster.gpus else 0
+    parts = memory.learner_memory(work.training) | {"process": GPU_PROCESS if gpus else memory.LEARNER_PROCESS}
+    return Role("learner rank", options.ranks, gpus, parts, limit)
 
 
-def in_turns(recipe: Recipe) -> bool:
-    """Whether a GPU that learners and workers share is only ever used by one side."""
-    return isinstance(recipe, PolicyRecipe) and recipe.colocate
-
-
-def learners_part(recipe: Recipe, cluster: Cluster) -> Cluster:
-    """The cluster with the memory of a GPU that the rollout workers leave to learners, where they share them."""
-    if in_turns(recipe) and cluster.gpus:
-        return replace(cluster, gpu_memory=cluster.gpu_memory - GPU_PROCESS)
-    if isinstance(recipe, SamplingRecipe) and recipe.rollout.gpus < 1:
-        return replace(cluster, gpu_memory=cluster.gpu_memory * (1 - recipe.rollout.gpu_memory_share))
-    return cluster
-
-
-def learner_role(training: Training, cluster: Cluster) -> Role:
-    """The learner ranks: a GPU each, or `learner.gpus` of one."""
-    gpus = training.options.gpus if cluster.gpus else 0
-    process = {"process": GPU_PROCESS if gpus else memory.LEARNER_PROCESS}
-    parts = memory.learner_memory(training) | process
-    return Role("learner rank", training.options.ranks, gpus, parts, cluster.gpu_memory)
-
-
-def rollout_role(recipe: SamplingRecipe, sizes: ModelSizes, cluster: Cluster, element: int) -> Role:
+def rollout_role(work: Work, cluster: Cluster) -> Role | None:
     """The rollout workers: `rollout.tensor_parallel` GPUs of one node each."""
+    options = work.roles.rollout
+    if options is None:
+        return None
     process = {"process": GPU_PROCESS if cluster.gpus else memory.WORKER_PROCESS}
-    adapter = float(held_apart(recipe, sizes, element) * element)
-    parts = memory.worker_memory(sizes, recipe.rollout, element, cluster.gpu_memory, adapter) | process
-    gpus = recipe.rollout.tensor_parallel * recipe.rollout.gpus if cluster.gpus else 0
-    limit = cluster.gpu_memory * recipe.rollout.gpu_memory_share
-    if in_turns(recipe):
-        limit = cluster.gpu_memory - GPU_PROCESS
-    return Role("rollout worker", recipe.rollout.workers, gpus, parts, limit)
+    adapter = float(work.beside * work.element)
+    parts = memory.worker_memory(work.sizes, options, work.element, cluster.gpu_memory, adapter) | process
+    gpus = options.tensor_parallel * options.gpus if cluster.gpus else 0
+    shared = cluster.gpu_memory - GPU_PROCESS if work.roles.colocated else cluster.gpu_memory * options.gpu_memory_share
+    return Role("rollout worker", options.workers, gpus, parts, shared)
 
 
-def scoring_role(recipe: SamplingRecipe, sizes: ModelSizes, cluster: Cluster) -> Role:
+def scoring_role(work: Work, cluster: Cluster) -> Role | None:
     """The scoring workers. A reward model is taken to be as large as the policy: it is made of it."""
-    models = [term for term in recipe.rewards if term.name == "reward_model"]
-    weights = sum(sizes.total * ELEMENT_BYTES[term.params.get("dtype", "float32")] for term in models)
-    gpus = recipe.scoring.gpus if cluster.gpus else 0
+    options = work.roles.scoring
+    if options is None:
+        return None
+    dtypes = [term.params.get("dtype", "float32") for term in work.roles.rewards if term.name == "reward_model"]
+    models = float(sum(work.sizes.total * ELEMENT_BYTES[dtype] for dtype in dtypes))
+    gpus = options.gpus if cluster.gpus else 0
     process = {"process": GPU_PROCESS if gpus else memory.SCORING_PROCESS}
-    parts = ({"reward models": float(weights)} if models else {}) | process
-    return Role("scoring worker", recipe.scoring.workers, gpus, parts, cluster.gpu_memory * min(gpus, 1))
+    parts = ({"reward models": models} if dtypes else {}) | process
+    return Role("scoring worker", options.workers, gpus, parts, cluster.gpu_memory * min(gpus, 1))
 
 
-def too_few(recipe: Recipe, roles: Sequence[Role], homeless: Sequence[str], cluster: Cluster) -> list[str]:
+def too_few(recipe: Roles, roles: Sequence[Role], unplaced: Sequence[str], cluster: Cluster) -> list[str]:
     """What has no GPU to be on."""
-    if not homeless:
+    if not unplaced:
         return []
-    if in_turns(recipe):
+    if recipe.colocated:
         pairs = max(role.count for role in roles if role.gpus)
         return [
             f"{pairs} GPUs are wanted, one for each learner rank and the rollout worker that takes turns with it, and there are "
@@ -214,7 +186,7 @@ def too_few(recipe: Recipe, roles: Sequence[Role], homeless: Sequence[str], clus
             f"{cluster.gpus}: take more, or let a rank and a worker share one ({SHARED})"
         ]
     return [
-        f"no GPU is left for {', '.join(homeless)}: the recipe needs {total:g} GPUs, {wanted}, and there are {cluster.gpus}; "
+        f"no GPU is left for {', '.join(unplaced)}: the recipe needs {total:g} GPUs, {wanted}, and there are {cluster.gpus}; "
         "lower learner.ranks, rollout.workers, rollout.tensor_parallel or scoring.gpus, take more nodes, or let each rank share "
         f"its GPU with a worker ({SHARED})"
     ]
@@ -227,12 +199,16 @@ def too_much_to_learn(training: Training, role: Role, cluster: Cluster) -> list[
     largest = max(role.parts, key=lambda name: role.parts[name])
     return [
         f"a learner rank needs {gib(role.total)} of {gib(role.limit)}, most of it for {largest} ({gib(role.parts[largest])}): "
-        f"{cure(training, cluster)}"
+        f"{cure(training, role.limit, cluster.gpus_per_node)}"
     ]
 
 
-def cure(training: Training, cluster: Cluster) -> str:
-    """The least change of the recipe, of those that are tried in order, with which a learner rank fits."""
+def cure(training: Training, limit: float, ranks_to_add: int) -> str:
+    """The least change of the recipe, of those that are tried in order, with which a learner rank fits `limit` bytes of a GPU."""
+
+    def needed(training: Training) -> float:
+        return sum(memory.learner_memory(training).values()) + GPU_PROCESS
+
     said: list[str] = []
     if training.reference_copy:
         training = replace(training, reference_copy=False)
@@ -242,13 +218,13 @@ def cure(training: Training, cluster: Cluster) -> str:
         del changes["zero_stage"]  # AutoEP's ZeRO-3 is not used here
     for key, value in changes.items():
         changed = with_option(training, key, value)
-        if not fits(training, cluster) and needed(changed, cluster) < needed(training, cluster):
+        if needed(training) > limit and needed(changed) < needed(training):
             training = changed
             said.append(f"learner.{key}={str(value).lower()}")
     ranks = training.options.ranks
-    while not fits(training, cluster) and training.options.ranks < 100 * ranks:
-        training = with_option(training, "ranks", training.options.ranks + cluster.gpus_per_node)
-    if not fits(training, cluster):
+    while needed(training) > limit and training.options.ranks < 100 * ranks:
+        training = with_option(training, "ranks", training.options.ranks + ranks_to_add)
+    if needed(training) > limit:
         return "no number of ranks helps; shorten the sequences (rollout.max_length), or take GPUs with more memory"
     if training.options.ranks > ranks:
         said.append(f"learner.ranks={training.options.ranks} (or adapters in place of all parameters)")
@@ -262,85 +238,81 @@ def with_option(training: Training, key: str, value: int) -> Training:
     return replace(training, options=options, step_tokens=sequences * training.longest)
 
 
-def needed(training: Training, cluster: Cluster) -> float:
-    """Bytes that a learner rank needs of its GPU."""
-    return learner_role(training, cluster).total
-
-
-def fits(training: Training, cluster: Cluster) -> bool:
-    """Whether a learner rank fits its GPU."""
-    return needed(training, cluster) <= cluster.gpu_memory
-
-
-def too_much_to_sample(
-    recipe: SamplingRecipe, sizes: ModelSizes, role: Role, cluster: Cluster, element: int
-) -> list[str]:
+def too_much_to_sample(work: Work, options: FleetOptions, role: Role, cluster: Cluster) -> list[str]:
     """A rollout worker whose weights do not fit, whose cache is too small, or whose GPUs cannot share its heads."""
-    options, found = recipe.rollout, []
-    if cluster.gpus and sizes.heads % options.tensor_parallel:
-        found.append(f"rollout.tensor_parallel={options.tensor_parallel} does not divide {sizes.heads} attention heads")
+    found = []
+    if cluster.gpus and work.sizes.heads % options.tensor_parallel:
+        heads = work.sizes.heads
+        found.append(f"rollout.tensor_parallel={options.tensor_parallel} does not divide {heads} attention heads")
     if cluster.gpus and options.gpus < 1 and role.total > role.limit:
-        more = "" if in_turns(recipe) else "raise rollout.gpu_memory_share, or "
+        more = "" if work.roles.colocated else "raise rollout.gpu_memory_share, or "
         found.append(
             f"a rollout worker needs {gib(role.total)} of {gib(role.limit)}, its share of a GPU's memory: {more}lower "
             "rollout.kv_cache_gb"
         )
-    needed = options.max_length * memory.kv_bytes_a_token(sizes, element)
-    if role.parts["KV cache"] < needed:
-        change = (
+    needed, cache = options.max_length * work.kv_bytes, role.parts["KV cache"]
+    if cache < needed:
+        more = (
             "raise rollout.tensor_parallel or rollout.gpu_memory_share" if cluster.gpus else "raise rollout.kv_cache_gb"
         )
         found.append(
-            f"a rollout worker has {gib(role.parts['KV cache'])} for its KV cache beside {gib(role.parts['weights'])} of "
-            f"weights, and one sequence of rollout.max_length={options.max_length} needs {gib(needed)}: {change}"
+            f"a rollout worker has {gib(cache)} for its KV cache beside {gib(role.parts['weights'])} of weights, and one sequence of "
+            f"rollout.max_length={options.max_length} needs {gib(needed)}: {more}"
         )
     return found
 
 
-def too_much_for_the_machine(recipe: Recipe, roles: Sequence[Role]) -> list[str]:
+def too_much_for_the_machine(memory_gb: float, roles: Sequence[Role]) -> list[str]:
     """On CPUs everything shares one memory; the recipe says how much of it must be free."""
     total = sum(role.count * role.total for role in roles)
-    if total <= recipe.machine.memory_gb * GIB:
+    if total <= memory_gb * GIB:
         return []
     return [
-        f"all processes together need {total / GIB:.1f} GiB, and machine.memory_gb is {recipe.machine.memory_gb:g}: set it to "
+        f"all processes together need {total / GIB:.1f} GiB, and machine.memory_gb is {memory_gb:g}: set it to "
         "that where the machine has it, or lower learner.ranks, rollout.workers, rollout.kv_cache_gb or "
         "learner.micro_batch_tokens"
     ]
 
 
-def step_seconds(
-    recipe: Recipe, sizes: ModelSizes, learning: Learning | None, cluster: Cluster, element: int
-) -> dict[str, float]:
-    """Seconds of the phases of a step; what judging takes depends on the rewards and goes on beside sampling."""
+def step_seconds(work: Work, worker: Role | None, cluster: Cluster) -> dict[str, float]:
+    """Seconds of the phases of a step; what scoring takes depends on the rewards and goes on beside sampling."""
+    job, roles, sizes = work.training, work.roles, work.sizes
     rates = times.CPU_THREAD
     if cluster.gpus:
-        ranks = learning.training.options.ranks if learning else 0
-        rates = times.GPU_IN_A_NODE if ranks <= cluster.gpus_per_node else times.GPU_OVER_NODES
+        over_nodes = job is not None and job.options.ranks > cluster.gpus_per_node
+        rates = times.GPU_OVER_NODES if over_nodes else times.GPU_IN_A_NODE
     seconds = {}
-    if isinstance(recipe, GrpoRecipe | PreferencesRecipe):
-        seconds["sampling"] = times.sampling_seconds(sizes, sampling_work(recipe, sizes, cluster, element), rates)
-    if learning is None:
-        return seconds
-    job, options = learning.training, learning.training.options
-    passes = 6 if job.trained == sizes.total else 4
-    passes += 2 * (options.gradient_checkpointing + (isinstance(recipe, GrpoRecipe) and recipe.grpo.kl_coefficient > 0))
-    work = times.Pass(
-        tokens=learning.tokens,
-        ranks=options.ranks,
-        micro_batch_tokens=options.micro_batch_tokens,
-        flops_a_parameter=passes,
-        gathers=(3.0 if options.gradient_checkpointing else 2.0) if options.zero_stage == 3 else 0.0,
-        weight_bytes=sizes.total * element,
-        threads=1 if cluster.gpus else options.threads,
-    )
-    seconds["training"] = times.training_seconds(sizes, work, rates)
-    if isinstance(recipe, GrpoRecipe):
-        seconds["weights to the workers"] = times.transfer_seconds(
-            learning.sent * element, rates, broadcast=recipe.weights.transport == "broadcast"
+    if roles.sampling and roles.rollout and worker:
+        options = roles.rollout
+        in_cache = int(worker.parts["KV cache"] // (work.kv_bytes * options.max_length))
+        seconds["sampling"] = times.sampling_seconds(
+            sizes,
+            rates,
+            each=-(-roles.sampled_sequences // options.workers),
+            together=max(1, min(options.batch_sequences, in_cache)),
+            new_tokens=roles.sampling.max_new_tokens,
+            weight_bytes=worker.parts["weights"],
+            kv_bytes=work.kv_bytes,
+            threads=1 if cluster.gpus else options.threads,
         )
-        if in_turns(recipe) and cluster.gpus:
-            seconds["taking turns"] = 2 * (at_rest(job) + sizes.total * element) / rates.host
+    if job is None:
+        return seconds
+    checkpointing = job.options.gradient_checkpointing
+    gathers = (3 if checkpointing else 2) if job.options.zero_stage == 3 else 0
+    seconds["training"] = times.training_seconds(
+        sizes,
+        rates,
+        tokens=roles.trained_sequences * roles.longest / job.options.ranks,
+        passes=(6 if job.trained == sizes.total else 4) + 2 * (checkpointing + roles.reference),
+        threads=1 if cluster.gpus else job.options.threads,
+        micro_batch_tokens=job.options.micro_batch_tokens,
+        gathered_bytes=gathers * work.weight_bytes,
+    )
+    if roles.sampling and roles.weights:
+        broadcast = roles.weights.transport == "broadcast"
+        seconds["weights to the workers"] = times.transfer_seconds(work.sent * work.element, rates, broadcast=broadcast)
+        if roles.colocated and cluster.gpus:
+            seconds["taking turns"] = 2 * (at_rest(job) + work.weight_bytes) / rates.host
     return seconds
 
 
@@ -350,56 +322,24 @@ def at_rest(job: Training) -> float:
     return sum(parts.get(name, 0.0) for name in ("weights", "gradients", "optimiser", "reference"))
 
 
-def sampling_work(
-    recipe: GrpoRecipe | PreferencesRecipe, sizes: ModelSizes, cluster: Cluster, element: int
-) -> times.Sampling:
-    """What the rollout workers draw in a step; of preference data, all of it."""
-    if isinstance(recipe, GrpoRecipe):
-        sequences = recipe.grpo.prompts_per_step * recipe.grpo.group_size
-    else:
-        sequences = recipe.preferences.prompts * recipe.preferences.samples
-    options, role = recipe.rollout, rollout_role(recipe, sizes, cluster, element)
-    a_token = memory.kv_bytes_a_token(sizes, element)
-    in_cache = int(role.parts["KV cache"] // (a_token * options.max_length))
-    return times.Sampling(
-        sequences=sequences,
-        new_tokens=recipe.sampling.max_new_tokens,
-        workers=options.workers,
-        together=max(1, min(options.batch_sequences, in_cache)),
-        weight_bytes=role.parts["weights"],
-        kv_bytes=a_token,
-        threads=1 if cluster.gpus else options.threads,
-    )
-
-
-def notes(recipe: Recipe, sizes: ModelSizes, learning: Learning | None, element: int) -> list[str]:
+def notes(work: Work) -> list[str]:
     """What else a reader needs to know."""
-    found = [
-        f"the KV cache takes {memory.kv_bytes_a_token(sizes, element):,} bytes a token ({sizes.kv_a_token:,} elements)"
-    ]
-    if learning is not None:
-        if element < 4 and not learning.training.options.zero_stage:
-            found.append(BFLOAT16_SUMS)
-        if element < 4 and learning.training.options.zero_stage == 3 and learning.training.options.lora is not None:
-            found.append(MERGED_ADAPTERS)
-        found.append(
-            f"each learner rank reads the whole model into its node's memory at the start: {gib(sizes.total * element)} a rank"
-        )
-        if in_turns(recipe):
-            found.append(
-                f"in turns: at rest, a rank has {gib(at_rest(learning.training))} in its node's memory, a rollout worker "
-                f"{gib(sizes.total * element)}"
-            )
-        if isinstance(recipe, PolicyRecipe):
-            through = {
-                "broadcast": "one broadcast from the device of rank 0 to theirs",
-                "object_store": "Ray's shared memory: the node of rank 0 holds them twice, those of before included",
-                "directory": "files in the run directory, which holds them twice, those of before included",
-                "adapter": "the adapter's files in the run directory",
-            }[recipe.weights.transport]
-            found.append(
-                f"{gib(learning.sent * element)} of new weights go to the workers after an update, through {through}"
-            )
+    found = [f"the KV cache takes {work.kv_bytes:,} bytes a token ({work.sizes.kv_a_token:,} elements)"]
+    if work.training is None:
+        return found
+    options = work.training.options
+    if work.element < 4 and not options.zero_stage:
+        found.append(BFLOAT16_SUMS)
+    if work.element < 4 and options.zero_stage == 3 and options.lora is not None:
+        found.append(MERGED_ADAPTERS)
+    whole = gib(work.weight_bytes)
+    found.append(f"each learner rank reads the whole model into its node's memory at the start: {whole} a rank")
+    if work.roles.colocated:
+        rank = gib(at_rest(work.training))
+        found.append(f"in turns: at rest, a rank has {rank} in its node's memory, a rollout worker {whole}")
+    if work.roles.weights:
+        sent, through = gib(work.sent * work.element), THROUGH[work.roles.weights.transport]
+        found.append(f"{sent} of new weights go to the workers after an update, through {through}")
     return found
 
 

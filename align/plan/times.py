@@ -31,47 +31,43 @@ GPU_OVER_NODES = Rates(989e12 * TRAINING_SHARE, 3.35e12 * DECODING_SHARE, 989e12
 CPU_THREAD = Rates(38e9, 10e9, 7.5e9, 0.0, 1e9, 1e9)
 
 
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """`sequences` of `new_tokens` each on `workers`, `together` at a time; a worker's GPUs hold `weight_bytes` each."""
+def sampling_seconds(
+    sizes: ModelSizes,
+    rates: Rates,
+    *,
+    each: int,
+    together: int,
+    new_tokens: int,
+    weight_bytes: float,
+    kv_bytes: float,
+    threads: int,
+) -> float:
+    """Decoding `each` sequences of `new_tokens` on a worker, `together` at a time, whose GPUs hold `weight_bytes` each.
 
-    sequences: int
-    new_tokens: int
-    workers: int
-    together: int
-    weight_bytes: float
-    kv_bytes: float
-    threads: int
-
-
-def sampling_seconds(sizes: ModelSizes, work: Sampling, rates: Rates) -> float:
-    """Decoding: each step reads the weights and the cache once (bandwidth), or computes all sequences, what takes longer."""
-    each = -(-work.sequences // work.workers)
-    together = min(each, work.together)
-    read = (work.weight_bytes + together * work.kv_bytes * work.new_tokens / 2) / rates.decode_bytes
-    compute = 2 * sizes.active * together / (rates.decode_flops * work.threads)
-    return -(-each // together) * work.new_tokens * (max(read, compute) + sizes.layers * rates.layer_s)
-
-
-@dataclass(frozen=True, slots=True)
-class Pass:
-    """Tokens of a step, over `ranks` in micro-batches of `micro_batch_tokens`; `flops_a_parameter` of each token."""
-
-    tokens: int
-    ranks: int
-    micro_batch_tokens: int
-    flops_a_parameter: float
-    gathers: float
-    weight_bytes: float
-    threads: int
+    A step of decoding reads the weights and the cache once (bandwidth), or computes all sequences, whichever takes longer.
+    """
+    together = min(each, together)
+    read = (weight_bytes + together * kv_bytes * new_tokens / 2) / rates.decode_bytes
+    compute = 2 * sizes.active * together / (rates.decode_flops * threads)
+    return -(-each // together) * new_tokens * (max(read, compute) + sizes.layers * rates.layer_s)
 
 
-def training_seconds(sizes: ModelSizes, work: Pass, rates: Rates) -> float:
-    """Forward and backward (6 operations a parameter and token), and ZeRO-3's fetching of the weights in each micro-batch."""
-    each = work.tokens / work.ranks
-    micro_batches = max(1, round(each / work.micro_batch_tokens))
-    compute = each * sizes.active * work.flops_a_parameter / (rates.flops * work.threads)
-    return compute + micro_batches * work.gathers * work.weight_bytes / rates.link
+def training_seconds(
+    sizes: ModelSizes,
+    rates: Rates,
+    *,
+    tokens: float,
+    passes: int,
+    threads: int,
+    micro_batch_tokens: int,
+    gathered_bytes: float,
+) -> float:
+    """Forward and backward of a rank's `tokens`, `passes` operations a parameter and token (6 without adapters and checkpointing).
+
+    Under ZeRO-3 it also fetches `gathered_bytes` of weights in each micro-batch.
+    """
+    micro_batches = max(1, round(tokens / micro_batch_tokens))
+    return tokens * sizes.active * passes / (rates.flops * threads) + micro_batches * gathered_bytes / rates.link
 
 
 def transfer_seconds(sent_bytes: float, rates: Rates, *, broadcast: bool) -> float:

@@ -1,6 +1,6 @@
-"""What a run leaves behind and shows: its directory, environment, metrics, samples, and progress."""
+"""What a run leaves behind and shows: its directory, checkpoints, files, log and progress, and the machine it is on."""
 
-from align.run.directory import RunDirectory, read_status, save_stacks
+from align.run.directory import RunDirectory, read_status
 from align.run.files import (
     cut,
     json_line,
@@ -28,7 +28,6 @@ __all__ = [
     "read_samples",
     "read_status",
     "redacted",
-    "save_stacks",
     "synced_size",
     "write_atomically",
     "write_jsonl",

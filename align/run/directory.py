@@ -20,27 +20,16 @@ STATES: tuple[State, ...] = ("running", "finished", "paused", "failed", "interru
 STATUS_KEYS = ("state", "stage", "started", "ended", "error")
 LOCK = "run.lock"
 STATUS = "status.json"
-LAYOUT = frozenset(
-    {
-        LOCK,
-        STATUS,
-        "recipe.yaml",
-        "environment.json",
-        "metrics.jsonl",
-        "events.jsonl",
-        "evaluations.jsonl",
-        "log.txt",
-        "tensorboard",
-        "samples",
-        "stacks",
-        "evaluations",
-        "initial",
-        "checkpoints",
-        "final",
-        "report.html",
-        "report.md",
-    }
-)
+
+
+class _Inside:
+    """An attribute that is the path of something in the run directory, by its name there."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __get__(self, run: "RunDirectory", _: type | None = None) -> Path:
+        return run.path / self.name
 
 
 @dataclass(frozen=True)
@@ -53,6 +42,23 @@ class RunDirectory:
 
     path: Path
     lock: BinaryIO | None = field(default=None, repr=False, compare=False)
+
+    lock_file = _Inside(LOCK)
+    status_file = _Inside(STATUS)
+    recipe_file = _Inside("recipe.yaml")
+    environment_file = _Inside("environment.json")
+    metrics_file = _Inside("metrics.jsonl")
+    events_file = _Inside("events.jsonl")
+    evaluations_file = _Inside("evaluations.jsonl")
+    log_file = _Inside("log.txt")
+    tensorboard_directory = _Inside("tensorboard")
+    samples_directory = _Inside("samples")
+    stacks_directory = _Inside("stacks")
+    evaluations_directory = _Inside("evaluations")
+    checkpoints_directory = _Inside("checkpoints")
+    initial_directory = _Inside("initial")
+    """A policy drawn at random for this run, before any training."""
+    final_directory = _Inside("final")
 
     @classmethod
     def create(cls, path: str | Path, *, overwrite: bool = False) -> Self:
@@ -97,67 +103,6 @@ class RunDirectory:
             raise ValueError(f"{name!r} cannot name a stage inside a run")
         return type(self).create(self.path / name)
 
-    @property
-    def recipe_file(self) -> Path:
-        return self.path / "recipe.yaml"
-
-    @property
-    def environment_file(self) -> Path:
-        return self.path / "environment.json"
-
-    @property
-    def status_file(self) -> Path:
-        return self.path / STATUS
-
-    @property
-    def lock_file(self) -> Path:
-        return self.path / LOCK
-
-    @property
-    def metrics_file(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def events_file(self) -> Path:
-        return self.path / "events.jsonl"
-
-    @property
-    def evaluations_file(self) -> Path:
-        return self.path / "evaluations.jsonl"
-
-    @property
-    def log_file(self) -> Path:
-        return self.path / "log.txt"
-
-    @property
-    def tensorboard_directory(self) -> Path:
-        return self.path / "tensorboard"
-
-    @property
-    def samples_directory(self) -> Path:
-        return self.path / "samples"
-
-    @property
-    def stacks_directory(self) -> Path:
-        return self.path / "stacks"
-
-    @property
-    def evaluations_directory(self) -> Path:
-        return self.path / "evaluations"
-
-    @property
-    def checkpoints_directory(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def initial_directory(self) -> Path:
-        """A policy drawn at random for this run, before any training."""
-        return self.path / "initial"
-
-    @property
-    def final_directory(self) -> Path:
-        return self.path / "final"
-
     def samples_file(self, step: int) -> Path:
         return self.samples_directory / f"step_{step:05d}.parquet"
 
@@ -173,6 +118,18 @@ class RunDirectory:
 
     def save_environment(self, record: dict[str, Any]) -> None:
         write_atomically(self.environment_file, _json(record))
+
+    def save_stacks(self, stacks: str) -> str | None:
+        """Keep what the threads of the engines' processes were doing when something took too long.
+
+        Returns the path of the file in the run, or None for empty `stacks`.
+        """
+        if not stacks:
+            return None
+        self.stacks_directory.mkdir(exist_ok=True)
+        file = self.stacks_directory / f"{len(list(self.stacks_directory.iterdir())) + 1:03d}.txt"
+        file.write_text(redacted(stacks), encoding="utf-8")
+        return str(file.relative_to(self.path))
 
     def enter(self, stage: str) -> None:
         """Note in status.json which stage is running."""
@@ -214,6 +171,12 @@ class RunDirectory:
 
     def _write_status(self, status: dict[str, Any]) -> None:
         write_atomically(self.status_file, _json(dict.fromkeys(STATUS_KEYS) | status))
+
+
+LAYOUT = frozenset(
+    {entry.name for entry in vars(RunDirectory).values() if isinstance(entry, _Inside)} | {"report.html", "report.md"}
+)
+"""Everything that a run has in its directory, but for the stages inside it."""
 
 
 def read_status(path: Path) -> dict[str, Any] | None:
@@ -345,13 +308,3 @@ def _json(record: dict[str, Any]) -> str:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def save_stacks(directory: RunDirectory, stacks: str) -> str | None:
-    """Write them into the run. Returns the file's path in it, None where there are none."""
-    if not stacks:
-        return None
-    directory.stacks_directory.mkdir(exist_ok=True)
-    file = directory.stacks_directory / f"{len(list(directory.stacks_directory.iterdir())) + 1:03d}.txt"
-    file.write_text(redacted(stacks), encoding="utf-8")
-    return str(file.relative_to(directory.path))

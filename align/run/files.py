@@ -1,4 +1,4 @@
-"""Files that are either whole or absent, and JSON that any reader accepts."""
+"""What a run writes: files that are whole or absent, rows of JSON and Parquet that any reader accepts, and no secrets."""
 
 import codecs
 import json

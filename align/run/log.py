@@ -1,4 +1,4 @@
-"""Numbers of a run, step by step, as lines of JSON and for TensorBoard; and its events, as lines of JSON."""
+"""The metrics of a run, step by step, as lines of JSON and for TensorBoard; and its events, as lines of JSON."""
 
 import time
 from collections.abc import Mapping

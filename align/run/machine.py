@@ -1,4 +1,4 @@
-"""On what a run ran: versions, machine, revision. And whether the machine is large enough for it."""
+"""What a run ran on: versions, machine, revision; and whether the machine, or what a container leaves of it, is large enough."""
 
 import os
 import platform
@@ -142,7 +142,10 @@ def _output(program: str, *arguments: str) -> str | None:
 
 @dataclass(frozen=True)
 class Limits:
-    """`None` where nothing limits. Memory in bytes; page cache that can be dropped counts as available."""
+    """What control groups of Linux, hence containers and batch systems, grant a process; None where nothing is limited.
+
+    Memory is in bytes, and page cache that can be dropped counts as available.
+    """
 
     cores: float | None = None
     memory: int | None = None

@@ -1,13 +1,12 @@
 """What goes wrong with the engines, on the record of a run."""
 
-from align.run import save_stacks
 from align.session.run import Run
 from rollout import Fault
 
 
 def record_fault(run: Run, fault: Fault) -> None:
     """What happened to a rollout worker: a line, an event, and a file with its stacks where there are any."""
-    file = save_stacks(run.directory, fault.stacks)
+    file = run.directory.save_stacks(fault.stacks)
     seen = {"stacks": file} if file else {}
     run.progress.warn(fault.message)
     run.metrics.event("rollout_worker", fault.message, worker=fault.worker, state=str(fault.state), **seen)

@@ -21,7 +21,6 @@ from align.run import (
     json_line,
     read_jsonl,
     read_status,
-    save_stacks,
     synced_size,
     write_samples,
 )
@@ -222,7 +221,7 @@ def open_run(recipe: Recipe) -> Iterator[Run]:
             directory.discard()
         raise
     except BaseException as error:
-        file = save_stacks(directory, getattr(error, "stacks", ""))
+        file = directory.save_stacks(getattr(error, "stacks", ""))
         metrics.event("error", str(error), type=type(error).__name__, **({"stacks": file} if file else {}))
         directory.fail(error)
         raise

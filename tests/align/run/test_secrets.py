@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from align.cli import main
-from align.run import MetricsLog, Progress, RunDirectory, save_stacks
+from align.run import MetricsLog, Progress, RunDirectory
 from align.run.files import redacted, without_secrets
 
 PLANTED = {
@@ -53,7 +53,7 @@ def test_no_planted_secret_is_in_a_run_nor_on_the_terminal(tmp_path: Path, capsy
         progress.table(everything, ["said"], [[everything]])
     metrics.event("error", everything)
     metrics.close()
-    save_stacks(directory, everything)
+    directory.save_stacks(everything)
     directory.fail(RuntimeError(everything))
     written = [file.read_bytes() for file in directory.path.rglob("*") if file.is_file()]
     assert len(written) >= 5
