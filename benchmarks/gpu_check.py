@@ -28,16 +28,18 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from align.learner import rank, worker
+from align.experience import training_sequence
+from align.learner import policy, rank
 from align.learner.batch import TrainingSequence, collate, plan_micro_batches, share_out, whole_rows
 from align.learner.objective import LogProbs, Objective
+from align.losses import LossOptions
 from align.model.policy import load_policy, load_tokenizer, save_policy, use_fast_experts
 from align.model.sizes import empty_model, model_sizes, read_config
 from align.plan.memory import GIB, GPU_PROCESS, Training, learner_memory
-from align.recipe import GrpoOptions, LearnerOptions, ModelOptions
+from align.recipe import LearnerOptions, ModelOptions
 from rollout import engine as sampler
 from rollout.sync.base import MIB, ObjectStore, buckets
-from rollout.types import EngineOptions, Prompt, SamplingOptions
+from rollout.types import EngineOptions, Prompt, SamplingOptions, Trajectory
 from rollout.worker import environment
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -153,7 +155,7 @@ def lite_directory(seed: int = 0) -> Path:
     return directory
 
 
-def new_engine(directory: Path, *, sleeps: bool = False, changed: dict[str, Any] | None = None) -> Any:
+def new_engine(directory: Path, *, sleeps: bool = False, changed: dict[str, Any] | None = None) -> sampler.Engine:
     """The project's sampler on the GPU; `changed` are arguments of vLLM in place of the project's own."""
     os.environ |= environment(os.cpu_count() or 1) | {"VLLM_LOGGING_LEVEL": "INFO"}
     options = EngineOptions(
@@ -190,7 +192,7 @@ def backends(engine: Any) -> dict[str, str]:
     return found
 
 
-def sample(engine: Any, what: str, seed: int = 0) -> list[Any]:
+def sample(engine: sampler.Engine, what: str, seed: int = 0) -> list[Trajectory]:
     """The same prompts each time, answered from `seed`."""
     drawn, vocabulary = random.Random(0), lite_config(LAYERS)["vocab_size"]
     ranges = [LONG if i % 8 == 7 else SHORT for i in range(PROMPTS)]
@@ -198,52 +200,43 @@ def sample(engine: Any, what: str, seed: int = 0) -> list[Any]:
     requests = [sampler.Request(Prompt(f"p{i}", row), 0, seed * 1000 + i) for i, row in enumerate(ids)]
     before = engine.steps
     with timed(what) as values:
-        found: list[Any] = engine.generate(requests, SamplingOptions(temperature=1.0, max_new_tokens=NEW_TOKENS))
+        found = engine.sample(requests, SamplingOptions(temperature=1.0, max_new_tokens=NEW_TOKENS))
         values |= {"sampled_tokens": sum(len(c.token_ids) for c in found), "engine_steps": engine.steps - before}
-    log_probs = [p for c in found for p in c.log_probs]
-    emit("sampled", finite=all(c.is_finite for c in found), mean_log_prob=sum(log_probs) / len(log_probs))
+    mean = np.concatenate([c.log_probs for c in found]).mean().item()
+    emit("sampled", finite=all(c.is_finite for c in found), mean_log_prob=mean)
     return found
 
 
-def emit_equal(what: str, one: Sequence[Any], other: Sequence[Any]) -> None:
-    """How many completions have the same tokens, and bit for bit the same log-probabilities."""
+def emit_equal(what: str, one: Sequence[Trajectory], other: Sequence[Trajectory]) -> None:
+    """How many trajectories have the same tokens, and bit for bit the same log-probabilities."""
     pairs = list(zip(one, other, strict=True))
     tokens = sum(list(a.token_ids) == list(b.token_ids) for a, b in pairs)
-    exact = sum(list(a.log_probs) == list(b.log_probs) for a, b in pairs)
+    exact = sum(np.array_equal(a.log_probs, b.log_probs) for a, b in pairs)
     emit(what, same_tokens=tokens, same_log_probs=exact, of=len(pairs))
 
 
-def kept_samples() -> list[Any]:
+def kept_samples() -> list[Trajectory]:
     """What section b sampled; where it did not run, it runs first, in a process of its own."""
     file = scratch() / "samples.pickle"
     if not file.exists():
         subprocess.run([sys.executable, __file__, "b", "--child", *(["--tiny"] if TINY else [])], check=True)
-    found: list[Any] = pickle.loads(file.read_bytes())
+    found: list[Trajectory] = pickle.loads(file.read_bytes())
     return found
 
 
-def training_sequences(completions: Sequence[Any]) -> list[Any]:
+def training_sequences(trajectories: Sequence[Trajectory]) -> list[Any]:
     """The completions as the learner takes them, with advantages of 1 and -1."""
-    weight = 1 / sum(len(c.token_ids) for c in completions)
-    return [
-        TrainingSequence(
-            [*c.prompt_token_ids, *c.token_ids],
-            len(c.prompt_token_ids),
-            weight,
-            advantage=1.0 if i % 2 else -1.0,
-            sampler_log_probs=np.asarray(c.log_probs, dtype=np.float32),
-        )
-        for i, c in enumerate(completions)
-    ]
+    weight = 1 / sum(len(t.token_ids) for t in trajectories)
+    return [training_sequence(t, weight, 1.0 if i % 2 else -1.0) for i, t in enumerate(trajectories)]
 
 
-def learner_log_probs(directory: Path, completions: Sequence[Any], dtype: str) -> list[Any]:
-    """The completions' log-probabilities by transformers, loaded as in the learner."""
+def learner_log_probs(directory: Path, trajectories: Sequence[Trajectory], dtype: str) -> list[Any]:
+    """The trajectories' log-probabilities by transformers, loaded as in the learner."""
     with timed("transformers loaded", dtype=dtype):
-        policy = load_policy(ModelOptions.model_validate({"path": str(directory), "dtype": dtype})).to(DEVICE).eval()
+        model = load_policy(ModelOptions.model_validate({"path": str(directory), "dtype": dtype})).to(DEVICE).eval()
     if dtype == "float32" and GPU:
-        policy.set_experts_implementation("eager")
-    module, sequences, rows = LogProbs(policy), training_sequences(completions), []
+        model.set_experts_implementation("eager")
+    module, sequences, rows = LogProbs(model), training_sequences(trajectories), []
     with timed("log-probabilities", dtype=dtype, scored_tokens=sum(len(s.token_ids) for s in sequences)):
         for start in range(0, len(sequences), 8):
             batch = collate(sequences[start : start + 8], 1).to(DEVICE)
@@ -251,7 +244,7 @@ def learner_log_probs(directory: Path, completions: Sequence[Any], dtype: str) -
                 values, _ = module(**batch.inputs, temperature=1.0)
             rows += [row[mask].float().cpu() for row, mask in zip(values, batch.mask, strict=True)]
     emit("memory", dtype=dtype, **memory())
-    del policy, module
+    del model, module
     torch.cuda.empty_cache()
     return rows
 
@@ -327,7 +320,7 @@ def vllm_kernels() -> None:
     from torch.nn.functional import rms_norm, scaled_dot_product_attention
     from vllm.vllm_flash_attn import flash_attn_varlen_func
 
-    bf16 = {"device": "cuda", "dtype": torch.bfloat16}
+    bf16: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
     x, weight = torch.randn(64, 2048, **bf16), torch.ones(2048, **bf16)
     out = torch.empty_like(x)
     torch.ops._C.rms_norm(out, x, weight, 1e-6)
@@ -337,8 +330,8 @@ def vllm_kernels() -> None:
         q, k, v = (torch.randn(96, 16, dim, **bf16) for dim in (dims[0], *dims))
         try:
             got = flash_attn_varlen_func(q, k, v, 96, ends, 96, ends, causal=True, fa_version=3)
-            heads = (t.float().transpose(0, 1)[None] for t in (q, k, v))
-            want = scaled_dot_product_attention(*heads, is_causal=True)[0].transpose(0, 1)
+            heads = [t.float().transpose(0, 1)[None] for t in (q, k, v)]
+            want = scaled_dot_product_attention(heads[0], heads[1], heads[2], is_causal=True)[0].transpose(0, 1)
             emit("kernel FA3", dims=dims, error=(got.float() - want).abs().max().item())
         except Exception as error:
             emit("kernel FA3", dims=dims, failed=repr(error)[:300])
@@ -356,10 +349,10 @@ def sampling() -> None:
 
 def agreement() -> None:
     """c: transformers computes the log-probabilities of b, and both beside float32"""
-    completions, directory = kept_samples(), lite_directory()
-    sampled = [c.log_probs for c in completions]
-    learner = learner_log_probs(directory, completions, "bfloat16")
-    exact = learner_log_probs(directory, completions, "float32")
+    trajectories, directory = kept_samples(), lite_directory()
+    sampled = [c.log_probs for c in trajectories]
+    learner = learner_log_probs(directory, trajectories, "bfloat16")
+    exact = learner_log_probs(directory, trajectories, "float32")
     emit_difference("vLLM and transformers, bfloat16", learner, sampled)
     emit_difference("transformers bfloat16 and float32", learner, exact)
     emit_difference("vLLM bfloat16 and float32", sampled, exact)
@@ -421,8 +414,7 @@ def training() -> None:
     learner = new_learner(directory)
     flops = 6 * emit_plan(learner, directory, *WHOLE)
     if (scratch() / "samples.pickle").exists():
-        options = GrpoOptions(steps=1, prompts_per_step=2, group_size=2)
-        train(learner, "GRPO on b's samples", training_sequences(kept_samples()), flops, options)
+        train(learner, "GRPO on b's samples", training_sequences(kept_samples()), flops, LossOptions())
     for turn in range(4):
         train(learner, f"SFT step {turn}", sft_sequences(*WHOLE, turn), flops)
     send_and_rest(learner)
@@ -442,7 +434,7 @@ def lora() -> None:
 
     adapter = {"rank": 4 if TINY else 32, "alpha": 32, "targets": "attention+shared"}
     tokens = {"gradient_checkpointing": True, "micro_batch_tokens": 2 * MICRO_BATCH}
-    with patch.object(worker, "load_policy", made_on_the_card):
+    with patch.object(policy, "load_policy", made_on_the_card):
         learner = new_learner(directory, lora=adapter, **tokens)
     flops = 4 * emit_plan(learner, directory, *ADAPTED)
     for turn in range(3):
@@ -459,7 +451,7 @@ def new_learner(directory: Path, **options: Any) -> Any:
     given["optimizer"] = {"learning_rate": 1e-4}
     model = ModelOptions(path=str(directory), dtype="bfloat16")
     with patch.object(rank, "introduce_this_process", lambda: None):
-        learner = worker.LearnerWorker(model, LearnerOptions.model_validate(given))
+        learner = policy.LearnerWorker(model, LearnerOptions.model_validate(given))
     with timed("learner started") as values:
         values["trained"] = learner.setup("127.0.0.1", learner.free_port(), 0, None).description
     emit("memory with learner", **memory())
@@ -481,10 +473,10 @@ def sft_sequences(count: int, length: int, seed: int) -> list[Any]:
     """Random conversations of `length` tokens, the first 32 of them a prompt."""
     drawn, vocabulary = random.Random(seed), lite_config(LAYERS)["vocab_size"]
     rows = ([drawn.randrange(2, vocabulary) for _ in range(length)] for _ in range(count))
-    return [TrainingSequence(row, 32, 1 / (count * (length - 32))) for row in rows]
+    return [TrainingSequence.of_completion(row, 32, 1 / (count * (length - 32))) for row in rows]
 
 
-def train(learner: Any, what: str, sequences: Sequence[Any], flops: float, grpo: Any = None) -> None:
+def train(learner: Any, what: str, sequences: Sequence[Any], flops: float, grpo: LossOptions | None = None) -> None:
     """One update. `flops` are of a token; `mfu` is the share of the card's peak that they come to."""
     lengths = [len(s.token_ids) for s in sequences]
     plan = plan_micro_batches(*whole_rows(lengths), learner._options.micro_batch_tokens, 1)
@@ -514,7 +506,7 @@ def send_and_rest(learner: Any) -> None:
         sleep_and_wake(turn, "at work", learner.rest, "at rest", learner.rise)
 
 
-IN_TURNS = ("model.dtype=bfloat16", "learner.ranks=1", "rollout.workers=1", "take_turns=true", "evaluation.samples=0")
+IN_TURNS = ("model.dtype=bfloat16", "learner.ranks=1", "rollout.workers=1", "colocate=true", "evaluation.samples=0")
 
 
 def nano_run() -> None:

@@ -12,7 +12,7 @@ from align.model.lora import add_adapter
 from align.model.sizes import ModelSizes, empty_model, model_sizes, read_config
 from align.plan.memory import GIB, adapted_parameters, adapter_size, changed_size, kv_bytes_a_token
 from align.plan.placement import Cluster, Demand, cluster_of, place
-from align.plan.plan import Plan, make_plan, what_is_learned
+from align.plan.plan import Plan, make_plan, work_of
 from align.recipe import BFLOAT16_SUMS, LoraOptions, load_recipe
 
 LITE, V2 = "deepseek-ai/DeepSeek-V2-Lite", "deepseek-ai/DeepSeek-V2"
@@ -196,10 +196,8 @@ def test_in_bfloat16_workers_have_the_adapter_beside_the_weights() -> None:
     worker = planned(recipe, LITE, 1, 8).roles[0]
     assert worker.parts["adapter"] == 2 * adapter
     assert "adapter" not in planned(recipe, LITE, 1, 8, "model.dtype=float32").roles[0].parts
-    loaded = load_recipe(Path(recipe), [f"model.path={LITE}"])
-    beside, merged = (what_is_learned(loaded, sizes, element) for element in (2, 4))
-    assert beside
-    assert merged
+    roles = load_recipe(Path(recipe), [f"model.path={LITE}"]).roles()
+    beside, merged = (work_of(roles, sizes, element) for element in (2, 4))
     assert beside.sent == merged.sent + adapter
 
 
@@ -214,11 +212,11 @@ def test_a_worker_does_not_span_nodes() -> None:
 
 
 def test_processes_go_to_the_first_node_with_room_and_shares_to_the_fullest_gpu() -> None:
-    lines, homeless = place(
+    lines, unplaced = place(
         Cluster(2, 4, 80 * GIB), [Demand("worker", 1, 2), Demand("judge", 3, 0.5), Demand("rank", 5, 1)]
     )
     assert lines == ["node 0: worker 0, judge 0-2", "node 1: rank 0-3"]
-    assert homeless == ["rank"]
+    assert unplaced == ["rank"]
 
 
 def test_the_nano_recipe_fits_its_own_machine() -> None:
