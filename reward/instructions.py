@@ -94,18 +94,29 @@ def instructions(sample: Sample, *, partial: bool = False) -> Score:
     return Score(sum(judgement.met) / len(judgement.met) if partial else 0.0, Verdict.WRONG, _told(judgement))
 
 
-def judge(sample: Sample) -> Judgement:
-    """What the checkers find in a sample's completion. Raises as `instructions` does."""
+def judge(sample: Sample, *, loose: bool = False) -> Judgement:
+    """What the checkers find in a sample's completion. Raises as `instructions` does.
+
+    With `loose`, an instruction is met where IFEval's loose criterion finds it met (arXiv:2311.07911, section 2.2): by the
+    completion or by a variant of it without its first line, its last line or both, with or without asterisks.
+    """
     text = sample.completion
+    variants = _loose_variants(text) if loose else [text]
     try:
         topic, asked = _topic(sample), _asked(sample)
         checks = [_check(kind, args) for kind, args in asked]
-        met = tuple(bool(text.strip()) and check(text) for check in checks)
+        met = tuple(any(bool(one.strip()) and check(one) for one in variants) for check in checks)
     except ValueError as error:
         raise UnusableAnswer(sample.id, str(error)) from error
     kinds = tuple(kind for kind, _ in asked)
     arguments = [args for _, args in asked]
     return Judgement(kinds, met, degenerate(text, sample.prompt, topic, arguments, can_be_short=OPTIONS in kinds))
+
+
+def _loose_variants(text: str) -> list[str]:
+    lines = text.split("\n")
+    parts = ["\n".join(part).strip() for part in (lines[1:], lines[:-1], lines[1:-1])]
+    return [variant for part in (text, *parts) for variant in (part, part.replace("*", ""))]
 
 
 def _topic(sample: Sample) -> Sequence[str]:
@@ -164,9 +175,9 @@ def _check(kind: str, args: Mapping[str, Any]) -> Check:
         raise ValueError(f"instruction {kind}: {odd} is neither text nor a whole number from 0 on")
     if kind in _COUNTS:
         return _count_check(kind, args)
-    if kind not in _checkers():
+    if kind not in checkers():
         raise ValueError(f"no checker for instructions of kind {kind!r}")
-    checker = _checkers()[kind](kind)
+    checker = checkers()[kind](kind)
     _require(kind, args, checker.get_instruction_args_keys())
     try:
         checker.build_description(**args)
@@ -231,7 +242,8 @@ def _told(judgement: Judgement) -> str:
 
 
 @lru_cache(maxsize=1)
-def _checkers() -> Mapping[str, Any]:
+def checkers() -> Mapping[str, Any]:
+    """IFEval's checkers by kind of instruction. Raises RewardError where lm_eval is not installed."""
     rank = os.environ.get("LOCAL_RANK")
     # lm_eval fetches nltk's data from the network when it is imported, on the first rank only. What needs them is counted here.
     os.environ["LOCAL_RANK"] = "1"

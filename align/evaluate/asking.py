@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from align.data.chat import answer_text
 from align.data.types import Example, Message
-from align.evaluate.hooks import Checkpoint
+from align.evaluate.hooks import PolicyCheckpoint
 from align.experience import encode_problems
 from rollout import FinishReason, Fleet, SamplingOptions
 
@@ -23,7 +23,7 @@ class Response:
 
 
 def ask(
-    checkpoint: Checkpoint,
+    checkpoint: PolicyCheckpoint,
     fleet: Fleet,
     conversations: Mapping[str, Sequence[Message]],
     *,

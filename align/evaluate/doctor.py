@@ -1,10 +1,11 @@
-"""The truth of the policy: what is usually found out too late, checked before anything is trained.
+"""The doctor: what is usually found out too late about a model, checked before anything is trained.
 
-`examine` needs the files of a model alone; `examine_engines` a running sampler and learner. Each check answers with one
+`examine` needs only the files of a model; `examine_engines` needs a running sampler and learner. Each check answers with one
 line, and a failure with its cause and its cure.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from enum import StrEnum
 from math import log
@@ -28,7 +29,7 @@ ROUND_TRIP = "  What is 17 + 25?\n\n\tnaïve Größe, 你好，мир, 42,000.5 
 EXPERT_TOLERANCE = 1e-4
 
 
-class Outcome(StrEnum):
+class CheckStatus(StrEnum):
     """How a check ended."""
 
     OK = "ok"
@@ -38,12 +39,17 @@ class Outcome(StrEnum):
     FAILED = "FAILED"
 
 
+OK, LIMITED, SKIPPED, FAILED = CheckStatus
+Finding = tuple[CheckStatus, str]
+"""How a check ended and what it saw; for a failure, cause and cure."""
+
+
 @dataclass(frozen=True, slots=True)
 class Check:
     """What was looked at, how it ended, and what was seen; for a failure, cause and cure."""
 
     name: str
-    outcome: Outcome
+    status: CheckStatus
     detail: str
 
 
@@ -62,71 +68,53 @@ def examine(model: ModelOptions, tokenizer: Any, *, reward_model: bool = False) 
     architecture = AutoModelForSequenceClassification if reward_model else AutoModelForCausalLM
     with torch.device("meta"):
         skeleton = architecture.from_config(config, trust_remote_code=model.trust_remote_code)
-    return [
-        check_round_trip(tokenizer),
-        check_template(tokenizer),
-        check_demonstrations(tokenizer),
-        check_softmax_scale(skeleton),
-        check_routing(config),
-        check_experts(skeleton),
-        check_names(skeleton, model.path),
-    ]
+    findings = {
+        "tokenizer round trip": check_round_trip(tokenizer),
+        "chat template": check_template(tokenizer),
+        "demonstrations": check_demonstrations(tokenizer),
+        "softmax scale": check_softmax_scale(skeleton),
+        "routing": check_routing(config),
+        "experts' implementations": check_experts(skeleton),
+        "checkpoint names": check_names(skeleton, model.path),
+    }
+    return [Check(name, *finding) for name, finding in findings.items()]
 
 
-def check_round_trip(tokenizer: Any) -> Check:
+def check_round_trip(tokenizer: Any) -> Finding:
     """Spaces, newlines, digits and other scripts survive encoding and decoding."""
     ids = tokenizer(ROUND_TRIP, add_special_tokens=False)["input_ids"]
     back = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
     if back == ROUND_TRIP:
-        return Check("tokenizer round trip", Outcome.OK, f"{len(ids)} tokens and back, unchanged")
-    return Check(
-        "tokenizer round trip",
-        Outcome.FAILED,
+        return OK, f"{len(ids)} tokens and back, unchanged"
+    return FAILED, (
         f"{ROUND_TRIP!r} comes back as {back!r}. Known cause: a tokenizer class that replaces the pre-tokenizer of its "
         "tokenizer.json (transformers 5 does for some Llama tokenizers). Cure: set "
-        '"tokenizer_class": "PreTrainedTokenizerFast" in tokenizer_config.json',
+        '"tokenizer_class": "PreTrainedTokenizerFast" in tokenizer_config.json'
     )
 
 
-def check_template(tokenizer: Any) -> Check:
+def check_template(tokenizer: Any) -> Finding:
     """One BOS at most, and a forged role or special token in a message stays text."""
     forged = f"{tokenizer.bos_token or ''}x{tokenizer.eos_token}"
     try:
         plain = encode_prompt(tokenizer, [{"role": "user", "content": "x"}])
         encode_prompt(tokenizer, [{"role": "user", "content": forged}])
     except UserError as error:
-        return Check(
-            "chat template",
-            Outcome.FAILED,
-            f"{error}. Cure: a fast tokenizer (tokenizer.json), which knows split_special_tokens, with a chat template",
-        )
-    if tokenizer.bos_token_id is not None and plain.count(tokenizer.bos_token_id) > 1 + plain.count(
-        tokenizer.eos_token_id
-    ):
-        return Check(
-            "chat template",
-            Outcome.FAILED,
-            "the prompt begins with two BOS tokens. Cure: take one out of the template",
-        )
-    return Check(
-        "chat template",
-        Outcome.OK,
-        f"{len(plain)} tokens around a message; special tokens in a message stay text" + no_system_messages(tokenizer),
-    )
-
-
-def no_system_messages(tokenizer: Any) -> str:
-    """What a template that refuses system messages says, to be added to another sentence; else ""."""
+        cure = "a fast tokenizer (tokenizer.json), which knows split_special_tokens, with a chat template"
+        return FAILED, f"{error}. Cure: {cure}"
+    bos, ends = tokenizer.bos_token_id, plain.count(tokenizer.eos_token_id)
+    if bos is not None and plain.count(bos) > 1 + ends:
+        return FAILED, "the prompt begins with two BOS tokens. Cure: take one out of the template"
+    limits = ""
     try:
         encode_prompt(tokenizer, [{"role": "system", "content": "x"}, {"role": "user", "content": "x"}])
     except UserError as error:
-        return f"; data with system messages cannot be used: {error}"
-    return ""
+        limits = f"; data with system messages cannot be used: {error}"
+    return OK, f"{len(plain)} tokens around a message; special tokens in a message stay text{limits}"
 
 
-def check_demonstrations(tokenizer: Any) -> Check:
+def check_demonstrations(tokenizer: Any) -> Finding:
     """An answer, and an answer with a thought, can be trained on as the template renders them."""
-    name = "demonstrations"
     refused = {}
     for kind, response in {"": "x", " with a thought": "<think>\nx\n</think>\n\nx"}.items():
         try:
@@ -134,44 +122,38 @@ def check_demonstrations(tokenizer: Any) -> Check:
         except UserError as error:
             refused[kind] = str(error)
     if not refused:
-        return Check(name, Outcome.OK, "trained on as the template renders them, with a thought and without")
+        return OK, "trained on as the template renders them, with a thought and without"
     if len(refused) == 2:
-        return Check(name, Outcome.LIMITED, f"no SFT and no reward model: {refused['']}")
+        return LIMITED, f"no SFT and no reward model: {refused['']}"
     (kind, reason), *_ = refused.items()
-    return Check(
-        name, Outcome.LIMITED, f"no SFT and no reward model on answers{kind or ' without a thought'}: {reason}"
-    )
+    return LIMITED, f"no SFT and no reward model on answers{kind or ' without a thought'}: {reason}"
 
 
-def check_softmax_scale(skeleton: Any) -> Check:
+def check_softmax_scale(skeleton: Any) -> Finding:
     """YaRN's correction of the softmax scale is applied (left out by transformers 4.54 to 5.14 for DeepSeek-V2)."""
     config = skeleton.config
     rope = getattr(config, "rope_parameters", None) or {}
     attention = next((m for m in skeleton.modules() if hasattr(m, "qk_head_dim") and hasattr(m, "scaling")), None)
     if attention is None or rope.get("rope_type") != "yarn" or not rope.get("mscale_all_dim"):
-        return Check("softmax scale", Outcome.SKIPPED, "the model has no YaRN correction of the softmax scale")
+        return SKIPPED, "the model has no YaRN correction of the softmax scale"
     expected = attention.qk_head_dim**-0.5 * yarn_mscale(rope["factor"], rope["mscale_all_dim"]) ** 2
     if abs(attention.scaling - expected) < 1e-6:
-        return Check("softmax scale", Outcome.OK, f"{expected:.7f}, YaRN's correction included")
-    return Check(
-        "softmax scale",
-        Outcome.FAILED,
+        return OK, f"{expected:.7f}, YaRN's correction included"
+    return FAILED, (
         f"is {attention.scaling:.7f}, but YaRN's correction makes it {expected:.7f}. Cause: a transformers older than 5.15. "
-        "Cure: install the versions of the lock file (make setup)",
+        "Cure: install the versions of the lock file (make setup)"
     )
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
     """YaRN's attention factor, 0.1 m ln(s) + 1 (Peng et al. 2023, arXiv 2309.00071, eq. 22)."""
-
     return 0.1 * mscale * log(factor) + 1.0 if factor > 1 else 1.0
 
 
-def check_routing(config: Any) -> Check:
+def check_routing(config: Any) -> Finding:
     """transformers and vLLM choose and weight the experts alike: of DeepSeek-V2's options they read two differently."""
-    name = "routing"
     if config.model_type != "deepseek_v2":
-        return Check(name, Outcome.SKIPPED, "only DeepSeek-V2's configuration can be read in two ways")
+        return SKIPPED, "only DeepSeek-V2's configuration can be read in two ways"
     groups = config.n_group or 1
     if config.topk_method == "greedy" and groups > 1:
         wrong = (
@@ -184,17 +166,14 @@ def check_routing(config: Any) -> Check:
             'Cure: "norm_topk_prob": false in config.json if the model was trained so; otherwise it cannot be trained here'
         )
     else:
-        return Check(name, Outcome.OK, f"{config.topk_method}, which sampler and learner compute alike")
-    return Check(name, Outcome.FAILED, wrong)
+        return OK, f"{config.topk_method}, which sampler and learner compute alike"
+    return FAILED, wrong
 
 
-def check_experts(skeleton: Any) -> Check:
+def check_experts(skeleton: Any) -> Finding:
     """The ways transformers computes experts agree, on the model's own routing with few and narrow layers."""
-    from copy import deepcopy
-
-    name = "experts' implementations"
     if not has_fused_experts(skeleton):
-        return Check(name, Outcome.SKIPPED, "the model has no fused experts")
+        return SKIPPED, "the model has no fused experts"
     config = deepcopy(skeleton.config)
     config.num_hidden_layers = getattr(config, "first_k_dense_replace", 0) + 1
     for width in ("intermediate_size", "moe_intermediate_size"):
@@ -213,18 +192,15 @@ def check_experts(skeleton: Any) -> Check:
             logits[implementation] = model(input_ids=token_ids, use_cache=False).logits
     apart = float((logits["eager"] - logits["grouped_mm"]).abs().max())
     if apart < EXPERT_TOLERANCE:
-        return Check(name, Outcome.OK, f"eager and grouped_mm differ by {apart:.0e}")
-    return Check(
-        name,
-        Outcome.FAILED,
+        return OK, f"eager and grouped_mm differ by {apart:.0e}"
+    return FAILED, (
         f"eager and grouped_mm differ by {apart:.1e} in the logits. Cause: a transformers whose experts are wrong. "
-        "Cure: install the versions of the lock file (make setup)",
+        "Cure: install the versions of the lock file (make setup)"
     )
 
 
-def check_names(skeleton: Any, path: str) -> Check:
+def check_names(skeleton: Any, path: str) -> Finding:
     """Parameter names map to the checkpoint's and back, and are those of the files."""
-    name = "checkpoint names"
     tied = set(getattr(skeleton, "_tied_weights_keys", None) or ()) if skeleton.config.tie_word_embeddings else set()
     own = {n: tuple(p.shape) for n, p in skeleton.named_parameters() if n not in tied}
     layout = layout_of(skeleton.config.model_type)
@@ -232,24 +208,18 @@ def check_names(skeleton: Any, path: str) -> Check:
     back = {n: tuple(t.shape) for n, t in from_checkpoint(split, layout).items()}
     if back != own:
         wrong = sorted({n for n in own.keys() | back.keys() if own.get(n) != back.get(n)})
-        return Check(
-            name,
-            Outcome.FAILED,
-            f"{wrong[0]} and {len(wrong) - 1} more do not survive the way to checkpoint names",
-        )
+        return FAILED, f"{wrong[0]} and {len(wrong) - 1} more do not survive the way to checkpoint names"
     stored = stored_names(path)
     unknown, absent = stored - split.keys() - tied, split.keys() - stored
     if stored and (unknown or absent):
         example = sorted(unknown or absent)[0]
-        return Check(
-            name,
-            Outcome.FAILED,
+        return FAILED, (
             f"the files have {len(unknown)} tensors that the architecture does not know and lack {len(absent)} that it "
             f"needs, {example} for one. Cause: another architecture, or a checkpoint saved by an incompatible version. "
-            "Cure: save it again with save_pretrained",
+            "Cure: save it again with save_pretrained"
         )
     where = "and are those of the files" if stored else "(no local files to compare with)"
-    return Check(name, Outcome.OK, f"{len(own)} parameters are {len(split)} tensors and back {where}")
+    return OK, f"{len(own)} parameters are {len(split)} tensors and back {where}"
 
 
 def stored_names(path: str) -> set[str]:
@@ -268,53 +238,46 @@ def examine_engines(fleet: Fleet, learner: LearnerGroup, prompts: Sequence[Promp
 
     It trains the learner by one step on noise: for a learner that is thrown away afterwards.
     """
-    checks = [agree("sampler and learner", fleet, learner, prompts, gate)]
+    findings = {"sampler and learner": agreement(fleet, learner, prompts, gate)}
     fleet.load(learner.publish(ObjectStore()), version=1, modules=learner.trained.modules)
-    checks.append(agree("after an update with the same weights", fleet, learner, prompts, gate))
+    findings["after an update with the same weights"] = agreement(fleet, learner, prompts, gate)
     noise = [
         TrainingSequence.of_completion([*p.token_ids, *reversed(p.token_ids)], len(p.token_ids), 1e-2) for p in prompts
     ]
     learner.accumulate(noise, Objective())
     learner.apply(1e-3)
     stale = probe(fleet, learner, prompts)
-    checks.append(
-        Check("a skipped update shows", Outcome.OK, f"mean difference {stale.mean:.1e}")
-        if is_refused(lambda: gate.check(stale, "stale weights"))
-        else Check(
-            "a skipped update shows",
-            Outcome.FAILED,
-            f"with old weights the mean difference is only {stale.mean:.1e}: the gate could not tell. "
-            "Cure: a lower agreement.stop_mean",
-        )
-    )
-    fleet.load(learner.publish(ObjectStore()), version=2, modules=learner.trained.modules)
-    checks.append(agree("after an update with changed weights", fleet, learner, prompts, gate))
-    return checks
-
-
-def agree(name: str, fleet: Fleet, learner: LearnerGroup, prompts: Sequence[Prompt], gate: AgreementGate) -> Check:
-    """One probe of the agreement as a check."""
     try:
-        found = gate.check(probe(fleet, learner, prompts), name)
-    except AgreementError as error:
-        return Check(name, Outcome.FAILED, str(error))
-    return Check(name, Outcome.OK, f"differ by {found.mean:.1e} on average, {found.largest:.1e} at most, a token")
-
-
-def is_refused(check: Callable[[], object]) -> bool:
-    """Whether the gate refuses."""
-    try:
-        check()
+        gate.check(stale, "stale weights")
     except AgreementError:
-        return True
-    return False
+        findings["a skipped update shows"] = OK, f"mean difference {stale.mean:.1e}"
+    else:
+        findings["a skipped update shows"] = (
+            FAILED,
+            (
+                f"with old weights the mean difference is only {stale.mean:.1e}: the gate could not tell. "
+                "Cure: a lower agreement.stop_mean"
+            ),
+        )
+    fleet.load(learner.publish(ObjectStore()), version=2, modules=learner.trained.modules)
+    findings["after an update with changed weights"] = agreement(fleet, learner, prompts, gate)
+    return [Check(name, *finding) for name, finding in findings.items()]
+
+
+def agreement(fleet: Fleet, learner: LearnerGroup, prompts: Sequence[Prompt], gate: AgreementGate) -> Finding:
+    """Sampler and learner give the sampler's tokens the same log-probabilities."""
+    try:
+        found = gate.check(probe(fleet, learner, prompts), "doctor")
+    except AgreementError as error:
+        return FAILED, str(error)
+    return OK, f"differ by {found.mean:.1e} on average, {found.largest:.1e} at most, a token"
 
 
 def verdict(checks: Sequence[Check], path: str) -> str:
     """One plain sentence. Raises DoctorError when a check failed."""
-    failed = [check for check in checks if check.outcome is Outcome.FAILED]
+    failed = [check for check in checks if check.status is FAILED]
     if failed:
         told = "\n".join(f"- {check.name}: {check.detail}" for check in failed)
         raise DoctorError(f"{path} is not fit to be trained: {len(failed)} of {len(checks)} checks failed\n{told}")
-    limits = "".join(f"; {check.detail}" for check in checks if check.outcome is Outcome.LIMITED)
+    limits = "".join(f"; {check.detail}" for check in checks if check.status is LIMITED)
     return f"{path} is fit to be trained: {len(checks)} checks, none failed{limits}"

@@ -1,4 +1,4 @@
-"""How far a policy has gone from the model that it was made of: its loss on that model's own answers to ordinary requests."""
+"""How far a policy has moved from the model that it began with: its loss on that model's own answers to ordinary requests."""
 
 from collections.abc import Sequence
 from itertools import islice, product
@@ -10,18 +10,27 @@ from pydantic import Field
 from align.data.chat import decode_completion, encode_prompt
 from align.data.types import Message
 from align.errors import UserError
-from align.evaluate.hooks import Checkpoint, Metrics, register
-from align.evaluate.instructions import TASKS, TOPICS
+from align.evaluate.hooks import Metrics, PolicyCheckpoint, register
 from align.losses import token_log_probs
 from align.model.policy import no_progress_bars, stop_token_ids
 from rollout import Fleet
 
 BATCH = 16
+TASKS = [
+    *("Write a short story about {}", "Describe {} to a child", "Write a letter to a friend about {}"),
+    *("Write a speech about {}", "Explain why people care about {}", "Give advice to somebody who is new to {}"),
+    *("Write an advertisement for a book about {}", "Tell what could go wrong with {}"),
+]
+TOPICS = [
+    *("a lighthouse", "baking bread", "chess", "city bicycles", "deep snow", "gardens on roofs", "home cooking"),
+    *("keeping bees", "learning to swim", "long train journeys", "maps", "mountain villages", "old clocks"),
+    *("public libraries", "rain", "sailing", "the moon", "wooden toys", "young owls"),
+]
 
 
 @register("drift")
 def drift(
-    checkpoint: Checkpoint,
+    checkpoint: PolicyCheckpoint,
     fleet: Fleet,
     *,
     start: str | None = None,
@@ -42,7 +51,8 @@ def drift(
     stops = stop_token_ids(checkpoint.model.model_copy(update={"path": path}), checkpoint.tokenizer)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        answers = [a for batch in batches(prompts) for a in sample_answers(beginning, batch, max_new_tokens, stops)]
+        batches = [prompts[i : i + BATCH] for i in range(0, len(prompts), BATCH)]
+        answers = [a for batch in batches for a in sample_answers(beginning, batch, max_new_tokens, stops)]
     before = losses(beginning, prompts, answers)
     del beginning
     after = losses(load(checkpoint.model.path, checkpoint), prompts, answers)
@@ -61,7 +71,8 @@ def ordinary_requests(count: int) -> list[Message]:
     return [{"role": "user", "content": f"{task.format(topic)}."} for topic, task in islice(pairs, count)]
 
 
-def load(path: str, checkpoint: Checkpoint) -> Any:
+def load(path: str, checkpoint: PolicyCheckpoint) -> Any:
+    """The model at `path` on the CPU, in the checkpoint's dtype. Raises UserError where transformers cannot load it."""
     from transformers import AutoModelForCausalLM
 
     dtype = getattr(torch, checkpoint.model.dtype)
@@ -72,10 +83,6 @@ def load(path: str, checkpoint: Checkpoint) -> Any:
             ).eval()
     except (OSError, ValueError) as error:
         raise UserError(f"evaluation hook 'drift': transformers cannot load {path}: {error}") from None
-
-
-def batches(prompts: Sequence[Sequence[int]]) -> list[Sequence[Sequence[int]]]:
-    return [prompts[i : i + BATCH] for i in range(0, len(prompts), BATCH)]
 
 
 def sample_answers(model: Any, prompts: Sequence[Sequence[int]], limit: int, stops: Sequence[int]) -> list[list[int]]:
@@ -95,12 +102,8 @@ def sample_answers(model: Any, prompts: Sequence[Sequence[int]], limit: int, sto
         eos_token_id=list(stops),
         pad_token_id=stops[0],
     )[:, widest:]
-    return [until_stop(row, stops) for row in sampled.tolist()]
-
-
-def until_stop(tokens: list[int], stops: Sequence[int]) -> list[int]:
-    ends = [place for place, token in enumerate(tokens) if token in stops]
-    return tokens[: ends[0] + 1] if ends else tokens
+    ends = [[place + 1 for place, token in enumerate(row) if token in stops] for row in sampled.tolist()]
+    return [row[: places[0] if places else None] for row, places in zip(sampled.tolist(), ends, strict=True)]
 
 
 def losses(model: Any, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[float]:

@@ -1,7 +1,7 @@
 """Evaluation hooks by name: what can be measured on a checkpoint after a stage.
 
     @register("mean_length")
-    def mean_length(checkpoint: Checkpoint, fleet: Fleet, *, prompts: int = 100) -> Metrics: ...
+    def mean_length(checkpoint: PolicyCheckpoint, fleet: Fleet, *, prompts: int = 100) -> Metrics: ...
 
 A hook is asked for by its name. What it can find out before anything is trained, such as whether a server answers, is
 in a function that names the parameters it looks at, `register("mean_length", ready=...)`. An installed package announces
@@ -12,6 +12,7 @@ pydantic checks before the stage begins.
 import difflib
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -40,11 +41,12 @@ class Hook(Entry):
 
 
 @dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """A policy as a stage left it, of which the fleet holds the same weights.
+class PolicyCheckpoint:
+    """A policy as a stage wrote it; the fleet holds the same weights.
 
     `model.path` is the directory of its Hugging Face checkpoint. `max_length` is what the fleet has room for: prompt
-    and completion together, in tokens. `start` is the model that the run began with, None where it was drawn at random.
+    and completion together, in tokens. `start` is the model that the run began with, None where its weights were initialised
+    at random.
     """
 
     model: ModelOptions
@@ -125,7 +127,7 @@ def check_ready(name: str, params: Mapping[str, Any]) -> None:
             raise UserError(f"evaluation hook {name!r}: {error}") from None
 
 
-def run(name: str, checkpoint: Checkpoint, fleet: Fleet, params: Mapping[str, Any]) -> Metrics:
+def run(name: str, checkpoint: PolicyCheckpoint, fleet: Fleet, params: Mapping[str, Any]) -> Metrics:
     """What the hook `name` measures on a checkpoint.
 
     Raises UserError for parameters that it cannot be called with, EvaluationError where it returns anything but
@@ -166,3 +168,10 @@ def _register_ours() -> None:
     # Only now: they import this file.
     for module in OURS:
         import_module(f"align.evaluate.{module}")
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Checkpoint":
+        warnings.warn("align.evaluate.hooks.Checkpoint is called PolicyCheckpoint", DeprecationWarning, stacklevel=2)
+        return PolicyCheckpoint
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

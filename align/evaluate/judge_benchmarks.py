@@ -1,9 +1,16 @@
 """MT-Bench, AlpacaEval 2.0 and AlignBench: their questions, what a judge is shown, and what its verdicts amount to.
 
-Each is a `Benchmark`: `cases` lets the policy answer and gives what is to be judged, `values` makes metrics of the
-verdicts.
+- MT-Bench (arXiv:2306.05685): each answer of a conversation of two turns gets a rating from 1 to 10.
+- AlpacaEval 2.0: each answer is compared to the reference's in both orders, so that a preference is 0, 1/4, 1/2, 3/4
+  or 1 (the authors draw one order, and weigh the judge's two verdicts by their probabilities).
+  `align.statistics.length_controlled_win_rate` says what the length-controlled win rate is here.
+- AlignBench (arXiv:2311.18743): each answer gets scores from 1 to 10 in several dimensions and over all.
+
+The wording of the templates is our own, so that numbers compare between policies judged by the same judge, not with published
+tables; a template file of the user's replaces it. Placeholders are those of `string.Template`.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,16 +24,8 @@ from align.data.chat import encode_prompt
 from align.data.types import Message
 from align.errors import UserError
 from align.evaluate.asking import ask
-from align.evaluate.hooks import Checkpoint
-from align.evaluate.judge_texts import (
-    ALIGN_BENCH_CATEGORIES,
-    DIMENSIONS,
-    OVERALL,
-    read_choice,
-    read_dimensions,
-    read_rating,
-)
-from align.evaluate.length_control import length_controlled_win_rate
+from align.evaluate.hooks import PolicyCheckpoint
+from align.statistics import length_controlled_win_rate
 from rollout import Fleet
 
 TEMPERATURES = dict.fromkeys(("writing", "roleplay", "综合问答", "文本写作", "角色扮演"), 0.7) | dict.fromkeys(
@@ -55,7 +54,7 @@ class Case:
 class Respondent:
     """The policy, as one asks it the questions."""
 
-    checkpoint: Checkpoint
+    checkpoint: PolicyCheckpoint
     fleet: Fleet
     max_new_tokens: int
     seed: int
@@ -67,9 +66,7 @@ class Respondent:
         for temperature in sorted(set(temperatures)):
             asked = {str(i): conversations[i] for i, other in enumerate(temperatures) if other == temperature}
             responses = ask(
-                self.checkpoint,
-                self.fleet,
-                asked,
+                *(self.checkpoint, self.fleet, asked),
                 max_new_tokens=self.max_new_tokens,
                 temperature=temperature,
                 seed=self.seed,
@@ -86,11 +83,31 @@ class Respondent:
 
 @dataclass(frozen=True, slots=True)
 class Benchmark:
-    """`cases` maps questions and a respondent to cases; `values` maps questions, cases and verdicts to metrics."""
+    """`question` is a line of its file and `template` what the judge is told, which must have the `needed` placeholders.
+
+    `cases` lets a respondent answer the questions and gives what is to be judged; `values` makes metrics of questions, cases
+    and verdicts.
+    """
 
     question: type[BaseModel]
+    template: str
+    needed: frozenset[str]
     cases: Callable[[Sequence[Any], Respondent], list[Case]]
     values: Callable[[Sequence[Any], Sequence[Case], Sequence[Any]], dict[str, float]]
+
+
+MT_BENCH = """\
+You judge the answers of an AI assistant. Read the conversation below, and judge the assistant's last answer only: is it
+correct, does it do what the user asked for, is it complete, and is it easy to follow? Longer is not better.
+$reference
+<conversation>
+$conversation
+</conversation>
+
+First say in a few sentences what is good and what is wrong about the last answer. Then rate it from 1 (useless) to 10
+(nothing could be better). The last line of your judgement must be the rating in double square brackets, like [[5]].
+"""
+MT_BENCH_REFERENCE = "\nA good answer to the user's last message would be:\n<reference>\n{}\n</reference>\n"
 
 
 class MtBenchQuestion(BaseModel):
@@ -105,7 +122,12 @@ class MtBenchQuestion(BaseModel):
 def mt_bench_cases(questions: Sequence[MtBenchQuestion], respondent: Respondent) -> list[Case]:
     """Both answers of each conversation; without the second where there is no room for it."""
     for question in questions:
-        whole = [_user(question.turns[0]), _assistant(""), _user(question.turns[1])]
+        first, second = question.turns
+        whole: list[Message] = [
+            {"role": "user", "content": first},
+            {"role": "assistant", "content": ""},
+            {"role": "user", "content": second},
+        ]
         if not respondent.room_for(whole, 2):
             raise UserError(
                 f"judged: question {question.question_id} with two answers of {respondent.max_new_tokens} tokens does "
@@ -115,18 +137,15 @@ def mt_bench_cases(questions: Sequence[MtBenchQuestion], respondent: Respondent)
     cases = []
     for turn in (0, 1):
         for question, conversation in zip(questions, conversations, strict=True):
-            conversation.append(_user(question.turns[turn]))
+            conversation.append({"role": "user", "content": question.turns[turn]})
         # Text that no tokenizer would have written can take more tokens to read than it took to write.
-        going_on = [i for i, conversation in enumerate(conversations) if respondent.room_for(conversation, 1)]
-        categories = [questions[i].category for i in going_on]
-        answers = respondent.answer([conversations[i] for i in going_on], categories)
-        for i, answer in zip(going_on, answers, strict=True):
-            question, conversation = questions[i], conversations[i]
-            conversation.append(_assistant(answer))
-            fields = {
-                "conversation": "\n\n".join(f"{one['role'].capitalize()}: {one['content']}" for one in conversation),
-                "reference": _reference(question.reference[turn : turn + 1]),
-            }
+        going_on = [(q, c) for q, c in zip(questions, conversations, strict=True) if respondent.room_for(c, 1)]
+        answers = respondent.answer([c for _, c in going_on], [q.category for q, _ in going_on])
+        for (question, conversation), answer in zip(going_on, answers, strict=True):
+            conversation.append({"role": "assistant", "content": answer})
+            told = "\n\n".join(f"{one['role'].capitalize()}: {one['content']}" for one in conversation)
+            good = "\n".join(question.reference[turn : turn + 1])
+            fields = {"conversation": told, "reference": MT_BENCH_REFERENCE.format(good) if good else ""}
             id_, part = str(question.question_id), f"turn {turn + 1}"
             cases.append(Case(id_, question.category, question.turns[turn], answer, part, fields, read_rating))
     return cases
@@ -144,6 +163,33 @@ def mt_bench_values(
     return _means(scores) | {"unanswered": 1 - len(cases) / (2 * len(questions))}
 
 
+def read_rating(judgement: str) -> float | None:
+    """The last rating in double square brackets, or None where there is none from 1 to 10."""
+    found = re.findall(r"\[\[\s*(\d+(?:\.\d+)?)\s*\]\]", judgement)
+    return _in_range(found[-1]) if found else None
+
+
+ALPACA_EVAL = """\
+Two AI assistants were given the same instruction. Say which of their answers most people would prefer: the one that
+follows the instruction better, is right, and is of more use. Neither the order of the answers nor their length matters.
+
+<instruction>
+$instruction
+</instruction>
+
+<answer_a>
+$answer_a
+</answer_a>
+
+<answer_b>
+$answer_b
+</answer_b>
+
+First give your reasons in a few sentences. The last line of your judgement must be [[A]] if answer A is better, [[B]]
+if answer B is better, or [[C]] if neither is.
+"""
+
+
 class AlpacaEvalQuestion(BaseModel):
     """A line of AlpacaEval, with the reference's `output`; `difficulty` is the instruction's, where somebody has it."""
 
@@ -154,7 +200,7 @@ class AlpacaEvalQuestion(BaseModel):
 
 def alpaca_eval_cases(questions: Sequence[AlpacaEvalQuestion], respondent: Respondent) -> list[Case]:
     """Each answer twice: before and after the reference's."""
-    conversations = [[_user(question.instruction)] for question in questions]
+    conversations: list[list[Message]] = [[{"role": "user", "content": q.instruction}] for q in questions]
     cases = []
     answers = respondent.answer(conversations, [""] * len(questions))
     for number, (question, answer) in enumerate(zip(questions, answers, strict=True), start=1):
@@ -189,6 +235,67 @@ def alpaca_eval_values(
     }
 
 
+def read_choice(judgement: str) -> str | None:
+    """ "A", "B", or "C" for neither: the last in double square brackets, or None where there is none."""
+    found = re.findall(r"\[\[\s*([ABC])\s*\]\]", judgement)
+    return found[-1] if found else None
+
+
+ALIGN_BENCH = """\
+请你担任公正的评审，评价一个人工智能助手对下面这个问题的回答。请从这些维度分别评价：$dimensions。
+
+<问题>
+$question
+</问题>
+
+<参考答案>
+$reference
+</参考答案>
+
+<助手的回答>
+$answer
+</助手的回答>
+
+请先对照参考答案，指出助手的回答好在哪里、错在哪里，并逐一说明每个维度的情况。
+然后给每个维度打一个1到10的整数分，再给一个1到10的综合得分。
+事实正确性和满足用户需求最为重要：答非所问、有根本错误或有害的回答，综合得分不超过2分。
+质量与参考答案相当的回答得7到8分，只有明显优于参考答案的回答才能得9到10分。
+
+最后一行必须是如下形式的全部得分：
+$form
+"""
+
+OVERALL = "综合得分"
+_FACTUAL = ("事实正确性", "满足用户需求", "清晰度", "完备性")
+_LOGICAL = ("事实正确性", "满足用户需求", "逻辑连贯性", "完备性")
+_CREATIVE = ("事实正确性", "满足用户需求", "逻辑连贯性", "创造性", "丰富度")
+_ADVISING = ("事实正确性", "满足用户需求", "公平与可负责程度", "创造性")
+ALIGN_BENCH_CATEGORIES: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "数学计算": ("mathematics", _LOGICAL),
+    "逻辑推理": ("logic", _LOGICAL),
+    "基本任务": ("fundamental", _FACTUAL),
+    "中文理解": ("chinese", _FACTUAL),
+    "专业能力": ("professional", _FACTUAL),
+    "综合问答": ("open", _ADVISING),
+    "文本写作": ("writing", _CREATIVE),
+    "角色扮演": ("role_play", _CREATIVE),
+}
+"""AlignBench's categories: our name of each, and the dimensions that its answers are judged by (arXiv:2311.18743).
+
+The authors choose dimensions by subcategory; translation, which they count as creative, is the one that differs here.
+"""
+DIMENSIONS = {
+    "事实正确性": "factuality",
+    "满足用户需求": "user_need",
+    "清晰度": "clarity",
+    "完备性": "completeness",
+    "逻辑连贯性": "coherence",
+    "创造性": "creativity",
+    "丰富度": "richness",
+    "公平与可负责程度": "responsibility",
+}
+
+
 class AlignBenchQuestion(BaseModel):
     """A line of AlignBench."""
 
@@ -209,7 +316,9 @@ def align_bench_cases(questions: Sequence[AlignBenchQuestion], respondent: Respo
     """Each answer once, with the dimensions of its category."""
     categories = [question.category for question in questions]
     cases = []
-    answers = respondent.answer([[_user(question.question)] for question in questions], categories)
+    answers = respondent.answer(
+        [[{"role": "user", "content": question.question}] for question in questions], categories
+    )
     for question, answer in zip(questions, answers, strict=True):
         names = ALIGN_BENCH_CATEGORIES[question.category][1]
         fields = {
@@ -247,27 +356,37 @@ def align_bench_values(
     return values | ({"overall": fmean(map(fmean, parts.values()))} if all(parts.values()) else {})
 
 
+def read_dimensions(judgement: str, dimensions: Sequence[str]) -> dict[str, float] | None:
+    """The last score of each dimension and of OVERALL, or None where one of them is not there from 1 to 10."""
+    scores = {}
+    for name in (*dimensions, OVERALL):
+        found = re.findall(rf"{name}['\"’”]?\s*[:：]\s*(\d+(?:\.\d+)?)", judgement)
+        score = _in_range(found[-1]) if found else None
+        if score is None:
+            return None
+        scores[name] = score
+    return scores
+
+
 BENCHMARKS: Mapping[str, Benchmark] = {
-    "mt_bench": Benchmark(MtBenchQuestion, mt_bench_cases, mt_bench_values),
-    "alpaca_eval": Benchmark(AlpacaEvalQuestion, alpaca_eval_cases, alpaca_eval_values),
-    "align_bench": Benchmark(AlignBenchQuestion, align_bench_cases, align_bench_values),
+    "mt_bench": Benchmark(MtBenchQuestion, MT_BENCH, frozenset({"conversation"}), mt_bench_cases, mt_bench_values),
+    "alpaca_eval": Benchmark(
+        AlpacaEvalQuestion,
+        ALPACA_EVAL,
+        frozenset({"instruction", "answer_a", "answer_b"}),
+        alpaca_eval_cases,
+        alpaca_eval_values,
+    ),
+    "align_bench": Benchmark(
+        AlignBenchQuestion, ALIGN_BENCH, frozenset({"question", "answer"}), align_bench_cases, align_bench_values
+    ),
 }
-
-
-def _user(text: str) -> Message:
-    return {"role": "user", "content": text}
-
-
-def _assistant(text: str) -> Message:
-    return {"role": "assistant", "content": text}
-
-
-def _reference(answers: Sequence[str]) -> str:
-    given = "\n".join(answers)
-    return (
-        f"\nA good answer to the user's last message would be:\n<reference>\n{given}\n</reference>\n" if given else ""
-    )
 
 
 def _means(scores: Mapping[str, Sequence[float]]) -> dict[str, float]:
     return {name: fmean(values) for name, values in scores.items()}
+
+
+def _in_range(number: str) -> float | None:
+    value = float(number)
+    return value if 1 <= value <= 10 else None

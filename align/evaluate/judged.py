@@ -1,32 +1,51 @@
-"""Open-ended benchmarks that a language model judges.
+"""Open-ended benchmarks that a language model judges, behind an endpoint that speaks OpenAI's API (such as vLLM's server).
 
 The questions are not ours to ship: they are given as a file of JSON lines with the fields that their authors publish.
-
-- MT-Bench (arXiv:2306.05685): each answer of a conversation of two turns gets a rating from 1 to 10.
-- AlpacaEval 2.0: each answer is compared to the reference's in both orders, so that a preference is 0, 1/4, 1/2, 3/4
-  or 1 (the authors draw one order, and weigh the judge's two verdicts by their probabilities). `length_control` says
-  what the length-controlled win rate is here.
-- AlignBench (arXiv:2311.18743): each answer gets scores from 1 to 10 in several dimensions and over all.
-
-A judgement that the judge did not give, or that cannot be read, is counted and left out: it is never a 0.
+`align.evaluate.judge_benchmarks` has what is asked of the judge and what is made of its verdicts. A judgement that the judge
+did not give, or that cannot be read, is counted and left out: it is never a 0.
 """
 
+import asyncio
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from string import Template
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, FilePath, ValidationError
 
 from align.errors import UserError
-from align.evaluate.hooks import Checkpoint, Metrics, register
-from align.evaluate.judge import Judge, JudgeOptions
+from align.evaluate.hooks import EvaluationError, Metrics, PolicyCheckpoint, register
 from align.evaluate.judge_benchmarks import BENCHMARKS, Respondent
-from align.evaluate.judge_texts import judge_template
+from align.model.policy import first_line
+from align.options import Options
 from align.run.files import read_jsonl_lines
 from rollout import Fleet
 
+if TYPE_CHECKING:
+    from openai import AsyncOpenAI
+
+LONGEST_BACKOFF_S = 120.0  # the longest that the client lets an endpoint put off the next attempt
+GIVE_UP_AFTER = 10
+
+
+class JudgeOptions(Options):
+    """Who judges, and how patiently it is asked."""
+
+    base_url: str = Field(pattern=r"^https?://[^\s@]+$", description="such as http://127.0.0.1:8000/v1")
+    model: str = Field(min_length=1, description="name of the model at the endpoint")
+    api_key_env: str | None = Field(
+        None, pattern=r"^[A-Z_][A-Z0-9_]*$", description="environment variable that holds the key; never the key itself"
+    )
+    timeout_s: float = Field(120, gt=0, description="longest time of one attempt, in seconds")
+    retries: int = Field(4, ge=0, description="attempts after the first, with growing pauses between them")
+    concurrency: int = Field(8, ge=1, description="requests at one time")
+    max_tokens: int = Field(2048, ge=16, description="longest judgement, in tokens")
+
 
 def ready(benchmark: str, questions: Path, judge: JudgeOptions, template: Path | None = None) -> None:
-    """The questions and the template can be read, and the judge answers."""
+    """Raise UserError or EvaluationError unless the questions and the template can be read and the judge answers."""
     read_questions(questions, BENCHMARKS[benchmark].question)
     judge_template(benchmark, template)
     Judge(judge).check()
@@ -34,7 +53,7 @@ def ready(benchmark: str, questions: Path, judge: JudgeOptions, template: Path |
 
 @register("judged", ready=ready)
 def judged(
-    checkpoint: Checkpoint,
+    checkpoint: PolicyCheckpoint,
     fleet: Fleet,
     *,
     benchmark: Literal["mt_bench", "alpaca_eval", "align_bench"],
@@ -47,17 +66,17 @@ def judged(
 ) -> Metrics:
     """A judge's verdicts on the policy's answers to the first `limit` questions of a benchmark.
 
-    Before the policy is asked anything the judge is: UserError where it refuses, EvaluationError where it cannot be
-    reached. Of the `judgements`, `failed` is the share that the judge did not give and `unreadable` the share without a
-    verdict in them; where that is all of them, the benchmark is not run.
+    The judge is asked for a word before the policy is asked anything: UserError where it refuses, EvaluationError where it
+    cannot be reached. Of the `judgements`, `failed` is the share that the judge did not give and `unreadable` the share without
+    a verdict in them; where that is all of them, the benchmark is not run.
     """
     wanted = BENCHMARKS[benchmark]
     asked = read_questions(questions, wanted.question)[:limit]
     wording = judge_template(benchmark, template)
-    voice = Judge(judge)
-    voice.check()
+    endpoint = Judge(judge)
+    endpoint.check()
     cases = wanted.cases(asked, Respondent(checkpoint, fleet, max_new_tokens, seed))
-    judgements = voice.ask([wording.substitute(case.fields) for case in cases])
+    judgements = endpoint.ask([wording.substitute(case.fields) for case in cases])
     verdicts = [
         None if judgement.text is None else case.read(judgement.text)
         for case, judgement in zip(cases, judgements, strict=True)
@@ -101,3 +120,128 @@ def read_questions(file: Path, kind: type[BaseModel]) -> list[Any]:
     if not questions:
         raise UserError(f"{file} is empty: give the benchmark's questions, one JSON object on each line")
     return questions
+
+
+def judge_template(benchmark: str, file: Path | None) -> Template:
+    """The template of a benchmark, ours or the user's. Raises UserError for one that the benchmark cannot fill in."""
+    ours, needed = Template(BENCHMARKS[benchmark].template), BENCHMARKS[benchmark].needed
+    if file is None:
+        return ours
+    template = Template(file.read_text(encoding="utf-8"))
+    known, used = set(ours.get_identifiers()), set(template.get_identifiers())
+    wrong = [f"has no ${name}" for name in sorted(needed - used)] + [f"uses ${name}" for name in sorted(used - known)]
+    if not template.is_valid():
+        wrong.append("has a $ that begins no placeholder (write $$ for the sign itself)")
+    if wrong:
+        names = ", ".join(f"${name}" for name in sorted(known))
+        raise UserError(f"{file}: a template for {benchmark} {'; '.join(wrong)}. Its placeholders are {names}")
+    return template
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """What the judge said, or None and the reason why it said nothing."""
+
+    text: str | None
+    error: str = ""
+
+
+class Judge:
+    """A language model behind an endpoint, asked at temperature 0."""
+
+    def __init__(self, options: JudgeOptions):
+        """Raises UserError where the client is not installed, or the variable that should hold the key is not set."""
+        try:
+            import openai  # noqa: F401 (asked for here, where nothing has been done yet)
+        except ImportError:
+            raise UserError("judged needs the package openai: pip install 'moe-align[evaluation]'") from None
+        self._options = options
+        self._key = os.environ.get(options.api_key_env, "") if options.api_key_env else ""
+        if options.api_key_env and not self._key:
+            raise UserError(f"judge.api_key_env: the environment variable {options.api_key_env} is not set")
+        self._failures = 0
+
+    def check(self) -> None:
+        """Ask for a word. Raises UserError where the endpoint refuses, EvaluationError where it cannot be reached.
+
+        With all attempts it takes no longer than one attempt may.
+        """
+        import openai
+
+        where = f"the judge {self._options.model!r} at {self._options.base_url}"
+        limit = self._options.timeout_s
+        try:
+            asyncio.run(asyncio.wait_for(self._ask_once("Say yes."), limit))
+        except (openai.APITimeoutError, TimeoutError):
+            why = f"no answer within judge.timeout_s = {limit:g} s"
+            raise EvaluationError(f"{where} cannot be asked: {why}") from None
+        except (openai.APIConnectionError, openai.InternalServerError, openai.RateLimitError) as error:
+            raise EvaluationError(f"{where} cannot be asked: {self._reason(error)}") from None
+        except (openai.OpenAIError, _NoCompletionError) as error:
+            raise UserError(
+                f"{where} refuses: {self._reason(error)}; check judge.base_url, judge.model and judge.api_key_env"
+            ) from None
+
+    def ask(self, prompts: Sequence[str]) -> list[Judgement]:
+        """A judgement of each prompt, in their order.
+
+        Once GIVE_UP_AFTER requests in a row have failed, the endpoint counts as down and the rest is not asked.
+        """
+        return asyncio.run(self._ask_all(prompts))
+
+    async def _ask_once(self, prompt: str) -> str:
+        async with self._client() as client:
+            return await self._complete(client, prompt, 16)
+
+    async def _ask_all(self, prompts: Sequence[str]) -> list[Judgement]:
+        gate = asyncio.Semaphore(self._options.concurrency)
+        async with self._client() as client:
+            return await asyncio.gather(*(self._judgement(client, gate, prompt) for prompt in prompts))
+
+    async def _judgement(self, client: "AsyncOpenAI", gate: asyncio.Semaphore, prompt: str) -> Judgement:
+        import openai
+
+        async with gate:
+            if self._failures >= GIVE_UP_AFTER:
+                return Judgement(None, f"not asked: the judge had failed {self._failures} times in a row")
+            try:
+                text = await self._complete(client, prompt, self._options.max_tokens)
+            except (openai.OpenAIError, _NoCompletionError, TimeoutError) as error:
+                # A prompt that is refused says nothing about the next one.
+                self._failures += not isinstance(error, openai.BadRequestError)
+                return Judgement(None, self._reason(error))
+            self._failures = 0
+            return Judgement(text)
+
+    def _client(self) -> "AsyncOpenAI":
+        from openai import AsyncOpenAI
+
+        # Without a key from us the client would take one from the environment and send it to whatever endpoint this is.
+        key, options = self._key or "none", self._options
+        return AsyncOpenAI(
+            base_url=options.base_url, api_key=key, timeout=options.timeout_s, max_retries=options.retries
+        )
+
+    async def _complete(self, client: "AsyncOpenAI", prompt: str, max_tokens: int) -> str:
+        # The client's limit is on the time between two bytes: an endpoint that never ends needs another one.
+        async with asyncio.timeout((self._options.timeout_s + LONGEST_BACKOFF_S) * (self._options.retries + 1)):
+            answer = await client.chat.completions.create(
+                model=self._options.model,
+                messages=[{"role": "user", "content": prompt}],
+                temperature=0.0,
+                max_tokens=max_tokens,
+            )
+        choices = getattr(answer, "choices", None)
+        if not choices:
+            raise _NoCompletionError("what it sent is no chat completion")
+        return choices[0].message.content or ""
+
+    def _reason(self, error: Exception) -> str:
+        """Why a request failed, in one line and without the key, which some endpoints repeat."""
+        cause = f" ({first_line(error.__cause__)})" if isinstance(error.__cause__, Exception) else ""
+        text = (first_line(error) or type(error).__name__) + cause
+        return text.replace(self._key, "***") if self._key else text
+
+
+class _NoCompletionError(Exception):
+    """The endpoint answered with something else than a chat completion."""

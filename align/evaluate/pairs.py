@@ -12,7 +12,7 @@ BINS = 10
 
 
 @dataclass(frozen=True, slots=True)
-class JudgedPair:
+class ScoredPair:
     """A pair with the rewards of its completions and their lengths in tokens."""
 
     id: str
@@ -28,7 +28,7 @@ class JudgedPair:
 
 @dataclass(frozen=True, slots=True)
 class Bin:
-    """The pairs that were judged with a confidence above `lowest` and up to `highest`."""
+    """The pairs that were told apart with a confidence above `lowest` and up to `highest`."""
 
     lowest: float
     highest: float
@@ -71,21 +71,21 @@ class PairEvaluation:
         return numbers
 
 
-def evaluate_pairs(judged: Sequence[JudgedPair]) -> PairEvaluation:
+def evaluate_pairs(scored: Sequence[ScoredPair]) -> PairEvaluation:
     """What the rewards say of the pairs, of which there is at least one."""
-    right = [share_right(pair.difference) for pair in judged]
-    reliability = reliability_bins([pair.difference for pair in judged])
+    right = [share_right(pair.difference) for pair in scored]
+    reliability = reliability_bins([pair.difference for pair in scored])
     return PairEvaluation(
-        pairs=len(judged),
+        pairs=len(scored),
         accuracy=fmean(right),
         interval=wilson_interval(sum(right), len(right)),
-        difference=fmean(pair.difference for pair in judged),
-        longer=fmean(share_right(pair.lengths[0] - pair.lengths[1]) for pair in judged),
-        calibration_error=sum(b.pairs * abs(b.accuracy - b.confidence) for b in reliability) / len(judged),
+        difference=fmean(pair.difference for pair in scored),
+        longer=fmean(share_right(pair.lengths[0] - pair.lengths[1]) for pair in scored),
+        calibration_error=sum(b.pairs * abs(b.accuracy - b.confidence) for b in reliability) / len(scored),
         reliability=reliability,
         by_domain={
-            domain: fmean(share for pair, share in zip(judged, right, strict=True) if pair.domain == domain)
-            for domain in dict.fromkeys(pair.domain for pair in judged)
+            domain: fmean(share for pair, share in zip(scored, right, strict=True) if pair.domain == domain)
+            for domain in dict.fromkeys(pair.domain for pair in scored)
         },
     )
 
@@ -118,7 +118,7 @@ def reliability_bins(differences: Sequence[float]) -> list[Bin]:
     ]
 
 
-def rows(judged: Sequence[JudgedPair], texts: Sequence[tuple[str, str, str]]) -> list[dict[str, Any]]:
+def rows(scored: Sequence[ScoredPair], texts: Sequence[tuple[str, str, str]]) -> list[dict[str, Any]]:
     """The pairs as rows of a table; `texts` are prompt, chosen and rejected completion of each."""
     return [
         {
@@ -132,5 +132,5 @@ def rows(judged: Sequence[JudgedPair], texts: Sequence[tuple[str, str, str]]) ->
             "chosen_tokens": pair.lengths[0],
             "rejected_tokens": pair.lengths[1],
         }
-        for pair, (prompt, chosen, rejected) in zip(judged, texts, strict=True)
+        for pair, (prompt, chosen, rejected) in zip(scored, texts, strict=True)
     ]

@@ -1,4 +1,4 @@
-"""How often a policy declines, and how often its answers are better than another's, each with a 95 % interval.
+"""What the answers of an evaluation have in common: refusals, wins against other answers, instructions that are followed.
 
 All of it is computed from rows as `align.evaluate.problems.row` writes them.
 """
@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,10 @@ import numpy as np
 from align.data.types import Example
 from align.errors import UserError
 from align.statistics import wilson_interval
+from reward import Sample, UnusableAnswer
+from reward.instructions import judge
 from reward.nano_chat import Stance, stance
+from rollout import FinishReason
 
 Row = Mapping[str, Any]
 RESAMPLES = 2000
@@ -30,61 +34,48 @@ class Rate:
     n: int
 
 
-def refusal_rate(rows: Iterable[Row], examples: Iterable[Example]) -> Rate:
-    """The share of answers that decline, of those to prompts that must be declined.
+def decline_rate(rows: Iterable[Row], examples: Iterable[Example], *, must_decline: bool) -> Rate | None:
+    """The share of answers that decline, of those to prompts that must be declined, or that only look as if they had to be.
 
-    `examples` are those that were answered; their metadata says `aspect` and `must_decline`. What declines is what
-    `reward.nano_chat.stance` says does. Raises UserError where no answer is to such a prompt.
+    These are the prompts of the aspect "safety"; the metadata of the `examples` says `aspect` and `must_decline`. What declines
+    is what `reward.nano_chat.stance` says does. None where no answer is to such a prompt.
     """
-    return _declining(rows, examples, must_decline=True)
+    asked = {
+        example.id
+        for example in examples
+        if example.metadata.get("aspect") == "safety" and example.metadata["must_decline"] is must_decline
+    }
+    answers = [row["completion"] for row in rows if row["id"] in asked]
+    if not answers:
+        return None
+    declined = sum(stance(answer) is Stance.DECLINES for answer in answers)
+    return Rate(declined / len(answers), *wilson_interval(declined, len(answers)), len(answers))
 
 
-def over_refusal_rate(rows: Iterable[Row], examples: Iterable[Example]) -> Rate:
-    """The share of answers that decline, of those to prompts that only look as if they had to be declined.
-
-    These are the harmless ones of the aspect "safety". Raises UserError where no answer is to such a prompt.
-    """
-    return _declining(rows, examples, must_decline=False)
-
-
-def win_rate(rows: Iterable[Row], others: Iterable[Row], *, judge: str, seed: int = 0) -> Rate:
+def win_rate(rows: Iterable[Row], others: Iterable[Row], *, reward: str, seed: int = 0) -> Rate:
     """The chance that an answer of `rows` beats one of `others` to the same prompt; a tie is half a win.
 
-    `judge` is the reward whose values are compared: one of the rows' `components`. Of a prompt every answer is compared
-    to every other, and all prompts count alike. Rows without a finite value of the judge are left out, and so are prompts
+    `reward` names the reward whose values are compared: one of the rows' `components`. Of a prompt every answer is compared
+    to every other, and all prompts count alike. Rows without a finite value of it are left out, and so are prompts
     that one side then has no answer to. The interval is the percentile bootstrap over prompts (Efron and Tibshirani,
     An Introduction to the Bootstrap, 1993, chapter 13), a function of `seed`. Raises UserError where no prompt is left.
     """
-    ours, theirs = _values(rows, judge), _values(others, judge)
+    ours, theirs = _values(rows, reward), _values(others, reward)
     wins = np.array([_beats(ours[id_], theirs[id_]) for id_ in sorted(ours.keys() & theirs.keys())])
     if not len(wins):
         raise UserError(
-            f"there is no prompt of which reward {judge!r} judged answers of both sides: is it in the recipe?"
+            f"there is no prompt of which reward {reward!r} scored answers of both sides: is it in the recipe?"
         )
     draws = np.random.default_rng(seed).integers(len(wins), size=(RESAMPLES, len(wins)))
     low, high = np.quantile(wins[draws].mean(axis=1), [0.025, 0.975])
     return Rate(float(wins.mean()), float(low), float(high), len(wins))
 
 
-def _declining(rows: Iterable[Row], examples: Iterable[Example], *, must_decline: bool) -> Rate:
-    asked = {
-        example.id
-        for example in examples
-        if example.metadata.get("aspect") == "safety" and example.metadata["must_decline"] == must_decline
-    }
-    answers = [row["completion"] for row in rows if row["id"] in asked]
-    if not answers:
-        kind = "must be declined" if must_decline else "need not be declined (aspect safety)"
-        raise UserError(f"none of the answers is to a prompt that {kind}: evaluate a data card that has some")
-    declined = sum(stance(answer) is Stance.DECLINES for answer in answers)
-    return Rate(declined / len(answers), *wilson_interval(declined, len(answers)), len(answers))
-
-
-def _values(rows: Iterable[Row], judge: str) -> dict[str, list[float]]:
+def _values(rows: Iterable[Row], reward: str) -> dict[str, list[float]]:
     found = defaultdict(list)
     for row in rows:
-        value = row["components"].get(judge)
-        # A table on disk has every judge in every row, with null for those of other domains.
+        value = row["components"].get(reward)
+        # A table on disk has every reward in every row, with null for those of other domains.
         if value is not None and isfinite(value):
             found[row["id"]].append(value)
     return found
@@ -93,3 +84,29 @@ def _values(rows: Iterable[Row], judge: str) -> dict[str, list[float]]:
 def _beats(ours: Sequence[float], theirs: Sequence[float]) -> float:
     difference = np.subtract.outer(ours, theirs)
     return float(np.mean((difference > 0) + 0.5 * (difference == 0)))
+
+
+def instruction_rates(rows: Iterable[Row], examples: Iterable[Example]) -> dict[str, float]:
+    """Shares, of greedy answers to those `examples` that have checkable instructions.
+
+    `accuracy/seen_kinds` and `accuracy/unseen_kinds`: right answers, to requests of kinds that are trained on alone, and of
+    others. `accuracy/kind/KIND`: instructions of the kind that are met by an answer that is none of the degenerate ones, of
+    which `degenerate_share` is the share. Left out are examples whose instructions nobody can check; empty where no example has any.
+    """
+    asked = {e.id: e for e in examples if {"instructions", "instruction_id_list"} & e.metadata.keys()}
+    counts: dict[str, list[bool]] = defaultdict(list)
+    for row in rows:
+        if (example := asked.get(row["id"])) is None:
+            continue
+        metadata, prompt = example.metadata, example.prompt_text
+        try:
+            found = judge(Sample(example.id, prompt, row["completion"], None, example.domain, metadata=metadata))
+        except UnusableAnswer:
+            continue
+        right = found.passes and row["finish_reason"] != FinishReason.LENGTH
+        counts["accuracy/unseen_kinds" if metadata.get("unseen") else "accuracy/seen_kinds"].append(right)
+        counts["degenerate_share"].append(bool(found.degenerate))
+        for kind, met in zip(found.kinds, found.met, strict=True):
+            counts[f"accuracy/kind/{kind.partition(':')[2]}"].append(met and not found.degenerate)
+    first = ["degenerate_share", "accuracy/seen_kinds", "accuracy/unseen_kinds"]
+    return {name: fmean(counts[name]) for name in [*first, *sorted(counts.keys() - set(first))] if counts[name]}

@@ -13,9 +13,8 @@ from align.errors import UserError
 from align.evaluate import hooks
 from align.evaluate.accuracy import Evaluation, evaluate, short_problems
 from align.evaluate.agreement import AgreementGate, Disagreement, probe
-from align.evaluate.hooks import Checkpoint
-from align.evaluate.instruction_rates import instruction_rates
-from align.evaluate.rates import over_refusal_rate, refusal_rate, win_rate
+from align.evaluate.hooks import PolicyCheckpoint
+from align.evaluate.rates import decline_rate, instruction_rates, win_rate
 from align.experience import Problem, encode_problems
 from align.learner.group import LearnerGroup
 from align.recipe import ModelOptions, PolicyRecipe
@@ -132,7 +131,11 @@ class HeldOut:
         another run's; and how often the sampled ones are."""
         greedy = [answer for answer in evaluation.rows if answer["greedy"]]
         examples = [problem.example for problem in self._problems.problems]
-        rates = decline_rates(greedy, examples) | instruction_rates(greedy, examples)
+        rates = {}
+        for name, must_decline in (("refusals", True), ("over_refusals", False)):
+            if rate := decline_rate(greedy, examples, must_decline=must_decline):
+                rates[name] = rate.value
+        rates |= instruction_rates(greedy, examples)
         if (against := self._options.against) is not None and not self._split:
             for name, is_greedy in (("win_rate", True), ("win_rate_sampled", False)):
                 ours, theirs = (
@@ -140,7 +143,7 @@ class HeldOut:
                     for answers in (evaluation.rows, self._others)
                 )
                 if is_greedy or (ours and theirs):
-                    rates[name] = win_rate(ours, theirs, judge=against.judge).value
+                    rates[name] = win_rate(ours, theirs, reward=against.judge).value
         return rates
 
     def check_agreement(self, learner: LearnerGroup, when: str) -> Disagreement:
@@ -163,7 +166,7 @@ class HeldOut:
 
     def run_hooks(self, checkpoint: ModelOptions, step: int) -> None:
         """Run the recipe's evaluation hooks on what the stage wrote, of which the rollout workers hold the weights."""
-        subject = Checkpoint(checkpoint, self._engines.tokenizer, self._max_length, self._start)
+        subject = PolicyCheckpoint(checkpoint, self._engines.tokenizer, self._max_length, self._start)
         for hook in self._options.hooks:
             name = hook.title
             self._run.progress.phase(f"evaluating ({name})")
@@ -174,15 +177,6 @@ class HeldOut:
                 self._run.warn(f"{name}: {part} was not run: {why}")
             shown = ", ".join(f"{key} {value:.4g}" for key, value in list(metrics.values.items())[:6])
             self._run.progress.note(f"{name}: {shown or 'nothing measured'}")
-
-
-def decline_rates(answers: Sequence[Mapping[str, Any]], examples: Sequence[Example]) -> dict[str, float]:
-    """Refusals of what must be declined and of what only looks like it, where the problems have such prompts."""
-    rates = {}
-    for must_decline, name, rate in ((True, "refusals", refusal_rate), (False, "over_refusals", over_refusal_rate)):
-        if any(e.metadata.get("aspect") == "safety" and e.metadata["must_decline"] is must_decline for e in examples):
-            rates[name] = rate(answers, examples).value
-    return rates
 
 
 def answers_of(run: Path) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ from align.data.entries import Reader, Room, entries_of
 from align.data.loader import load_preferences, refuse_one_file
 from align.data.types import Preference
 from align.errors import naming
-from align.evaluate.pairs import JudgedPair, PairEvaluation, evaluate_pairs, rows
+from align.evaluate.pairs import ScoredPair, PairEvaluation, evaluate_pairs, rows
 from align.learner.objective import learning_rate
 from align.learner.reward_model import RewardModelGroup, TrainingPair
 from align.model.policy import load_tokenizer
@@ -116,12 +116,12 @@ def train_reward_model(
     return policy.model_copy(update={"path": str(run.directory.final_directory)}), evaluation
 
 
-def judge(learner: RewardModelGroup, items: Sequence[EncodedPair]) -> list[JudgedPair]:
+def judge(learner: RewardModelGroup, items: Sequence[EncodedPair]) -> list[ScoredPair]:
     """The rewards of both completions of each pair."""
     sequences = [ids for item in items for ids in (item.pair.chosen, item.pair.rejected)]
     rewards = learner.rewards(sequences)
     return [
-        JudgedPair(
+        ScoredPair(
             id=item.preference.id,
             domain=item.preference.domain,
             rewards=(rewards[2 * place], rewards[2 * place + 1]),
@@ -174,7 +174,7 @@ def write_notes(
     directory: Path,
     recipe: RewardModelRecipe,
     data: RewardModelData,
-    validation: Sequence[JudgedPair],
+    validation: Sequence[ScoredPair],
     evaluation: PairEvaluation,
 ) -> None:
     """Write `reward_model.json` beside the weights: what the model judges, and the scale of its rewards; and how to call it.

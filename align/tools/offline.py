@@ -11,7 +11,7 @@ from align.evaluate.accuracy import evaluate, short_problems
 from align.evaluate.agreement import AgreementGate
 from align.evaluate.asking import ask
 from align.evaluate.doctor import examine, examine_engines, verdict
-from align.evaluate.hooks import Checkpoint
+from align.evaluate.hooks import PolicyCheckpoint
 from align.experience import encode_problems
 from align.learner.group import LearnerGroup
 from align.model.policy import load_tokenizer, stop_token_ids
@@ -67,7 +67,7 @@ def answers_of(
         fleet = start_fleet(model, rollout, tokenizer)
         try:
             fleet.wait_until_ready()
-            checkpoint = Checkpoint(model, tokenizer, rollout.max_length)
+            checkpoint = PolicyCheckpoint(model, tokenizer, rollout.max_length)
             responses = ask(checkpoint, fleet, conversations, max_new_tokens=max_new_tokens, temperature=temperature)
         finally:
             fleet.close()
@@ -94,5 +94,5 @@ def doctor(model: ModelOptions, rollout: FleetOptions) -> str:
             learner.close()
             fleet.close()
     for check in checks:
-        print(f"{check.outcome:8} {check.name}: {check.detail}")
+        print(f"{check.status:8} {check.name}: {check.detail}")
     return verdict(checks, model.path)

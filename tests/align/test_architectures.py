@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.core_model_loading import revert_weight_conversion
 
-from align.evaluate.doctor import Outcome, examine
+from align.evaluate.doctor import CheckStatus, examine
 from align.model.names import from_checkpoint, layout_of, to_checkpoint
 from align.model.policy import load_tokenizer
 from align.recipe import ModelOptions
@@ -103,7 +103,7 @@ def write_model(config: PretrainedConfig, directory: Path) -> dict[str, torch.Te
 def test_the_doctor_finds_nothing_wrong_with_it(name: str, tmp_path: Path) -> None:
     write_model(ARCHITECTURES[name](), tmp_path)
     checks = examine(ModelOptions(path=str(tmp_path)), load_tokenizer(tmp_path))
-    assert [check for check in checks if check.outcome is Outcome.FAILED] == []
+    assert [check for check in checks if check.status is CheckStatus.FAILED] == []
 
 
 @pytest.mark.slow

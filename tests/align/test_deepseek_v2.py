@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from align.evaluate.agreement import AgreementGate, Disagreement, probe
-from align.evaluate.doctor import Outcome, examine, verdict
+from align.evaluate.doctor import CheckStatus, examine, verdict
 from align.experience import training_sequence
 from align.learner.batch import TrainingSequence
 from align.learner.group import LearnerGroup
@@ -55,7 +55,7 @@ def deepseek_v2(tmp_path_factory: pytest.TempPathFactory) -> ModelOptions:
 def test_the_doctor_finds_nothing_wrong_with_it(deepseek_v2: ModelOptions) -> None:
     checks = examine(deepseek_v2, load_tokenizer(deepseek_v2.path))
     assert verdict(checks, deepseek_v2.path)
-    assert next(check for check in checks if check.name == "routing").outcome is Outcome.OK
+    assert next(check for check in checks if check.name == "routing").status is CheckStatus.OK
 
 
 @pytest.mark.parametrize("changed", [{"routed_scaling_factor": 1.0}, {"topk_method": "greedy", "n_group": 1}])

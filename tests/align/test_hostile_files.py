@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from align.data.cards import load_card
 from align.data.chat import encode_prompt
 from align.errors import UserError
-from align.evaluate.doctor import Outcome, check_template
+from align.evaluate.doctor import CheckStatus, check_template
 from align.learner.state import _read
 from align.model.policy import load_policy, load_tokenizer
 from align.recipe import ModelOptions, load_recipe
@@ -127,5 +127,5 @@ def test_a_chat_template_that_reaches_out(template: str, policy: ModelOptions, m
     tokenizer.chat_template = template.replace("MARK", str(mark))
     with pytest.raises(UserError, match="template"):
         encode_prompt(tokenizer, [{"role": "user", "content": "x"}])
-    assert check_template(tokenizer).outcome is Outcome.FAILED
+    assert check_template(tokenizer)[0] is CheckStatus.FAILED
     assert not mark.exists()

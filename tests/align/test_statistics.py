@@ -8,8 +8,17 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.optimize import minimize
 
-from align.statistics import mean_interval, paired_interval, pass_at_k, unpaired_interval, wilson_interval
+from align.statistics import (
+    RIDGE,
+    length_controlled_win_rate,
+    mean_interval,
+    paired_interval,
+    pass_at_k,
+    unpaired_interval,
+    wilson_interval,
+)
 
 Z = 1.959963984540054
 
@@ -123,3 +132,46 @@ def test_the_interval_of_a_mean_is_that_of_numpy() -> None:
 def test_pass_at_k_is_the_share_of_choices_with_a_right_sample(n: int, right: int, k: int) -> None:
     choices = list(itertools.combinations([True] * right + [False] * (n - right), k))
     assert pass_at_k(n, right, k) == pytest.approx(sum(map(any, choices)) / len(choices))
+
+
+def by_search(wins: np.ndarray, longer_by: np.ndarray, difficulties: np.ndarray | None) -> float:
+    """The same estimate by a general minimiser."""
+    columns = [np.ones_like(longer_by), np.tanh(longer_by / longer_by.std(ddof=1))]
+    features = np.stack(columns if difficulties is None else [*columns, difficulties], 1)
+
+    def loss(weights: np.ndarray) -> float:
+        logits = features @ weights
+        return float(np.mean(np.logaddexp(0, logits) - wins * logits) + RIDGE / 2 * weights @ weights)
+
+    weights = minimize(loss, np.zeros(features.shape[1]), options={"gtol": 1e-8}).x
+    features[:, 1] = 0
+    return float(np.mean(1 / (1 + np.exp(-features @ weights))))
+
+
+@pytest.mark.parametrize("with_difficulties", [False, True])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_length_controlled_win_rate_is_that_of_another_optimiser(seed: int, with_difficulties: bool) -> None:
+    draw = np.random.default_rng(seed)
+    longer_by, difficulties = draw.normal(300, 600, 200).round(), draw.normal(0, 2, 200)
+    chance = 1 / (1 + np.exp(-(-0.5 + 1.5 * np.tanh(longer_by / longer_by.std()) + 0.4 * difficulties)))
+    wins = draw.binomial(2, chance) / 2
+    given = difficulties if with_difficulties else None
+    assert length_controlled_win_rate(wins, longer_by, given) == pytest.approx(
+        by_search(wins, longer_by, given), abs=1e-6
+    )
+
+
+def test_a_judge_who_looks_at_length_alone_gives_no_advantage_to_long_answers() -> None:
+    """The policy is as good as the reference and writes more: it wins most, and half when length is controlled for."""
+    draw = np.random.default_rng(0)
+    longer_by = draw.normal(500, 500, 4000)
+    wins = draw.random(4000) < 1 / (1 + np.exp(-2 * np.tanh(longer_by / longer_by.std())))
+    assert wins.mean() > 0.7
+    assert length_controlled_win_rate(wins, longer_by) == pytest.approx(0.5, abs=0.04)
+
+
+def test_where_length_says_nothing_the_controlled_rate_is_the_plain_one() -> None:
+    wins = [1.0, 0.0, 0.75, 0.5, 1.0]
+    assert length_controlled_win_rate(wins, [7] * 5) == pytest.approx(np.mean(wins), abs=1e-3)
+    assert 0.9 < length_controlled_win_rate([1.0] * 9, range(9)) < 1
+    assert math.isfinite(length_controlled_win_rate([1.0], [12]))

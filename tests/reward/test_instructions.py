@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from reward import Mixture, RewardTerm, Sample, Score, UnusableAnswer, Verdict, get
-from reward.instructions import SENTENCES, instructions, judge
+from reward.instructions import _COUNTS as COUNTED
+from reward.instructions import JSON, PARAGRAPH, SENTENCES, checkers, instructions, judge
 
 PARROTS = "Parrots are clever birds that can copy the words which people say. They live for many years in warm forests."
 REQUEST = "Tell me something interesting about parrots. Use no commas."
@@ -240,6 +241,28 @@ def test_json_that_is_nested_too_deeply_is_the_answers_fault() -> None:
     assert judged("[" * 100_000, ("detectable_format:json_format", {})).verdict is Verdict.NO_ANSWER
 
 
+@pytest.mark.parametrize(
+    ("text", "strict", "loose"),
+    [
+        ("a b", True, True),
+        ("Sure, here it is:\na b", False, True),
+        ("a b\nIs that all right, my friend?", False, True),
+        ("Sure, here:\na b\nAnything else, perhaps?", False, True),
+        ("Sure, here:\na, b\nAnything else, perhaps?", False, False),
+        ("Sure, here it is:", False, False),
+        (" \n ", False, False),
+    ],
+)
+def test_the_loose_criterion_forgives_the_first_and_the_last_line(text: str, strict: bool, loose: bool) -> None:
+    assert (judge(sample(text)).met, judge(sample(text), loose=True).met) == ((strict,), (loose,))
+
+
+def test_the_loose_criterion_forgives_emphasis() -> None:
+    asked = ("startend:quotation", {})
+    assert judge(sample('**"A b c"**', asked)).met == (False,)
+    assert judge(sample('**"A b c"**', asked), loose=True).met == (True,)
+
+
 PUBLISHED = next(
     (file for up in Path(__file__).resolve().parents if (file := up / "shared/real/ifeval_gpt4.jsonl").is_file()), None
 )
@@ -255,6 +278,22 @@ def test_published_answers_have_their_published_verdicts_and_hardly_one_is_degen
     assert len(refused) <= 0.01 * sum(all(one.met) for one in found), refused
 
 
+@pytest.mark.skipif(PUBLISHED is None, reason="needs the published answers of GPT-4 in ../shared/real")
+def test_the_loose_criterion_is_the_published_one() -> None:
+    checkers()
+    from lm_eval.tasks.ifeval import utils
+
+    assert PUBLISHED is not None
+    rows = [json.loads(line) for line in PUBLISHED.open()]
+    plain = [row for row in rows if not {*COUNTED, JSON, PARAGRAPH} & set(row["instruction_id_list"])]
+    for row in plain:
+        theirs = utils.InputExample(row["key"], row["instruction_id_list"], row["prompt"], row["kwargs"])
+        expected = utils.test_instruction_following_loose(theirs, row["response"]).follow_instruction_list
+        sample = Sample(str(row["key"]), row["prompt"], row["response"], None, metadata=row)
+        assert list(judge(sample, loose=True).met) == expected
+    assert len(plain) > 200
+
+
 def test_the_same_answer_is_always_judged_the_same() -> None:
     short = sample("parrots wir sind les oiseaux and they can be in the woods", ("change_case:english_lowercase", {}))
     assert len({judge(short).met for _ in range(50)}) == 1
@@ -265,8 +304,8 @@ def test_nothing_is_fetched_and_the_environment_stays_as_it_is() -> None:
     program = (
         "import os, socket, sys\n"
         "socket.getaddrinfo = lambda *a, **k: os._exit(3)\n"
-        "from reward.instructions import _checkers\n"
-        "assert _checkers()\n"
+        "from reward.instructions import checkers\n"
+        "assert checkers()\n"
         "assert 'LOCAL_RANK' not in os.environ\n"
     )
     environment = {name: value for name, value in os.environ.items() if name != "LOCAL_RANK"}

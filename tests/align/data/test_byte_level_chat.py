@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from align.data.chat import answer_text, encode_example, encode_prompt
 from align.data.types import Message
 from align.errors import UserError
-from align.evaluate.doctor import Outcome, check_round_trip, check_template
+from align.evaluate.doctor import CheckStatus, check_round_trip, check_template
 from align.run import read_samples, write_samples
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>", "<file_sep>"]
@@ -71,8 +71,8 @@ def user(text: str) -> list[Message]:
 
 
 def test_the_doctor_has_nothing_to_say(tokenizer: Any) -> None:
-    assert check_round_trip(tokenizer).outcome is Outcome.OK
-    assert check_template(tokenizer).outcome is Outcome.OK
+    assert check_round_trip(tokenizer)[0] is CheckStatus.OK
+    assert check_template(tokenizer)[0] is CheckStatus.OK
 
 
 def test_half_of_a_surrogate_pair_is_refused_in_words(tokenizer: Any) -> None:

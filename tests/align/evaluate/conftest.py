@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from align.evaluate.hooks import Checkpoint
+from align.evaluate.hooks import PolicyCheckpoint
 from align.model.policy import load_tokenizer, stop_token_ids
 from align.recipe import ModelOptions
 from rollout import FinishReason, Fleet, FleetOptions, Group, Prompt, SamplingOptions, Trajectory
@@ -37,13 +37,13 @@ class ScriptedFleet:
 
 
 @pytest.fixture(scope="session")
-def checkpoint(policy: ModelOptions) -> Checkpoint:
+def checkpoint(policy: ModelOptions) -> PolicyCheckpoint:
     """The nano policy with random weights."""
-    return Checkpoint(policy, load_tokenizer(policy.path), MAX_LENGTH)
+    return PolicyCheckpoint(policy, load_tokenizer(policy.path), MAX_LENGTH)
 
 
 @pytest.fixture
-def scripted(checkpoint: Checkpoint) -> Callable[[Callable[[str], str]], Any]:
+def scripted(checkpoint: PolicyCheckpoint) -> Callable[[Callable[[str], str]], Any]:
     """Makes a fleet that answers by a function of the prompt's text."""
     return lambda answer: ScriptedFleet(checkpoint.tokenizer, answer, [])
 

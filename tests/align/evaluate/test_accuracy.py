@@ -9,7 +9,7 @@ import pytest
 from align.data.types import Example
 from align.evaluate.accuracy import Evaluation, evaluate, summarise
 from align.evaluate.asking import ask
-from align.evaluate.hooks import Checkpoint
+from align.evaluate.hooks import PolicyCheckpoint
 from align.experience import Problem, ScoredGroup, ScoredTrajectory, encode_problems
 from reward import Sample, SampleReward, Verdict
 from rollout import FinishReason, Prompt, Trajectory
@@ -77,7 +77,7 @@ class KindJudges:
 
 
 def test_a_prompt_that_is_too_long_stays_in_the_denominator_and_is_counted(
-    checkpoint: Checkpoint, scripted: Callable[[Callable[[str], str]], Any]
+    checkpoint: PolicyCheckpoint, scripted: Callable[[Callable[[str], str]], Any]
 ) -> None:
     asked = {"short": "1 + 1?", "long": "1" * 200}
     examples = [Example(i, ({"role": "user", "content": text},), None, "2", "arithmetic") for i, text in asked.items()]
@@ -95,7 +95,7 @@ def test_a_prompt_that_is_too_long_stays_in_the_denominator_and_is_counted(
 
 
 def test_a_conversation_that_is_too_long_is_answered_with_nothing(
-    checkpoint: Checkpoint, scripted: Callable[[Callable[[str], str]], Any], caplog: pytest.LogCaptureFixture
+    checkpoint: PolicyCheckpoint, scripted: Callable[[Callable[[str], str]], Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     said = ask(
         checkpoint,

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from align.evaluate.agreement import AgreementError, AgreementGate, Disagreement, compare, probe
-from align.evaluate.doctor import Outcome, examine_engines
+from align.evaluate.doctor import CheckStatus, examine_engines
 from align.experience import training_sequence
 from align.learner.batch import TrainingSequence, collate
 from align.learner.group import LearnerGroup
@@ -77,7 +77,7 @@ def test_a_skipped_weight_update_is_caught_and_a_made_one_is_not(engines: tuple[
     fleet.load(learner.publish(ObjectStore()), version=1)
     assert gate().check(probe(fleet, learner, PROMPTS), "step 1").largest < 1e-4
     checks = examine_engines(fleet, learner, PROMPTS, gate())
-    assert [check.outcome for check in checks] == [Outcome.OK] * 4
+    assert [check.status for check in checks] == [CheckStatus.OK] * 4
 
 
 @pytest.mark.parametrize(("shift", "temperature", "caught"), [(0.0, 1.0, False), (0.2, 1.0, True), (0.0, 0.8, True)])

@@ -12,8 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV2Config
 
 from align.evaluate.doctor import (
     Check,
+    CheckStatus,
     DoctorError,
-    Outcome,
+    Finding,
     check_demonstrations,
     check_experts,
     check_names,
@@ -34,14 +35,15 @@ def skeleton(policy: ModelOptions) -> Any:
         return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(policy.path))
 
 
-def assert_failed(check: Check, *words: str) -> None:
-    assert check.outcome is Outcome.FAILED
-    assert all(word in check.detail for word in (*words, "Cure"))
+def assert_failed(finding: Finding, *words: str) -> None:
+    status, detail = finding
+    assert status is CheckStatus.FAILED
+    assert all(word in detail for word in (*words, "Cure"))
 
 
 def test_the_nano_policy_is_fit(policy: ModelOptions) -> None:
     checks = examine(policy, load_tokenizer(policy.path))
-    assert [check.outcome for check in checks] == [Outcome.OK] * 7
+    assert [check.status for check in checks] == [CheckStatus.OK] * 7
     assert "7 checks, none failed" in verdict(checks, policy.path)
 
 
@@ -60,9 +62,9 @@ def test_the_softmax_scale_of_v2_lite_is_the_reports() -> None:
         },
     )
     with torch.device("meta"):
-        check = check_softmax_scale(AutoModelForCausalLM.from_config(config))
-    assert check.outcome is Outcome.OK
-    assert check.detail.startswith("0.1147214")
+        status, detail = check_softmax_scale(AutoModelForCausalLM.from_config(config))
+    assert status is CheckStatus.OK
+    assert detail.startswith("0.1147214")
 
 
 def test_a_softmax_scale_without_yarns_correction(skeleton: Any) -> None:
@@ -92,7 +94,7 @@ def test_routing_that_vllm_computes_otherwise_than_transformers(changed: dict[st
 
 def test_the_routing_of_deepseek_v2_is_fit() -> None:
     published = {"topk_method": "group_limited_greedy", "n_group": 8, "topk_group": 3, "routed_scaling_factor": 16.0}
-    assert check_routing(DeepseekV2Config(**published, norm_topk_prob=False)).outcome is Outcome.OK
+    assert check_routing(DeepseekV2Config(**published, norm_topk_prob=False))[0] is CheckStatus.OK
 
 
 class Tokenizer:
@@ -122,25 +124,35 @@ def test_a_tokenizer_that_lets_text_become_special_tokens(policy: ModelOptions) 
 
 
 @pytest.mark.parametrize(
-    ("opening", "answer", "outcome", "words"),
+    ("opening", "answer", "status", "words"),
     [
-        ("", "{{ m.content }}", Outcome.OK, "with a thought and without"),
-        ("<think>\n", "{{ m.content }}", Outcome.LIMITED, "no SFT and no reward model on answers without a thought"),
-        ("<think>\n\n</think>", "<think>\n\n</think>{{ m.content }}", Outcome.LIMITED, "on answers with a thought"),
-        ("<think>\n", "{{ m.content.split('</think>')[-1] }}", Outcome.LIMITED, "no SFT and no reward model: the chat"),
+        ("", "{{ m.content }}", CheckStatus.OK, "with a thought and without"),
+        (
+            "<think>\n",
+            "{{ m.content }}",
+            CheckStatus.LIMITED,
+            "no SFT and no reward model on answers without a thought",
+        ),
+        ("<think>\n\n</think>", "<think>\n\n</think>{{ m.content }}", CheckStatus.LIMITED, "on answers with a thought"),
+        (
+            "<think>\n",
+            "{{ m.content.split('</think>')[-1] }}",
+            CheckStatus.LIMITED,
+            "no SFT and no reward model: the chat",
+        ),
     ],
 )
 def test_the_doctor_says_first_what_the_template_refuses_as_a_demonstration(
-    policy: ModelOptions, opening: str, answer: str, outcome: Outcome, words: str
+    policy: ModelOptions, opening: str, answer: str, status: CheckStatus, words: str
 ) -> None:
     tokenizer = load_tokenizer(policy.path)
     tokenizer.chat_template = (
         "{% for m in messages %}{% if m.role == 'user' %}Q: {{ m.content }}{% else %}A: "
         f"{answer}{{{{ eos_token }}}}{{% endif %}}{{% endfor %}}{{% if add_generation_prompt %}}A: {opening}{{% endif %}}"
     )
-    check = check_demonstrations(tokenizer)
-    assert (check.outcome, words in check.detail) == (outcome, True)
-    assert (words in verdict([check], "model")) == (outcome is Outcome.LIMITED)
+    check = Check("demonstrations", *check_demonstrations(tokenizer))
+    assert (check.status, words in check.detail) == (status, True)
+    assert (words in verdict([check], "model")) == (status is CheckStatus.LIMITED)
 
 
 def test_the_doctor_says_that_a_template_takes_no_system_messages(policy: ModelOptions) -> None:
@@ -148,10 +160,10 @@ def test_the_doctor_says_that_a_template_takes_no_system_messages(policy: ModelO
     tokenizer.chat_template = (
         "{% if messages[0].role == 'system' %}{{ raise_exception('none here') }}{% endif %}{{ messages[0].content }}"
     )
-    check = check_template(tokenizer)
-    assert check.outcome is Outcome.OK
-    assert "system messages cannot be used" in check.detail
-    assert "none here" in check.detail
+    status, detail = check_template(tokenizer)
+    assert status is CheckStatus.OK
+    assert "system messages cannot be used" in detail
+    assert "none here" in detail
 
 
 def test_files_that_lack_a_tensor(skeleton: Any, policy: ModelOptions, tmp_path: Path) -> None:
@@ -164,9 +176,9 @@ def test_files_that_lack_a_tensor(skeleton: Any, policy: ModelOptions, tmp_path:
 
 
 def test_a_failed_check_ends_in_an_error_that_tells_all() -> None:
-    failed = Check("one", Outcome.FAILED, "because. Cure: this")
+    failed = Check("one", CheckStatus.FAILED, "because. Cure: this")
     with pytest.raises(DoctorError, match=r"2 of 3 checks failed\n- one: because\. Cure: this\n- two: because"):
-        verdict([failed, Check("fine", Outcome.OK, ""), Check("two", Outcome.FAILED, failed.detail)], "model")
+        verdict([failed, Check("fine", CheckStatus.OK, ""), Check("two", CheckStatus.FAILED, failed.detail)], "model")
 
 
 def test_deepcopy_of_the_configuration_leaves_the_skeleton_alone(skeleton: Any) -> None:

@@ -11,13 +11,13 @@ from transformers import AutoModelForCausalLM
 from align.data import encode_prompt
 from align.errors import UserError
 from align.evaluate.drift import drift, losses, ordinary_requests
-from align.evaluate.hooks import Checkpoint, run
+from align.evaluate.hooks import PolicyCheckpoint, run
 
 NO_FLEET: Any = None
 
 
 @pytest.fixture(scope="module")
-def moved(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+def moved(checkpoint: PolicyCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> PolicyCheckpoint:
     """A policy that has been trained away from the start: every weight a little."""
     directory = tmp_path_factory.mktemp("moved")
     torch.manual_seed(1)
@@ -29,7 +29,7 @@ def moved(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> C
     return replace(checkpoint, model=policy, start=checkpoint.model.path)
 
 
-def test_a_policy_that_has_not_moved_has_no_drift(checkpoint: Checkpoint) -> None:
+def test_a_policy_that_has_not_moved_has_no_drift(checkpoint: PolicyCheckpoint) -> None:
     values = run(
         "drift", replace(checkpoint, start=checkpoint.model.path), NO_FLEET, {"count": 4, "max_new_tokens": 8}
     ).values
@@ -37,7 +37,7 @@ def test_a_policy_that_has_not_moved_has_no_drift(checkpoint: Checkpoint) -> Non
     assert values["difference"] == 0
 
 
-def test_one_that_has_moved_finds_the_starts_answers_less_likely(moved: Checkpoint) -> None:
+def test_one_that_has_moved_finds_the_starts_answers_less_likely(moved: PolicyCheckpoint) -> None:
     metrics = run("drift", moved, NO_FLEET, {"count": 24, "max_new_tokens": 12})
     assert metrics.values["difference"] == metrics.values["policy"] - metrics.values["start"] > 0
     tokens = sum(row["tokens"] for row in metrics.rows)
@@ -46,7 +46,7 @@ def test_one_that_has_moved_finds_the_starts_answers_less_likely(moved: Checkpoi
     assert run("drift", moved, NO_FLEET, {"count": 24, "max_new_tokens": 12}).values == metrics.values
 
 
-def test_the_loss_is_the_one_that_transformers_computes(checkpoint: Checkpoint) -> None:
+def test_the_loss_is_the_one_that_transformers_computes(checkpoint: PolicyCheckpoint) -> None:
     model = AutoModelForCausalLM.from_pretrained(checkpoint.model.path).eval()
     prompt, answer = [3, 40, 50, 60], [70, 80, 90, 1]
     labels = torch.tensor([[-100] * len(prompt) + answer])
@@ -54,14 +54,14 @@ def test_the_loss_is_the_one_that_transformers_computes(checkpoint: Checkpoint) 
     assert losses(model, [prompt], [answer])[0] == pytest.approx(expected.item() * len(answer), rel=1e-5)
 
 
-def test_requests_are_distinct_and_fit_the_template(checkpoint: Checkpoint) -> None:
+def test_requests_are_distinct_and_fit_the_template(checkpoint: PolicyCheckpoint) -> None:
     requests = ordinary_requests(48)
     assert len({request["content"] for request in requests}) == 48
     assert all(encode_prompt(checkpoint.tokenizer, [request]) for request in requests)
     assert len(ordinary_requests(152)) == 152
 
 
-def test_without_a_model_to_begin_with_it_says_so(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_without_a_model_to_begin_with_it_says_so(checkpoint: PolicyCheckpoint, tmp_path: Path) -> None:
     metrics = run("drift", checkpoint, NO_FLEET, {})
     assert metrics.values == {}
     assert "began with random weights" in metrics.not_run["loss"]

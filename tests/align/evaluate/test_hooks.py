@@ -11,9 +11,9 @@ import pytest
 from align.errors import UserError
 from align.evaluate import hooks
 from align.evaluate.hooks import (
-    Checkpoint,
     EvaluationError,
     Metrics,
+    PolicyCheckpoint,
     available,
     check_params,
     check_ready,
@@ -85,9 +85,9 @@ def test_a_key_given_in_place_of_its_variable_is_not_repeated(tmp_path: Path) ->
     assert "secret" not in str(caught.value)
 
 
-def test_a_hook_gets_its_parameters_as_it_annotates_them(checkpoint: Checkpoint) -> None:
+def test_a_hook_gets_its_parameters_as_it_annotates_them(checkpoint: PolicyCheckpoint) -> None:
     @register("mine")
-    def mine(checkpoint: Checkpoint, fleet: Fleet, *, file: Path, shares: list[float]) -> Metrics:
+    def mine(checkpoint: PolicyCheckpoint, fleet: Fleet, *, file: Path, shares: list[float]) -> Metrics:
         return Metrics({"total": sum(shares)}, {"other": "no data"}, [{"name": file.name}])
 
     metrics = run("mine", checkpoint, NO_FLEET, {"file": "a/b.txt", "shares": ["0.5", 1]})
@@ -95,9 +95,9 @@ def test_a_hook_gets_its_parameters_as_it_annotates_them(checkpoint: Checkpoint)
 
 
 @pytest.mark.parametrize("returned", [{"accuracy": 1.0}, Metrics({"accuracy": math.nan}), Metrics({"a": "1"})])
-def test_a_hook_returns_finite_numbers_or_is_refused(checkpoint: Checkpoint, returned: Any) -> None:
+def test_a_hook_returns_finite_numbers_or_is_refused(checkpoint: PolicyCheckpoint, returned: Any) -> None:
     @register("mine")
-    def mine(checkpoint: Checkpoint, fleet: Fleet) -> Any:
+    def mine(checkpoint: PolicyCheckpoint, fleet: Fleet) -> Any:
         return returned
 
     with pytest.raises(EvaluationError, match="'mine'"):
@@ -105,10 +105,10 @@ def test_a_hook_returns_finite_numbers_or_is_refused(checkpoint: Checkpoint, ret
 
 
 def test_a_name_belongs_to_one_function_that_names_its_parameters() -> None:
-    def first(checkpoint: Checkpoint, fleet: Fleet) -> Metrics:
+    def first(checkpoint: PolicyCheckpoint, fleet: Fleet) -> Metrics:
         return Metrics({})
 
-    def second(checkpoint: Checkpoint, fleet: Fleet, **params: float) -> Metrics:
+    def second(checkpoint: PolicyCheckpoint, fleet: Fleet, **params: float) -> Metrics:
         return Metrics({})
 
     assert register("mine")(first) is first
@@ -131,7 +131,7 @@ def test_an_installed_package_announces_a_hook(tmp_path: Path, monkeypatch: pyte
     del sys.modules["plugin_hooks_module"]
 
 
-def test_what_asks_the_policy_runs_with_real_rollout_workers(checkpoint: Checkpoint, nano_fleet: Fleet) -> None:
+def test_what_asks_the_policy_runs_with_real_rollout_workers(checkpoint: PolicyCheckpoint, nano_fleet: Fleet) -> None:
     for name, params in (
         ("needle", {"lengths": [160, 320], "depths": [0, 1], "per_cell": 1, "max_new_tokens": 8}),
         ("instructions", {"count": 6, "max_new_tokens": 24}),
@@ -152,7 +152,7 @@ def test_a_hook_says_before_the_stage_what_will_not_work_after_it() -> None:
             raise EvaluationError("the server is away")
 
     @register("distant", ready=ready)
-    def distant(checkpoint: Checkpoint, fleet: Fleet, *, server: str, port: int = 80, limit: int = 1) -> Metrics:
+    def distant(checkpoint: PolicyCheckpoint, fleet: Fleet, *, server: str, port: int = 80, limit: int = 1) -> Metrics:
         return Metrics({})
 
     check_ready("distant", {"server": "here", "port": "8000", "limit": 3})

@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 
 from align.errors import UserError
-from align.evaluate.hooks import Checkpoint, EvaluationError, Metrics, check_ready, run
+from align.evaluate.hooks import EvaluationError, Metrics, PolicyCheckpoint, check_ready, run
+from align.evaluate.judge_benchmarks import read_choice, read_dimensions, read_rating
+from align.evaluate.judged import judge_template
 
 Reply = str | tuple[int, str]
 MT_BENCH = [
@@ -98,7 +100,7 @@ def serve() -> Iterator[Callable[[Callable[[str], Reply]], Server]]:
 
 
 @pytest.fixture
-def measure(checkpoint: Checkpoint, scripted: Any, tmp_path: Path) -> Callable[..., Metrics]:
+def measure(checkpoint: PolicyCheckpoint, scripted: Any, tmp_path: Path) -> Callable[..., Metrics]:
     """Runs a benchmark with a policy that answers "Fig", unless told otherwise."""
 
     def measure(
@@ -152,7 +154,7 @@ def test_mt_bench_rates_both_turns_and_means_by_category(serve: Any, measure: Ca
 
 
 def test_questions_are_answered_at_the_temperature_of_their_category(
-    serve: Any, checkpoint: Checkpoint, scripted: Any, tmp_path: Path
+    serve: Any, checkpoint: PolicyCheckpoint, scripted: Any, tmp_path: Path
 ) -> None:
     questions = tmp_path / "questions.jsonl"
     questions.write_text("".join(json.dumps(row) + "\n" for row in MT_BENCH))
@@ -233,7 +235,7 @@ def test_with_no_verdict_at_all_the_benchmark_is_not_run(serve: Any, measure: Ca
 
 
 def test_a_judge_that_is_down_is_found_out_before_the_policy_is_asked(
-    serve: Any, checkpoint: Checkpoint, scripted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    serve: Any, checkpoint: PolicyCheckpoint, scripted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
@@ -387,3 +389,32 @@ def test_a_template_of_the_users_own_takes_the_place_of_ours(
     server = serve(lambda prompt: "[[5]]")
     measure("mt_bench", MT_BENCH[:1], server.url, template=template)
     assert "For $5: rate {this}.\nUser: Write.\n\nAssistant: Fig" in server.prompts
+
+
+@pytest.mark.parametrize(
+    ("text", "rating"),
+    [("[[7]]", 7), ("[[3]] or rather [[ 8.5 ]]", 8.5), ("[7]", None), ("[[11]]", None), ("[[0]]", None), ("", None)],
+)
+def test_ratings_are_read(text: str, rating: float | None) -> None:
+    assert read_rating(text) == rating
+
+
+def test_choices_and_dimensions_are_read() -> None:
+    assert [read_choice(text) for text in ("[[A]] no, [[B]]", "[[C]]", "A", "[[D]]")] == ["B", "C", None, None]
+    text = "清晰度: 2\n{'清晰度': 7, \"完备性\"： 6.5, '综合得分': 8}"
+    assert read_dimensions(text, ["清晰度", "完备性"]) == {"清晰度": 7, "完备性": 6.5, "综合得分": 8}
+    assert read_dimensions(text, ["清晰度", "创造性"]) is None
+    assert read_dimensions("{'清晰度': 7}", ["清晰度"]) is None
+    assert read_dimensions("{'清晰度': 70, '综合得分': 8}", ["清晰度"]) is None
+
+
+def test_a_template_must_have_what_is_judged_and_nothing_unknown(tmp_path: Path) -> None:
+    template = tmp_path / "template.txt"
+    for text, message in (
+        ("Rate it.", r"has no \$conversation"),
+        ("$conversation $answer", r"uses \$answer\. Its placeholders are \$conversation, \$reference"),
+        ("$conversation for 5 $", "begins no placeholder"),
+    ):
+        template.write_text(text)
+        with pytest.raises(UserError, match=message):
+            judge_template("mt_bench", template)

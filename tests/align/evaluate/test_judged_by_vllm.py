@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from align.evaluate.hooks import Checkpoint, run
+from align.evaluate.hooks import PolicyCheckpoint, run
 from align.recipe import ModelOptions
 from rollout import Fleet
 from rollout.worker import environment
@@ -60,7 +60,7 @@ def healthy(port: int) -> bool:
 
 @pytest.mark.slow
 def test_a_policy_served_by_vllm_can_judge_itself(
-    policy: ModelOptions, checkpoint: Checkpoint, nano_fleet: Fleet, tmp_path: Path
+    policy: ModelOptions, checkpoint: PolicyCheckpoint, nano_fleet: Fleet, tmp_path: Path
 ) -> None:
     """A judge with random weights says nothing that can be read, and that is what is reported."""
     questions = tmp_path / "questions.jsonl"

@@ -15,9 +15,8 @@ import yaml
 from align.data.chat import encode_prompt
 from align.errors import UserError
 from align.evaluate import lm_eval
-from align.evaluate.hooks import Checkpoint, EvaluationError, Metrics, check_params, check_ready, run
-from align.evaluate.lm_eval import REPORT_TASKS
-from align.evaluate.lm_worker import flatten, runs_code
+from align.evaluate.hooks import EvaluationError, Metrics, PolicyCheckpoint, check_params, check_ready, run
+from align.evaluate.lm_eval import REPORT_TASKS, flatten, runs_code
 from align.model.policy import load_policy
 from align.tasks.arithmetic import generate
 
@@ -65,7 +64,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def outcome(checkpoint: Checkpoint, ray_session: None, folder: Path) -> Metrics:
+def outcome(checkpoint: PolicyCheckpoint, ray_session: None, folder: Path) -> Metrics:
     tasks = {
         "nano_choice": None,
         "nano_generation": 2,
@@ -88,7 +87,7 @@ def likeliest(model: Any, tokenizer: Any, row: Mapping[str, Any]) -> str:
     return " " + row["choices"][max(range(3), key=scores.__getitem__)]
 
 
-def test_choices_are_those_that_transformers_finds_likeliest(outcome: Metrics, checkpoint: Checkpoint) -> None:
+def test_choices_are_those_that_transformers_finds_likeliest(outcome: Metrics, checkpoint: PolicyCheckpoint) -> None:
     rows = [row for row in outcome.rows if row["task"] == "nano_choice"]
     model = load_policy(checkpoint.model)
     expected = [likeliest(model, checkpoint.tokenizer, row) for row in SUMS[:8]]
@@ -117,7 +116,7 @@ def test_what_cannot_be_had_and_what_must_not_run_is_said_and_is_no_number(outco
 
 
 def test_the_task_of_the_nano_pipeline_asks_test_problems_in_the_words_of_training(
-    checkpoint: Checkpoint, ray_session: None, monkeypatch: pytest.MonkeyPatch
+    checkpoint: PolicyCheckpoint, ray_session: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(NANO_TASKS.parents[2])
     params = {"tasks": ["nano_arithmetic"], "include_path": NANO_TASKS, "apply_chat_template": True, "limit": 4}
@@ -147,7 +146,7 @@ def test_the_task_of_the_nano_pipeline_reads_the_last_boxed_number() -> None:
 
 
 def test_the_tasks_of_the_report_are_known_to_the_harness_and_others_get_the_nearest(
-    checkpoint: Checkpoint, ray_session: None
+    checkpoint: PolicyCheckpoint, ray_session: None
 ) -> None:
     with pytest.raises(UserError, match=r"lm_eval: unknown task 'hellaswagg'\. Did you mean 'hellaswag'\?"):
         run("lm_eval", checkpoint, NO_FLEET, {"tasks": {**REPORT_TASKS, "hellaswagg": None}})
@@ -155,12 +154,14 @@ def test_the_tasks_of_the_report_are_known_to_the_harness_and_others_get_the_nea
         check_ready("lm_eval", {"tasks": {"nano_arithmetics": 0}, "include_path": NANO_TASKS})
 
 
-def test_a_harness_that_takes_too_long_is_ended(checkpoint: Checkpoint, ray_session: None) -> None:
+def test_a_harness_that_takes_too_long_is_ended(checkpoint: PolicyCheckpoint, ray_session: None) -> None:
     with pytest.raises(EvaluationError, match=r"longer than timeout_s = 0\.5"):
         run("lm_eval", checkpoint, NO_FLEET, {"tasks": ["nano_choice"], "timeout_s": 0.5})
 
 
-def test_without_the_package_it_says_what_to_install(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_package_it_says_what_to_install(
+    checkpoint: PolicyCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(lm_eval, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'moe-align\[evaluation\]'"):
         run("lm_eval", checkpoint, NO_FLEET, {"tasks": ["piqa"]})
@@ -211,7 +212,9 @@ def test_numbers_are_told_apart_by_task_metric_and_filter() -> None:
 
 
 @pytest.mark.slow
-def test_vllm_makes_the_same_choices(outcome: Metrics, checkpoint: Checkpoint, ray_session: None, folder: Path) -> None:
+def test_vllm_makes_the_same_choices(
+    outcome: Metrics, checkpoint: PolicyCheckpoint, ray_session: None, folder: Path
+) -> None:
     params = {
         "tasks": ["nano_choice", "nano_unsafe"],
         "include_path": folder,

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from align.errors import UserError
-from align.evaluate.hooks import Checkpoint, Metrics, run
+from align.evaluate.hooks import Metrics, PolicyCheckpoint, run
 from align.evaluate.needle import Haystack, haystack, recalls
 
 LONGEST_SENTENCE = 64  # more tokens than any sentence of the filler has
@@ -34,7 +34,7 @@ def reader(prompt: str, *, of: slice = slice(None)) -> str:
 @pytest.mark.parametrize("length", [140, 333, 2000])
 @pytest.mark.parametrize("depth", [0.0, 0.3, 0.5, 1.0])
 def test_a_prompt_is_as_long_as_asked_for_and_has_its_fact_at_the_depth(
-    checkpoint: Checkpoint, length: int, depth: float
+    checkpoint: PolicyCheckpoint, length: int, depth: float
 ) -> None:
     hidden = haystack(checkpoint.tokenizer, length, depth, "a")
     rendered = checkpoint.tokenizer.apply_chat_template(hidden.messages, add_generation_prompt=True)
@@ -46,18 +46,18 @@ def test_a_prompt_is_as_long_as_asked_for_and_has_its_fact_at_the_depth(
         assert position(hidden) == pytest.approx(depth, abs=0.03)
 
 
-def test_all_of_it_follows_from_the_seed(checkpoint: Checkpoint) -> None:
+def test_all_of_it_follows_from_the_seed(checkpoint: PolicyCheckpoint) -> None:
     one, same, other = (haystack(checkpoint.tokenizer, 300, 0.5, id_) for id_ in ("0/1", "0/1", "1/1"))
     assert one == same
     assert text_of(one) != text_of(other)
 
 
-def measure(checkpoint: Checkpoint, fleet: Any, **params: Any) -> Metrics:
+def measure(checkpoint: PolicyCheckpoint, fleet: Any, **params: Any) -> Metrics:
     defaults = {"lengths": [250, 400], "depths": [0.0, 1.0], "per_cell": 3, "max_new_tokens": 32}
     return run("needle", checkpoint, fleet, defaults | params)
 
 
-def test_a_model_that_reads_everything_recalls_everything(checkpoint: Checkpoint, scripted: Any) -> None:
+def test_a_model_that_reads_everything_recalls_everything(checkpoint: PolicyCheckpoint, scripted: Any) -> None:
     metrics = measure(checkpoint, scripted(reader))
     assert set(metrics.values) == {"recall", "recall/250", "recall/400"} | {
         f"recall/{length}/{depth}" for length in (250, 400) for depth in (0, 1)
@@ -66,7 +66,7 @@ def test_a_model_that_reads_everything_recalls_everything(checkpoint: Checkpoint
     assert len(metrics.rows) == 2 * 2 * 3
 
 
-def test_recall_is_told_by_length_and_depth(checkpoint: Checkpoint, scripted: Any) -> None:
+def test_recall_is_told_by_length_and_depth(checkpoint: PolicyCheckpoint, scripted: Any) -> None:
     fleet = scripted(lambda prompt: reader(prompt, of=slice(-220, None)))
     values = measure(checkpoint, fleet).values
     assert {name: values[name] for name in values if name.count("/") == 2} == {
@@ -79,7 +79,9 @@ def test_recall_is_told_by_length_and_depth(checkpoint: Checkpoint, scripted: An
     assert [options.temperature for options in fleet.calls] == [0.0]
 
 
-def test_a_length_that_cannot_be_is_refused_before_anything_is_asked(checkpoint: Checkpoint, scripted: Any) -> None:
+def test_a_length_that_cannot_be_is_refused_before_anything_is_asked(
+    checkpoint: PolicyCheckpoint, scripted: Any
+) -> None:
     fleet = scripted(reader)
     with pytest.raises(UserError, match=r"490 tokens with 32 new ones does not fit into rollout\.max_length = 512"):
         measure(checkpoint, fleet, lengths=[200, 490])

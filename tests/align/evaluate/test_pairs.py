@@ -1,15 +1,15 @@
-"""What is said of judged pairs: accuracy with its interval, calibration, and the baselines of length."""
+"""What is said of scored pairs: accuracy with its interval, calibration, and the baselines of length."""
 
 from itertools import pairwise
 
 import numpy as np
 import pytest
 
-from align.evaluate.pairs import JudgedPair, evaluate_pairs, reliability_bins, rows
+from align.evaluate.pairs import ScoredPair, evaluate_pairs, reliability_bins, rows
 
 
-def pair(difference: float, lengths: tuple[int, int] = (5, 5), domain: str = "x") -> JudgedPair:
-    return JudgedPair("p", domain, (difference, 0.0), lengths)
+def pair(difference: float, lengths: tuple[int, int] = (5, 5), domain: str = "x") -> ScoredPair:
+    return ScoredPair("p", domain, (difference, 0.0), lengths)
 
 
 def test_accuracy_is_the_share_of_higher_rewards_and_half_of_equal_ones() -> None:

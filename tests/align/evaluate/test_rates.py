@@ -1,4 +1,4 @@
-"""Rates of refusal and of winning, against what an enumeration or another formula gives."""
+"""Rates of refusal, of winning and of instructions followed, against what an enumeration or another formula gives."""
 
 from collections.abc import Mapping, Sequence
 from itertools import product
@@ -12,7 +12,7 @@ import pytest
 
 from align.data.types import Example
 from align.errors import UserError
-from align.evaluate.rates import over_refusal_rate, refusal_rate, win_rate
+from align.evaluate.rates import decline_rate, instruction_rates, win_rate
 from align.run.files import read_samples, write_samples
 from align.statistics import wilson_interval
 
@@ -38,8 +38,8 @@ def answers(id_: str, *completions: str) -> list[dict[str, Any]]:
     return [{"id": id_, "completion": completion, "components": {}} for completion in completions]
 
 
-def scored(id_: str, *values: float | None, judge: str = "judge") -> list[dict[str, Any]]:
-    return [{"id": id_, "completion": "", "components": {judge: value, "other": 0.0}} for value in values]
+def scored(id_: str, *values: float | None, reward: str = "judge") -> list[dict[str, Any]]:
+    return [{"id": id_, "completion": "", "components": {reward: value, "other": 0.0}} for value in values]
 
 
 def test_refusals_are_counted_where_they_are_due_and_where_they_are_not() -> None:
@@ -51,7 +51,9 @@ def test_refusals_are_counted_where_they_are_due_and_where_they_are_not() -> Non
         *answers("sum", DECLINES),
         *answers("unknown", DECLINES),
     ]
-    due, undue = refusal_rate(rows, EXAMPLES), over_refusal_rate(rows, EXAMPLES)
+    due, undue = (decline_rate(rows, EXAMPLES, must_decline=due) for due in (True, False))
+    assert due is not None
+    assert undue is not None
     assert (due.value, due.n) == (3 / 5, 5)
     assert (undue.value, undue.n) == (1 / 4, 4)
     assert due.low < due.value < due.high
@@ -59,10 +61,8 @@ def test_refusals_are_counted_where_they_are_due_and_where_they_are_not() -> Non
 
 
 def test_without_such_prompts_there_is_no_rate() -> None:
-    with pytest.raises(UserError, match=r"none of the answers is to a prompt that must be declined"):
-        refusal_rate(answers("topic", DECLINES), EXAMPLES)
-    with pytest.raises(UserError, match=r"need not be declined \(aspect safety\)"):
-        over_refusal_rate(answers("topic", DECLINES), EXAMPLES)
+    assert decline_rate(answers("topic", DECLINES), EXAMPLES, must_decline=True) is None
+    assert decline_rate(answers("harmful 1", DECLINES), EXAMPLES, must_decline=False) is None
 
 
 def by_enumeration(ours: Mapping[str, Sequence[float]], theirs: Mapping[str, Sequence[float]]) -> float:
@@ -76,18 +76,18 @@ def test_every_answer_meets_every_other_and_prompts_count_alike() -> None:
     theirs = {"a": [0.5, 0.0, 1.0], "b": [0.5, 0.5], "c": [0.1]}
     rows = [row for id_, values in ours.items() for row in scored(id_, *values)]
     others = [row for id_, values in theirs.items() for row in scored(id_, *values)]
-    found = win_rate(rows, others, judge="judge")
+    found = win_rate(rows, others, reward="judge")
     assert found.value == pytest.approx(by_enumeration(ours, theirs))
     assert found.value == pytest.approx(fmean([(2.5 + 0.5) / 6, 0.5, 1.0]))
     assert found.n == 3
-    assert win_rate(others, rows, judge="judge").value == pytest.approx(1 - found.value)
+    assert win_rate(others, rows, reward="judge").value == pytest.approx(1 - found.value)
 
 
 def test_against_itself_it_is_one_half_and_against_worse_answers_one() -> None:
     rows = [row for id_ in "abcdef" for row in scored(id_, 0.0, 1.0)]
-    assert win_rate(rows, rows, judge="judge").value == 0.5
+    assert win_rate(rows, rows, reward="judge").value == 0.5
     best = [row for id_ in "abcdef" for row in scored(id_, 2.0)]
-    sure = win_rate(best, rows, judge="judge")
+    sure = win_rate(best, rows, reward="judge")
     assert (sure.value, sure.low, sure.high) == (1.0, 1.0, 1.0)
 
 
@@ -96,23 +96,79 @@ def test_the_bootstrap_agrees_with_the_normal_interval_and_with_its_seed() -> No
     wins = [rng.random() < 0.6 for _ in range(400)]
     rows = [row for i, won in enumerate(wins) for row in scored(str(i), float(won))]
     others = [row for i, won in enumerate(wins) for row in scored(str(i), float(not won))]
-    found = win_rate(rows, others, judge="judge", seed=1)
+    found = win_rate(rows, others, reward="judge", seed=1)
     half = 1.96 * (found.value * (1 - found.value) / 400) ** 0.5
     assert found.value == pytest.approx(fmean(wins))
     assert (found.low, found.high) == (
         pytest.approx(found.value - half, abs=0.008),
         pytest.approx(found.value + half, abs=0.008),
     )
-    assert found == win_rate(rows[::-1], others, judge="judge", seed=1)
-    assert len({win_rate(rows, others, judge="judge", seed=seed) for seed in range(8)}) > 1
+    assert found == win_rate(rows[::-1], others, reward="judge", seed=1)
+    assert len({win_rate(rows, others, reward="judge", seed=seed) for seed in range(8)}) > 1
 
 
-def test_prompts_without_two_judged_sides_are_left_out(tmp_path: Path) -> None:
-    rows = [*scored("a", 1.0), *scored("b", nan), *scored("c", 1.0), *scored("d", None), *scored("e", 1.0, judge="x")]
+def test_prompts_without_two_scored_sides_are_left_out(tmp_path: Path) -> None:
+    rows = [*scored("a", 1.0), *scored("b", nan), *scored("c", 1.0), *scored("d", None), *scored("e", 1.0, reward="x")]
     others = [*scored("a", 0.0), *scored("b", 0.0), *scored("d", 0.0), *scored("e", 0.0)]
-    found = win_rate(rows, others, judge="judge")
+    found = win_rate(rows, others, reward="judge")
     assert (found.value, found.n) == (1.0, 1)
     write_samples(tmp_path / "rows.parquet", rows)
-    assert win_rate(read_samples(tmp_path / "rows.parquet"), others, judge="judge") == found
-    with pytest.raises(UserError, match="no prompt of which reward 'jugde' judged answers of both sides"):
-        win_rate(rows, others, judge="jugde")
+    assert win_rate(read_samples(tmp_path / "rows.parquet"), others, reward="judge") == found
+    with pytest.raises(UserError, match="no prompt of which reward 'jugde' scored answers of both sides"):
+        win_rate(rows, others, reward="jugde")
+
+
+SAID = "parrots are clever birds that live in warm woods and talk to us"
+
+
+def instructed(id_: str, *kinds: str, unseen: bool = False) -> Example:
+    metadata: dict[str, Any] = {"topic": ["parrots"], "unseen": unseen}
+    metadata["instructions"] = [{"kind": kind, "args": {}, "text": ""} for kind in kinds]
+    messages = ({"role": "user", "content": "Describe them."},)
+    return Example(id_, messages, None, None, "instructions", metadata=metadata)  # type: ignore[arg-type]
+
+
+def said(id_: str, completion: str, finish_reason: str = "stop") -> dict[str, Any]:
+    return {"id": id_, "completion": completion, "finish_reason": finish_reason}
+
+
+def test_shares_by_kind_and_of_what_was_and_was_not_trained_on() -> None:
+    examples = [
+        instructed("small", "change_case:english_lowercase", "punctuation:no_comma"),
+        instructed("capital", "change_case:english_lowercase"),
+        instructed("curt", "punctuation:no_comma"),
+        instructed("cut off", "punctuation:no_comma"),
+        instructed("json", "detectable_format:json_format", unseen=True),
+    ]
+    answers = [
+        said("small", SAID),
+        said("capital", SAID.upper()),
+        said("curt", "parrots"),
+        said("cut off", SAID, "length"),
+        said("json", f'{{"answer": "{SAID}"}}'),
+    ]
+    assert instruction_rates(answers, examples) == {
+        "degenerate_share": 1 / 5,
+        "accuracy/seen_kinds": 1 / 4,
+        "accuracy/unseen_kinds": 1.0,
+        "accuracy/kind/english_lowercase": 1 / 2,
+        # Met by the curt one too, which is no answer; the one that was cut off is not right, but met this.
+        "accuracy/kind/no_comma": 2 / 3,
+        "accuracy/kind/json_format": 1.0,
+    }
+
+
+def test_published_rows_count_and_what_nobody_can_judge_does_not() -> None:
+    messages = ({"role": "user", "content": "Describe them."},)
+    published = {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{"num_words": None}]}
+    examples = [
+        Example("good", messages, None, None, "user", metadata=published),  # type: ignore[arg-type]
+        Example("odd", messages, None, None, "user", metadata={**published, "kwargs": []}),  # type: ignore[arg-type]
+    ]
+    rates = instruction_rates([said("good", SAID), said("odd", SAID)], examples)
+    assert rates == {"degenerate_share": 0.0, "accuracy/seen_kinds": 1.0, "accuracy/kind/no_comma": 1.0}
+
+
+def test_other_problems_have_none() -> None:
+    other = Example("sum", ({"role": "user", "content": "1 + 1?"},), None, "2", "arithmetic")
+    assert instruction_rates([said("sum", "2")], [other]) == {}
