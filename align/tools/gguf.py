@@ -6,7 +6,6 @@ configuration that no longer says "quantised". The format: https://github.com/gg
 """
 
 import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from align.model.policy import (
     turn_end,
 )
 from align.recipe import ModelOptions, check_model_directory
+from align.run.files import whole_directory
 
 MAGIC = b"GGUF"
 PLAIN_TYPES = ("F32", "F16", "BF16", "F64")
@@ -59,14 +59,9 @@ def convert_gguf(file: Path, directory: Path, *, dtype: str, chat_template: Path
     template = template_of(contents, chat_template)
     check_room(contents, directory, DTYPES[dtype].itemsize)
     tokenizer = read_tokenizer(contents, template)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-") as written:
-        target = Path(written) / "model"
+    with whole_directory(directory.absolute()) as target:
         stops = write_model(contents, tokenizer, target, dtype)
         check_model_directory(target, ModelOptions(path=str(target)))
-        if directory.exists():
-            directory.rmdir()
-        target.rename(directory)
     ends = ", ".join(tokenizer.convert_ids_to_tokens(stops))
     return [
         f"{directory}: {contents.parameters:,} parameters in {dtype}, {len(tokenizer):,} tokens; an answer ends with {ends}",

@@ -1,6 +1,7 @@
-"""What can be done with a model outside a run: examine it, and let it answer a user's own file."""
+"""What can be done with a model outside a run: examine it, and have it answer a user's own file."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,14 @@ from rollout import Fleet, FleetOptions, Prompt
 PROBES = ["What is 17 + 25?", "Write a sentence about the sea.", "1, 2, 3,", "naïve Größe, 你好"]
 
 
-def start_fleet(model: ModelOptions, rollout: FleetOptions, tokenizer: Any) -> Fleet:
-    """Rollout workers with a model (Ray must be running)."""
-    stops = stop_token_ids(model, tokenizer)
-    return Fleet(model.path, model.dtype, rollout, stops, trust_remote_code=model.trust_remote_code)
+@contextmanager
+def running_fleet(model: ModelOptions, rollout: FleetOptions, tokenizer: Any) -> Iterator[Fleet]:
+    """Rollout workers with a model, under a Ray of their own; both end with the block."""
+    with local_ray():
+        stops = stop_token_ids(model, tokenizer)
+        fleet = Fleet(model.path, model.dtype, rollout, stops, trust_remote_code=model.trust_remote_code)
+        with closing(fleet):
+            yield fleet
 
 
 def evaluate_file(model: ModelOptions, data: Path, out: Path, rollout: FleetOptions, max_new_tokens: int) -> str:
@@ -40,17 +45,14 @@ def evaluate_file(model: ModelOptions, data: Path, out: Path, rollout: FleetOpti
     problems = encode_problems(tokenizer, examples)
     short_problems(problems, longest)
     mixture = Mixture([RewardTerm(name="exact_answer")])
-    with local_ray():
-        fleet = start_fleet(model, rollout, tokenizer)
-        judges = ScoringPool(mixture, workers=1, timeout_s=rollout.batch_timeout_s)
-        try:
-            fleet.wait_until_ready()
-            result = evaluate(
-                *(fleet, tokenizer, problems, judges), samples=0, max_new_tokens=max_new_tokens, longest=longest, seed=0
-            )
-        finally:
-            judges.close()
-            fleet.close()
+    with (
+        running_fleet(model, rollout, tokenizer) as fleet,
+        closing(ScoringPool(mixture, workers=1, timeout_s=rollout.batch_timeout_s)) as judges,
+    ):
+        fleet.wait_until_ready()
+        result = evaluate(
+            *(fleet, tokenizer, problems, judges), samples=0, max_new_tokens=max_new_tokens, longest=longest, seed=0
+        )
     write_jsonl(out, result.rows)
     verdicts = ", ".join(f"{count} {name}" for name, count in sorted(result.verdicts.items()))
     too_long = f"; {result.too_long} have prompts that are too long, and count as not right" if result.too_long else ""
@@ -63,14 +65,10 @@ def answers_of(
     """What the model says to each request. Raises UserError for one that is too long."""
     tokenizer = load_tokenizer(model.path, trust_remote_code=model.trust_remote_code)
     conversations: dict[str, list[Message]] = {r: [{"role": "user", "content": r}] for r in requests}
-    with local_ray():
-        fleet = start_fleet(model, rollout, tokenizer)
-        try:
-            fleet.wait_until_ready()
-            checkpoint = PolicyCheckpoint(model, tokenizer, rollout.max_length)
-            responses = ask(checkpoint, fleet, conversations, max_new_tokens=max_new_tokens, temperature=temperature)
-        finally:
-            fleet.close()
+    checkpoint = PolicyCheckpoint(model, tokenizer, rollout.max_length)
+    with running_fleet(model, rollout, tokenizer) as fleet:
+        fleet.wait_until_ready()
+        responses = ask(checkpoint, fleet, conversations, max_new_tokens=max_new_tokens, temperature=temperature)
     for request, response in responses.items():
         if not response.tokens:
             raise UserError(f"a request leaves no room for {max_new_tokens} new tokens: {request[:80]!r}")
@@ -81,18 +79,15 @@ def doctor(model: ModelOptions, rollout: FleetOptions) -> str:
     """Every check of a model, printed line by line; returns the verdict. Raises DoctorError when one failed."""
     tokenizer = load_tokenizer(model.path, trust_remote_code=model.trust_remote_code)
     checks = examine(model, tokenizer)
-    with local_ray():
-        fleet = start_fleet(model, rollout, tokenizer)
-        options = LearnerOptions(ranks=1, threads=2, zero_stage=0, optimizer=OptimizerOptions(learning_rate=1e-3))
-        learner = LearnerGroup(model, options, seed=0)
-        try:
-            fleet.wait_until_ready()
-            learner.wait_until_ready()
-            prompts = [Prompt(str(i), tokenizer(text)["input_ids"]) for i, text in enumerate(PROBES)]
-            checks += examine_engines(fleet, learner, prompts, AgreementGate(AgreementOptions(), model.dtype, print))
-        finally:
-            learner.close()
-            fleet.close()
+    options = LearnerOptions(ranks=1, threads=2, zero_stage=0, optimizer=OptimizerOptions(learning_rate=1e-3))
+    with (
+        running_fleet(model, rollout, tokenizer) as fleet,
+        closing(LearnerGroup(model, options, seed=0)) as learner,
+    ):
+        fleet.wait_until_ready()
+        learner.wait_until_ready()
+        prompts = [Prompt(str(i), tokenizer(text)["input_ids"]) for i, text in enumerate(PROBES)]
+        checks += examine_engines(fleet, learner, prompts, AgreementGate(AgreementOptions(), model.dtype, print))
     for check in checks:
         print(f"{check.status:8} {check.name}: {check.detail}")
     return verdict(checks, model.path)

@@ -1,5 +1,6 @@
 """Drift: the loss on the start model's own answers, against transformers' own loss, and what moves it."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,15 @@ from align.evaluate.drift import drift, losses, ordinary_requests
 from align.evaluate.hooks import PolicyCheckpoint, run
 
 NO_FLEET: Any = None
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other are most of the time of so small a model, on a busy machine all of it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -31,19 +41,20 @@ def moved(checkpoint: PolicyCheckpoint, tmp_path_factory: pytest.TempPathFactory
 
 def test_a_policy_that_has_not_moved_has_no_drift(checkpoint: PolicyCheckpoint) -> None:
     values = run(
-        "drift", replace(checkpoint, start=checkpoint.model.path), NO_FLEET, {"count": 4, "max_new_tokens": 8}
+        "drift", replace(checkpoint, start=checkpoint.model.path), NO_FLEET, {"count": 2, "max_new_tokens": 4}
     ).values
     assert values["start"] > 1
     assert values["difference"] == 0
 
 
 def test_one_that_has_moved_finds_the_starts_answers_less_likely(moved: PolicyCheckpoint) -> None:
-    metrics = run("drift", moved, NO_FLEET, {"count": 24, "max_new_tokens": 12})
+    asked = {"count": 20, "max_new_tokens": 4}
+    metrics = run("drift", moved, NO_FLEET, asked)
     assert metrics.values["difference"] == metrics.values["policy"] - metrics.values["start"] > 0
     tokens = sum(row["tokens"] for row in metrics.rows)
-    assert len(metrics.rows) == 24
+    assert len(metrics.rows) == 20, "more than one batch"
     assert sum(row["policy"] for row in metrics.rows) / tokens == pytest.approx(metrics.values["policy"])
-    assert run("drift", moved, NO_FLEET, {"count": 24, "max_new_tokens": 12}).values == metrics.values
+    assert run("drift", moved, NO_FLEET, asked).values == metrics.values
 
 
 def test_the_loss_is_the_one_that_transformers_computes(checkpoint: PolicyCheckpoint) -> None:

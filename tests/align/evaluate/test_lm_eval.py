@@ -16,7 +16,7 @@ from align.data.chat import encode_prompt
 from align.errors import UserError
 from align.evaluate import lm_eval
 from align.evaluate.hooks import EvaluationError, Metrics, PolicyCheckpoint, check_params, check_ready, run
-from align.evaluate.lm_eval import REPORT_TASKS, flatten, runs_code
+from align.evaluate.lm_eval import REPORT_TASKS, HarnessEngine, find_tasks, flatten, run_harness, runs_code
 from align.model.policy import load_policy
 from align.tasks.arithmetic import generate
 
@@ -63,17 +63,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def harness(checkpoint: PolicyCheckpoint, tasks: dict[str, int | None], folder: Path, **options: Any) -> Metrics:
+    """What the harness says in this process, where the hook starts another one."""
+    model = (checkpoint.model, "hf", None, HarnessEngine())
+    return run_harness(tasks, folder, model, unsafe_code=False, **{"limit": 8, "apply_chat_template": False} | options)
+
+
 @pytest.fixture(scope="module")
-def outcome(checkpoint: PolicyCheckpoint, ray_session: None, folder: Path) -> Metrics:
-    tasks = {
-        "nano_choice": None,
-        "nano_generation": 2,
-        "nano_absent": None,
-        "nano_unsafe": None,
-        "nano_group": None,
-        "humaneval": 0,
-    }
-    return run("lm_eval", checkpoint, NO_FLEET, {"tasks": tasks, "include_path": folder, "limit": 8})
+def outcome(checkpoint: PolicyCheckpoint, folder: Path) -> Metrics:
+    unavailable = dict.fromkeys(["nano_absent", "nano_unsafe", "nano_group", "humaneval"])
+    return harness(checkpoint, {"nano_choice": None, "nano_generation": 2, **unavailable}, folder)
 
 
 def likeliest(model: Any, tokenizer: Any, row: Mapping[str, Any]) -> str:
@@ -116,11 +115,10 @@ def test_what_cannot_be_had_and_what_must_not_run_is_said_and_is_no_number(outco
 
 
 def test_the_task_of_the_nano_pipeline_asks_test_problems_in_the_words_of_training(
-    checkpoint: PolicyCheckpoint, ray_session: None, monkeypatch: pytest.MonkeyPatch
+    checkpoint: PolicyCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(NANO_TASKS.parents[2])
-    params = {"tasks": ["nano_arithmetic"], "include_path": NANO_TASKS, "apply_chat_template": True, "limit": 4}
-    metrics = run("lm_eval", checkpoint, NO_FLEET, params)
+    metrics = harness(checkpoint, {"nano_arithmetic": None}, NANO_TASKS, apply_chat_template=True, limit=4)
     assert metrics.not_run == {}
     assert "nano_arithmetic/exact_match/boxed" in metrics.values
     test = {example.prompt_text: example.answer for example in generate("test", worked_share=0, seed=0)}
@@ -145,18 +143,24 @@ def test_the_task_of_the_nano_pipeline_reads_the_last_boxed_number() -> None:
     assert task["filter_list"][0]["filter"][0]["group_select"] == -1
 
 
-def test_the_tasks_of_the_report_are_known_to_the_harness_and_others_get_the_nearest(
-    checkpoint: PolicyCheckpoint, ray_session: None
+def test_the_hook_gives_what_the_harness_says_in_another_process(
+    outcome: Metrics, checkpoint: PolicyCheckpoint, ray_session: None, folder: Path
 ) -> None:
+    params = {"tasks": ["nano_choice", "nano_unsafe"], "include_path": folder, "limit": 8}
+    metrics = run("lm_eval", checkpoint, NO_FLEET, params)
+    assert metrics.values == {name: outcome.values[name] for name in ("nano_choice/acc", "nano_choice/acc_stderr")}
+    assert metrics.rows == [row for row in outcome.rows if row["task"] == "nano_choice"]
+    assert metrics.not_run == {"nano_unsafe": outcome.not_run["nano_unsafe"]}
     with pytest.raises(UserError, match=r"lm_eval: unknown task 'hellaswagg'\. Did you mean 'hellaswag'\?"):
-        run("lm_eval", checkpoint, NO_FLEET, {"tasks": {**REPORT_TASKS, "hellaswagg": None}})
+        run("lm_eval", checkpoint, NO_FLEET, {"tasks": {"hellaswagg": None}})
+    with pytest.raises(EvaluationError, match=r"longer than timeout_s = 0\.5"):
+        run("lm_eval", checkpoint, NO_FLEET, params | {"timeout_s": 0.5})
+
+
+def test_the_tasks_of_the_report_are_known_to_the_harness_and_others_get_the_nearest() -> None:
+    find_tasks(REPORT_TASKS, None)
     with pytest.raises(UserError, match=r"lm_eval: unknown task 'nano_arithmetics'\. Did you mean 'nano_arithmetic'\?"):
         check_ready("lm_eval", {"tasks": {"nano_arithmetics": 0}, "include_path": NANO_TASKS})
-
-
-def test_a_harness_that_takes_too_long_is_ended(checkpoint: PolicyCheckpoint, ray_session: None) -> None:
-    with pytest.raises(EvaluationError, match=r"longer than timeout_s = 0\.5"):
-        run("lm_eval", checkpoint, NO_FLEET, {"tasks": ["nano_choice"], "timeout_s": 0.5})
 
 
 def test_without_the_package_it_says_what_to_install(
