@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -40,38 +41,22 @@ class Server:
         self.prompts: list[str] = []
         self.keys: set[str | None] = set()
         self.busiest = self._busy = 0
-        lock = threading.Lock()
+        self._lock = threading.Lock()
         server = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                prompt = body["messages"][0]["content"]
-                with lock:
-                    server.prompts.append(prompt)
-                    server.keys.add(self.headers["Authorization"])
-                    server._busy += 1
-                    server.busiest = max(server.busiest, server._busy)
-                answer = reply(prompt)
-                with lock:
-                    server._busy -= 1
+                answer = server.answer(reply, body["messages"][0]["content"], self.headers["Authorization"])
                 message = {"role": "assistant", "content": answer}
-                choice = {"index": 0, "finish_reason": "stop", "message": message}
-                completion = {
-                    "id": "1",
-                    "object": "chat.completion",
-                    "created": 0,
-                    "model": body["model"],
-                    "choices": [choice],
-                }
+                choices = [{"index": 0, "finish_reason": "stop", "message": message}]
+                completion = {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": choices}
                 status, text = (200, json.dumps(completion)) if isinstance(answer, str) else answer
-                try:
+                with suppress(BrokenPipeError):  # nobody waited for a slow answer
                     self.send_response(status)
                     self.send_header("Content-Type", "application/json")
                     self.end_headers()
                     self.wfile.write(text.encode())
-                except BrokenPipeError:
-                    pass  # nobody waited for a slow answer
 
             def log_message(self, *_: object) -> None:
                 pass
@@ -79,7 +64,19 @@ class Server:
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._http.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._http.server_port}/v1"
-        threading.Thread(target=self._http.serve_forever, daemon=True).start()
+        threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True).start()
+
+    def answer(self, reply: Callable[[str], Reply], prompt: str, key: str | None) -> Reply:
+        with self._lock:
+            self.prompts.append(prompt)
+            self.keys.add(key)
+            self._busy += 1
+            self.busiest = max(self.busiest, self._busy)
+        try:
+            return reply(prompt)
+        finally:
+            with self._lock:
+                self._busy -= 1
 
     def close(self) -> None:
         self._http.shutdown()
@@ -158,14 +155,9 @@ def test_questions_are_answered_at_the_temperature_of_their_category(
 ) -> None:
     questions = tmp_path / "questions.jsonl"
     questions.write_text("".join(json.dumps(row) + "\n" for row in MT_BENCH))
-    fleet = scripted(lambda prompt: "Fig")
-    judge = {"base_url": serve(lambda prompt: "[[5]]").url, "model": "m"}
-    run(
-        "judged",
-        checkpoint,
-        fleet,
-        {"benchmark": "mt_bench", "questions": questions, "judge": judge, "max_new_tokens": 9},
-    )
+    fleet, judge = scripted(lambda prompt: "Fig"), {"base_url": serve(lambda prompt: "[[5]]").url, "model": "m"}
+    given = {"benchmark": "mt_bench", "questions": questions, "judge": judge, "max_new_tokens": 9}
+    run("judged", checkpoint, fleet, given)
     assert [options.temperature for options in fleet.calls] == [0.0, 0.7, 0.0, 0.7]
 
 
@@ -309,14 +301,15 @@ def test_passing_failures_are_tried_again(serve: Any, measure: Callable[..., Met
 
 
 def test_slow_and_refused_judgements_are_counted_apart(serve: Any, measure: Callable[..., Metrics]) -> None:
+    over = threading.Event()
+
     def judge(prompt: str) -> Reply:
         if "Again." in prompt:
-            time.sleep(2)
+            over.wait(60)
         return (400, json.dumps({"error": {"message": "not that"}})) if "2+2" in prompt else "[[7]]"
 
-    started = time.monotonic()
-    metrics = measure("mt_bench", MT_BENCH, serve(after_check(judge)).url, {"timeout_s": 0.5})
-    assert time.monotonic() - started < 5
+    metrics = measure("mt_bench", MT_BENCH, serve(after_check(judge)).url, {"timeout_s": 3})
+    over.set()
     assert metrics.values["mt_bench/failed"] == 0.5
     assert metrics.values["mt_bench/score"] == metrics.values["mt_bench/turn_1"] == 7.0
     errors = [row["error"] for row in metrics.rows]
@@ -348,12 +341,8 @@ def test_no_more_requests_at_one_time_than_allowed(serve: Any, measure: Callable
         return "[[C]]"
 
     server = serve(judge)
-    measure(
-        "alpaca_eval",
-        [{"instruction": f"Question {i}", "output": "a"} for i in range(8)],
-        server.url,
-        {"concurrency": 3},
-    )
+    rows = [{"instruction": f"Question {i}", "output": "a"} for i in range(8)]
+    measure("alpaca_eval", rows, server.url, {"concurrency": 3})
     assert server.busiest == 3
 
 
