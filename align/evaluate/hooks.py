@@ -9,7 +9,6 @@ one as it would a reward, by an entry point of the group `moe_align.evaluations`
 pydantic checks before the stage begins.
 """
 
-import difflib
 import inspect
 import math
 import warnings
@@ -20,7 +19,7 @@ from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
-from align.errors import UserError
+from align.errors import UserError, nearest
 from align.recipe import ModelOptions
 from reward.registry import Entry, Function, Registry
 from rollout import Fleet
@@ -70,19 +69,13 @@ class Metrics:
 
 
 def _unknown(name: str, known: Collection[str]) -> UserError:
-    return UserError(f"unknown evaluation hook {name!r}.{nearest(name, known)} Known hooks: {', '.join(known)}")
+    return UserError(f"unknown evaluation hook {name!r}{nearest(name, known)}. Known hooks: {', '.join(known)}")
 
 
 def _misfit(hook: str, parameter: str, why: str, known: Collection[str]) -> UserError:
     hint = nearest(parameter, known) if why == "unknown" else ""
-    parameters = ", ".join(known) or "none"
-    return UserError(f"evaluation hook {hook!r}: {why} parameter {parameter!r}.{hint} Its parameters: {parameters}")
-
-
-def nearest(name: str, known: Collection[str]) -> str:
-    """A question after the known name that `name` may stand for, with a space before it; empty where none is near."""
-    close = difflib.get_close_matches(name, known, n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""
+    named = ", ".join(known) or "none"
+    return UserError(f"evaluation hook {hook!r}: {why} parameter {parameter!r}{hint}. Its parameters: {named}")
 
 
 _hooks: Registry[Hook] = Registry("evaluation hook", ENTRY_POINT_GROUP, {}, 2, UserError, _unknown, _misfit)

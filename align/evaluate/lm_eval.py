@@ -15,8 +15,8 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import DirectoryPath, Field
 
-from align.errors import UserError
-from align.evaluate.hooks import EvaluationError, Metrics, PolicyCheckpoint, nearest, register
+from align.errors import UserError, nearest
+from align.evaluate.hooks import EvaluationError, Metrics, PolicyCheckpoint, register
 from align.model.policy import first_line, load_policy, load_tokenizer
 from align.recipe import ModelOptions
 from rollout import EngineOptions, Fleet
@@ -178,7 +178,7 @@ def find_tasks(names: Iterable[str], include_path: Path | None) -> Any:
     for name in names:
         if name not in manager.task_index:
             raise UserError(
-                f"lm_eval: unknown task {name!r}.{nearest(name, manager.all_tasks)} `lm_eval ls tasks` lists those "
+                f"lm_eval: unknown task {name!r}{nearest(name, manager.all_tasks)}. `lm_eval ls tasks` lists those "
                 "of the harness; tasks of your own need include_path"
             )
     return manager

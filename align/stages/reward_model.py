@@ -20,7 +20,7 @@ from align.data.entries import Reader, Room, entries_of
 from align.data.loader import load_preferences, refuse_one_file
 from align.data.types import Preference
 from align.errors import naming
-from align.evaluate.pairs import ScoredPair, PairEvaluation, evaluate_pairs, rows
+from align.evaluate.pairs import PairEvaluation, ScoredPair, evaluate_pairs, rows
 from align.learner.objective import learning_rate
 from align.learner.reward_model import RewardModelGroup, TrainingPair
 from align.model.policy import load_tokenizer
