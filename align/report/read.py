@@ -13,6 +13,7 @@ import yaml
 from align.errors import UserError
 from align.run import RunDirectory, read_status
 from align.run.directory import LAYOUT
+from align.run.files import read_jsonl_lines, read_parquet
 
 Record = Mapping[str, Any]
 SAMPLES_NAME = re.compile(r"step_(\d+)\.parquet")
@@ -121,15 +122,9 @@ def read_table(path: Path, columns: Iterable[str]) -> Any:
 
     Raises UserError when it cannot be read.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path) as file:
-            stored = {RENAMED.get(name, name): name for name in file.schema_arrow.names}
-            table = file.read(columns=[stored[name] for name in columns if name in stored])
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{path} is not a readable Parquet file: {error}. Move it away to leave it out") from error
+    former = {new: old for old, new in RENAMED.items()}
+    names = [name for column in columns for name in (column, former.get(column)) if name]
+    table = read_parquet(path, names, ". Move it away to leave it out")
     return table.rename_columns([RENAMED.get(name, name) for name in table.column_names])
 
 
@@ -138,25 +133,9 @@ def read_records(path: Path) -> tuple[list[Record], str | None]:
 
     A missing file has none. Raises UserError with file and line for any other line that is not a JSON object.
     """
-    records: list[Record] = []
-    lines = path.read_bytes().split(b"\n") if path.exists() else []
-    for count, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line.decode())
-        except ValueError:
-            record = None
-        if isinstance(record, dict):
-            records.append(renamed(record))
-        elif count == len(lines):
-            return records, f"{path.name}, line {count}: cut off while it was written, and skipped here"
-        else:
-            raise UserError(
-                f"{path}, line {count}: not one JSON object, as every line of this file must be. "
-                "Mend or remove the line, then ask for the report again"
-            )
-    return records, None
+    cut_off: list[str] = []
+    records = [renamed(record) for _, record in read_jsonl_lines(path, cut_off)] if path.exists() else []
+    return records, cut_off[0] if cut_off else None
 
 
 def _stages(directory: Path, root: Path) -> list[Stage]:

@@ -152,18 +152,22 @@ def write_samples(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def read_samples(path: Path) -> list[dict[str, Any]]:
     """The rows that `write_samples` wrote. Raises UserError when `path` is missing or no Parquet table."""
-    rows: list[dict[str, Any]] = read_parquet(path, ": give a file that a run wrote into its samples/").to_pylist()
+    rows: list[dict[str, Any]] = read_parquet(path, cure=": give a file that a run wrote into its samples/").to_pylist()
     return rows
 
 
-def read_parquet(path: Path, cure: str = "") -> Any:
-    """A Parquet file as a pyarrow table. Raises UserError, which ends with `cure`, when `path` is missing or no Parquet table."""
+def read_parquet(path: Path, columns: Iterable[str] | None = None, cure: str = "") -> Any:
+    """The pyarrow table of a Parquet file, of those of `columns` that it has, in their order; of all where none are given.
+
+    Raises UserError, which ends with `cure`, when `path` is missing or no Parquet table.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(path) as file:
-            return file.read()
+            names = file.schema_arrow.names
+            return file.read(columns=None if columns is None else [name for name in columns if name in names])
     except FileNotFoundError:
         raise UserError(f"{path} does not exist{cure}") from None
     except (OSError, pa.ArrowException) as error:
@@ -178,14 +182,25 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return [row for _, row in read_jsonl_lines(path)]
 
 
-def read_jsonl_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The objects of `read_jsonl`, each with its line counted from 1, one at a time."""
+def read_jsonl_lines(path: Path, cut_off: list[str] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of `read_jsonl`, each with its line counted from 1, one at a time.
+
+    With a list `cut_off`, a last line that was cut off while it was written is skipped, and the list gets a remark on it.
+    """
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-                if content.strip():
-                    yield number, _parse(content, f"{path}, line {number}")
+                if not content.strip():
+                    continue
+                try:
+                    row = _parse(content, f"{path}, line {number}")
+                except UserError:
+                    if cut_off is None or line.endswith(b"\n"):
+                        raise
+                    cut_off.append(f"{path.name}, line {number}: cut off while it was written, and skipped here")
+                    return
+                yield number, row
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
 
