@@ -34,7 +34,7 @@ from align.model.names import to_checkpoint
 from align.model.policy import write_random_policy
 from align.recipe import AgreementOptions, GrpoOptions, LearnerOptions, ModelOptions, OptimizerOptions
 from align.session.ray import local_ray
-from rollout import ObjectStore, RolloutError, SamplingOptions, State, Trajectory, stored
+from rollout import RolloutError, SamplingOptions, State, Trajectory, stored
 
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "rollout"))
 from injuries import OPTIONS, PROMPTS, Injury, WitnessedFleet
@@ -112,7 +112,7 @@ def hurt_while_idle(witnessed: WitnessedFleet, unbroken: list[Trajectory]) -> Fi
     witnessed.faults.clear()
     began = time.monotonic()
     witnessed.injure(0, Injury.STOP)
-    witnessed.until(lambda: witnessed.fleet.members[0].state is State.RESTARTING)
+    witnessed.until(lambda: witnessed.fleet.workers[0].state is State.RESTARTING)
     noticed = time.monotonic() - began
     same = witnessed.sample() == unbroken
     seen = f"noticed after {noticed:.1f} s; {'the same' if same else 'others'}"
@@ -133,7 +133,7 @@ def hurt_while_loading(witnessed: WitnessedFleet, policy: ModelOptions) -> Findi
 def all_dead(policy: ModelOptions) -> Finding:
     with fleet_of(policy, max_restarts=0) as witnessed:
         began = time.monotonic()
-        for member in witnessed.fleet.members:
+        for member in witnessed.fleet.workers:
             witnessed.injure(member.number, Injury.KILL)
         try:
             witnessed.sample()
@@ -156,7 +156,7 @@ def random_kills(witnessed: WitnessedFleet, seconds: float, every_s: float = 20)
         nonlocal kills
         draw = random.Random(0)
         while not over.wait(every_s):
-            alive = [m for m in witnessed.fleet.members if m.process and m.state is not State.RESTARTING]
+            alive = [m for m in witnessed.fleet.workers if m.process and m.state is not State.RESTARTING]
             if alive:
                 witnessed.injure(draw.choice(alive).number, Injury.KILL)
                 kills += 1
@@ -204,7 +204,7 @@ def disagreements(witnessed: WitnessedFleet, learner: LearnerGroup) -> Iterator[
         except AgreementError:
             return Finding(fault, "AgreementError at the first step", seen + ", stopped", True)
 
-    witnessed.fleet.load(learner.publish(ObjectStore()), version=3)
+    learner.sync_weights(witnessed.fleet, version=3)
     right = probe(witnessed.fleet, learner, PROMPTS)
     gate.check(right, "drill")
     yield Finding("none", "sampler and learner agree", f"{right.mean:.1e} nats a token", True)

@@ -20,6 +20,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -38,7 +39,7 @@ from align.model.sizes import empty_model, model_sizes, read_config
 from align.plan.memory import GIB, GPU_PROCESS, Training, learner_memory
 from align.recipe import LearnerOptions, ModelOptions
 from rollout import engine as sampler
-from rollout.sync.base import MIB, ObjectStore, buckets
+from rollout.sync.base import MIB, Bucket, BucketSource, buckets
 from rollout.types import EngineOptions, Prompt, SamplingOptions, Trajectory
 from rollout.worker import environment
 
@@ -258,15 +259,21 @@ def emit_difference(what: str, one: Sequence[Any], other: Sequence[Any]) -> None
     emit(what, tokens=d.numel(), **{name: value.item() for name, value in values.items()})
 
 
-def stored_weights(directory: Path, below: str = "") -> Iterator[Any]:
+@dataclass
+class CheckpointWeights(BucketSource):
     """The weights of a checkpoint whose names begin with `below`, as a learner sends them."""
 
-    def tensors() -> Iterator[Any]:
-        for file in sorted(directory.glob("*.safetensors")):
-            with safe_open(file, "pt") as content:
-                yield from ((name, content.get_tensor(name)) for name in list(content.keys()) if name.startswith(below))
+    directory: Path
+    below: str = ""
 
-    return buckets(tensors(), 256 * MIB)
+    def buckets(self) -> Iterator[Bucket]:
+        return buckets(self._tensors(), 256 * MIB)
+
+    def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for file in sorted(self.directory.glob("*.safetensors")):
+            with safe_open(file, "pt") as content:
+                names = list(content.keys())
+                yield from ((name, content.get_tensor(name)) for name in names if name.startswith(self.below))
 
 
 # The sections.
@@ -366,21 +373,21 @@ def weight_sync() -> None:
     size = sum(f.stat().st_size for f in new.glob("*.safetensors"))
     for version in (1, 2):
         with timed("new weights", version=version, weight_bytes=size):
-            engine.load(stored_weights(new), version)
+            engine.load(CheckpointWeights(new), version)
     second = sample(engine, "batch of the new weights")
     emit_equal("old and new weights", first, second)
     name = "model.layers.1.self_attn"
     with timed("weights of one module", module=name):
-        engine.load(stored_weights(new, f"{name}."), 3, [name])
+        engine.load(CheckpointWeights(new, f"{name}."), 3, [name])
     third = sample(engine, "batch after one module")
     emit_equal("before and after one module's same weights", second, third)
     for turn in (1, 2):
-        sleep_and_wake(turn, "awake", engine.sleep, "asleep", engine.wake)
+        sleep_and_wake(turn, "awake", engine.offload, "asleep", engine.onload)
     emit_equal("before and after sleep", third, sample(engine, "batch after sleep"))
     with timed("new weights after sleep", weight_bytes=size):
-        engine.load(stored_weights(old), 4)
+        engine.load(CheckpointWeights(old), 4)
     emit_equal("old weights, before and again", first, sample(engine, "batch of the old weights again"))
-    engine.sleep()
+    engine.offload()
     sampled = [c.log_probs for c in second]
     emit_difference("after the update: vLLM and transformers", learner_log_probs(new, second, "bfloat16"), sampled)
     emit_difference("update left out (must be far)", learner_log_probs(old, second, "bfloat16"), sampled)
@@ -404,7 +411,7 @@ def graphs() -> None:
     found = sample(engine, "batch, graphs")
     emit("memory with graphs", **memory())
     emit_equal("eager and graphs", kept_samples(), found)
-    engine.load(stored_weights(lite_directory()), 1)
+    engine.load(CheckpointWeights(lite_directory()), 1)
     emit_equal("graphs, before and after the same weights", found, sample(engine, "batch after an update"))
 
 
@@ -500,7 +507,7 @@ def send_and_rest(learner: Any) -> None:
     """Twice each: give out the weights for the sampler, leave the GPU and come back."""
     for turn in (1, 2):
         with timed("publish", turn=turn) as values:
-            sizes = [sum(t.nbytes for t in bucket.values()) for bucket in learner.publish(ObjectStore())]
+            sizes = [sum(t.nbytes for t in bucket.values()) for bucket in learner.publish(iter, 256 * MIB)]
             values |= {"published_bytes": sum(sizes), "buckets": len(sizes)}
     for turn in (1, 2):
         sleep_and_wake(turn, "at work", learner.rest, "at rest", learner.rise)

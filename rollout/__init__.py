@@ -7,25 +7,19 @@
     fleet = Fleet("path/to/model", "float32", FleetOptions(workers=2), stop_token_ids=[1])
     groups = fleet.sample([Prompt("p0", [0, 17, 5])], 8, SamplingOptions(max_new_tokens=64), seed=0, step=0)
 
-`rollout.types` has the records, `Fleet` the workers together, `rollout.supervisor` what replaces those that are lost,
-`rollout.engine` one vLLM engine, `rollout.sync.base` how new weights come to it, `rollout.weights` how they get into it. This package knows
-nothing of training or rewards.
+`rollout.types` has the records, `rollout.fleet` the workers together, `rollout.supervisor` what replaces those that are lost, `rollout.worker_handle`
+one of them as it is seen from there, `rollout.worker` its process, `rollout.engine` the vLLM engine in that. `rollout.sync` brings new weights to the
+workers, and `rollout.weights` into an engine. This package knows nothing of training or rewards.
 """
 
-from rollout.fleet import Fleet
-from rollout.health import Fault, State
-from rollout.seeds import sample_seed
-from rollout.sync.base import (
-    AdapterFiles,
-    Adapters,
-    Directory,
-    ObjectStore,
-    Transport,
-    WeightOptions,
-    WeightSource,
-    stored,
-)
-from rollout.sync.broadcast import Broadcast, Broadcasts
+import warnings
+from typing import Any
+
+from rollout.fleet import Fleet, sample_seed
+from rollout.sync.base import WeightOptions, WeightSource, WeightSync
+from rollout.sync.broadcast import BroadcastSync
+from rollout.sync.files import AdapterFiles, AdapterSync, DirectorySync
+from rollout.sync.object_store import ObjectStoreSync, stored
 from rollout.types import (
     EngineOptions,
     FinishReason,
@@ -39,31 +33,48 @@ from rollout.types import (
     Versions,
     WeightUpdateError,
 )
+from rollout.worker_handle import Fault, State
 
 __all__ = [
     "AdapterFiles",
-    "Adapters",
-    "Broadcast",
-    "Broadcasts",
-    "Directory",
+    "AdapterSync",
+    "BroadcastSync",
+    "DirectorySync",
     "EngineOptions",
     "Fault",
     "FinishReason",
     "Fleet",
     "FleetOptions",
     "Group",
-    "ObjectStore",
+    "ObjectStoreSync",
     "Prompt",
     "RolloutError",
     "SamplingOptions",
     "State",
     "Trajectory",
-    "Transport",
     "Turn",
     "Versions",
     "WeightOptions",
     "WeightSource",
+    "WeightSync",
     "WeightUpdateError",
     "sample_seed",
     "stored",
 ]
+
+_FORMER_NAMES = {
+    "Adapters": AdapterSync,
+    "Broadcasts": BroadcastSync,
+    "Completion": Trajectory,
+    "Directory": DirectorySync,
+    "ObjectStore": ObjectStoreSync,
+    "Transport": WeightSync,
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _FORMER_NAMES:
+        raise AttributeError(f"module 'rollout' has no attribute {name!r}")
+    found = _FORMER_NAMES[name]
+    warnings.warn(f"rollout.{name} is rollout.{found.__name__} now", DeprecationWarning, stacklevel=2)
+    return found

@@ -3,19 +3,18 @@
 The environment that vLLM reads at import is set by whoever starts the process (`rollout.worker.environment`).
 """
 
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from rollout.sync.base import Bucket
-from rollout.sync.broadcast import Receiver
+from rollout.sync.base import Bucket, WeightSource
 from rollout.types import (
     EngineOptions,
     FinishReason,
-    NotReceivedError,
     Prompt,
     RolloutError,
     SamplingOptions,
@@ -27,7 +26,7 @@ from rollout.weights import (
     check_low_rank_updates,
     finish_update,
     has_low_rank_updates,
-    take_broadcast,
+    run_step,
     take_bucket,
 )
 
@@ -65,6 +64,7 @@ class Engine:
         self.steps = 0
         self._options = options
         self._adapter: Any = None
+        self._adapters = 0
         self._stop_token_ids = list(stop_token_ids)
         trusted = {"trust_remote_code": trust_remote_code}
         self._llm = LLM(model=str(model), dtype=dtype, **trusted, **engine_arguments(config, options))
@@ -110,36 +110,48 @@ class Engine:
             if engine.has_unfinished_requests():
                 engine.abort_request([id_], internal=True)
 
-    def load(self, source: Iterable[Bucket] | Receiver, version: int, modules: Sequence[str] | None = None) -> None:
-        """Replace the weights, or those of some modules, by the tensors of a checkpoint; samples then carry `version`.
+    def load(self, source: WeightSource, version: int, modules: Sequence[str] | None = None) -> None:
+        """Replace the weights, or those of some modules, by what `source` has; trajectories then carry `version`.
 
         Raises WeightUpdateError when they are not those of the model, NotReceivedError when a broadcast broke off.
         """
-        self._everywhere(begin_update, modules)
-        try:
-            if isinstance(source, Receiver):
-                self._receive(source)
-            else:
-                for bucket in source:
-                    self._everywhere(take_bucket, bucket)
-        except BaseException:
-            self._llm.collective_rpc(finish_update)
-            raise
-        self._everywhere(finish_update)
-        if any(self._llm.collective_rpc(has_low_rank_updates)):
-            self.probe()
-            self._everywhere(check_low_rank_updates)
+        source.load_into(self, modules)
         self._clear_prefix_cache()
         self.weight_version = version
 
-    def load_adapter(self, directory: Path, version: int) -> None:
-        """Add the adapter in `directory`, in place of one before; samples then carry `version`.
+    @contextmanager
+    def weight_update(self, modules: Sequence[str] | None) -> Iterator[None]:
+        """An update of the whole model, or of some modules: within the context all their tensors have to be taken. Raises WeightUpdateError."""
+        self.everywhere(begin_update, modules)
+        try:
+            yield
+        except BaseException:
+            self._llm.collective_rpc(run_step, args=(finish_update,))
+            raise
+        self.everywhere(finish_update)
+        if any(self._llm.collective_rpc(has_low_rank_updates)):
+            self.probe()
+            self.everywhere(check_low_rank_updates)
+
+    def take(self, bucket: Bucket) -> None:
+        """Write tensors, under checkpoint names, as part of a weight update. Raises WeightUpdateError."""
+        self.everywhere(take_bucket, bucket)
+
+    def everywhere(self, step: Callable[..., None], *arguments: Any) -> None:
+        """Run a step of a weight update in each process of the engine. Raises the WeightUpdateError of one of them."""
+        for wrong in self._llm.collective_rpc(run_step, args=(step, *arguments)):
+            if wrong is not None:
+                raise WeightUpdateError(wrong)
+
+    def add_adapter(self, directory: Path) -> None:
+        """Let vLLM add the LoRA adapter in `directory` to the weights, in place of the one before.
 
         Raises WeightUpdateError where vLLM cannot: what it does not know how to serve, it may also leave out.
         """
         from vllm.lora.request import LoRARequest
 
-        adapter = LoRARequest(f"version {version}", version + 1, str(directory))
+        self._adapters += 1
+        adapter = LoRARequest(f"adapter {self._adapters}", self._adapters, str(directory))
         try:
             self._llm.llm_engine.add_lora(adapter)
         except (ValueError, RuntimeError) as error:
@@ -147,28 +159,18 @@ class Engine:
                 f"vLLM refused the adapter ({error}); leave weights.transport out to send merged weights"
             ) from error
         self._adapter = adapter
-        self._clear_prefix_cache()
-        self.weight_version = version
 
-    def sleep(self) -> None:
-        """Move the weights to the CPU's memory and let go of the KV cache, until `wake`. On a CPU vLLM leaves all as it is."""
+    def offload(self) -> None:
+        """Move the weights to the CPU's memory and free the KV cache, until `onload`. Does nothing on a CPU."""
         self._llm.sleep(level=1)
 
-    def wake(self) -> None:
-        """Be as before `sleep`."""
+    def onload(self) -> None:
+        """Move the weights back to the GPU and allocate the KV cache again."""
         self._llm.wake_up()
 
     def probe(self) -> None:
         """Draw a token, as a sign that the engine works."""
         self.sample([Request(Prompt("probe", [0]), 0, 0)], SamplingOptions(temperature=0, max_new_tokens=1))
-
-    def _receive(self, receiver: Receiver) -> None:
-        try:
-            self._everywhere(take_broadcast, receiver)
-        except WeightUpdateError:
-            raise
-        except Exception as error:  # what it is depends on the backend, and on whether vLLM runs in this process
-            raise NotReceivedError(f"the broadcast of weights broke off ({first_line(error)})") from error
 
     def _clear_prefix_cache(self) -> None:
         """Drop the cached keys and values of all prompts. Raises WeightUpdateError where vLLM keeps them: they may be of old weights."""
@@ -177,12 +179,6 @@ class Engine:
                 "vLLM did not clear its prefix cache, because requests are still running: their keys and values would be used "
                 "with other weights than those that computed them"
             )
-
-    def _everywhere(self, do: Callable[..., str | None], *arguments: Any) -> None:
-        """Let each process of the engine do its part of an update. Raises WeightUpdateError with what one of them found wrong."""
-        for wrong in self._llm.collective_rpc(do, args=arguments):
-            if wrong is not None:
-                raise WeightUpdateError(wrong)
 
     def _count_steps(self) -> None:
         engine = self._llm.llm_engine
@@ -264,10 +260,6 @@ def engine_arguments(config: Any, options: EngineOptions) -> dict[str, Any]:
         # A group's prompt is computed once, by whole blocks of the smallest size that there is.
         arguments |= {"enable_prefix_caching": True, "block_size": 32}
     return arguments
-
-
-def first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
 
 
 def served_rank(rank: int) -> int:

@@ -1,23 +1,23 @@
 """The rollout workers together: prompts in, groups of trajectories out as they finish."""
 
+import hashlib
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import count, pairwise
 from queue import Empty, SimpleQueue
-from typing import Any, TypeVar
-
-from typing_extensions import deprecated
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rollout.engine import Request
-from rollout.health import Fault, FaultHandler
-from rollout.seeds import sample_seed
-from rollout.supervisor import Supervisor
-from rollout.sync.base import AdapterFiles, WeightSource
-from rollout.sync.broadcast import Broadcast
+from rollout.supervisor import Batch, Job, Supervisor, Update
+from rollout.sync.base import WeightSource
 from rollout.types import FleetOptions, Group, Prompt, RolloutError, SamplingOptions, Trajectory
-from rollout.worker_handle import Batch, Job, Member, Update
+from rollout.worker import WorkerSetup
+from rollout.worker_handle import Fault, WorkerHandle, new_actor
 
 T = TypeVar("T")
+FORMER_NAMES = {"generate": "sample", "members": "workers", "sleep": "offload", "wake": "onload"}
 
 
 class Fleet:
@@ -34,12 +34,12 @@ class Fleet:
         dtype: str,
         options: FleetOptions,
         stop_token_ids: Sequence[int],
-        on_fault: FaultHandler | None = None,
-        bundles: Any = None,
+        on_fault: Callable[[Fault], None] | None = None,
+        placement_group: Any = None,
         *,
         trust_remote_code: bool = False,
     ):
-        """Start the workers and load `model` in each (Ray must be running), one in each of a placement group's `bundles` if given.
+        """Start the workers and load `model` in each (Ray must be running), one in each bundle of a placement group if given.
 
         `trust_remote_code` lets the model bring code of its own.
 
@@ -48,30 +48,38 @@ class Fleet:
         """
         self._options = options
         self._on_fault = on_fault or log_fault
-        self._supervisor = Supervisor(model, dtype, options, stop_token_ids, trust_remote_code, bundles)
+        setup = WorkerSetup(model, dtype, options, list(stop_token_ids), trust_remote_code)
+        self._supervisor = Supervisor(options, setup, partial(new_actor, options, placement_group))
+        self._supervisor.start()
         self._serials = count(1)
-        self._is_asleep = False
+        self._is_offloaded = False
         self.before_use: Callable[[], None] = lambda: None
         self.weight_version = 0
 
     @property
-    def members(self) -> Sequence[Member]:
+    def workers(self) -> Sequence[WorkerHandle]:
         """The workers, to look at: their state, what they are doing, where they are."""
-        return self._supervisor.members
+        return self._supervisor.workers
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            if name not in FORMER_NAMES:
+                raise AttributeError(f"a fleet has no attribute {name!r}")
+            warnings.warn(f"Fleet.{name} is Fleet.{FORMER_NAMES[name]} now", DeprecationWarning, stacklevel=2)
+            return getattr(self, FORMER_NAMES[name])
 
     def wait_until_ready(self) -> None:
         """Return when the workers have loaded the policy. Raises RolloutError."""
-        started: SimpleQueue[RolloutError | None] = SimpleQueue()
-        self._supervisor.tell_when_started(started)
-        self._answer(started)
+        self._answer(self._supervisor.when_started())
 
-    def sleep(self) -> None:
-        """Let the workers put what they hold on their GPUs into the CPU's memory. Returns when they have. Raises RolloutError."""
-        self._turn(asleep=True)
+    def offload(self) -> None:
+        """Let the workers move what they hold on their GPUs to the CPU's memory. Returns when they have. Raises RolloutError."""
+        self._set_offloaded(True)
 
-    def wake(self) -> None:
-        """Let them take it back. Raises RolloutError."""
-        self._turn(asleep=False)
+    def onload(self) -> None:
+        """Let the workers move what they held on their GPUs back there. Returns when they have. Raises RolloutError."""
+        self._set_offloaded(False)
 
     def sample(
         self,
@@ -110,55 +118,47 @@ class Fleet:
                     group = waiting.pop(drawn.prompt_id)
                     yield Group(by_id[drawn.prompt_id], [group[index] for index in range(group_size)])
 
-    @deprecated("Fleet.generate is Fleet.sample now")
-    def generate(self, *arguments: Any, **options: Any) -> Iterator[Group]:
-        """`sample`, by its old name."""
-        return self.sample(*arguments, **options)
+    def load(self, source: WeightSource, version: int, modules: Sequence[str] | None = None) -> None:
+        """Give every worker new weights; trajectories drawn from now on carry `version`. Raises WeightUpdateError, RolloutError.
 
-    def load(
-        self, source: WeightSource | AdapterFiles | Broadcast, version: int, modules: Sequence[str] | None = None
-    ) -> None:
-        """Give every worker the tensors of a checkpoint as its weights. Raises WeightUpdateError, RolloutError.
-
-        Or an adapter, to be added to the weights that they began with, if `rollout.adapter_rank` allows for it.
-        With `modules`, such as `model.layers.0.self_attn`, they are the tensors of these alone; all else stays as it is.
-        The source is kept until the next update, for workers that are started in place of lost ones, and then released.
+        With `modules`, such as `model.layers.0.self_attn`, `source` has the tensors of these alone, and all else stays as it is. The source is kept until the
+        next update, for workers that are started in place of lost ones, and then released.
         """
         self.before_use()
-        self._supervisor.drop_updates(modules)
         update = Update(next(self._serials), version, source, modules)
-        self._supervisor.update(update)
-        if isinstance(source, Broadcast) and (size := self._answer(update.size)) > 1:
-            source.send(size)
-        self._answer(update.answers, renew=True)
+        loaded = self._supervisor.update(update)
+        try:
+            source.send(self._answer(update.receiving))
+            self._answer(loaded, renew=True)
+        finally:
+            for replaced in update.replaced:
+                replaced.release()
         self.weight_version = version
 
     def close(self) -> None:
         """End the workers' processes."""
         self._supervisor.close()
-        self._tell_faults()
+        self._report_faults()
 
-    def _turn(self, asleep: bool) -> None:
-        if asleep != self._is_asleep:
-            turned: SimpleQueue[RolloutError | None] = SimpleQueue()
-            self._supervisor.turn(asleep, turned)
-            self._answer(turned)
-            self._is_asleep = asleep
+    def _set_offloaded(self, offloaded: bool) -> None:
+        if offloaded != self._is_offloaded:
+            self._answer(self._supervisor.set_offloaded(offloaded))
+            self._is_offloaded = offloaded
 
     def _run(self, batches: Sequence[Sequence[Request]], sampling: SamplingOptions) -> Iterator[list[Trajectory]]:
         job = Job(sampling, self.weight_version)
-        job.todo.extend(Batch(job, requests) for requests in batches)
-        self._supervisor.submit(job)
+        self._supervisor.submit([Batch(job, requests) for requests in batches])
         try:
             for _ in batches:
                 yield self._answer(job.answers, renew=True)
         finally:
-            self._supervisor.abandon(job)
+            # Batches that are being sampled are finished, and thrown away.
+            job.is_over = True
 
     def _answer(self, answers: SimpleQueue[T | RolloutError], *, renew: bool = False) -> T:
-        """What the supervisor answers; what happens to workers meanwhile is told, and with `renew` they get weights again."""
+        """Wait for what the supervisor answers. Meanwhile faults are reported and, with `renew`, workers get weights again that they did not receive."""
         while True:
-            self._tell_faults()
+            self._report_faults()
             if renew:
                 self._supervisor.renew()
             error = self._supervisor.error
@@ -168,12 +168,12 @@ class Fleet:
                 if error is not None:
                     raise error from None
             else:
-                self._tell_faults()
+                self._report_faults()
                 if isinstance(answer, RolloutError):
                     raise answer
                 return answer
 
-    def _tell_faults(self) -> None:
+    def _report_faults(self) -> None:
         while not self._supervisor.faults.empty():
             self._on_fault(self._supervisor.faults.get())
 
@@ -187,3 +187,13 @@ def engine_batches(requests: Sequence[Request], largest: int) -> list[Sequence[R
     count = -(-len(requests) // largest)
     bounds = [len(requests) * i // count for i in range(count + 1)] if count else []
     return [requests[start:end] for start, end in pairwise(bounds)]
+
+
+def sample_seed(run_seed: int, step: int, prompt_id: str, index: int) -> int:
+    """The seed [0, 2**63) of one trajectory: a function of what it is, not of who draws it or when.
+
+    Two trajectories of one run share a seed only by accident of hashing, and a trajectory keeps its seed whatever the
+    number of workers, the order of the requests or a restart.
+    """
+    key = f"{run_seed}\x1f{step}\x1f{prompt_id}\x1f{index}".encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest()) >> 1

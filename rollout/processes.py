@@ -1,4 +1,4 @@
-"""The processes of Ray actors, from outside: ending one for certain, and what its threads are doing."""
+"""Ray actors and their processes: typed calls, ending a process for certain, and what its threads are doing."""
 
 import faulthandler
 import os
@@ -8,14 +8,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar
 
 import psutil
 
 T = TypeVar("T")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 PATIENCE_S = 15.0
 STACKS_SIGNAL = signal.SIGUSR2
@@ -53,13 +56,47 @@ def introduce_this_process() -> ProcessId:
     return ProcessId(ray.get_runtime_context().get_node_id(), process.pid, process.create_time(), os.dup(file.fileno()))
 
 
-def in_bundle(bundles: Any, index: int) -> dict[str, Any]:
-    """Options that put a Ray actor into a bundle of a placement group, if there is one."""
+class Pending(Protocol[R]):
+    """A Ray reference to a result of type R."""
+
+    def future(self) -> Future[R]:
+        """A future that is done when the result, or the call's error, is there."""
+
+
+class Actor(Generic[T]):
+    """A typed handle of a Ray actor of class T: `actor.call(T.method, argument)` calls the method in the actor's process.
+
+    `options` go to Ray with each call, such as `concurrency_group` or `num_returns`.
+    """
+
+    def __init__(self, handle: Any, **options: Any):
+        self.handle = handle
+        self._options = options
+
+    def options(self, **options: Any) -> "Actor[T]":
+        """The same actor, called with these options."""
+        return Actor(self.handle, **options)
+
+    def call(self, method: Callable[Concatenate[T, P], R], *arguments: P.args, **named: P.kwargs) -> Pending[R]:
+        """Start a method; returns a reference to its result, for `ray.get`."""
+        remote = getattr(self.handle, method.__name__).options(**self._options)
+        pending: Pending[R] = remote.remote(*arguments, **named)
+        return pending
+
+    def kill(self) -> None:
+        """Tell Ray to end the process. One that is stopped or hung may take seconds."""
+        import ray
+
+        ray.kill(self.handle)
+
+
+def in_placement_group(group: Any, bundle: int) -> dict[str, Any]:
+    """Options that put a Ray actor into a bundle of a placement group; none where `group` is None."""
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-    if bundles is None:
+    if group is None:
         return {}
-    return {"scheduling_strategy": PlacementGroupSchedulingStrategy(bundles, placement_group_bundle_index=index)}
+    return {"scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)}
 
 
 def kill(process: ProcessId, grace_s: float = 0) -> None:

@@ -1,112 +1,153 @@
-"""What keeps a fleet's workers at work and alive."""
+"""Keeps a fleet's workers in the state that is wanted of them, at work and alive."""
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any
 
 from rollout import processes
-from rollout.health import Fault, State
-from rollout.sync.broadcast import Broadcast
-from rollout.types import FleetOptions, NotReceivedError, RolloutError
-from rollout.worker_handle import Batch, Doing, Job, Member, Task, Update
+from rollout.engine import Request
+from rollout.processes import Actor
+from rollout.sync.base import WeightSource
+from rollout.types import FleetOptions, NotReceivedError, RolloutError, SamplingOptions, Trajectory
+from rollout.worker import RolloutWorker, WorkerSetup
+from rollout.worker_handle import Doing, Fault, State, Task, WorkerHandle
 
 Call = Callable[[], None]
+Answers = SimpleQueue[RolloutError | None]
 
 GRACE_S = 5.0
 MOST_LOSSES = 4
 """An engine batch with which so many workers were lost is taken for the cause of it."""
 
 
+@dataclass(eq=False, slots=True)
+class Job:
+    """A call that wants trajectories, drawn with the weights of `version`. They, or the error that ends it, go to `answers`."""
+
+    sampling: SamplingOptions
+    version: int
+    answers: SimpleQueue[list[Trajectory] | RolloutError] = field(default_factory=SimpleQueue)
+    is_over: bool = False
+
+    def fail(self, error: RolloutError) -> None:
+        """End it: its other batches are not sampled any more."""
+        self.is_over = True
+        self.answers.put(error)
+
+
+@dataclass(eq=False, slots=True)
+class Batch:
+    """Requests of a job that are sampled together; `lost` counts the workers that were lost with it."""
+
+    job: Job
+    requests: Sequence[Request]
+    lost: int = 0
+
+
+@dataclass(eq=False, slots=True)
+class Update:
+    """New weights, for every module or those named. The serial number orders updates.
+
+    `parts` has what each worker that serves is to load, by its actor, until it begins to; `late` is for all others, None where they are no longer
+    to be had. `receiving` is told how many processes load their part. `replaced` are the updates that nobody needs once it is everywhere.
+    """
+
+    serial: int
+    version: int
+    source: WeightSource
+    modules: Sequence[str] | None
+    refused: RolloutError | None = None
+    parts: dict[Any, WeightSource] = field(default_factory=dict)
+    late: WeightSource | None = None
+    receiving: SimpleQueue[int | RolloutError] = field(default_factory=SimpleQueue)
+    replaced: list["Update"] = field(default_factory=list)
+
+    def release(self) -> None:
+        """Free what is kept for workers."""
+        (self.late or self.source).release()
+
+
 class Supervisor:
     """Hands out batches and updates, watches the workers' signs of life, and replaces those that are lost.
 
-    All of it happens in one thread, which alone touches the workers: others send it calls. What nobody can help ends up
-    in `error`; what happened to workers in `faults`.
+    What is wanted of a worker is that it has all updates, is offloaded or not, and samples while there are batches: `reconcile` compares that with what it
+    is, and starts the one thing that comes next. All of it happens in one thread, which alone touches the workers: others send it calls. What nobody can help
+    ends up in `error`; what happened to workers in `faults`.
     """
 
     def __init__(
         self,
-        model: str,
-        dtype: str,
         options: FleetOptions,
-        stop_token_ids: Sequence[int],
-        trust_remote_code: bool,
-        bundles: Any,
+        setup: WorkerSetup,
+        new_actor: Callable[[int], Actor[RolloutWorker]],
+        clock: Callable[[], float] = time.monotonic,
     ):
         self.error: RolloutError | None = None
         self.faults: SimpleQueue[Fault] = SimpleQueue()
-        self._options = options
+        self._options, self._setup, self._clock = options, setup, clock
         self._mailbox: SimpleQueue[Call] = SimpleQueue()
-        self.members = [
-            Member(number, model, dtype, options, stop_token_ids, trust_remote_code, bundles, self._mailbox.put)
-            for number in range(options.workers)
-        ]
-        self._jobs: list[Job] = []
-        self._updates: list[Update] = []
-        self._replaced: list[Update] = []
-        self._awaiting_start: list[SimpleQueue[RolloutError | None]] = []
-        self._spent: Update | None = None
-        self._asleep = False
-        self._to_be_started: list[Member] = []
-        self._awaiting_turn: list[SimpleQueue[RolloutError | None]] = []
-        self._closed = False
         self._pace_s = min(0.5, options.probe_interval_s / 2, options.probe_timeout_s / 2)
-        for member in self.members:
-            self._start(member)
+        self._todo: deque[Batch] = deque()
+        self._updates: list[Update] = []
+        self._spent: Update | None = None
+        self._offloaded = False
+        self._waiting: list[tuple[Callable[[], bool], Answers]] = []
+        self._closed = False
+        self.workers = [
+            WorkerHandle(number, options, new_actor, clock, self._mailbox.put) for number in range(options.workers)
+        ]
         self._thread = threading.Thread(target=self._run, name="rollout supervisor", daemon=True)
+
+    def start(self) -> None:
+        """Start the workers, and the thread that looks after them."""
+        for worker in self.workers:
+            self._start(worker)
         self._thread.start()
 
-    def submit(self, job: Job) -> None:
-        self._mailbox.put(partial(self._jobs.append, job))
+    def submit(self, batches: Sequence[Batch]) -> None:
+        """Let workers sample batches, in this order, as long as their jobs are not over."""
+        self._mailbox.put(partial(self._todo.extend, batches))
 
-    def abandon(self, job: Job) -> None:
-        """Nobody waits for the job any more. Batches that are being sampled are finished, and thrown away."""
-        self._mailbox.put(partial(self._forget, job))
-
-    def tell_when_started(self, answers: SimpleQueue[RolloutError | None]) -> None:
-        """Answer when no worker is being started."""
-        self._mailbox.put(partial(self._awaiting_start.append, answers))
-
-    def turn(self, asleep: bool, answers: SimpleQueue[RolloutError | None]) -> None:
-        """Let the workers sleep, or wake them; answer when they all do. What is lost of them meanwhile is started when they wake."""
-        self._mailbox.put(partial(self._turn, asleep, answers))
-
-    def drop_updates(self, modules: Sequence[str] | None) -> None:
-        """Let go of the weights that an update of these modules will replace."""
-
-        def drop() -> None:
-            kept = [u for u in self._updates if modules and not set(u.modules or [""]) <= set(modules)]
-            self._replaced += [u for u in self._updates if u not in kept]
-            self._updates[:] = kept
-            if self._spent not in kept:
-                self._spent = None
-
-        self._mailbox.put(drop)
-
-    def update(self, update: Update) -> None:
-        """Give the weights to every worker, and to each that is started from now on."""
+    def update(self, update: Update) -> Answers:
+        """Give the weights to every worker, and to each that is started from now on; answers when all that serve have them."""
         self._mailbox.put(partial(self._begin, update))
+        return self._when(partial(self._is_everywhere, update))
+
+    def when_started(self) -> Answers:
+        """Answers when no worker is being started."""
+        return self._when(lambda: not self._starting)
+
+    def set_offloaded(self, offloaded: bool) -> Answers:
+        """Let the workers offload their GPUs, or onload them; answers when all have. What is lost of them meanwhile is started when they onload."""
+        self._mailbox.put(lambda: setattr(self, "_offloaded", offloaded))
+        return self._when(
+            lambda: (
+                all((w.state is State.OFFLOADED) == offloaded for w in self._up) and not (offloaded and self._starting)
+            )
+        )
 
     def renew(self) -> None:
-        """Called where weights can be got: fetch those once more that a worker has to take and did not receive with the others."""
-        if (update := self._spent) is not None and isinstance(update.source, Broadcast):
+        """Called where the learner can be used: get those weights again that a worker needs and did not receive with the others."""
+        if (update := self._spent) is not None:
+            if update.late is None:
+                update.late = update.source.again()
             self._spent = None
-            update.source = update.source.again()
 
     def close(self) -> None:
         """End the workers' processes."""
         self._closed = True
         self._thread.join()
-        for member in self.members:
-            if member.state is not State.DEAD:
-                # Ray reports a worker that was killed before it could end as a crash.
-                member.end(GRACE_S)
-        self.members = []
-        for update in self._updates + self._replaced:
-            update.source.release()
+        for worker in self.workers:
+            # Ray reports a worker that was killed before it could end as a crash.
+            worker.end(GRACE_S)
+        self.workers = []
+        for update in self._updates:
+            update.release()
 
     def _run(self) -> None:
         import ray
@@ -115,192 +156,193 @@ class Supervisor:
             while not self._closed and self.error is None:
                 if not ray.is_initialized():
                     raise RolloutError("Ray was shut down under the rollout workers")
-                self._read_mail()
-                self._tick(time.monotonic())
+                self.tick(self._pace_s)
         except RolloutError as error:
             self.error = error
         except Exception as error:
             self.error = RolloutError(f"the rollout workers cannot be supervised ({type(error).__name__}: {error})")
             self.error.__cause__ = error
 
-    def _read_mail(self) -> None:
+    def tick(self, timeout_s: float) -> None:
+        """Make the calls that were sent, waiting for the first of them, examine the workers and give them something to do."""
         try:
-            self._mailbox.get(timeout=self._pace_s)()
+            self._mailbox.get(timeout=timeout_s)()
             while True:
                 self._mailbox.get_nowait()()
         except Empty:
             pass
+        now = self._clock()
+        for worker in self.workers:
+            self._examine(worker, now)
+            self.reconcile(worker, now)
+        for waiting in list(self._waiting):
+            is_met, answers = waiting
+            try:
+                if is_met():
+                    answers.put(None)
+                    self._waiting.remove(waiting)
+            except RolloutError as error:
+                answers.put(error)
+                self._waiting.remove(waiting)
 
-    def _tick(self, now: float) -> None:
-        for member in self.members:
-            if member.state is not State.DEAD:
-                self._examine(member, now)
-            if member.state is not State.DEAD:
-                self._employ(member, now)
-        starting = [m for m in self.members if m.state is State.RESTARTING and m not in self._to_be_started]
-        if not starting:
-            while self._awaiting_start:
-                self._awaiting_start.pop().put(None)
-        if all((m.state is State.ASLEEP) == self._asleep for m in self._up) and not (self._asleep and starting):
-            while self._awaiting_turn:
-                self._awaiting_turn.pop().put(None)
-        # A worker that is being restarted may still be reading one.
-        read = [member.task.subject for member in self.members if member.task]
-        for update in [u for u in self._replaced if u not in read]:
-            update.source.release()
-            self._replaced.remove(update)
-        for update in self._updates:
-            if not update.told and self._is_everywhere(update):
-                update.told = True
-                update.answers.put(None)
+    def reconcile(self, worker: WorkerHandle, now: float) -> None:
+        """Start what comes next for a worker that is idle: first of all the weights that it lacks."""
+        actor, is_offloaded = worker.actor, worker.state is State.OFFLOADED
+        is_as_wanted = worker.state is State.DEAD or (self._offloaded and (is_offloaded or actor is None))
+        if worker.task is not None or is_as_wanted:
+            return
+        if actor is None:
+            self._start(worker)
+        elif self._offloaded:
+            worker.do(Doing.OFFLOADING, actor.call(RolloutWorker.offload), self._finished)
+        elif is_offloaded:
+            worker.do(Doing.ONLOADING, actor.call(RolloutWorker.onload), self._finished)
+        elif lacking := next((u for u in self._updates if u.serial > worker.serial), None):
+            self._load(worker, actor, lacking)
+        else:
+            if worker.state is State.STALE:
+                self._serve(worker)
+            if worker.state is State.HEALTHY and (batch := self._next_batch()):
+                drawn = actor.call(RolloutWorker.sample, batch.requests, batch.job.sampling)
+                worker.do(Doing.SAMPLING, drawn, self._finished, batch)
+            elif now - worker.idle_since > self._options.probe_interval_s:
+                worker.do(Doing.PROBING, actor.call(RolloutWorker.probe), self._finished)
+
+    def _load(self, worker: WorkerHandle, actor: Actor[RolloutWorker], update: Update) -> None:
+        if update.refused is not None:
+            while batch := self._next_batch():
+                batch.job.fail(update.refused)
+        elif source := update.parts.pop(actor, update.late):
+            worker.state = State.STALE
+            loaded = actor.call(RolloutWorker.load, source, update.version, update.modules)
+            worker.do(Doing.LOADING, loaded, self._finished, update)
+        else:
+            self._spent = update
+
+    def _next_batch(self) -> Batch | None:
+        while self._todo:
+            if not (batch := self._todo.popleft()).job.is_over:
+                return batch
+        return None
+
+    def _serve(self, worker: WorkerHandle) -> None:
+        worker.state = State.HEALTHY
+        if worker.restarts and worker.is_new:
+            version = self._updates[-1].version if self._updates else 0
+            self._report(worker, f"serves again, with the weights of version {version}")
+        worker.is_new = False
+
+    def _start(self, worker: WorkerHandle) -> None:
+        actor = worker.start(self._ended)
+        worker.do(Doing.STARTING, actor.call(RolloutWorker.start, self._setup), self._finished)
+
+    def _begin(self, update: Update) -> None:
+        """Take an update in the place of those whose modules it replaces."""
+        kept = [u for u in self._updates if update.modules and not set(u.modules or [""]) <= set(update.modules)]
+        update.replaced = [u for u in self._updates if u not in kept]
+        self._updates, self._spent = [*kept, update], None
+        actors, size = [worker.actor for worker in self._up], self._options.tensor_parallel
+        update.parts = dict(zip(actors, update.source.for_workers(len(actors), size), strict=True))
+        update.late = update.source if update.source.is_kept else None
+        update.receiving.put(len(actors) * size)
 
     def _is_everywhere(self, update: Update) -> bool:
         """Whether the workers have it, apart from those that are being restarted: these take it before they serve."""
-        return bool(self._up) and all(m.serial >= update.serial for m in self._up)
-
-    def _begin(self, update: Update) -> None:
-        self._updates.append(update)
-        if isinstance(update.source, Broadcast):
-            update.gather([member.actor for member in self._up], self._options.tensor_parallel)
+        if update.refused is not None:
+            raise update.refused
+        return bool(self._up) and all(worker.serial >= update.serial for worker in self._up)
 
     @property
-    def _up(self) -> list[Member]:
-        return [m for m in self.members if m.state not in (State.RESTARTING, State.DEAD)]
+    def _up(self) -> list[WorkerHandle]:
+        return [w for w in self.workers if w.state not in (State.RESTARTING, State.DEAD)]
 
-    def _turn(self, asleep: bool, answers: SimpleQueue[RolloutError | None]) -> None:
-        self._asleep = asleep
-        self._awaiting_turn.append(answers)
-        while self._to_be_started and not asleep:
-            self._start(self._to_be_started.pop())
+    @property
+    def _starting(self) -> list[WorkerHandle]:
+        return [w for w in self.workers if w.state is State.RESTARTING and w.actor is not None]
 
-    def _start(self, member: Member) -> None:
-        if self._asleep:
-            member.state = State.RESTARTING
-            self._to_be_started.append(member)
-            return
-        member.start(time.monotonic(), partial(self._finished, member), partial(self._ended, member))
+    def _when(self, is_met: Callable[[], bool]) -> Answers:
+        answers: Answers = SimpleQueue()
+        self._mailbox.put(partial(self._waiting.append, (is_met, answers)))
+        return answers
 
-    def _examine(self, member: Member, now: float) -> None:
-        member.take_pulse(now)
-        if slow := member.too_slow(now):
-            error = RolloutError(f"rollout worker {member.number} {slow}")
-            error.stacks = self._stacks()
-            raise error
-        if why := member.hung(now):
-            self._lose(member, why, processes.stacks(member.process) if member.process else "")
-        elif member.state is State.HEALTHY and member.missed_probes(now):
-            member.state = State.SUSPECT
-            self._report(member, "left a probe unanswered")
-        elif member.state is State.SUSPECT and not member.missed_probes(now):
-            member.state = State.HEALTHY
-            self._report(member, "answers again")
+    def _examine(self, worker: WorkerHandle, now: float) -> None:
+        worker.probe(now)
+        if overdue := worker.overdue(now):
+            if not overdue.is_stuck:
+                error = RolloutError(f"rollout worker {worker.number} {overdue.why}")
+                error.stacks = self._stacks()
+                raise error
+            self._lose(worker, overdue.why, processes.stacks(worker.process) if worker.process else "")
+        elif worker.state is State.HEALTHY and worker.missed_probes(now):
+            worker.state = State.SUSPECT
+            self._report(worker, "left a probe unanswered")
+        elif worker.state is State.SUSPECT and not worker.missed_probes(now):
+            worker.state = State.HEALTHY
+            self._report(worker, "answers again")
 
-    def _employ(self, member: Member, now: float) -> None:
-        """Give a worker that is idle the next thing to do: first of all the weights that it lacks."""
-        if member.task is not None or member in self._to_be_started:
-            return
-        if self._asleep or member.state is State.ASLEEP:
-            if self._asleep != (member.state is State.ASLEEP):
-                (member.sleep if self._asleep else member.wake)(now)
-            return
-        lacking = next((u for u in self._updates if u.serial > member.serial), None)
-        if lacking is None:
-            if member.state is State.STALE:
-                self._serve(member)
-            job = next((job for job in self._jobs if job.todo), None)
-            if job is not None and member.state is State.HEALTHY:
-                member.sample(job.todo.popleft(), now)
-            elif now - member.since > self._options.probe_interval_s:
-                member.probe(now)
-        elif lacking.refused is None:
-            source = lacking.source_for(member.actor)
-            if source is None:
-                self._spent = lacking
-            else:
-                member.load(lacking, source, now)
-        else:
-            for job in list(self._jobs):
-                self._fail(job, lacking.refused)
-
-    def _serve(self, member: Member) -> None:
-        member.state = State.HEALTHY
-        if member.restarts and member.is_new:
-            version = self._updates[-1].version if self._updates else 0
-            self._report(member, f"serves again, with the weights of version {version}")
-        member.is_new = False
-
-    def _finished(self, member: Member, task: Task, future: Any) -> None:
+    def _finished(self, worker: WorkerHandle, task: Task, future: Any) -> None:
         import ray
 
-        if member.task is not task:
-            return
-        member.task, member.since = None, time.monotonic()
         error = future.exception()
         if error is None:
-            self._succeeded(member, task, future.result())
+            self._succeeded(worker, task, future.result())
         elif not isinstance(error, ray.exceptions.RayTaskError):
-            self._lose(member, f"died {task.doing}", task=task)
+            self._lose(worker, f"died {task.doing}", task=task)
         elif isinstance(error.cause, RolloutError):
-            self._refused(member, task, error.cause)
-        elif task.doing is Doing.STARTING and not member.restarts:
+            self._refused(worker, task, error.cause)
+        elif task.doing is Doing.STARTING and not worker.restarts:
             raise RolloutError(f"a rollout worker failed {task.doing}:\n{error}")
         else:
-            self._lose(member, f"failed {task.doing}:\n{error}", task=task)
+            self._lose(worker, f"failed {task.doing}:\n{error}", task=task)
 
-    def _succeeded(self, member: Member, task: Task, result: Any) -> None:
-        if isinstance(task.subject, Update):
-            member.serial = task.subject.serial
-        elif task.doing is Doing.STARTING:
-            member.state = State.STALE
-        elif task.doing is Doing.FALLING_ASLEEP:
-            member.state = State.ASLEEP
-        elif task.doing is Doing.WAKING:
-            member.state = State.STALE
-        elif task.doing is Doing.PROBING:
-            member.restarts = 0
-        elif isinstance(task.subject, Batch):
-            member.restarts = 0
+    def _succeeded(self, worker: WorkerHandle, task: Task, result: Any) -> None:
+        if task.doing in (Doing.PROBING, Doing.SAMPLING):
+            worker.restarts = 0
+        elif task.doing is Doing.OFFLOADING:
+            worker.state = State.OFFLOADED
+        elif isinstance(task.subject, Update):
+            worker.serial = task.subject.serial
+        else:
+            worker.state = State.STALE
+        if isinstance(task.subject, Batch):
             job = task.subject.job
             if any(run.version != job.version for drawn in result for run in drawn.weight_versions):
                 error = f"a rollout worker sampled with other weights than those of version {job.version}"
-                self._fail(job, RolloutError(error))
+                job.fail(RolloutError(error))
             else:
                 job.answers.put(result)
 
-    def _refused(self, member: Member, task: Task, error: RolloutError) -> None:
+    def _refused(self, worker: WorkerHandle, task: Task, error: RolloutError) -> None:
         """What was asked for cannot be done, by any worker; but for weights that one did not receive."""
         if isinstance(task.subject, Update) and isinstance(error, NotReceivedError):
-            self._report(member, f"takes the weights of version {task.subject.version} by another way: {error}")
+            self._report(worker, f"takes the weights of version {task.subject.version} by another way: {error}")
         elif isinstance(task.subject, Update):
             task.subject.refused = error
-            task.subject.answers.put(error)
         elif isinstance(task.subject, Batch):
-            self._fail(task.subject.job, error)
+            task.subject.job.fail(error)
         else:
             raise error
 
-    def _ended(self, member: Member, actor: Any, future: Any) -> None:
-        is_known = member.state is State.DEAD or member in self._to_be_started
-        if member.actor is actor and not is_known:
-            self._lose(member, f"died {member.task.doing}" if member.task else "died idle")
+    def _ended(self, worker: WorkerHandle) -> None:
+        self._lose(worker, f"died {worker.task.doing}" if worker.task else "died idle")
 
-    def _lose(self, member: Member, why: str, stacks: str = "", task: Task | None = None) -> None:
-        """A worker is lost: end what is left of it, let its batch be sampled again, and start another in its place."""
-        task = task or member.task
-        member.end()
+    def _lose(self, worker: WorkerHandle, why: str, stacks: str = "", task: Task | None = None) -> None:
+        """End what is left of a worker, let its batch be sampled again, and let another be started in its place while there are restarts left."""
+        task = task or worker.task
+        worker.end()
         batch = task.subject if task and isinstance(task.subject, Batch) else None
-        if member.restarts < self._options.max_restarts:
-            member.restarts += 1
-            self._start(member)
-            then = f"restart {member.restarts} of {self._options.max_restarts}"
+        if worker.restarts < self._options.max_restarts:
+            worker.restarts += 1
+            worker.state = State.RESTARTING
+            then = f"restart {worker.restarts} of {self._options.max_restarts}"
         else:
-            member.state = State.DEAD
+            worker.state = State.DEAD
             then = f"not restarted again (rollout.max_restarts = {self._options.max_restarts})"
         again = "; its engine batch is sampled again" if batch else ""
-        self._report(member, f"{why}; {then}{again}", stacks)
-        if all(m.state is State.DEAD for m in self.members):
+        self._report(worker, f"{why}; {then}{again}", stacks)
+        if all(w.state is State.DEAD for w in self.workers):
             raise RolloutError(
-                f"all rollout workers are dead and their restarts are spent; the last: worker {member.number} {why}"
+                f"all rollout workers are dead and their restarts are spent; the last: worker {worker.number} {why}"
             )
         if batch:
             self._sample_again(batch, why)
@@ -313,22 +355,13 @@ class Supervisor:
             error = (
                 f"{batch.lost} rollout workers were lost with the same engine batch (prompts {shown}); the last {why}"
             )
-            self._fail(batch.job, RolloutError(error))
+            batch.job.fail(RolloutError(error))
         else:
-            batch.job.todo.appendleft(batch)
+            self._todo.appendleft(batch)
 
-    def _fail(self, job: Job, error: RolloutError) -> None:
-        self._forget(job)
-        job.answers.put(error)
-
-    def _forget(self, job: Job) -> None:
-        job.todo.clear()
-        if job in self._jobs:
-            self._jobs.remove(job)
-
-    def _report(self, member: Member, what: str, stacks: str = "") -> None:
-        self.faults.put(Fault(member.number, member.state, f"rollout worker {member.number} {what}", stacks))
+    def _report(self, worker: WorkerHandle, what: str, stacks: str = "") -> None:
+        self.faults.put(Fault(worker.number, worker.state, f"rollout worker {worker.number} {what}", stacks))
 
     def _stacks(self) -> str:
-        known = [(m.number, m.process) for m in self.members if m.process]
+        known = [(w.number, w.process) for w in self.workers if w.process]
         return "\n".join(f"rollout worker {number}: {processes.stacks(process)}" for number, process in known)

@@ -28,7 +28,15 @@ class WeightUpdateError(RolloutError):
 
 
 class NotReceivedError(RolloutError):
-    """A worker did not receive all of an update that was sent to several at once. It can take the same again."""
+    """A worker did not receive all of an update that was broadcast. It can load the same weights again."""
+
+
+class PublishError(Exception):
+    """A learner could not publish its weights."""
+
+
+class PublisherDiedError(PublishError):
+    """The learner is gone, and its weights with it."""
 
 
 class FinishReason(StrEnum):

@@ -1,7 +1,6 @@
 """New weights for a running vLLM engine, without a restart.
 
-The engine is a process, or several with a part of the model each. An error would lose its type on the way from one of these, so that
-the three parts of an update say what is wrong in words.
+The engine is one process, or several that each hold a part of the model. `run_step` runs a step of an update in each of them.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,17 +10,57 @@ import torch
 
 from rollout.low_rank import LowRankUpdates, split
 from rollout.sync.base import Bucket
-from rollout.sync.broadcast import Receiver
 from rollout.types import WeightUpdateError
 
 
-class WeightUpdate:
-    """An update under way in a vLLM worker process: of the whole model, or of some of its modules.
+def run_step(worker: Any, step: Callable[..., None], *arguments: Any) -> str | None:
+    """Run a step in a vLLM worker process. Returns the text of its WeightUpdateError, which would lose its type on the way back."""
+    try:
+        step(worker, *arguments)
+    except WeightUpdateError as error:
+        return str(error)
+    return None
 
-    Its methods raise WeightUpdateError where the update is not one of this model.
+
+def begin_update(worker: Any, modules: Sequence[str] | None) -> None:
+    """Make the model ready to take a checkpoint's tensors: those of all modules, or of some."""
+    worker.weight_update = WeightUpdate(worker, modules)
+
+
+def take_bucket(worker: Any, bucket: Bucket) -> None:
+    """Write tensors into the model; LoRA factors wait until the end."""
+    worker.weight_update.take(bucket)
+
+
+def finish_update(worker: Any) -> None:
+    """Make the model ready to sample."""
+    worker.weight_update.finish()
+
+
+def check_low_rank_updates(worker: Any) -> None:
+    """Raise WeightUpdateError where the model has computed without one of its LoRA updates."""
+    for name in worker.low_rank.unused():
+        raise WeightUpdateError(
+            f"vLLM computes {name} without its linear layer, so that the adapter of it would have no effect: leave it out of "
+            "learner.lora.targets"
+        )
+
+
+def has_low_rank_updates(worker: Any) -> bool:
+    """Whether the model computes with LoRA updates besides its weights."""
+    return bool(worker.low_rank)
+
+
+class WeightUpdate:
+    """An update in progress in a vLLM worker process: of the whole model, or of some of its modules.
+
+    From here to `finish` the model has a checkpoint's parameters, without what vLLM derives from them. All methods raise WeightUpdateError where
+    the update does not fit the model.
     """
 
     def __init__(self, worker: Any, modules: Sequence[str] | None):
+        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+
         self._model = worker.model_runner.get_model()
         self._config = worker.model_runner.model_config
         self._is_whole = modules is None
@@ -30,11 +69,6 @@ class WeightUpdate:
         if not hasattr(worker, "low_rank"):
             worker.low_rank = LowRankUpdates(self._model)
         self._low_rank: LowRankUpdates = worker.low_rank
-
-    def begin(self) -> None:
-        """From here to `finish` the model has the parameters of a checkpoint, without what it derives of them."""
-        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
-
         self._low_rank.remove(self._parts)
         for part in self._parts.values():
             forget_derived_weights(part)
@@ -46,7 +80,7 @@ class WeightUpdate:
             self._expected.discard("lm_head.weight")
 
     def take(self, bucket: Bucket) -> None:
-        """Write tensors, which have their checkpoint names; keep what is to be added to them."""
+        """Write tensors under their checkpoint names; keep LoRA factors for `finish`."""
         weights, updates = split(bucket)
         self._low_rank.take(updates)
         try:
@@ -58,7 +92,7 @@ class WeightUpdate:
             ) from error
 
     def finish(self) -> None:
-        """Make the model ready to sample."""
+        """Derive what vLLM computes with, and check that every expected parameter was written."""
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
         for part in self._parts.values():
@@ -69,55 +103,6 @@ class WeightUpdate:
             raise WeightUpdateError(f"the update wrote {foreign[0]}, which is in none of the modules that it is for")
         check_coverage(self._expected, self._loaded)
         self._low_rank.add()
-
-
-def begin_update(worker: Any, modules: Sequence[str] | None) -> str | None:
-    """Begin an update in a vLLM worker process. Returns what is wrong with it, as the parts that follow do."""
-
-    def begin() -> None:
-        worker.weight_update = WeightUpdate(worker, modules)
-        worker.weight_update.begin()
-
-    return what_is_wrong(begin)
-
-
-def take_bucket(worker: Any, bucket: Bucket) -> str | None:
-    return what_is_wrong(worker.weight_update.take, bucket)
-
-
-def take_broadcast(worker: Any, receiver: Receiver) -> str | None:
-    """All buckets, which this process receives itself. Raises RuntimeError where the others do not come, or go away."""
-    for bucket in receiver.buckets(worker.rank):
-        if wrong := take_bucket(worker, bucket):
-            return wrong
-    return None
-
-
-def finish_update(worker: Any) -> str | None:
-    return what_is_wrong(worker.weight_update.finish)
-
-
-def has_low_rank_updates(worker: Any) -> bool:
-    """Whether the model has more than its weights."""
-    return bool(worker.low_rank)
-
-
-def check_low_rank_updates(worker: Any) -> str | None:
-    """What is wrong where the model has computed without one of them."""
-    for name in worker.low_rank.unused():
-        return (
-            f"vLLM computes {name} without its linear layer, so that the adapter of it would have no effect: leave it out of "
-            "learner.lora.targets"
-        )
-    return None
-
-
-def what_is_wrong(do: Callable[..., None], *arguments: Any) -> str | None:
-    try:
-        do(*arguments)
-    except WeightUpdateError as error:
-        return str(error)
-    return None
 
 
 def part_of(model: torch.nn.Module, name: str) -> torch.nn.Module:

@@ -1,237 +1,196 @@
-"""One place in a fleet: the actor that fills it now, and what that is doing."""
+"""A rollout worker as its supervisor sees it: the Ray actor, what it is doing, and its signs of life."""
 
-import time
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
-from queue import SimpleQueue
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from rollout import processes
-from rollout.engine import Request
-from rollout.health import PROBES, State, Vitals
-from rollout.sync.base import AdapterFiles, WeightSource
-from rollout.sync.broadcast import Broadcast, Receiver
-from rollout.types import EngineOptions, FleetOptions, RolloutError, SamplingOptions, Trajectory
+from rollout.processes import Actor, Pending, ProcessId
+from rollout.types import FleetOptions
 from rollout.worker import CONCURRENCY_GROUPS, RolloutWorker, environment
 
-
-@dataclass(eq=False, slots=True)
-class Job:
-    """Engine batches to be sampled with the weights of `version`; trajectories, or the error that ends it, go to `answers`."""
-
-    sampling: SamplingOptions
-    version: int
-    todo: deque["Batch"] = field(default_factory=deque)
-    answers: SimpleQueue[list[Trajectory] | RolloutError] = field(default_factory=SimpleQueue)
+PROBES = 3
+"""A worker that leaves so many probes in a row unanswered is taken for hung."""
 
 
-@dataclass(eq=False, slots=True)
-class Batch:
-    """Requests that are sampled together; `lost` counts the workers that were lost with it."""
+class State(StrEnum):
+    """What a worker is fit for. Only a healthy one is given engine batches."""
 
-    job: Job
-    requests: Sequence[Request]
-    lost: int = 0
+    RESTARTING = "restarting"  # its engine is being loaded, or will be
+    STALE = "stale"  # its weights are not the fleet's, or not yet
+    HEALTHY = "healthy"
+    OFFLOADED = "offloaded"  # what it held on its GPU is in the CPU's memory
+    SUSPECT = "suspect"  # it has missed a probe
+    DEAD = "dead"  # and not restarted any more
+    ASLEEP = "offloaded"  # the former name
 
 
-@dataclass(eq=False, slots=True)
-class Update:
-    """New weights, for every module or those named. The serial number orders updates.
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Something that happened to a worker: a sentence, its state now, and what its threads did when it hung."""
 
-    Where they are broadcast, `receivers` has the actors that are to receive them and have not begun to, and `size` is told how many
-    processes take part.
-    """
-
-    serial: int
-    version: int
-    source: WeightSource | AdapterFiles | Broadcast
-    modules: Sequence[str] | None
-    refused: RolloutError | None = None
-    told: bool = False
-    answers: SimpleQueue[RolloutError | None] = field(default_factory=SimpleQueue)
-    receivers: dict[Any, Receiver] = field(default_factory=dict)
-    size: SimpleQueue[int | RolloutError] = field(default_factory=SimpleQueue)
-
-    def gather(self, actors: Sequence[Any], processes: int) -> None:
-        """Let these actors, of so many processes each, take part in the broadcast."""
-        assert isinstance(self.source, Broadcast)
-        size = 1 + processes * len(actors)
-        for place, actor in enumerate(actors):
-            self.receivers[actor] = Receiver(self.source.meeting, size, 1 + processes * place)
-        self.size.put(size)
-
-    def source_for(self, actor: Any) -> WeightSource | AdapterFiles | Receiver | None:
-        """Where that actor finds the weights; None where it does not any more."""
-        return self.receivers.pop(actor, None) if isinstance(self.source, Broadcast) else self.source
+    worker: int
+    state: State
+    message: str
+    stacks: str = ""
 
 
 class Doing(StrEnum):
+    """What a worker can be busy with, in words for messages."""
+
     STARTING = "loading the policy"
     LOADING = "taking new weights"
     PROBING = "generating a token"
     SAMPLING = "sampling"
-    FALLING_ASLEEP = "falling asleep"
-    WAKING = "waking up"
-
-
-BOUNDED = (Doing.LOADING, Doing.FALLING_ASLEEP, Doing.WAKING)
+    OFFLOADING = "offloading its GPU"
+    ONLOADING = "onloading its GPU"
 
 
 @dataclass(eq=False, slots=True)
 class Task:
-    """What a worker is at, since when."""
+    """What a worker is doing, since when, and with which batch or update."""
 
     doing: Doing
     since: float
-    subject: Batch | Update | None = None
+    subject: Any = None
 
 
-def actor_class(options: FleetOptions, where: Mapping[str, Any]) -> Any:
-    """The Ray actor class of a rollout worker. A lost one is replaced by this package: Ray would start it without its weights."""
+class Overdue(NamedTuple):
+    """A task that takes longer than the options allow; `is_stuck` where a new process may do better."""
+
+    why: str
+    is_stuck: bool
+
+
+class WorkerHandle:
+    """Starts a worker's actor, gives it tasks and watches it. One thread alone may use it: that of the supervisor.
+
+    `serial` is that of the last update that its weights have; `restarts` counts those in a row, with nothing drawn in between; `actor` is None where
+    a lost one has not been replaced; `process` is known once it has answered a first probe. Times are seconds of the monotonic clock.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        options: FleetOptions,
+        new_actor: Callable[[int], Actor[RolloutWorker]],
+        clock: Callable[[], float],
+        post: Callable[[Callable[[], None]], None],
+    ):
+        """`post` brings a call to the supervisor's thread."""
+        self.number = number
+        self.state = State.RESTARTING
+        self.restarts = self.serial = 0
+        self.task: Task | None = None
+        self.actor: Actor[RolloutWorker] | None = None
+        self.process: ProcessId | None = None
+        self._options, self._new_actor, self._clock, self._post = options, new_actor, clock, post
+
+    def start(self, ended: Callable[["WorkerHandle"], None]) -> Actor[RolloutWorker]:
+        """Start a new actor, which has no engine yet; `ended` is called when its process has died."""
+        self.state, self.serial, self.is_new = State.RESTARTING, 0, True
+        self._probe_sent: float | None = None
+        self._steps = -1
+        self.actor = actor = self._new_actor(self.number)
+        watch = actor.options(concurrency_group="watch").call(RolloutWorker.watch)
+        self._then(watch, lambda _: ended(self) if self.actor is actor else None)
+        return actor
+
+    def do(
+        self,
+        doing: Doing,
+        pending: Pending[Any],
+        finished: Callable[["WorkerHandle", Task, Any], None],
+        subject: Any = None,
+    ) -> None:
+        """The actor has begun a task; `finished` is called with the task and the future of its result."""
+        self.task = task = Task(doing, self._clock(), subject)
+        self.idle_since = self._progress_at = self._probe_due = task.since
+
+        def end_task(future: Any) -> None:
+            if self.task is task:
+                self.task, self.idle_since = None, self._clock()
+                finished(self, task, future)
+
+        self._then(pending, end_task)
+
+    def probe(self, now: float) -> None:
+        """While the worker does something, ask for the number of its engine's steps, if that is due.
+
+        A second thread of the process answers: not where the process is stopped, or hangs while it holds Python's lock; and with the same number for ever
+        where the engine hangs.
+        """
+        actor = self.actor
+        if actor is None or self.task is None or self._probe_sent is not None or now < self._probe_due:
+            return
+        self._probe_sent = now
+
+        def answered(future: Any) -> None:
+            if self.actor is actor and future.exception() is None:
+                self.process, steps = future.result()
+                self._probe_sent, self._probe_due = None, self._clock() + self._options.probe_interval_s
+                if steps != self._steps:
+                    self._steps, self._progress_at = steps, self._clock()
+
+        self._then(actor.options(concurrency_group="pulse").call(RolloutWorker.pulse), answered)
+
+    def missed_probes(self, now: float) -> int:
+        """How many probes in a row it has missed."""
+        unanswered = [self._probe_sent] if self.process and self._probe_sent is not None else []
+        if self.task and self.task.doing is Doing.PROBING:
+            unanswered.append(self.task.since)
+        return max((int((now - since) / self._options.probe_timeout_s) for since in unanswered), default=0)
+
+    def overdue(self, now: float) -> Overdue | None:
+        """Why the worker cannot be waited for any longer, if it cannot."""
+        if self.task is None:
+            return None
+        options, doing = self._options, self.task.doing
+        if doing is not Doing.PROBING:
+            key = "start_timeout_s" if doing is Doing.STARTING else "batch_timeout_s"
+            limit = getattr(options, key)
+            if now - self.task.since > limit:
+                cure = "; raise it, or lower rollout.batch_sequences" if doing is Doing.SAMPLING else ""
+                # An engine that samples goes on; and of a first start nobody knows whether it would ever succeed.
+                is_stuck = self.restarts > 0 if doing is Doing.STARTING else doing is not Doing.SAMPLING
+                return Overdue(f"was not done {doing} within rollout.{key} = {limit:g} s{cure}", is_stuck)
+        if self.missed_probes(now) >= PROBES:
+            return Overdue(f"left {PROBES} probes of {options.probe_timeout_s:g} s unanswered", is_stuck=True)
+        if doing is Doing.SAMPLING and now - self._progress_at > options.stall_timeout_s:
+            return Overdue(
+                f"made no engine step for rollout.stall_timeout_s = {options.stall_timeout_s:g} s", is_stuck=True
+            )
+        return None
+
+    def end(self, grace_s: float = 0) -> None:
+        """End its process, for certain; one that ends by itself has `grace_s` for it."""
+        actor, process = self.actor, self.process
+        self.task = self.actor = self.process = None
+        if actor:
+            actor.kill()
+        # Ray asks first; a process that is stopped or hung would stay for seconds, with the memory it has.
+        if process:
+            processes.kill(process, grace_s)
+
+    def _then(self, pending: Pending[Any], call: Callable[[Any], None]) -> None:
+        pending.future().add_done_callback(lambda future: self._post(partial(call, future)))
+
+
+def new_actor(options: FleetOptions, placement_group: Any, number: int) -> Actor[RolloutWorker]:
+    """Start the actor of a worker, in the bundle of its number where there is a placement group. Ray does not restart it: it would lack its weights."""
     import ray
 
-    return ray.remote(
+    actor_class = ray.remote(
         num_cpus=0,
         num_gpus=options.tensor_parallel * options.gpus if torch.cuda.is_available() else 0,
         resources=options.resources,
         runtime_env={"env_vars": environment(options.threads)},
         max_restarts=0,
         concurrency_groups=CONCURRENCY_GROUPS,
-        **where,
+        **processes.in_placement_group(placement_group, number),
     )(RolloutWorker)
-
-
-class Member:
-    """What happens to the actor comes back through `post`, as calls to be made by whoever owns the member.
-
-    `serial` is that of the last update that its weights have, `process` is known once it has answered a first probe.
-    """
-
-    def __init__(
-        self,
-        number: int,
-        model: str,
-        dtype: str,
-        options: FleetOptions,
-        stop_token_ids: Sequence[int],
-        trust_remote_code: bool,
-        bundles: Any,
-        post: Callable[[Callable[[], None]], None],
-    ):
-        self.number = number
-        self.state = State.RESTARTING
-        self.restarts = 0
-        self.task: Task | None = None
-        self._options = options
-        self._where = processes.in_bundle(bundles, number)
-        engine = EngineOptions.model_validate(options.model_dump(include=set(EngineOptions.model_fields)))
-        self._start_arguments = (model, dtype, engine, options.threads, list(stop_token_ids), trust_remote_code)
-        self._post = post
-
-    def start(self, now: float, finished: Callable[[Task, Any], None], ended: Callable[[Any, Any], None]) -> None:
-        """Start an actor and let it load the policy.
-
-        `finished` is called with each task that is done and its future, `ended` with the actor, and a future, when its process has died.
-        """
-        self.state, self.serial, self.since = State.RESTARTING, 0, now
-        self.is_new = True
-        self.process: processes.ProcessId | None = None
-        self.vitals = Vitals(self._options)
-        self._finished = finished
-        self.actor = actor_class(self._options, self._where).remote()
-        watch = self.actor.watch.options(concurrency_group="watch").remote()
-        self._then(watch, partial(ended, self.actor))
-        self._do(Doing.STARTING, self.actor.start.remote(*self._start_arguments), now)
-
-    def sample(self, batch: Batch, now: float) -> None:
-        self._do(Doing.SAMPLING, self.actor.sample.remote(batch.requests, batch.job.sampling), now, batch)
-
-    def load(self, update: Update, source: WeightSource | AdapterFiles | Receiver, now: float) -> None:
-        self.state = State.STALE
-        self._do(Doing.LOADING, self.actor.load.remote(source, update.version, update.modules), now, update)
-
-    def sleep(self, now: float) -> None:
-        self._do(Doing.FALLING_ASLEEP, self.actor.sleep.remote(), now)
-
-    def wake(self, now: float) -> None:
-        self._do(Doing.WAKING, self.actor.wake.remote(), now)
-
-    def probe(self, now: float) -> None:
-        self._do(Doing.PROBING, self.actor.probe.remote(), now)
-
-    def take_pulse(self, now: float) -> None:
-        """While it is at something, ask how far it is, if that is due."""
-        if self.task is not None and self.vitals.wants_probe(now):
-            self.vitals.asked(now)
-            pulse = self.actor.pulse.options(concurrency_group="pulse").remote()
-            self._then(pulse, partial(self._felt, self.vitals))
-
-    def missed_probes(self, now: float) -> int:
-        """How many probes in a row it has left unanswered."""
-        missed = self.vitals.missed(now) if self.process else 0
-        if self.task and self.task.doing is Doing.PROBING:
-            missed = max(missed, int((now - self.task.since) / self._options.probe_timeout_s))
-        return missed
-
-    def hung(self, now: float) -> str | None:
-        """Why it is taken for hung, if it is."""
-        options = self._options
-        if self.task is None:
-            return None
-        if self.missed_probes(now) >= PROBES:
-            return f"left {PROBES} probes of {options.probe_timeout_s:g} s unanswered"
-        if self.task.doing is Doing.SAMPLING and self.vitals.without_progress(now) > options.stall_timeout_s:
-            return f"made no engine step for rollout.stall_timeout_s = {options.stall_timeout_s:g} s"
-        if self.task.doing in BOUNDED and now - self.task.since > options.batch_timeout_s:
-            return f"was not done {self.task.doing} within rollout.batch_timeout_s = {options.batch_timeout_s:g} s"
-        if self._starts_too_slowly(now) and self.restarts:
-            return f"was not done loading the policy within rollout.start_timeout_s = {options.start_timeout_s:g} s"
-        return None
-
-    def too_slow(self, now: float) -> str | None:
-        """What takes longer than the options allow although it goes on, if something does."""
-        options = self._options
-        if self.task is None:
-            return None
-        if self.task.doing is Doing.SAMPLING and now - self.task.since > options.batch_timeout_s:
-            return (
-                f"did not finish an engine batch within rollout.batch_timeout_s = {options.batch_timeout_s:g} s; "
-                "raise it, or lower rollout.batch_sequences"
-            )
-        if self._starts_too_slowly(now) and not self.restarts:
-            return f"was not done loading the policy within rollout.start_timeout_s = {options.start_timeout_s:g} s"
-        return None
-
-    def _starts_too_slowly(self, now: float) -> bool:
-        """Nobody knows of a first start whether it would ever succeed; after that it is known to be possible."""
-        if self.task is None or self.task.doing is not Doing.STARTING:
-            return False
-        return now - self.task.since > self._options.start_timeout_s
-
-    def end(self, grace_s: float = 0) -> None:
-        """End its process, for certain."""
-        import ray
-
-        self.task = None
-        ray.kill(self.actor)
-        # Ray asks first; a process that is stopped or hung would stay for seconds, with the memory it has.
-        if self.process:
-            processes.kill(self.process, grace_s)
-
-    def _do(self, doing: Doing, reference: Any, now: float, subject: Batch | Update | None = None) -> None:
-        self.task = task = Task(doing, now, subject)
-        self.vitals.begin(now)
-        self._then(reference, partial(self._finished, task))
-
-    def _felt(self, vitals: Vitals, future: Any) -> None:
-        if vitals is self.vitals and future.exception() is None:
-            self.process, count = future.result()
-            vitals.answered(time.monotonic(), count)
-
-    def _then(self, reference: Any, call: Callable[[Any], None]) -> None:
-        reference.future().add_done_callback(lambda future: self._post(partial(call, future)))
+    return Actor(actor_class.remote())

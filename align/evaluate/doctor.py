@@ -23,7 +23,7 @@ from align.learner.objective import Objective
 from align.model.names import from_checkpoint, layout_of, to_checkpoint
 from align.model.policy import has_fused_experts
 from align.recipe import ModelOptions
-from rollout import Fleet, ObjectStore, Prompt
+from rollout import Fleet, Prompt
 
 ROUND_TRIP = "  What is 17 + 25?\n\n\tnaïve Größe, 你好，мир, 42,000.5 — \\boxed{-7} 🙂"
 EXPERT_TOLERANCE = 1e-4
@@ -239,7 +239,7 @@ def examine_engines(fleet: Fleet, learner: LearnerGroup, prompts: Sequence[Promp
     It trains the learner by one step on noise: for a learner that is thrown away afterwards.
     """
     findings = {"sampler and learner": agreement(fleet, learner, prompts, gate)}
-    fleet.load(learner.publish(ObjectStore()), version=1, modules=learner.trained.modules)
+    learner.sync_weights(fleet, version=1)
     findings["after an update with the same weights"] = agreement(fleet, learner, prompts, gate)
     noise = [
         TrainingSequence.of_completion([*p.token_ids, *reversed(p.token_ids)], len(p.token_ids), 1e-2) for p in prompts
@@ -259,7 +259,7 @@ def examine_engines(fleet: Fleet, learner: LearnerGroup, prompts: Sequence[Promp
                 "Cure: a lower agreement.stop_mean"
             ),
         )
-    fleet.load(learner.publish(ObjectStore()), version=2, modules=learner.trained.modules)
+    learner.sync_weights(fleet, version=2)
     findings["after an update with changed weights"] = agreement(fleet, learner, prompts, gate)
     return [Check(name, *finding) for name, finding in findings.items()]
 

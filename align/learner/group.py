@@ -1,6 +1,5 @@
 """The learner ranks together: one logical learner of one model."""
 
-import logging
 import math
 import socket
 from collections.abc import Callable, Sequence
@@ -28,22 +27,22 @@ from align.learner.rank import LearnerRank, Trained, environment
 from align.recipe import LearnerOptions, ModelOptions
 from align.run.checkpoints import Entry
 from align.run.files import whole_directory
-from rollout import AdapterFiles, Broadcast, ObjectStore, RolloutError, Transport, WeightSource
-from rollout.processes import ProcessId, in_bundle, kill, stacks
-from rollout.sync.base import Sending
-from rollout.sync.broadcast import Meeting, Sender
+from rollout import Fleet, ObjectStoreSync, WeightSync
+from rollout.processes import ProcessId, in_placement_group, kill, stacks
+from rollout.sync.base import WriteBuckets
+from rollout.types import PublisherDiedError, PublishError
 
 DEATH_S = 5.0
 """How long it may take to hear of a rank that died."""
 
 
-class LearnerError(Exception):
+class LearnerError(PublishError):
     """A learner rank failed or did not answer in time; `stacks` is then what the ranks' threads did, as text."""
 
     stacks = ""
 
 
-class LearnerDiedError(LearnerError):
+class LearnerDiedError(LearnerError, PublisherDiedError):
     """A learner rank's process is gone."""
 
 
@@ -54,9 +53,14 @@ class RankGroup:
     """
 
     def __init__(
-        self, kind: type[LearnerRank], model: ModelOptions, options: LearnerOptions, *setup: Any, bundles: Any = None
+        self,
+        kind: type[LearnerRank],
+        model: ModelOptions,
+        options: LearnerOptions,
+        *setup: Any,
+        placement_group: Any = None,
     ):
-        """Start the ranks (Ray must be running), one in each of a placement group's `bundles` if given.
+        """Start the ranks (Ray must be running), one in each bundle of a placement group if given.
 
         `setup` is what their method of that name needs besides the place to meet.
 
@@ -65,16 +69,17 @@ class RankGroup:
         self._options = options
         if options.port is not None:
             check_port(options.port)
-        self._ranks = [self._start(kind, model, rank, bundles) for rank in range(options.ranks)]
+        self._ranks = [self._start(kind, model, rank, placement_group) for rank in range(options.ranks)]
         self._setup = setup
         self._processes: list[ProcessId] = []
         self._stalled = False
         self.bad_updates = 0
         self.trained = Trained("", None)
+        self.weight_sync: WeightSync = ObjectStoreSync()
         self.before_use: Callable[[], None] = lambda: None
         self._is_ready = self._is_resting = False
 
-    def _start(self, kind: type[LearnerRank], model: ModelOptions, rank: int, bundles: Any) -> Any:
+    def _start(self, kind: type[LearnerRank], model: ModelOptions, rank: int, placement_group: Any) -> Any:
         """The actor of one rank."""
         import ray
 
@@ -85,7 +90,7 @@ class RankGroup:
             resources=options.resources,
             max_restarts=0,
             runtime_env={"env_vars": environment(rank, options.ranks, options.threads)},
-            **in_bundle(bundles, rank),
+            **in_placement_group(placement_group, rank),
         )(kind).remote(model, options)
 
     def _end(self, rank: Any) -> None:
@@ -131,55 +136,29 @@ class RankGroup:
             )
         return norm
 
-    def publish(self, transport: Transport, *, merged: bool = False) -> WeightSource:
-        """Send the model under checkpoint names off: all of it, or the modules that `trained` names. Raises LearnerError, OSError.
-
-        An adapter goes beside the weights where they would lose it, or with `merged` in them.
-        """
-        return transport.source(self._give(transport, merged))
-
-    def broadcast(self, bucket_bytes: float, *, merged: bool = False) -> Broadcast:
-        """The same, for workers that receive it all at once. Sending raises LearnerDiedError; what else goes wrong, the workers notice too."""
-        host, port = self._gather(
-            [self._ranks[0].address.remote(), self._ranks[0].free_port.remote()],
-            self._options.step_timeout_s,
-            "meeting",
-        )
-        meeting = Meeting(host, port)
-
-        def send(size: int) -> None:
-            try:
-                self._give(Sender(meeting, size, bucket_bytes), merged)
-            except LearnerDiedError:
-                raise
-            except LearnerError as error:
-                logging.getLogger(__name__).warning("the broadcast of weights broke off: %s", error)
-
-        def again() -> WeightSource:
-            try:
-                return self.publish(ObjectStore(bucket_bytes), merged=merged)
-            except LearnerDiedError:
-                raise RolloutError(
-                    "a rollout worker was lost when the learner whose weights it had was gone: they were broadcast, and nobody has "
-                    "them to give; start the run again, which goes on, or leave weights.transport out"
-                ) from None
-
-        return Broadcast(meeting, send, again)
-
-    def _give(self, way: Sending, merged: bool) -> list[Any]:
-        calls = [rank.publish.options(num_returns="streaming").remote(way, merged) for rank in self._at_work()]
+    def publish(
+        self, write: WriteBuckets, bucket_bytes: float, *, on_device: bool = False, merged: bool = False
+    ) -> list[Any]:
+        """Have rank 0 write the trained weights; see `rollout.sync.base.Publisher`. Raises LearnerError, OSError."""
+        arguments = write, bucket_bytes, on_device, merged
+        calls = [rank.publish.options(num_returns="streaming").remote(*arguments) for rank in self._at_work()]
         self._gather([call.completed() for call in calls], self._options.step_timeout_s, "gathering the weights")
         return list(calls[0])
 
-    def publish_adapter(self, directory: Path) -> AdapterFiles:
-        """Write the adapter to `directory`, for the rollout workers to add. Raises LearnerError, OSError."""
+    def save_adapter(self, directory: Path) -> None:
+        """Write the LoRA adapter alone to `directory`, as PEFT does. Raises LearnerError, OSError."""
         calls = [rank.save_adapter.remote(directory) for rank in self._at_work()]
         self._gather(calls, self._options.step_timeout_s, "gathering the adapter")
-        return AdapterFiles(directory)
+
+    def free_address(self) -> tuple[str, int]:
+        """The host of rank 0, and a port that is free there at this moment. Raises LearnerError."""
+        calls = [self._ranks[0].address.remote(), self._ranks[0].free_port.remote()]
+        host, port = self._gather(calls, self._options.step_timeout_s, "meeting")
+        return host, port
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """What `publish` sends, in this process."""
-        source = self.publish(ObjectStore())
+        """The trained weights as the rollout workers get them: those that change, under checkpoint names, on the CPU."""
+        source = ObjectStoreSync().publish(self)
         return {name: tensor for bucket in source.buckets() for name, tensor in bucket.items()}
 
     def missing_gradients(self) -> list[str]:
@@ -189,7 +168,12 @@ class RankGroup:
         return [name for name in missing[0] if all(name in names for names in missing[1:])]
 
     def adapter_lost(self) -> float | None:
-        """Which part of the adapter's effect was not in what was last sent or saved; see `LearnerRank.adapter_lost`."""
+        """Which part of the adapter's effect was not in what was last sent or saved; see `LearnerRank.adapter_lost`.
+
+        None without an adapter, or where the rollout workers add it exactly as it is trained.
+        """
+        if self.trained.modules is None or self.weight_sync.keeps_adapter:
+            return None
         lost = self._ranks[0].adapter_lost.remote()
         return self._gather([lost], self._options.step_timeout_s, "measuring the adapter")[0]
 
@@ -277,9 +261,23 @@ class LearnerGroup(RankGroup):
         *,
         seed: int,
         reference: ModelOptions | None = None,
-        bundles: Any = None,
+        weight_sync: WeightSync | None = None,
+        placement_group: Any = None,
     ):
-        super().__init__(LearnerWorker, model, options, seed, reference, bundles=bundles)
+        """`weight_sync` is how `sync_weights` sends the weights, by default through Ray's object store."""
+        super().__init__(LearnerWorker, model, options, seed, reference, placement_group=placement_group)
+        self.weight_sync = weight_sync or self.weight_sync
+
+    def sync_weights(self, fleet: Fleet, version: int, *, merged: bool = False) -> int:
+        """Give the rollout workers what has been trained; when this returns they sample with it, as weights of `version`.
+
+        With `merged`, a LoRA adapter is in the weights as in a checkpoint of them, where the workers could also add it themselves.
+        Returns the bytes that went to each worker. Raises LearnerError, OSError, RolloutError.
+        """
+        source = self.weight_sync.publish(self, merged=merged)
+        size = source.sent_bytes or self.trained.sent_bytes
+        fleet.load(source, version, self.trained.modules)
+        return size
 
     def accumulate(self, sequences: Sequence[TrainingSequence], objective: Objective) -> Sums:
         """Forward and backward over a batch; its gradient waits for `apply`."""

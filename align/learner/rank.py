@@ -49,7 +49,7 @@ from align.model.policy import load_tokenizer, save_policy
 from align.recipe import BFLOAT16_SUMS, MERGED_ADAPTERS, LearnerOptions, ModelOptions
 from align.run.checkpoints import Entry
 from rollout.processes import ProcessId, introduce_this_process, openmp
-from rollout.sync.base import Sending, buckets
+from rollout.sync.base import WriteBuckets, buckets
 
 
 def environment(rank: int, ranks: int, threads: int) -> dict[str, str]:
@@ -124,18 +124,21 @@ class LearnerRank(ABC):
         """Parameters and experts of this rank that have had no gradient yet."""
         return self._census.missing()
 
-    def publish(self, way: Sending, merged: bool = False) -> Iterator[Any]:
-        """Give the weights of what changes, under checkpoint names, one bucket after the other, from rank 0 only.
+    def publish(
+        self, write: WriteBuckets, bucket_bytes: float, on_device: bool = False, merged: bool = False
+    ) -> Iterator[Any]:
+        """Have `write` take the weights of what is trained, under checkpoint names, in buckets of so many bytes; on rank 0 only.
 
-        An adapter goes beside the weights where the sampler can add it, or with `merged` in them.
+        They are on the rank's own device with `on_device`, else on the CPU. A LoRA adapter goes beside the weights where the sampler can add it, or with
+        `merged` in them.
         """
-        weights = self._whole_weights(self._trained.modules, way.device, apart=not merged)
+        weights = self._whole_weights(self._trained.modules, self._device if on_device else "cpu", apart=not merged)
         try:
             if self._engine.global_rank == 0:
                 layout = layout_of(self._network.config.model_type)
-                yield from way.give(buckets(to_checkpoint(weights, layout), way.bucket_bytes))
+                yield from write(buckets(to_checkpoint(weights, layout), bucket_bytes))
         finally:
-            # Where the way fails too, or the other ranks would wait for this one at the next parameter.
+            # Also where writing fails, or the other ranks would wait for this one at the next parameter.
             deque(weights, maxlen=0)
 
     def adapter_lost(self) -> float | None:
@@ -293,7 +296,7 @@ class LearnerRank(ABC):
         gc.freeze()
 
     def _whole_weights(
-        self, modules: Sequence[str] | None = None, device: str = "cpu", *, apart: bool = False
+        self, modules: Sequence[str] | None = None, device: str | torch.device = "cpu", *, apart: bool = False
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """Copies of the parameters of the model, or of some of its modules, with the adapter in them; none but on rank 0.
 

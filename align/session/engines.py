@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
 
@@ -25,15 +24,13 @@ from align.session.ray import local_ray
 from align.session.run import Run
 from reward import Mixture, RewardError, ScoringPool
 from rollout import (
-    Adapters,
-    Broadcast,
-    Broadcasts,
-    Directory,
+    AdapterSync,
+    BroadcastSync,
+    DirectorySync,
     Fleet,
-    ObjectStore,
-    Transport,
+    ObjectStoreSync,
     WeightOptions,
-    WeightSource,
+    WeightSync,
 )
 from rollout.sync.base import MIB
 
@@ -49,31 +46,16 @@ class Engines:
     tokenizer: Any
     fleet: Fleet
     judges: ScoringPool
-    transport: Transport | Adapters | Broadcasts
+    weight_sync: WeightSync
     places: Any = None
 
     def send_weights(self, learner: LearnerGroup, version: int, *, merged: bool = False) -> int:
-        """Give the workers what has been trained; they sample with it, as weights of `version`, when this returns.
-
-        With `merged`, an adapter is in the weights as in a checkpoint of them, though the workers could add it themselves.
-        Returns how many bytes went to each.
-        """
-        if isinstance(self.transport, Adapters):
-            adapter = learner.publish_adapter(self.transport.path / uuid4().hex)
-            size = adapter.size
-            self.fleet.load(adapter, version)
-            return size
-        if isinstance(self.transport, Broadcasts):
-            weights: WeightSource | Broadcast = learner.broadcast(self.transport.bucket_bytes, merged=merged)
-        else:
-            weights = learner.publish(self.transport, merged=merged)
-        self.fleet.load(weights, version, modules=learner.trained.modules)
-        return learner.trained.sent_bytes
+        """`learner.sync_weights` with these workers."""
+        return learner.sync_weights(self.fleet, version, merged=merged)
 
     def adapter_lost(self, learner: LearnerGroup) -> float | None:
-        """Which part of the adapter's effect the workers do not have; None without one, or where vLLM adds its files."""
-        has_one = learner.trained.modules is not None and not isinstance(self.transport, Adapters)
-        return learner.adapter_lost() if has_one else None
+        """`learner.adapter_lost`."""
+        return learner.adapter_lost()
 
 
 def prepare_policy(recipe: Recipe, run: Run) -> tuple[ModelOptions, Any]:
@@ -102,9 +84,10 @@ def start_engines(recipe: SamplingRecipe, policy: ModelOptions, tokenizer: Any, 
     if isinstance(recipe, PolicyRecipe) and recipe.learner.port is not None:
         check_port(recipe.learner.port)
     stops = stop_token_ids(policy, tokenizer)
-    transport = transport_of(recipe, run.directory.path.absolute() / "weights")
+    weights = recipe.weights if isinstance(recipe, PolicyRecipe) else WeightOptions()
+    weight_sync = weight_sync_of(weights, run.directory.path.absolute() / "weights")
     rollout = recipe.rollout
-    if isinstance(transport, Adapters) and isinstance(recipe, PolicyRecipe) and recipe.learner.lora:
+    if weights.transport == "adapter" and isinstance(recipe, PolicyRecipe) and recipe.learner.lora:
         check_adapters_are_served(policy)
         rollout = rollout.model_copy(update={"adapter_rank": recipe.learner.lora.rank})
     with local_ray():
@@ -113,7 +96,7 @@ def start_engines(recipe: SamplingRecipe, policy: ModelOptions, tokenizer: Any, 
         fleet = Fleet(policy.path, policy.dtype, rollout, stops, on_fault, places, trust_remote_code=trust)
         try:
             with start_judges(recipe) as judges:
-                yield Engines(policy, tokenizer, fleet, judges, transport, places)
+                yield Engines(policy, tokenizer, fleet, judges, weight_sync, places)
         finally:
             fleet.close()
 
@@ -127,15 +110,15 @@ def check_adapters_are_served(policy: ModelOptions) -> None:
         )
 
 
-def transport_of(recipe: SamplingRecipe, directory: Path) -> Transport | Adapters | Broadcasts:
-    """The way of new weights to the workers that the recipe names; where it is files, a killed run's are removed."""
-    options = recipe.weights if isinstance(recipe, PolicyRecipe) else WeightOptions()
+def weight_sync_of(options: WeightOptions, directory: Path) -> WeightSync:
+    """How new weights go to the workers, as the recipe says; where in files, those of a killed run are removed from `directory`."""
+    bucket_bytes = options.bucket_mb * MIB
     if options.transport == "object_store":
-        return ObjectStore(options.bucket_mb * MIB)
+        return ObjectStoreSync(bucket_bytes)
     if options.transport == "broadcast":
-        return Broadcasts(options.bucket_mb * MIB)
+        return BroadcastSync(bucket_bytes)
     shutil.rmtree(directory, ignore_errors=True)
-    return Adapters(directory) if options.transport == "adapter" else Directory(directory, options.bucket_mb * MIB)
+    return AdapterSync(directory) if options.transport == "adapter" else DirectorySync(directory, bucket_bytes)
 
 
 @contextmanager

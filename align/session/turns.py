@@ -11,7 +11,14 @@ def start_learner(
 ) -> LearnerGroup:
     """The learner of a stage, which takes turns with the rollout workers where it shares GPUs with them."""
     places = engines.places
-    learner = LearnerGroup(policy, recipe.learner, seed=recipe.seed, reference=reference, bundles=places)
+    learner = LearnerGroup(
+        policy,
+        recipe.learner,
+        seed=recipe.seed,
+        reference=reference,
+        weight_sync=engines.weight_sync,
+        placement_group=places,
+    )
     if places is not None:
         take_turns(engines.fleet, learner)
     return learner
@@ -22,10 +29,10 @@ def take_turns(fleet: Fleet, learner: LearnerGroup) -> None:
 
     def workers_turn() -> None:
         learner.rest()
-        fleet.wake()
+        fleet.onload()
 
     def learners_turn() -> None:
-        fleet.sleep()
+        fleet.offload()
         learner.rise()
 
     fleet.before_use, learner.before_use = workers_turn, learners_turn

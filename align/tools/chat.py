@@ -12,8 +12,7 @@ from align.data.types import Message
 from align.errors import UserError
 from align.model.policy import load_tokenizer, stop_token_ids
 from align.recipe import ModelOptions
-from rollout import EngineOptions, Prompt, SamplingOptions
-from rollout.seeds import sample_seed
+from rollout import EngineOptions, Prompt, SamplingOptions, sample_seed
 from rollout.worker import environment
 
 HELP = "/reset forgets the conversation, /quit ends it; Ctrl-C stops an answer"

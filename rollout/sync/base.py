@@ -1,56 +1,26 @@
-"""How new weights travel from a learner to the rollout workers: in buckets of bounded size, through Ray's object store or files.
+"""Weight sync: how new weights travel from a learner to the rollout workers.
 
-An adapter may travel alone, as the files that PEFT writes: then vLLM adds it to the weights that the workers began with.
-
-A transport has two ends. In the learner it is given one bucket after the other, and what it makes of a bucket comes to the driver as
-a reference; from the references the driver makes a source, and each worker reads the buckets from that, one at a time. So no process
-holds more of the model than a bucket.
+A learner publishes its weights through a `WeightSync` and gets a `WeightSource`, from which each rollout worker loads them. Tensors have checkpoint
+names and travel in buckets of bounded size, so that no process ever holds more of the model than one bucket besides its own copy.
 """
 
-import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
-from uuid import uuid4
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
+if TYPE_CHECKING:
+    from rollout.engine import Engine
+
 Bucket = dict[str, torch.Tensor]
-NamedTensors = Iterable[tuple[str, torch.Tensor]]
+WriteBuckets = Callable[[Iterator[Bucket]], Iterable[Any]]
+"""Takes all buckets in the process of learner rank 0; what it yields goes to Ray's object store, for the driver."""
 MIB = 2**20
-
-
-class WeightSource(Protocol):
-    """The tensors of an update under checkpoint names. They can be read until `release`, by as many as want to."""
-
-    def buckets(self) -> Iterator[Bucket]:
-        """All tensors, a bucket at a time."""
-
-    def release(self) -> None:
-        """Take away what was kept for readers."""
-
-
-class Sending(Protocol):
-    """The learner's end of a way for weights to travel, in buckets of `bucket_bytes` at most, or of one tensor that is larger."""
-
-    @property
-    def bucket_bytes(self) -> float: ...
-
-    @property
-    def device(self) -> str:
-        """Where it takes them."""
-
-    def give(self, buckets: Iterable[Bucket]) -> Iterator[Any]:
-        """Called in the learner; each thing that it yields goes to the driver by reference."""
-
-
-class Transport(Sending, Protocol):
-    """A way on which weights can rest, for workers to fetch them."""
-
-    def source(self, given: Sequence[Any]) -> WeightSource:
-        """Called in the driver with the references to what `give` returned, in order."""
 
 
 class WeightOptions(BaseModel):
@@ -70,8 +40,84 @@ class WeightOptions(BaseModel):
     )
 
 
-def buckets(named_tensors: NamedTensors, limit: float) -> Iterator[Bucket]:
-    """Tensors in order, as many together as fit into `limit` bytes, and at least one. They own their memory, and no more."""
+class Publisher(Protocol):
+    """What a learner offers to a weight sync. Where it fails it raises PublishError, PublisherDiedError where its process is gone."""
+
+    def publish(
+        self, write: WriteBuckets, bucket_bytes: float, *, on_device: bool = False, merged: bool = False
+    ) -> list[Any]:
+        """Have rank 0 call `write` with the trained weights, in buckets of `bucket_bytes` at most or of one tensor that is larger.
+
+        They are on the rank's own device with `on_device`, else on the CPU. A LoRA adapter goes beside the weights that it adapts, or with `merged`
+        in them. Returns Ray references to what `write` yields.
+        """
+
+    def save_adapter(self, directory: Path) -> None:
+        """Write the LoRA adapter alone to `directory`, as PEFT does."""
+
+    def free_address(self) -> tuple[str, int]:
+        """A host and a port on the node of rank 0 at which nothing listens yet."""
+
+
+class WeightSync(ABC):
+    """A way for weights to travel from a learner to the rollout workers."""
+
+    keeps_adapter: ClassVar[bool] = False
+    """Whether a LoRA adapter arrives exactly as it is trained, never added to weights."""
+
+    @abstractmethod
+    def publish(self, learner: Publisher, *, merged: bool = False) -> WeightSource:
+        """Return the learner's current weights for `Fleet.load`; with `merged`, a LoRA adapter is added to the weights."""
+
+
+class WeightSource(ABC):
+    """New weights as the driver holds them until the next update, and as each rollout worker loads them.
+
+    The methods with a default are for weights that do not wait to be fetched (see `Broadcast`).
+    """
+
+    is_kept: ClassVar[bool] = True
+    """Whether a worker that is started later can load them too."""
+
+    @property
+    def sent_bytes(self) -> int | None:
+        """Bytes that go to each worker, where they are not those of the trained parameters."""
+        return None
+
+    @abstractmethod
+    def load_into(self, engine: Engine, modules: Sequence[str] | None) -> None:
+        """Called in a rollout worker: write the weights into its engine. Raises WeightUpdateError, NotReceivedError."""
+
+    def for_workers(self, workers: int, processes: int) -> Sequence[WeightSource]:
+        """What each of the workers that serve now, of so many processes each, is to load."""
+        return [self] * workers
+
+    def send(self, processes: int) -> None:  # noqa: B027
+        """Called in the driver while the workers, of so many processes together, begin to load."""
+
+    def again(self) -> WeightSource:
+        """The same weights for a worker that did not get them with the others. Called in the driver."""
+        return self
+
+    def release(self) -> None:  # noqa: B027
+        """Free what was kept for the workers; the source cannot be loaded any more."""
+
+
+class BucketSource(WeightSource):
+    """Weights that are stored bucket by bucket where every worker can read them."""
+
+    @abstractmethod
+    def buckets(self) -> Iterator[Bucket]:
+        """Read all tensors, one bucket at a time."""
+
+    def load_into(self, engine: Engine, modules: Sequence[str] | None) -> None:
+        with engine.weight_update(modules):
+            for bucket in self.buckets():
+                engine.take(bucket)
+
+
+def buckets(named_tensors: Iterable[tuple[str, torch.Tensor]], limit: float) -> Iterator[Bucket]:
+    """Put tensors, in order, into buckets of at most `limit` bytes and at least one tensor. Each tensor owns its memory, and no more."""
     bucket: Bucket = {}
     filled = 0
     for name, tensor in named_tensors:
@@ -79,107 +125,9 @@ def buckets(named_tensors: NamedTensors, limit: float) -> Iterator[Bucket]:
         if bucket and filled + size > limit:
             yield bucket
             bucket, filled = {}, 0
-        # What is a part of a larger tensor would be pickled with all of that.
-        is_part = tensor.untyped_storage().nbytes() > size
-        bucket[name] = tensor.clone(memory_format=torch.contiguous_format) if is_part else tensor.contiguous()
+        # A view of a larger tensor would be pickled together with all of it.
+        is_view = tensor.untyped_storage().nbytes() > size
+        bucket[name] = tensor.clone(memory_format=torch.contiguous_format) if is_view else tensor.contiguous()
         filled += size
     if bucket:
         yield bucket
-
-
-@dataclass(frozen=True, slots=True)
-class ObjectStore:
-    """Through Ray's object store: a bucket is copied into shared memory, and across nodes where a worker is on another."""
-
-    bucket_bytes: float = 256 * MIB
-    device: ClassVar[str] = "cpu"
-
-    def give(self, buckets: Iterable[Bucket]) -> Iterator[Bucket]:
-        yield from buckets
-
-    def source(self, given: Sequence[Any]) -> "StoredWeights":
-        return StoredWeights(given)
-
-
-@dataclass(slots=True)
-class StoredWeights:
-    """Buckets in Ray's object store, which keeps them as long as there are references to them."""
-
-    references: Sequence[Any]
-
-    def buckets(self) -> Iterator[Bucket]:
-        import ray
-
-        yield from map(ray.get, self.references)
-
-    def release(self) -> None:
-        self.references = ()
-
-
-def stored(named_tensors: Mapping[str, torch.Tensor]) -> StoredWeights:
-    """Tensors of this process, in Ray's object store."""
-    import ray
-
-    return StoredWeights([ray.put(dict(named_tensors))])
-
-
-@dataclass(frozen=True, slots=True)
-class Directory:
-    """Through files: a bucket is a safetensors file in a directory that learners and workers share."""
-
-    path: Path
-    bucket_bytes: float = 256 * MIB
-    device: ClassVar[str] = "cpu"
-
-    def give(self, buckets: Iterable[Bucket]) -> Iterator[Path]:
-        from safetensors.torch import save_file
-
-        self.path.mkdir(parents=True, exist_ok=True)
-        for bucket in buckets:
-            file = self.path / f"{uuid4().hex}.safetensors"
-            save_file(bucket, file)
-            yield file
-
-    def source(self, given: Sequence[Any]) -> "WeightFiles":
-        import ray
-
-        return WeightFiles(ray.get(list(given)))
-
-
-@dataclass(frozen=True, slots=True)
-class WeightFiles:
-    """Buckets in safetensors files."""
-
-    files: Sequence[Path]
-
-    def buckets(self) -> Iterator[Bucket]:
-        from safetensors.torch import load_file
-
-        yield from map(load_file, self.files)
-
-    def release(self) -> None:
-        for file in self.files:
-            file.unlink(missing_ok=True)
-
-
-@dataclass(frozen=True, slots=True)
-class Adapters:
-    """As an adapter alone: a directory in `path` for each update. The workers must have the learner's base."""
-
-    path: Path
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterFiles:
-    """A directory with a LoRA adapter as PEFT writes it. It takes the place of the adapter before."""
-
-    directory: Path
-
-    @property
-    def size(self) -> int:
-        """Bytes of its weights."""
-        return sum(file.stat().st_size for file in self.directory.glob("*.safetensors"))
-
-    def release(self) -> None:
-        """Remove it."""
-        shutil.rmtree(self.directory, ignore_errors=True)

@@ -1,104 +1,142 @@
-"""New weights from a learner to all rollout workers at once, from device to device: NCCL between GPUs, gloo between CPUs.
+"""Weight sync by one broadcast from the learner's device to those of all rollout workers: NCCL between GPUs, gloo between CPUs.
 
-A group of processes meets for one update and parts after it: rank 0 is the learner's, which sends, then come the processes of the
-workers. So a worker that is lost between two updates is in nobody's way, and nothing of the group takes memory while workers sample.
-What nobody receives any more is gone: a worker that comes later gets the weights by another way (`Broadcast.again`).
+A process group is made for each update and ended after it: rank 0 is the learner's, which sends; then come the processes of the workers. So a
+worker that is lost between two updates blocks nobody, and the group takes no memory while workers sample. Nothing is kept of what was sent: a
+worker that is started later gets the weights in another way (`Broadcast.again`).
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+import logging
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch.distributed import BroadcastOptions, ProcessGroupGloo, TCPStore
 
-from rollout.sync.base import MIB, Bucket, WeightSource
+from rollout.sync.base import MIB, Bucket, Publisher, WeightSource, WeightSync
+from rollout.sync.object_store import ObjectStoreSync
+from rollout.types import NotReceivedError, PublisherDiedError, PublishError, RolloutError, WeightUpdateError
+from rollout.weights import take_bucket
 
-PATIENCE = timedelta(seconds=60)
+if TYPE_CHECKING:
+    from rollout.engine import Engine
+
+TIMEOUT = timedelta(seconds=60)
 """How long a process waits for the others, to meet and for each bucket."""
 ALIGNMENT = 16
 
 
-@dataclass(frozen=True, slots=True)
-class Broadcasts:
-    """This way to send weights, in buckets of so many bytes."""
-
-    bucket_bytes: float = 256 * MIB
-
-
-@dataclass(frozen=True, slots=True)
-class Meeting:
-    """Where a group meets: a free port on the node of its rank 0."""
+class Address(NamedTuple):
+    """Where the processes of a group meet: a free port on the node of its rank 0."""
 
     host: str
     port: int
 
 
 @dataclass(frozen=True, slots=True)
-class Broadcast:
-    """An update that is sent while the workers receive it; driver's end.
+class BroadcastSync(WeightSync):
+    """One broadcast to all workers, in buckets of `bucket_bytes`."""
 
-    `send` lets the learner send to a group of so many processes, itself included; `again` gives the same weights to whoever did not
-    receive them.
-    """
-
-    meeting: Meeting
-    send: Callable[[int], None]
-    again: Callable[[], WeightSource]
-
-    def release(self) -> None:
-        """Nothing was kept."""
-
-
-@dataclass(frozen=True, slots=True)
-class Sender:
-    """The learner's end. It gives nothing to the driver."""
-
-    meeting: Meeting
-    size: int
     bucket_bytes: float = 256 * MIB
 
-    @property
-    def device(self) -> str:
-        return device_type()
-
-    def give(self, buckets: Iterable[Bucket]) -> Iterator[Any]:
-        with meet(self.meeting, 0, self.size) as group:
-            for bucket in buckets:
-                group.send(bucket)
-            group.send({})
-        yield from ()
+    def publish(self, learner: Publisher, *, merged: bool = False) -> "Broadcast":
+        return Broadcast(learner, self.bucket_bytes, merged, Address(*learner.free_address()))
 
 
 @dataclass(frozen=True, slots=True)
-class Receiver:
-    """A worker's end; its processes have the ranks from `first` on."""
+class Broadcast(WeightSource):
+    """Weights that the learner sends while the workers receive them, in a group that meets at `address`."""
 
-    meeting: Meeting
+    learner: Publisher
+    bucket_bytes: float
+    merged: bool
+    address: Address
+    is_kept: ClassVar[bool] = False
+
+    def for_workers(self, workers: int, processes: int) -> Sequence[WeightSource]:
+        size = 1 + workers * processes
+        return [Receiver(self.address, size, 1 + processes * place) for place in range(workers)]
+
+    def send(self, processes: int) -> None:
+        if not processes:
+            return
+        write = partial(send_buckets, self.address, 1 + processes)
+        try:
+            self.learner.publish(write, self.bucket_bytes, on_device=True, merged=self.merged)
+        except PublisherDiedError:
+            raise
+        except PublishError as error:
+            # The workers notice it too, and get the weights again.
+            logging.getLogger(__name__).warning("the broadcast of weights broke off: %s", error)
+
+    def again(self) -> WeightSource:
+        try:
+            return ObjectStoreSync(self.bucket_bytes).publish(self.learner, merged=self.merged)
+        except PublisherDiedError:
+            raise RolloutError(
+                "a rollout worker was lost when the learner whose weights it had was gone: they were broadcast, and nobody has "
+                "them to give; start the run again, which goes on, or leave weights.transport out"
+            ) from None
+
+    def load_into(self, engine: "Engine", modules: Sequence[str] | None) -> None:
+        raise NotReceivedError("a worker receives a broadcast only with a rank in its process group")
+
+
+@dataclass(frozen=True, slots=True)
+class Receiver(WeightSource):
+    """A worker's part in a broadcast to a group of `size` processes, of which its own have the ranks from `first` on."""
+
+    address: Address
     size: int
     first: int
 
+    def load_into(self, engine: "Engine", modules: Sequence[str] | None) -> None:
+        with engine.weight_update(modules):
+            try:
+                engine.everywhere(receive_weights, self)
+            except WeightUpdateError:
+                raise
+            except Exception as error:  # its type depends on the backend, and on whether vLLM runs in this process
+                reason = str(error).strip().split("\n")[0]
+                raise NotReceivedError(f"the broadcast of weights broke off ({reason})") from error
+
     def buckets(self, process: int) -> Iterator[Bucket]:
-        """All tensors, a bucket at a time, for that process of the worker."""
-        with meet(self.meeting, self.first + process, self.size) as group:
+        """Receive all tensors, one bucket at a time, in that process of the worker."""
+        with meet(self.address, self.first + process, self.size) as group:
             while bucket := group.receive():
                 yield bucket
 
 
+def receive_weights(worker: Any, receiver: Receiver) -> None:
+    """Receive an update in a vLLM worker process. Raises RuntimeError where other processes do not come, or go away."""
+    for bucket in receiver.buckets(worker.rank):
+        take_bucket(worker, bucket)
+
+
+def send_buckets(address: Address, size: int, buckets: Iterable[Bucket]) -> Iterator[Any]:
+    """Send buckets, in the process of learner rank 0, to a group of `size` processes. Yields nothing."""
+    with meet(address, 0, size) as group:
+        for bucket in buckets:
+            group.send(bucket)
+        group.send({})
+    yield from ()
+
+
 @contextmanager
-def meet(meeting: Meeting, rank: int, size: int) -> Iterator["Group"]:
-    """Meet the others, and part from them afterwards. Raises RuntimeError where one does not come, or goes away."""
-    store = TCPStore(meeting.host, meeting.port, size, is_master=rank == 0, timeout=PATIENCE)
+def meet(address: Address, rank: int, size: int) -> Iterator["Group"]:
+    """A process group for as long as the context. Raises RuntimeError where a process does not come, or goes away."""
+    store = TCPStore(address.host, address.port, size, is_master=rank == 0, timeout=TIMEOUT)
     if device_type() == "cpu":
-        yield Group(ProcessGroupGloo(store, rank, size, PATIENCE))
+        yield Group(ProcessGroupGloo(store, rank, size, TIMEOUT))
         return
     from torch.distributed import ProcessGroupNCCL
 
     options = ProcessGroupNCCL.Options()
-    options._timeout = PATIENCE
+    options._timeout = TIMEOUT
     processes = ProcessGroupNCCL(store, rank, size, options)
     try:
         yield Group(processes)
@@ -107,23 +145,23 @@ def meet(meeting: Meeting, rank: int, size: int) -> Iterator["Group"]:
 
 
 class Group:
-    """The processes that have met, as seen by one of them. A bucket is three broadcasts: how long its table is, the table, the tensors."""
+    """The processes that have met, seen from one of them. A bucket is three broadcasts: the length of its table, the table, the tensors."""
 
     def __init__(self, processes: Any):
         self._processes = processes
         self._device = torch.device(device_type())
 
     def send(self, bucket: Bucket) -> None:
-        """Send a bucket; an empty one is the end."""
+        """Send a bucket; an empty one marks the end."""
         table = json.dumps([(name, str(t.dtype).removeprefix("torch."), list(t.shape)) for name, t in bucket.items()])
         encoded = torch.frombuffer(bytearray(table.encode()), dtype=torch.uint8).to(self._device)
         self._broadcast(torch.tensor([len(encoded) if bucket else 0], device=self._device))
         if bucket:
             self._broadcast(encoded)
-            together, views = self._room(json.loads(table))
+            memory, views = self._allocate(json.loads(table))
             for name, tensor in bucket.items():
                 views[name].copy_(tensor)
-            self._broadcast(together)
+            self._broadcast(memory)
 
     def receive(self) -> Bucket:
         """The next bucket; an empty one at the end."""
@@ -131,20 +169,20 @@ class Group:
         if not int(length):
             return {}
         encoded = self._broadcast(torch.empty(int(length), dtype=torch.uint8, device=self._device))
-        together, views = self._room(json.loads(bytes(encoded.tolist())))
-        self._broadcast(together)
+        memory, views = self._allocate(json.loads(bytes(encoded.tolist())))
+        self._broadcast(memory)
         return views
 
-    def _room(self, table: list[Any]) -> tuple[torch.Tensor, Bucket]:
-        """Memory for the tensors of a table, in one piece, and each of them in it."""
-        places, end = [], 0
+    def _allocate(self, table: list[Any]) -> tuple[torch.Tensor, Bucket]:
+        """Memory for the tensors of a table, in one piece, and a view of it for each of them."""
+        spans, end = [], 0
         for name, dtype_name, shape in table:
             dtype = getattr(torch, dtype_name)
             size = dtype.itemsize * torch.Size(shape).numel()
-            places.append((name, dtype, shape, end, size))
+            spans.append((name, dtype, shape, end, size))
             end += -(-size // ALIGNMENT) * ALIGNMENT
-        together = torch.empty(end, dtype=torch.uint8, device=self._device)
-        return together, {n: together[at : at + size].view(dtype).view(shape) for n, dtype, shape, at, size in places}
+        memory = torch.empty(end, dtype=torch.uint8, device=self._device)
+        return memory, {n: memory[at : at + size].view(dtype).view(shape) for n, dtype, shape, at, size in spans}
 
     def _broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
         options = BroadcastOptions()

@@ -68,7 +68,9 @@ class WarmRanks:
         patch.setattr(RankGroup, "_start", lambda group, *of: self.start(group, *of))
         patch.setattr(RankGroup, "_end", lambda group, rank: self.end(group, rank))
 
-    def start(self, group: RankGroup, kind: type[LearnerRank], model: ModelOptions, rank: int, bundles: Any) -> Any:
+    def start(
+        self, group: RankGroup, kind: type[LearnerRank], model: ModelOptions, rank: int, placement_group: Any
+    ) -> Any:
         import ray
 
         idle = self._idle.setdefault(kind, [])
@@ -79,7 +81,7 @@ class WarmRanks:
             except ray.exceptions.RayError:
                 continue
             return actor
-        actor = self._start(group, kind, model, rank, bundles)
+        actor = self._start(group, kind, model, rank, placement_group)
         self._kinds[actor] = kind
         return actor
 

@@ -22,7 +22,7 @@ from align.learner.group import LearnerGroup
 from align.learner.objective import Objective
 from align.model.policy import load_tokenizer, write_random_policy
 from align.recipe import AgreementOptions, GrpoOptions, LearnerOptions, ModelOptions, OptimizerOptions
-from rollout import Fleet, FleetOptions, ObjectStore, Prompt, SamplingOptions
+from rollout import Fleet, FleetOptions, Prompt, SamplingOptions
 
 ROOT = Path(__file__).parents[2]
 NANO = ROOT / "recipes" / "nano" / "policy"
@@ -95,7 +95,7 @@ def test_sampler_and_learner_agree_through_updates_of_both_stages(
         for version in (1, 2):
             losses.append(learner.accumulate(demonstrations, Objective()).loss)
             learner.apply(1e-2)
-            fleet.load(learner.publish(ObjectStore()), version=version)
+            learner.sync_weights(fleet, version=version)
             gate.check(probe(fleet, learner, PROMPTS), f"after update {version}")
         assert losses[1] < losses[0]
         groups = fleet.sample(PROMPTS, 2, SamplingOptions(temperature=0.8, max_new_tokens=16), seed=0, step=0)
@@ -108,7 +108,7 @@ def test_sampler_and_learner_agree_through_updates_of_both_stages(
         gate.check(Disagreement.of(sums), "of the samples")
         assert sums.kl > 0
         assert 0 < learner.apply(1e-2) < float("inf")
-        fleet.load(learner.publish(ObjectStore()), version=3)
+        learner.sync_weights(fleet, version=3)
         gate.check(probe(fleet, learner, PROMPTS), "after GRPO")
         learner.save(tmp_path / "final")
     finally:

@@ -9,9 +9,8 @@ from enum import StrEnum
 from typing import Any
 
 from rollout.fleet import Fleet
-from rollout.health import Fault, State
 from rollout.types import FleetOptions, Prompt, SamplingOptions, Trajectory
-from rollout.worker_handle import Doing
+from rollout.worker_handle import Doing, Fault, State
 
 OPTIONS = FleetOptions(
     workers=2,
@@ -58,19 +57,19 @@ class WitnessedFleet:
 
     def injure(self, worker: int, injury: Injury) -> None:
         """Inject the fault into the worker of that number. Returns at once."""
-        member = self.fleet.members[worker]
+        member = self.fleet.workers[worker]
         assert member.process is not None, "the worker has answered no probe yet"
         if injury in SIGNALS:
             os.kill(member.process.pid, SIGNALS[injury])
         else:
             hang = hold_pythons_lock if injury is Injury.LOCKED else hang_the_engine
-            member.actor.__ray_call__.options(concurrency_group="pulse").remote(hang)
+            member.actor.handle.__ray_call__.options(concurrency_group="pulse").remote(hang)
 
     def injure_a_busy_one(self, injury: Injury) -> int:
         """Inject the fault into a worker that is sampling. Returns its number."""
 
         def busy() -> list[int]:
-            return [m.number for m in self.fleet.members if m.task and m.task.doing is Doing.SAMPLING]
+            return [m.number for m in self.fleet.workers if m.task and m.task.doing is Doing.SAMPLING]
 
         self.until(lambda: bool(busy()))
         worker = busy()[0]
@@ -79,7 +78,7 @@ class WitnessedFleet:
 
     def until_healthy(self) -> None:
         """Return when every worker serves, and has drawn something since it was started."""
-        self.until(lambda: all(m.state is State.HEALTHY and m.process and not m.restarts for m in self.fleet.members))
+        self.until(lambda: all(m.state is State.HEALTHY and m.process and not m.restarts for m in self.fleet.workers))
 
     def until(self, happened: Callable[[], bool], seconds: float = 300) -> None:
         """Return when something has happened. Raises TimeoutError."""
@@ -96,4 +95,4 @@ def hold_pythons_lock(worker: Any) -> None:
 
 
 def hang_the_engine(worker: Any) -> None:
-    worker._engine._llm.llm_engine.step = lambda: time.sleep(3600)
+    worker._llm.llm_engine.step = lambda: time.sleep(3600)

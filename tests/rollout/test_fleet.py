@@ -1,6 +1,5 @@
 """A fleet with real vLLM engines: what it samples, and what it does with new weights."""
 
-import socket
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from align.model.names import from_checkpoint, to_checkpoint
 from align.recipe import ModelOptions
 from rollout import (
-    Broadcast,
+    BroadcastSync,
     FinishReason,
     Fleet,
     FleetOptions,
@@ -21,10 +20,13 @@ from rollout import (
     RolloutError,
     SamplingOptions,
     WeightUpdateError,
+    sample_seed,
     stored,
 )
-from rollout.sync.base import buckets
-from rollout.sync.broadcast import Meeting, Sender
+from rollout.engine import Request
+from rollout.fleet import engine_batches
+
+from .publisher import LocalPublisher
 
 PROMPTS = [Prompt(f"p{i}", [1, 40 + i, 60 + 3 * i, 17]) for i in range(6)]
 STOP = 2
@@ -126,17 +128,9 @@ def test_each_process_of_a_worker_receives_a_broadcast(fleet: Fleet, weights: di
     fleet.load(stored(changed), version=1)
     expected = tokens(sample(fleet))
     fleet.load(stored(weights), version=0)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        where = Meeting(*probe.getsockname())
-    sizes = []
-
-    def send(size: int) -> None:
-        sizes.append(size)
-        assert list(Sender(where, size).give(buckets(changed.items(), 300_000))) == []
-
-    fleet.load(Broadcast(where, send, pytest.fail), version=2)
-    assert sizes == [1 + fleet._options.tensor_parallel]
+    learner = LocalPublisher(changed)
+    fleet.load(BroadcastSync(300_000).publish(learner), version=2)
+    assert learner.published == [f"broadcast to {1 + fleet._options.tensor_parallel}"]
     assert tokens(sample(fleet)) == expected
 
 
@@ -162,3 +156,17 @@ def test_a_prompt_that_fills_the_context_is_refused_by_its_id(fleet: Fleet) -> N
 def test_two_prompts_of_one_id_are_refused(fleet: Fleet) -> None:
     with pytest.raises(RolloutError, match="same id"):
         list(fleet.sample([PROMPTS[0], PROMPTS[0]], 1, SamplingOptions(), seed=0, step=0))
+
+
+def test_a_seed_depends_on_each_part_of_its_key_and_on_nothing_else() -> None:
+    keys = [(0, 0, "a", 0), (1, 0, "a", 0), (0, 1, "a", 0), (0, 0, "b", 0), (0, 0, "a", 1)]
+    assert len({sample_seed(*key) for key in keys}) == len(keys)
+    assert [sample_seed(*key) for key in keys] == [sample_seed(*key) for key in keys]
+
+
+def test_engine_batches_keep_the_order_and_are_of_like_size() -> None:
+    requests = [Request(Prompt(str(i), [1]), 0, i) for i in range(10)]
+    batches = engine_batches(requests, 4)
+    assert [r for batch in batches for r in batch] == requests
+    assert sorted(len(batch) for batch in batches) == [3, 3, 4]
+    assert engine_batches([], 4) == []

@@ -1,6 +1,7 @@
-"""Faults injected into real workers: none of their work is lost or done twice, and what comes back is the same to the bit."""
+"""Faults injected into real workers: none of their work is lost or done twice, and what comes back is the same to the bit.
 
-import time
+What happens in other states than while sampling is in `test_supervisor`.
+"""
 
 import psutil
 import pytest
@@ -9,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from align.model.names import to_checkpoint
 from align.recipe import ModelOptions
-from rollout import RolloutError, Trajectory, stored
+from rollout import Trajectory, stored
 
 from .injuries import HANGS, OPTIONS, Injury, WitnessedFleet
 
@@ -32,17 +33,14 @@ def unbroken(witnessed: WitnessedFleet, other_weights: None) -> list[Trajectory]
     return witnessed.sample()
 
 
-SLOW = pytest.mark.slow
-
-
 @pytest.mark.parametrize(
     "injury",
     [
         Injury.KILL,
         Injury.STOP,
-        pytest.param(Injury.SEGFAULT, marks=SLOW),
-        pytest.param(Injury.LOCKED, marks=SLOW),
-        pytest.param(Injury.ENGINE, marks=SLOW),
+        pytest.param(Injury.SEGFAULT, marks=pytest.mark.slow),
+        pytest.param(Injury.LOCKED, marks=pytest.mark.slow),
+        pytest.param(Injury.ENGINE, marks=pytest.mark.slow),
     ],
 )
 def test_what_a_worker_was_lost_with_is_sampled_again_with_the_same_result(
@@ -66,74 +64,14 @@ def test_what_a_worker_was_lost_with_is_sampled_again_with_the_same_result(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("injury", [Injury.KILL, Injury.SEGFAULT, Injury.STOP, Injury.LOCKED])
-def test_a_worker_lost_while_nothing_is_asked_is_replaced_by_one_with_the_same_weights(
-    injury: Injury, witnessed: WitnessedFleet, unbroken: list[Trajectory]
-) -> None:
-    witnessed.until_healthy()
-    witnessed.faults.clear()
-    for member in witnessed.fleet.members:
-        witnessed.injure(member.number, injury)
-    witnessed.until(lambda: all(m.restarts for m in witnessed.fleet.members))
-    assert witnessed.sample() == unbroken
-    assert sum("restart 1 of 3" in fault.message for fault in witnessed.faults) == 2
-
-
-@pytest.mark.slow
-def test_an_update_survives_a_worker_that_dies_while_it_loads(witnessed: WitnessedFleet, policy: ModelOptions) -> None:
-    witnessed.until_healthy()
-    witnessed.faults.clear()
-    witnessed.injure(0, Injury.STOP)
-    weights = dict(to_checkpoint(AutoModelForCausalLM.from_pretrained(policy.path).state_dict().items()))
-    witnessed.fleet.load(stored(weights), version=2)
-    assert any("rollout worker 0 left 3 probes" in fault.message for fault in witnessed.faults)
-    drawn = witnessed.sample()
-    assert {run.version for one in drawn for run in one.weight_versions} == {2}
-    witnessed.until_healthy()
-    assert witnessed.sample() == drawn
-
-
-@pytest.mark.slow
-def test_with_every_worker_dead_and_no_restart_left_the_call_fails_at_once(
-    policy: ModelOptions, ray_session: None
-) -> None:
-    lost = WitnessedFleet(policy.path, OPTIONS.model_copy(update={"max_restarts": 0}))
-    try:
-        lost.fleet.wait_until_ready()
-        lost.until_healthy()
-        began = time.monotonic()
-        for member in lost.fleet.members:
-            lost.injure(member.number, Injury.KILL)
-        with pytest.raises(RolloutError, match="all rollout workers are dead"):
-            lost.sample()
-        assert time.monotonic() - began < 30
-    finally:
-        lost.fleet.close()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("injury", [Injury.KILL, Injury.STOP])
-def test_a_fault_at_the_first_start_is_healed(injury: Injury, policy: ModelOptions, ray_session: None) -> None:
-    starting = WitnessedFleet(policy.path, OPTIONS.model_copy(update={"workers": 1}))
-    try:
-        starting.until(lambda: starting.fleet.members[0].process is not None)
-        starting.injure(0, injury)
-        starting.fleet.wait_until_ready()
-        assert any("loading the policy; restart 1 of 3" in f.message for f in starting.faults) or injury is Injury.STOP
-        assert len(starting.sample()) == 96
-    finally:
-        starting.fleet.close()
-
-
-@pytest.mark.slow
 def test_a_worker_of_two_processes_is_replaced_whichever_of_them_dies(policy: ModelOptions, ray_session: None) -> None:
     of_two = WitnessedFleet(policy.path, OPTIONS.model_copy(update={"workers": 1, "tensor_parallel": 2}))
     seen: set[psutil.Process] = set()
 
     def engine_processes() -> list[psutil.Process]:
-        member = of_two.fleet.members[0]
-        assert member.process is not None
-        found = psutil.Process(member.process.pid).children(recursive=True)
+        worker = of_two.fleet.workers[0]
+        assert worker.process is not None
+        found = psutil.Process(worker.process.pid).children(recursive=True)
         seen.update(found)
         return [child for child in found if "Worker" in child.name()]
 

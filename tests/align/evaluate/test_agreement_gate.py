@@ -18,7 +18,7 @@ from align.learner.group import LearnerGroup
 from align.learner.objective import LogProbs, Objective
 from align.model.policy import load_policy
 from align.recipe import AgreementOptions, GrpoOptions, LearnerOptions, ModelOptions, OptimizerOptions
-from rollout import Fleet, FleetOptions, ObjectStore, Prompt, SamplingOptions
+from rollout import Fleet, FleetOptions, Prompt, SamplingOptions
 
 PROMPTS = [Prompt(f"p{i}", [1, 40 + i, 60 + 3 * i, 17]) for i in range(8)]
 GRPO = GrpoOptions(steps=1, prompts_per_step=1, group_size=2)
@@ -74,7 +74,7 @@ def test_a_skipped_weight_update_is_caught_and_a_made_one_is_not(engines: tuple[
     learner.apply(1e-2)
     with pytest.raises(AgreementError, match=r"step 1: sampler and learner differ.*\n.*hold the learner's weights"):
         gate().check(probe(fleet, learner, PROMPTS), "step 1")
-    fleet.load(learner.publish(ObjectStore()), version=1)
+    learner.sync_weights(fleet, version=1)
     assert gate().check(probe(fleet, learner, PROMPTS), "step 1").largest < 1e-4
     checks = examine_engines(fleet, learner, PROMPTS, gate())
     assert [check.status for check in checks] == [CheckStatus.OK] * 4
@@ -85,7 +85,7 @@ def test_wrong_log_probabilities_are_caught_before_the_first_update(
     engines: tuple[Fleet, LearnerGroup], shift: float, temperature: float, caught: bool
 ) -> None:
     fleet, learner = engines
-    fleet.load(learner.publish(ObjectStore()), version=fleet.weight_version + 1)
+    learner.sync_weights(fleet, version=fleet.weight_version + 1)
     sampling = SamplingOptions(temperature=temperature, max_new_tokens=16)
     drawn = [group.trajectories[0] for group in fleet.sample(PROMPTS, 1, sampling, seed=0, step=0)]
     sequences = [

@@ -15,7 +15,7 @@ from align.evaluate.agreement import Disagreement, probe
 from align.learner.group import LearnerGroup
 from align.model.policy import load_tokenizer
 from align.recipe import LearnerOptions, LoraOptions, ModelOptions, OptimizerOptions
-from rollout import Fleet, FleetOptions, Prompt, WeightUpdateError
+from rollout import AdapterSync, Fleet, FleetOptions, Prompt, WeightUpdateError
 
 PROMPTS = [Prompt(f"p{i}", [1, 40 + i, 60 + 3 * i, 17]) for i in range(6)]
 RANK = 4
@@ -71,23 +71,23 @@ def test_sampler_and_learner_agree_with_each_adapter_and_a_new_worker_gets_the_l
     for version in (1, 2):
         perturb(engines.learner, version)
         assert engines.apart.mean > 1e-3
-        adapter = engines.learner.publish_adapter(tmp_path / str(version))
+        adapter = AdapterSync(tmp_path / str(version)).publish(engines.learner)
         engines.fleet.load(adapter, version)
         assert engines.apart.mean < 1e-5
-    trained = sum(p.numel() for p in read_adapter(tmp_path / "2").values())
-    assert adapter.size == pytest.approx(4 * trained, rel=0.1)
+    trained = sum(p.numel() for p in read_adapter(adapter.directory).values())
+    assert adapter.sent_bytes == pytest.approx(4 * trained, rel=0.1)
 
-    process = engines.fleet.members[0].process
+    process = engines.fleet.workers[0].process
     assert process is not None
     os.kill(process.pid, signal.SIGKILL)
     assert engines.apart.mean < 1e-5
-    assert engines.fleet.members[0].process != process
+    assert engines.fleet.workers[0].process != process
     # The one before is gone since its successor is there.
-    assert not (tmp_path / "1").exists()
+    assert not list((tmp_path / "1").iterdir())
 
 
 def test_an_adapter_that_is_larger_than_there_is_room_for_is_refused(engines: Engines, tmp_path: Path) -> None:
-    adapter = engines.learner.publish_adapter(tmp_path / "larger")
+    adapter = AdapterSync(tmp_path).publish(engines.learner)
     file = adapter.directory / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"r": 16}))
     with pytest.raises(WeightUpdateError, match=r"vLLM refused the adapter.*rank 16"):

@@ -9,7 +9,7 @@ import torch
 from align.evaluate.agreement import Disagreement, probe
 from align.learner.group import LearnerGroup
 from align.recipe import LearnerOptions, LoraOptions, ModelOptions, OptimizerOptions
-from rollout import Fleet, FleetOptions, ObjectStore, Prompt, WeightUpdateError, stored
+from rollout import Fleet, FleetOptions, Prompt, WeightUpdateError, stored
 
 PROMPTS = [Prompt(f"p{i}", [1, 40 + i, 60 + 3 * i, 17]) for i in range(6)]
 FLEET = FleetOptions(workers=1, max_length=64, kv_cache_gb=0.25, batch_sequences=16)
@@ -27,7 +27,7 @@ class Engines(NamedTuple):
         return probe(self.fleet, self.learner, PROMPTS)
 
     def send(self, version: int) -> None:
-        self.fleet.load(self.learner.publish(ObjectStore()), version, modules=self.learner.trained.modules)
+        self.learner.sync_weights(self.fleet, version)
 
 
 @pytest.fixture(

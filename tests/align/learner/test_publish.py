@@ -14,7 +14,7 @@ from align.learner.group import LearnerGroup
 from align.model.names import to_checkpoint
 from align.model.policy import load_policy, load_tokenizer
 from align.recipe import LearnerOptions, ModelOptions, OptimizerOptions
-from rollout import Directory, ObjectStore
+from rollout import DirectorySync, ObjectStoreSync
 
 NANO = Path(__file__).parents[3] / "recipes" / "nano" / "policy"
 ZERO_3 = LearnerOptions(ranks=2, zero_stage=3, optimizer=OptimizerOptions(learning_rate=1e-3))
@@ -32,8 +32,8 @@ def learner(ray_session: None, policy: ModelOptions) -> Iterator[LearnerGroup]:
 
 def test_both_transports_deliver_the_checkpoint(learner: LearnerGroup, policy: ModelOptions, tmp_path: Path) -> None:
     expected = dict(to_checkpoint((n, p.detach()) for n, p in load_policy(policy).named_parameters()))
-    for transport in (ObjectStore(SMALL), Directory(tmp_path / "weights", SMALL)):
-        source = learner.publish(transport)
+    for weight_sync in (ObjectStoreSync(SMALL), DirectorySync(tmp_path / "weights", SMALL)):
+        source = weight_sync.publish(learner)
         found = {name: tensor for bucket in source.buckets() for name, tensor in bucket.items()}
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], expected[name]) for name in expected)
@@ -44,7 +44,7 @@ def test_both_transports_deliver_the_checkpoint(learner: LearnerGroup, policy: M
 def test_a_directory_that_cannot_be_written_is_named(learner: LearnerGroup, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"):
-        learner.publish(Directory(tmp_path / "file"))
+        DirectorySync(tmp_path / "file").publish(learner)
 
 
 def own_memory() -> int:
@@ -85,7 +85,7 @@ def test_under_zero_3_no_rank_ever_has_more_than_two_layers_beyond_its_share(ray
 
             thread = threading.Thread(target=watch)
             thread.start()
-            for _ in worker.publish(ObjectStore(layer / 2)):
+            for _ in worker.publish(iter, layer / 2):
                 pass
             over.set()
             thread.join()

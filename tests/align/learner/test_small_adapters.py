@@ -22,7 +22,7 @@ from align.learner.objective import Objective
 from align.model.names import to_checkpoint
 from align.model.policy import load_policy, write_random_policy
 from align.recipe import LearnerOptions, LoraOptions, ModelOptions, OptimizerOptions
-from rollout import Fleet, FleetOptions, ObjectStore, Prompt
+from rollout import Fleet, FleetOptions, ObjectStoreSync, Prompt
 
 NANO = Path(__file__).parents[3] / "recipes" / "nano" / "policy"
 PROMPTS = [Prompt(f"p{i}", [1, *range(40 + i, 100 + i)]) for i in range(16)]
@@ -77,7 +77,7 @@ def trained(
 
 def test_the_layers_of_the_sampler_have_all_that_the_adapter_adds(trained: Trained) -> None:
     before = in_sampler(trained.fleet, inputs_and_outputs, PROMPTS)
-    trained.fleet.load(trained.learner.publish(ObjectStore()), 1, modules=trained.learner.trained.modules)
+    trained.learner.sync_weights(trained.fleet, 1)
     after = in_sampler(trained.fleet, outputs, {name: inputs for name, (inputs, _) in before.items()})
     base = dict(load_policy(trained.model).named_parameters())
     along = total = 0.0
@@ -96,7 +96,9 @@ def test_what_is_sent_is_within_five_per_cent_of_what_is_trained(trained: Traine
     sent = learner.weights()
     for merged, below in ((False, LIMIT), (True, None)):
         weights = {
-            name: t for bucket in learner.publish(ObjectStore(), merged=merged).buckets() for name, t in bucket.items()
+            name: t
+            for bucket in ObjectStoreSync().publish(learner, merged=merged).buckets()
+            for name, t in bucket.items()
         }
         found = effect_lost(weights, base, trained.delta)
         said = learner.adapter_lost()
@@ -130,7 +132,7 @@ def test_a_large_adapter_agrees_and_weights_without_one_end_it(
     learner, fleet = trained.learner, trained.fleet
     perturb(learner, 1)
     for version, merged in ((2, False), (3, True), (4, False)):
-        fleet.load(learner.publish(ObjectStore(), merged=merged), version, modules=learner.trained.modules)
+        learner.sync_weights(fleet, version, merged=merged)
         assert probe(fleet, learner, PROMPTS).mean < 0.02
         assert bool(in_sampler(fleet, updated, None)) is not merged
     perturb(learner, 2)
@@ -147,11 +149,10 @@ def in_sampler(fleet: Fleet, do: Callable[[Any, Any, Any], Any], argument: Any) 
     """What a function gives in the worker: of its engine, vLLM's model and an argument."""
     import ray
 
-    def inside(worker: Any) -> Any:
-        engine = worker._engine
+    def inside(engine: Any) -> Any:
         return engine._llm.collective_rpc(lambda process: do(engine, process, argument))[0]
 
-    return ray.get(fleet.members[0].actor.__ray_call__.remote(inside))
+    return ray.get(fleet.workers[0].actor.handle.__ray_call__.remote(inside))
 
 
 def deltas(worker: Any) -> dict[str, torch.Tensor]:

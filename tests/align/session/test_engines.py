@@ -10,9 +10,9 @@ import torch
 from align.errors import UserError
 from align.model.policy import load_tokenizer
 from align.recipe import GrpoRecipe, ModelOptions, load_recipe
-from align.session.engines import check_adapters_are_served, start_engines, transport_of
+from align.session.engines import check_adapters_are_served, start_engines, weight_sync_of
 from align.session.run import open_run
-from rollout import Adapters, Broadcasts, Directory, ObjectStore
+from rollout import AdapterSync, BroadcastSync, DirectorySync, ObjectStoreSync, WeightOptions
 
 
 def recipe(*overrides: str) -> GrpoRecipe:
@@ -22,24 +22,24 @@ def recipe(*overrides: str) -> GrpoRecipe:
 
 
 def test_through_ray_unless_the_recipe_says_otherwise(tmp_path: Path) -> None:
-    assert transport_of(recipe("weights.bucket_mb=0.5"), tmp_path) == ObjectStore(2**19)
+    assert weight_sync_of(recipe("weights.bucket_mb=0.5").weights, tmp_path) == ObjectStoreSync(2**19)
 
 
 def test_files_of_a_killed_run_are_removed(tmp_path: Path) -> None:
     directory = tmp_path / "weights"
     directory.mkdir()
     (directory / "left.safetensors").touch()
-    assert transport_of(recipe("weights.transport=directory"), directory) == Directory(directory, 2**28)
+    assert weight_sync_of(recipe("weights.transport=directory").weights, directory) == DirectorySync(directory, 2**28)
     assert not directory.exists()
 
 
 def test_a_broadcast_has_buckets_of_the_size_that_was_asked_for(tmp_path: Path) -> None:
-    assert transport_of(recipe("weights={transport: broadcast, bucket_mb: 2}"), tmp_path) == Broadcasts(2**21)
+    assert weight_sync_of(WeightOptions(transport="broadcast", bucket_mb=2), tmp_path) == BroadcastSync(2**21)
 
 
 def test_an_adapter_alone_goes_as_files_too(tmp_path: Path) -> None:
     chosen = recipe("weights.transport=adapter", "learner.lora={rank: 8}")
-    assert transport_of(chosen, tmp_path / "weights") == Adapters(tmp_path / "weights")
+    assert weight_sync_of(chosen.weights, tmp_path / "weights") == AdapterSync(tmp_path / "weights")
 
 
 def test_an_adapter_alone_wants_one() -> None:

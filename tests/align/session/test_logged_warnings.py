@@ -4,13 +4,13 @@ import json
 import logging
 from pathlib import Path
 from typing import Any
-from unittest.mock import MagicMock
 
 import pytest
 
 from align.learner.group import LearnerError, LearnerGroup
 from align.recipe import ModelOptions, Recipe, RunOptions
 from align.session.run import Run, open_run
+from rollout import BroadcastSync
 
 
 class Plain(Recipe):
@@ -63,15 +63,13 @@ def test_of_a_run_inside_another_it_is_the_inner_ones(tmp_path: Path) -> None:
 
 
 def test_a_learner_that_fails_in_a_broadcast_is_an_event(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise LearnerError("learner rank 0 was not done gathering the weights within 5 s")
 
-    monkeypatch.setattr(LearnerGroup, "_give", fail)
-    monkeypatch.setattr(LearnerGroup, "_gather", lambda *_: ["127.0.0.1", 1])
-    learner = object.__new__(LearnerGroup)
-    learner._ranks, learner._options = [MagicMock()], MagicMock()
+    monkeypatch.setattr(LearnerGroup, "publish", fail)
+    monkeypatch.setattr(LearnerGroup, "free_address", lambda _: ("127.0.0.1", 1))
     with open_run(recipe(tmp_path / "run")) as run:
-        learner.broadcast(1024).send(3)
+        BroadcastSync().publish(object.__new__(LearnerGroup)).send(2)
     [(kind, message)] = events(run)
     assert kind == "warning"
     assert "the broadcast of weights broke off: learner rank 0 was not done" in message

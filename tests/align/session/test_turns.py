@@ -23,4 +23,4 @@ def test_one_makes_room_before_the_other_comes_back() -> None:
     take_turns(fleet, learner)
     learner.before_use()
     fleet.before_use()
-    assert told == ["workers sleep", "learners rise", "learners rest", "workers wake"]
+    assert told == ["workers offload", "learners rise", "learners rest", "workers onload"]

@@ -26,7 +26,7 @@ from align.session.run import Run, open_run
 from align.stages import grpo, sft
 from align.stages.held_out import HeldOut
 from reward import Mixture, RewardTerm, Sample, SampleReward, Score, Verdict
-from rollout import FinishReason, Group, ObjectStore, Prompt, SamplingOptions, Trajectory
+from rollout import FinishReason, Group, Prompt, SamplingOptions, Trajectory
 
 MEAN_LOG_PROB = -0.5
 
@@ -116,7 +116,7 @@ class FakeLearner:
     missing: list[str] = field(default_factory=list)
     batches: list[Accumulated] = field(default_factory=list)
     asked: list[tuple[int, float, int]] = field(default_factory=list)
-    trained: Any = field(default_factory=lambda: SimpleNamespace(description="fake", modules=None, sent_bytes=8))
+    trained: Any = field(default_factory=lambda: SimpleNamespace(description="fake", modules=None))
     bad_updates: int = 0
     reference: ModelOptions | None = None
     asked_for_missing: int = 0
@@ -148,9 +148,12 @@ class FakeLearner:
         self.asked_for_missing += 1
         return self.missing
 
-    def publish(self, transport: Any, *, merged: bool = False) -> int:
+    def sync_weights(self, fleet: FakeFleet, version: int, *, merged: bool = False) -> int:
         self.sent += 1
-        return self.sent
+        fleet.load(self.sent, version)
+        return 8
+
+    def adapter_lost(self) -> None: ...
 
     def save(self, directory: Path) -> None:
         directory.mkdir(parents=True)
@@ -232,7 +235,7 @@ def train(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Stag
 
         with open_run(recipe) as run:
             stage = Stage(recipe, run, fleet, learner)
-            engines = Engines(recipe.model, tokenizer, fleet, FakeJudges(fleet), ObjectStore())  # type: ignore[arg-type]
+            engines = Engines(recipe.model, tokenizer, fleet, FakeJudges(fleet), None)  # type: ignore[arg-type]
             if name == "grpo":
                 stage.data = grpo.load_grpo_data(recipe, tokenizer, run)  # type: ignore[arg-type]
                 grpo.train_grpo(recipe, stage.data, recipe.model, engines, run)  # type: ignore[arg-type]

@@ -1,0 +1,45 @@
+"""A learner, as weight sync knows it, in the process of the tests."""
+
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from rollout.sync.base import WriteBuckets, buckets
+from rollout.sync.broadcast import Address
+
+
+def free_address() -> Address:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return Address("127.0.0.1", probe.getsockname()[1])
+
+
+class LocalPublisher:
+    """Publishes tensors of this process; `published` tells in which ways. `broadcast` may do something else than send all buckets."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor], broadcast: Callable[..., Any] | None = None):
+        self._tensors, self._broadcast = tensors, broadcast
+        self.published: list[str] = []
+
+    def free_address(self) -> Address:
+        return free_address()
+
+    def save_adapter(self, directory: object) -> None:
+        raise NotImplementedError
+
+    def publish(
+        self, write: WriteBuckets, bucket_bytes: float, *, on_device: bool = False, merged: bool = False
+    ) -> list[Any]:
+        import ray
+
+        made = buckets(self._tensors.items(), bucket_bytes)
+        if not on_device:
+            self.published.append("stored")
+            return [ray.put(written) for written in write(made)]
+        self.published.append(f"broadcast to {write.args[1]}")  # type: ignore[attr-defined]
+        if self._broadcast:
+            self._broadcast(*write.args, made)  # type: ignore[attr-defined]
+            return []
+        return list(write(made))
