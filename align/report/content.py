@@ -262,19 +262,20 @@ def _published(model: Mapping[str, Any]) -> Table:
 def _before_and_after(run: RunRecord, evaluations: Sequence[Evaluation]) -> Section:
     """Problems that were answered twice: newly right, newly wrong, wrong and right both times, in turn."""
     key, title = "compared", "Before and after"
-    pairs = find_pairs(evaluations)
-    if pairs is None:
+    found = find_pairs(evaluations)
+    if found is None:
         return Section(key, title, "No two evaluations of this run answered the same problems.", only="page")
+    first, last, pairs = found
     by_outcome: dict[Any, list[tuple[Record, Record]]] = {outcome: [] for outcome in OUTCOMES}
-    for pair in pairs.answers.values():
+    for pair in pairs:
         by_outcome[tuple(answer.get("verdict") == "pass" for answer in pair)].append(pair)
     chosen = [pair for pair in chain(*zip_longest(*by_outcome.values())) if pair is not None][:SHOWN_PAIRS]
     gained, lost, _, kept = map(len, by_outcome.values())
     note = (
-        f"Greedy answers to the same held-out problems. Of {len(pairs.answers)}, {gained} became right and {lost} "
+        f"Greedy answers to the same held-out problems. Of {len(pairs)}, {gained} became right and {lost} "
         f"wrong; {kept} were right both times. Shown are {len(chosen)}, newly right, newly wrong and unchanged ones in turn."
     )
-    names = [f"{each.stage.label}: {each.name}" if len(run.stages) > 1 else each.name for each in pairs.evaluations]
+    names = [f"{each.stage.label}: {each.name}" if len(run.stages) > 1 else each.name for each in (first, last)]
     rows = [[Cell(_cut(after.get("prompt")), "text"), _answer(before), _answer(after)] for before, after in chosen]
     return Section(key, title, note, [Table(["prompt", *names], rows, kind="compared")], only="page")
 

@@ -145,22 +145,15 @@ def column_groups(evaluations: Iterable[Evaluation]) -> dict[str, list[str]]:
     return {name: found for name, found in groups.items() if found}
 
 
-@dataclass(frozen=True, slots=True)
-class Pairs:
-    """The greedy answers of two evaluations to the problems that both have, (before, after) by the problem's id."""
-
-    evaluations: tuple[Evaluation, Evaluation]
-    answers: Mapping[str, tuple[Record, Record]]
-
-
-def find_pairs(evaluations: Sequence[Evaluation]) -> Pairs | None:
-    """The last evaluation of problems, and the first that has problems in common with it; None without two such."""
+def find_pairs(evaluations: Sequence[Evaluation]) -> tuple[Evaluation, Evaluation, list[tuple[Record, Record]]] | None:
+    """The first evaluation that has problems in common with the last one, that one, and the greedy answers of both to
+    these problems, as (before, after). None without two such evaluations of problems."""
     found = [each for each in evaluations if "accuracy" in each.numbers and each.file]
     after = _greedy(found[-1]) if len(found) > 1 else {}
     for first in found[:-1]:
         before = _greedy(first)
-        if shared := {id_: (before[id_], answer) for id_, answer in after.items() if id_ in before}:
-            return Pairs((first, found[-1]), shared)
+        if shared := [(before[id_], answer) for id_, answer in after.items() if id_ in before]:
+            return first, found[-1], shared
     return None
 
 
