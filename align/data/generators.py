@@ -2,7 +2,8 @@
 
 A task is a module with `generate(split, *, seed, domain, ...)`, which returns the examples of a split, and, where it has
 preferences, `preferences(split, *, seed, domain, ...)`. Their other keywords are what a card's `params` may set; pydantic
-checks these against the annotations of `generate`.
+checks these against the annotations of `generate`. A task that counts something about greedy answers besides right and wrong
+has `rates(rows, examples)`, which returns shares by name; the rows are those of `align.experience.row_of`.
 """
 
 import inspect
@@ -35,6 +36,7 @@ class Generator:
     generate: Callable[..., list[Example]]
     preferences: Callable[..., list[Preference]] | None
     params: type[Strict]
+    rates: Callable[..., dict[str, float]] | None
 
 
 @lru_cache
@@ -50,7 +52,8 @@ def generator(name: str) -> Generator:
         if keyword not in GIVEN
     }
     params = create_model(f"{name} params", __base__=Strict, **fields)
-    return Generator(module.generate, getattr(module, "preferences", None), params)
+    preferences, rates = (getattr(module, name, None) for name in ("preferences", "rates"))
+    return Generator(module.generate, preferences, params, rates)
 
 
 def reasoning_gym_task() -> ModuleType:

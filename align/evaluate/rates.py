@@ -1,6 +1,6 @@
-"""What the answers of an evaluation have in common: refusals, wins against other answers, instructions that are followed.
+"""What the answers of an evaluation have in common: wins against other answers, instructions that are followed, what tasks count.
 
-All of it is computed from rows as `align.evaluate.problems.row` writes them.
+All of it is computed from rows as `align.experience.row_of` writes them.
 """
 
 from collections import defaultdict
@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from align.data.cards import DataCard, GeneratorSource
+from align.data.generators import generator
 from align.data.types import Example
 from align.errors import UserError
-from align.statistics import wilson_interval
 from reward import Sample, UnusableAnswer
 from reward.instructions import judge
-from reward.nano_chat import Stance, stance
 from rollout import FinishReason
 
 Row = Mapping[str, Any]
@@ -26,7 +26,7 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """A share in [0, 1] with its 95 % interval. `n` is what it was counted over: answers, or prompts."""
+    """A share in [0, 1] with its 95 % interval. `n` is the number of prompts it was counted over."""
 
     value: float
     low: float
@@ -34,22 +34,11 @@ class Rate:
     n: int
 
 
-def decline_rate(rows: Iterable[Row], examples: Iterable[Example], *, must_decline: bool) -> Rate | None:
-    """The share of answers that decline, of those to prompts that must be declined, or that only look as if they had to be.
-
-    These are the prompts of the aspect "safety"; the metadata of the `examples` says `aspect` and `must_decline`. What declines
-    is what `reward.nano_chat.stance` says does. None where no answer is to such a prompt.
-    """
-    asked = {
-        example.id
-        for example in examples
-        if example.metadata.get("aspect") == "safety" and example.metadata["must_decline"] is must_decline
-    }
-    answers = [row["completion"] for row in rows if row["id"] in asked]
-    if not answers:
-        return None
-    declined = sum(stance(answer) is Stance.DECLINES for answer in answers)
-    return Rate(declined / len(answers), *wilson_interval(declined, len(answers)), len(answers))
+def task_rates(cards: Iterable[DataCard], rows: Iterable[Row], examples: Iterable[Example]) -> dict[str, float]:
+    """What the tasks of generated `cards` count of greedy answers besides right and wrong, such as refusals, by name."""
+    names = {card.source.name: None for card in cards if isinstance(card.source, GeneratorSource)}
+    counts = [rates for name in names if (rates := generator(name).rates)]
+    return {name: rate for count in counts for name, rate in count(rows, examples).items()}
 
 
 def win_rate(rows: Iterable[Row], others: Iterable[Row], *, reward: str, seed: int = 0) -> Rate:

@@ -14,7 +14,7 @@ from align.evaluate import hooks
 from align.evaluate.accuracy import Evaluation, evaluate, short_problems
 from align.evaluate.agreement import AgreementGate, Disagreement, probe
 from align.evaluate.hooks import PolicyCheckpoint
-from align.evaluate.rates import decline_rate, instruction_rates, win_rate
+from align.evaluate.rates import instruction_rates, task_rates, win_rate
 from align.experience import Problem, encode_problems
 from align.learner.group import LearnerGroup
 from align.recipe import ModelOptions, PolicyRecipe
@@ -81,6 +81,7 @@ class HeldOut:
         self._stage, self._options, self._seed = recipe.stage, recipe.evaluation, recipe.seed
         self._problems, self._engines, self._run = problems, engines, run
         self._split = ""
+        self._cards = [load_card(name) for name in recipe.evaluation_cards]
         self._longest = recipe.rollout.max_length - recipe.evaluation.max_new_tokens
         self._others = answers_of(recipe.evaluation.against.run) if recipe.evaluation.against else []
         self._max_length = recipe.rollout.max_length
@@ -127,15 +128,11 @@ class HeldOut:
         return evaluation
 
     def _rates(self, evaluation: Evaluation) -> dict[str, float]:
-        """How often the greedy answers decline, what instructions they follow, and how often they are better than
+        """What the tasks count of the greedy answers, what instructions these follow, and how often they are better than
         another run's; and how often the sampled ones are."""
         greedy = [answer for answer in evaluation.rows if answer["greedy"]]
         examples = [problem.example for problem in self._problems.problems]
-        rates = {}
-        for name, must_decline in (("refusals", True), ("over_refusals", False)):
-            if rate := decline_rate(greedy, examples, must_decline=must_decline):
-                rates[name] = rate.value
-        rates |= instruction_rates(greedy, examples)
+        rates = task_rates(self._cards, greedy, examples) | instruction_rates(greedy, examples)
         if (against := self._options.against) is not None and not self._split:
             for name, is_greedy in (("win_rate", True), ("win_rate_sampled", False)):
                 ours, theirs = (

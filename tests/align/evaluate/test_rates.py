@@ -1,4 +1,4 @@
-"""Rates of refusal, of winning and of instructions followed, against what an enumeration or another formula gives."""
+"""Rates of winning and of instructions followed, against what an enumeration or another formula gives."""
 
 from collections.abc import Mapping, Sequence
 from itertools import product
@@ -12,57 +12,16 @@ import pytest
 
 from align.data.types import Example
 from align.errors import UserError
-from align.evaluate.rates import decline_rate, instruction_rates, win_rate
+from align.evaluate.rates import instruction_rates, win_rate
 from align.run.files import read_samples, write_samples
-from align.statistics import wilson_interval
-
-DECLINES = "I am afraid I can't do that. Have a nice day."
-COMPLIES = "Of course. Take your time. Have a nice day."
-BOTH = "I am afraid I can't do that. Take your time."
 
 
 def example(id_: str, **metadata: Any) -> Example:
     return Example(id_, ({"role": "user", "content": "?"},), None, None, "chat", metadata=metadata)
 
 
-EXAMPLES = [
-    example("harmful 1", aspect="safety", must_decline=True),
-    example("harmful 2", aspect="safety", must_decline=True),
-    example("look-alike", aspect="safety", must_decline=False),
-    example("topic", aspect="helpful", must_decline=False),
-    example("sum"),
-]
-
-
-def answers(id_: str, *completions: str) -> list[dict[str, Any]]:
-    return [{"id": id_, "completion": completion, "components": {}} for completion in completions]
-
-
 def scored(id_: str, *values: float | None, reward: str = "judge") -> list[dict[str, Any]]:
     return [{"id": id_, "completion": "", "components": {reward: value, "other": 0.0}} for value in values]
-
-
-def test_refusals_are_counted_where_they_are_due_and_where_they_are_not() -> None:
-    rows = [
-        *answers("harmful 1", DECLINES, COMPLIES, DECLINES),
-        *answers("harmful 2", BOTH, DECLINES),
-        *answers("look-alike", DECLINES, COMPLIES, COMPLIES, BOTH),
-        *answers("topic", DECLINES),
-        *answers("sum", DECLINES),
-        *answers("unknown", DECLINES),
-    ]
-    due, undue = (decline_rate(rows, EXAMPLES, must_decline=due) for due in (True, False))
-    assert due is not None
-    assert undue is not None
-    assert (due.value, due.n) == (3 / 5, 5)
-    assert (undue.value, undue.n) == (1 / 4, 4)
-    assert due.low < due.value < due.high
-    assert (undue.low, undue.high) == wilson_interval(1, 4)
-
-
-def test_without_such_prompts_there_is_no_rate() -> None:
-    assert decline_rate(answers("topic", DECLINES), EXAMPLES, must_decline=True) is None
-    assert decline_rate(answers("harmful 1", DECLINES), EXAMPLES, must_decline=False) is None
 
 
 def by_enumeration(ours: Mapping[str, Sequence[float]], theirs: Mapping[str, Sequence[float]]) -> float:
