@@ -11,8 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import rollout
 import rollout.sync.broadcast
-from rollout import DirectorySync, ObjectStoreSync
+from rollout import AdapterSync, BroadcastSync, DirectorySync, Fleet, ObjectStoreSync, Trajectory, WeightSync
 from rollout.sync.base import buckets
 from rollout.sync.broadcast import Receiver, send_buckets
 
@@ -77,3 +78,37 @@ def test_who_does_not_come_to_the_meeting_is_not_waited_for_without_end(monkeypa
     monkeypatch.setattr(rollout.sync.broadcast, "TIMEOUT", timedelta(seconds=2))
     with pytest.raises(RuntimeError, match=r"(?i)timed? ?out"):
         list(send_buckets(free_address(), 2, [{"a": torch.ones(1)}]))
+
+
+@pytest.mark.parametrize(
+    ("name", "now"),
+    [
+        ("Adapters", AdapterSync),
+        ("Broadcasts", BroadcastSync),
+        ("Completion", Trajectory),
+        ("Directory", DirectorySync),
+        ("ObjectStore", ObjectStoreSync),
+        ("Transport", WeightSync),
+    ],
+)
+def test_former_names_still_mean_the_same_and_are_warned_of(name: str, now: type) -> None:
+    with pytest.warns(DeprecationWarning, match=f"rollout.{name} is rollout.{now.__name__} now"):
+        assert getattr(rollout, name) is now
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        _ = rollout.Nothing
+
+
+def test_the_former_module_still_has_its_names() -> None:
+    from rollout.transport import MIB, WeightOptions, buckets, stored
+
+    assert (MIB, WeightOptions, stored) == (2**20, rollout.WeightOptions, rollout.stored)
+    assert buckets is rollout.sync.base.buckets
+
+
+def test_former_methods_of_a_fleet_are_warned_of() -> None:
+    fleet = object.__new__(Fleet)
+    for name, now in (("generate", "sample"), ("sleep", "offload"), ("wake", "onload")):
+        with pytest.warns(DeprecationWarning, match=f"Fleet.{name} is Fleet.{now} now"):
+            assert getattr(fleet, name) == getattr(fleet, now)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = fleet.nothing
