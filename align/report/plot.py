@@ -23,7 +23,7 @@ AGREEMENT = ("sampler–learner gap, nats/token", True, {"agreement/mean": "mean
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A metric as an SVG path, with its name and last value, and (x, y) of its points where they are few."""
+    """A metric as an SVG path, with its name and last value, and (x, y) of the points to mark: evaluations, and where they are few."""
 
     name: str
     last: str
@@ -102,7 +102,8 @@ def _panel(title: str, log: bool, series: Mapping[str, Series], first: int, last
             "" if point is None else f"{'L' if before else 'M'}{point[0]:.1f} {point[1]:.1f}"
             for before, point in pairwise([None, *points])
         )
-        marks = [point for point in points if point is not None] if len(points) <= MOST_MARKS else []
+        marked = name == "held-out" or len(points) <= MOST_MARKS
+        marks = [point for point in points if point is not None] if marked else []
         lines.append(Line(name, _text(title, each.last), path, marks))
     steps = [(x(step), plain(int(step))) for step in round_numbers(first, last, TICKS) if step.is_integer()]
     return PlotPanel(title, steps, [(y(height), text) for height, text in ticks], lines)

@@ -75,7 +75,7 @@ def test_the_plot_has_rewards_accuracy_with_its_evaluations_and_agreement(tmp_pa
         {"step": s, "reward": s / 50, "accuracy": s / 100, "agreement/mean": 1e-6, "agreement/max": 2e-5}
         for s in range(1, 101)
     ]
-    records += [{"step": s, "evaluation/accuracy": s / 200} for s in (0, 50, 100)]
+    records += [{"step": s, "evaluation/accuracy": s / 200} for s in range(0, 101, 2)]
     root = write_run(tmp_path / "run", metrics=records)
     write_run(root / "sft", stage="sft", metrics=[{"step": 1, "loss": 3.0}])
     plot = build_plot(read_run(root))
@@ -87,7 +87,7 @@ def test_the_plot_has_rewards_accuracy_with_its_evaluations_and_agreement(tmp_pa
     assert [text for _, text in agreement.y_ticks] == ["1e-6", "1e-5", "1e-4"]
     assert agreement.title == AGREEMENT[0]
     # The evaluations are marked, from the first step to the last; a hundred steps of training are not.
-    assert [x for x, _ in accuracy.lines[1].marks] == [0, WIDTH / 2, WIDTH]
+    assert [x for x, _ in accuracy.lines[1].marks][::25] == [0, WIDTH / 2, WIDTH]
     assert not accuracy.lines[0].marks
     assert accuracy.x_ticks[0] == (0, "0")
     assert accuracy.x_ticks[-1] == (WIDTH, "100")
