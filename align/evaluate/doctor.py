@@ -252,13 +252,8 @@ def examine_engines(fleet: Fleet, learner: LearnerGroup, prompts: Sequence[Promp
     except AgreementError:
         findings["a skipped update shows"] = OK, f"mean difference {stale.mean:.1e}"
     else:
-        findings["a skipped update shows"] = (
-            FAILED,
-            (
-                f"with old weights the mean difference is only {stale.mean:.1e}: the gate could not tell. "
-                "Cure: a lower agreement.stop_mean"
-            ),
-        )
+        told = f"with old weights the mean difference is only {stale.mean:.1e}: the gate could not tell"
+        findings["a skipped update shows"] = FAILED, f"{told}. Cure: a lower agreement.stop_mean"
     learner.sync_weights(fleet, version=2)
     findings["after an update with changed weights"] = agreement(fleet, learner, prompts, gate)
     return [Check(name, *finding) for name, finding in findings.items()]

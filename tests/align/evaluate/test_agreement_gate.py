@@ -39,14 +39,12 @@ def without_yarn(policy: ModelOptions, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture(scope="module")
-def engines(policy: ModelOptions, ray_session: None) -> Iterator[tuple[Fleet, LearnerGroup]]:
-    fleet = Fleet(policy.path, "float32", OPTIONS, stop_token_ids=[2])
+def engines(policy: ModelOptions, nano_fleet: Fleet) -> Iterator[tuple[Fleet, LearnerGroup]]:
     learner = LearnerGroup(policy, LearnerOptions(ranks=1, optimizer=OptimizerOptions(learning_rate=1e-3)), seed=0)
-    fleet.wait_until_ready()
     learner.wait_until_ready()
-    yield fleet, learner
+    learner.sync_weights(nano_fleet, version=nano_fleet.weight_version + 1)
+    yield nano_fleet, learner
     learner.close()
-    fleet.close()
 
 
 def gate(warnings: list[str] | None = None) -> AgreementGate:

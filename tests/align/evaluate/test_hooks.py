@@ -164,3 +164,9 @@ def test_a_hook_says_before_the_stage_what_will_not_work_after_it() -> None:
     with pytest.raises(UserError, match="missing parameter 'server'"):
         check_ready("distant", {})
     check_ready("needle", {"lengths": [128]})
+
+
+def test_the_older_name_of_the_checkpoint_is_still_imported() -> None:
+    with pytest.deprecated_call(match="is called PolicyCheckpoint"):
+        from align.evaluate.hooks import Checkpoint
+    assert Checkpoint is PolicyCheckpoint

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from align.evaluate import lm_eval
 from align.evaluate.hooks import EvaluationError, Metrics, PolicyCheckpoint, check_params, check_ready, run
 from align.evaluate.lm_eval import REPORT_TASKS, HarnessEngine, find_tasks, flatten, run_harness, runs_code
 from align.model.policy import load_policy
+from align.recipe import ModelOptions
 from align.tasks.arithmetic import generate
 
 if importlib.util.find_spec("lm_eval") is None:
@@ -151,18 +153,19 @@ def test_the_hook_gives_what_the_harness_says_in_another_process(
     assert metrics.values == {name: outcome.values[name] for name in ("nano_choice/acc", "nano_choice/acc_stderr")}
     assert metrics.rows == [row for row in outcome.rows if row["task"] == "nano_choice"]
     assert metrics.not_run == {"nano_unsafe": outcome.not_run["nano_unsafe"]}
-    with pytest.raises(UserError, match=r"lm_eval: unknown task 'hellaswagg' \(did you mean 'hellaswag'\?\)"):
-        run("lm_eval", checkpoint, NO_FLEET, {"tasks": {"hellaswagg": None}})
+    nowhere = replace(checkpoint, model=ModelOptions(path=str(folder / "nowhere")))
+    with pytest.raises(UserError, match="cannot load"):
+        run("lm_eval", nowhere, NO_FLEET, params)
     with pytest.raises(EvaluationError, match=r"longer than timeout_s = 0\.5"):
         run("lm_eval", checkpoint, NO_FLEET, params | {"timeout_s": 0.5})
 
 
-def test_the_tasks_of_the_report_are_known_to_the_harness_and_others_get_the_nearest() -> None:
-    find_tasks(REPORT_TASKS, None)
-    with pytest.raises(
-        UserError, match=r"lm_eval: unknown task 'nano_arithmetics' \(did you mean 'nano_arithmetic'\?\)"
-    ):
-        check_ready("lm_eval", {"tasks": {"nano_arithmetics": 0}, "include_path": NANO_TASKS})
+def test_the_tasks_of_the_report_are_known_to_the_harness_and_others_get_the_nearest(folder: Path) -> None:
+    manager = find_tasks(REPORT_TASKS, folder)
+    assert {name for name in REPORT_TASKS if runs_code(manager.task_index, name)} == {"humaneval", "mbpp"}
+    for name, near in (("hellaswagg", "hellaswag"), ("nano_choices", "nano_choice")):
+        with pytest.raises(UserError, match=rf"lm_eval: unknown task '{name}' \(did you mean '{near}'\?\)"):
+            check_ready("lm_eval", {"tasks": {name: 0}, "include_path": folder})
 
 
 def test_without_the_package_it_says_what_to_install(
