@@ -81,7 +81,7 @@ style: $(STAMP)
 test: $(if $(ARGS),$(STAMP),style) ## lint and all quick tests, in two processes (ARGS="tests/reward -k math": these tests alone, in one)
 ifeq ($(ARGS),)
 	@$(BIN)/mypy > .mypy.log 2>&1 & mypy=$$!; \
-	  $(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder; tests=$$?; \
+	  env -u PYTHONDONTWRITEBYTECODE $(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder; tests=$$?; \
 	  wait $$mypy; types=$$?; echo "mypy:"; cat .mypy.log; rm -f .mypy.log; \
 	  exit $$((tests | types))
 else

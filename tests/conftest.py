@@ -1,26 +1,26 @@
-"""What the tests that run real engines share: one Ray, and the nano policy with weights; and which tests run side by side."""
+"""What the tests that run real engines share: one Ray, and the nano policy with weights; and which tests run side by side.
+
+Under pytest-xdist the first process reads this file only to hand out tests: nothing heavy is imported at the top.
+"""
+
+from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
 from hypothesis import settings
 
-from align.model.policy import write_random_policy
-from align.recipe import ModelOptions
-from align.session.ray import local_ray
+if TYPE_CHECKING:
+    from align.recipe import ModelOptions
 
 # A busy machine is no reason to fail.
 settings.register_profile("unhurried", deadline=None)
 settings.load_profile("unhurried")
 
-# The tensors of these tests are tiny: a second thread costs more than it gives.
-torch.set_num_threads(1)
-
-COMMANDS = ("test_end_to_end", "test_resume", "test_sandbox_removed", "test_chat")
-
 NANO = Path(__file__).parents[1] / "recipes" / "nano" / "policy"
+COMMANDS = ("test_end_to_end", "test_resume", "test_sandbox_removed", "test_chat")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -35,8 +35,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: 0 if "ray_session" in item.fixturenames else 1 if item.path.stem in COMMANDS else 2)  # type: ignore[attr-defined]
 
 
+def pytest_collection_finish() -> None:
+    import torch
+
+    # The tensors of these tests are tiny: a second thread costs more than it gives.
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
+    from align.session.ray import local_ray
+
     with local_ray():
         yield
 
@@ -44,6 +53,9 @@ def ray_session() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def policy(tmp_path_factory: pytest.TempPathFactory) -> ModelOptions:
     """The nano policy with random weights."""
+    from align.model.policy import write_random_policy
+    from align.recipe import ModelOptions
+
     directory = tmp_path_factory.mktemp("policy")
     write_random_policy(ModelOptions(path=str(NANO), init="random"), directory, seed=0)
     return ModelOptions(path=str(directory))

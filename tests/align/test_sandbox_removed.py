@@ -69,6 +69,7 @@ def test_samples_that_nobody_could_run_are_masked_and_the_sandbox_may_come_back(
     assert shares == [len(masked) / 16, 0.0]
 
 
+@pytest.mark.slow
 def test_above_the_limit_the_run_stops_and_says_why(tmp_path: Path) -> None:
     run = tmp_path / "run"
     done = run_without_sandbox(run, lambda: begun(run))

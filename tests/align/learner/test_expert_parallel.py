@@ -19,7 +19,7 @@ from align.model.policy import load_tokenizer
 from align.recipe import LearnerOptions, LoraOptions, ModelOptions, OptimizerOptions
 
 Draw = Callable[[int], list[TrainingSequence]]
-STEPS = 10
+STEPS = 4
 OPTIMIZER = OptimizerOptions(learning_rate=1e-3, weight_decay=0.01, clip_norm=0.5)
 WHOLE = LearnerOptions(ranks=2, micro_batch_tokens=200, optimizer=OPTIMIZER)
 SPREAD = WHOLE.model_copy(update={"expert_parallel": 2})
@@ -28,7 +28,7 @@ SPREAD = WHOLE.model_copy(update={"expert_parallel": 2})
 def train(
     policy: ModelOptions, options: LearnerOptions, sequences: Draw, saved: Path, state: Path | None = None
 ) -> dict[str, Any]:
-    """Ten steps; the losses and norms, the tokens of each expert, and what is left of them."""
+    """Some steps; the losses and norms, the tokens of each expert, and what is left of them."""
     learner = LearnerGroup(policy, options, seed=0)
     try:
         learner.wait_until_ready()

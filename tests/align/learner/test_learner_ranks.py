@@ -19,7 +19,7 @@ from align.model.names import from_checkpoint
 from align.model.policy import load_policy
 from align.recipe import GrpoOptions, LearnerOptions, ModelOptions, OptimizerOptions
 
-STEPS = 10
+STEPS = 5
 CLIP = 0.5
 DECAY = 1.0
 UNUSED = slice(512, None)  # of the vocabulary, by the sequences
@@ -96,7 +96,11 @@ def expected(policy: ModelOptions, sequences: Draw) -> tuple[list[float], dict[s
 
 @pytest.fixture(
     scope="module",
-    params=[(1, 1, False), (2, 0, False), (2, 1, False), (2, 2, False), (2, 3, True)],
+    params=[
+        (2, 1, False),
+        (2, 3, True),
+        *(pytest.param(way, marks=pytest.mark.slow) for way in ((1, 1, False), (2, 0, False), (2, 2, False))),
+    ],
     ids=lambda p: f"{p[0]} rank{'s' * (p[0] > 1)}, ZeRO-{p[1]}{', checkpointing' * p[2]}",
 )
 def learner(request: pytest.FixtureRequest, policy: ModelOptions, ray_session: None) -> Iterator[LearnerGroup]:
@@ -114,7 +118,7 @@ def learner(request: pytest.FixtureRequest, policy: ModelOptions, ray_session: N
     group.close()
 
 
-def test_ten_steps_have_the_losses_and_the_weights_of_plain_pytorch(
+def test_some_steps_have_the_losses_and_the_weights_of_plain_pytorch(
     learner: LearnerGroup, policy: ModelOptions, expected: tuple[list[float], dict[str, torch.Tensor]], sequences: Draw
 ) -> None:
     expected_losses, expected_weights = expected
@@ -170,7 +174,7 @@ def test_the_grpo_gradient_is_the_same_under_every_split(
     batch = experience(sequences(99), learner.log_probs(sequences(99), 1.0))
     expected = plain_gradient(learner.weights(), policy, batch)
     size = torch.sqrt(sum(g.square().sum() for g in expected.values()))
-    for micro_batch_tokens, calls in ((50, 1), (200, 1), (200, 3), (10**6, 1)):
+    for micro_batch_tokens, calls in ((50, 1), (200, 3), (10**6, 1)):
         learner._options = learner._options.model_copy(update={"micro_batch_tokens": micro_batch_tokens})
         for part in range(calls):
             learner.accumulate(batch[part::calls], Objective(GRPO))

@@ -51,7 +51,7 @@ class Trained(NamedTuple):
 
 @pytest.fixture(
     scope="module",
-    params=[(1, 0), (2, 2), (2, 3)],
+    params=[(1, 0), (2, 3), pytest.param((2, 2), marks=pytest.mark.slow)],
     ids=lambda p: f"{p[0]} rank{'s' * (p[0] > 1)}, ZeRO-{p[1]}",
 )
 def trained(

@@ -25,7 +25,7 @@ def pairs(seed: int, count: int = 9) -> list[TrainingPair]:
     return [TrainingPair(conversation(7), conversation(8), 0.0, 1 / count) for _ in range(count)]
 
 
-@pytest.mark.parametrize("zero_stage", [1, 3])
+@pytest.mark.parametrize("zero_stage", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_head_and_adapters_learn_and_every_loader_gives_the_same_rewards(
     zero_stage: int, policy: ModelOptions, ray_session: None, tmp_path: Path
 ) -> None:

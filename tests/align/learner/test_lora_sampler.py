@@ -1,10 +1,12 @@
 """Adapters and the sampler: an update of the modules that changed arrives, keeps the rest, and is checked like a whole one."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from align.evaluate.agreement import Disagreement, probe
 from align.learner.group import LearnerGroup
@@ -30,26 +32,31 @@ class Engines(NamedTuple):
         self.learner.sync_weights(self.fleet, version)
 
 
+@pytest.fixture(scope="module")
+def fleet(policy: ModelOptions, ray_session: None) -> Iterator[Fleet]:
+    fleet = Fleet(policy.path, "float32", FLEET, stop_token_ids=[2])
+    yield fleet
+    fleet.close()
+
+
 @pytest.fixture(
     scope="module",
     params=[["attention+shared", "kv_b_proj"], ["experts.down_proj", "mlp.gate"]],
     ids=["attention and shared experts", "routed experts and router"],
 )
-def engines(request: pytest.FixtureRequest, policy: ModelOptions, ray_session: None) -> Iterator[Engines]:
-    """A sampler that has just loaded the base, and a learner whose adapters are far from it."""
+def engines(request: pytest.FixtureRequest, policy: ModelOptions, fleet: Fleet) -> Iterator[Engines]:
+    """A sampler that has just loaded the base, and a learner of adapters on it."""
     options = LearnerOptions(
         ranks=1,
         zero_stage=0,
         optimizer=OptimizerOptions(learning_rate=1e-3),
         lora=LoraOptions(rank=4, targets=request.param),
     )
-    fleet = Fleet(policy.path, "float32", FLEET, stop_token_ids=[2])
     learner = LearnerGroup(policy, options, seed=0)
-    fleet.wait_until_ready()
     learner.wait_until_ready()
+    fleet.load(stored(load_file(Path(policy.path) / "model.safetensors")), 0)
     yield Engines(fleet, learner)
     learner.close()
-    fleet.close()
 
 
 def test_sampler_and_learner_agree_before_and_after_updates_of_perturbed_adapters(

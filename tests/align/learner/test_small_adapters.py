@@ -22,7 +22,7 @@ from align.learner.objective import Objective
 from align.model.names import to_checkpoint
 from align.model.policy import load_policy, write_random_policy
 from align.recipe import LearnerOptions, LoraOptions, ModelOptions, OptimizerOptions
-from rollout import Fleet, FleetOptions, ObjectStoreSync, Prompt
+from rollout import Fleet, FleetOptions, ObjectStoreSync, Prompt, stored
 
 NANO = Path(__file__).parents[3] / "recipes" / "nano" / "policy"
 PROMPTS = [Prompt(f"p{i}", [1, *range(40 + i, 100 + i)]) for i in range(16)]
@@ -40,6 +40,21 @@ class Trained(NamedTuple):
     """s B A of each parameter, float32."""
 
 
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> ModelOptions:
+    directory = tmp_path_factory.mktemp("bfloat16")
+    write_random_policy(ModelOptions(path=str(NANO), init="random", dtype="bfloat16"), directory, seed=0)
+    return ModelOptions(path=str(directory), dtype="bfloat16")
+
+
+@pytest.fixture(scope="module")
+def fleet(model: ModelOptions, ray_session: None) -> Iterator[Fleet]:
+    options = FleetOptions(workers=1, max_length=64, kv_cache_gb=0.25, batch_sequences=16)
+    fleet = Fleet(model.path, "bfloat16", options, stop_token_ids=[2])
+    yield fleet
+    fleet.close()
+
+
 @pytest.fixture(
     scope="module",
     params=["attention+shared", "experts"],
@@ -47,24 +62,19 @@ class Trained(NamedTuple):
 def trained(
     request: pytest.FixtureRequest,
     sequences: Callable[[int], list[TrainingSequence]],
-    ray_session: None,
-    tmp_path_factory: pytest.TempPathFactory,
+    model: ModelOptions,
+    fleet: Fleet,
 ) -> Iterator[Trained]:
     """Adapters after a few steps at a small rate, and a sampler with their base."""
-    directory = tmp_path_factory.mktemp("bfloat16")
-    write_random_policy(ModelOptions(path=str(NANO), init="random", dtype="bfloat16"), directory, seed=0)
-    model = ModelOptions(path=str(directory), dtype="bfloat16")
     options = LearnerOptions(
         ranks=1,
         zero_stage=0,
         optimizer=OptimizerOptions(learning_rate=RATE),
         lora=LoraOptions(rank=4, targets=[request.param]),
     )
-    fleet_options = FleetOptions(workers=1, max_length=64, kv_cache_gb=0.25, batch_sequences=16)
-    fleet = Fleet(model.path, "bfloat16", fleet_options, stop_token_ids=[2])
     learner = LearnerGroup(model, options, seed=0)
     try:
-        fleet.wait_until_ready()
+        fleet.load(stored(load_file(Path(model.path) / "model.safetensors")), 0)
         learner.wait_until_ready()
         for step in range(STEPS):
             learner.accumulate(sequences(step), Objective())
@@ -72,7 +82,6 @@ def trained(
         yield Trained(model, learner, fleet, in_learner(learner, deltas))
     finally:
         learner.close()
-        fleet.close()
 
 
 def test_the_layers_of_the_sampler_have_all_that_the_adapter_adds(trained: Trained) -> None:
