@@ -510,7 +510,7 @@ def send_and_rest(learner: Any) -> None:
             sizes = [sum(t.nbytes for t in bucket.values()) for bucket in learner.publish(iter, 256 * MIB)]
             values |= {"published_bytes": sum(sizes), "buckets": len(sizes)}
     for turn in (1, 2):
-        sleep_and_wake(turn, "at work", learner.rest, "at rest", learner.rise)
+        sleep_and_wake(turn, "at work", learner.offload, "at rest", learner.onload)
 
 
 IN_TURNS = ("model.dtype=bfloat16", "learner.ranks=1", "rollout.workers=1", "colocate=true", "evaluation.samples=0")

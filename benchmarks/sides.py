@@ -149,7 +149,7 @@ def ours(task: Task) -> Result:
         ends.append(read())
         write(*arguments)
 
-    no_early_end = patch("align.session.engines.stop_token_ids", return_value=[])
+    no_early_end = patch("align.session.session.stop_token_ids", return_value=[])
     with no_early_end, patch.object(MetricsLog, "write", write_and_note):
         run_grpo(recipe, None)
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]

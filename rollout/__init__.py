@@ -15,6 +15,7 @@ workers, and `rollout.weights` into an engine. This package knows nothing of tra
 import warnings
 from typing import Any
 
+from rollout.colocation import Colocation
 from rollout.fleet import Fleet, sample_seed
 from rollout.sync.base import WeightOptions, WeightSource, WeightSync
 from rollout.sync.broadcast import BroadcastSync
@@ -39,6 +40,7 @@ __all__ = [
     "AdapterFiles",
     "AdapterSync",
     "BroadcastSync",
+    "Colocation",
     "DirectorySync",
     "EngineOptions",
     "Fault",

@@ -9,6 +9,7 @@ from itertools import count, pairwise
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from rollout.colocation import Colocation
 from rollout.engine import Request
 from rollout.supervisor import Batch, Job, Supervisor, Update
 from rollout.sync.base import WeightSource
@@ -35,25 +36,28 @@ class Fleet:
         options: FleetOptions,
         stop_token_ids: Sequence[int],
         on_fault: Callable[[Fault], None] | None = None,
-        placement_group: Any = None,
+        colocation: Colocation | None = None,
         *,
         trust_remote_code: bool = False,
     ):
-        """Start the workers and load `model` in each (Ray must be running), one in each bundle of a placement group if given.
+        """Start the workers and load `model` in each (Ray must be running), on the GPUs of a colocation if given.
 
         `trust_remote_code` lets the model bring code of its own.
 
         What happens to workers is told to `on_fault`, or logged as a warning: during calls of the fleet, by the thread
-        that makes them. `before_use` may be set to what has to happen before the workers sample or take weights.
+        that makes them.
         """
         self._options = options
         self._on_fault = on_fault or log_fault
         setup = WorkerSetup(model, dtype, options, list(stop_token_ids), trust_remote_code)
-        self._supervisor = Supervisor(options, setup, partial(new_actor, options, placement_group))
+        self._supervisor = Supervisor(
+            options, setup, partial(new_actor, options, colocation and colocation.placement_group)
+        )
         self._supervisor.start()
         self._serials = count(1)
         self._is_offloaded = False
-        self.before_use: Callable[[], None] = lambda: None
+        self._colocation = colocation
+        self._claim_gpus()
         self.weight_version = 0
 
     @property
@@ -96,7 +100,7 @@ class Fleet:
         What is drawn depends on the weights and on (seed, step, prompt id, index). Prompt ids must be distinct.
         Raises RolloutError for a log-probability that is not finite, unless `keep_bad`.
         """
-        self.before_use()
+        self._claim_gpus()
         requests = [
             Request(prompt, index, sample_seed(seed, step, prompt.id, index))
             for prompt in prompts
@@ -124,7 +128,7 @@ class Fleet:
         With `modules`, such as `model.layers.0.self_attn`, `source` has the tensors of these alone, and all else stays as it is. The source is kept until the
         next update, for workers that are started in place of lost ones, and then released.
         """
-        self.before_use()
+        self._claim_gpus()
         update = Update(next(self._serials), version, source, modules)
         loaded = self._supervisor.update(update)
         try:
@@ -139,6 +143,10 @@ class Fleet:
         """End the workers' processes."""
         self._supervisor.close()
         self._report_faults()
+
+    def _claim_gpus(self) -> None:
+        if self._colocation:
+            self._colocation.claim(self)
 
     def _set_offloaded(self, offloaded: bool) -> None:
         if offloaded != self._is_offloaded:

@@ -27,7 +27,7 @@ from align.learner.rank import LearnerRank, Trained, environment
 from align.recipe import LearnerOptions, ModelOptions
 from align.run.checkpoints import Entry
 from align.run.files import whole_directory
-from rollout import Fleet, ObjectStoreSync, WeightSync
+from rollout import Colocation, Fleet, ObjectStoreSync, WeightSync
 from rollout.processes import ProcessId, in_placement_group, kill, stacks
 from rollout.sync.base import WriteBuckets
 from rollout.types import PublisherDiedError, PublishError
@@ -49,7 +49,7 @@ class LearnerDiedError(LearnerError, PublisherDiedError):
 class RankGroup:
     """DeepSpeed learners as Ray actors, data parallel, of any model.
 
-    `bad_updates` so many have failed in a row by now; `before_use` may be set to what has to happen before the ranks do anything.
+    `bad_updates` so many have failed in a row by now.
     """
 
     def __init__(
@@ -58,9 +58,9 @@ class RankGroup:
         model: ModelOptions,
         options: LearnerOptions,
         *setup: Any,
-        placement_group: Any = None,
+        colocation: Colocation | None = None,
     ):
-        """Start the ranks (Ray must be running), one in each bundle of a placement group if given.
+        """Start the ranks (Ray must be running), on the GPUs of a colocation if given.
 
         `setup` is what their method of that name needs besides the place to meet.
 
@@ -69,15 +69,17 @@ class RankGroup:
         self._options = options
         if options.port is not None:
             check_port(options.port)
-        self._ranks = [self._start(kind, model, rank, placement_group) for rank in range(options.ranks)]
+        self._ranks = [
+            self._start(kind, model, rank, colocation and colocation.placement_group) for rank in range(options.ranks)
+        ]
         self._setup = setup
         self._processes: list[ProcessId] = []
         self._stalled = False
         self.bad_updates = 0
         self.trained = Trained("", None)
         self.weight_sync: WeightSync = ObjectStoreSync()
-        self.before_use: Callable[[], None] = lambda: None
-        self._is_ready = self._is_resting = False
+        self._colocation = colocation
+        self._is_ready = self._is_offloaded = False
 
     def _start(self, kind: type[LearnerRank], model: ModelOptions, rank: int, placement_group: Any) -> Any:
         """The actor of one rank."""
@@ -100,7 +102,8 @@ class RankGroup:
 
     def wait_until_ready(self) -> None:
         """Join the ranks and load the model; returns when all are ready to train. Raises LearnerError, UserError."""
-        self.before_use()
+        if self._colocation:
+            self._colocation.claim(self)
         start = self._options.start_timeout_s
         self._processes = self._gather([rank.process.remote() for rank in self._ranks], start, "starting")
         master = self._gather([self._ranks[0].address.remote()], start, "starting")[0]
@@ -109,17 +112,17 @@ class RankGroup:
         self.trained = self._gather(setups, start, "loading the model")[0]
         self._is_ready = True
 
-    def rest(self) -> None:
-        """Let the ranks move what they hold on their GPUs to the CPU's memory, until they are used again."""
-        if self._is_ready and not self._is_resting:
-            self._gather([rank.rest.remote() for rank in self._ranks], self._options.step_timeout_s, "making room")
-            self._is_resting = True
+    def offload(self) -> None:
+        """Let the ranks move what they hold on their GPUs to the CPU's memory."""
+        if self._is_ready and not self._is_offloaded:
+            self._gather([rank.offload.remote() for rank in self._ranks], self._options.step_timeout_s, "offloading")
+            self._is_offloaded = True
 
-    def rise(self) -> None:
-        """Let them move it back."""
-        if self._is_resting:
-            self._gather([rank.rise.remote() for rank in self._ranks], self._options.step_timeout_s, "coming back")
-            self._is_resting = False
+    def onload(self) -> None:
+        """Let the ranks move what they offloaded back to their GPUs."""
+        if self._is_offloaded:
+            self._gather([rank.onload.remote() for rank in self._ranks], self._options.step_timeout_s, "onloading")
+            self._is_offloaded = False
 
     def apply(self, learning_rate: float) -> float:
         """One optimizer update. Returns the norm of the whole gradient, before clipping.
@@ -200,7 +203,9 @@ class RankGroup:
 
     def close(self) -> None:
         """End the ranks' processes."""
-        self._is_ready = self._is_resting = False
+        self._is_ready = self._is_offloaded = False
+        if self._colocation:
+            self._colocation.release(self)
         for rank in self._ranks:
             self._end(rank)
         if self._stalled:
@@ -210,7 +215,9 @@ class RankGroup:
         self._ranks = []
 
     def _at_work(self) -> list[Any]:
-        self.before_use()
+        """The ranks, with their GPUs."""
+        if self._colocation:
+            self._colocation.claim(self)
         return self._ranks
 
     def _gather(self, references: Sequence[Any], timeout_s: float, doing: str) -> list[Any]:
@@ -262,10 +269,10 @@ class LearnerGroup(RankGroup):
         seed: int,
         reference: ModelOptions | None = None,
         weight_sync: WeightSync | None = None,
-        placement_group: Any = None,
+        colocation: Colocation | None = None,
     ):
         """`weight_sync` is how `sync_weights` sends the weights, by default through Ray's object store."""
-        super().__init__(LearnerWorker, model, options, seed, reference, placement_group=placement_group)
+        super().__init__(LearnerWorker, model, options, seed, reference, colocation=colocation)
         self.weight_sync = weight_sync or self.weight_sync
 
     def sync_weights(self, fleet: Fleet, version: int, *, merged: bool = False) -> int:

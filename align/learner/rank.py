@@ -182,15 +182,15 @@ class LearnerRank(ABC):
         except ValueError as error:
             raise UserError(f"checkpoint {directory}: {error}") from None
 
-    def rest(self) -> None:
-        """Move what this rank holds on its GPU to the CPU's memory, until `rise`."""
+    def offload(self) -> None:
+        """Move the rank's parameters, gradients and optimizer state from its GPU to the CPU's memory."""
         self._engine.offload_states(pin_memory=self._device.type == "cuda")
         self._move_what_deepspeed_leaves(torch.device("cpu"))
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def rise(self) -> None:
-        """Move it back."""
+    def onload(self) -> None:
+        """Move the rank's parameters, gradients and optimizer state back to its GPU."""
         self._engine.reload_states()
         self._move_what_deepspeed_leaves(self._device)
 

@@ -27,6 +27,7 @@ from align.run import (
 from align.run.checkpoints import Checkpoint, CheckpointDirectory, DamagedCheckpointError
 from align.session.checks import check_ready
 from align.session.signals import StopRequest
+from rollout import Fault
 
 RESUMABLE = ("running", "interrupted", "failed")
 PACKAGES = ("align", "rollout", "reward")
@@ -78,18 +79,19 @@ class Run:
     def _logs(self) -> list[Path]:
         return [self.directory.metrics_file, self.directory.events_file, self.directory.evaluations_file]
 
-    def record_step(self, stage: str, step: int, metrics: Mapping[str, float], shown: Sequence[str]) -> None:
-        """Write the metrics of a step and show some of them; tell where a bad gradient kept the weights as they were.
+    def record_step(self, stage: str, step: int, metrics: Mapping[str, float | None], shown: Sequence[str]) -> None:
+        """Write the metrics of a step, without those that are None, and show some of them; tell where a bad gradient kept the weights as they were.
 
         Raises KeyboardInterrupt when the run was asked to stop.
         """
-        if "gradient_norm" in metrics:
-            skipped = not isfinite(metrics["gradient_norm"])
-            metrics = {**metrics, "skipped_update": float(skipped)}
+        known = {name: value for name, value in metrics.items() if value is not None}
+        if "gradient_norm" in known:
+            skipped = not isfinite(known["gradient_norm"])
+            known["skipped_update"] = float(skipped)
             if skipped:
                 self.warn(f"{stage} step {step}: the gradient was not finite, so that its update was left out")
-        self.metrics.write(step, stage, metrics)
-        self.progress.step(step, {name: metrics[name] for name in shown if name in metrics})
+        self.metrics.write(step, stage, known)
+        self.progress.step(step, {name: known[name] for name in shown if name in known})
         self.stop.check()
 
     def warn(self, text: str, **data: Any) -> None:
@@ -101,6 +103,31 @@ class Run:
         """A line on the terminal and an event of the run, of a kind of its own, with `data`."""
         self.progress.note(text)
         self.metrics.event(kind, text, **data)
+
+    def record_fault(self, fault: Fault) -> None:
+        """What happened to a rollout worker: a line, an event, and a file with its stacks where there are any."""
+        file = self.directory.save_stacks(fault.stacks)
+        seen = {"stacks": file} if file else {}
+        self.progress.warn(fault.message)
+        self.metrics.event("rollout_worker", fault.message, worker=fault.worker, state=str(fault.state), **seen)
+
+    @contextmanager
+    def logged_warnings(self) -> Iterator[None]:
+        """Record what these packages log as a warning in this process: as a warning of the innermost run, where one is inside another.
+
+        `extra={"facts": {...}}` of a logging call becomes the data of the event.
+        """
+        handler = logging.Handler(logging.WARNING)
+        handler.emit = lambda record: self.warn(record.getMessage(), **getattr(record, "facts", {}))  # type: ignore[method-assign]
+        loggers = [logging.getLogger(name) for name in PACKAGES]
+        before = [logger.handlers for logger in loggers]
+        for logger in loggers:
+            logger.handlers = [handler]
+        try:
+            yield
+        finally:
+            for logger, handlers in zip(loggers, before, strict=True):
+                logger.handlers = handlers
 
     def record_evaluation(self, stage: str, step: int, name: str, evaluation: Evaluation, split: str = "") -> None:
         """Write an evaluation of answers, and say what came of it; `split` where it is not the one of the stage's others."""
@@ -204,12 +231,17 @@ def open_run(recipe: Recipe) -> Iterator[Run]:
             progress = stack.enter_context(Progress(log=directory.log_file))
             stop = stack.enter_context(StopRequest(recipe.run.grace_s))
             run = Run(*parts, progress, stop)
-            stack.enter_context(logged_warnings(run))
+            stack.enter_context(run.logged_warnings())
             if goes_on:
                 run.rewind()
                 for key in changed or ():
                     run.warn(f"going on with another recipe: {key}")
-            yield begun(run, recipe)
+            for term in recipe.rewards if isinstance(recipe, SamplingRecipe) else ():
+                if term.params.get("unsafe_no_isolation"):
+                    run.warn(
+                        f"reward {term.component} runs model-written code with this user's rights (unsafe_no_isolation)"
+                    )
+            yield run
     except KeyboardInterrupt:
         directory.interrupt()
         raise
@@ -229,25 +261,6 @@ def open_run(recipe: Recipe) -> Iterator[Run]:
         directory.finish()
     finally:
         metrics.close()
-
-
-@contextmanager
-def logged_warnings(run: Run) -> Iterator[None]:
-    """Make warnings of the run of what these packages log in this process: of the innermost run, where one is inside another.
-
-    `extra={"facts": {...}}` of a logging call becomes the data of the event.
-    """
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: run.warn(record.getMessage(), **getattr(record, "facts", {}))  # type: ignore[method-assign]
-    loggers = [logging.getLogger(name) for name in PACKAGES]
-    before = [logger.handlers for logger in loggers]
-    for logger in loggers:
-        logger.handlers = [handler]
-    try:
-        yield
-    finally:
-        for logger, handlers in zip(loggers, before, strict=True):
-            logger.handlers = handlers
 
 
 def own_directory(recipe: Recipe, path: Path) -> tuple[RunDirectory, list[str] | None]:
@@ -274,11 +287,3 @@ def refuse_changes(directory: RunDirectory, recipe: Recipe) -> list[str]:
             "run.allow_changes=true"
         )
     return changed
-
-
-def begun(run: Run, recipe: Recipe) -> Run:
-    """The run, once it has on record what its user took upon himself."""
-    for term in recipe.rewards if isinstance(recipe, SamplingRecipe) else ():
-        if term.params.get("unsafe_no_isolation"):
-            run.warn(f"reward {term.component} runs model-written code with this user's rights (unsafe_no_isolation)")
-    return run

@@ -2,16 +2,15 @@
 
 import hashlib
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import numpy as np
 
 from align.data.drawing import Source
 from align.errors import UserError
-from align.learner.group import LearnerDiedError, RankGroup
-from align.model.policy import first_line
+from align.learner.group import RankGroup
 from align.recipe import ModelOptions, TrainingRecipe, dump_recipe
 from align.run.checkpoints import Checkpoint, Entry, hash_files
 from align.session.run import Run
@@ -21,9 +20,6 @@ BAD_UPDATES = "bad_updates"
 BEST = "best"
 SAMPLED_BYTES = 2**20
 FAILURES = 3
-RESTARTS = 3
-
-T = TypeVar("T")
 
 
 class SavingError(Exception):
@@ -96,14 +92,18 @@ class Steps:
                     self._save()
             self._run.stop.check()
 
-    def save_final(self) -> None:
-        """Write what was trained to `final/`, and say how much of an adapter is lost where it is merged into the weights."""
+    def save_final(self, start: ModelOptions) -> ModelOptions:
+        """Write what was trained from `start` to `final/`, and say how much of an adapter is lost where it is merged.
+
+        Returns the trained model.
+        """
         lost = self._learner.save(self._run.directory.final_directory)
         if lost is not None:
             self._run.progress.note(
                 f"final: in the merged weights, in {self._recipe.model.dtype}, {lost:.2%} of what the adapter does is rounded away; "
                 "final/adapter is exact"
             )
+        return start.model_copy(update={"path": str(self._run.directory.final_directory)})
 
     @property
     def _best(self) -> int | None:
@@ -157,21 +157,6 @@ class Steps:
                 if not self._recipe.run.allow_changes:
                     raise UserError(f"{told}: put them back, or go on nevertheless with run.allow_changes=true")
                 self._run.warn(told)
-
-
-def restarting(run: Run, train: Callable[[], T]) -> T:
-    """What `train` returns. When a learner dies in it, the stage goes on from its last checkpoint, so many times at most."""
-    for restart in range(1, RESTARTS + 2):
-        try:
-            return train()
-        except LearnerDiedError as error:
-            # A signal to all processes of the run ends learners too.
-            run.stop.check()
-            if restart > RESTARTS:
-                raise
-            run.rewind()
-            run.warn(f"{first_line(error)}; the learners were started again ({restart} of {RESTARTS} times)")
-    raise AssertionError
 
 
 def data_digest(items: Sequence[Any]) -> str:

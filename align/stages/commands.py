@@ -15,11 +15,10 @@ from align.recipe import (
     dump_recipe,
     load_recipe,
 )
-from align.run import RunDirectory, read_status
-from align.session.engines import prepare_policy, start_engines
+from align.run import Progress, RunDirectory, read_status
 from align.session.ray import local_ray
-from align.session.run import Run, compare_stages, open_run, recorded_evaluations, refuse_changes
-from align.session.steps import restarting
+from align.session.run import compare_stages, recorded_evaluations, refuse_changes
+from align.session.session import Session, open_session
 from align.stages.grpo import load_grpo_data, train_grpo
 from align.stages.preferences import gather_preferences, load_prompts
 from align.stages.reward_model import load_reward_model_data, show, train_reward_model
@@ -44,53 +43,49 @@ def run_stage(stage: PlannedStage) -> None:
 
 def run_sft(recipe: SftRecipe, also_held_out: HeldOutPrompts = NOTHING) -> None:
     """Chat SFT, from its recipe to `final/`. `also_held_out`: prompts of a stage after it that it may not be trained on."""
-    with open_run(recipe) as run:
-        policy, tokenizer = prepare_policy(recipe, run)
-        data = load_sft_data(recipe, tokenizer, run, also_held_out)
-        with start_engines(recipe, policy, tokenizer, run) as engines:
-            trained, evaluations = restarting(run, lambda: train_sft(recipe, data, engines, run))
-        finish(run, trained, evaluations)
+    with open_session(recipe) as session:
+        data = load_sft_data(recipe, session.tokenizer, session.run, also_held_out)
+        session.start_sampling(recipe)
+        trained, evaluations = session.restarting(lambda: train_sft(recipe, data, session))
+        finish(session.run.progress, trained, evaluations)
 
 
 def run_grpo(recipe: GrpoRecipe, before: PlannedStage | None) -> None:
     """GRPO, from the policy of its recipe or of the stage before it to `final/`."""
-    with open_run(recipe) as run:
-        policy, tokenizer = prepare_policy(recipe, run)
-        data = load_grpo_data(recipe, tokenizer, run)
+    with open_session(recipe) as session:
+        data = load_grpo_data(recipe, session.tokenizer, session.run)
         evaluations: dict[str, Evaluation] = {}
         if before is not None:
-            policy, evaluations = policy_of(before, policy, run, data.held_out.prompts)
-        with start_engines(recipe, policy, tokenizer, run) as engines:
-            trained, after = restarting(run, lambda: train_grpo(recipe, data, policy, engines, run))
-        finish(run, trained, evaluations | after)
+            session.policy, evaluations = policy_of(before, session, data.held_out.prompts)
+        session.start_sampling(recipe)
+        trained, after = session.restarting(lambda: train_grpo(recipe, data, session))
+        finish(session.run.progress, trained, evaluations | after)
 
 
 def run_reward_model(recipe: RewardModelRecipe, before: PlannedStage | None) -> None:
     """A reward model, from the policy of its recipe or of the stage before it to `final/`."""
-    with open_run(recipe) as run:
-        policy, tokenizer = prepare_policy(recipe, run)
-        data = load_reward_model_data(recipe, tokenizer, run)
+    with open_session(recipe) as session:
+        data = load_reward_model_data(recipe, session.tokenizer, session.run)
         if before is not None:
-            policy, _ = policy_of(before, policy, run)
+            session.policy, _ = policy_of(before, session)
         with local_ray():
-            trained, evaluation = restarting(run, lambda: train_reward_model(recipe, data, policy, run))
-        show(evaluation, run)
-        run.progress.note(f"the reward model is in {trained.path}")
+            trained, evaluation = session.restarting(lambda: train_reward_model(recipe, data, session))
+        show(evaluation, session.run.progress)
+        session.run.progress.note(f"the reward model is in {trained.path}")
 
 
 def run_preferences(recipe: PreferencesRecipe) -> None:
     """Preference data from the policy's own answers, into `final/`."""
-    with open_run(recipe) as run:
-        policy, tokenizer = prepare_policy(recipe, run)
-        prompts = load_prompts(recipe, tokenizer, run)
-        with start_engines(recipe, policy, tokenizer, run) as engines:
-            gather_preferences(recipe, prompts, engines, run)
+    with open_session(recipe) as session:
+        prompts = load_prompts(recipe, session.tokenizer, session.run)
+        session.start_sampling(recipe)
+        gather_preferences(recipe, prompts, session)
 
 
 def policy_of(
-    before: PlannedStage, policy: ModelOptions, run: Run, held_out: HeldOutPrompts = NOTHING
+    before: PlannedStage, session: Session, held_out: HeldOutPrompts = NOTHING
 ) -> tuple[ModelOptions, dict[str, Evaluation]]:
-    """What the stage before that of `run` makes of `policy`, and its evaluations; it is run where it is not done.
+    """What the stage before that of `session` makes of its policy, and its evaluations; it is run where it is not done.
 
     Raises UserError where it was done with another recipe.
     """
@@ -102,17 +97,19 @@ def policy_of(
         directory.save_recipe(dump_recipe(load_recipe(directory.recipe_file, before.overrides)))
     if status is not None and status["state"] == "finished":
         refuse_changes(directory, recipe)
-        run.progress.note("SFT: done before")
+        session.run.progress.note("SFT: done before")
     else:
         if before.replaced:
-            run.tell("init_from", f"SFT takes over what it shares with this recipe: {'; '.join(before.replaced)}")
+            session.run.tell(
+                "init_from", f"SFT takes over what it shares with this recipe: {'; '.join(before.replaced)}"
+            )
         run_sft(recipe, held_out)
     domains = list(dict.fromkeys(load_card(card).domain for card in recipe.evaluation_cards))
-    trained = policy.model_copy(update={"path": str(directory.final_directory)})
+    trained = session.policy.model_copy(update={"path": str(directory.final_directory)})
     return trained, recorded_evaluations(directory, domains)
 
 
-def finish(run: Run, trained: ModelOptions, evaluations: Mapping[str, Evaluation]) -> None:
+def finish(progress: Progress, trained: ModelOptions, evaluations: Mapping[str, Evaluation]) -> None:
     """Say what came of the run."""
-    compare_stages(run.progress, evaluations)
-    run.progress.note(f"the policy is in {trained.path}")
+    compare_stages(progress, evaluations)
+    progress.note(f"the policy is in {trained.path}")

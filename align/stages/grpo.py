@@ -19,10 +19,8 @@ from align.experience import Problem, ScoredGroup, encode_problems, gather, row_
 from align.learner.objective import Objective, learning_rate
 from align.recipe import GrpoRecipe, ModelOptions
 from align.run import write_samples
-from align.session.engines import Engines
 from align.session.run import Run
-from align.session.steps import Steps
-from align.session.turns import start_learner
+from align.session.session import Session
 from align.stages.advantages import Advantages, compare, updates_of
 from align.stages.guards import Guards
 from align.stages.held_out import CENSUS_STEP, HeldOut, Problems, load_problems
@@ -56,35 +54,22 @@ def load_grpo_data(recipe: GrpoRecipe, tokenizer: Any, run: Run) -> GrpoData:
     return GrpoData(sources, held_out)
 
 
-def train_grpo(
-    recipe: GrpoRecipe, data: GrpoData, policy: ModelOptions, engines: Engines, run: Run
-) -> tuple[ModelOptions, dict[str, Evaluation]]:
-    """Run the stage from `policy`, whose weights the rollout workers hold. Returns what it trained, and evaluations."""
-    options, progress, fleet, pool = recipe.grpo, run.progress, engines.fleet, engines.judges
+def train_grpo(recipe: GrpoRecipe, data: GrpoData, session: Session) -> tuple[ModelOptions, dict[str, Evaluation]]:
+    """Run the stage from the session's policy. Returns the trained policy and its evaluations."""
+    options, run, fleet, pool = recipe.grpo, session.run, session.fleet, session.pool
     objective = Objective(options, recipe.sampling.temperature)
-    held_out = HeldOut(recipe, data.held_out, engines, run)
-    reference = None
-    if options.kl_coefficient:
-        reference = policy if recipe.reference is None else policy.model_copy(update={"path": str(recipe.reference)})
-    learner = start_learner(recipe, policy, engines, reference)
+    held_out = HeldOut(recipe, data.held_out, session)
+    reference = reference_of(recipe, session.policy)
+    learner = session.new_learner(recipe.learner, recipe.seed, reference)
     # After a stage of `init_from`, the policy to start from is version 1.
     state = {"weight_version": int(recipe.init_from is not None), "learning_steps": 0}
-    with Steps(recipe, run, learner, options.steps, data.sources, reference=reference, state=state) as steps:
-        guards = Guards(
-            recipe.alarms,
-            recipe.guard,
-            non_finite_limit=recipe.learner.stop_after_bad_steps,
-            warn=run.warn,
-            state=steps.state,
-        )
-        progress.stage("GRPO", options.steps, completed=steps.done)
-        progress.phase("starting learners")
-        fleet.wait_until_ready()
-        learner.wait_until_ready()
-        steps.restore()
-        if fleet.weight_version != steps.state["weight_version"]:
-            engines.send_weights(learner, steps.state["weight_version"])
-        progress.note(f"policy on {recipe.learner.ranks} learner ranks: {learner.trained.description}")
+    with session.learning(
+        "GRPO", recipe, learner, options.steps, data.sources, reference=reference, state=state
+    ) as steps:
+        limit, state = recipe.learner.stop_after_bad_steps, steps.state
+        guards = Guards(recipe.alarms, recipe.guard, non_finite_limit=limit, warn=run.warn, state=state)
+        if fleet.weight_version != state["weight_version"]:
+            learner.sync_weights(fleet, state["weight_version"])
         held_out.check_agreement(learner, "before GRPO")
         evaluations: dict[str, Evaluation] = {}
         if recipe.init_from is None and recipe.evaluation.before:
@@ -93,12 +78,12 @@ def train_grpo(
         for step in steps:
             clock, name = Clock(), f"GRPO step {step + 1}"
             problems = items_of_step(data.sources, seed=recipe.seed, step=step)
-            progress.phase("sampling")
+            run.progress.phase("sampling")
             prompts = [problem.prompt for problem in problems]
             groups = fleet.sample(
                 prompts, options.group_size, recipe.sampling, seed=recipe.seed, step=step, keep_bad=True
             )
-            submitted = submit(groups, problems, engines.tokenizer, pool)
+            submitted = submit(groups, problems, session.tokenizer, pool)
             clock.lap("sampling")
             scored = gather(submitted, problems, pool)
             clock.lap("scoring")
@@ -106,35 +91,37 @@ def train_grpo(
             advantages = compare(scored, options)
             updates = updates_of(scored, advantages, options)
             clock.lap("advantages")
-            progress.phase("training")
+            run.progress.phase("training")
             rate = learning_rate(step, options.steps, recipe.learner.optimizer)
             sums, norm = learner.update(updates, objective, rate, partial(held_out.gate.check_sums, when=name))
             clock.lap("training")
-
-            sent = engines.send_weights(learner, fleet.weight_version + 1)
-            steps.state["weight_version"] = fleet.weight_version
+            sent = learner.sync_weights(fleet, fleet.weight_version + 1)
+            state["weight_version"] = fleet.weight_version
             clock.lap("weights")
 
             write_samples(run.directory.samples_file(step + 1), sample_rows(scored, advantages))
             metrics = step_metrics(scored, advantages, sums, norm, clock) | learner.expert_load()
-            metrics["weight_bytes"] = sent
-            if (lost := engines.adapter_lost(learner)) is not None:
-                metrics["adapter/lost"] = lost
-            run.record_step("grpo", step + 1, metrics, SHOWN)
+            lost = learner.adapter_lost()
+            run.record_step("grpo", step + 1, {**metrics, "weight_bytes": sent, "adapter/lost": lost}, SHOWN)
             guards.observe(step + 1, scored, advantages, metrics)
-            learnt = 0 < norm < math.inf
-            steps.state["learning_steps"] += learnt
-            if learnt and steps.state["learning_steps"] == CENSUS_STEP:
+            state["learning_steps"] += 0 < norm < math.inf
+            if 0 < norm < math.inf and state["learning_steps"] == CENSUS_STEP:
                 held_out.check_gradients(learner, step + 1)
             if recipe.evaluation.every and (step + 1) % recipe.evaluation.every == 0 and step + 1 < options.steps:
                 steps.rate(step + 1, held_out.to_choose_by().evaluate(name, step + 1).accuracy)
 
         held_out.check_agreement(learner, "after GRPO")
         evaluations["after GRPO"] = held_out.evaluate("after GRPO", options.steps)
-        steps.save_final()
-        trained = policy.model_copy(update={"path": str(run.directory.final_directory)})
+        trained = steps.save_final(session.policy)
         held_out.run_hooks(trained, options.steps)
     return trained, evaluations
+
+
+def reference_of(recipe: GrpoRecipe, policy: ModelOptions) -> ModelOptions | None:
+    """The model that the KL is measured to: the policy to start from, or the recipe's own; None where there is no KL."""
+    if not recipe.grpo.kl_coefficient:
+        return None
+    return policy if recipe.reference is None else policy.model_copy(update={"path": str(recipe.reference)})
 
 
 def sample_rows(groups: Sequence[ScoredGroup], advantages: Advantages) -> list[dict[str, Any]]:

@@ -19,8 +19,7 @@ from align.experience import Problem, encode_problems
 from align.learner.group import LearnerGroup
 from align.recipe import ModelOptions, PolicyRecipe
 from align.run import RunDirectory, read_jsonl, read_samples
-from align.session.engines import Engines
-from align.session.run import Run
+from align.session.session import Session
 from rollout import Prompt
 
 PROBE_PROMPTS = 8
@@ -77,9 +76,10 @@ def load_problems(recipe: PolicyRecipe, tokenizer: Any) -> Problems:
 class HeldOut:
     """The questions of a stage."""
 
-    def __init__(self, recipe: PolicyRecipe, problems: Problems, engines: Engines, run: Run):
+    def __init__(self, recipe: PolicyRecipe, problems: Problems, session: Session):
         self._stage, self._options, self._seed = recipe.stage, recipe.evaluation, recipe.seed
-        self._problems, self._engines, self._run = problems, engines, run
+        run = session.run
+        self._problems, self._session, self._run = problems, session, run
         self._split = ""
         self._cards = [load_card(name) for name in recipe.evaluation_cards]
         self._longest = recipe.rollout.max_length - recipe.evaluation.max_new_tokens
@@ -93,7 +93,7 @@ class HeldOut:
                 "as not right",
                 too_long=problems.too_long,
             )
-        self.gate = AgreementGate(recipe.agreement, engines.policy.dtype, run.warn)
+        self.gate = AgreementGate(recipe.agreement, session.policy.dtype, run.warn)
 
     def to_choose_by(self) -> "HeldOut":
         """The same questions, asked of the problems by which checkpoints are chosen."""
@@ -114,10 +114,10 @@ class HeldOut:
             return before
         self._run.progress.phase(f"evaluating ({name})")
         evaluation = evaluate(
-            self._engines.fleet,
-            self._engines.tokenizer,
+            self._session.fleet,
+            self._session.tokenizer,
             problems,
-            self._engines.judges,
+            self._session.pool,
             samples=self._options.samples,
             max_new_tokens=self._options.max_new_tokens,
             longest=self._longest,
@@ -145,7 +145,7 @@ class HeldOut:
 
     def check_agreement(self, learner: LearnerGroup, when: str) -> Disagreement:
         """Probe sampler and learner on fixed prompts. Raises AgreementError beyond the recipe's limit."""
-        found = self.gate.check(probe(self._engines.fleet, learner, self._problems.probe), when)
+        found = self.gate.check(probe(self._session.fleet, learner, self._problems.probe), when)
         self._run.progress.note(
             f"agreement {when}: sampler and learner differ by {found.mean:.1e} nats a token on average, "
             f"{found.largest:.1e} at most"
@@ -163,11 +163,11 @@ class HeldOut:
 
     def run_hooks(self, checkpoint: ModelOptions, step: int) -> None:
         """Run the recipe's evaluation hooks on what the stage wrote, of which the rollout workers hold the weights."""
-        subject = PolicyCheckpoint(checkpoint, self._engines.tokenizer, self._max_length, self._start)
+        subject = PolicyCheckpoint(checkpoint, self._session.tokenizer, self._max_length, self._start)
         for hook in self._options.hooks:
             name = hook.title
             self._run.progress.phase(f"evaluating ({name})")
-            metrics = hooks.run(hook.name, subject, self._engines.fleet, hook.params)
+            metrics = hooks.run(hook.name, subject, self._session.fleet, hook.params)
             facts = {"not_run": dict(metrics.not_run)} if metrics.not_run else None
             self._run.record_numbers(self._stage, step, name, metrics.values, metrics.rows, facts)
             for part, why in metrics.not_run.items():

@@ -16,8 +16,8 @@ from align.errors import UserError
 from align.experience import Problem, ScoredGroup, encode_problems, gather, submit
 from align.recipe import PreferencesRecipe
 from align.run import write_jsonl
-from align.session.engines import Engines
 from align.session.run import Run
+from align.session.session import Session
 
 SHOWN = ("prompts", "accuracy", "pairs")
 
@@ -51,18 +51,19 @@ def load_prompts(recipe: PreferencesRecipe, tokenizer: Any, run: Run) -> list[Sp
     return found
 
 
-def gather_preferences(recipe: PreferencesRecipe, splits: Sequence[SplitPrompts], engines: Engines, run: Run) -> None:
+def gather_preferences(recipe: PreferencesRecipe, splits: Sequence[SplitPrompts], session: Session) -> None:
     """Sample, judge and pair; writes `final/DOMAIN/SPLIT.jsonl`. Raises UserError where no prompt gave a pair."""
+    run = session.run
     run.progress.stage("preferences", len(splits))
     run.progress.phase("starting rollout workers")
-    engines.fleet.wait_until_ready()
+    session.fleet.wait_until_ready()
     pairs: dict[tuple[str, SplitName], list[dict[str, Any]]] = {}
     for step, part in enumerate(splits):
         run.progress.phase(f"sampling ({part.split} split of {part.problems[0].example.domain})")
         prompts = [problem.prompt for problem in part.problems]
-        drawn = engines.fleet.sample(prompts, recipe.preferences.samples, recipe.sampling, seed=recipe.seed, step=step)
-        submitted = submit(drawn, part.problems, engines.tokenizer, engines.judges)
-        groups = gather(submitted, part.problems, engines.judges)
+        drawn = session.fleet.sample(prompts, recipe.preferences.samples, recipe.sampling, seed=recipe.seed, step=step)
+        submitted = submit(drawn, part.problems, session.tokenizer, session.pool)
+        groups = gather(submitted, part.problems, session.pool)
         for group in groups:
             found_pairs = pairs_of(group, recipe.preferences.pairs_per_prompt, recipe.seed)
             pairs.setdefault((group.problem.example.domain, part.split), []).extend(found_pairs)

@@ -26,9 +26,9 @@ from align.learner.reward_model import RewardModelGroup, TrainingPair
 from align.model.policy import load_tokenizer
 from align.model.reward_model import tokenizer_hash, write_usage
 from align.recipe import ModelOptions, RewardModelRecipe
-from align.run import write_atomically
+from align.run import Progress, write_atomically
 from align.session.run import Run
-from align.session.steps import Steps
+from align.session.session import Session
 from align.stages.held_out import CENSUS_STEP
 
 SHOWN = ("loss", "accuracy", "difference", "validation_accuracy", "tokens_per_second")
@@ -74,17 +74,12 @@ def load_reward_model_data(recipe: RewardModelRecipe, tokenizer: Any, run: Run) 
 
 
 def train_reward_model(
-    recipe: RewardModelRecipe, data: RewardModelData, policy: ModelOptions, run: Run
+    recipe: RewardModelRecipe, data: RewardModelData, session: Session
 ) -> tuple[ModelOptions, PairEvaluation]:
-    """Run the stage from `policy` (Ray must be running). Returns the reward model and its evaluation on the test pairs."""
-    options, progress = recipe.reward_model, run.progress
-    learner = RewardModelGroup(policy, recipe.learner, seed=recipe.seed)
-    with Steps(recipe, run, learner, options.steps, data.sources) as steps:
-        progress.stage("reward model", options.steps, completed=steps.done)
-        progress.phase("starting learners")
-        learner.wait_until_ready()
-        steps.restore()
-        progress.note(f"reward model on {recipe.learner.ranks} learner ranks: {learner.trained.description}")
+    """Run the stage from the session's policy (Ray must be running). Returns the reward model and its evaluation on the test pairs."""
+    options, run = recipe.reward_model, session.run
+    learner = RewardModelGroup(session.policy, recipe.learner, seed=recipe.seed)
+    with session.learning("reward model", recipe, learner, options.steps, data.sources) as steps:
         for step in steps:
             started = time.perf_counter()
             batch = items_of_step(data.sources, seed=recipe.seed, step=step)
@@ -104,19 +99,19 @@ def train_reward_model(
                 "step_seconds": seconds,
             }
             if (step + 1) % options.validate_every == 0 or step + 1 == options.steps:
-                metrics["validation_accuracy"] = evaluate_pairs(judge(learner, data.validation)).accuracy
+                metrics["validation_accuracy"] = evaluate_pairs(scores(learner, data.validation)).accuracy
             run.record_step("reward_model", step + 1, metrics, SHOWN)
             if step + 1 == min(CENSUS_STEP, options.steps):
                 warn_of_missing_gradients(learner, step + 1, run)
 
-        progress.phase("evaluating")
+        run.progress.phase("evaluating")
         evaluation = evaluate(learner, data.test, options.steps, run)
-        steps.save_final()
-        write_notes(run.directory.final_directory, recipe, data, judge(learner, data.validation), evaluation)
-    return policy.model_copy(update={"path": str(run.directory.final_directory)}), evaluation
+        trained = steps.save_final(session.policy)
+        write_notes(run.directory.final_directory, recipe, data, scores(learner, data.validation), evaluation)
+    return trained, evaluation
 
 
-def judge(learner: RewardModelGroup, items: Sequence[EncodedPair]) -> list[ScoredPair]:
+def scores(learner: RewardModelGroup, items: Sequence[EncodedPair]) -> list[ScoredPair]:
     """The rewards of both completions of each pair."""
     sequences = [ids for item in items for ids in (item.pair.chosen, item.pair.rejected)]
     rewards = learner.rewards(sequences)
@@ -132,9 +127,9 @@ def judge(learner: RewardModelGroup, items: Sequence[EncodedPair]) -> list[Score
 
 
 def evaluate(learner: RewardModelGroup, items: Sequence[EncodedPair], step: int, run: Run) -> PairEvaluation:
-    """Judge the held-out pairs, and record the result."""
-    judged = judge(learner, items)
-    evaluation = evaluate_pairs(judged)
+    """Score the held-out pairs, and record the result."""
+    scored = scores(learner, items)
+    evaluation = evaluate_pairs(scored)
     preferences = [item.preference for item in items]
     texts = [(preference.prompt_text, preference.chosen, preference.rejected) for preference in preferences]
     facts = {
@@ -144,15 +139,15 @@ def evaluate(learner: RewardModelGroup, items: Sequence[EncodedPair], step: int,
             for b in evaluation.reliability
         ],
     }
-    run.record_numbers("reward_model", step, "held-out pairs", evaluation.numbers(), rows(judged, texts), facts)
+    run.record_numbers("reward_model", step, "held-out pairs", evaluation.numbers(), rows(scored, texts), facts)
     return evaluation
 
 
-def show(evaluation: PairEvaluation, run: Run) -> None:
+def show(evaluation: PairEvaluation, progress: Progress) -> None:
     """Say how often the reward model is right, beside what length alone would tell, and how sure it is of itself."""
     low, high = evaluation.interval
     domains = evaluation.by_domain if len(evaluation.by_domain) > 1 else {}
-    run.progress.table(
+    progress.table(
         f"{evaluation.pairs} held-out pairs",
         ["what is preferred", "accuracy", "95 % interval"],
         [
@@ -162,8 +157,8 @@ def show(evaluation: PairEvaluation, run: Run) -> None:
             ["the shorter completion", f"{1 - evaluation.longer:.1%}", ""],
         ],
     )
-    run.progress.note(f"how sure it is: expected calibration error {evaluation.calibration_error:.1%}")
-    run.progress.table(
+    progress.note(f"how sure it is: expected calibration error {evaluation.calibration_error:.1%}")
+    progress.table(
         "confidence",
         ["confidence", "pairs", "accuracy"],
         [[f"{b.lowest:.0%} to {b.highest:.0%}", b.pairs, f"{b.accuracy:.1%}"] for b in evaluation.reliability],

@@ -26,10 +26,8 @@ from align.learner.group import LearnerGroup
 from align.learner.objective import Objective, learning_rate
 from align.losses import completion_weights
 from align.recipe import ModelOptions, SftRecipe
-from align.session.engines import Engines
 from align.session.run import Run
-from align.session.steps import Steps
-from align.session.turns import start_learner
+from align.session.session import Session
 from align.stages.held_out import CENSUS_STEP, HeldOut, Problems, load_problems
 
 
@@ -68,20 +66,12 @@ def load_sft_data(
     return SftData(sources, validation, problems)
 
 
-def train_sft(
-    recipe: SftRecipe, data: SftData, engines: Engines, run: Run
-) -> tuple[ModelOptions, dict[str, Evaluation]]:
+def train_sft(recipe: SftRecipe, data: SftData, session: Session) -> tuple[ModelOptions, dict[str, Evaluation]]:
     """Run the stage. Returns the trained policy, whose weights the rollout workers then hold, and its evaluations."""
-    options, progress = recipe.sft, run.progress
-    held_out = HeldOut(recipe, data.problems, engines, run)
-    learner = start_learner(recipe, engines.policy, engines)
-    with Steps(recipe, run, learner, options.steps, data.sources) as steps:
-        progress.stage("SFT", options.steps, completed=steps.done)
-        progress.phase("starting rollout workers and learners")
-        engines.fleet.wait_until_ready()
-        learner.wait_until_ready()
-        steps.restore()
-        progress.note(f"policy on {recipe.learner.ranks} learner ranks: {learner.trained.description}")
+    options, run = recipe.sft, session.run
+    held_out = HeldOut(recipe, data.problems, session)
+    learner = session.new_learner(recipe.learner, recipe.seed)
+    with session.learning("SFT", recipe, learner, options.steps, data.sources) as steps:
         evaluations = {}
         if recipe.evaluation.before:
             evaluations["before SFT"] = held_out.evaluate("before SFT", 0)
@@ -109,11 +99,10 @@ def train_sft(
             if step + 1 == min(CENSUS_STEP, options.steps):
                 held_out.check_gradients(learner, step + 1)
 
-        engines.send_weights(learner, engines.fleet.weight_version + 1)
+        learner.sync_weights(session.fleet, session.fleet.weight_version + 1)
         held_out.check_agreement(learner, "after SFT")
         evaluations["after SFT"] = held_out.evaluate("after SFT", options.steps)
-        steps.save_final()
-        trained = engines.policy.model_copy(update={"path": str(run.directory.final_directory)})
+        trained = steps.save_final(session.policy)
         held_out.run_hooks(trained, options.steps)
     return trained, evaluations
 

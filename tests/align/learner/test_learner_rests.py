@@ -52,9 +52,9 @@ def test_the_same_to_the_last_bit(
     again.wait_until_ready()
 
     def rest() -> None:
-        again.rest()
+        again.offload()
         assert what_is_elsewhere(again) == [{"hp_params", "lp_params", "lp_grads", "optim_states"}] * 2
-        again.rise()
+        again.onload()
         assert what_is_elsewhere(again) == [set()] * 2
 
     found, log_probs, weights = three_steps(again, batch, rest)

@@ -255,7 +255,7 @@ def test_the_end_of_a_run_says_how_much_of_an_adapter_is_lost_in_merged_weights(
 
     made = recipe(tmp_path / "run")
     with open_run(made) as run, Steps(made, run, Merged(), 0, DATA) as steps:  # type: ignore[arg-type]
-        steps.save_final()
+        steps.save_final(made.model)
     assert (
         "25.00% of what the adapter does is rounded away; final/adapter is exact"
         in (tmp_path / "run" / "log.txt").read_text()

@@ -21,8 +21,8 @@ from align.learner.objective import Objective, Sums
 from align.model.policy import load_tokenizer
 from align.recipe import ModelOptions, PolicyRecipe, load_recipe
 from align.run.checkpoints import hashed_file
-from align.session.engines import Engines
 from align.session.run import Run, open_run
+from align.session.session import Session
 from align.stages import grpo, sft
 from align.stages.held_out import HeldOut
 from reward import Mixture, RewardTerm, Sample, SampleReward, Score, Verdict
@@ -82,7 +82,7 @@ class FakeFleet:
 
 
 @dataclass(slots=True)
-class FakeJudges:
+class FakePool:
     """Scores of the completions that the fleet wrote."""
 
     fleet: FakeFleet
@@ -217,12 +217,11 @@ def train(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Stag
         )
         assert isinstance(recipe, PolicyRecipe)
 
-        def start(recipe: Any, policy: ModelOptions, engines: Any, reference: ModelOptions | None = None) -> Any:
+        def start(self: Session, options: Any, seed: int, reference: ModelOptions | None = None) -> Any:
             learner.reference = reference
             return learner
 
-        module = {"grpo": grpo, "sft": sft}[name]
-        monkeypatch.setattr(module, "start_learner", start)
+        monkeypatch.setattr(Session, "new_learner", start)
         monkeypatch.setattr(HeldOut, "check_agreement", lambda self, learner, when: stage.checked.append(when))
         monkeypatch.setattr(HeldOut, "evaluate", lambda self, when, step: rated(when))
         monkeypatch.setattr("align.session.run.check_machine", lambda **_: None)
@@ -235,13 +234,14 @@ def train(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Stag
 
         with open_run(recipe) as run:
             stage = Stage(recipe, run, fleet, learner)
-            engines = Engines(recipe.model, tokenizer, fleet, FakeJudges(fleet), None)  # type: ignore[arg-type]
+            session = Session(run, recipe.model, tokenizer)
+            session.fleet, session.pool = fleet, FakePool(fleet)  # type: ignore[assignment]
             if name == "grpo":
                 stage.data = grpo.load_grpo_data(recipe, tokenizer, run)  # type: ignore[arg-type]
-                grpo.train_grpo(recipe, stage.data, recipe.model, engines, run)  # type: ignore[arg-type]
+                grpo.train_grpo(recipe, stage.data, session)  # type: ignore[arg-type]
             else:
                 stage.data = sft.load_sft_data(recipe, tokenizer, run)  # type: ignore[arg-type]
-                sft.train_sft(recipe, stage.data, engines, run)  # type: ignore[arg-type]
+                sft.train_sft(recipe, stage.data, session)  # type: ignore[arg-type]
         return stage
 
     return run_stage

@@ -13,8 +13,8 @@ from align.errors import UserError
 from align.model.policy import load_tokenizer
 from align.recipe import GrpoRecipe, load_recipe
 from align.session.checks import check_names
-from align.session.engines import Engines
-from align.session.run import open_run
+from align.session.run import Run, open_run
+from align.session.session import Session
 from align.stages import grpo
 from align.stages.held_out import HeldOut, load_problems
 from reward import Sample, SampleReward, Score, Verdict
@@ -48,6 +48,12 @@ class Judges:
         return [[SampleReward(1.0, Verdict.PASS, {"exact_answer": RIGHT})] * len(samples) for samples in tickets]
 
 
+def session(run: Run, made: GrpoRecipe, fleet: Fleet) -> Session:
+    opened = Session(run, made.model, TOKENIZER)
+    opened.fleet, opened.pool = fleet, Judges()  # type: ignore[assignment]
+    return opened
+
+
 def recipe(directory: Path, *overrides: str) -> GrpoRecipe:
     own = [f"run.dir={directory}", "init_from=null", "machine={}", "evaluation.samples=0", "evaluation.limit=20"]
     loaded = load_recipe(NANO, [*own, *overrides])
@@ -60,9 +66,8 @@ def test_checkpoints_are_chosen_by_validation_problems_and_the_test_is_left_for_
     fleet: Any = Fleet()
     with open_run(made) as run:
         problems = load_problems(made, TOKENIZER)
-        judges: Any = Judges()
         run.progress.stage("GRPO", 40)
-        held_out = HeldOut(made, problems, Engines(made.model, TOKENIZER, fleet, judges, None), run)  # type: ignore[arg-type]
+        held_out = HeldOut(made, problems, session(run, made, fleet))
         assert held_out.to_choose_by().evaluate("GRPO step 5", 5).accuracy == 1.0
         chosen_by, fleet.asked = fleet.asked, []
         held_out.evaluate("after GRPO", 40)
@@ -107,9 +112,8 @@ def test_prompts_that_are_too_long_to_be_answered_are_on_record(tmp_path: Path) 
         tmp_path / "run", "rollout.max_length=62", "evaluation.max_new_tokens=46", "sampling.max_new_tokens=8"
     )
     problems = load_problems(made, TOKENIZER)
-    engines: Any = Engines(made.model, TOKENIZER, Fleet(), Judges(), None)  # type: ignore[arg-type]
     with open_run(made) as run:
-        HeldOut(made, problems, engines, run)
+        HeldOut(made, problems, session(run, made, Fleet()))
         [found] = [
             e for e in map(json.loads, (tmp_path / "run" / "events.jsonl").read_text().splitlines()) if "too_long" in e
         ]
@@ -134,20 +138,19 @@ def test_results_of_hooks_overwrite_nothing(hooks: str, message: str) -> None:
 
 def test_what_grpo_rates_its_checkpoints_by_are_those_problems(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     made = recipe(tmp_path / "run", "evaluation.every=2", "grpo.steps=5", "evaluation.before=false")
-    held_out, steps, run, engines = MagicMock(), MagicMock(), MagicMock(), MagicMock()
+    held_out, steps, opened = MagicMock(), MagicMock(), MagicMock()
     held_out.to_choose_by.return_value.evaluate.side_effect = lambda name, step: SimpleNamespace(accuracy=step / 10)
-    steps.__enter__.return_value = steps
+    opened.learning.return_value.__enter__.return_value = steps
     steps.__iter__.return_value = range(5)
     steps.state = {"weight_version": 0, "learning_steps": 0, "guard": [], "alarms": None}
-    engines.fleet.weight_version = 0
+    opened.fleet.weight_version = 0
+    opened.new_learner.return_value.update.return_value = (None, 1.0)
     monkeypatch.setattr(grpo, "HeldOut", lambda *_: held_out)
-    monkeypatch.setattr(grpo, "Steps", lambda *_, **__: steps)
-    learner = MagicMock()
-    learner.return_value.update.return_value = (None, 1.0)
-    monkeypatch.setattr(grpo, "start_learner", learner)
-    for name in ("submit", "gather", "compare", "updates_of", "sample_rows", "write_samples", "step_metrics", "Guards"):
+    for name in ("submit", "gather", "compare", "updates_of", "sample_rows", "write_samples", "Guards"):
         monkeypatch.setattr(grpo, name, MagicMock())
+    monkeypatch.setattr(grpo, "step_metrics", lambda *_: {})
+    opened.new_learner.return_value.expert_load.return_value = {}
     monkeypatch.setattr(grpo, "items_of_step", lambda *_, **__: [])
-    grpo.train_grpo(made, MagicMock(), made.model, engines, run)
+    grpo.train_grpo(made, MagicMock(), opened)
     assert steps.rate.call_args_list == [call(2, 0.2), call(4, 0.4)]
     assert [asked.args[0] for asked in held_out.evaluate.call_args_list] == ["after GRPO"]

@@ -19,8 +19,8 @@ from align.model.policy import load_tokenizer
 from align.recipe import ModelOptions, RewardModelRecipe, load_recipe
 from align.run import read_samples
 from align.session.checks import check_names
-from align.session.engines import prepare_policy
 from align.session.run import open_run
+from align.session.session import Session, prepare_policy
 from align.stages.reward_model import load_reward_model_data, show, train_reward_model
 from reward import Mixture, RewardTerm, Sample
 
@@ -99,8 +99,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> Path
     polite = recipe(directory)
     with open_run(polite) as run:
         policy, tokenizer = prepare_policy(polite, run)
-        trained, evaluation = train_reward_model(polite, load_reward_model_data(polite, tokenizer, run), policy, run)
-        show(evaluation, run)
+        trained, evaluation = train_reward_model(
+            polite, load_reward_model_data(polite, tokenizer, run), Session(run, policy, tokenizer)
+        )
+        show(evaluation, run.progress)
     assert trained.path == str(directory / "run" / "final")
     return directory / "run"
 
@@ -194,7 +196,7 @@ def test_a_reward_model_learns_on_from_what_it_was_with_a_tenth_of_earlier_pairs
         start, tokenizer = prepare_policy(more, run)
         pairs = load_reward_model_data(more, tokenizer, run)
         assert [source.a_step for source in pairs.sources] == [18, 2]
-        train_reward_model(more, pairs, start, run)
+        train_reward_model(more, pairs, Session(run, start, tokenizer))
     first = lines(tmp_path / "run" / "metrics.jsonl")[0]
     assert first["loss"] < 0.35  # a new head would have ln 2
     assert first["accuracy"] > 0.9

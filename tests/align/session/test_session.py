@@ -10,8 +10,8 @@ import torch
 from align.errors import UserError
 from align.model.policy import load_tokenizer
 from align.recipe import GrpoRecipe, ModelOptions, load_recipe
-from align.session.engines import check_adapters_are_served, start_engines, weight_sync_of
 from align.session.run import open_run
+from align.session.session import Session, check_adapters_are_served, weight_sync_of
 from rollout import AdapterSync, BroadcastSync, DirectorySync, ObjectStoreSync, WeightOptions
 
 
@@ -82,14 +82,13 @@ def test_the_workers_trust_the_code_of_a_model_as_the_recipe_does(
     def start(*_: Any, **named: Any) -> None:
         raise Started(named)
 
-    monkeypatch.setattr("align.session.engines.Fleet", start)
-    monkeypatch.setattr("align.session.engines.local_ray", nullcontext)
+    monkeypatch.setattr("align.session.session.Fleet", start)
+    monkeypatch.setattr("align.session.session.local_ray", nullcontext)
     made = recipe(f"run.dir={tmp_path / 'run'}", "machine={}", f"model.trust_remote_code={str(trusted).lower()}")
     tokenizer = load_tokenizer("recipes/nano/policy")
     with (
         pytest.raises(Started) as started,
         open_run(made) as run,
-        start_engines(made, made.model, tokenizer, run),
     ):
-        pass
+        Session(run, made.model, tokenizer).start_sampling(made)
     assert started.value.args[0]["trust_remote_code"] is trusted

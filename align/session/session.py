@@ -1,0 +1,220 @@
+"""What a stage runs on, opened and closed in one place: its run, Ray, rollout workers, scoring pool and learner."""
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from align.data.drawing import Source
+from align.errors import UserError
+from align.evaluate.doctor import examine, verdict
+from align.learner.group import LearnerDiedError, LearnerGroup, RankGroup, check_port
+from align.model.policy import first_line, load_tokenizer, stop_token_ids, write_random_policy
+from align.model.reward_model import is_reward_model
+from align.model.sizes import empty_model, model_sizes, read_config
+from align.recipe import (
+    LearnerOptions,
+    ModelOptions,
+    PolicyRecipe,
+    Recipe,
+    RewardModelRecipe,
+    SamplingRecipe,
+    ScoringOptions,
+    TrainingRecipe,
+)
+from align.session.disk import check_space
+from align.session.ray import local_ray
+from align.session.run import Run, open_run
+from align.session.steps import Steps
+from reward import Mixture, RewardError, RewardTerm, ScoringPool
+from rollout import (
+    AdapterSync,
+    BroadcastSync,
+    Colocation,
+    DirectorySync,
+    Fleet,
+    ObjectStoreSync,
+    WeightOptions,
+    WeightSync,
+)
+from rollout.sync.base import MIB
+
+RESTARTS = 3
+"""How often a stage goes on by itself after a learner rank has died."""
+LITTLE_CPU = 0.01
+PLACEMENT_TIMEOUT_S = 60.0
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class Session:
+    """A stage under way. `policy` is the model that it starts from; `fleet` and `pool` are there after `start_sampling`."""
+
+    run: Run
+    policy: ModelOptions
+    tokenizer: Any
+    fleet: Fleet = field(init=False)
+    pool: ScoringPool = field(init=False)
+    weight_sync: WeightSync = field(default_factory=ObjectStoreSync)
+    colocation: Colocation | None = None
+    open: ExitStack = field(default_factory=ExitStack)
+
+    def start_sampling(self, recipe: SamplingRecipe) -> None:
+        """Start Ray, the rollout workers with `policy`, and the scoring pool. What happens to workers is recorded in the run.
+
+        Raises UserError when the learner's port is in use, and when a reward cannot run here: no sandbox, no server.
+        """
+        stops, rollout = stop_token_ids(self.policy, self.tokenizer), recipe.rollout
+        trains = recipe if isinstance(recipe, PolicyRecipe) else None
+        if trains is not None:
+            if trains.learner.port is not None:
+                check_port(trains.learner.port)
+            self.weight_sync = weight_sync_of(trains.weights, self.run.directory.path.absolute() / "weights")
+            if trains.weights.transport == "adapter" and trains.learner.lora:
+                check_adapters_are_served(self.policy)
+                rollout = rollout.model_copy(update={"adapter_rank": trains.learner.lora.rank})
+        self.open.enter_context(local_ray())
+        if trains is not None and trains.colocate:
+            self.colocation = Colocation(shared_gpus(max(trains.learner.ranks, rollout.workers)))
+        self.fleet = Fleet(
+            self.policy.path,
+            self.policy.dtype,
+            rollout,
+            stops,
+            self.run.record_fault,
+            self.colocation,
+            trust_remote_code=self.policy.trust_remote_code,
+        )
+        self.open.callback(self.fleet.close)
+        self.pool = self.open.enter_context(scoring_pool(recipe.rewards, recipe.scoring))
+
+    def new_learner(self, options: LearnerOptions, seed: int, reference: ModelOptions | None = None) -> LearnerGroup:
+        """Start a learner of `policy`, whose weights go to the rollout workers. `learning` waits for it and ends it."""
+        return LearnerGroup(
+            self.policy,
+            options,
+            seed=seed,
+            reference=reference,
+            weight_sync=self.weight_sync,
+            colocation=self.colocation,
+        )
+
+    @contextmanager
+    def learning(
+        self,
+        title: str,
+        recipe: TrainingRecipe,
+        learner: RankGroup,
+        steps: int,
+        sources: Sequence[Source[Any]],
+        *,
+        reference: ModelOptions | None = None,
+        state: dict[str, Any] | None = None,
+    ) -> Iterator[Steps]:
+        """Wait for the engines, restore the last checkpoint, and yield the steps still to be made. Ends the learner.
+
+        `state`, ready for JSON, is what the stage itself has to remember; `Steps.state` has it as the checkpoint left it.
+        """
+        progress = self.run.progress
+        with Steps(recipe, self.run, learner, steps, sources, reference=reference, state=state) as remaining:
+            progress.stage(title, steps, completed=remaining.done)
+            progress.phase("starting engines")
+            if isinstance(recipe, SamplingRecipe):
+                self.fleet.wait_until_ready()
+            learner.wait_until_ready()
+            remaining.restore()
+            progress.note(f"{title} on {recipe.learner.ranks} learner ranks: {learner.trained.description}")
+            yield remaining
+
+    def restarting(self, train: Callable[[], T]) -> T:
+        """Return what `train` returns. Where a learner rank dies in it, call it again from the run's last checkpoint."""
+        for restart in range(1, RESTARTS + 2):
+            try:
+                return train()
+            except LearnerDiedError as error:
+                # A signal to all processes of the run ends learners too.
+                self.run.stop.check()
+                if restart > RESTARTS:
+                    raise
+                self.run.rewind()
+                self.run.warn(f"{first_line(error)}; the learners were started again ({restart} of {RESTARTS} times)")
+        raise AssertionError
+
+
+@contextmanager
+def open_session(recipe: Recipe) -> Iterator[Session]:
+    """Open the run of a recipe and its policy, which has passed the doctor; close everything that is started afterwards."""
+    with open_run(recipe) as run, ExitStack() as stack:
+        policy, tokenizer = prepare_policy(recipe, run)
+        yield Session(run, policy, tokenizer, open=stack)
+
+
+def prepare_policy(recipe: Recipe, run: Run) -> tuple[ModelOptions, Any]:
+    """The policy to start from, initialised where the recipe says so, and its tokenizer; both have passed the doctor.
+
+    For a reward model it may be a reward model too, which is then trained on.
+    """
+    policy = recipe.model
+    if isinstance(recipe, TrainingRecipe) and run.resume is None:
+        check_space(recipe, run.directory.path)
+    if policy.init == "random":
+        write_random_policy(policy, run.directory.initial_directory, recipe.seed)
+        policy = policy.model_copy(update={"path": str(run.directory.initial_directory), "init": "pretrained"})
+    tokenizer = load_tokenizer(policy.path, trust_remote_code=policy.trust_remote_code)
+    trained_before = isinstance(recipe, RewardModelRecipe) and is_reward_model(policy)
+    run.progress.note(f"doctor: {verdict(examine(policy, tokenizer, reward_model=trained_before), recipe.model.path)}")
+    return policy, tokenizer
+
+
+def shared_gpus(count: int) -> Any:
+    """A placement group of `count` bundles with a GPU each. Raises UserError where the cluster has not so many free."""
+    import ray
+
+    bundle = {"GPU": 1.0} if torch.cuda.is_available() else {"CPU": LITTLE_CPU}
+    group = ray.util.placement_group([bundle] * count)
+    if not group.wait(PLACEMENT_TIMEOUT_S):
+        raise UserError(
+            f"colocate: {count} GPUs are wanted, one for each learner rank and rollout worker, and Ray has "
+            f"{ray.available_resources().get('GPU', 0):g} free; lower learner.ranks and rollout.workers"
+        )
+    return group
+
+
+def check_adapters_are_served(policy: ModelOptions) -> None:
+    """Raise UserError where vLLM cannot add an adapter to this policy on this machine."""
+    if not torch.cuda.is_available() and model_sizes(empty_model(read_config(policy.path))).is_mixture:
+        raise UserError(
+            f"weights.transport: vLLM adds no adapters to a model with experts ({policy.path}) on a CPU; leave it out, and the workers "
+            "get merged weights"
+        )
+
+
+def weight_sync_of(options: WeightOptions, directory: Path) -> WeightSync:
+    """How new weights go to the workers, as the recipe says; where in files, those of a killed run are removed from `directory`."""
+    bucket_bytes = options.bucket_mb * MIB
+    if options.transport == "object_store":
+        return ObjectStoreSync(bucket_bytes)
+    if options.transport == "broadcast":
+        return BroadcastSync(bucket_bytes)
+    shutil.rmtree(directory, ignore_errors=True)
+    return AdapterSync(directory) if options.transport == "adapter" else DirectorySync(directory, bucket_bytes)
+
+
+@contextmanager
+def scoring_pool(rewards: Sequence[RewardTerm], options: ScoringOptions) -> Iterator[ScoringPool]:
+    """Start what scores trajectories, and end it afterwards. Raises UserError where a reward cannot run here."""
+    mixture = Mixture(rewards, infra_error_limit=options.infra_error_limit)
+    pool = ScoringPool(mixture, workers=options.workers, timeout_s=options.timeout_s, gpus=options.gpus)
+    try:
+        try:
+            pool.wait_until_ready()
+        except RewardError as error:
+            raise UserError(f"rewards: {error}") from None
+        yield pool
+    finally:
+        pool.close()
