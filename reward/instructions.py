@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
+from reward import older_names
 from reward.prose import capital_words, degenerate, punkt_sentences, sentences
 from reward.registry import register
 from reward.types import RewardError, Sample, Score, UnusableAnswer, Verdict
@@ -60,7 +61,7 @@ Check = Callable[[str], bool]
 
 
 @dataclass(frozen=True)
-class Judgement:
+class Checked:
     """What was found in an answer: for each instruction, in order, whether it is met; and why it is degenerate, or ""."""
 
     kinds: tuple[str, ...]
@@ -84,17 +85,17 @@ def instructions(sample: Sample, *, partial: bool = False) -> Score:
     UnusableAnswer where the metadata has no instructions, or one with an argument that is missing, superfluous or odd. Raises
     RewardError where lm_eval is not installed.
     """
-    judgement = judge(sample)
-    if judgement.degenerate:
-        return Score(0.0, Verdict.NO_ANSWER, f"degenerate: {judgement.degenerate}; {_told(judgement)}")
+    checked = check(sample)
+    if checked.degenerate:
+        return Score(0.0, Verdict.NO_ANSWER, f"degenerate: {checked.degenerate}; {_told(checked)}")
     if sample.truncated:
-        return Score(0.0, Verdict.WRONG, f"cut off; {_told(judgement)}")
-    if judgement.passes:
-        return Score(1.0, Verdict.PASS, _told(judgement))
-    return Score(sum(judgement.met) / len(judgement.met) if partial else 0.0, Verdict.WRONG, _told(judgement))
+        return Score(0.0, Verdict.WRONG, f"cut off; {_told(checked)}")
+    if checked.passes:
+        return Score(1.0, Verdict.PASS, _told(checked))
+    return Score(sum(checked.met) / len(checked.met) if partial else 0.0, Verdict.WRONG, _told(checked))
 
 
-def judge(sample: Sample, *, loose: bool = False) -> Judgement:
+def check(sample: Sample, *, loose: bool = False) -> Checked:
     """What the checkers find in a sample's completion. Raises as `instructions` does.
 
     With `loose`, an instruction is met where IFEval's loose criterion finds it met (arXiv:2311.07911, section 2.2): by the
@@ -110,7 +111,7 @@ def judge(sample: Sample, *, loose: bool = False) -> Judgement:
         raise UnusableAnswer(sample.id, str(error)) from error
     kinds = tuple(kind for kind, _ in asked)
     arguments = [args for _, args in asked]
-    return Judgement(kinds, met, degenerate(text, sample.prompt, topic, arguments, can_be_short=OPTIONS in kinds))
+    return Checked(kinds, met, degenerate(text, sample.prompt, topic, arguments, can_be_short=OPTIONS in kinds))
 
 
 def _loose_variants(text: str) -> list[str]:
@@ -234,10 +235,10 @@ def _count_check(kind: str, args: Mapping[str, Any]) -> Check:
     return lambda text: compare(count(text, args), number)
 
 
-def _told(judgement: Judgement) -> str:
+def _told(checked: Checked) -> str:
     return "; ".join(
         f"{kind.partition(':')[2]}: {'yes' if met else 'NO'}"
-        for kind, met in zip(judgement.kinds, judgement.met, strict=True)
+        for kind, met in zip(checked.kinds, checked.met, strict=True)
     )
 
 
@@ -263,3 +264,6 @@ def checkers() -> Mapping[str, Any]:
     langdetect.DetectorFactory.seed = 0
     checkers: Mapping[str, Any] = INSTRUCTION_DICT
     return checkers
+
+
+__getattr__ = older_names.of("instructions")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
@@ -101,14 +102,14 @@ class Mixture:
     def score(self, samples: Sequence[Sample]) -> list[SampleReward]:
         """The rewards of the samples, in their order, unless too many of them could not be judged.
 
-        Raises what `judge` does, and InfrastructureError above `infra_error_limit`.
+        Raises what `score_each` does, and InfrastructureError above `infra_error_limit`.
         """
-        rewards = self.judge(samples)
+        rewards = self.score_each(samples)
         self.refuse_too_many_masked(samples, rewards)
         return rewards
 
-    def judge(self, samples: Sequence[Sample]) -> list[SampleReward]:
-        """The rewards of the samples, in their order.
+    def score_each(self, samples: Sequence[Sample]) -> list[SampleReward]:
+        """The rewards of the samples, in their order, however many could not be scored.
 
         A component that answers INFRA_ERROR, or with a value that is not finite, is asked once more; if it still does, or finds the ground truth
         unusable, and its weight is not 0, then the sample's value is None.
@@ -121,10 +122,15 @@ class Mixture:
         judged: list[list[tuple[RewardTerm, Score]]] = [[] for _ in samples]
         for term in self.terms:
             rows = [row for row, sample in enumerate(samples) if term.applies_to(sample.domain)]
-            scores = _judge(self._rewards[term.name], term.params, [samples[row] for row in rows])
+            scores = _scores(self._rewards[term.name], term.params, [samples[row] for row in rows])
             for row, score in zip(rows, scores, strict=True):
                 judged[row].append((term, score))
         return [_combine(scores) for scores in judged]
+
+    def judge(self, samples: Sequence[Sample]) -> list[SampleReward]:
+        """The older name of `score_each`."""
+        warnings.warn("Mixture.judge is Mixture.score_each now", DeprecationWarning, stacklevel=2)
+        return self.score_each(samples)
 
     def refuse_too_many_masked(self, samples: Sequence[Sample], rewards: Sequence[SampleReward]) -> None:
         """Raise InfrastructureError where more than `infra_error_limit` of the rewards are None; warn of fewer."""
@@ -172,7 +178,7 @@ def _combine(scores: Sequence[tuple[RewardTerm, Score]]) -> SampleReward:
     )
 
 
-def _judge(reward: Reward, params: Mapping[str, Any], samples: Sequence[Sample]) -> list[Score]:
+def _scores(reward: Reward, params: Mapping[str, Any], samples: Sequence[Sample]) -> list[Score]:
     """One score for each sample; those nobody could judge are asked for twice."""
     scores = _call(reward, params, samples)
     failed = [row for row, score in enumerate(scores) if score.verdict is Verdict.INFRA_ERROR]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -19,8 +19,8 @@ MODULES = {
     "conversation": "learned.model",
     "endpoint": "learned.endpoint",
     "final_answer": "math.final_answer",
-    "killable": "isolation.killable",
-    "killable.types": "isolation.killable.types",
+    "killable": "isolation.pool",
+    "killable.types": "isolation.pool",
     "math_answer": "math.answer",
     "math_form": "math.form",
     "math_text": "math.text",
@@ -38,7 +38,13 @@ MODULES = {
 }
 """Modules of this package by their old names."""
 
-NAMES: dict[tuple[str, str], str] = {}
+NAMES = {
+    ("isolation.pool", "Killable"): "WorkerPool",
+    ("isolation.pool", "Limits"): "WorkerLimits",
+    ("isolation.pool", "WorkersUnavailable"): "SandboxFailure",
+    ("instructions", "judge"): "check",
+    ("instructions", "Judgement"): "Checked",
+}
 """What has another name now, by its new module and its old name."""
 
 
@@ -76,6 +82,19 @@ def install() -> None:
     """Make the old modules importable. They are looked for after all others."""
     if not any(isinstance(finder, OldModules) for finder in sys.meta_path):
         sys.meta_path.append(OldModules())
+
+
+def of(module: str) -> Callable[[str], Any]:
+    """A `__getattr__` for the module `reward.<module>`, some of whose names have changed."""
+
+    def forward(name: str) -> Any:
+        new = NAMES.get((module, name))
+        if new is None:
+            raise AttributeError(f"module 'reward.{module}' has no attribute {name!r}")
+        warnings.warn(f"reward.{module}.{name} is {new} now", DeprecationWarning, stacklevel=2)
+        return getattr(sys.modules[f"reward.{module}"], new)
+
+    return forward
 
 
 def attribute(name: str) -> Any:

@@ -31,8 +31,8 @@ class ScoringWorker:
     def make_ready(self) -> None:
         self._mixture.make_ready()
 
-    def judge(self, samples: Sequence[Sample]) -> list[SampleReward]:
-        return self._mixture.judge(samples)
+    def score(self, samples: Sequence[Sample]) -> list[SampleReward]:
+        return self._mixture.score_each(samples)
 
 
 @dataclass(eq=False)
@@ -120,7 +120,7 @@ class ScoringPool:
         return actor.remote(self.mixture)
 
     def _hand_out(self, ticket: Ticket) -> None:
-        ticket.result = self._workers[ticket.worker].judge.remote(ticket.samples)
+        ticket.result = self._workers[ticket.worker].score.remote(ticket.samples)
         ticket.order = self._handed_out
         self._handed_out += 1
         self._waiting[ticket.worker] += 1

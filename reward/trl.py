@@ -34,7 +34,7 @@ class TrlReward:
             _sample(index, prompt, completion, {name: column[index] for name, column in rows.items()})
             for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
         ]
-        rewards = self._mixture.judge(samples)
+        rewards = self._mixture.score_each(samples)
         if reasons := why_masked(samples, rewards):
             self._stop_or_warn(reasons, len(samples), has_answers="answer" in rows)
         self._masked = [*self._masked, *(reward.value is None for reward in rewards)][-RECENT:]
@@ -62,7 +62,7 @@ def trl_reward_func(name: str, /, *, infra_error_limit: float = 0.5, **params: A
 
     TRL does not say which completions were cut off: let it mask them (`mask_truncated_completions`).
 
-    Raises UnknownReward, ParameterError or RewardError here; InfrastructureError, and what `Mixture.judge` raises, when
+    Raises UnknownReward, ParameterError or RewardError here; InfrastructureError, and what `Mixture.score_each` raises, when
     called.
     """
     return TrlReward(name, params, infra_error_limit)

@@ -15,7 +15,7 @@ from align.evaluate.asking import ask
 from align.evaluate.hooks import Metrics, PolicyCheckpoint, register
 from align.tasks.instructions import SIZES, generate
 from reward import RewardError, Sample
-from reward.instructions import checkers, judge
+from reward.instructions import check, checkers
 from rollout import Fleet
 
 
@@ -49,7 +49,7 @@ def instructions(
     for example in examples:
         response = responses[example.id]
         sample = Sample(example.id, example.prompt_text, response.text, None, example.domain, metadata=example.metadata)
-        strict, loose = judge(sample), judge(sample, loose=True)
+        strict, loose = check(sample), check(sample, loose=True)
         for name, found in (("strict", strict), ("loose", loose)):
             scores[f"prompt_{name}"].append(all(found.met))
             scores[f"instruction_{name}"] += found.met

@@ -17,7 +17,7 @@ from align.data.generators import generator
 from align.data.types import Example
 from align.errors import UserError
 from reward import Sample, UnusableAnswer
-from reward.instructions import judge
+from reward.instructions import check
 from rollout import FinishReason
 
 Row = Mapping[str, Any]
@@ -89,7 +89,7 @@ def instruction_rates(rows: Iterable[Row], examples: Iterable[Example]) -> dict[
             continue
         metadata, prompt = example.metadata, example.prompt_text
         try:
-            found = judge(Sample(example.id, prompt, row["completion"], None, example.domain, metadata=metadata))
+            found = check(Sample(example.id, prompt, row["completion"], None, example.domain, metadata=metadata))
         except UnusableAnswer:
             continue
         right = found.passes and row["finish_reason"] != FinishReason.LENGTH

@@ -21,7 +21,7 @@ from align.run.files import read_jsonl_lines
 from align.tasks import instruction_kinds as kinds
 from align.tasks.instruction_kinds import APART, KINDS, POSTSCRIPT, SEEN, UNSEEN
 from reward import Sample
-from reward.instructions import judge
+from reward.instructions import check
 from reward.prose import sentences
 
 SIZES: Mapping[SplitName, int] = {"train": 3000, "validation": 200, "test": 600}
@@ -156,7 +156,7 @@ def answer(said: Sequence[str], topic: str, asked: Sequence[Instruction], sample
     for _ in range(ATTEMPTS):
         text = _draft(said, topic, dict(asked), draw)
         short = len(text) <= MOST_CAPITALS or not text.isupper()
-        if short and judge(Sample(**{**vars(sample), "completion": text})).passes:
+        if short and check(Sample(**{**vars(sample), "completion": text})).passes:
             return text
     return None
 

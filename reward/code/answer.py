@@ -95,9 +95,9 @@ def code_tests(
     # What a score depends on: of samples that are equal in it, as many of a group are, one is run.
     runs = list(zip(sources, keys, strict=True))
     different = dict(zip(runs, samples, strict=True))
-    judge = bound(_score, executor=runner, limits=limits, partial=partial, right=right, wrong=wrong)
+    score = bound(_score, executor=runner, limits=limits, partial=partial, right=right, wrong=wrong)
     with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
-        found = pool.map(lambda run: judge(different[run].id, run[0], tests[run[1]]), different)
+        found = pool.map(lambda run: score(different[run].id, run[0], tests[run[1]]), different)
         scores = dict(zip(different, found, strict=True))
     return [scores[run] for run in runs]
 

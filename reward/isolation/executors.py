@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,7 +20,7 @@ from reward.isolation.types import (
     SandboxFailure,
     SandboxUnavailable,
 )
-from reward.isolation.zygote import Handle, Refused, Zygote, close_all, gather
+from reward.isolation.zygote import Handle, Keeper, Refused, Zygote, close_all, gather, installed
 
 
 class LocalExecutor:
@@ -29,9 +28,7 @@ class LocalExecutor:
 
     def __init__(self, name: str, isolated: bool, packages: Sequence[str] = ()) -> None:
         self.name, self.isolated, self.packages = name, isolated, tuple(packages)
-        self._zygote: Zygote | None = None
-        self._owner = os.getpid()
-        self._lock = threading.Lock()
+        self._keeper = Keeper(self._make_zygote)
 
     def run(self, job: Job, limits: Limits, *, stop: bool = False) -> Execution:
         """See `Executor.run`."""
@@ -55,45 +52,33 @@ class LocalExecutor:
 
     def close(self) -> None:
         """See `Executor.close`."""
-        with self._lock:
-            if self._zygote is not None:
-                if self._owner == os.getpid():
-                    self._zygote.close()
-                else:
-                    self._zygote.abandon()
-            self._zygote = None
+        self._keeper.close()
 
     def zygote(self) -> Zygote:
         """The running zygote. Raises SandboxUnavailable, SandboxFailure, or RewardError for a package."""
-        with self._lock:
-            if self._owner != os.getpid():
-                if self._zygote is not None:
-                    self._zygote.abandon()
-                self._zygote, self._owner = None, os.getpid()
-            if self._zygote is None:
-                try:
-                    self._zygote = Zygote(self.isolated, self.packages)
-                except Refused as refusal:
-                    raise SandboxUnavailable(_named(refusal)) from None
-            return self._zygote
+        return self._keeper.zygote()
+
+    def _make_zygote(self) -> Zygote:
+        try:
+            shown = {"names": self.packages, "paths": installed(self.packages)}
+            return Zygote("isolated" if self.isolated else "unsafe", shown)
+        except Refused as refusal:
+            raise SandboxUnavailable(_named(refusal)) from None
 
     def _start(self, parts: Sequence[tuple[Mapping[str, Any], Sequence[int]]], limits: Limits) -> list[Handle]:
-        """Start a run for each (message, pipes); with a new zygote if the old one has died."""
-        for attempt in (1, 2):
-            zygote, handles = self.zygote(), []
+        """Start a run for each (message, pipes)."""
+
+        def start_all(zygote: Zygote) -> list[Handle]:
+            handles: list[Handle] = []
             try:
                 for message, pipes in parts:
                     handles.append(zygote.start_run(message, limits, pipes))
-                return handles
-            except OSError as error:
+            except OSError:
                 close_all(handles)
-                if attempt == 2:
-                    raise SandboxFailure(f"its zygote takes no run: {error}") from error
-                with self._lock:
-                    if self._zygote is zygote:
-                        zygote.close()
-                        self._zygote = None
-        raise AssertionError("unreachable")
+                raise
+            return handles
+
+        return self._keeper.use(start_all)
 
     def _dialogue(self, job: Dialogue, limits: Limits) -> Execution:
         nonces = secrets.token_hex(16), secrets.token_hex(16)

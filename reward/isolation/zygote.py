@@ -9,18 +9,19 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 from reward.isolation.child import plain
 from reward.isolation.types import Limits, SandboxFailure
 from reward.types import RewardError
 
+T = TypeVar("T")
 START_SECONDS = 60.0
 GRACE_SECONDS = 5.0
 """How long after its deadline a run may take to be gone."""
@@ -37,10 +38,24 @@ class Refused(Exception):  # noqa: N818
         super().__init__(f"{step}: {why}")
 
 
-def python_command(module: str, arguments: Sequence[str] | None = None) -> list[str]:
-    """A Python that sees the standard library and `child` only, running `child.<module>.main`."""
+_ALONE = ("-I", "-S", "-B", "-X", "utf8", "-X", "int_max_str_digits=0")
+"""The options of a Python that sees the standard library and `child` only."""
+_WITH_PACKAGES = ("-P", "-s", "-B", "-W", "ignore")
+
+
+def python_command(module: str, arguments: Sequence[str] | None = None, options: Sequence[str] = _ALONE) -> list[str]:
+    """A Python that runs `child.<module>.main`."""
     boot = _BOOT.format(folder=_FOLDER, module=module, arguments="" if arguments is None else repr(list(arguments)))
-    return [sys.executable, "-I", "-S", "-B", "-X", "utf8", "-X", "int_max_str_digits=0", "-c", boot]
+    return [sys.executable, *options, "-c", boot]
+
+
+def _job_environment() -> dict[str, str]:
+    """All that a job learns of our environment: no keys, no tokens. Forking needs a single thread."""
+    kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL") if name in os.environ}
+    single = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    ours = Path(_FOLDER).parent  # there, types.py would hide the module of the standard library
+    path = os.pathsep.join(entry for entry in sys.path if entry and not Path(entry).resolve().is_relative_to(ours))
+    return {**kept, **single, "PYTHONPATH": path, "PYTHONHASHSEED": "0"}
 
 
 @dataclass
@@ -80,38 +95,44 @@ class Handle:
 class Zygote:
     """The zygote's process. Raises Refused, SandboxFailure where it does not come up, RewardError for a package."""
 
-    def __init__(self, isolated: bool, packages: Sequence[str] = ()) -> None:
-        shown = plain.text({"names": list(packages), "paths": installed(tuple(packages))})
+    def __init__(
+        self, mode: Literal["isolated", "unsafe", "job"], given: Any, *, start_seconds: float = START_SECONDS
+    ) -> None:
+        """`given` is {"names", "paths"} of the packages to show, or the path of the job."""
         self._lock = threading.Lock()
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        mode = "isolated" if isolated else "unsafe"
+        arguments, is_job = [str(theirs.fileno()), mode, plain.text(given)], mode == "job"
         self._process = subprocess.Popen(
-            python_command("zygote", [str(theirs.fileno()), mode, shown]),
+            python_command("zygote", arguments, _WITH_PACKAGES if is_job else _ALONE),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            env={},
+            stderr=subprocess.DEVNULL if is_job else subprocess.PIPE,
+            env=_job_environment() if is_job else {},
             cwd="/",
             pass_fds=[theirs.fileno()],
             start_new_session=True,
         )
         theirs.close()
-        self.seccomp = bool(self._greeting()["seccomp"])
+        greeting = self._greeting(start_seconds)
+        self.seccomp = bool(greeting.get("seccomp"))
 
-    def _greeting(self) -> Mapping[str, Any]:
-        self._channel.settimeout(START_SECONDS)
+    def _greeting(self, seconds: float) -> Mapping[str, Any]:
+        self._channel.settimeout(seconds)
         try:
             message = self._channel.recv(65536)
         except TimeoutError:
             self.close()
-            raise SandboxFailure(f"its zygote did not start within {START_SECONDS:.0f} s") from None
+            raise SandboxFailure(f"its zygote did not start within {seconds:.0f} s") from None
         self._channel.settimeout(None)
         if not message:
             _, said = self._process.communicate()
-            lines = said.decode(errors="replace").strip().splitlines()
+            lines = (said or b"").decode(errors="replace").strip().splitlines()
             self.close()
             raise SandboxFailure(f"its zygote did not start: {lines[-1] if lines else 'it said nothing'}")
         greeting: Mapping[str, Any] = plain.loads(message)
+        if "failed" in greeting:
+            self.close()
+            raise SandboxFailure(greeting["failed"])
         if "missing" in greeting:
             self.close()
             raise Refused(greeting["missing"], greeting["why"])
@@ -127,26 +148,36 @@ class Zygote:
     def pid(self) -> int:
         return self._process.pid
 
+    def start(self, message: Mapping[str, Any], descriptors: Sequence[int]) -> socket.socket:
+        """Have a process forked that gets the message and the descriptors; its supervisor's end of a control socket.
+
+        The supervisor kills the process when the socket is shut, and says how it ended. Raises OSError if the zygote is gone.
+        """
+        control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            with self._lock:
+                socket.send_fds(self._channel, [plain.dumps(message)], [theirs.fileno(), *descriptors])
+        except OSError:
+            control.close()
+            raise
+        finally:
+            theirs.close()
+        return control
+
     def start_run(self, job: Mapping[str, Any], limits: Limits, pipes: Sequence[int] = ()) -> Handle:
         """Start a run of `job`, whose process gets the descriptors `pipes`. Raises OSError if the zygote is gone."""
-        control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         reading, writing = os.pipe()
         content = os.memfd_create("job", os.MFD_CLOEXEC)
         try:
             _write_all(content, plain.dumps(job))
             os.lseek(content, 0, os.SEEK_SET)
-            message = plain.dumps({"limits": asdict(limits)})
-            with self._lock:
-                socket.send_fds(self._channel, [message], [theirs.fileno(), content, writing, *pipes])
+            return Handle(self.start({"limits": asdict(limits)}, [content, writing, *pipes]), reading)
         except OSError:
-            control.close()
             os.close(reading)
             raise
         finally:
-            theirs.close()
             os.close(writing)
             os.close(content)
-        return Handle(control, reading)
 
     def close(self) -> None:
         """Let the zygote end, and wait for it."""
@@ -165,6 +196,52 @@ class Zygote:
         self._process.returncode = 0  # not ours to wait for
         if self._process.stderr is not None:
             self._process.stderr.close()
+
+
+class Keeper:
+    """Keeps a zygote running: started when it is first needed, again when it has died, and anew in a forked process."""
+
+    def __init__(self, make: Callable[[], Zygote]) -> None:
+        self._make = make
+        self._zygote: Zygote | None = None
+        self._owner, self._lock = os.getpid(), threading.Lock()
+
+    def zygote(self) -> Zygote:
+        """The running zygote. Raises what `make` does."""
+        self._leave_to_parent()
+        with self._lock:
+            if self._zygote is None:
+                self._zygote = self._make()
+            return self._zygote
+
+    def use(self, action: Callable[[Zygote], T]) -> T:
+        """What the action makes of the zygote, or of a new one if that has died. Raises SandboxFailure, and as `zygote`."""
+        for attempt in (1, 2):
+            zygote = self.zygote()
+            try:
+                return action(zygote)
+            except OSError as error:
+                if attempt == 2:
+                    raise SandboxFailure(f"its zygote takes no run: {error}") from error
+                with self._lock:
+                    if self._zygote is zygote:
+                        zygote.close()
+                        self._zygote = None
+        raise AssertionError("unreachable")
+
+    def close(self) -> None:
+        """End the zygote. A later use starts another one."""
+        self._leave_to_parent()
+        with self._lock:
+            if self._zygote is not None:
+                self._zygote.close()
+            self._zygote = None
+
+    def _leave_to_parent(self) -> None:
+        if self._owner != os.getpid():
+            if self._zygote is not None:
+                self._zygote.abandon()
+            self._zygote, self._owner, self._lock = None, os.getpid(), threading.Lock()
 
 
 def gather(handles: Sequence[Handle], seconds: float, first: Handle | None = None) -> None:

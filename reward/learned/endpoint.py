@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from reward.learned.model import encode_conversation, judge, read_scale
+from reward.learned.model import encode_conversation, read_scale, score_conversations
 from reward.registry import register
 from reward.types import RewardError, Sample, Score
 
@@ -64,7 +64,7 @@ def reward_endpoint(
             server.ask([encode_conversation(tokenizer, [{"role": "user", "content": "?"}], "!")])
         except _Unanswered as error:
             raise RewardError(f"reward_endpoint: {server.url} cannot be used: {error}") from None
-    return judge(
+    return score_conversations(
         samples,
         tokenizer,
         longest=min(max_length or tokenizer.model_max_length, tokenizer.model_max_length),

@@ -57,7 +57,7 @@ def reward_model(
     Raises RewardError where the checkpoint cannot be used.
     """
     model = _load(path, dtype, device)
-    return judge(
+    return score_conversations(
         samples,
         model.tokenizer,
         longest=min(max_length or model.longest, model.longest),
@@ -66,7 +66,7 @@ def reward_model(
     )
 
 
-def judge(
+def score_conversations(
     samples: Sequence[Sample],
     tokenizer: Any,
     *,

@@ -1,6 +1,6 @@
 r"""Mathematical answers: extracted, compared as text where that is certain, and by math-verify where it takes algebra.
 
-math-verify runs in the worker processes of `reward.isolation.killable`, never here: a tower of powers costs the model its
+math-verify runs in the worker processes of `reward.isolation.pool`, never here: a tower of powers costs the model its
 reward and us half a second. Each ground truth is examined once; one that cannot be used masks its samples, whatever
 they answer.
 """
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from reward.isolation.killable import End, Killable, Limits, Outcome
+from reward.isolation.pool import FAULTS, End, Outcome, WorkerLimits, WorkerPool
 from reward.math.final_answer import normalise, verdict_detail
 from reward.math.form import Form, equal, read
 from reward.math.text import LONGEST_ANSWER, compare, is_evident, stated_answers, takes_back, tidy, unreadable
@@ -30,13 +30,11 @@ _COMMAND = re.compile(r"\\[a-zA-Z]+")
 _ATOM = re.compile(r"[0-9.]+|[a-z]+|-")
 _LETTERS = re.compile(r"[\s{}]|\\(?:text|,|;|quad)")
 
-workers = Killable(Path(__file__).with_name("job.py"), limits=Limits(phase_cpu_s={"gold": 2.0}))
+workers = WorkerPool(Path(__file__).with_name("job.py"), limits=WorkerLimits(phase_cpu_s={"gold": 2.0}))
 """Where math-verify runs; started by the first answer that needs it."""
 
 _golds: OrderedDict[str, str] = OrderedDict()
 """Why a tidied ground truth is unusable, or "" where it is usable."""
-
-_FAULTS = {End.TIMEOUT: Verdict.TIMEOUT, End.MEMORY: Verdict.MEMORY, End.CRASH: Verdict.CRASH}
 
 
 Ask = tuple[str, str | None]
@@ -226,8 +224,8 @@ def _finding(case: _Case, answer: str, outcomes: dict[Ask, Outcome]) -> _Finding
         return _Finding(Verdict.PASS, "", seconds)
     if broken := next((outcome for _, outcome in replies if outcome.end is End.INFRA), None):
         return _Finding(Verdict.INFRA_ERROR, broken.detail, seconds)
-    if fault := next((outcome for _, outcome in replies if outcome.end in _FAULTS), None):
-        return _Finding(_FAULTS[fault.end], fault.detail, seconds)
+    if fault := next((outcome for _, outcome in replies if outcome.end in FAULTS), None):
+        return _Finding(FAULTS[fault.end], fault.detail, seconds)
     values = {value.text for value in case.form.values()}
     for gold, outcome in replies:
         if gold in values and "gold" in outcome.reply:  # read as text only

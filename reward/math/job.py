@@ -1,6 +1,6 @@
-r"""What the killable workers of `reward.math.answer` do: one value of an answer against one of the ground truth.
+r"""What the workers of `reward.math.answer` do: one value of an answer against one of the ground truth.
 
-A job file of `reward.isolation.killable`: it imports nothing of ours and runs only in those workers. LaTeX is read by math-verify's
+A job of `reward.isolation.pool`: it imports nothing of ours and runs only in those workers. LaTeX is read by math-verify's
 parser, so that sympy's parser of Python expressions, which evaluates them, never sees an answer. Letters keep their case
 where an answer has both of one, and nothing is taken for a unit: `5t` is not 5, and R - r not 0.
 
@@ -105,12 +105,12 @@ def warm() -> None:
     """Parses and compares known pairs, which fills the parser's caches. Raises Broken on a wrong answer."""
     logging.disable(logging.CRITICAL)
     for gold, answer, equal in _WARM_UP:
-        if judge({"gold": gold, "answer": answer}, lambda phase: None) != {"equal": equal}:
+        if work({"gold": gold, "answer": answer}, lambda phase: None) != {"equal": equal}:
             raise Broken(f"{gold} and {answer} must{'' if equal else ' not'} be equal")
     _golds.clear()
 
 
-def judge(request: dict[str, str], enter: Callable[[str], None]) -> dict[str, Any]:
+def work(request: dict[str, str], enter: Callable[[str], None]) -> dict[str, Any]:
     """`{"equal": bool}`, or `{"gold": why}` for an unusable ground truth, or `{"unreadable": why}` for the answer.
 
     Without an answer only the ground truth is examined: `{}` if it is usable.

@@ -1,7 +1,7 @@
 r"""Mathematical answers as text: where a completion states its answer, and what can be compared without algebra.
 
 Nothing here evaluates or parses mathematics: regular expressions in linear time, strings, and rational numbers of
-bounded length. `compare` answers only where it is sure, and leaves the rest to the killable workers of
+bounded length. `compare` answers only where it is sure, and leaves the rest to the workers of
 `reward.math.answer`.
 """
 

@@ -1,4 +1,4 @@
-r"""Answers to reasoning_gym tasks, by the task's own scorer, in the worker processes of `reward.isolation.killable`.
+r"""Answers to reasoning_gym tasks, by the task's own scorer, in the worker processes of `reward.isolation.pool`.
 
 The scorers, as read in reasoning_gym 0.1.25, are made for evaluation, not for an optimiser that looks for holes:
 
@@ -21,7 +21,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from reward.isolation.killable import End, Killable, Limits, Outcome
+from reward.isolation.pool import FAULTS, End, Outcome, WorkerLimits, WorkerPool
 from reward.math.final_answer import equal, is_spray, normalise, sole_answer, verdict_detail
 from reward.registry import register
 from reward.types import Sample, Score, UnusableAnswer, Verdict
@@ -75,10 +75,8 @@ LONGEST_ANSWER = 20_000
 """Characters."""
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
-workers = Killable(Path(__file__).with_name("job.py"), limits=Limits(phase_cpu_s={"task": 20.0}), workers=2)
+workers = WorkerPool(Path(__file__).with_name("job.py"), limits=WorkerLimits(phase_cpu_s={"task": 20.0}), workers=2)
 """Where the scorers run; started by the first answer that needs them."""
-
-_FAULTS = {End.TIMEOUT: Verdict.TIMEOUT, End.MEMORY: Verdict.MEMORY, End.CRASH: Verdict.CRASH}
 
 
 @register("reasoning_gym")
@@ -109,7 +107,7 @@ def _score(sample: Sample, answer: str, gold: str, outcome: Outcome) -> Score:
     if outcome.end is not End.DONE:
         if outcome.phase != "answer":
             raise UnusableAnswer(sample.id, f"its task could not be set up: {outcome.detail}")
-        return Score(0.0, _FAULTS[outcome.end], outcome.detail, outcome.seconds)
+        return Score(0.0, FAULTS[outcome.end], outcome.detail, outcome.seconds)
     if "entry" in outcome.reply:
         raise UnusableAnswer(sample.id, str(outcome.reply["entry"])[:200])
     if outcome.reply.get("score") == 1.0:

@@ -1,6 +1,6 @@
-"""What the killable workers of `reward.reasoning_gym.answer` do: answers to a task, through the task's own scorer.
+"""What the workers of `reward.reasoning_gym.answer` do: answers to a task, through the task's own scorer.
 
-A job file of `reward.isolation.killable`: it imports nothing of ours and runs only in those workers.
+A job of `reward.isolation.pool`: it imports nothing of ours and runs only in those workers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def warm() -> None:
         raise ValueError("the scorer of chain_sum does not tell 5 from 6")
 
 
-def judge(request: dict[str, Any], enter: Callable[[str], None]) -> dict[str, Any]:
+def work(request: dict[str, Any], enter: Callable[[str], None]) -> dict[str, Any]:
     """`{"score": the best of the answers', "why": text}`, or `{"entry": why}` where the entry cannot be used."""
     enter("task")
     if request["task"] not in DATASETS:

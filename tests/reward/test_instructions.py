@@ -13,7 +13,7 @@ import pytest
 
 from reward import Mixture, RewardTerm, Sample, Score, UnusableAnswer, Verdict, get
 from reward.instructions import _COUNTS as COUNTED
-from reward.instructions import JSON, PARAGRAPH, SENTENCES, checkers, instructions, judge
+from reward.instructions import JSON, PARAGRAPH, SENTENCES, check, checkers, instructions
 
 PARROTS = "Parrots are clever birds that can copy the words which people say. They live for many years in warm forests."
 REQUEST = "Tell me something interesting about parrots. Use no commas."
@@ -138,7 +138,7 @@ def test_an_answer_that_was_cut_off_gets_nothing() -> None:
 
 @pytest.mark.parametrize("ending", ["parrot", "Parrots", "PARROTS"])
 def test_the_topic_may_be_inflected(ending: str) -> None:
-    assert judge(sample(f"It is a bird that can talk to you if you ask a {ending}")).degenerate == ""
+    assert check(sample(f"It is a bird that can talk to you if you ask a {ending}")).degenerate == ""
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ def test_what_is_missing_is_not_drawn() -> None:
     for seed in range(20):
         random.seed(seed)
         with pytest.raises(UnusableAnswer, match="needs the arguments"):
-            judge(Sample("1", REQUEST, PARROTS, None, metadata=asks("length_constraints:number_words", num_words=None)))
+            check(Sample("1", REQUEST, PARROTS, None, metadata=asks("length_constraints:number_words", num_words=None)))
 
 
 def test_rows_are_read_as_ifeval_and_open_instruct_publish_them() -> None:
@@ -233,7 +233,7 @@ def test_rows_are_read_as_ifeval_and_open_instruct_publish_them() -> None:
             )
         },
     ):
-        found = judge(Sample("1", REQUEST, PARROTS, None, metadata=metadata))
+        found = check(Sample("1", REQUEST, PARROTS, None, metadata=metadata))
         assert (found.kinds, found.met, found.degenerate) == (tuple(kinds), (True, True, False), "")
 
 
@@ -254,13 +254,13 @@ def test_json_that_is_nested_too_deeply_is_the_answers_fault() -> None:
     ],
 )
 def test_the_loose_criterion_forgives_the_first_and_the_last_line(text: str, strict: bool, loose: bool) -> None:
-    assert (judge(sample(text)).met, judge(sample(text), loose=True).met) == ((strict,), (loose,))
+    assert (check(sample(text)).met, check(sample(text), loose=True).met) == ((strict,), (loose,))
 
 
 def test_the_loose_criterion_forgives_emphasis() -> None:
     asked = ("startend:quotation", {})
-    assert judge(sample('**"A b c"**', asked)).met == (False,)
-    assert judge(sample('**"A b c"**', asked), loose=True).met == (True,)
+    assert check(sample('**"A b c"**', asked)).met == (False,)
+    assert check(sample('**"A b c"**', asked), loose=True).met == (True,)
 
 
 PUBLISHED = next(
@@ -272,7 +272,7 @@ PUBLISHED = next(
 def test_published_answers_have_their_published_verdicts_and_hardly_one_is_degenerate() -> None:
     assert PUBLISHED is not None
     rows = [json.loads(line) for line in PUBLISHED.open()]
-    found = [judge(Sample(str(row["key"]), row["prompt"], row["response"], None, metadata=row)) for row in rows]
+    found = [check(Sample(str(row["key"]), row["prompt"], row["response"], None, metadata=row)) for row in rows]
     assert [list(one.met) for one in found] == [row["follow_instruction_list"] for row in rows]
     refused = [one.degenerate for one in found if all(one.met) and one.degenerate]
     assert len(refused) <= 0.01 * sum(all(one.met) for one in found), refused
@@ -290,13 +290,13 @@ def test_the_loose_criterion_is_the_published_one() -> None:
         theirs = utils.InputExample(row["key"], row["instruction_id_list"], row["prompt"], row["kwargs"])
         expected = utils.test_instruction_following_loose(theirs, row["response"]).follow_instruction_list
         sample = Sample(str(row["key"]), row["prompt"], row["response"], None, metadata=row)
-        assert list(judge(sample, loose=True).met) == expected
+        assert list(check(sample, loose=True).met) == expected
     assert len(plain) > 200
 
 
 def test_the_same_answer_is_always_judged_the_same() -> None:
     short = sample("parrots wir sind les oiseaux and they can be in the woods", ("change_case:english_lowercase", {}))
-    assert len({judge(short).met for _ in range(50)}) == 1
+    assert len({check(short).met for _ in range(50)}) == 1
 
 
 def test_nothing_is_fetched_and_the_environment_stays_as_it_is() -> None:

@@ -65,6 +65,15 @@ def test_a_submodule_does_not_hide_the_function_of_its_name() -> None:
     assert importlib.import_module("reward.sandbox").check is check
 
 
+def test_names_that_changed_where_they_are_are_found_too() -> None:
+    with pytest.warns(DeprecationWarning, match="instructions.judge is check now"):
+        assert reward.instructions.judge is reward.instructions.check
+    with pytest.warns(DeprecationWarning, match="judge is Mixture.score_each now"):
+        reward.Mixture([reward.RewardTerm(name="repetition")]).judge([])
+    with pytest.raises(AttributeError, match=r"'reward\.instructions' has no attribute 'jugde'"):
+        reward.instructions.jugde  # noqa: B018
+
+
 def test_the_ground_truth_of_a_sample_is_still_its_answer() -> None:
     with pytest.warns(DeprecationWarning, match=r"Sample\(answer=...\) is Sample\(ground_truth=...\) now"):
         sample = reward.Sample(id="1", prompt="?", completion="", answer="4")

@@ -70,8 +70,13 @@ def _limit_resources(limits: Mapping[str, float]) -> None:
         ("MSGQUEUE", 0, 0),
         ("STACK", STACK, None),  # a program may raise it as far as the user may: its memory bounds it
     ):
-        which = getattr(resource, f"RLIMIT_{name}", None)
-        if which is not None:
-            _, ceiling = resource.getrlimit(which)
-            most = sys.maxsize if ceiling == resource.RLIM_INFINITY else ceiling
-            resource.setrlimit(which, (min(soft, most), ceiling if hard is None else min(hard, most)))
+        limit(name, soft, hard)
+
+
+def limit(name: str, soft: int, hard: int | None) -> None:
+    """Bind the calling process to the limit `RLIMIT_<name>`, where this machine has it; without `hard` that stays."""
+    which = getattr(resource, f"RLIMIT_{name}", None)
+    if which is not None:
+        _, ceiling = resource.getrlimit(which)
+        most = sys.maxsize if ceiling == resource.RLIM_INFINITY else ceiling
+        resource.setrlimit(which, (min(soft, most), ceiling if hard is None else min(hard, most)))

@@ -10,7 +10,6 @@ import os
 import select
 import signal
 import socket
-import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
@@ -31,11 +30,11 @@ def enter_namespaces(proc: int) -> None:
 
 
 def supervise(
-    control: socket.socket, message: Mapping[str, Any], enter: Callable[[], None], start: Callable[[], None]
+    control: socket.socket, seconds: float | None, enter: Callable[[], None], start: Callable[[], None]
 ) -> None:
     """Run `start` as process 1 and tell `control` how that ended: {"exit": status} or {"failed": reason}.
 
-    The run is killed after `message["limits"]["total_seconds"]`, and as soon as the other end of `control` closes.
+    The run is killed after so many seconds, if any, and as soon as the other end of `control` closes.
     """
     try:
         enter()
@@ -45,8 +44,7 @@ def supervise(
         return
     if first == 0:
         _become_first(control, start)
-    deadline = time.monotonic() + float(message["limits"]["total_seconds"])
-    _wait(first, control, deadline)
+    _wait(first, control, seconds)
     _, status = os.waitpid(first, 0)
     _tell(control, {"exit": os.waitstatus_to_exitcode(status)})
 
@@ -65,13 +63,12 @@ def _become_first(control: socket.socket, start: Callable[[], None]) -> None:
     os._exit(0)
 
 
-def _wait(first: int, control: socket.socket, deadline: float) -> None:
+def _wait(first: int, control: socket.socket, seconds: float | None) -> None:
     ended = os.pidfd_open(first)
     watched = select.poll()
     watched.register(ended, select.POLLIN)
     watched.register(control, select.POLLIN)
-    remaining = max(0.0, deadline - time.monotonic())
-    happened = watched.poll(remaining * 1000)
+    happened = watched.poll(None if seconds is None else seconds * 1000)
     if not any(number == ended for number, _ in happened):
         os.kill(first, signal.SIGKILL)
     os.close(ended)

@@ -15,11 +15,12 @@ import signal
 import site
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.machinery import ModuleSpec, PathFinder
 from typing import Any
 
-from . import case, init, kernel, plain, root, seccomp, supervisor
+from . import case, init, kernel, plain, root, seccomp, supervisor, worker
 
 # What candidates use most. Each import saved is milliseconds for every case.
 PRELOADED = [
@@ -58,12 +59,15 @@ PRELOADED = [
 _SLOW_OR_SHOWN = ("_tkinter", "_curses", "_test", "xx", "_ctypes_test", "readline", "_xxtest")
 _POLL_MS = 2000
 
+Start = Callable[[Mapping[str, Any], Sequence[int]], None]
+"""Be the supervisor of a process that gets a message and descriptors, the first of which is the control socket."""
+
 
 def main(arguments: Sequence[str]) -> None:
     """Serve runs over the socket of the given descriptor until its other end is closed.
 
-    Arguments: the descriptor, "isolated" or "unsafe", and JSON of the packages to show: {"names", "paths"}. The first
-    message out is {"ready": …}, {"missing", "why"} or {"package", "why"}.
+    Arguments: the descriptor, "isolated" or "unsafe" or "job", and JSON of the packages to show, {"names", "paths"}, or of
+    the job's path. The first message out is {"ready": …}, {"missing", "why"}, {"package", "why"} or {"failed"}.
     """
     try:
         _launch(arguments)
@@ -80,13 +84,38 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _launch(arguments: Sequence[str]) -> None:
-    channel = socket.socket(fileno=int(arguments[0]))
-    isolated = arguments[1] != "unsafe"
-    packages = plain.loads(arguments[2])
-    os.environ.clear()
+    channel, mode, given = socket.socket(fileno=int(arguments[0])), arguments[1], plain.loads(arguments[2])
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     parent = os.getppid()
+    start = _with_job(channel, given) if mode == "job" else _with_packages(channel, given, mode != "unsafe")
+    if start is not None:
+        gc.collect()
+        gc.freeze()
+        _serve(channel, parent, start)
+
+
+def _with_job(channel: socket.socket, path: str) -> Start | None:
+    """What starts a worker for a job."""
+    try:
+        job = worker.load(path)
+    except BaseException as error:
+        channel.send(plain.dumps({"failed": f"{os.path.basename(path)}: {type(error).__name__}: {error}"[:2000]}))
+        return None
+    gc.set_threshold(50_000, 20, 100)  # parsers and algebra make many short-lived objects
+    channel.send(plain.dumps({"ready": True}))
+
+    def start(message: Mapping[str, Any], numbers: Sequence[int]) -> None:
+        control, connection = socket.socket(fileno=numbers[0]), numbers[1]
+        supervisor.supervise(
+            control, None, lambda: None, lambda: worker.serve(job, connection, message["memory_bytes"])
+        )
+
+    return start
+
+
+def _with_packages(channel: socket.socket, packages: Mapping[str, Any], isolated: bool) -> Start | None:
+    """What starts a run of a candidate's program."""
+    os.environ.clear()
     _preload()
     kernel.one_malloc_arena()
     lines = b"" if seccomp.unavailable() else seccomp.program()
@@ -94,7 +123,7 @@ def _launch(arguments: Sequence[str]) -> None:
     for name in packages["names"]:
         if why := _unusable(name, packages["paths"], proc):
             channel.send(plain.dumps({"package": name, "why": why}))
-            return
+            return None
     work_folder = root.work_folder(packages["paths"])
     step = "root"
     try:
@@ -104,11 +133,9 @@ def _launch(arguments: Sequence[str]) -> None:
             _try_once(proc, work_folder)
     except OSError as error:
         channel.send(plain.dumps({"missing": step, "why": str(error)}))
-        return
+        return None
     channel.send(plain.dumps({"ready": True, "seccomp": bool(lines)}))
-    gc.collect()
-    gc.freeze()
-    _serve(channel, parent, _Setting(isolated, proc, lines, work_folder))
+    return partial(_run, _Setting(isolated, proc, lines, work_folder))
 
 
 class _Setting:
@@ -122,7 +149,9 @@ class _Setting:
             supervisor.enter_namespaces(self.proc)
 
 
-def _serve(channel: socket.socket, parent: int, setting: _Setting) -> None:
+def _serve(channel: socket.socket, parent: int, start: Start) -> None:
+    """Fork a supervisor for each message, until the other end of the channel closes or the parent is gone."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     watched = select.poll()
     watched.register(channel, select.POLLIN)
     while True:
@@ -136,7 +165,8 @@ def _serve(channel: socket.socket, parent: int, setting: _Setting) -> None:
         if os.fork() == 0:
             try:
                 channel.close()
-                _run(plain.loads(message), numbers, setting)
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                start(plain.loads(message), numbers)
             except init.Begin:
                 raise
             except BaseException:
@@ -146,24 +176,23 @@ def _serve(channel: socket.socket, parent: int, setting: _Setting) -> None:
             os.close(number)
 
 
-def _run(message: Mapping[str, Any], numbers: Sequence[int], setting: _Setting) -> None:
+def _run(setting: _Setting, message: Mapping[str, Any], numbers: Sequence[int]) -> None:
     """Be the supervisor of one run. The descriptors: control, job, report, and the pipes of a dialogue."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     control_number, job, report, *pipes = numbers
     control = socket.socket(fileno=control_number)
+    limits = message["limits"]
 
     def start() -> None:
         os.close(setting.proc)
         init.forget_modules()
-        common = message["limits"], pipes, setting.lines, setting.isolated, setting.work_folder
+        common = limits, pipes, setting.lines, setting.isolated, setting.work_folder
         init.main(job, report, lambda content: init.Run(content, *common))
 
-    supervisor.supervise(control, message, setting.enter, start)
+    supervisor.supervise(control, limits["total_seconds"], setting.enter, start)
 
 
 def _try_once(proc: int, work_folder: str) -> None:
     """Enter the namespaces of a run in a child, so that a refusal comes before the first run. Raises OSError."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -178,7 +207,6 @@ def _try_once(proc: int, work_folder: str) -> None:
     with open(reading, "rb") as file:
         reason = file.read().decode()
     os.waitpid(child, 0)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     if reason:
         raise OSError(reason)
 

@@ -14,7 +14,7 @@ from align.tasks import instruction_kinds as lists
 from align.tasks.instruction_kinds import APART, KINDS, SEEN, UNSEEN
 from align.tasks.instructions import MOST_CAPITALS, SIZES, generate, plain_requests, whole_sentences
 from reward import Sample
-from reward.instructions import judge
+from reward.instructions import check
 from reward.prose import degenerate
 
 SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
@@ -83,7 +83,7 @@ def test_every_request_shows_what_is_asked_and_can_be_judged(examples: dict[Spli
         assert all(one["text"] in example.prompt_text for one in example.metadata["instructions"])
         assert any(word in example.prompt_text for word in example.metadata["topic"])
         sample = Sample("1", example.prompt_text, "Nothing.", None, example.domain, metadata=example.metadata)
-        assert judge(sample).degenerate
+        assert check(sample).degenerate
 
 
 def test_the_request_itself_is_a_degenerate_answer(examples: dict[SplitName, list[Example]]) -> None:
@@ -118,7 +118,7 @@ def shown(answers: Path) -> list[Example]:
 
 def follows(example: Example) -> bool:
     assert example.response is not None
-    return judge(
+    return check(
         Sample("1", example.prompt_text, example.response, None, example.domain, metadata=example.metadata)
     ).passes
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reward import Sample, Score, Verdict
-from reward.isolation.killable import Killable, Limits
+from reward.isolation.pool import WorkerLimits, WorkerPool
 from reward.math import answer as module
 from reward.math.answer import math_answer
 from reward.math.text import compare, number, stated_answers, tidy
@@ -44,7 +44,7 @@ def broken_workers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[
     def replace(source: str, **limits: Any) -> None:
         job = tmp_path / "job.py"
         job.write_text(source)
-        monkeypatch.setattr(module, "workers", Killable(job, workers=1, limits=Limits(**limits)))
+        monkeypatch.setattr(module, "workers", WorkerPool(job, workers=1, limits=WorkerLimits(**limits)))
 
     monkeypatch.setattr(module, "_golds", type(module._golds)())
     yield replace
@@ -215,9 +215,9 @@ WARM = "def warm():\n    pass\n"
     ("source", "detail"),
     [
         ("import no_such_package", "no_such_package"),
-        (WARM + "def judge(request, enter):\n    raise RuntimeError", "RuntimeError"),
-        (WARM + "import os\ndef judge(request, enter):\n    enter('answer')\n    os._exit(1)", "code 1"),
-        (WARM + "import time\ndef judge(request, enter):\n    enter('answer')\n    time.sleep(9)", "processor time"),
+        (WARM + "def work(request, enter):\n    raise RuntimeError", "RuntimeError"),
+        (WARM + "import os\ndef work(request, enter):\n    enter('answer')\n    os._exit(1)", "code 1"),
+        (WARM + "import time\ndef work(request, enter):\n    enter('answer')\n    time.sleep(9)", "processor time"),
     ],
     ids=["no math-verify", "a bug in the job", "a worker that dies", "a worker that sleeps"],
 )
@@ -241,7 +241,7 @@ def test_a_fault_of_ours_is_never_a_reward(broken_workers: Any, source: str, det
     ],
 )
 def test_a_fault_of_the_answer_is_the_models(broken_workers: Any, body: str, verdict: Verdict) -> None:
-    broken_workers(WARM + f"def judge(request, enter):\n    enter('answer')\n    {body}", cpu_s=0.2)
+    broken_workers(WARM + f"def work(request, enter):\n    enter('answer')\n    {body}", cpu_s=0.2)
     score = judged(r"\boxed{2\sqrt{3}}", r"\sqrt{12}", wrong=-1.0)
     assert (score.verdict, score.value) == (verdict, -1.0)
 
@@ -250,7 +250,7 @@ def test_a_verifier_that_knows_no_mathematics_any_more_never_starts(tmp_path: Pa
     source = Path(module.__file__).with_name("job.py").read_text()
     job = tmp_path / "job.py"
     job.write_text(source.replace("return verify(", "return not verify("))
-    outcome = Killable(job).run([{"gold": "1", "answer": "1"}])[0]
+    outcome = WorkerPool(job).run([{"gold": "1", "answer": "1"}])[0]
     assert "Broken" in outcome.detail
 
 

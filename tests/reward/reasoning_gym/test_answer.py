@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from reward import Mixture, RewardTerm, Sample, UnusableAnswer, Verdict, normalise
-from reward.isolation.killable import End, Outcome
+from reward.isolation.pool import End, Outcome
 from reward.reasoning_gym import answer as module
 from reward.reasoning_gym.answer import EXACT_TASKS, REFUSED_TASKS, reasoning_gym_answer
 
