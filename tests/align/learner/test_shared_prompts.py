@@ -182,7 +182,7 @@ def test_micro_batches_hold_every_sequence_once_within_the_budget(
 def test_a_group_stays_together_unless_its_lengths_are_far_apart() -> None:
     prompt = list(range(40))
     lengths = [10, 11, 12, 100, 101, 102]
-    sequences = [TrainingSequence.of_completion([*prompt, *[1] * n], 40, 1.0) for n in lengths]
+    sequences = [TrainingSequence.of_completion([*prompt, *[1] * n], 40, 1.0, group=0) for n in lengths]
     order, padded = rows_after_prompts(sequences)
     (micro_batches,) = plan_micro_batches(order, padded, 400, 1)
     assert sorted(sorted(m) for m in micro_batches) == [[0, 1, 2], [3, 4, 5]]
