@@ -46,6 +46,8 @@ from rollout.worker import environment
 ROOT = Path(__file__).resolve().parent.parent
 NANO = ROOT / "recipes/nano/policy"
 OUT = Path(os.environ.get("OUT", ROOT / "runs/gpu_check"))
+# Where models and runs are kept for the sections to share: on a machine with a GPU in memory, 24 GB of it.
+WORK = Path(os.environ.get("GPU_CHECK_WORK", "/dev/shm/gpu_check" if torch.cuda.is_available() else OUT / "work"))
 PEAK_FLOPS = 989e12  # dense bfloat16 of an H100 SXM, by its data sheet
 # For a machine without a network: where processes meet, and that no hub is asked.
 ENVIRONMENT = {"VLLM_HOST_IP": "127.0.0.1", "HF_HUB_OFFLINE": "1", "NO_COLOR": "1"}
@@ -84,10 +86,12 @@ def timed(what: str, **values: Any) -> Iterator[dict[str, Any]]:
     began = time.perf_counter()
     yield values
     synchronize()
-    seconds = time.perf_counter() - began
-    rates = {f"{k}_per_second": round(v / seconds, 1) for k, v in values.items() if k.endswith("_tokens")}
-    rates |= {f"{k}_gb_per_second": v / seconds / 1e9 for k, v in values.items() if k.endswith("_bytes")}
-    values |= {"seconds": seconds} | rates
+    values["seconds"] = seconds = time.perf_counter() - began
+    for name, amount in list(values.items()):
+        if name.endswith("_tokens"):
+            values[f"{name}_per_second"] = round(amount / seconds, 1)
+        elif name.endswith("_bytes"):
+            values["gb_per_second"] = amount / seconds / 1e9
     emit(what, **values)
 
 
@@ -104,15 +108,6 @@ def memory() -> dict[str, float]:
 # Models, and what is sampled from them.
 
 
-def scratch() -> Path:
-    """Where models and runs are kept for the sections to share: in memory where it has 24 GB."""
-    shared = Path("/dev/shm")
-    roomy = not TINY and shared.is_dir() and shutil.disk_usage(shared).free > 24e9
-    directory = Path(os.environ.get("GPU_CHECK_WORK", (shared if roomy else OUT) / "gpu_check"))
-    directory.mkdir(parents=True, exist_ok=True)
-    return directory
-
-
 def lite_config(layers: int) -> dict[str, Any]:
     """The configuration of V2-Lite with so many layers; of the nano policy where all is tiny."""
     config = read_config(str(NANO) if TINY else "deepseek-ai/DeepSeek-V2-Lite")
@@ -121,7 +116,7 @@ def lite_config(layers: int) -> dict[str, Any]:
 
 def empty_directory(name: str, config: dict[str, Any]) -> Path:
     """A model directory without weights: a configuration, and the nano policy's tokenizer."""
-    directory = scratch() / name
+    directory = WORK / name
     shutil.copytree(NANO, directory, dirs_exist_ok=True)
     (directory / "config.json").write_text(json.dumps(config))
     return directory
@@ -142,7 +137,7 @@ def random_model(directory: Path, seed: int) -> Any:
 
 def lite_directory(seed: int = 0) -> Path:
     """Four layers of V2-Lite with weights drawn from `seed`, written once for all sections."""
-    directory = scratch() / f"lite-{seed}"
+    directory = WORK / f"lite-{seed}"
     if not (directory / "written").exists():
         empty_directory(directory.name, lite_config(LAYERS))
         with timed("model made", seed=seed) as values:
@@ -175,7 +170,7 @@ def new_engine(directory: Path, *, sleeps: bool = False, changed: dict[str, Any]
     return engine
 
 
-def backends(engine: Any) -> dict[str, str]:
+def backends(engine: sampler.Engine) -> dict[str, str]:
     """The kernels that vLLM chose, found in its model; they decide what the other numbers mean."""
     try:
         runner = engine._llm.llm_engine.model_executor.driver_worker.worker.model_runner
@@ -218,14 +213,14 @@ def emit_equal(what: str, one: Sequence[Trajectory], other: Sequence[Trajectory]
 
 def kept_samples() -> list[Trajectory]:
     """What section b sampled; where it did not run, it runs first, in a process of its own."""
-    file = scratch() / "samples.pickle"
+    file = WORK / "samples.pickle"
     if not file.exists():
         subprocess.run([sys.executable, __file__, "b", "--child", *(["--tiny"] if TINY else [])], check=True)
     found: list[Trajectory] = pickle.loads(file.read_bytes())
     return found
 
 
-def training_sequences(trajectories: Sequence[Trajectory]) -> list[Any]:
+def training_sequences(trajectories: Sequence[Trajectory]) -> list[TrainingSequence]:
     """The completions as the learner takes them, with advantages of 1 and -1."""
     weight = 1 / sum(len(t.token_ids) for t in trajectories)
     return [training_sequence(t, weight, 1.0 if i % 2 else -1.0) for i, t in enumerate(trajectories)]
@@ -282,7 +277,7 @@ class CheckpointWeights(BucketSource):
 def machine() -> None:
     """a: versions, imports, the kernels that vLLM brings, the rates of the card"""
     packages = "numpy torch triton transformers peft accelerate ray deepspeed pydantic datasets math_verify vllm"
-    ours = "align.cli align.learner.worker align.stages.grpo rollout.engine reward"
+    ours = "align.cli align.learner.policy align.stages.grpo rollout.engine reward"
     of_vllm = "v1.worker.gpu.model_runner v1.worker.gpu_worker model_executor.models.deepseek_v2 device_allocator.cumem"
     of_vllm += " v1.attention.backends.mla.flashattn_mla v1.attention.backends.flash_attn"
     on_gpu = [] if TINY else [f"vllm.{name}" for name in of_vllm.split()]
@@ -291,6 +286,8 @@ def machine() -> None:
             try:
                 values["version"] = getattr(importlib.import_module(name), "__version__", None)
             except Exception as error:
+                if name in ours.split():
+                    raise
                 values["error"] = repr(error)[:400]
     if GPU:
         card = torch.cuda.get_device_properties(0)
@@ -349,7 +346,7 @@ def sampling() -> None:
     engine = new_engine(lite_directory())
     sample(engine, "first batch (kernels are compiled)", seed=1)
     found = sample(engine, "batch, eager")
-    (scratch() / "samples.pickle").write_bytes(pickle.dumps(found))
+    (WORK / "samples.pickle").write_bytes(pickle.dumps(found))
     emit_equal("the same batch again", found, sample(engine, "the same batch"))
     emit("memory at the end", **memory())
 
@@ -420,7 +417,7 @@ def training() -> None:
     directory = lite_directory()
     learner = new_learner(directory)
     flops = 6 * emit_plan(learner, directory, *WHOLE)
-    if (scratch() / "samples.pickle").exists():
+    if (WORK / "samples.pickle").exists():
         train(learner, "GRPO on b's samples", training_sequences(kept_samples()), flops, LossOptions())
     for turn in range(4):
         train(learner, f"SFT step {turn}", sft_sequences(*WHOLE, turn), flops)
@@ -450,7 +447,7 @@ def lora() -> None:
     train(learner, "LoRA step after rest", sft_sequences(*ADAPTED, 2), flops)
 
 
-def new_learner(directory: Path, **options: Any) -> Any:
+def new_learner(directory: Path, **options: Any) -> policy.LearnerWorker:
     """A learner rank in this process, alone and without Ray."""
     threads = os.cpu_count() or 1
     os.environ |= rank.environment(0, 1, threads)
@@ -465,7 +462,7 @@ def new_learner(directory: Path, **options: Any) -> Any:
     return learner
 
 
-def emit_plan(learner: Any, directory: Path, count: int, length: int) -> int:
+def emit_plan(learner: policy.LearnerWorker, directory: Path, count: int, length: int) -> int:
     """Emit what `align plan` foresees for this rank. Returns the parameters that a token is multiplied with."""
     sizes = model_sizes(empty_model(read_config(str(directory))))
     trained = sum(p.numel() for p in learner._network.parameters() if p.requires_grad)
@@ -476,14 +473,20 @@ def emit_plan(learner: Any, directory: Path, count: int, length: int) -> int:
     return sizes.active
 
 
-def sft_sequences(count: int, length: int, seed: int) -> list[Any]:
+def sft_sequences(count: int, length: int, seed: int) -> list[TrainingSequence]:
     """Random conversations of `length` tokens, the first 32 of them a prompt."""
     drawn, vocabulary = random.Random(seed), lite_config(LAYERS)["vocab_size"]
     rows = ([drawn.randrange(2, vocabulary) for _ in range(length)] for _ in range(count))
     return [TrainingSequence.of_completion(row, 32, 1 / (count * (length - 32))) for row in rows]
 
 
-def train(learner: Any, what: str, sequences: Sequence[Any], flops: float, grpo: LossOptions | None = None) -> None:
+def train(
+    learner: policy.LearnerWorker,
+    what: str,
+    sequences: Sequence[TrainingSequence],
+    flops: float,
+    grpo: LossOptions | None = None,
+) -> None:
     """One update. `flops` are of a token; `mfu` is the share of the card's peak that they come to."""
     lengths = [len(s.token_ids) for s in sequences]
     plan = plan_micro_batches(*whole_rows(lengths), learner._options.micro_batch_tokens, 1)
@@ -503,7 +506,7 @@ def train(learner: Any, what: str, sequences: Sequence[Any], flops: float, grpo:
     emit(f"{what}: memory", **memory())
 
 
-def send_and_rest(learner: Any) -> None:
+def send_and_rest(learner: policy.LearnerWorker) -> None:
     """Twice each: give out the weights for the sampler, leave the GPU and come back."""
     for turn in (1, 2):
         with timed("publish", turn=turn) as values:
@@ -548,7 +551,7 @@ def lite_run() -> None:
 
 def run_align(stage: str, *overrides: str) -> Path:
     """Run a nano recipe and emit its last metrics. Raises RuntimeError where it fails."""
-    directory = scratch() / "runs" / f"{section_name}-{stage}"
+    directory = WORK / "runs" / f"{section_name}-{stage}"
     shutil.rmtree(directory, ignore_errors=True)
     recipe = ROOT / f"recipes/nano/{stage}.yaml"
     command = [sys.executable, "-m", "align.cli", stage, str(recipe), f"run.dir={directory}", *overrides]
@@ -584,7 +587,8 @@ NEEDS_GPU = {"h": "needs a GPU: CUDA graphs"}
 def main() -> int:
     """Run the sections that were asked for. Returns how many failed."""
     options = arguments()
-    OUT.mkdir(parents=True, exist_ok=True)
+    for directory in (OUT, WORK):
+        directory.mkdir(parents=True, exist_ok=True)
     if options.child:
         return child(options.sections[0])
     for name, value in ENVIRONMENT.items():
