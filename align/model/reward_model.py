@@ -1,4 +1,4 @@
-"""Building and loading reward models: a policy whose language model head gave way to a single number."""
+"""Building and loading reward models: a policy whose language model head is replaced by one that gives a single number."""
 
 import hashlib
 import json
@@ -126,7 +126,7 @@ def tokenizer_hash(tokenizer: Any) -> str:
 
 @contextmanager
 def _no_load_report() -> Iterator[None]:
-    """Keep what transformers says of the exchanged head off the terminal: it is meant to be missing."""
+    """Silence transformers' report of missing weights: those of the new head are meant to be missing."""
     log = logging.getLogger("transformers")
     before = log.level
     log.setLevel(logging.ERROR)

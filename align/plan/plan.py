@@ -113,7 +113,7 @@ def work_of(roles: Roles, sizes: ModelSizes, element: int) -> Work:
 
 
 def demands(recipe: Roles, roles: Sequence[Role]) -> list[Demand]:
-    """What wants a place, in the order in which it is given one: colocated, a worker and a rank have a GPU together."""
+    """What needs GPUs, in the order of placement; a colocated worker and rank need one GPU together."""
     separate = [Demand(role.name, role.count, role.gpus) for role in roles]
     if not recipe.colocated:
         return separate
@@ -163,7 +163,7 @@ def scoring_role(work: Work, cluster: Cluster) -> Role | None:
 
 
 def too_few(recipe: Roles, roles: Sequence[Role], unplaced: Sequence[str], cluster: Cluster) -> list[str]:
-    """What has no GPU to be on."""
+    """The processes that get no GPU, and what to change."""
     if not unplaced:
         return []
     if recipe.colocated:
@@ -193,7 +193,7 @@ def too_few(recipe: Roles, roles: Sequence[Role], unplaced: Sequence[str], clust
 
 
 def too_much_to_learn(training: Training, role: Role, cluster: Cluster) -> list[str]:
-    """A learner rank that does not fit its GPU, and the first change that helps."""
+    """A learner rank that does not fit its GPU, and the smallest change that helps."""
     if role.total <= role.limit:
         return []
     largest = max(role.parts, key=lambda name: role.parts[name])

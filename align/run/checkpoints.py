@@ -1,6 +1,6 @@
-"""Training checkpoints on disk: each is whole or absent, and what it holds is proved before anybody reads it.
+"""Training checkpoints on disk: each is complete or absent, and is verified against its SHA-256 before it is read.
 
-A checkpoint is a directory `step_00050` whose manifest has the size and the SHA-256 of every other file in it, and of itself.
+A checkpoint is a directory `step_00050` whose manifest holds the size and the SHA-256 of every other file in it, and its own SHA-256.
 """
 
 import hashlib
@@ -24,16 +24,16 @@ DAMAGED_SUFFIX = ".damaged"
 CHUNK = 2**20
 
 Entry = dict[str, Any]
-"""What the manifest says of a file: its `bytes` and its `sha256`."""
+"""What the manifest records of a file: its size as `bytes` and its `sha256`."""
 
 
 class DamagedCheckpointError(Exception):
-    """A checkpoint is not what was written: the message says what differs."""
+    """A checkpoint differs from what was written; the message says where."""
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A checkpoint that has been proved whole; `facts` is what its writer told besides the files."""
+    """A verified checkpoint; `facts` is what its writer recorded beside the files."""
 
     path: Path
     step: int
@@ -41,7 +41,7 @@ class Checkpoint:
 
 
 class CheckpointDirectory:
-    """The checkpoints of a run, of which the newest `keep` stay, and the best. One process writes them."""
+    """The checkpoints of a run: the newest `keep` are kept, and the best one. Only one process writes them."""
 
     def __init__(self, path: Path, *, keep: int = 2) -> None:
         self._path, self._keep = path, keep
@@ -54,9 +54,10 @@ class CheckpointDirectory:
         *,
         best: int | None = None,
     ) -> Path:
-        """A new checkpoint, of files that `fill` writes into the directory it is given and of which it returns the entries.
+        """Write a checkpoint: `fill` writes its files into the directory that it is given and returns their entries.
 
-        Older ones go when it is complete, but for that of step `best`. Raises what `fill` does, and OSError; nothing of it is then left.
+        Once it is complete, older checkpoints are removed except that of step `best`. Raises what `fill` raises, and OSError; no partial
+        checkpoint is left then.
         """
         final = self._path / f"{PREFIX}{step:05d}"
         with whole_directory(final) as temporary:
@@ -71,9 +72,9 @@ class CheckpointDirectory:
         return final
 
     def newest(self, report: Callable[[str], None]) -> Checkpoint | None:
-        """The newest whole checkpoint, or None where there are none at all.
+        """The newest undamaged checkpoint, or None if there are no checkpoints at all.
 
-        A damaged one is reported and set aside under another name. Raises DamagedCheckpointError when none is whole.
+        A damaged one is passed to `report` and renamed. Raises DamagedCheckpointError if all are damaged.
         """
         found = self._steps()
         for step in sorted(found, reverse=True):
@@ -87,12 +88,12 @@ class CheckpointDirectory:
         return None
 
     def sweep(self) -> None:
-        """Remove what a killed process left half written or half removed."""
+        """Remove partly written or partly removed checkpoints that a killed process left behind."""
         for rest in self._path.glob(f".*{TEMPORARY_SUFFIX}"):
             shutil.rmtree(rest)
 
     def clear(self) -> None:
-        """Remove them all: the run begins anew."""
+        """Remove all checkpoints, for a run that starts from the beginning."""
         if self._path.exists():
             remove_whole(self._path)
 
@@ -102,7 +103,7 @@ class CheckpointDirectory:
 
 
 def verify(path: Path) -> Checkpoint:
-    """The checkpoint in `path`. Raises DamagedCheckpointError where any bit is not as written. Loads nothing."""
+    """Verify the checkpoint in `path` without loading it. Raises DamagedCheckpointError if any bit differs from what was written."""
     try:
         record = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         said = record.pop("sha256")
@@ -123,7 +124,7 @@ def verify(path: Path) -> Checkpoint:
 
 @contextmanager
 def hashed_file(path: Path) -> Iterator[tuple[BinaryIO, Entry]]:
-    """A new file; its entry is filled in when the block ends, and the file is then on the disk."""
+    """A new file and its manifest entry. When the block ends, the file is synced to disk and the entry is filled in."""
     entry: Entry = {}
     with path.open("xb") as file:
         writer = _Hashing(file)
@@ -138,13 +139,13 @@ def hashed_file(path: Path) -> Iterator[tuple[BinaryIO, Entry]]:
 
 
 def hash_files(directory: Path, below: str) -> dict[str, Entry]:
-    """The entries of the files in `directory / below`, by their path from `directory`."""
+    """The manifest entries of the files in `directory / below`, keyed by their path relative to `directory`."""
     files = [directory / below / name for name in sorted(_files(directory / below))]
     return {str(file.relative_to(directory)): {"bytes": file.stat().st_size, "sha256": _hash(file)} for file in files}
 
 
 class _Hashing:
-    """A file that is written from its beginning to its end."""
+    """A file opened for sequential writing that computes the SHA-256 of what is written."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -167,7 +168,7 @@ class _Hashing:
 
 
 def _free(path: Path) -> Path:
-    """`path`, or what it has to be called where there is one already."""
+    """`path`, or a similar name that is not taken yet."""
     return path if not path.exists() else path.with_name(f"{path.name}-{secrets.token_hex(4)}")
 
 

@@ -1,4 +1,4 @@
-"""The layout of one run on disk, and who owns it."""
+"""The layout of a run on disk, and the lock by which one process owns it."""
 
 import fcntl
 import json
@@ -139,7 +139,7 @@ class RunDirectory:
         self._end("finished")
 
     def pause(self) -> None:
-        """Some of it is done, as was asked, and the rest is not."""
+        """Mark the run as paused: the stages that were asked for are done, and others remain."""
         self._end("paused")
 
     def fail(self, error: BaseException | str) -> None:
@@ -150,11 +150,11 @@ class RunDirectory:
 
     @property
     def has_metrics(self) -> bool:
-        """Whether anything was measured here or in a stage inside."""
+        """Whether the run or a stage inside it has written metrics."""
         return any(file.stat().st_size > 0 for file in self.path.rglob("metrics.jsonl"))
 
     def discard(self) -> None:
-        """Remove the run, so that the directory is free for the next one."""
+        """Remove the run's files and release the directory for another run."""
         _remove_run(self.path)
         self.status_file.unlink(missing_ok=True)
         self.lock_file.unlink(missing_ok=True)
@@ -208,7 +208,7 @@ def _refuse_foreign_files(root: Path) -> None:
 
 
 def _is_residue(entry: Path) -> bool:
-    """Whether a crash between taking the lock and writing the status can have left `entry`."""
+    """Whether `entry` can be left over from a crash between locking the directory and writing its status."""
     return entry.name == LOCK or (entry.name.startswith(".") and entry.name.endswith(TEMPORARY_SUFFIX))
 
 

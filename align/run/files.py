@@ -19,9 +19,9 @@ TEMPORARY_SUFFIX = ".partial"
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A binary file that takes the place of `path` when the block ends well, and vanishes when it raises.
+    """A binary file that replaces `path` when the block ends without an exception; otherwise `path` stays as it was.
 
-    Makes the directory of `path`. Raises OSError as the file system does.
+    The parent directory is created if needed. Raises OSError as the file system does.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _hidden(path)
@@ -39,9 +39,9 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def whole_directory(path: Path) -> Iterator[Path]:
-    """A directory that takes the place of `path` when the block ends well, with all its files on the disk, else vanishes.
+    """A directory that replaces `path`, with all its files synced to disk, when the block ends without an exception.
 
-    Raises OSError as the file system does.
+    Otherwise it is removed and `path` stays as it was. Raises OSError as the file system does.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _hidden(path)
@@ -63,7 +63,7 @@ def whole_directory(path: Path) -> Iterator[Path]:
 
 
 def remove_whole(directory: Path) -> None:
-    """Remove a directory that nobody then sees in part."""
+    """Remove a directory atomically: no reader ever sees part of it."""
     hidden = _hidden(directory)
     directory.rename(hidden)
     shutil.rmtree(hidden)
@@ -74,13 +74,13 @@ def _hidden(path: Path) -> Path:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace `path` by `content` (text as UTF-8); a reader or a crash finds all of the old or of the new."""
+    """Replace `path` by `content` (text as UTF-8); readers see either the old content or the new, also after a crash."""
     with atomic_file(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
 def synced_size(path: Path) -> int:
-    """The bytes of a file, once they are on the disk; 0 where there is none."""
+    """Sync a file to disk and return its size in bytes; 0 if it does not exist."""
     if not path.exists():
         return 0
     with path.open("rb") as file:
@@ -89,7 +89,7 @@ def synced_size(path: Path) -> int:
 
 
 def cut(path: Path, size: int) -> None:
-    """Cut a file off behind its first `size` bytes. Raises UserError where it has fewer."""
+    """Truncate a file to its first `size` bytes. Raises UserError if it has fewer."""
     there = path.stat().st_size if path.exists() else 0
     if there < size:
         raise UserError(
@@ -125,7 +125,7 @@ def _plain(value: Any) -> Any:
 
 
 def sync_directory(directory: Path) -> None:
-    """Bring a directory's names to the disk."""
+    """Sync the names in a directory to disk."""
     # Some network file systems cannot sync a directory; the rename itself has already succeeded.
     with suppress(OSError):
         descriptor = os.open(directory, os.O_RDONLY)

@@ -12,7 +12,7 @@ from align.run.files import json_line, redacted
 class MetricsLog:
     """Appends to metrics.jsonl, events.jsonl and tensorboard/ of a run. One process writes a run at a time.
 
-    Times are seconds since 1970. Every line is on disk's way when the call returns: a killed run loses none.
+    Times are seconds since 1970. Lines are flushed before the call returns, so a killed run loses none.
     """
 
     def __init__(self, directory: RunDirectory) -> None:
@@ -31,7 +31,7 @@ class MetricsLog:
         self._write_tensorboard(step, stage, metrics, now)
 
     def event(self, kind: str, message: str, **data: Any) -> None:
-        """Append something that happened once, such as a sampler restarted.
+        """Append an event, such as the restart of a rollout worker.
 
         Raises ValueError when an item of `data` is called time, TypeError when JSON cannot hold one.
         """
@@ -45,7 +45,7 @@ class MetricsLog:
             self._tensorboard = None
 
     def purge(self, step: int) -> None:
-        """Tell TensorBoard to forget what it has from `step` on: it is about to come again."""
+        """Make TensorBoard discard what it has from `step` on, because those steps will be repeated."""
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[import-untyped]
 
         if self._tensorboard_directory.exists():

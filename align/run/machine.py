@@ -22,9 +22,9 @@ TIMEOUT_S = 10.0
 
 
 def environment_record() -> dict[str, Any]:
-    """What a reader of the results needs to know about the machine and the code; ready for JSON.
+    """What a reader of the results needs to know about the machine and the code, ready for JSON.
 
-    Memory in bytes. Holds no environment variables, and arguments that look like secrets are blotted out.
+    Memory is in bytes. Environment variables are left out, and arguments that look like secrets are masked.
     """
     total, available = memory_bytes()
     return {
@@ -43,9 +43,9 @@ def environment_record() -> dict[str, Any]:
 
 
 def check_machine(*, cores: int, memory_gb: float, hint: str) -> None:
-    """Raise UserError when fewer than `cores` or less than `memory_gb` GiB are available here.
+    """Raise UserError if fewer than `cores` cores or less than `memory_gb` GiB of memory are available.
 
-    `hint` says which keys of the recipe lower the need.
+    `hint` tells the user which recipe keys lower the requirement.
     """
     have_cores = cores_available()
     have_gb = memory_bytes()[1] / GIB
@@ -59,14 +59,14 @@ def check_machine(*, cores: int, memory_gb: float, hint: str) -> None:
 
 
 def cores_available() -> float:
-    """Cores this process may use: by its affinity, and by the quota of its control group (fractional)."""
+    """The cores that this process may use, by its affinity and its control group's quota (which may be fractional)."""
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = cgroup_limits().cores
     return affinity if quota is None else min(affinity, quota)
 
 
 def memory_bytes() -> tuple[int, int]:
-    """Total and available memory of the machine or of the control group, whichever is less."""
+    """(total, available) memory in bytes, of the machine or of the control group, whichever is less."""
     import psutil
 
     machine = psutil.virtual_memory()
@@ -155,7 +155,7 @@ class Limits:
 def cgroup_limits(root: Path = Path("/")) -> Limits:
     """The tightest limits among the process's control groups and their ancestors, of version 1 and 2.
 
-    `root` is where the file system begins, so that another machine can be described to it.
+    `root` stands for the root of the file system, so that tests can describe another machine.
     """
     cores: list[float] = []
     memory: list[int] = []

@@ -1,4 +1,4 @@
-"""What a run shows while it runs: a live bar on a terminal, plain lines elsewhere."""
+"""Progress of a run: a live bar on a terminal, plain lines elsewhere."""
 
 import math
 import os
@@ -96,7 +96,7 @@ class Progress:
             self._line(f"{stage.title} {step}/{stage.total_steps}  {times}  {text}".rstrip())
 
     def phase(self, text: str) -> None:
-        """Show what the stage is doing now. As a plain line, only the first time in a stage."""
+        """Show what the stage is doing now; as a plain line, only the first time in a stage."""
         stage = self._current()
         if self._bars is not None and stage.bar is not None:
             self._bars.update(stage.bar, phase=text)
@@ -133,7 +133,7 @@ class Progress:
         self._stage = None
 
     def _line(self, text: str) -> None:
-        """A line about progress, which on a terminal the bar stands for."""
+        """Print a line of progress where no bar is drawn; with a bar it only goes to the log."""
         if self._bars is None:
             self._print(text)
         else:
@@ -212,7 +212,7 @@ def _plain_table(table: "Table") -> str:
 
 
 def _left(stage: _Stage, step: int, now: float) -> str:
-    """The time that the steps to come will take; said from the second on, as the first holds the start-up."""
+    """The estimated time of the remaining steps; empty at the first step, which includes the start-up."""
     if stage.measured_from is None:
         stage.measured_from = (step, now)
         return ""

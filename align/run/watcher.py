@@ -1,7 +1,7 @@
-"""Ends what a process that was killed leaves behind: Ray's own end takes longer than a user waits, and knows of no grandchildren.
+"""Terminates the processes that a killed run leaves behind: Ray takes longer to do so than a user waits, and misses grandchildren.
 
-The watcher is a process of its own. It learns of the death by the end of a pipe, and knows what to end by having looked now and
-then, and by a variable in the environment, which every process below has inherited.
+The watcher is a separate process. It notices the run's death when a pipe closes, and finds the processes to end by polling the run's
+descendants while it lives and by an environment variable that all of them inherit.
 """
 
 import os
@@ -21,7 +21,7 @@ LOOK_S = 2.0
 
 @contextmanager
 def watched() -> Iterator[None]:
-    """What this process starts inside does not outlive it, even where it is killed."""
+    """Ensure that processes started in the block do not outlive this process, even if it is killed."""
     mark = f"{os.getpid()}-{secrets.token_hex(8)}"
     os.environ[MARK] = mark
     command = [sys.executable, "-P", __file__, mark]
@@ -34,7 +34,7 @@ def watched() -> Iterator[None]:
 
 
 def main(mark: str) -> None:
-    """Wait for the pipe's end. Unless it was announced, end all that was seen below the process, and all with the mark."""
+    """Wait for the pipe to close. Unless the run announced its end, kill its known descendants and all processes with `mark`."""
     import psutil
 
     watched_process = psutil.Process(int(mark.partition("-")[0]))
@@ -51,7 +51,7 @@ def main(mark: str) -> None:
 
 
 def _marked(mark: str) -> set[Any]:
-    """The processes with the mark and those below them. Ray's lose it where they give themselves a title."""
+    """The processes with the mark and their descendants. Ray's processes lose it when they set their title."""
     import psutil
 
     found = set()
@@ -63,7 +63,7 @@ def _marked(mark: str) -> set[Any]:
 
 
 def _kill(processes: set[Any]) -> bool:
-    """End them. Whether any was left to end."""
+    """Kill the processes; whether any of them was still running."""
     import psutil
 
     left = False
