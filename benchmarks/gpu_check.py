@@ -413,7 +413,7 @@ def graphs() -> None:
 
 
 def training() -> None:
-    """e: the learner trains all parameters under ZeRO-1: SFT, GRPO on b's samples, weights to send, leaving the GPU"""
+    """e: the learner trains all parameters under ZeRO-2: SFT, GRPO on b's samples, weights to send, leaving the GPU"""
     directory = lite_directory()
     learner = new_learner(directory)
     flops = 6 * emit_plan(learner, directory, *WHOLE)
@@ -448,10 +448,10 @@ def lora() -> None:
 
 
 def new_learner(directory: Path, **options: Any) -> policy.LearnerWorker:
-    """A learner rank in this process, alone and without Ray."""
+    """A learner rank in this process, alone and without Ray; ZeRO-2, since what ZeRO-1 holds in bfloat16 cannot leave the GPU."""
     threads = os.cpu_count() or 1
     os.environ |= rank.environment(0, 1, threads)
-    given = {"ranks": 1, "threads": threads, "zero_stage": 1, "micro_batch_tokens": MICRO_BATCH} | options
+    given = {"ranks": 1, "threads": threads, "zero_stage": 2, "micro_batch_tokens": MICRO_BATCH} | options
     given["optimizer"] = {"learning_rate": 1e-4}
     model = ModelOptions(path=str(directory), dtype="bfloat16")
     with patch.object(rank, "introduce_this_process", lambda: None):
@@ -516,11 +516,18 @@ def send_and_rest(learner: policy.LearnerWorker) -> None:
         sleep_and_wake(turn, "at work", learner.offload, "at rest", learner.onload)
 
 
-IN_TURNS = ("model.dtype=bfloat16", "learner.ranks=1", "rollout.workers=1", "colocate=true", "evaluation.samples=0")
+COLOCATED = (
+    "model.dtype=bfloat16",
+    "learner.ranks=1",
+    "rollout.workers=1",
+    "colocate=true",
+    "evaluation.samples=0",
+    "learner.zero_stage=2",
+)
 
 
 def nano_run() -> None:
-    """f: `align sft` and `align grpo` of the nano policy, learner and sampler in turns on the GPU, by Ray"""
+    """f: `align sft` and `align grpo` of the nano policy, learner and sampler colocated on the GPU, by Ray"""
     try:
         run_both_stages(NANO)
     except RuntimeError as error:
@@ -535,18 +542,18 @@ def run_both_stages(policy: Path) -> None:
     """SFT of a policy with random weights, then GRPO of what came out."""
     shorter = ["evaluation.limit=32", "save_every=null"]
     steps = [f"sft.steps={SFT_STEPS}", "sft.validation_limit=32", "learner.optimizer.warmup_steps=2"]
-    first = run_align("sft", *IN_TURNS, *shorter, *steps, f"model.path={policy}", "model.init=random")
+    first = run_align("sft", *COLOCATED, *shorter, *steps, f"model.path={policy}", "model.init=random")
     small = ["grpo.prompts_per_step=4", "grpo.group_size=4"] if TINY else []
     start = ["init_from=null", f"model.path={first / 'final'}", "model.init=pretrained"]
-    run_align("grpo", *IN_TURNS, *shorter, *small, *start, f"grpo.steps={GRPO_STEPS}")
+    run_align("grpo", *COLOCATED, *shorter, *small, *start, f"grpo.steps={GRPO_STEPS}")
 
 
 def lite_run() -> None:
-    """g: `align grpo` of the four layers in turns, their weights through Ray's object store"""
+    """g: `align grpo` of the four layers, colocated, their weights through Ray's object store"""
     given = [f"model.path={lite_directory()}", "model.init=pretrained", "init_from=null", "grpo.steps=2"]
     given += ["grpo.prompts_per_step=4", "grpo.group_size=4", "evaluation.limit=4", "evaluation.before=false"]
     given += ["learner.optimizer.learning_rate=1e-6", f"rollout.kv_cache_gb={CACHE_GB}", "save_every=null"]
-    run_align("grpo", *IN_TURNS, *given, "sampling.max_new_tokens=32")
+    run_align("grpo", *COLOCATED, *given, "sampling.max_new_tokens=32")
 
 
 def run_align(stage: str, *overrides: str) -> Path:
