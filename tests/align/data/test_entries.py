@@ -14,13 +14,16 @@ from hypothesis import strategies as st
 from align.data import load_card, load_split
 from align.data.drawing import Source, drawn, items_of_step, shares
 from align.data.entries import entries_of
+from align.data.types import Example, Preference
 from align.errors import UserError
+from align.experience import encode_problems
 from align.model.policy import load_tokenizer
 from align.recipe import STAGES
 from align.session.run import open_run
 from align.stages.grpo import load_grpo_data
 from align.stages.preferences import load_prompts
-from align.stages.sft import load_sft_data
+from align.stages.reward_model import encode_pair
+from align.stages.sft import encode_demonstration, load_sft_data
 
 
 @given(st.integers(1, 500), st.lists(st.floats(0.1, 10), min_size=1, max_size=5))
@@ -120,11 +123,13 @@ def test_a_second_entry_of_a_card_has_ids_and_a_digest_of_its_own(tmp_path: Path
 
 
 def test_a_single_entry_has_the_ids_that_it_always_had(tmp_path: Path) -> None:
-    made = recipe("grpo", tmp_path, data=[{"card": "nano_math"}])
+    made = recipe("grpo", tmp_path, data=[{"card": "nano_math", "levels": [1]}])
     with open_run(made) as run:
         [source] = load_grpo_data(made, TOKENIZER, run).sources
     assert source.card == "nano_math"
-    assert [problem.example for problem in source.items] == load_split(load_card("nano_math"), "train").examples
+    assert [problem.example for problem in source.items] == load_split(
+        load_card("nano_math"), "train", levels=[1]
+    ).examples
 
 
 def test_entries_that_differ_in_their_share_alone_are_one_with_both_shares(tmp_path: Path) -> None:
@@ -192,3 +197,24 @@ def test_a_prompt_that_is_too_long_is_left_out_and_counted_or_refuses_the_run(
         open_run(refusing) as run,
     ):
         load(refusing, TOKENIZER, run)
+
+
+EXAMPLE = Example("row 7", ({"role": "user", "content": "Q"},), "It is 4.", None, "math")
+
+
+@pytest.mark.parametrize(
+    ("encode", "what"),
+    [
+        (lambda tokenizer: encode_problems(tokenizer, [EXAMPLE]), "prompt"),
+        (lambda tokenizer: encode_demonstration(tokenizer, EXAMPLE), "example"),
+        (
+            lambda tokenizer: encode_pair(tokenizer, Preference("row 7", EXAMPLE.messages, "a", "b", "math"), 0.0),
+            "preference",
+        ),
+    ],
+)
+def test_a_row_that_the_chat_template_refuses_is_named(encode: Callable[[Any], object], what: str) -> None:
+    tokenizer = load_tokenizer("recipes/nano/policy")
+    tokenizer.chat_template = "{{ raise_exception('not today') }}"
+    with pytest.raises(UserError, match=rf"{what} 'row 7': .* refuses .* not today"):
+        encode(tokenizer)
