@@ -498,6 +498,7 @@ def test_the_workers_that_serve_receive_a_broadcast_and_one_that_starts_later_ge
     world.end(1)
     assert world.doing(1) is None
     world.supervisor.renew()
+    world.supervisor._spent = update  # as where the worker looked for it at that moment
     world.supervisor.renew()
     world.tick()
     assert learner.published == ["stored"]
