@@ -20,6 +20,8 @@ BAD_UPDATES = "bad_updates"
 BEST = "best"
 SAMPLED_BYTES = 2**20
 FAILURES = 3
+CENSUS_STEP = 10
+"""After so many steps every parameter should have had a gradient."""
 
 
 class SavingError(Exception):
@@ -91,6 +93,14 @@ class Steps:
                 if self._run.stop.asked or is_due:
                     self._save()
             self._run.stop.check()
+
+    def check_gradients(self, steps: int) -> None:
+        """Warn of parameters that have had no gradient in the first `steps`; an expert among them is not being trained."""
+        if missing := self._learner.missing_gradients():
+            shown = ", ".join(missing[:4]) + (", ..." if len(missing) > 4 else "")
+            self._run.warn(
+                f"{len(missing)} trainable parameters or experts have had no gradient in {steps} steps: {shown}"
+            )
 
     def save_final(self, start: ModelOptions) -> ModelOptions:
         """Write what was trained from `start` to `final/`, and say how much of an adapter is lost where it is merged.

@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from align.data.drawing import Source, items_of_step
@@ -21,9 +22,10 @@ from align.recipe import GrpoRecipe, ModelOptions
 from align.run import write_samples
 from align.session.run import Run
 from align.session.session import Session
+from align.session.steps import CENSUS_STEP
 from align.stages.advantages import Advantages, compare, updates_of
 from align.stages.guards import Guards
-from align.stages.held_out import CENSUS_STEP, HeldOut, Problems, load_problems
+from align.stages.held_out import HeldOut, Problems, load_problems
 from align.stages.step_metrics import Clock, step_metrics
 
 SHOWN = ("reward", "accuracy", "length", "agreement/mean", "step_seconds")
@@ -59,7 +61,7 @@ def train_grpo(recipe: GrpoRecipe, data: GrpoData, session: Session) -> tuple[Mo
     options, run, fleet, pool = recipe.grpo, session.run, session.fleet, session.pool
     objective = Objective(options, recipe.sampling.temperature)
     held_out = HeldOut(recipe, data.held_out, session)
-    reference = reference_of(recipe, session.policy)
+    reference = reference_of(session.policy, recipe.reference, options.kl_coefficient)
     learner = session.new_learner(recipe.learner, recipe.seed, reference)
     # After a stage of `init_from`, the policy to start from is version 1.
     state = {"weight_version": int(recipe.init_from is not None), "learning_steps": 0}
@@ -106,7 +108,7 @@ def train_grpo(recipe: GrpoRecipe, data: GrpoData, session: Session) -> tuple[Mo
             guards.observe(step + 1, scored, advantages, metrics)
             state["learning_steps"] += 0 < norm < math.inf
             if 0 < norm < math.inf and state["learning_steps"] == CENSUS_STEP:
-                held_out.check_gradients(learner, step + 1)
+                steps.check_gradients(step + 1)
             if recipe.evaluation.every and (step + 1) % recipe.evaluation.every == 0 and step + 1 < options.steps:
                 steps.rate(step + 1, held_out.to_choose_by().evaluate(name, step + 1).accuracy)
 
@@ -117,11 +119,11 @@ def train_grpo(recipe: GrpoRecipe, data: GrpoData, session: Session) -> tuple[Mo
     return trained, evaluations
 
 
-def reference_of(recipe: GrpoRecipe, policy: ModelOptions) -> ModelOptions | None:
-    """The model that the KL is measured to: the policy to start from, or the recipe's own; None where there is no KL."""
-    if not recipe.grpo.kl_coefficient:
+def reference_of(policy: ModelOptions, path: Path | None, kl_coefficient: float) -> ModelOptions | None:
+    """The model that the KL is measured to: the policy to start from, or the one at `path`; None where there is no KL."""
+    if not kl_coefficient:
         return None
-    return policy if recipe.reference is None else policy.model_copy(update={"path": str(recipe.reference)})
+    return policy if path is None else policy.model_copy(update={"path": str(path)})
 
 
 def sample_rows(groups: Sequence[ScoredGroup], advantages: Advantages) -> list[dict[str, Any]]:

@@ -23,7 +23,6 @@ from align.session.session import Session
 from rollout import Prompt
 
 PROBE_PROMPTS = 8
-CENSUS_STEP = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,15 +150,6 @@ class HeldOut:
             f"{found.largest:.1e} at most"
         )
         return found
-
-    def check_gradients(self, learner: LearnerGroup, steps: int) -> None:
-        """Warn of parameters that have had no gradient in the first steps; an expert among them is not being trained."""
-        missing = learner.missing_gradients()
-        if missing:
-            shown = ", ".join(missing[:4]) + (", ..." if len(missing) > 4 else "")
-            self._run.warn(
-                f"{len(missing)} trainable parameters or experts have had no gradient in {steps} steps: {shown}"
-            )
 
     def run_hooks(self, checkpoint: ModelOptions, step: int) -> None:
         """Run the recipe's evaluation hooks on what the stage wrote, of which the rollout workers hold the weights."""

@@ -7,7 +7,7 @@ conversation, from a head of one number that starts at zero. Nothing is sampled 
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ from align.recipe import ModelOptions, RewardModelRecipe
 from align.run import Progress, write_atomically
 from align.session.run import Run
 from align.session.session import Session
-from align.stages.held_out import CENSUS_STEP
+from align.session.steps import CENSUS_STEP
 
 SHOWN = ("loss", "accuracy", "difference", "validation_accuracy", "tokens_per_second")
 NOTES = "reward_model.json"
@@ -102,12 +102,24 @@ def train_reward_model(
                 metrics["validation_accuracy"] = evaluate_pairs(scores(learner, data.validation)).accuracy
             run.record_step("reward_model", step + 1, metrics, SHOWN)
             if step + 1 == min(CENSUS_STEP, options.steps):
-                warn_of_missing_gradients(learner, step + 1, run)
+                steps.check_gradients(step + 1)
 
         run.progress.phase("evaluating")
-        evaluation = evaluate(learner, data.test, options.steps, run)
+        test = scores(learner, data.test)
+        evaluation = evaluate_pairs(test)
+        texts = [(p.prompt_text, p.chosen, p.rejected) for p in (item.preference for item in data.test)]
+        facts = {"problems": evaluation.pairs, "reliability": reliability_rows(evaluation)}
+        run.record_numbers(
+            "reward_model", options.steps, "held-out pairs", evaluation.numbers(), rows(test, texts), facts
+        )
         trained = steps.save_final(session.policy)
-        write_notes(run.directory.final_directory, recipe, data, scores(learner, data.validation), evaluation)
+        about = {
+            "data": [entry.model_dump(mode="json", include={"card", "params"}) for entry in recipe.data],
+            "loss": options.loss,
+            "accuracy": evaluation.accuracy,
+            "tokenizer_sha256": data.tokenizer_sha256,
+        }
+        write_notes(Path(trained.path), about, scores(learner, data.validation))
     return trained, evaluation
 
 
@@ -126,21 +138,12 @@ def scores(learner: RewardModelGroup, items: Sequence[EncodedPair]) -> list[Scor
     ]
 
 
-def evaluate(learner: RewardModelGroup, items: Sequence[EncodedPair], step: int, run: Run) -> PairEvaluation:
-    """Score the held-out pairs, and record the result."""
-    scored = scores(learner, items)
-    evaluation = evaluate_pairs(scored)
-    preferences = [item.preference for item in items]
-    texts = [(preference.prompt_text, preference.chosen, preference.rejected) for preference in preferences]
-    facts = {
-        "problems": evaluation.pairs,
-        "reliability": [
-            {"from": b.lowest, "to": b.highest, "pairs": b.pairs, "confidence": b.confidence, "accuracy": b.accuracy}
-            for b in evaluation.reliability
-        ],
-    }
-    run.record_numbers("reward_model", step, "held-out pairs", evaluation.numbers(), rows(scored, texts), facts)
-    return evaluation
+def reliability_rows(evaluation: PairEvaluation) -> list[dict[str, float]]:
+    """The bins of confidence, ready for JSON."""
+    return [
+        {"from": b.lowest, "to": b.highest, "pairs": b.pairs, "confidence": b.confidence, "accuracy": b.accuracy}
+        for b in evaluation.reliability
+    ]
 
 
 def show(evaluation: PairEvaluation, progress: Progress) -> None:
@@ -165,14 +168,8 @@ def show(evaluation: PairEvaluation, progress: Progress) -> None:
     )
 
 
-def write_notes(
-    directory: Path,
-    recipe: RewardModelRecipe,
-    data: RewardModelData,
-    validation: Sequence[ScoredPair],
-    evaluation: PairEvaluation,
-) -> None:
-    """Write `reward_model.json` beside the weights: what the model judges, and the scale of its rewards; and how to call it.
+def write_notes(directory: Path, about: Mapping[str, Any], validation: Sequence[ScoredPair]) -> None:
+    """Write `reward_model.json` beside the weights: what the model scores, and the scale of its rewards; and how to call it.
 
     `mean` and `std` are of its rewards on the validation completions, chosen and rejected; the reward `reward_model` reads
     them to normalise.
@@ -180,23 +177,13 @@ def write_notes(
     rewards = [reward for pair in validation for reward in pair.rewards]
     notes = {
         "domains": list(dict.fromkeys(pair.domain for pair in validation)),
-        "data": [entry.model_dump(mode="json", include={"card", "params"}) for entry in recipe.data],
-        "loss": recipe.reward_model.loss,
         "mean": fmean(rewards),
         "std": pstdev(rewards),
         "held_out_completions": len(rewards),
-        "accuracy": evaluation.accuracy,
-        "tokenizer_sha256": data.tokenizer_sha256,
+        **about,
     }
     write_atomically(directory / NOTES, json.dumps(notes, indent=2, ensure_ascii=False) + "\n")
     write_usage(directory, load_tokenizer(directory), fmean(rewards), pstdev(rewards))
-
-
-def warn_of_missing_gradients(learner: RewardModelGroup, steps: int, run: Run) -> None:
-    """Warn of parameters that have had no gradient in the first steps."""
-    if missing := learner.missing_gradients():
-        shown = ", ".join(missing[:4]) + (", ..." if len(missing) > 4 else "")
-        run.warn(f"{len(missing)} trainable parameters or experts have had no gradient in {steps} steps: {shown}")
 
 
 def encode_pair(tokenizer: Any, preference: Preference, margin_scale: float) -> EncodedPair:

@@ -28,7 +28,8 @@ from align.losses import completion_weights
 from align.recipe import ModelOptions, SftRecipe
 from align.session.run import Run
 from align.session.session import Session
-from align.stages.held_out import CENSUS_STEP, HeldOut, Problems, load_problems
+from align.session.steps import CENSUS_STEP
+from align.stages.held_out import HeldOut, Problems, load_problems
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +98,7 @@ def train_sft(recipe: SftRecipe, data: SftData, session: Session) -> tuple[Model
                 metrics["validation_loss"] = validation_loss(learner, data.validation)
             run.record_step("sft", step + 1, metrics, ("loss", "validation_loss", "tokens_per_second"))
             if step + 1 == min(CENSUS_STEP, options.steps):
-                held_out.check_gradients(learner, step + 1)
+                steps.check_gradients(step + 1)
 
         learner.sync_weights(session.fleet, session.fleet.weight_version + 1)
         held_out.check_agreement(learner, "after SFT")
