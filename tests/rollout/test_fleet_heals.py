@@ -37,7 +37,7 @@ def unbroken(witnessed: WitnessedFleet, other_weights: None) -> list[Trajectory]
     "injury",
     [
         Injury.KILL,
-        Injury.STOP,
+        pytest.param(Injury.STOP, marks=pytest.mark.slow),
         pytest.param(Injury.SEGFAULT, marks=pytest.mark.slow),
         pytest.param(Injury.LOCKED, marks=pytest.mark.slow),
         pytest.param(Injury.ENGINE, marks=pytest.mark.slow),

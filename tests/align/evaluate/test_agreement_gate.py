@@ -99,7 +99,7 @@ def test_wrong_log_probabilities_are_caught_before_the_first_update(
             gate().check(found, "step 1")
 
 
-@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("native", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_vllms_own_rotary_kernel_is_caught(native: bool, without_yarn: ModelOptions, ray_session: None) -> None:
     fleet = Fleet(without_yarn.path, "float32", OPTIONS.model_copy(update={"native_rotary": native}), [2])
     try:
