@@ -298,7 +298,7 @@ def test_one_file_for_all_splits_is_refused(tmp_path: Path) -> None:
         ({"data": {"card": "nano_chat", "levels": [1]}}, "preferences have no levels"),
         ({"data": {"card": "nano_math"}}, "nano_math is not for reward_model"),
         ({"init_from": "/nowhere.yaml"}, "init_from names /nowhere.yaml, which does not exist"),
-        ({"reward_model": {"steps": 1, "pairs_per_step": 401}}, "is to give 401, but it gives 400 pairs"),
+        ({"reward_model": {"steps": 1, "pairs_per_step": 401}}, "is 401, but data card .* gives only 400 examples"),
     ],
 )
 def test_a_recipe_that_cannot_be_run(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
