@@ -516,14 +516,8 @@ def send_and_rest(learner: policy.LearnerWorker) -> None:
         sleep_and_wake(turn, "at work", learner.offload, "at rest", learner.onload)
 
 
-COLOCATED = (
-    "model.dtype=bfloat16",
-    "learner.ranks=1",
-    "rollout.workers=1",
-    "colocate=true",
-    "evaluation.samples=0",
-    "learner.zero_stage=2",
-)
+COLOCATED = ["colocate=true", "learner.zero_stage=2", "learner.ranks=1", "rollout.workers=1"]
+COLOCATED += ["model.dtype=bfloat16", "evaluation.samples=0"]
 
 
 def nano_run() -> None:
