@@ -1,4 +1,4 @@
-"""Running a model's code where it can do no harm.
+"""Running a model's code where it can do no harm; `pool` runs trusted work on a model's text in processes of the same kind.
 
     from reward.isolation import Limits, Program, namespace_executor
 

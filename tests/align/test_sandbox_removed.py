@@ -30,19 +30,19 @@ def run_without_sandbox(
     started = time.monotonic()
     while process.poll() is None and time.monotonic() - started < 300:
         if taken_away():
-            for launcher in launchers(process.pid):
-                launcher.kill()
+            for zygote in zygotes(process.pid):
+                zygote.kill()
         time.sleep(0.02)
     output, errors = process.communicate(timeout=60)
     return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
 
-def launchers(root: int) -> list[psutil.Process]:
+def zygotes(root: int) -> list[psutil.Process]:
     """The processes below `root` that start sandboxed runs."""
     found = []
     for process in psutil.Process(root).children(recursive=True):
         try:
-            if any("import launcher" in argument for argument in process.cmdline()):
+            if any("import zygote" in argument and "'isolated'" in argument for argument in process.cmdline()):
                 found.append(process)
         except psutil.Error:
             continue

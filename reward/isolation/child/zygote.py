@@ -1,6 +1,6 @@
 """The zygote: a small process, started once, that forks the supervisor of each run.
 
-It imports the standard library once for all runs (a fork costs a millisecond, a Python start ten), enters the
+It loads a trusted job (see `worker`), or it imports the standard library once for all runs (a fork costs a millisecond, a Python start ten), enters the
 read-only root, and from then on reads nothing but limits: programs and inputs reach the run by descriptors that
 the zygote passes on unread. So no run can find anything of another in the memory that it inherits.
 """

@@ -1,4 +1,4 @@
-"""reasoning_gym's own scorers, in killable workers, without their holes."""
+"""reasoning_gym's own scorers, in workers, without their holes."""
 
 import inspect
 import json
