@@ -167,7 +167,7 @@ def test_a_bomb_as_the_ground_truth_masks_its_samples_and_no_others() -> None:
     assert [score.verdict for score in math_answer(samples)] == [Verdict.INFRA_ERROR, Verdict.PASS]
 
 
-@pytest.mark.parametrize("injection", INJECTIONS)
+@pytest.mark.parametrize("injection", INJECTIONS, ids=lambda injection: injection.replace(MARK, "MARK"))
 def test_no_injection_is_executed_or_right(injection: str) -> None:
     score = judged(injection)
     assert score.value == 0.0
