@@ -221,6 +221,11 @@ def test_the_batch_of_a_lost_worker_is_sampled_again_and_its_successor_has_the_w
     world.end(0, DIED)
     assert world.faults() == ["0 died sampling; restart 1 of 3; its engine batch is sampled again"]
     assert first.is_killed
+    watch = first.open("watch")
+    assert watch is not None
+    watch.future().set_exception(DIED)
+    world.tick()
+    assert world.faults() == []
     assert world.states() == [State.RESTARTING, State.HEALTHY]
     world.end(1, drawn("b", 4))
     assert world.batch(1) == "a"
