@@ -86,10 +86,10 @@ class WarmRanks:
         return actor
 
     def end(self, group: RankGroup, rank: Any) -> None:
-        """Keep the process, unless it hangs or is gone."""
+        """Keep the process, unless it hangs, or DeepSpeed has registered classes for experts that it spread."""
         import ray
 
-        if group._stalled:
+        if group._stalled or group._options.expert_parallel > 1:
             ray.kill(rank)
         else:
             self._idle[self._kinds[rank]].append(rank)
