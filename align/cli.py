@@ -1,321 +1,335 @@
-"""The `align` command."""
+"""The `align` command. What a command needs is imported when it runs, so that `align --help` answers at once."""
 
-import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import yaml
-from pydantic import ValidationError
+import typer
+from typer import Argument, Option
 
 from align.errors import Terminated, UserError
-from align.recipe import (
-    STAGES,
-    ModelOptions,
-    Recipe,
-    check_model_directory,
-    load_pipeline,
-    load_recipe,
-    load_stage,
-)
-from align.run.files import redacted
-from align.session.resume import RESUME, as_begun
-from reward import RewardTerm
-from reward.registry import Entry
-from rollout import EngineOptions, FleetOptions, SamplingOptions
+
+if TYPE_CHECKING:
+    from align.recipe import ModelOptions
+    from reward.registry import Entry
 
 EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 75
 OUR_PACKAGES = ("align", "rollout", "reward")
+STAGES = {
+    "sft": "supervised fine-tuning of a policy",
+    "grpo": "reinforcement learning with GRPO, after SFT where the recipe says so",
+    "reward-model": "a reward model from preferences, made of a policy",
+    "preferences": "preference data from a policy's own answers, judged by the recipe's rewards",
+}
+
+RecipeFile = Annotated[Path, Argument(metavar="RECIPE", help="recipe file, for example recipes/nano/grpo.yaml")]
+Overrides = Annotated[list[str] | None, Argument(metavar="key=value", help="for example grpo.steps=20 seed=1")]
+Run = Annotated[Path, Argument(metavar="RUN", help="run directory, for example runs/nano-grpo")]
+Model = Annotated[str, Option(help="Hugging Face directory or hub name")]
+Dtype = Annotated[Literal["float32", "bfloat16"], Option()]
+MaxLength = Annotated[int, Option(min=16, help="prompt and completion, in tokens")]
+Workers = Annotated[int, Option(min=1, help="rollout workers")]
+
+
+def application(text: str) -> typer.Typer:
+    """A command line, or a part of one, in plain text."""
+    settings: dict[Any, Any] = {"help_option_names": ["-h", "--help"], "terminal_width": 110}
+    return typer.Typer(help=text, add_completion=False, rich_markup_mode=None, context_settings=settings)
+
+
+app = application("The alignment stages of DeepSeek-V2: SFT, then GRPO, on Ray, vLLM and DeepSpeed.")
+app.add_typer(sandbox := application("the sandbox that runs a model's code"), name="sandbox")
+app.add_typer(rewards := application("the rewards that a recipe can name"), name="rewards")
+app.add_typer(evaluations := application("the evaluation hooks that a recipe can name"), name="evaluations")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit status."""
-    options = parser().parse_args(arguments)
+    command = typer.main.get_command(app)
     try:
-        status: int = options.run(options)
+        with command.make_context("align", list(sys.argv[1:] if arguments is None else arguments)) as context:
+            return command.invoke(context) or 0
+    except typer.Exit as done:
+        return done.exit_code
+    except typer.TyperException as error:
+        used = getattr(error, "ctx", None)
+        print(f"{used.get_usage()}\n" if used else "", f"error: {error.format_message()}", sep="", file=sys.stderr)
+        return EXIT_USER_ERROR
     except KeyboardInterrupt as stopped:
         print("interrupted: everything was stopped", file=sys.stderr)
         return EXIT_TERMINATED if isinstance(stopped, Terminated) else EXIT_INTERRUPTED
     except UserError as error:
-        print(f"error: {redacted(str(error))}", file=sys.stderr)
+        say(f"error: {error}")
         return EXIT_USER_ERROR
     except Exception as error:
         if type(error).__module__.partition(".")[0] not in OUR_PACKAGES:
             raise
-        print(f"stopped: {redacted(str(error))}", file=sys.stderr)
+        say(f"stopped: {error}")
         return EXIT_FAILED
-    return status
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line's grammar."""
-    top = argparse.ArgumentParser(
-        prog="align",
-        description="The alignment stages of DeepSeek-V2: SFT, then GRPO, on Ray, vLLM and DeepSpeed.",
-    )
-    commands = top.add_subparsers(required=True, metavar="COMMAND")
-    for name, run, text in (
-        ("sft", run_recipe, "supervised fine-tuning of a policy"),
-        ("grpo", run_recipe, "reinforcement learning with GRPO, after SFT where the recipe says so"),
-        ("reward-model", run_recipe, "a reward model from preferences, made of a policy"),
-        ("preferences", run_recipe, "preference data from a policy's own answers, judged by the recipe's rewards"),
-        ("check", check, "read a recipe and say what is wrong with it; starts nothing"),
-    ):
-        command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("recipe", type=Path, help="recipe file, for example recipes/nano/grpo.yaml")
-        command.add_argument("overrides", nargs="*", metavar="key=value", help="for example grpo.steps=20 seed=1")
-        command.set_defaults(run=run, stage=name.replace("-", "_"))
-    again = commands.add_parser(
-        "resume",
-        help="go on with an interrupted run, from its last checkpoint",
-        description=RESUME,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    again.add_argument("directory", type=Path, help="run directory, for example runs/nano-grpo", metavar="RUN")
-    again.add_argument("overrides", nargs="*", metavar="key=value", help="for example save_every=20 run.grace_s=60")
-    again.set_defaults(run=resume)
-    space = commands.add_parser(
-        "plan", help="where a recipe's processes go on a cluster, their memory and time; starts nothing"
-    )
-    space.add_argument("recipe", type=Path, help="recipe file, for example recipes/v2_lite/sft.yaml")
-    space.add_argument("overrides", nargs="*", metavar="key=value", help="for example learner.ranks=16")
-    space.add_argument("--nodes", type=int, default=1)
-    space.add_argument("--gpus-per-node", type=int, required=True, help="0 for one machine without GPUs")
-    space.add_argument("--gpu-memory", type=float, default=0.0, metavar="GIB", help="of each GPU, for example 80")
-    space.set_defaults(run=plan)
-    chain = commands.add_parser("pipeline", help="run the stages that a file names, one after the other")
-    chain.add_argument("file", type=Path, help="pipeline file, for example recipes/nano/pipeline.yaml")
-    chain.add_argument("overrides", nargs="*", metavar="key=value", help="for example seed=1 run.dir=runs/second")
-    chain.add_argument("--from", dest="start", metavar="STAGE", help="run this stage and all after it anew")
-    chain.add_argument("--to", dest="last", metavar="STAGE", help="stop after this stage")
-    chain.set_defaults(run=pipeline)
-    merge = commands.add_parser("merge", help="write a LoRA adapter and its base as one Hugging Face checkpoint")
-    merge.add_argument("adapter", type=Path, help="directory of an adapter as PEFT writes it: RUN/final/adapter")
-    merge.add_argument("out", type=Path, help="directory to write to")
-    merge.add_argument("--base", help="directory or hub name of the base, where it is not what the adapter names")
-    merge.set_defaults(run=merge_adapter)
-    examine = commands.add_parser(
-        "doctor", help="check that a model is fit to be trained and that the engines agree on it"
-    )
-    examine.add_argument("model", help="Hugging Face directory or hub name, with weights")
-    examine.set_defaults(run=doctor)
-    answer = commands.add_parser("eval", help="let a model answer a file of problems and score the answers")
-    answer.add_argument("--model", required=True, help="Hugging Face directory or hub name")
-    answer.add_argument("--data", type=Path, required=True, help='JSONL: {"id", "prompt" or "messages", "answer"}')
-    answer.add_argument(
-        "--out", type=Path, required=True, help="JSONL to write: completion, reward and verdict of each"
-    )
-    answer.add_argument("--max-new-tokens", type=int, default=64)
-    answer.set_defaults(run=evaluate)
-    talk = commands.add_parser("chat", help="talk with a model in the terminal")
-    talk.add_argument("--model", required=True, help="Hugging Face directory or hub name")
-    talk.add_argument("--system", help="what the system message says; the template's own when not given")
-    talk.add_argument("--temperature", type=float, default=0.7, help="0 takes the likeliest token each time")
-    talk.add_argument("--max-new-tokens", type=int, default=256, help="longest answer")
-    talk.add_argument("--seed", type=int, default=0)
-    talk.set_defaults(run=chat)
-    turn = commands.add_parser("convert", help="turn a GGUF file into a Hugging Face directory, and say what is lost")
-    turn.add_argument("file", type=Path, help="for example SmolLM2-135M-Instruct.Q4_1.gguf", metavar="FILE.gguf")
-    turn.add_argument("directory", type=Path, help="to be written; must not be there yet, or be empty", metavar="DIR")
-    turn.add_argument("--chat-template", type=Path, metavar="FILE", help="Jinja template, where the model has none")
-    turn.set_defaults(run=convert)
-    for command in (examine, answer, talk, turn):
-        command.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    for command, longest in ((examine, 512), (answer, 512), (talk, 2048)):
-        command.add_argument("--max-length", type=int, default=longest, help="prompt and completion, in tokens")
-    for command in (examine, answer):
-        command.add_argument("--workers", type=int, default=1, help="rollout workers")
-    judge = commands.add_parser("score", help="score a file of completions by a registered reward")
-    judge.add_argument("--reward", required=True, help="name of a reward; `align rewards list` shows them")
-    judge.add_argument("--params", default="{}", help='its parameters as YAML, for example "{partial: true}"')
-    judge.add_argument("--data", type=Path, required=True, help='JSONL: {"id", "completion", "answer", "tests", ...}')
-    judge.add_argument("--out", type=Path, required=True, help="JSONL to write: value, verdict and detail of each")
-    judge.set_defaults(run=score)
-    page = commands.add_parser("report", help="write a page about a run: settings, curves, evaluations and its samples")
-    page.add_argument("directory", type=Path, help="run directory, for example runs/nano-grpo", metavar="RUN")
-    page.add_argument("--out", type=Path, help="HTML file, or directory, to write to; RUN/report.html when not given")
-    page.add_argument(
-        "--svg", type=Path, help="also plot reward, accuracy and agreement to this SVG file, for a README"
-    )
-    page.set_defaults(run=report)
-    sandbox = commands.add_parser("sandbox", help="the sandbox that runs a model's code")
-    actions = sandbox.add_subparsers(required=True, metavar="ACTION")
-    actions.add_parser("check", help="say what this machine allows of it").set_defaults(run=check_sandbox)
-    rewards = commands.add_parser("rewards", help="the rewards that a recipe can name")
-    actions = rewards.add_subparsers(required=True, metavar="ACTION")
-    actions.add_parser("list", help="each with its parameters and what it is for").set_defaults(run=list_rewards)
-    evaluations = commands.add_parser("evaluations", help="the evaluation hooks that a recipe can name")
-    actions = evaluations.add_subparsers(required=True, metavar="ACTION")
-    actions.add_parser("list", help="each with its parameters and what it measures").set_defaults(run=list_evaluations)
-    return top
+def say(text: str) -> None:
+    """A line for whoever waits at the terminal, without secrets."""
+    from align.run.files import redacted
+
+    print(redacted(text), file=sys.stderr)
 
 
-def read_recipe(path: Path, overrides: Sequence[str]) -> Recipe:
-    """A recipe of which everything it names is there."""
-    recipe = load_recipe(path, overrides)
-    from align.session.checks import check_names
+def stage_command(stage: str) -> Callable[..., None]:
+    def run(recipe: RecipeFile, overrides: Overrides = None) -> None:
+        run_recipe(stage, recipe, overrides or [])
 
-    check_names(recipe, path)
-    return recipe
+    return run
 
 
-def run_recipe(options: argparse.Namespace) -> int:
-    """`align sft RECIPE`, and so for every other stage."""
-    stage = load_stage(options.recipe, options.overrides)
-    if stage.recipe.stage != options.stage:
-        command = stage.recipe.stage.replace("_", "-")
-        raise UserError(
-            f"{options.recipe} is a recipe for {stage.recipe.stage}; run `align {command} {options.recipe}`"
-        )
+for name, text in STAGES.items():
+    app.command(name, help=text)(stage_command(name.replace("-", "_")))
+
+
+def run_recipe(stage: str, file: Path, overrides: Sequence[str]) -> None:
+    """Run a recipe for a stage."""
+    from align.recipe import load_stage
+
+    planned = load_stage(file, overrides)
+    if planned.recipe.stage != stage:
+        command = planned.recipe.stage.replace("_", "-")
+        raise UserError(f"{file} is a recipe for {planned.recipe.stage}; run `align {command} {file}`")
     from align.session.checks import check_names
     from align.stages.commands import run_stage
 
-    for part in filter(None, (stage.before, stage)):
+    for part in filter(None, (planned.before, planned)):
         check_names(part.recipe, part.file)
-    run_stage(stage)
-    return 0
+    run_stage(planned)
 
 
-def resume(options: argparse.Namespace) -> int:
-    """`align resume RUN`."""
-    stage, given = as_begun(options.directory, options.overrides, ("pipeline", *STAGES))
-    return pipeline(given) if stage == "pipeline" else run_recipe(given)
-
-
-def pipeline(options: argparse.Namespace) -> int:
-    """`align pipeline FILE`."""
-    chain = load_pipeline(options.file, options.overrides)
+@app.command()
+def check(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """read a recipe and say what is wrong with it; starts nothing"""
+    from align.recipe import load_recipe
     from align.session.checks import check_names
-    from align.stages.pipeline import run_pipeline
 
-    for stage in chain.stages:
-        check_names(stage.recipe, stage.file)
-    status = run_pipeline(chain, options.start, options.last)
-    if status == 0:
-        from align.report import write_report
-
-        print(f"the report is in {write_report(chain.directory)}")
-    return status
+    read = load_recipe(recipe, overrides or [])
+    check_names(read, recipe)
+    print(f"{recipe}: a valid {read.stage} recipe; its run would go to {read.directory}")
 
 
-def check(options: argparse.Namespace) -> int:
-    """`align check RECIPE`."""
-    recipe = read_recipe(options.recipe, options.overrides)
-    print(f"{options.recipe}: a valid {recipe.stage} recipe; its run would go to {recipe.directory}")
-    return 0
+@app.command()
+def resume(run: Run, overrides: Overrides = None) -> int | None:
+    """go on with an interrupted run, from its last checkpoint
+
+    Go on with a run that was interrupted, killed or has failed, from its last checkpoint and with the recipe in its directory. It ends
+    with the weights, samples and numbers of a run that was never interrupted, to the last bit where the engines are exact. The command
+    that began the run does the same when it is given again; so does `align pipeline` for its stages.
+
+    Checkpoints are written every `save_every` steps, and when the run is told to stop: Ctrl-C (exit status 130) and SIGTERM (75) let the
+    step end that is being made, for `run.grace_s` seconds at most, and then write one. A second signal ends at once.
+
+    Damage: every file is verified against its SHA-256 before it is read; a damaged checkpoint is named and the one before taken.
+
+    Changes: a key that matters must be what it was; run.allow_changes=true goes on nevertheless. Where a run goes, its machine, workers,
+    time-outs and save_every may always change; learner.ranks and learner.zero_stage never.
+    """
+    from align.recipe import STAGES, read_yaml
+    from align.run import RunDirectory, read_status
+
+    status = read_status(run)
+    if status is None:
+        raise UserError(f"{run} holds no run; `align resume` takes the directory of one, such as runs/nano-grpo")
+    if status["state"] == "finished":
+        raise UserError(f"{run} has finished, so there is nothing to go on with; `align report {run}` shows it")
+    file = RunDirectory(run).recipe_file
+    stage, given = read_yaml(file)[0].get("stage"), [f"run.dir={run}", *(overrides or [])]
+    if stage == "pipeline":
+        return pipeline(file, given)
+    if stage not in STAGES:
+        raise UserError(f"{file}: stage must be one of pipeline, {', '.join(STAGES)}, but is {stage!r}")
+    run_recipe(stage, file, ["run.overwrite=false", *given])
+    return None
 
 
-def plan(options: argparse.Namespace) -> int:
-    """`align plan RECIPE --nodes N --gpus-per-node M --gpu-memory G`: 0 where it fits, 1 where it does not."""
-    recipe = read_recipe(options.recipe, options.overrides)
+@app.command()
+def plan(
+    recipe: Annotated[Path, Argument(metavar="RECIPE", help="recipe file, for example recipes/v2_lite/sft.yaml")],
+    gpus_per_node: Annotated[int, Option(min=0, help="0 for one machine without GPUs")],
+    overrides: Annotated[list[str] | None, Argument(metavar="key=value", help="for example learner.ranks=16")] = None,
+    nodes: Annotated[int, Option(min=1)] = 1,
+    gpu_memory: Annotated[float, Option(metavar="GIB", help="of each GPU, for example 80")] = 0.0,
+) -> int:
+    """where a recipe's processes go on a cluster, their memory and time; starts nothing
+
+    The exit status is 0 where it fits, 1 where it does not.
+    """
     from align.model.sizes import empty_model, model_sizes, read_config
     from align.plan.placement import cluster_of
     from align.plan.plan import as_text, make_plan
+    from align.recipe import load_recipe
+    from align.session.checks import check_names
 
-    cluster = cluster_of(options.nodes, options.gpus_per_node, options.gpu_memory)
-    sizes = model_sizes(empty_model(read_config(recipe.model.path)))
-    made = make_plan(recipe, sizes, cluster)
-    print(as_text(recipe, sizes, cluster, made), flush=True)
+    read = load_recipe(recipe, overrides or [])
+    check_names(read, recipe)
+    cluster = cluster_of(nodes, gpus_per_node, gpu_memory)
+    sizes = model_sizes(empty_model(read_config(read.model.path)))
+    made = make_plan(read, sizes, cluster)
+    print(as_text(read, sizes, cluster, made), flush=True)
     for refusal in made.refusals:
         print(f"does not fit: {refusal}", file=sys.stderr)
     return EXIT_FAILED if made.refusals else 0
 
 
-def doctor(options: argparse.Namespace) -> int:
-    """`align doctor MODEL`."""
-    model, fleet = model_and_fleet(options)
+@app.command()
+def pipeline(
+    file: Annotated[Path, Argument(metavar="FILE", help="pipeline file, for example recipes/nano/pipeline.yaml")],
+    overrides: Annotated[
+        list[str] | None, Argument(metavar="key=value", help="for example seed=1 run.dir=runs/second")
+    ] = None,
+    start: Annotated[str | None, Option("--from", metavar="STAGE", help="run this stage and all after it anew")] = None,
+    last: Annotated[str | None, Option("--to", metavar="STAGE", help="stop after this stage")] = None,
+) -> int:
+    """run the stages that a file names, one after the other"""
+    from align.recipe import load_pipeline
+    from align.report import write_report
+    from align.session.checks import check_names
+    from align.stages.pipeline import run_pipeline
+
+    chain = load_pipeline(file, overrides or [])
+    for stage in chain.stages:
+        check_names(stage.recipe, stage.file)
+    status = run_pipeline(chain, start, last)
+    if status == 0:
+        print(f"the report is in {write_report(chain.directory)}")
+    return status
+
+
+@app.command()
+def merge(
+    adapter: Annotated[Path, Argument(help="directory of an adapter as PEFT writes it: RUN/final/adapter")],
+    out: Annotated[Path, Argument(help="directory to write to")],
+    base: Annotated[
+        str | None, Option(help="directory or hub name of the base, where it is not what the adapter names")
+    ] = None,
+) -> None:
+    """write a LoRA adapter and its base as one Hugging Face checkpoint"""
+    from align.tools.merge import merge_adapter
+
+    print(f"{adapter} on {merge_adapter(adapter, out, base)}, merged, is in {out}")
+
+
+@app.command()
+def doctor(
+    model: Annotated[str, Argument(help="Hugging Face directory or hub name, with weights")],
+    dtype: Dtype = "float32",
+    max_length: MaxLength = 512,
+    workers: Workers = 1,
+) -> None:
+    """check that a model is fit to be trained and that the engines agree on it"""
     from align.tools import offline
+    from rollout import FleetOptions
 
-    print(offline.doctor(model, fleet))
-    return 0
+    print(offline.doctor(model_of(model, dtype), FleetOptions(workers=workers, max_length=max_length)))
 
 
-def evaluate(options: argparse.Namespace) -> int:
-    """`align eval --model DIR --data FILE --out FILE`."""
-    model, fleet = model_and_fleet(options)
+@app.command("eval")
+def evaluate(
+    model: Model,
+    data: Annotated[Path, Option(help='JSONL: {"id", "prompt" or "messages", "answer"}')],
+    out: Annotated[Path, Option(help="JSONL to write: completion, reward and verdict of each")],
+    max_new_tokens: Annotated[int, Option(min=1)] = 64,
+    dtype: Dtype = "float32",
+    max_length: MaxLength = 512,
+    workers: Workers = 1,
+) -> None:
+    """let a model answer a file of problems and score the answers"""
     from align.tools import offline
+    from rollout import FleetOptions
 
-    print(offline.evaluate_file(model, options.data, options.out, fleet, options.max_new_tokens))
-    return 0
+    fleet = FleetOptions(workers=workers, max_length=max_length)
+    print(offline.evaluate_file(model_of(model, dtype), data, out, fleet, max_new_tokens))
 
 
-def chat(options: argparse.Namespace) -> int:
-    """`align chat --model DIR`."""
-    model = model_of(options)
+@app.command()
+def chat(
+    model: Model,
+    system: Annotated[
+        str | None, Option(help="what the system message says; the template's own when not given")
+    ] = None,
+    temperature: Annotated[float, Option(min=0, max=10, help="0 takes the likeliest token each time")] = 0.7,
+    max_new_tokens: Annotated[int, Option(min=1, help="longest answer")] = 256,
+    seed: int = 0,
+    dtype: Dtype = "float32",
+    max_length: MaxLength = 2048,
+) -> None:
+    """talk with a model in the terminal"""
     from align.tools.chat import chat_in_terminal
+    from rollout import EngineOptions, SamplingOptions
 
-    try:
-        sampling = SamplingOptions(temperature=options.temperature, max_new_tokens=options.max_new_tokens)
-        engine = EngineOptions(max_length=options.max_length, batch_sequences=1)
-    except ValidationError as error:
-        wrong = error.errors()[0]
-        raise UserError(f"--{str(wrong['loc'][0]).replace('_', '-')} {wrong['input']}: {wrong['msg']}") from None
-    chat_in_terminal(model, engine, sampling, system=options.system, seed=options.seed)
-    return 0
+    sampling = SamplingOptions(temperature=temperature, max_new_tokens=max_new_tokens)
+    engine = EngineOptions(max_length=max_length, batch_sequences=1)
+    chat_in_terminal(model_of(model, dtype), engine, sampling, system=system, seed=seed)
 
 
-def convert(options: argparse.Namespace) -> int:
-    """`align convert FILE.gguf DIR`."""
+@app.command()
+def convert(
+    file: Annotated[Path, Argument(metavar="FILE.gguf", help="for example SmolLM2-135M-Instruct.Q4_1.gguf")],
+    directory: Annotated[Path, Argument(metavar="DIR", help="to be written; must not be there yet, or be empty")],
+    chat_template: Annotated[
+        Path | None, Option(metavar="FILE", help="Jinja template, where the model has none")
+    ] = None,
+    dtype: Dtype = "float32",
+) -> None:
+    """turn a GGUF file into a Hugging Face directory, and say what is lost"""
     from align.tools.gguf import convert_gguf
 
-    for line in convert_gguf(options.file, options.directory, dtype=options.dtype, chat_template=options.chat_template):
+    for line in convert_gguf(file, directory, dtype=dtype, chat_template=chat_template):
         print(line)
-    return 0
 
 
-def model_and_fleet(options: argparse.Namespace) -> tuple[ModelOptions, FleetOptions]:
-    """The model that a command names and the workers to run it; refuses a directory that lacks something."""
-    return model_of(options), FleetOptions(workers=options.workers, max_length=options.max_length)
+@app.command()
+def score(
+    reward: Annotated[str, Option(help="name of a reward; `align rewards list` shows them")],
+    data: Annotated[Path, Option(help='JSONL: {"id", "completion", "answer", "tests", ...}')],
+    out: Annotated[Path, Option(help="JSONL to write: value, verdict and detail of each")],
+    params: Annotated[str, Option(help='its parameters as YAML, for example "{partial: true}"')] = "{}",
+) -> None:
+    """score a file of completions by a registered reward"""
+    import yaml
 
-
-def model_of(options: argparse.Namespace) -> ModelOptions:
-    """The model that a command names. Raises UserError for a directory that lacks something."""
-    model = ModelOptions(path=options.model, dtype=options.dtype)
-    if Path(options.model).is_dir():
-        check_model_directory(Path(options.model), model)
-    return model
-
-
-def merge_adapter(options: argparse.Namespace) -> int:
-    """`align merge ADAPTER OUT`."""
-    from align.tools.merge import merge_adapter as merge
-
-    origin = merge(options.adapter, options.out, options.base)
-    print(f"{options.adapter} on {origin}, merged, is in {options.out}")
-    return 0
-
-
-def score(options: argparse.Namespace) -> int:
-    """`align score --reward NAME --data FILE --out FILE`."""
     from align.tools.score_file import score_file
+    from reward import RewardTerm
 
     try:
-        params = yaml.safe_load(options.params)
+        given = yaml.safe_load(params)
     except yaml.YAMLError:
-        params = None
-    if not isinstance(params, dict) or not all(isinstance(name, str) for name in params):
-        raise UserError(
-            f"--params {options.params!r} is no mapping of names to values; write it like {{partial: true}}"
-        )
-    print(score_file(RewardTerm(name=options.reward, params=params), options.data, options.out))
-    return 0
+        given = None
+    if not isinstance(given, dict) or not all(isinstance(name, str) for name in given):
+        raise UserError(f"--params {params!r} is no mapping of names to values; write it like {{partial: true}}")
+    print(score_file(RewardTerm(name=reward, params=given), data, out))
 
 
-def report(options: argparse.Namespace) -> int:
-    """`align report RUN`."""
+@app.command()
+def report(
+    run: Run,
+    out: Annotated[
+        Path | None, Option(help="HTML file, or directory, to write to; RUN/report.html when not given")
+    ] = None,
+    svg: Annotated[
+        Path | None, Option(help="also plot reward, accuracy and agreement to this SVG file, for a README")
+    ] = None,
+) -> None:
+    """write a page about a run: settings, curves, evaluations and its samples"""
     from align.report import write_plot, write_report
 
-    print(f"the report is in {write_report(options.directory, options.out)}")
-    if options.svg:
-        print(f"the plot is in {write_plot(options.directory, options.svg)}")
-    return 0
+    print(f"the report is in {write_report(run, out)}")
+    if svg is not None:
+        print(f"the plot is in {write_plot(run, svg)}")
 
 
-def check_sandbox(options: argparse.Namespace) -> int:
-    """`align sandbox check`: 0 where code can be isolated, 1 where it cannot."""
+@sandbox.command("check")
+def check_sandbox() -> int:
+    """say what this machine allows of it: the exit status is 0 where code can be isolated, 1 where it cannot"""
     from reward.isolation import check as check_machine
 
     pieces = check_machine()
@@ -325,26 +339,37 @@ def check_sandbox(options: argparse.Namespace) -> int:
     return 0 if all(piece.ok for piece in pieces if piece.needed) else EXIT_FAILED
 
 
-def list_rewards(options: argparse.Namespace) -> int:
-    """`align rewards list`."""
+@rewards.command("list")
+def list_rewards() -> None:
+    """each with its parameters and what it is for"""
     from reward import available
 
-    return show(available())
+    show(available())
 
 
-def list_evaluations(options: argparse.Namespace) -> int:
-    """`align evaluations list`."""
+@evaluations.command("list")
+def list_evaluations() -> None:
+    """each with its parameters and what it measures"""
     from align.evaluate.hooks import available
 
-    return show(available())
+    show(available())
 
 
-def show(entries: Sequence[Entry]) -> int:
+def show(entries: "Sequence[Entry]") -> None:
     """Print registered functions with their parameters and descriptions."""
     for item in entries:
         parameters = ", ".join(p.name if p.required else f"{p.name}={p.default!r}" for p in item.parameters)
         print(f"{item.name}({parameters})\n    {item.description}")
-    return 0
+
+
+def model_of(path: str, dtype: Literal["float32", "bfloat16"]) -> "ModelOptions":
+    """The model that a command names. Raises UserError for a directory that lacks something."""
+    from align.recipe import ModelOptions, check_model_directory
+
+    model = ModelOptions(path=path, dtype=dtype)
+    if Path(path).is_dir():
+        check_model_directory(Path(path), model)
+    return model
 
 
 if __name__ == "__main__":
