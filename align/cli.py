@@ -98,23 +98,30 @@ def run_recipe(stage: str, file: Path, overrides: Sequence[str]) -> None:
     if planned.recipe.stage != stage:
         command = planned.recipe.stage.replace("_", "-")
         raise UserError(f"{file} is a recipe for {planned.recipe.stage}; run `align {command} {file}`")
-    from align.session.checks import check_names
     from align.stages.commands import run_stage
 
-    for part in filter(None, (planned.before, planned)):
-        check_names(part.recipe, part.file)
     run_stage(planned)
 
 
 @app.command()
-def check(recipe: RecipeFile, overrides: Overrides = None) -> None:
-    """read a recipe and say what is wrong with it; starts nothing"""
-    from align.recipe import load_recipe
-    from align.session.checks import check_names
+def check(
+    file: Annotated[Path, Argument(metavar="FILE", help="recipe or pipeline file, for example recipes/nano/grpo.yaml")],
+    overrides: Overrides = None,
+) -> None:
+    """read a recipe or a pipeline and say what is wrong with it or with this machine; starts nothing
 
-    read = load_recipe(recipe, overrides or [])
-    check_names(read, recipe)
-    print(f"{recipe}: a valid {read.stage} recipe; its run would go to {read.directory}")
+    Looks at all that a run looks at before it starts: keys, names, splits, servers, free memory, disk space and ports, and the model's small
+    files (configuration, tokenizer, chat template), for every stage.
+    """
+    from align.recipe import load_stages
+    from align.session.checks import check as check_all
+
+    stages = load_stages(file, overrides or [])
+    unseen = check_all(stages)
+    for stage in stages:
+        print(f"{stage.file}: a valid {stage.recipe.stage} recipe; its run would go to {stage.directory}")
+    for what in unseen:
+        print(f"not looked at: {what}")
 
 
 @app.command()
@@ -170,7 +177,7 @@ def plan(
     from align.session.checks import check_names
 
     read = load_recipe(recipe, overrides or [])
-    check_names(read, recipe)
+    check_names(read)
     cluster = cluster_of(nodes, gpus_per_node, gpu_memory)
     sizes = model_sizes(empty_model(read_config(read.model.path)))
     made = make_plan(read, sizes, cluster)
@@ -192,12 +199,9 @@ def pipeline(
     """run the stages that a file names, one after the other"""
     from align.recipe import load_pipeline
     from align.report import write_report
-    from align.session.checks import check_names
     from align.stages.pipeline import run_pipeline
 
     chain = load_pipeline(file, overrides or [])
-    for stage in chain.stages:
-        check_names(stage.recipe, stage.file)
     status = run_pipeline(chain, start, last)
     if status == 0:
         print(f"the report is in {write_report(chain.directory)}")

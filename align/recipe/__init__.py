@@ -22,7 +22,7 @@ from align.recipe.options import (
     ScoringOptions,
     SftOptions,
 )
-from align.recipe.pipeline import Pipeline, PlannedStage, load_pipeline, load_stage
+from align.recipe.pipeline import Pipeline, PlannedStage, load_pipeline, load_stage, load_stages
 from align.recipe.recipes import (
     STAGES,
     GrpoRecipe,
@@ -74,5 +74,6 @@ __all__ = [
     "load_pipeline",
     "load_recipe",
     "load_stage",
+    "load_stages",
     "read_yaml",
 ]

@@ -76,6 +76,11 @@ class PlannedStage:
     def directory(self) -> Path:
         return self.recipe.directory
 
+    @property
+    def parts(self) -> "list[PlannedStage]":
+        """The stage itself, after the one before it."""
+        return [self.before, self] if self.before else [self]
+
 
 @dataclass(frozen=True, slots=True)
 class Pipeline:
@@ -103,6 +108,13 @@ def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> Pipeline:
     stages = [_planned(stage, options, directory, path) for stage in options.stages]
     text = yaml.safe_dump({"stage": "pipeline"} | options.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     return Pipeline(options.name, directory, stages, text)
+
+
+def load_stages(path: Path, overrides: Sequence[str] = ()) -> list[PlannedStage]:
+    """Every stage of a pipeline file, or of a recipe, in their order. Raises UserError as for these."""
+    if {"stages", "name"} <= read_yaml(path)[0].keys():
+        return [part for stage in load_pipeline(path, overrides).stages for part in stage.parts]
+    return load_stage(path, overrides).parts
 
 
 def _planned(entry: StageEntry, options: PipelineOptions, directory: Path, path: Path) -> PlannedStage:

@@ -1,62 +1,89 @@
-"""What a recipe names, looked up before any process starts."""
+"""Everything that can be known to be wrong before a run begins, without an engine and without reading a whole data file.
 
+`align check` and the run itself go through the same list.
+"""
+
+import shutil
 from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from align.data.cards import Stage, load_card, require_stage
 from align.data.types import SplitName
 from align.errors import UserError
 from align.evaluate import hooks
-from align.recipe import PolicyRecipe, Recipe, SamplingRecipe
+from align.evaluate.doctor import examine, verdict
+from align.learner.experts import check_spreadable
+from align.learner.group import check_port
+from align.model.lora import chosen_parts
+from align.model.policy import load_tokenizer, stop_token_ids
+from align.model.reward_model import is_reward_model
+from align.model.sizes import ModelSizes, empty_model, model_sizes, read_config
+from align.recipe import PlannedStage, Recipe, Roles, TrainingRecipe
+from align.run import check_machine
 from reward import Mixture, RewardError
 
+GB = 10**9
+ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
+OPTIMIZER_BYTES = 12
+"""Of a trained parameter: Adam's two moments and the copy in float32."""
 
-def check_names(recipe: Recipe, path: Path) -> None:
-    """Raise UserError for a reward or data card of the recipe that is not there, or not meant for its stage."""
-    if isinstance(recipe, SamplingRecipe):
+
+def check(stages: Iterable[PlannedStage]) -> list[str]:
+    """Look at all stages. Raises UserError, which names the file, for the first mistake; returns what could not be looked at yet."""
+    unseen: list[str] = []
+    for stage in stages:
         try:
-            Mixture(recipe.rewards)
-        except RewardError as error:
-            raise UserError(f"{path}: rewards: {error}") from None
-        domains = {load_card(data.card).domain for data in recipe.data}
-        if isinstance(recipe, PolicyRecipe):
-            domains |= {load_card(name).domain for name in recipe.evaluation_cards}
-        for domain in sorted(domains):
-            if not any(term.weight and term.applies_to(domain) for term in recipe.rewards):
-                raise UserError(
-                    f"{path}: rewards: none with a weight is for the domain {domain!r} of the recipe's data or evaluation; "
-                    f"add one such as {{name: NAME, domains: [{domain}]}}"
-                )
+            for look in CHECKS:
+                unseen += [f"{stage.file}: {what}" for what in look(stage.recipe) or ()]
+        except UserError as error:
+            raise UserError(f"{stage.file}: {error}") from None
+    return list(dict.fromkeys(unseen))
+
+
+def check_names(recipe: Recipe) -> None:
+    """Raise UserError for a reward, hook or data card that is not there, or not meant for the stage."""
+    roles = recipe.roles()
+    if roles.rollout is not None:
+        check_rewards(recipe, roles)
     for data in recipe.data:
-        check_split(data.card, data.split, recipe.data_stage, f"{path}: data.split")
-    if isinstance(recipe, PolicyRecipe):
-        for name in recipe.evaluation_cards:
-            check_split(name, recipe.evaluation.split, "eval", f"{path}: evaluation.split")
-        check_evaluation_cards(recipe, f"{path}: evaluation")
-        for hook in recipe.evaluation.hooks:
+        check_split(data.card, data.split, recipe.data_stage, "data.split")
+    if roles.evaluation is not None:
+        for name in roles.evaluation_cards:
+            check_split(name, roles.evaluation.split, "eval", "evaluation.split")
+        check_evaluation_cards(roles.evaluation_cards, choosing=roles.evaluation.every is not None)
+        for hook in roles.evaluation.hooks:
             hooks.check_params(hook.name, hook.params)
 
 
-def check_evaluation_cards(recipe: PolicyRecipe, where: str) -> None:
+def check_rewards(recipe: Recipe, roles: Roles) -> None:
+    """Raise UserError for a reward that cannot be made, and for a domain of the data that none with a weight is for."""
+    try:
+        Mixture(roles.rewards)
+    except RewardError as error:
+        raise UserError(f"rewards: {error}") from None
+    cards = [*(data.card for data in recipe.data), *roles.evaluation_cards]
+    for domain in sorted({load_card(card).domain for card in cards}):
+        if not any(term.weight and term.applies_to(domain) for term in roles.rewards):
+            raise UserError(
+                f"rewards: none with a weight is for the domain {domain!r} of the recipe's data or evaluation; "
+                f"add one such as {{name: NAME, domains: [{domain}]}}"
+            )
+
+
+def check_evaluation_cards(names: Sequence[str], *, choosing: bool) -> None:
     """Raise UserError for two cards of one name, and where no card has problems to choose checkpoints by."""
-    cards = [load_card(name) for name in recipe.evaluation_cards]
+    cards = [load_card(name) for name in names]
     for name, count in Counter(card.name for card in cards).items():
         if count > 1:
             raise UserError(
-                f"{where}.cards: {count} cards are named {name!r}, and their results could not be told apart"
+                f"evaluation.cards: {count} cards are named {name!r}, and their results could not be told apart"
             )
-    if recipe.evaluation.every and not any("validation" in card.splits for card in cards):
+    if choosing and not any("validation" in card.splits for card in cards):
         raise UserError(
-            f"{where}.every: checkpoints are chosen by the validation split, and {', '.join(card.name for card in cards)} "
+            f"evaluation.every: checkpoints are chosen by the validation split, and {', '.join(card.name for card in cards)} "
             "has none: add a card with one to evaluation.cards, or leave every out"
         )
-
-
-def check_ready(recipe: Recipe) -> None:
-    """Raise UserError where an evaluation hook of the recipe could not be run now, such as one whose judge is down."""
-    if isinstance(recipe, PolicyRecipe):
-        for hook in recipe.evaluation.hooks:
-            hooks.check_ready(hook.name, hook.params)
 
 
 def check_split(name: str, split: SplitName, stage: Stage, where: str) -> None:
@@ -65,3 +92,103 @@ def check_split(name: str, split: SplitName, stage: Stage, where: str) -> None:
     require_stage(card, stage)
     if split not in card.splits:
         raise UserError(f"{where}: data card {card.name} has no split {split!r}, only {', '.join(sorted(card.splits))}")
+
+
+def check_size(recipe: Recipe) -> None:
+    """Raise UserError where the machine has fewer cores or less free memory than the recipe says."""
+    check_machine(
+        cores=recipe.machine.cores,
+        memory_gb=recipe.machine.memory_gb,
+        hint="rollout.workers, rollout.kv_cache_gb and learner.ranks lower what is needed; then lower machine.cores and "
+        "machine.memory_gb to match",
+    )
+
+
+def check_servers(recipe: Recipe) -> None:
+    """Raise UserError where an evaluation hook of the recipe could not be run now, such as one whose judge is down."""
+    evaluation = recipe.roles().evaluation
+    for hook in evaluation.hooks if evaluation else ():
+        hooks.check_ready(hook.name, hook.params)
+
+
+def check_ports(recipe: Recipe) -> None:
+    """Raise UserError where something listens on the learner's port."""
+    learner = recipe.roles().learner
+    if learner is not None and learner.port is not None:
+        check_port(learner.port)
+
+
+def check_model(recipe: Recipe) -> list[str]:
+    """Look at the model's small files, by the options of those that load it. Raises UserError for what cannot be trained or sampled from.
+
+    Returns why nothing was looked at, where the model is still to be made or its hub cannot be reached.
+    """
+    model, roles, path = recipe.model, recipe.roles(), Path(recipe.model.path)
+    if path.is_absolute() and not path.exists():
+        return [f"model.path: {path} is still to be made"]
+    try:
+        tokenizer = load_tokenizer(model.path, trust_remote_code=model.trust_remote_code)
+        config = read_config(model.path)
+    except UserError as error:
+        if path.is_dir():
+            raise
+        return [str(error)]
+    if roles.rollout is not None:
+        stop_token_ids(model, tokenizer)
+    goes_on = roles.trained == "reward_model" and is_reward_model(model)
+    verdict(examine(model, tokenizer, reward_model=goes_on), model.path)
+    skeleton = empty_model(config)
+    if roles.learner is not None and roles.learner.expert_parallel > 1:
+        check_spreadable(skeleton.config, roles.learner.expert_parallel)
+    if roles.learner is not None and roles.learner.lora is not None and roles.trained == "policy":
+        chosen_parts(skeleton, roles.learner.lora.targets)
+    sizes = model_sizes(skeleton)
+    if roles.weights is not None and roles.weights.transport == "adapter":
+        check_adapters_are_served(model.path, sizes)
+    if isinstance(recipe, TrainingRecipe) and not any(recipe.directory.glob("checkpoints/step_*")):
+        check_space(recipe, sizes)
+    return []
+
+
+def check_adapters_are_served(path: str, sizes: ModelSizes) -> None:
+    """Raise UserError where vLLM cannot add an adapter to a policy on this machine."""
+    import torch
+
+    if not torch.cuda.is_available() and sizes.is_mixture:
+        raise UserError(
+            f"weights.transport: vLLM adds no adapters to a model with experts ({path}) on a CPU; leave it out, and the workers "
+            "get merged weights"
+        )
+
+
+def check_space(recipe: TrainingRecipe, sizes: ModelSizes) -> None:
+    """Raise UserError where the checkpoints that stay, one more that is being written, and the model do not fit on the disk."""
+    directory = recipe.directory.expanduser().absolute()
+    there = next(parent for parent in (directory, *directory.parents) if parent.exists())
+    need, free = bytes_needed(recipe, sizes.total), shutil.disk_usage(there).free
+    if free < need:
+        raise UserError(
+            f"run.dir: {directory} has {free / GB:.1f} GB free, and the run writes up to {need / GB:.1f} GB: "
+            f"{recipe.keep_checkpoints} checkpoints (keep_checkpoints), one more while it is written, and the model at the end. "
+            "Make room, or choose another directory with run.dir=…"
+        )
+
+
+def bytes_needed(recipe: TrainingRecipe, parameters: int) -> int:
+    """What the stage has on the disk at most; adapters count as nothing."""
+    element = ELEMENT_BYTES[recipe.model.dtype]
+    model = parameters * element
+    state = 0 if recipe.learner.lora else parameters * (element + OPTIMIZER_BYTES)
+    evaluation = recipe.roles().evaluation
+    best = evaluation is not None and evaluation.every is not None
+    checkpoints = recipe.keep_checkpoints + 1 + best if recipe.save_every else 1
+    return checkpoints * (model + state) + model * (2 if recipe.model.init == "random" else 1)
+
+
+CHECKS: tuple[Callable[[Recipe], list[str] | None], ...] = (
+    check_names,
+    check_size,
+    check_servers,
+    check_ports,
+    check_model,
+)

@@ -15,7 +15,6 @@ from align.run import (
     MetricsLog,
     Progress,
     RunDirectory,
-    check_machine,
     cut,
     environment_record,
     json_line,
@@ -25,7 +24,6 @@ from align.run import (
     write_samples,
 )
 from align.run.checkpoints import Checkpoint, CheckpointDirectory, DamagedCheckpointError
-from align.session.checks import check_ready
 from align.session.signals import StopRequest
 from rollout import Fault
 
@@ -207,17 +205,9 @@ def compare_stages(progress: Progress, evaluations: Mapping[str, Evaluation]) ->
 def open_run(recipe: Recipe) -> Iterator[Run]:
     """Own the run of a recipe, a new one or one that was interrupted; note how it ended. Ctrl-C and SIGTERM end it cleanly.
 
-    Raises UserError before anything is written when the
-    machine is too small, an evaluation's server does not answer or the directory holds another run. A UserError before the
-    first metrics takes a new run back.
+    Raises UserError before anything is written when the directory holds another run. A UserError before the first metrics takes
+    a new run back.
     """
-    check_machine(
-        cores=recipe.machine.cores,
-        memory_gb=recipe.machine.memory_gb,
-        hint="rollout.workers, rollout.kv_cache_gb and learner.ranks lower what is needed; then lower machine.cores and "
-        "machine.memory_gb to match",
-    )
-    check_ready(recipe)
     directory, changed = own_directory(recipe, recipe.directory)
     goes_on = changed is not None
     directory.save_recipe(dump_recipe(recipe))

@@ -12,10 +12,9 @@ import torch
 from align.data.drawing import Source
 from align.errors import UserError
 from align.evaluate.doctor import examine, verdict
-from align.learner.group import LearnerDiedError, LearnerGroup, RankGroup, check_port
+from align.learner.group import LearnerDiedError, LearnerGroup, RankGroup
 from align.model.policy import first_line, load_tokenizer, stop_token_ids, write_random_policy
 from align.model.reward_model import is_reward_model
-from align.model.sizes import empty_model, model_sizes, read_config
 from align.recipe import (
     LearnerOptions,
     ModelOptions,
@@ -26,7 +25,6 @@ from align.recipe import (
     ScoringOptions,
     TrainingRecipe,
 )
-from align.session.disk import check_space
 from align.session.ray import local_ray
 from align.session.run import Run, open_run
 from align.session.steps import Steps
@@ -72,11 +70,8 @@ class Session:
         stops, rollout = stop_token_ids(self.policy, self.tokenizer), recipe.rollout
         trains = recipe if isinstance(recipe, PolicyRecipe) else None
         if trains is not None:
-            if trains.learner.port is not None:
-                check_port(trains.learner.port)
             self.weight_sync = weight_sync_of(trains.weights, self.run.directory.path.absolute() / "weights")
             if trains.weights.transport == "adapter" and trains.learner.lora:
-                check_adapters_are_served(self.policy)
                 rollout = rollout.model_copy(update={"adapter_rank": trains.learner.lora.rank})
         self.open.enter_context(local_ray())
         if trains is not None and trains.colocate:
@@ -160,8 +155,6 @@ def prepare_policy(recipe: Recipe, run: Run) -> tuple[ModelOptions, Any]:
     For a reward model it may be a reward model too, which is then trained on.
     """
     policy = recipe.model
-    if isinstance(recipe, TrainingRecipe) and run.resume is None:
-        check_space(recipe, run.directory.path)
     if policy.init == "random":
         write_random_policy(policy, run.directory.initial_directory, recipe.seed)
         policy = policy.model_copy(update={"path": str(run.directory.initial_directory), "init": "pretrained"})
@@ -183,15 +176,6 @@ def shared_gpus(count: int) -> Any:
             f"{ray.available_resources().get('GPU', 0):g} free; lower learner.ranks and rollout.workers"
         )
     return group
-
-
-def check_adapters_are_served(policy: ModelOptions) -> None:
-    """Raise UserError where vLLM cannot add an adapter to this policy on this machine."""
-    if not torch.cuda.is_available() and model_sizes(empty_model(read_config(policy.path))).is_mixture:
-        raise UserError(
-            f"weights.transport: vLLM adds no adapters to a model with experts ({policy.path}) on a CPU; leave it out, and the workers "
-            "get merged weights"
-        )
 
 
 def weight_sync_of(options: WeightOptions, directory: Path) -> WeightSync:

@@ -16,6 +16,7 @@ from align.recipe import (
     load_recipe,
 )
 from align.run import Progress, RunDirectory, read_status
+from align.session.checks import check
 from align.session.ray import local_ray
 from align.session.run import compare_stages, recorded_evaluations, refuse_changes
 from align.session.session import Session, open_session
@@ -29,7 +30,8 @@ NOTHING: HeldOutPrompts = MappingProxyType({})
 
 
 def run_stage(stage: PlannedStage) -> None:
-    """Run a stage, and the one before it where that is not done."""
+    """Run a stage, and the one before it where that is not done. Raises UserError for what `check` finds."""
+    check(stage.parts)
     recipe = stage.recipe
     if isinstance(recipe, SftRecipe):
         run_sft(recipe)

@@ -13,7 +13,7 @@ from align.errors import Terminated, UserError
 from align.recipe import Pipeline, PlannedStage, differences, load_recipe
 from align.run import RunDirectory, environment_record, read_status
 from align.run.checkpoints import CheckpointDirectory
-from align.session.checks import check_ready
+from align.session.checks import check
 from align.session.signals import StopRequest
 
 COMMANDS = {"sft": "sft", "reward_model": "reward-model", "preferences": "preferences", "grpo": "grpo"}
@@ -33,9 +33,7 @@ def run_pipeline(pipeline: Pipeline, start: str | None, last: str | None = None)
     end = place(pipeline, "--to", last) if last is not None else len(pipeline.stages)
     if start is not None and end < place(pipeline, "--from", start):
         raise UserError(f"--to {last} comes before --from {start}: nothing would be run")
-    for stage in pipeline.stages[: end + 1]:
-        if stage in due:
-            check_ready(stage.recipe)
+    check(part for stage in pipeline.stages[: end + 1] if stage in due for part in stage.parts)
     directory = RunDirectory.reopen(pipeline.directory)
     directory.save_recipe(pipeline.text)
     directory.save_environment(environment_record())

@@ -3,6 +3,8 @@
 import json
 import shutil
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -64,6 +66,94 @@ def problems(tmp_path: Path, *lines: str) -> str:
 )
 def test_a_recipe_that_cannot_be_run(override: str, message: str, refusal: Refusal, tmp_path: Path) -> None:
     assert message in refusal(*grpo(tmp_path, override))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("rewards.0.name=exact_anser", "Did you mean 'exact_answer'?"),
+        ("evaluation.split=train", "evaluation.split"),
+        ("evaluation.hooks=[{name: needle, params: {length: 3}}]", "unknown parameter 'length'"),
+        ("evaluation.hooks=[{name: lm_eval, params: {tasks: [no_such_task]}}]", "no_such_task"),
+        ("machine.cores=4096", "this machine is too small: the recipe needs 4096 cores"),
+        ("learner.expert_parallel=2", "cannot be divided"),
+        ("learner.lora={targets: [no_such_part]}", "has nothing that is called 'no_such_part'"),
+        ("model.path={}", "beyond the 64 rows of the model's embedding"),
+        ("init_from=recipes/nano/chat_sft.yaml machine.cores=4096", "this machine is too small"),
+    ],
+)
+def test_what_a_run_refuses_before_it_starts_check_refuses_in_the_same_words(
+    override: str, message: str, refusal: Refusal, tmp_path: Path
+) -> None:
+    if "{}" in override:
+        shutil.copytree(ROOT / "recipes/nano/policy", tmp_path / "model")
+        config = json.loads((tmp_path / "model" / "config.json").read_text())
+        (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"vocab_size": 64}))
+        override = override.replace("{}", str(tmp_path / "model"))
+    if "expert_parallel" in override:
+        shutil.copytree(ROOT / "recipes/nano/policy", tmp_path / "odd")
+        config = json.loads((tmp_path / "odd" / "config.json").read_text())
+        (tmp_path / "odd" / "config.json").write_text(json.dumps(config | {"n_routed_experts": 7}))
+        override += f" model.path={tmp_path / 'odd'}"
+    command, *arguments = grpo(
+        tmp_path, "machine={}", *override.split(" " if " model" in override or "init_from" in override else "\0")
+    )
+    expected = refusal(command, *arguments)
+    assert message in expected
+    assert refusal("check", *arguments) == expected
+
+
+def test_every_stage_of_a_file_is_checked(refusal: Refusal, tmp_path: Path) -> None:
+    machine = ["machine={}"]
+    file = tmp_path / "pipeline.yaml"
+    stages = [
+        {"name": "sft", "recipe": "recipes/nano/sft.yaml", "set": machine},
+        {"name": "math", "recipe": GRPO, "set": ["model={path: '${sft}'}", "machine.cores=4096", "init_from=null"]},
+    ]
+    file.write_text(json.dumps({"name": "two", "run": {"dir": str(tmp_path / "run")}, "stages": stages}))
+    for command in ("check", "pipeline"):
+        assert f"error: {GRPO}: this machine is too small" in refusal(command, str(file))
+
+
+def test_a_recipe_without_a_mistake_is_called_valid_and_what_is_still_to_be_made_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    assert main(["check", GRPO, "machine={}", f"run.dir={tmp_path / 'run'}"]) == 0
+    assert capsys.readouterr().out == (
+        f"recipes/nano/sft.yaml: a valid sft recipe; its run would go to {tmp_path / 'run' / 'sft'}\n"
+        f"{GRPO}: a valid grpo recipe; its run would go to {tmp_path / 'run'}\n"
+    )
+    assert main(["check", "recipes/nano/pipeline.yaml", f"run.dir={tmp_path}"]) in (0, EXIT_USER_ERROR)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_misspelt_command_or_option_is_answered_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, nearest in ((["grop", GRPO], "'grpo'"), (["plan", GRPO, "--node", "2"], "--nodes")):
+        assert main(arguments) == EXIT_USER_ERROR
+        error = capsys.readouterr().err
+        assert "error: No such" in error
+        assert nearest in error
+
+
+def test_overrides_may_come_before_and_after_options(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    options = ["--gpus-per-node", "0"]
+    shown = []
+    for arguments in ([*options, "name=other"], ["name=other", *options], ["seed=1", *options, "name=other"]):
+        main(["plan", GRPO, *arguments])
+        shown.append(capsys.readouterr().out)
+    assert shown[0].startswith("other (grpo) on one machine without GPUs")
+    assert len(set(shown)) == 1
+
+
+def test_help_needs_nothing_heavy() -> None:
+    code = "import sys; from align.cli import main; main(['--help']); print({'torch', 'ray', 'vllm', 'rich'} & sys.modules.keys())"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True).stdout
+    assert "reinforcement learning with GRPO" in shown
+    assert shown.endswith("set()\n")
 
 
 def test_a_model_directory_without_a_tokenizer(refusal: Refusal, tmp_path: Path) -> None:

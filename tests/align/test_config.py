@@ -24,7 +24,7 @@ RECIPES = sorted(NANO.parent.glob("*/*.yaml"))
 )
 def test_every_recipe_is_valid_and_survives_being_saved(file: Path, tmp_path: Path) -> None:
     recipe = load_recipe(file)
-    check_names(recipe, file)
+    check_names(recipe)
     saved = tmp_path / "recipe.yaml"
     saved.write_text(dump_recipe(recipe))
     assert load_recipe(saved) == recipe
@@ -37,7 +37,7 @@ def test_every_pipeline_is_valid_and_takes_each_product_from_the_stage_that_make
     assert next(iter(by_name)) == "sft"
     assert by_name["preference"].model.path == str(tmp_path / "reasoning" / "final")
     for stage in pipeline.stages:
-        check_names(stage.recipe, stage.file)
+        check_names(stage.recipe)
 
 
 def test_a_loss_of_whole_completions_is_not_divided_by_their_length_again() -> None:

@@ -7,12 +7,21 @@ from pathlib import Path
 import pytest
 
 from align.errors import UserError
-from align.recipe import LearnerOptions, ModelOptions, OptimizerOptions, RewardModelOptions, RewardModelRecipe
-from align.session.disk import bytes_needed, check_space
+from align.model.sizes import empty_model, model_sizes, read_config
+from align.recipe import (
+    LearnerOptions,
+    ModelOptions,
+    OptimizerOptions,
+    RewardModelOptions,
+    RewardModelRecipe,
+    RunOptions,
+)
+from align.session.checks import bytes_needed, check_space
 
 Usage = namedtuple("Usage", "free")
 NANO = str(Path(__file__).parents[3] / "recipes" / "nano" / "policy")
-PARAMETERS = 2_200_000
+SIZES = model_sizes(empty_model(read_config(NANO)))
+PARAMETERS = SIZES.total
 
 
 def recipe(**more: object) -> RewardModelRecipe:
@@ -28,17 +37,18 @@ def recipe(**more: object) -> RewardModelRecipe:
 
 
 def test_each_checkpoint_counts_with_its_optimizer_and_the_one_that_is_being_written() -> None:
-    without = bytes_needed(recipe())
-    assert without == pytest.approx((4 + 4 + 12 + 4) * PARAMETERS, rel=0.1)
-    three = bytes_needed(recipe(save_every=1))
-    assert three - without == pytest.approx(2 * 20 * PARAMETERS, rel=0.1)
-    assert bytes_needed(recipe(save_every=1, keep_checkpoints=3)) > three
+    without = bytes_needed(recipe(), PARAMETERS)
+    assert without == pytest.approx((4 + 4 + 12 + 4) * PARAMETERS, rel=1e-6)
+    three = bytes_needed(recipe(save_every=1), PARAMETERS)
+    assert three - without == pytest.approx(2 * 20 * PARAMETERS, rel=1e-6)
+    assert bytes_needed(recipe(save_every=1, keep_checkpoints=3), PARAMETERS) > three
 
 
 def test_too_little_space_is_refused_with_what_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    need = bytes_needed(recipe())
+    made = recipe(run=RunOptions(dir=tmp_path / "not" / "there"))
+    need = bytes_needed(recipe(), PARAMETERS)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(need))
-    check_space(recipe(), tmp_path)
+    check_space(made, SIZES)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(need - 1))
     with pytest.raises(UserError, match=r"run\.dir: .* GB free, and the run writes up to 0\.1 GB"):
-        check_space(recipe(), tmp_path)
+        check_space(made, SIZES)

@@ -9,9 +9,15 @@ import torch
 
 from align.errors import UserError
 from align.model.policy import load_tokenizer
+<<<<<<< HEAD:tests/align/session/test_session.py
 from align.recipe import GrpoRecipe, ModelOptions, load_recipe
+=======
+from align.recipe import GrpoRecipe, load_recipe
+from align.session.checks import check_model
+from align.session.engines import start_engines, weight_sync_of
+>>>>>>> f8b6729 (One list of checks, gone through by align check and by the run):tests/align/session/test_engines.py
 from align.session.run import open_run
-from align.session.session import Session, check_adapters_are_served, weight_sync_of
+from align.session.session import Session, weight_sync_of
 from rollout import AdapterSync, BroadcastSync, DirectorySync, ObjectStoreSync, WeightOptions
 
 
@@ -68,7 +74,7 @@ def test_what_shares_a_gpu_does_so_in_a_way_that_is_possible(overrides: list[str
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU it can be served")
 def test_an_adapter_alone_is_refused_where_vllm_cannot_add_it() -> None:
     with pytest.raises(UserError, match="no adapters to a model with experts"):
-        check_adapters_are_served(ModelOptions(path="recipes/nano/policy"))
+        check_model(recipe("weights.transport=adapter", "learner.lora={}"))
 
 
 class Started(Exception):  # noqa: N818

@@ -224,7 +224,6 @@ def train(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Stag
         monkeypatch.setattr(Session, "new_learner", start)
         monkeypatch.setattr(HeldOut, "check_agreement", lambda self, learner, when: stage.checked.append(when))
         monkeypatch.setattr(HeldOut, "evaluate", lambda self, when, step: rated(when))
-        monkeypatch.setattr("align.session.run.check_machine", lambda **_: None)
         fleet = FakeFleet(write)
         tokenizer = load_tokenizer(recipe.model.path)
 

@@ -47,6 +47,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
 
     data = SimpleNamespace(problems=SimpleNamespace(prompts={"nano_math/test": {"1 + 1"}}))
     held_out: list[Any] = []
+    monkeypatch.setattr(commands, "check", list)
     monkeypatch.setattr(commands, "prepare_policy", lambda recipe, run: (recipe.model, None))
     monkeypatch.setattr(commands, "start_engines", engines)
     monkeypatch.setattr(commands, "load_grpo_data", lambda *_: data)

@@ -96,7 +96,7 @@ def test_without_a_validation_split_no_checkpoint_can_be_chosen() -> None:
     with pytest.raises(
         UserError, match=r"evaluation\.every: checkpoints are chosen by the validation split, and humaneval"
     ):
-        check_names(made, NANO)
+        check_names(made)
 
 
 def test_two_evaluated_cards_of_one_name_are_refused(tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_two_evaluated_cards_of_one_name_are_refused(tmp_path: Path) -> None:
     same.write_text(Path("data_cards/nano_math.md").read_text())
     made = load_recipe(NANO, [f"evaluation.cards=[nano_math, {same}]"])
     with pytest.raises(UserError, match=r"2 cards are named 'nano_math'"):
-        check_names(made, NANO)
+        check_names(made)
 
 
 def test_prompts_that_are_too_long_to_be_answered_are_on_record(tmp_path: Path) -> None:

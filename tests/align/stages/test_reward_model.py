@@ -86,7 +86,7 @@ def recipe(directory: Path, **changes: Any) -> RewardModelRecipe:
     file = directory / "recipe.yaml"
     file.write_text(yaml.safe_dump(values))
     loaded = load_recipe(file)
-    check_names(loaded, file)
+    check_names(loaded)
     assert isinstance(loaded, RewardModelRecipe)
     return loaded
 
