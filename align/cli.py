@@ -26,7 +26,7 @@ STAGES = {
     "preferences": "preference data from a policy's own answers, judged by the recipe's rewards",
 }
 
-RecipeFile = Annotated[Path, Argument(metavar="RECIPE", help="recipe file, for example recipes/nano/grpo.yaml")]
+File = Annotated[Path, Argument(metavar="FILE", help="recipe file, for example recipes/nano/grpo.yaml")]
 Overrides = Annotated[list[str] | None, Argument(metavar="key=value", help="for example grpo.steps=20 seed=1")]
 Run = Annotated[Path, Argument(metavar="RUN", help="run directory, for example runs/nano-grpo")]
 Model = Annotated[str, Option(help="Hugging Face directory or hub name")]
@@ -80,7 +80,7 @@ def say(text: str) -> None:
 
 
 def stage_command(stage: str) -> Callable[..., None]:
-    def run(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    def run(recipe: File, overrides: Overrides = None) -> None:
         run_recipe(stage, recipe, overrides or [])
 
     return run
@@ -104,10 +104,7 @@ def run_recipe(stage: str, file: Path, overrides: Sequence[str]) -> None:
 
 
 @app.command()
-def check(
-    file: Annotated[Path, Argument(metavar="FILE", help="recipe or pipeline file, for example recipes/nano/grpo.yaml")],
-    overrides: Overrides = None,
-) -> None:
+def check(file: File, overrides: Overrides = None) -> None:
     """read a recipe or a pipeline and say what is wrong with it or with this machine; starts nothing
 
     Looks at all that a run looks at before it starts: keys, names, splits, servers, free memory, disk space and ports, and the model's small
@@ -160,9 +157,9 @@ def resume(run: Run, overrides: Overrides = None) -> int | None:
 
 @app.command()
 def plan(
-    recipe: Annotated[Path, Argument(metavar="RECIPE", help="recipe file, for example recipes/v2_lite/sft.yaml")],
+    file: File,
     gpus_per_node: Annotated[int, Option(min=0, help="0 for one machine without GPUs")],
-    overrides: Annotated[list[str] | None, Argument(metavar="key=value", help="for example learner.ranks=16")] = None,
+    overrides: Overrides = None,
     nodes: Annotated[int, Option(min=1)] = 1,
     gpu_memory: Annotated[float, Option(metavar="GIB", help="of each GPU, for example 80")] = 0.0,
 ) -> int:
@@ -176,7 +173,7 @@ def plan(
     from align.recipe import load_recipe
     from align.session.checks import check_names
 
-    read = load_recipe(recipe, overrides or [])
+    read = load_recipe(file, overrides or [])
     check_names(read)
     cluster = cluster_of(nodes, gpus_per_node, gpu_memory)
     sizes = model_sizes(empty_model(read_config(read.model.path)))
@@ -190,10 +187,8 @@ def plan(
 @app.command()
 def pipeline(
     file: Annotated[Path, Argument(metavar="FILE", help="pipeline file, for example recipes/nano/pipeline.yaml")],
-    overrides: Annotated[
-        list[str] | None, Argument(metavar="key=value", help="for example seed=1 run.dir=runs/second")
-    ] = None,
-    start: Annotated[str | None, Option("--from", metavar="STAGE", help="run this stage and all after it anew")] = None,
+    overrides: Overrides = None,
+    start: Annotated[str | None, Option("--from", metavar="STAGE", help="run it and all after it anew")] = None,
     last: Annotated[str | None, Option("--to", metavar="STAGE", help="stop after this stage")] = None,
 ) -> int:
     """run the stages that a file names, one after the other"""
@@ -212,9 +207,7 @@ def pipeline(
 def merge(
     adapter: Annotated[Path, Argument(help="directory of an adapter as PEFT writes it: RUN/final/adapter")],
     out: Annotated[Path, Argument(help="directory to write to")],
-    base: Annotated[
-        str | None, Option(help="directory or hub name of the base, where it is not what the adapter names")
-    ] = None,
+    base: Annotated[str | None, Option(help="the base, where it is not what the adapter names")] = None,
 ) -> None:
     """write a LoRA adapter and its base as one Hugging Face checkpoint"""
     from align.tools.merge import merge_adapter
@@ -257,9 +250,7 @@ def evaluate(
 @app.command()
 def chat(
     model: Model,
-    system: Annotated[
-        str | None, Option(help="what the system message says; the template's own when not given")
-    ] = None,
+    system: Annotated[str | None, Option(help="the system message; the template's own when not given")] = None,
     temperature: Annotated[float, Option(min=0, max=10, help="0 takes the likeliest token each time")] = 0.7,
     max_new_tokens: Annotated[int, Option(min=1, help="longest answer")] = 256,
     seed: int = 0,
@@ -279,9 +270,7 @@ def chat(
 def convert(
     file: Annotated[Path, Argument(metavar="FILE.gguf", help="for example SmolLM2-135M-Instruct.Q4_1.gguf")],
     directory: Annotated[Path, Argument(metavar="DIR", help="to be written; must not be there yet, or be empty")],
-    chat_template: Annotated[
-        Path | None, Option(metavar="FILE", help="Jinja template, where the model has none")
-    ] = None,
+    chat_template: Annotated[Path | None, Option(metavar="FILE", help="Jinja, where the model has none")] = None,
     dtype: Dtype = "float32",
 ) -> None:
     """turn a GGUF file into a Hugging Face directory, and say what is lost"""
@@ -316,12 +305,8 @@ def score(
 @app.command()
 def report(
     run: Run,
-    out: Annotated[
-        Path | None, Option(help="HTML file, or directory, to write to; RUN/report.html when not given")
-    ] = None,
-    svg: Annotated[
-        Path | None, Option(help="also plot reward, accuracy and agreement to this SVG file, for a README")
-    ] = None,
+    out: Annotated[Path | None, Option(help="HTML file or directory; RUN/report.html when not given")] = None,
+    svg: Annotated[Path | None, Option(help="also plot reward, accuracy and agreement to this file")] = None,
 ) -> None:
     """write a page about a run: settings, curves, evaluations and its samples"""
     from align.report import write_plot, write_report
