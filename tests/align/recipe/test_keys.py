@@ -21,7 +21,7 @@ from pydantic import BaseModel, ValidationError
 
 from align.recipe import STAGES
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PACKAGES = ("align", "rollout", "reward")
 COMMANDS = {stage: f"align.stages.commands.run_{stage}" for stage in STAGES}
 CHECKS = (

@@ -8,7 +8,7 @@ from align.errors import UserError
 from align.recipe import GrpoRecipe, dump_recipe, load_pipeline, load_recipe
 from align.session.checks import check_names
 
-NANO = Path(__file__).parents[2] / "recipes" / "nano"
+NANO = Path(__file__).parents[3] / "recipes" / "nano"
 
 
 @pytest.fixture(autouse=True)
