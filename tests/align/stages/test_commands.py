@@ -45,7 +45,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
 
         return trained
 
-    data = SimpleNamespace(problems=SimpleNamespace(prompts={"nano_math/test": {"1 + 1"}}))
+    data = SimpleNamespace(held_out=SimpleNamespace(prompts={"nano_math/test": {"1 + 1"}}))
     held_out: list[Any] = []
     monkeypatch.setattr(commands, "check", list)
     monkeypatch.setattr(commands, "prepare_policy", lambda recipe, run: (recipe.model, None))
@@ -55,7 +55,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     monkeypatch.setattr(commands, "train_sft", train("sft"))
     monkeypatch.setattr(commands, "train_grpo", train("grpo"))
     yield seen  # type: ignore[misc]
-    assert all(given == data.problems.prompts for given in held_out)
+    assert all(given == data.held_out.prompts for given in held_out)
 
 
 def test_what_both_share_is_said_once_and_the_rest_is_each_ones_own(tmp_path: Path) -> None:
