@@ -65,7 +65,7 @@ class Session:
     def start_sampling(self, recipe: SamplingRecipe) -> None:
         """Start Ray, the rollout workers with `policy`, and the scoring pool. What happens to workers is recorded in the run.
 
-        Raises UserError when the learner's port is in use, and when a reward cannot run here: no sandbox, no server.
+        Raises UserError when a reward cannot run here: no sandbox, no server.
         """
         stops, rollout = stop_token_ids(self.policy, self.tokenizer), recipe.rollout
         trains = recipe if isinstance(recipe, PolicyRecipe) else None

@@ -9,13 +9,8 @@ import torch
 
 from align.errors import UserError
 from align.model.policy import load_tokenizer
-<<<<<<< HEAD:tests/align/session/test_session.py
-from align.recipe import GrpoRecipe, ModelOptions, load_recipe
-=======
 from align.recipe import GrpoRecipe, load_recipe
 from align.session.checks import check_model
-from align.session.engines import start_engines, weight_sync_of
->>>>>>> f8b6729 (One list of checks, gone through by align check and by the run):tests/align/session/test_engines.py
 from align.session.run import open_run
 from align.session.session import Session, weight_sync_of
 from rollout import AdapterSync, BroadcastSync, DirectorySync, ObjectStoreSync, WeightOptions

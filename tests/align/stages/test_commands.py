@@ -1,8 +1,7 @@
 """A recipe with `init_from` is two stages, each a run of its own, which share the policy, the machine and the command's words."""
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +11,7 @@ import pytest
 from align.errors import UserError
 from align.recipe import PlannedStage, dump_recipe, load_recipe, load_stage
 from align.run import RunDirectory, read_status
+from align.session.session import Session
 from align.stages import commands
 from align.stages.commands import run_stage
 
@@ -33,23 +33,18 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     """(stage, policy that it starts from) of what is trained, without engines."""
     seen: list[tuple[str, str]] = []
 
-    @contextmanager
-    def engines(recipe: Any, policy: Any, tokenizer: Any, run: Any) -> Iterator[Any]:
-        yield SimpleNamespace(policy=policy)
-
     def train(stage: str) -> Callable[..., Any]:
-        def trained(*arguments: Any) -> Any:
-            *_, engines, run = arguments
-            seen.append((stage, engines.policy.path))
-            return engines.policy.model_copy(update={"path": str(run.directory.final_directory)}), {}
+        def trained(recipe: Any, data: Any, session: Session) -> Any:
+            seen.append((stage, session.policy.path))
+            return session.policy.model_copy(update={"path": str(session.run.directory.final_directory)}), {}
 
         return trained
 
     data = SimpleNamespace(held_out=SimpleNamespace(prompts={"nano_math/test": {"1 + 1"}}))
     held_out: list[Any] = []
     monkeypatch.setattr(commands, "check", list)
-    monkeypatch.setattr(commands, "prepare_policy", lambda recipe, run: (recipe.model, None))
-    monkeypatch.setattr(commands, "start_engines", engines)
+    monkeypatch.setattr("align.session.session.prepare_policy", lambda recipe, run: (recipe.model, None))
+    monkeypatch.setattr(Session, "start_sampling", lambda *_: None)
     monkeypatch.setattr(commands, "load_grpo_data", lambda *_: data)
     monkeypatch.setattr(commands, "load_sft_data", lambda *given: held_out.append(given[-1]))
     monkeypatch.setattr(commands, "train_sft", train("sft"))
