@@ -151,12 +151,13 @@ class WorkerHandle:
             return None
         options, doing = self._options, self.task.doing
         if doing is not Doing.PROBING:
-            key = "start_timeout_s" if doing is Doing.STARTING else "batch_timeout_s"
-            limit = getattr(options, key)
+            starting = doing is Doing.STARTING
+            key = "start_timeout_s" if starting else "batch_timeout_s"
+            limit = options.start_timeout_s if starting else options.batch_timeout_s
             if now - self.task.since > limit:
                 cure = "; raise it, or lower rollout.batch_sequences" if doing is Doing.SAMPLING else ""
                 # An engine that samples goes on; and of a first start nobody knows whether it would ever succeed.
-                is_stuck = self.restarts > 0 if doing is Doing.STARTING else doing is not Doing.SAMPLING
+                is_stuck = self.restarts > 0 if starting else doing is not Doing.SAMPLING
                 return Overdue(f"was not done {doing} within rollout.{key} = {limit:g} s{cure}", is_stuck)
         if self.missed_probes(now) >= PROBES:
             return Overdue(f"left {PROBES} probes of {options.probe_timeout_s:g} s unanswered", is_stuck=True)
