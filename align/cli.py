@@ -28,7 +28,7 @@ STAGES = {
 
 File = Annotated[Path, Argument(metavar="FILE", help="recipe file, for example recipes/nano/grpo.yaml")]
 Overrides = Annotated[list[str] | None, Argument(metavar="key=value", help="for example grpo.steps=20 seed=1")]
-Run = Annotated[Path, Argument(metavar="RUN", help="run directory, for example runs/nano-grpo")]
+RunPath = Annotated[Path, Argument(metavar="RUN", help="run directory, for example runs/nano-grpo")]
 Model = Annotated[str, Option(help="Hugging Face directory or hub name")]
 Dtype = Annotated[Literal["float32", "bfloat16"], Option()]
 MaxLength = Annotated[int, Option(min=16, help="prompt and completion, in tokens")]
@@ -122,7 +122,7 @@ def check(file: File, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def resume(run: Run, overrides: Overrides = None) -> int | None:
+def resume(run: RunPath, overrides: Overrides = None) -> int | None:
     """go on with an interrupted run, from its last checkpoint
 
     Go on with a run that was interrupted, killed or has failed, from its last checkpoint and with the recipe in its directory. It ends
@@ -178,7 +178,7 @@ def plan(
     cluster = cluster_of(nodes, gpus_per_node, gpu_memory)
     sizes = model_sizes(empty_model(read_config(read.model.path)))
     made = make_plan(read, sizes, cluster)
-    print(as_text(read, sizes, cluster, made), flush=True)
+    print(as_text(f"{read.name} ({read.stage})", read.model.dtype, sizes, cluster, made), flush=True)
     for refusal in made.refusals:
         print(f"does not fit: {refusal}", file=sys.stderr)
     return EXIT_FAILED if made.refusals else 0
@@ -304,7 +304,7 @@ def score(
 
 @app.command()
 def report(
-    run: Run,
+    run: RunPath,
     out: Annotated[Path | None, Option(help="HTML file or directory; RUN/report.html when not given")] = None,
     svg: Annotated[Path | None, Option(help="also plot reward, accuracy and agreement to this file")] = None,
 ) -> None:

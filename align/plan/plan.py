@@ -348,11 +348,11 @@ def gib(size: float) -> str:
     return f"{size / GIB:.2f} GiB" if size < 10 * GIB else f"{size / GIB:.1f} GiB"
 
 
-def as_text(recipe: Recipe, sizes: ModelSizes, cluster: Cluster, plan: Plan) -> str:
-    """The plan of a recipe, a few lines for each question that it answers."""
+def as_text(title: str, dtype: str, sizes: ModelSizes, cluster: Cluster, plan: Plan) -> str:
+    """The plan of the recipe with that title, a few lines for each question that it answers."""
     lines = [
-        f"{recipe.name} ({recipe.stage}) on {cluster}",
-        f"model: {sizes.total:,} parameters, {sizes.active:,} of them for a token, {recipe.model.dtype}",
+        f"{title} on {cluster}",
+        f"model: {sizes.total:,} parameters, {sizes.active:,} of them for a token, {dtype}",
         "",
         "places (Ray chooses them; this is one way)" if cluster.gpus else "processes",
         *(f"  {line}" for line in (plan.nodes if cluster.gpus else [f"{r.count} x {r.name}" for r in plan.roles])),

@@ -1,6 +1,5 @@
 """Recipes from YAML files and `key=value` overrides, with errors that name the file, the line and the key."""
 
-import difflib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from align.errors import UserError
+from align.errors import UserError, nearest
 from align.recipe.options import ModelOptions
 from align.recipe.recipes import STAGES, Recipe
 
@@ -175,9 +174,8 @@ def explain(
         key = ".".join(at)
         if problem["type"] == "extra_forbidden":
             known = known_keys(model, at[:-1])
-            near = difflib.get_close_matches(at[-1], known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-            messages.append(f"{where}unknown key {key!r}; {hint}")
+            hint = nearest(at[-1], known) or f"; known keys: {', '.join(known)}"
+            messages.append(f"{where}unknown key {key!r}{hint}")
         elif problem["type"] == "missing":
             after = f" (the section begins on line {line})" if line else ""
             messages.append(f"{path}: missing key {key!r}{after}")
@@ -204,27 +202,21 @@ def known_keys(model: type[BaseModel], at: Sequence[str]) -> list[str]:
 
 def check_files(recipe: Recipe, path: Path, lines: Mapping[tuple[str, ...], int], pending: Path | None) -> None:
     """Refuse files and directories that a recipe names and that are not there."""
-    for key, file in named_files(recipe).items():
-        if pending is not None and file.is_relative_to(pending):
-            continue
-        if not file.exists():
-            line = f", line {lines[key]}" if key in lines else ""
-            raise UserError(f"{path}{line}: {'.'.join(key)} names {file}, which does not exist")
-    model = Path(recipe.model.path)
-    if model.is_dir() and not (pending is not None and model.is_relative_to(pending)):
-        check_model_directory(model, recipe.model)
-
-
-def named_files(recipe: Recipe) -> dict[tuple[str, ...], Path]:
-    """What a recipe names on this machine, by key. A model may be a name on the hub instead."""
     named = {key: file for key, file in paths_in(recipe, ()) if key[0] != "run"}
     if len(recipe.data) == 1:
         named = {("data", *key[2:]) if key[0] == "data" else key: file for key, file in named.items()}
     model = Path(recipe.model.path)
     local = model.is_absolute() or recipe.model.path.startswith((".", "~"))
     if local or (model.parent.is_dir() and len(model.parts) > 2):
-        named[("model", "path")] = model
-    return named
+        named[("model", "path")] = model  # and not a name on the hub
+    for key, file in named.items():
+        if pending is not None and file.is_relative_to(pending):
+            continue
+        if not file.exists():
+            line = f", line {lines[key]}" if key in lines else ""
+            raise UserError(f"{path}{line}: {'.'.join(key)} names {file}, which does not exist")
+    if model.is_dir() and not (pending is not None and model.is_relative_to(pending)):
+        check_model_directory(model, recipe.model)
 
 
 def paths_in(options: Any, at: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Path]]:

@@ -5,7 +5,7 @@
 
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from align.data.cards import Stage, load_card, require_stage
@@ -19,9 +19,10 @@ from align.model.lora import chosen_parts
 from align.model.policy import load_tokenizer, stop_token_ids
 from align.model.reward_model import is_reward_model
 from align.model.sizes import ModelSizes, empty_model, model_sizes, read_config
-from align.recipe import PlannedStage, Recipe, Roles, TrainingRecipe
+from align.recipe import MachineOptions, PlannedStage, Recipe, TrainingRecipe
+from align.recipe.options import HookOptions
 from align.run import check_machine
-from reward import Mixture, RewardError
+from reward import Mixture, RewardError, RewardTerm
 
 GB = 10**9
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
@@ -34,18 +35,28 @@ def check(stages: Iterable[PlannedStage]) -> list[str]:
     unseen: list[str] = []
     for stage in stages:
         try:
-            for look in CHECKS:
-                unseen += [f"{stage.file}: {what}" for what in look(stage.recipe) or ()]
+            unseen += [f"{stage.file}: {what}" for what in check_recipe(stage.recipe)]
         except UserError as error:
             raise UserError(f"{stage.file}: {error}") from None
     return list(dict.fromkeys(unseen))
+
+
+def check_recipe(recipe: Recipe) -> list[str]:
+    """Look at one stage. Raises UserError for the first mistake; returns what could not be looked at yet."""
+    roles = recipe.roles()
+    check_names(recipe)
+    check_size(recipe.machine)
+    check_servers(roles.evaluation.hooks if roles.evaluation else ())
+    if roles.learner is not None and roles.learner.port is not None:
+        check_port(roles.learner.port)
+    return check_model(recipe)
 
 
 def check_names(recipe: Recipe) -> None:
     """Raise UserError for a reward, hook or data card that is not there, or not meant for the stage."""
     roles = recipe.roles()
     if roles.rollout is not None:
-        check_rewards(recipe, roles)
+        check_rewards(roles.rewards, [*(data.card for data in recipe.data), *roles.evaluation_cards])
     for data in recipe.data:
         check_split(data.card, data.split, recipe.data_stage, "data.split")
     if roles.evaluation is not None:
@@ -56,15 +67,14 @@ def check_names(recipe: Recipe) -> None:
             hooks.check_params(hook.name, hook.params)
 
 
-def check_rewards(recipe: Recipe, roles: Roles) -> None:
-    """Raise UserError for a reward that cannot be made, and for a domain of the data that none with a weight is for."""
+def check_rewards(rewards: Sequence[RewardTerm], cards: Sequence[str]) -> None:
+    """Raise UserError for a reward that cannot be made, and for a domain of the cards that none with a weight is for."""
     try:
-        Mixture(roles.rewards)
+        Mixture(rewards)
     except RewardError as error:
         raise UserError(f"rewards: {error}") from None
-    cards = [*(data.card for data in recipe.data), *roles.evaluation_cards]
     for domain in sorted({load_card(card).domain for card in cards}):
-        if not any(term.weight and term.applies_to(domain) for term in roles.rewards):
+        if not any(term.weight and term.applies_to(domain) for term in rewards):
             raise UserError(
                 f"rewards: none with a weight is for the domain {domain!r} of the recipe's data or evaluation; "
                 f"add one such as {{name: NAME, domains: [{domain}]}}"
@@ -94,28 +104,20 @@ def check_split(name: str, split: SplitName, stage: Stage, where: str) -> None:
         raise UserError(f"{where}: data card {card.name} has no split {split!r}, only {', '.join(sorted(card.splits))}")
 
 
-def check_size(recipe: Recipe) -> None:
+def check_size(machine: MachineOptions) -> None:
     """Raise UserError where the machine has fewer cores or less free memory than the recipe says."""
     check_machine(
-        cores=recipe.machine.cores,
-        memory_gb=recipe.machine.memory_gb,
+        cores=machine.cores,
+        memory_gb=machine.memory_gb,
         hint="rollout.workers, rollout.kv_cache_gb and learner.ranks lower what is needed; then lower machine.cores and "
         "machine.memory_gb to match",
     )
 
 
-def check_servers(recipe: Recipe) -> None:
-    """Raise UserError where an evaluation hook of the recipe could not be run now, such as one whose judge is down."""
-    evaluation = recipe.roles().evaluation
-    for hook in evaluation.hooks if evaluation else ():
+def check_servers(named: Sequence[HookOptions]) -> None:
+    """Raise UserError where an evaluation hook could not be run now, such as one whose judge is down."""
+    for hook in named:
         hooks.check_ready(hook.name, hook.params)
-
-
-def check_ports(recipe: Recipe) -> None:
-    """Raise UserError where something listens on the learner's port."""
-    learner = recipe.roles().learner
-    if learner is not None and learner.port is not None:
-        check_port(learner.port)
 
 
 def check_model(recipe: Recipe) -> list[str]:
@@ -146,7 +148,7 @@ def check_model(recipe: Recipe) -> list[str]:
     if roles.weights is not None and roles.weights.transport == "adapter":
         check_adapters_are_served(model.path, sizes)
     if isinstance(recipe, TrainingRecipe) and not any(recipe.directory.glob("checkpoints/step_*")):
-        check_space(recipe, sizes)
+        check_space(recipe.directory, bytes_needed(recipe, sizes.total), keep=recipe.keep_checkpoints)
     return []
 
 
@@ -161,15 +163,15 @@ def check_adapters_are_served(path: str, sizes: ModelSizes) -> None:
         )
 
 
-def check_space(recipe: TrainingRecipe, sizes: ModelSizes) -> None:
-    """Raise UserError where the checkpoints that stay, one more that is being written, and the model do not fit on the disk."""
-    directory = recipe.directory.expanduser().absolute()
+def check_space(directory: Path, need: int, *, keep: int) -> None:
+    """Raise UserError where a run that keeps so many checkpoints needs more bytes than the disk of its directory has free."""
+    directory = directory.expanduser().absolute()
     there = next(parent for parent in (directory, *directory.parents) if parent.exists())
-    need, free = bytes_needed(recipe, sizes.total), shutil.disk_usage(there).free
+    free = shutil.disk_usage(there).free
     if free < need:
         raise UserError(
             f"run.dir: {directory} has {free / GB:.1f} GB free, and the run writes up to {need / GB:.1f} GB: "
-            f"{recipe.keep_checkpoints} checkpoints (keep_checkpoints), one more while it is written, and the model at the end. "
+            f"{keep} checkpoints (keep_checkpoints), one more while it is written, and the model at the end. "
             "Make room, or choose another directory with run.dir=…"
         )
 
@@ -183,12 +185,3 @@ def bytes_needed(recipe: TrainingRecipe, parameters: int) -> int:
     best = evaluation is not None and evaluation.every is not None
     checkpoints = recipe.keep_checkpoints + 1 + best if recipe.save_every else 1
     return checkpoints * (model + state) + model * (2 if recipe.model.init == "random" else 1)
-
-
-CHECKS: tuple[Callable[[Recipe], list[str] | None], ...] = (
-    check_names,
-    check_size,
-    check_servers,
-    check_ports,
-    check_model,
-)

@@ -59,7 +59,7 @@ def test_an_unknown_key_is_named_with_its_line_and_the_nearest_known_one(tmp_pat
     line = next(i for i, text in enumerate(file.read_text().splitlines(), 1) if "groupsize" in text)
     with pytest.raises(UserError) as refused:
         load_recipe(file)
-    assert f"line {line}: unknown key 'grpo.groupsize'; did you mean 'group_size'?" in str(refused.value)
+    assert f"line {line}: unknown key 'grpo.groupsize' (did you mean 'group_size'?" in str(refused.value)
     assert "missing key 'grpo.group_size'" in str(refused.value)
 
 
@@ -108,8 +108,8 @@ def test_old_names_of_keys_are_read_with_a_warning(tmp_path: Path, caplog: pytes
         ("data.path=/nowhere/x.jsonl", "does not exist"),
         ("learner.zero_stage=4", "zero_stage"),
         ("learner.lora={dropout: 0.1}", "learner.lora.dropout must be 0"),
-        ("learner.lora={target: attention}", "unknown key 'learner.lora.target'; did you mean 'targets'"),
-        ("data.levls=[1]", "unknown key 'data.levls'; did you mean 'levels'"),
+        ("learner.lora={target: attention}", r"unknown key 'learner.lora.target' \(did you mean 'targets'"),
+        ("data.levls=[1]", r"unknown key 'data.levls' \(did you mean 'levels'"),
         ("evaluation={cards: [nano_math, gsm8k], levels: [1]}", "evaluation.levels is for a single data card"),
     ],
 )
@@ -134,5 +134,5 @@ def test_the_data_of_a_recipe_are_one_card_or_several() -> None:
     assert [data.card for data in one.data] == ["nano_math"]
     assert [(data.card, data.share) for data in several.data] == [("nano_math", 3), ("nano_code", 5)]
     assert several.evaluation_cards == ["nano_math", "nano_code"]
-    with pytest.raises(UserError, match=r"unknown key 'data\.1\.crd'; did you mean 'card'"):
+    with pytest.raises(UserError, match=r"unknown key 'data\.1\.crd' \(did you mean 'card'"):
         load_recipe(NANO / "grpo_reasoning.yaml", ["data.1.crd=nano_math"])

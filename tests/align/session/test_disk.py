@@ -20,8 +20,7 @@ from align.session.checks import bytes_needed, check_space
 
 Usage = namedtuple("Usage", "free")
 NANO = str(Path(__file__).parents[3] / "recipes" / "nano" / "policy")
-SIZES = model_sizes(empty_model(read_config(NANO)))
-PARAMETERS = SIZES.total
+PARAMETERS = model_sizes(empty_model(read_config(NANO))).total
 
 
 def recipe(**more: object) -> RewardModelRecipe:
@@ -48,7 +47,7 @@ def test_too_little_space_is_refused_with_what_is_needed(tmp_path: Path, monkeyp
     made = recipe(run=RunOptions(dir=tmp_path / "not" / "there"))
     need = bytes_needed(recipe(), PARAMETERS)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(need))
-    check_space(made, SIZES)
+    check_space(made.directory, need, keep=made.keep_checkpoints)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(need - 1))
     with pytest.raises(UserError, match=r"run\.dir: .* GB free, and the run writes up to 0\.1 GB"):
-        check_space(made, SIZES)
+        check_space(made.directory, need, keep=made.keep_checkpoints)

@@ -171,9 +171,9 @@ def test_a_stage_that_was_interrupted_and_went_on_is_done_as_any_other(tmp_path:
     [
         ("${math}", "${maths}", r"stage 'more' takes \$\{maths\}, but before it there is only sft, math"),
         ("name: math", "name: sft", "two stages are named 'sft'"),
-        ("sft.steps=5", "sft.stepz=5", r"stage 'sft': .*unknown key 'sft.stepz'; did you mean 'steps'"),
+        ("sft.steps=5", "sft.stepz=5", r"stage 'sft': .*unknown key 'sft.stepz' \(did you mean 'steps'"),
         ("recipes/nano/sft.yaml", "recipes/nano/sfd.yaml", r"stage 'sft': recipes/nano/sfd.yaml: no such recipe"),
-        ("name: three", "nam: three", r"line 1: unknown key 'nam'; did you mean 'name'"),
+        ("name: three", "nam: three", r"line 1: unknown key 'nam' \(did you mean 'name'"),
         ("'${sft}'", "'/nowhere/at/all'", r"stage 'math': .*model.path names /nowhere/at/all, which does not exist"),
     ],
 )
