@@ -5,52 +5,60 @@ import os
 import signal
 import subprocess
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from transformers import AutoModelForCausalLM
 
+from align.recipe import load_recipe
 from align.report import write_report
 
 ROOT = Path(__file__).parents[2]
-SMALL = ["grpo.steps=2", "grpo.prompts_per_step=8", "grpo.group_size=4", "evaluation.limit=16", "evaluation.samples=2"]
-SMALL += ["rollout.batch_sequences=8", "init_from=null", "rollout.max_length=512"]
+STEPS = 3
+EVALUATION = "evaluation={limit: 8, samples: 2, max_new_tokens: 16}"
+SFT = [
+    "sft={steps: 3, sequences_per_step: 16, validation_limit: 8}",
+    "learner.ranks=1",
+    EVALUATION,
+    "rollout.workers=1",
+]
+SMALL = [f"grpo.steps={STEPS}", "grpo.prompts_per_step=8", "grpo.group_size=4", "learner.ranks=1", EVALUATION]
+SMALL += ["rollout.batch_sequences=8", "rollout.max_length=512", "scoring.workers=1"]
 SMALL += ["evaluation.hooks=[{name: needle, params: {lengths: [400], depths: [0.5], per_cell: 2}}]"]
 
 
-def command(directory: Path, *overrides: str) -> list[str]:
-    return [sys.executable, "-m", "align.cli", "grpo", "recipes/nano/grpo.yaml", f"run.dir={directory}", *overrides]
-
-
-def finished_run(directory: Path, *overrides: str) -> Path:
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SFT, then GRPO with two rollout workers, in one command."""
+    directory = tmp_path_factory.mktemp("runs")
+    sft = load_recipe(ROOT / "recipes" / "nano" / "sft.yaml", SFT)
+    (directory / "sft.yaml").write_text(yaml.safe_dump(sft.model_dump(mode="json", exclude_unset=True)))
+    command = ["grpo", "recipes/nano/grpo.yaml", f"run.dir={directory / 'nano'}", f"init_from={directory / 'sft.yaml'}"]
     done = subprocess.run(
-        command(directory, *SMALL, *overrides),
+        [sys.executable, "-m", "align.cli", *command, *SMALL],
         cwd=ROOT,
         env=os.environ | {"NO_COLOR": "1"},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    return directory
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return finished_run(tmp_path_factory.mktemp("runs") / "nano")
+    return directory / "nano"
 
 
 def steps_of(run: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    text = (run / "metrics.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
     return [line for line in lines if "agreement/max" in line]
 
 
 def test_sampler_and_learner_agree_at_every_step(run: Path) -> None:
     steps = steps_of(run)
-    assert [line["step"] for line in steps] == [1, 2]
+    assert [line["step"] for line in steps] == [1, 2, 3]
     assert all(line["agreement/max"] <= 1e-4 for line in steps)
 
 
@@ -58,7 +66,7 @@ def test_each_sample_carries_the_version_of_the_weights_that_drew_it(run: Path) 
     for step in (1, 2):
         samples = pq.read_table(run / "samples" / f"step_{step:05d}.parquet").to_pylist()
         assert len(samples) == 32
-        assert {sample["weight_version"] for sample in samples} == {step - 1}
+        assert {sample["weight_version"] for sample in samples} == {step}  # 1 is what SFT trained
         assert all(len(sample["token_ids"]) == len(sample["log_probs"]) for sample in samples)
 
 
@@ -106,45 +114,42 @@ OTHERWISE = {
 @pytest.mark.parametrize(
     "way", [name if "files" in name else pytest.param(name, marks=pytest.mark.slow) for name in OTHERWISE]
 )
-def test_the_same_seed_with_one_worker_and_otherwise_is_the_same_to_the_last_bit(
-    way: str, run: Path, tmp_path: Path
+def test_killed_stopped_by_ctrl_c_and_with_one_worker_it_is_the_same_to_the_last_bit(
+    way: str, run: Path, align: Callable[..., Any], tmp_path: Path
 ) -> None:
-    other = finished_run(tmp_path / "one", "rollout.workers=1", *OTHERWISE[way])
+    other = tmp_path / "other"
+    start = ["init_from=null", f"model={{path: {run / 'sft' / 'final'}}}", "rollout.workers=1", "save_every=1"]
+
+    def until_step(number: int) -> tuple[Any, list[psutil.Process]]:
+        """The command, and all processes that it has started."""
+        command = align("grpo", "recipes/nano/grpo.yaml", f"run.dir={other}", *SMALL, *start, *OTHERWISE[way])
+        command.until(lambda: (other / "metrics.jsonl").exists() and len(steps_of(other)) >= number)
+        return command, command.family()
+
+    command, children = until_step(1)
+    command.process.kill()
+    assert psutil.wait_procs(children, timeout=30)[1] == []
+    assert json.loads((other / "status.json").read_text())["state"] == "running"
+
+    command, children = until_step(2)
+    assert len(children) > 4
+    os.killpg(command.process.pid, signal.SIGINT)
+    output = command.ends(130)
+    assert "resuming from step 1" in output
+    assert output.rstrip().endswith("interrupted: everything was stopped")
+    assert "Traceback" not in output
+    assert psutil.wait_procs(children, timeout=20)[1] == []
+    assert json.loads((other / "status.json").read_text())["state"] == "interrupted"
+
+    align("resume", str(other)).ends(0)
     assert list((other / "weights").glob("*")) == []
-    for step in (1, 2):
-        name = f"samples/step_{step:05d}.parquet"
-        assert pq.read_table(run / name).equals(pq.read_table(other / name))
+    for step in range(1, STEPS + 1):
+        one, two = (pq.read_table(path / "samples" / f"step_{step:05d}.parquet") for path in (run, other))
+        counted = ["weight_version", "weight_versions"]  # from the start of SFT there, of GRPO here
+        assert one.drop_columns(counted).equals(two.drop_columns(counted))
     exact = ("loss", "reward", "entropy", "gradient_norm", "agreement/mean", "agreement/max")
     assert [[s[key] for key in exact] for s in steps_of(run)] == [[s[key] for key in exact] for s in steps_of(other)]
     assert (run / "final/model.safetensors").read_bytes() == (other / "final/model.safetensors").read_bytes()
-
-
-def test_ctrl_c_stops_every_process_and_says_so(tmp_path: Path) -> None:
-    directory = tmp_path / "run"
-    process = subprocess.Popen(
-        command(directory, *SMALL, "grpo.steps=100"),
-        cwd=ROOT,
-        env=os.environ | {"NO_COLOR": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    family = psutil.Process(process.pid)
-    metrics = directory / "metrics.jsonl"
-    while not (metrics.exists() and '"agreement/max"' in metrics.read_text()):
-        assert process.poll() is None
-        time.sleep(0.5)
-    children = family.children(recursive=True)
-    assert len(children) > 4
-    os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert errors.rstrip().endswith("interrupted: everything was stopped")
-    assert "Traceback" not in errors
-    _, alive = psutil.wait_procs(children, timeout=20)
-    assert alive == []
-    assert json.loads((directory / "status.json").read_text())["state"] == "interrupted"
 
 
 def test_servers_listen_on_loopback_alone(ray_session: None) -> None:

@@ -22,21 +22,22 @@ def chat(policy: ModelOptions, lines: str, *flags: str) -> list[str]:
     return run.stdout.split("> ")[1:]
 
 
-def test_a_conversation_is_remembered_until_it_is_reset(policy: ModelOptions) -> None:
-    lines = "17 + 25?\n17 + 25?\n/reset\n17 + 25?\n/frob\n\n/quit\nnot read\n"
-    first, second, reset, again, unknown, empty, _ = chat(policy, lines, "--temperature", "0", "--max-length", "128")
+def test_a_conversation_is_remembered_until_it_is_reset_and_one_too_long_says_so_and_goes_on(
+    policy: ModelOptions,
+) -> None:
+    long = "17 + " * 20
+    lines = f"17 + 25?\n17 + 25?\n/reset\n17 + 25?\n/frob\n\n{long}?\n{long}?\n/reset\n17?\n/quit\nnot read\n"
+    answers = chat(policy, lines, "--temperature", "0", "--max-length", "128")
+    first, second, reset, again, unknown, empty, *_, too_long, _, after, _ = answers
     assert first.strip()
     assert first != second, "the second answer has the first question and answer before it"
     assert reset.strip() == "(forgotten)"
     assert again == first
     assert unknown.startswith("unknown command /frob: /reset forgets")
     assert empty == ""
-
-
-def test_a_conversation_that_grows_too_long_says_so_and_goes_on(policy: ModelOptions) -> None:
-    answers = chat(policy, f"{'17 + ' * 10}?\n{'17 + ' * 10}?\n/reset\n17?\n", "--max-length", "80")
-    assert "--max-length leaves room for 80 with an answer: /reset, or begin again" in answers[1]
-    assert "error" not in answers[3]
+    assert "--max-length leaves room for 128 with an answer: /reset, or begin again" in too_long
+    assert after.strip()
+    assert "error" not in after
 
 
 @pytest.mark.parametrize(
