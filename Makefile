@@ -78,10 +78,10 @@ style: $(STAMP)
 	$(BIN)/lint-imports
 
 # mypy keeps one core busy for a minute where it has no cache yet: it runs beside the tests, and is heard after them.
-test: $(if $(ARGS),$(STAMP),style) ## lint and all quick tests, in two processes (ARGS="tests/reward -k math": these tests alone, in one)
+test: $(if $(ARGS),$(STAMP),style) ## lint and all quick tests (ARGS="tests/reward -k math": these tests alone)
 ifeq ($(ARGS),)
 	@$(BIN)/mypy > .mypy.log 2>&1 & mypy=$$!; \
-	  env -u PYTHONDONTWRITEBYTECODE $(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder; tests=$$?; \
+	  env -u PYTHONDONTWRITEBYTECODE $(BIN)/pytest; tests=$$?; \
 	  wait $$mypy; types=$$?; echo "mypy:"; cat .mypy.log; rm -f .mypy.log; \
 	  exit $$((tests | types))
 else

@@ -1,7 +1,4 @@
-"""What the tests that run real engines share: one Ray, and the nano policy with weights; and which tests run side by side.
-
-Under pytest-xdist the first process reads this file only to hand out tests: nothing heavy is imported at the top.
-"""
+"""What the tests that run real engines share: one Ray, and the nano policy with weights."""
 
 from __future__ import annotations
 
@@ -23,15 +20,8 @@ NANO = Path(__file__).parents[1] / "recipes" / "nano" / "policy"
 COMMANDS = ("test_end_to_end", "test_resume", "test_sandbox_removed", "test_chat")
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Under pytest-xdist, one process runs all tests that share a Ray and its engines; the others stay together by file.
-
-    These come first, for they take the longest, and then the files that start whole commands.
-    """
-    for item in items:
-        engines = "ray_session" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("engines" if engines else item.path.stem))
+    """Put tests that share engines first, for they take the longest, and then the files that start whole commands."""
     items.sort(key=lambda item: 0 if "ray_session" in item.fixturenames else 1 if item.path.stem in COMMANDS else 2)  # type: ignore[attr-defined]
 
 

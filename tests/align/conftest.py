@@ -95,10 +95,12 @@ class WarmRanks:
             self._idle[self._kinds[rank]].append(rank)
 
     def close(self) -> None:
+        """End the processes that wait for a group."""
         import ray
 
         for actor in chain(*self._idle.values()) if ray.is_initialized() else ():
             ray.kill(actor)
+        self._idle.clear()
 
 
 def begin_anew(worker: LearnerRank, model: ModelOptions, options: LearnerOptions, rank: int) -> None:
@@ -144,9 +146,9 @@ def read_lines() -> Callable[[Path], list[dict[str, Any]]]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def warm_ranks() -> Iterator[None]:
+def warm_ranks() -> Iterator[WarmRanks]:
     """Learner groups get the processes of those before them."""
     with pytest.MonkeyPatch.context() as patch:
         warm = WarmRanks(patch)
-        yield
+        yield warm
         warm.close()

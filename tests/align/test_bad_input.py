@@ -35,7 +35,7 @@ def refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captu
 
 
 def grpo(tmp_path: Path, *overrides: str) -> list[str]:
-    return ["grpo", GRPO, f"run.dir={tmp_path / 'run'}", "init_from=null", *overrides]
+    return ["grpo", GRPO, f"run.dir={tmp_path / 'run'}", "init_from=null", "machine={}", *overrides]
 
 
 def problems(tmp_path: Path, *lines: str) -> str:

@@ -19,7 +19,7 @@ from align.model.policy import load_tokenizer
 from align.model.reward_model import load_reward_model, padding_token_id, tokenizer_hash
 from align.recipe import LearnerOptions, ModelOptions, OptimizerOptions
 
-STEPS = 4
+STEPS = 6
 CLIP = 0.5
 OPTIMIZER = OptimizerOptions(learning_rate=1e-3, betas=(0.9, 0.95), clip_norm=CLIP)
 EOS = 1

@@ -43,9 +43,9 @@ def test_a_conversation_is_remembered_until_it_is_reset_and_one_too_long_says_so
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--temperature", "-1"], "--temperature -1.0: Input should be greater than or equal to 0"),
-        (["--max-new-tokens", "0"], "--max-new-tokens 0: Input should be greater than or equal to 1"),
-        (["--max-length", "8"], "--max-length 8: Input should be greater than or equal to 16"),
+        (["--temperature", "-1"], "'--temperature': Input should be greater than or equal to 0"),
+        (["--max-new-tokens", "0"], "'--max-new-tokens': Input should be greater than or equal to 1"),
+        (["--max-length", "8"], "'--max-length': Input should be greater than or equal to 16"),
         (["--max-length", "999999"], "has a context of"),
         (["--model", "/nowhere/at/all"], "has no tokenizer that transformers can load"),
     ],
