@@ -132,16 +132,18 @@ def load_stage(
     """A recipe with the stage that its `init_from` names. Raises UserError as `load_recipe` does, for both."""
     recipe = load_recipe(path, overrides, pending=pending)
     init_from = recipe.init_from if isinstance(recipe, GrpoRecipe | RewardModelRecipe) else None
-    before = _stage_before(path, recipe, init_from, pending) if init_from is not None else None
+    before = None
+    if init_from is not None:
+        shared = recipe.model_dump(mode="json", include=set(SHARED), exclude={"rollout": {OWN}})
+        shared["run"] |= {"dir": str(recipe.directory / FIRST), "overwrite": False}
+        before = _stage_before(path, init_from, shared, pending)
     return PlannedStage(name or recipe.stage, path, overrides, recipe, before)
 
 
-def _stage_before(path: Path, recipe: Recipe, init_from: Path, pending: Path | None) -> PlannedStage:
-    """The stage of `init_from`, with what `recipe` shares with it. That of a run in a directory is in the directory of the stage."""
+def _stage_before(path: Path, init_from: Path, shared: dict[str, Any], pending: Path | None) -> PlannedStage:
+    """The stage of `init_from`, with the values that the recipe at `path` shares with it. That of a run in a directory is in the directory of the stage."""
     own = path.parent / FIRST / "recipe.yaml"
     file = own if own.exists() else init_from
-    shared = recipe.model_dump(mode="json", include=set(SHARED), exclude={"rollout": {OWN}})
-    shared["run"] |= {"dir": str(recipe.directory / FIRST), "overwrite": False}
     overrides = [f"{key}={json.dumps(value)}" for key, value in leaves(shared)]
     try:
         values, _ = read_yaml(file)
