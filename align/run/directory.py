@@ -59,6 +59,8 @@ class RunDirectory:
     initial_directory = _Inside("initial")
     """A policy drawn at random for this run, before any training."""
     final_directory = _Inside("final")
+    weights_directory = _Inside("weights")
+    """New weights on their way to the rollout workers, where they travel as files."""
 
     @classmethod
     def create(cls, path: str | Path, *, overwrite: bool = False) -> Self:

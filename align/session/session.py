@@ -70,7 +70,7 @@ class Session:
         stops, rollout = stop_token_ids(self.policy, self.tokenizer), recipe.rollout
         trains = recipe if isinstance(recipe, PolicyRecipe) else None
         if trains is not None:
-            self.weight_sync = weight_sync_of(trains.weights, self.run.directory.path.absolute() / "weights")
+            self.weight_sync = weight_sync_of(trains.weights, self.run.directory.weights_directory.absolute())
             if trains.weights.transport == "adapter" and trains.learner.lora:
                 rollout = rollout.model_copy(update={"adapter_rank": trains.learner.lora.rank})
         self.open.enter_context(local_ray())
