@@ -111,9 +111,8 @@ OTHERWISE = {
 }
 
 
-@pytest.mark.parametrize(
-    "way", [name if "files" in name else pytest.param(name, marks=pytest.mark.slow) for name in OTHERWISE]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("way", OTHERWISE)
 def test_killed_stopped_by_ctrl_c_and_with_one_worker_it_is_the_same_to_the_last_bit(
     way: str, run: Path, align: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -123,7 +122,7 @@ def test_killed_stopped_by_ctrl_c_and_with_one_worker_it_is_the_same_to_the_last
     def until_step(number: int) -> tuple[Any, list[psutil.Process]]:
         """The command, and all processes that it has started."""
         command = align("grpo", "recipes/nano/grpo.yaml", f"run.dir={other}", *SMALL, *start, *OTHERWISE[way])
-        command.until(lambda: (other / "metrics.jsonl").exists() and len(steps_of(other)) >= number)
+        command.until((other / "checkpoints" / f"step_{number:05d}").is_dir)
         return command, command.family()
 
     command, children = until_step(1)
