@@ -111,8 +111,9 @@ OTHERWISE = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("way", OTHERWISE)
+@pytest.mark.parametrize(
+    "way", [name if "files" in name else pytest.param(name, marks=pytest.mark.slow) for name in OTHERWISE]
+)
 def test_killed_stopped_by_ctrl_c_and_with_one_worker_it_is_the_same_to_the_last_bit(
     way: str, run: Path, align: Callable[..., Any], tmp_path: Path
 ) -> None:
