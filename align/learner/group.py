@@ -139,11 +139,9 @@ class RankGroup:
             )
         return norm
 
-    def publish(
-        self, write: WriteBuckets, bucket_bytes: float, *, on_device: bool = False, merged: bool = False
-    ) -> list[Any]:
+    def publish(self, write: WriteBuckets, bucket_bytes: float, *, on_device: bool = False) -> list[Any]:
         """Have rank 0 write the trained weights; see `rollout.sync.base.Publisher`. Raises LearnerError, OSError."""
-        arguments = write, bucket_bytes, on_device, merged
+        arguments = write, bucket_bytes, on_device
         calls = [rank.publish.options(num_returns="streaming").remote(*arguments) for rank in self._at_work()]
         self._gather([call.completed() for call in calls], self._options.step_timeout_s, "gathering the weights")
         return list(calls[0])
@@ -275,13 +273,12 @@ class LearnerGroup(RankGroup):
         super().__init__(LearnerWorker, model, options, seed, reference, colocation=colocation)
         self.weight_sync = weight_sync or self.weight_sync
 
-    def sync_weights(self, fleet: Fleet, version: int, *, merged: bool = False) -> int:
+    def sync_weights(self, fleet: Fleet, version: int) -> int:
         """Give the rollout workers what has been trained; when this returns they sample with it, as weights of `version`.
 
-        With `merged`, a LoRA adapter is in the weights as in a checkpoint of them, where the workers could also add it themselves.
         Returns the bytes that went to each worker. Raises LearnerError, OSError, RolloutError.
         """
-        source = self.weight_sync.publish(self, merged=merged)
+        source = self.weight_sync.publish(self)
         size = source.sent_bytes or self.trained.sent_bytes
         fleet.load(source, version, self.trained.modules)
         return size

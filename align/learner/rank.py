@@ -124,15 +124,13 @@ class LearnerRank(ABC):
         """Parameters and experts of this rank that have had no gradient yet."""
         return self._census.missing()
 
-    def publish(
-        self, write: WriteBuckets, bucket_bytes: float, on_device: bool = False, merged: bool = False
-    ) -> Iterator[Any]:
+    def publish(self, write: WriteBuckets, bucket_bytes: float, on_device: bool = False) -> Iterator[Any]:
         """Have `write` take the weights of what is trained, under checkpoint names, in buckets of so many bytes; on rank 0 only.
 
-        They are on the rank's own device with `on_device`, else on the CPU. A LoRA adapter goes beside the weights where the sampler can add it, or with
-        `merged` in them.
+        They are on the rank's own device with `on_device`, else on the CPU. A LoRA adapter goes beside the weights where the sampler can add
+        it, else in them.
         """
-        weights = self._whole_weights(self._trained.modules, self._device if on_device else "cpu", apart=not merged)
+        weights = self._whole_weights(self._trained.modules, self._device if on_device else "cpu", apart=True)
         try:
             if self._engine.global_rank == 0:
                 layout = layout_of(self._network.config.model_type)

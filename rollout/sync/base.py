@@ -43,13 +43,11 @@ class WeightOptions(BaseModel):
 class Publisher(Protocol):
     """What a learner offers to a weight sync. Where it fails it raises PublishError, PublisherDiedError where its process is gone."""
 
-    def publish(
-        self, write: WriteBuckets, bucket_bytes: float, *, on_device: bool = False, merged: bool = False
-    ) -> list[Any]:
+    def publish(self, write: WriteBuckets, bucket_bytes: float, *, on_device: bool = False) -> list[Any]:
         """Have rank 0 call `write` with the trained weights, in buckets of `bucket_bytes` at most or of one tensor that is larger.
 
-        They are on the rank's own device with `on_device`, else on the CPU. A LoRA adapter goes beside the weights that it adapts, or with `merged`
-        in them. Returns Ray references to what `write` yields.
+        They are on the rank's own device with `on_device`, else on the CPU. A LoRA adapter goes beside the weights that it adapts.
+        Returns Ray references to what `write` yields.
         """
 
     def save_adapter(self, directory: Path) -> None:
@@ -66,8 +64,8 @@ class WeightSync(ABC):
     """Whether a LoRA adapter arrives exactly as it is trained, never added to weights."""
 
     @abstractmethod
-    def publish(self, learner: Publisher, *, merged: bool = False) -> WeightSource:
-        """Return the learner's current weights for `Fleet.load`; with `merged`, a LoRA adapter is added to the weights."""
+    def publish(self, learner: Publisher) -> WeightSource:
+        """Return the learner's current weights for `Fleet.load`."""
 
 
 class WeightSource(ABC):

@@ -43,8 +43,8 @@ class BroadcastSync(WeightSync):
 
     bucket_bytes: float = 256 * MIB
 
-    def publish(self, learner: Publisher, *, merged: bool = False) -> "Broadcast":
-        return Broadcast(learner, self.bucket_bytes, merged, Address(*learner.free_address()))
+    def publish(self, learner: Publisher) -> "Broadcast":
+        return Broadcast(learner, self.bucket_bytes, Address(*learner.free_address()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,6 @@ class Broadcast(WeightSource):
 
     learner: Publisher
     bucket_bytes: float
-    merged: bool
     address: Address
     is_kept: ClassVar[bool] = False
 
@@ -66,7 +65,7 @@ class Broadcast(WeightSource):
             return
         write = partial(send_buckets, self.address, 1 + processes)
         try:
-            self.learner.publish(write, self.bucket_bytes, on_device=True, merged=self.merged)
+            self.learner.publish(write, self.bucket_bytes, on_device=True)
         except PublisherDiedError:
             raise
         except PublishError as error:
@@ -75,7 +74,7 @@ class Broadcast(WeightSource):
 
     def again(self) -> WeightSource:
         try:
-            return ObjectStoreSync(self.bucket_bytes).publish(self.learner, merged=self.merged)
+            return ObjectStoreSync(self.bucket_bytes).publish(self.learner)
         except PublisherDiedError:
             raise RolloutError(
                 "a rollout worker was lost when the learner whose weights it had was gone: they were broadcast, and nobody has "

@@ -21,10 +21,10 @@ class DirectorySync(WeightSync):
     path: Path
     bucket_bytes: float = 256 * MIB
 
-    def publish(self, learner: Publisher, *, merged: bool = False) -> "WeightFiles":
+    def publish(self, learner: Publisher) -> "WeightFiles":
         import ray
 
-        return WeightFiles(ray.get(learner.publish(partial(write_files, self.path), self.bucket_bytes, merged=merged)))
+        return WeightFiles(ray.get(learner.publish(partial(write_files, self.path), self.bucket_bytes)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class AdapterSync(WeightSync):
     path: Path
     keeps_adapter: ClassVar[bool] = True
 
-    def publish(self, learner: Publisher, *, merged: bool = False) -> "AdapterFiles":
+    def publish(self, learner: Publisher) -> "AdapterFiles":
         directory = self.path / uuid4().hex
         learner.save_adapter(directory)
         return AdapterFiles(directory)

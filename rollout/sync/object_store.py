@@ -15,8 +15,8 @@ class ObjectStoreSync(WeightSync):
 
     bucket_bytes: float = 256 * MIB
 
-    def publish(self, learner: Publisher, *, merged: bool = False) -> "StoredWeights":
-        return StoredWeights(learner.publish(iter, self.bucket_bytes, merged=merged))
+    def publish(self, learner: Publisher) -> "StoredWeights":
+        return StoredWeights(learner.publish(iter, self.bucket_bytes))
 
 
 @dataclass(slots=True)

@@ -29,9 +29,7 @@ class LocalPublisher:
     def save_adapter(self, directory: object) -> None:
         raise NotImplementedError
 
-    def publish(
-        self, write: WriteBuckets, bucket_bytes: float, *, on_device: bool = False, merged: bool = False
-    ) -> list[Any]:
+    def publish(self, write: WriteBuckets, bucket_bytes: float, *, on_device: bool = False) -> list[Any]:
         import ray
 
         made = buckets(self._tensors.items(), bucket_bytes)

@@ -480,7 +480,7 @@ class FakeLearner:
     published: list[str] = field(default_factory=list)
     is_gone: bool = False
 
-    def publish(self, write: Callable[..., Any], bucket_bytes: float, *, on_device: bool = False, merged: bool) -> Any:
+    def publish(self, write: Callable[..., Any], bucket_bytes: float, *, on_device: bool = False) -> Any:
         if self.is_gone:
             raise PublisherDiedError
         self.published.append("broadcast" if on_device else "stored")
@@ -488,7 +488,7 @@ class FakeLearner:
 
 
 def broadcast(learner: Any) -> Broadcast:
-    return Broadcast(learner, 100, False, Address("host", 1))
+    return Broadcast(learner, 100, Address("host", 1))
 
 
 def test_the_workers_that_serve_receive_a_broadcast_and_one_that_starts_later_gets_it_again_once() -> None:

@@ -148,7 +148,7 @@ class FakeLearner:
         self.asked_for_missing += 1
         return self.missing
 
-    def sync_weights(self, fleet: FakeFleet, version: int, *, merged: bool = False) -> int:
+    def sync_weights(self, fleet: FakeFleet, version: int) -> int:
         self.sent += 1
         fleet.load(self.sent, version)
         return 8
