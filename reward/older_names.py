@@ -28,7 +28,7 @@ MODULES = {
     "reasoning_gym_answer": "reasoning_gym.answer",
     "rules": "form",
     "sandbox": "isolation",
-    "sandbox.check": "isolation.check",
+    "sandbox.check": "isolation.executors",
     "sandbox.client": "isolation.zygote",
     "sandbox.inside": "isolation.child",
     "sandbox.inside.plain": "isolation.child.plain",

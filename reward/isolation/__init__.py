@@ -15,8 +15,7 @@ What it does not do: it limits the memory of each process, and not that of the m
 and it trusts the kernel.
 """
 
-from reward.isolation.check import Capability, check
-from reward.isolation.executors import LocalExecutor, namespace_executor, unsafe_executor
+from reward.isolation.executors import Capability, LocalExecutor, check, namespace_executor, unsafe_executor
 from reward.isolation.types import (
     Call,
     Calls,

@@ -1,11 +1,16 @@
-"""The executors that run candidates on this machine: isolated by namespaces, and, if the user insists, not."""
+"""The executors that run candidates on this machine, isolated by namespaces or, if the user insists, not; what the machine allows."""
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
+import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from reward.isolation.child import plain
@@ -20,7 +25,11 @@ from reward.isolation.types import (
     SandboxFailure,
     SandboxUnavailable,
 )
-from reward.isolation.zygote import Handle, Keeper, Refused, Zygote, close_all, gather, installed
+from reward.isolation.zygote import Handle, Keeper, Refused, Zygote, close_all, gather, installed, python_command
+from reward.types import RewardError
+
+Part = tuple[Mapping[str, Any], Sequence[int]]
+"""The message of one run to its process 1, and the descriptors that go with it."""
 
 
 class LocalExecutor:
@@ -32,23 +41,21 @@ class LocalExecutor:
 
     def run(self, job: Job, limits: Limits, *, stop: bool = False) -> Execution:
         """See `Executor.run`."""
-        if isinstance(job, Dialogue):
-            return self._dialogue(job, limits)
-        nonce = secrets.token_hex(16)
-        message = {"nonce": nonce, "stop": stop, "source": job.source, **_cases(job)}
         started = time.monotonic()
-        [handle] = self._start([(message, ())], limits)
-        try:
-            gather([handle], limits.total_seconds)
-            reports = _reports(handle, nonce)
-        finally:
-            handle.close()
-        complete = len(reports) == len(message["cases"])
-        stopped = stop and bool(reports) and reports[-1].ended != "exit"
-        timed_out = not complete and not stopped
-        if timed_out and time.monotonic() - started < limits.total_seconds:
-            raise SandboxFailure(f"{len(reports)} of {len(message['cases'])} cases reported: {handle.ended}")
-        return Execution(tuple(reports), timed_out=timed_out)
+        if isinstance(job, Dialogue):
+            (served, _), (tested, ended) = self._report(_sides(job), limits)
+            execution = Execution(tuple(served), tester=tested[0] if tested else None, timed_out=not tested)
+            why = f"the test code's sandbox did not report: {ended}"
+        else:
+            message = {"stop": stop, "source": job.source, **_cases(job)}
+            [(reports, ended)] = self._report([(message, ())], limits)
+            stopped = stop and bool(reports) and reports[-1].ended != "exit"
+            count = len(message["cases"])
+            execution = Execution(tuple(reports), timed_out=len(reports) < count and not stopped)
+            why = f"{len(reports)} of {count} cases reported: {ended}"
+        if execution.timed_out and time.monotonic() - started < limits.total_seconds:
+            raise SandboxFailure(why)
+        return execution
 
     def close(self) -> None:
         """See `Executor.close`."""
@@ -63,45 +70,35 @@ class LocalExecutor:
             shown = {"names": self.packages, "paths": installed(self.packages)}
             return Zygote("isolated" if self.isolated else "unsafe", shown)
         except Refused as refusal:
-            raise SandboxUnavailable(_named(refusal)) from None
+            raise SandboxUnavailable(missing() or str(refusal)) from None
 
-    def _start(self, parts: Sequence[tuple[Mapping[str, Any], Sequence[int]]], limits: Limits) -> list[Handle]:
-        """Start a run for each (message, pipes)."""
+    def _report(self, parts: Sequence[Part], limits: Limits) -> list[tuple[list[CaseReport], Any]]:
+        """What the cases of each part reported, and its supervisor's last word. The parts' descriptors are closed.
 
-        def start_all(zygote: Zygote) -> list[Handle]:
-            handles: list[Handle] = []
-            try:
-                for message, pipes in parts:
-                    handles.append(zygote.start_run(message, limits, pipes))
-            except OSError:
-                close_all(handles)
-                raise
-            return handles
-
-        return self._keeper.use(start_all)
-
-    def _dialogue(self, job: Dialogue, limits: Limits) -> Execution:
-        nonces = secrets.token_hex(16), secrets.token_hex(16)
-        shared = {"entry_point": job.entry_point, "stop": False, "cases": [{}]}
-        server = {**shared, "nonce": nonces[0], "role": "server", "source": job.source}
-        tester = {**shared, "nonce": nonces[1], "role": "tester", "setup": job.setup, "tests": job.tests}
-        calls_out, calls_in = os.pipe()
-        replies_out, replies_in = os.pipe()
+        When the second of two parts is done, the first gets a moment.
+        """
+        nonces = [secrets.token_hex(16) for _ in parts]
+        jobs = [({**message, "nonce": nonce}, pipes) for (message, pipes), nonce in zip(parts, nonces, strict=True)]
         try:
-            parts = [(server, (calls_out, replies_in)), (tester, (replies_out, calls_in))]
-            handles = self._start(parts, limits)
+            handles = self._keeper.use(lambda zygote: zygote.start_runs(jobs, limits))
         finally:
-            for number in (calls_out, calls_in, replies_out, replies_in):
+            for number in chain.from_iterable(pipes for _, pipes in parts):
                 os.close(number)
-        started = time.monotonic()
         try:
-            gather(handles, limits.total_seconds, first=handles[1])
-            served, tested = (_reports(handle, nonce) for handle, nonce in zip(handles, nonces, strict=True))
+            gather(handles, limits.total_seconds, first=handles[1] if len(handles) > 1 else None)
+            return [(_reports(handle, nonce), handle.ended) for handle, nonce in zip(handles, nonces, strict=True)]
         finally:
             close_all(handles)
-        if not tested and time.monotonic() - started < limits.total_seconds:
-            raise SandboxFailure(f"the test code's sandbox did not report: {handles[1].ended}")
-        return Execution(tuple(served), tester=tested[0] if tested else None, timed_out=not tested)
+
+
+def _sides(job: Dialogue) -> list[Part]:
+    """The candidate and its tests, joined by two pipes."""
+    shared = {"entry_point": job.entry_point, "stop": False, "cases": [{}]}
+    server = {**shared, "role": "server", "source": job.source}
+    tester = {**shared, "role": "tester", "setup": job.setup, "tests": job.tests}
+    calls_out, calls_in = os.pipe()
+    replies_out, replies_in = os.pipe()
+    return [(server, (calls_out, replies_in)), (tester, (replies_out, calls_in))]
 
 
 def _cases(job: Program | Calls) -> dict[str, Any]:
@@ -135,12 +132,6 @@ def _result(text: str, nonce: str) -> Mapping[str, Any] | None:
     return content if isinstance(content, dict) and content.get("nonce") == nonce else None
 
 
-def _named(refusal: Refused) -> str:
-    from reward.isolation.check import missing
-
-    return missing() or str(refusal)
-
-
 def namespace_executor(packages: Sequence[str] = ()) -> LocalExecutor:
     """The sandbox: see `reward.isolation`. Candidates can import the `packages` too, named as an import does."""
     return LocalExecutor("namespaces", isolated=True, packages=packages)
@@ -153,3 +144,53 @@ def unsafe_executor(packages: Sequence[str] = ()) -> LocalExecutor:
     besides the standard library, as long as it does not look for others itself.
     """
     return LocalExecutor("unsafe", isolated=False, packages=packages)
+
+
+@dataclass(frozen=True)
+class Capability:
+    """One piece: whether this machine has it, whether no run is possible without it, and what to do if not."""
+
+    name: str
+    ok: bool
+    detail: str
+    needed: bool = True
+
+
+def check() -> list[Capability]:
+    """Every piece that the sandbox uses, and a trial run with all of them together."""
+    pieces = probe()
+    if all(piece.ok for piece in pieces if piece.needed):
+        pieces.append(_trial())
+    return pieces
+
+
+def missing() -> str:
+    """The first piece without which no run is possible, with its cure; empty if there is none."""
+    return next((f"{piece.name} ({piece.detail})" for piece in probe() if piece.needed and not piece.ok), "")
+
+
+def probe() -> list[Capability]:
+    """Every piece, tried by itself."""
+    if sys.platform != "linux":
+        return [Capability("Linux", False, f"namespaces are Linux's, and this is {sys.platform}")]
+    command = python_command("probe")
+    ended = subprocess.run(command, capture_output=True, env={}, cwd="/", timeout=60, check=False)
+    if ended.returncode:
+        lines = ended.stderr.decode(errors="replace").strip().splitlines() or ["it said nothing"]
+        return [Capability("probe", False, f"ended with status {ended.returncode}: {lines[-1]}")]
+    return [Capability(name, ok, detail, needed) for name, ok, needed, detail in json.loads(ended.stdout)]
+
+
+def _trial() -> Capability:
+    executor = namespace_executor()
+    try:
+        executor.zygote()
+        started = time.perf_counter()
+        execution = executor.run(Program("print(input())", ("hello",)), Limits())
+        seconds = time.perf_counter() - started
+    except RewardError as error:
+        return Capability("trial run", False, str(error))
+    finally:
+        executor.close()
+    said = execution.cases[0].stdout
+    return Capability("trial run", said == "hello\n", f"{seconds * 1000:.0f} ms, printed {said!r}")

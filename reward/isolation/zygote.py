@@ -31,11 +31,8 @@ _BOOT = (
 )
 
 
-class Refused(Exception):  # noqa: N818
-    """The zygote cannot isolate; `step` is what failed, `why` the system's word on it."""
-
-    def __init__(self, step: str, why: str) -> None:
-        super().__init__(f"{step}: {why}")
+class Refused(RewardError):  # noqa: N818
+    """The zygote cannot isolate: the step that failed, and the system's word on it."""
 
 
 _ALONE = ("-I", "-S", "-B", "-X", "utf8", "-X", "int_max_str_digits=0")
@@ -113,36 +110,33 @@ class Zygote:
             start_new_session=True,
         )
         theirs.close()
-        greeting = self._greeting(start_seconds)
-        self.seccomp = bool(greeting.get("seccomp"))
+        try:
+            self._wait_until_ready(start_seconds)
+        except RewardError:
+            self.close()
+            raise
 
-    def _greeting(self, seconds: float) -> Mapping[str, Any]:
+    def _wait_until_ready(self, seconds: float) -> None:
         self._channel.settimeout(seconds)
         try:
             message = self._channel.recv(65536)
         except TimeoutError:
-            self.close()
             raise SandboxFailure(f"its zygote did not start within {seconds:.0f} s") from None
         self._channel.settimeout(None)
         if not message:
             _, said = self._process.communicate()
             lines = (said or b"").decode(errors="replace").strip().splitlines()
-            self.close()
             raise SandboxFailure(f"its zygote did not start: {lines[-1] if lines else 'it said nothing'}")
-        greeting: Mapping[str, Any] = plain.loads(message)
-        if "failed" in greeting:
-            self.close()
-            raise SandboxFailure(greeting["failed"])
-        if "missing" in greeting:
-            self.close()
-            raise Refused(greeting["missing"], greeting["why"])
-        if "package" in greeting:
-            self.close()
-            raise RewardError(
-                f"packages: {greeting['package']!r} cannot be used in the sandbox: {greeting['why'].rstrip('.')}. "
-                "Name what it needs in packages too, or leave it out"
-            )
-        return greeting
+        match plain.loads(message):
+            case {"failed": why}:
+                raise SandboxFailure(why)
+            case {"missing": step, "why": why}:
+                raise Refused(f"{step}: {why}")
+            case {"package": name, "why": why}:
+                raise RewardError(
+                    f"packages: {name!r} cannot be used in the sandbox: {why.rstrip('.')}. "
+                    "Name what it needs in packages too, or leave it out"
+                )
 
     @property
     def pid(self) -> int:
@@ -164,12 +158,22 @@ class Zygote:
             theirs.close()
         return control
 
-    def start_run(self, job: Mapping[str, Any], limits: Limits, pipes: Sequence[int] = ()) -> Handle:
-        """Start a run of `job`, whose process gets the descriptors `pipes`. Raises OSError if the zygote is gone."""
+    def start_runs(self, jobs: Sequence[tuple[Mapping[str, Any], Sequence[int]]], limits: Limits) -> list[Handle]:
+        """Start a run of each job, whose process gets the descriptors beside it. Raises OSError if the zygote is gone."""
+        handles: list[Handle] = []
+        try:
+            for job, pipes in jobs:
+                handles.append(self._start_run(job, limits, pipes))
+        except OSError:
+            close_all(handles)
+            raise
+        return handles
+
+    def _start_run(self, job: Mapping[str, Any], limits: Limits, pipes: Sequence[int]) -> Handle:
         reading, writing = os.pipe()
         content = os.memfd_create("job", os.MFD_CLOEXEC)
         try:
-            _write_all(content, plain.dumps(job))
+            plain.write_all(content, plain.dumps(job))
             os.lseek(content, 0, os.SEEK_SET)
             return Handle(self.start({"limits": asdict(limits)}, [content, writing, *pipes]), reading)
         except OSError:
@@ -279,12 +283,6 @@ def _read_once(selector: selectors.BaseSelector, seconds: float) -> None:
 def close_all(handles: Iterable[Handle]) -> None:
     for handle in handles:
         handle.close()
-
-
-def _write_all(number: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(number, view) :]
 
 
 @cache

@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 import re
 from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from reward.isolation.pool import FAULTS, End, Outcome, WorkerLimits, WorkerPool
@@ -29,6 +29,7 @@ UNREAD = "math-verify cannot read it"
 _COMMAND = re.compile(r"\\[a-zA-Z]+")
 _ATOM = re.compile(r"[0-9.]+|[a-z]+|-")
 _LETTERS = re.compile(r"[\s{}]|\\(?:text|,|;|quad)")
+_PASS = Score(0.0, Verdict.PASS)
 
 workers = WorkerPool(Path(__file__).with_name("job.py"), limits=WorkerLimits(phase_cpu_s={"gold": 2.0}))
 """Where math-verify runs; started by the first answer that needs it."""
@@ -42,15 +43,6 @@ Ask = tuple[str, str | None]
 
 
 @dataclass(frozen=True)
-class _Finding:
-    """What became of one answer; `why` is for a human."""
-
-    verdict: Verdict
-    why: str = ""
-    seconds: float = 0.0
-
-
-@dataclass
 class _Case:
     """One sample on its way to a score."""
 
@@ -58,7 +50,8 @@ class _Case:
     gold: str
     form: Form | None = None
     """None where the ground truth cannot be read."""
-    answers: list[str] = field(default_factory=list)
+    answers: Mapping[str, Score | None] = field(default_factory=dict)
+    """What can be said of each answer without the workers, with a value of 0; None where it takes them."""
     stated: int = 0
 
 
@@ -72,49 +65,41 @@ def math_answer(samples: Sequence[Sample], *, right: float = 1.0, wrong: float =
     that do not work.
     """
     cases = [_case(sample) for sample in samples]
-    outcomes = _ask(cases)
+    asks = list(dict.fromkeys(ask for case in cases for ask in _asks(case)))
+    outcomes = dict(zip(asks, workers.run([{"gold": gold, "answer": answer} for gold, answer in asks]), strict=True))
+    for (gold, _), outcome in outcomes.items():
+        _remember(gold, outcome)
     return [_score(case, outcomes, right, wrong) for case in cases]
 
 
 def _case(sample: Sample) -> _Case:
-    case = _Case(sample, tidy(sample.ground_truth or ""))
-    if normalise(case.gold):
-        case.form = None if unreadable(case.gold) else read(case.gold)
-        stated = list(dict.fromkeys(map(tidy, dict.fromkeys(stated_answers(sample.completion, sample.prompt)))))
-        case.stated = len(stated)
-        together = ",".join(stated)
-        if len(stated) > 1 and case.form and len(case.form.items) == len(stated) and len(together) <= LONGEST_ANSWER:
-            stated = [together]
-        case.answers = stated if len(stated) <= MOST_ANSWERS else []
-    return case
+    gold = tidy(sample.ground_truth or "")
+    if not normalise(gold):
+        return _Case(sample, gold)
+    form = None if unreadable(gold) else read(gold)
+    stated = list(dict.fromkeys(map(tidy, dict.fromkeys(stated_answers(sample.completion, sample.prompt)))))
+    answers = stated if len(stated) <= MOST_ANSWERS else []
+    together = ",".join(stated)
+    if len(stated) > 1 and form and len(form.items) == len(stated) and len(together) <= LONGEST_ANSWER:
+        answers = [together]
+    return _Case(sample, gold, form, {answer: _settled(gold, form, answer) for answer in answers}, len(stated))
 
 
-def _ask(cases: Sequence[_Case]) -> dict[Ask, Outcome]:
-    """The workers' word on every pair of values that takes algebra and on every value of a ground truth not seen before."""
-    wanted: dict[Ask, None] = {}
-    for case in cases:
-        if case.form is None:
-            continue
-        values = [value.text for value in case.form.values() if _known_reason(value.text) is None]
-        if any(_known_reason(value.text) for value in case.form.values()):
-            continue
-        pairs: dict[Ask, None] = {}
-        for answer in case.answers:
-            if _settled(case, answer) is None:
-                _compared(case.form, answer, {}, pairs)
-        wanted.update(pairs)
-        asked = {gold for gold, _ in pairs}
-        wanted.update(((value, None), None) for value in values if value not in asked)
-    keys = list(wanted)
-    outcomes = workers.run([{"gold": gold, "answer": answer} for gold, answer in keys])
-    for (gold, _), outcome in zip(keys, outcomes, strict=True):
-        reason = _gold_reason(gold, outcome)
-        if reason is not None:
-            _remember(gold, reason)
-    return dict(zip(keys, outcomes, strict=True))
+def _asks(case: _Case) -> Iterator[Ask]:
+    """The pairs of values that take algebra, and the values of the ground truth that nobody has examined."""
+    reasons = {value.text: _known_reason(value.text) for value in case.form.values()} if case.form else {}
+    if case.form is None or any(reasons.values()):
+        return
+    pairs: dict[Ask, None] = {}
+    for answer, settled in case.answers.items():
+        if settled is None:
+            _compared(case.form, answer, {}, pairs)
+    yield from pairs
+    examined = {gold for gold, _ in pairs}
+    yield from ((gold, None) for gold, reason in reasons.items() if reason is None and gold not in examined)
 
 
-def _compared(gold: Form, answer: str, outcomes: dict[Ask, Outcome], asked: dict[Ask, None]) -> bool | None:
+def _compared(gold: Form, answer: str, outcomes: Mapping[Ask, Outcome], asked: dict[Ask, None]) -> bool | None:
     """Whether an answer is the ground truth by what is known, and which pairs of values that rests on."""
 
     def same(one: str, other: str) -> bool | None:
@@ -131,14 +116,18 @@ def _known_reason(gold: str) -> str | None:
     return "" if is_evident(gold) else _golds.get(gold)
 
 
-def _gold_reason(gold: str, outcome: Outcome) -> str | None:
-    """Why the ground truth is unusable, "" where it is usable, and None where this outcome does not tell."""
+def _remember(gold: str, outcome: Outcome) -> None:
+    """Keep why the ground truth is unusable, or that it is usable, where the outcome tells."""
+    if outcome.end is End.INFRA:
+        return
     if outcome.end is End.DONE:
         reason = str(outcome.reply.get("gold", ""))
-        return "" if reason == UNREAD and _is_text(gold) else reason
-    if outcome.end is End.INFRA:
-        return None
-    return "" if outcome.phase == "answer" else f"examining it: {outcome.end}, {outcome.detail}"
+        reason = "" if reason == UNREAD and _is_text(gold) else reason
+    else:
+        reason = "" if outcome.phase == "answer" else f"examining it: {outcome.end}, {outcome.detail}"
+    _golds[gold] = reason
+    if len(_golds) > _REMEMBERED:
+        _golds.popitem(last=False)
 
 
 def _is_text(gold: str) -> bool:
@@ -152,55 +141,50 @@ def _is_foreign(gold: str) -> bool:
     return strange and any(map(str.isalnum, gold)) and not any(map(str.isdecimal, gold)) and len(gold) <= LONGEST_ANSWER
 
 
-def _remember(gold: str, reason: str) -> None:
-    _golds[gold] = reason
-    if len(_golds) > _REMEMBERED:
-        _golds.popitem(last=False)
-
-
-def _settled(case: _Case, answer: str) -> _Finding | None:
-    """What can be said without the workers."""
-    if case.gold == answer:
-        return _Finding(Verdict.PASS)
-    if case.form is None and _is_foreign(case.gold):
-        return _Finding(Verdict.WRONG)
+def _settled(gold: str, form: Form | None, answer: str) -> Score | None:
+    """What can be said of an answer without the workers."""
+    if gold == answer:
+        return _PASS
+    if form is None and _is_foreign(gold):
+        return Score(0.0, Verdict.WRONG)
     if reason := unreadable(answer):
-        return _Finding(Verdict.WRONG, reason)
-    if takes_back(answer) and not takes_back(case.gold):
-        return _Finding(Verdict.WRONG, "it takes back or conditions what it says")
-    verdict = compare(case.gold, answer)
-    if verdict is None and case.form:
-        verdict = _compared(case.form, answer, {}, {})
-    return None if verdict is None else _Finding(Verdict.PASS if verdict else Verdict.WRONG)
+        return Score(0.0, Verdict.WRONG, reason)
+    if takes_back(answer) and not takes_back(gold):
+        return Score(0.0, Verdict.WRONG, "it takes back or conditions what it says")
+    verdict = compare(gold, answer)
+    if verdict is None and form:
+        verdict = _compared(form, answer, {}, {})
+    return None if verdict is None else _PASS if verdict else Score(0.0, Verdict.WRONG)
 
 
-def _score(case: _Case, outcomes: dict[Ask, Outcome], right: float, wrong: float) -> Score:
+def _score(case: _Case, outcomes: Mapping[Ask, Outcome], right: float, wrong: float) -> Score:
     if why := _unusable(case, outcomes):
         return Score(math.nan, Verdict.INFRA_ERROR, str(UnusableAnswer(case.sample.id, why)))
     if case.stated and not case.answers:
         return Score(wrong, Verdict.WRONG, f"{case.stated} different answers")
     if not case.answers:
         return Score(wrong, Verdict.NO_ANSWER, r"no \boxed{}, no #### and no 'the answer is' with something in it")
-    findings = [_settled(case, answer) or _finding(case, answer, outcomes) for answer in case.answers]
-    seconds = sum(finding.seconds for finding in findings)
-    worst = next((one for one in findings if one.verdict is Verdict.INFRA_ERROR), None)
-    worst = worst or next((one for one in findings if one.verdict is not Verdict.PASS), None)
-    if worst is None:
+    scores = {answer: known or _judged(case, answer, outcomes) for answer, known in case.answers.items()}
+    seconds = sum(score.seconds for score in scores.values())
+    failed = [(answer, score) for answer, score in scores.items() if score.verdict is not Verdict.PASS]
+    if not failed:
         return Score(right, Verdict.PASS, seconds=seconds)
-    if worst.verdict is Verdict.INFRA_ERROR:
-        return Score(math.nan, worst.verdict, worst.why, seconds)
-    several = f"one of {len(findings)} different answers: " if len(findings) > 1 else ""
-    detail = verdict_detail(case.answers[findings.index(worst)], case.gold)
-    return Score(wrong, worst.verdict, several + detail + (f": {worst.why}" if worst.why else ""), seconds)
+    for _, score in failed:
+        if score.verdict is Verdict.INFRA_ERROR:
+            return replace(score, seconds=seconds)
+    answer, first = failed[0]
+    several = f"one of {len(scores)} different answers: " if len(scores) > 1 else ""
+    why = f": {first.detail}" if first.detail else ""
+    return Score(wrong, first.verdict, several + verdict_detail(answer, case.gold) + why, seconds)
 
 
-def _unusable(case: _Case, outcomes: dict[Ask, Outcome]) -> str:
+def _unusable(case: _Case, outcomes: Mapping[Ask, Outcome]) -> str:
     """Why nobody can be judged by this ground truth, or ""."""
     gold = case.gold
     if not normalise(gold):
         return "no ground truth to compare with"
     if case.form is None:
-        if (case.answers == [gold] and not gold.isascii()) or _is_foreign(gold):
+        if (list(case.answers) == [gold] and not gold.isascii()) or _is_foreign(gold):
             return ""  # compared letter by letter
         reason = unreadable(gold)
         return reason if not gold.isascii() or len(gold) > 80 else f"{gold!r}: {reason}"
@@ -214,33 +198,31 @@ def _unusable(case: _Case, outcomes: dict[Ask, Outcome]) -> str:
     return ""
 
 
-def _finding(case: _Case, answer: str, outcomes: dict[Ask, Outcome]) -> _Finding:
+def _judged(case: _Case, answer: str, outcomes: Mapping[Ask, Outcome]) -> Score:
+    """What the workers' word makes of an answer, with a value of 0."""
     assert case.form is not None
     asked: dict[Ask, None] = {}
     verdict = _compared(case.form, answer, outcomes, asked)
     replies = [(gold, outcomes[gold, other]) for gold, other in asked if (gold, other) in outcomes]
     seconds = sum(outcome.seconds for _, outcome in replies)
     if verdict:
-        return _Finding(Verdict.PASS, "", seconds)
+        return Score(0.0, Verdict.PASS, "", seconds)
     if broken := next((outcome for _, outcome in replies if outcome.end is End.INFRA), None):
-        return _Finding(Verdict.INFRA_ERROR, broken.detail, seconds)
+        return Score(math.nan, Verdict.INFRA_ERROR, broken.detail, seconds)
     if fault := next((outcome for _, outcome in replies if outcome.end in FAULTS), None):
-        return _Finding(FAULTS[fault.end], fault.detail, seconds)
+        return Score(0.0, FAULTS[fault.end], fault.detail, seconds)
     values = {value.text for value in case.form.values()}
-    for gold, outcome in replies:
-        if gold in values and "gold" in outcome.reply:  # read as text only
-            return _as_text(case.gold, answer, seconds)
+    if any(gold in values and "gold" in outcome.reply for gold, outcome in replies):
+        return replace(_as_text(case.gold, answer), seconds=seconds)
     unread = next((str(outcome.reply["unreadable"]) for _, outcome in replies if "unreadable" in outcome.reply), "")
-    return _Finding(Verdict.WRONG, unread[:200], seconds)
+    return Score(0.0, Verdict.WRONG, unread[:200], seconds)
 
 
-def _as_text(gold: str, answer: str, seconds: float) -> _Finding:
+def _as_text(gold: str, answer: str) -> Score:
     """What can be said of a ground truth that no parser reads: other numbers and letters are another answer."""
     atoms, others = (sorted(_ATOM.findall(_COMMAND.sub("", text).casefold())) for text in (gold, answer))
     if atoms != others:
-        return _Finding(
-            Verdict.WRONG, "it has other numbers and letters, and no parser reads the ground truth", seconds
-        )
+        return Score(0.0, Verdict.WRONG, "it has other numbers and letters, and no parser reads the ground truth")
     if _LETTERS.sub("", gold.casefold()) == _LETTERS.sub("", answer.casefold()):
-        return _Finding(Verdict.PASS, "", seconds)
-    return _Finding(Verdict.INFRA_ERROR, f"nobody can tell {answer[:80]!r} from {gold[:80]!r}: {UNREAD}", seconds)
+        return _PASS
+    return Score(math.nan, Verdict.INFRA_ERROR, f"nobody can tell {answer[:80]!r} from {gold[:80]!r}: {UNREAD}")

@@ -89,5 +89,5 @@ def test_an_unknown_name_is_none() -> None:
 
 
 def test_this_project_uses_none_of_them() -> None:
-    program = "import reward, reward.isolation.check; assert len(reward.available()) == 15"
+    program = "import reward, reward.isolation.executors; assert len(reward.available()) == 15"
     subprocess.run([sys.executable, "-W", "error::DeprecationWarning:reward", "-c", program], check=True)

@@ -36,7 +36,8 @@ def main(job: Mapping[str, Any], inputs: Mapping[str, Any]) -> NoReturn:
         _function(job, inputs)
     elif role == "server":
         _server(job)
-    _exit(tester.main(job, _RESULT, calls=_OUT, replies=_IN))
+    _say(job, tester.run(job, calls=_OUT, replies=_IN))
+    _exit(0)
 
 
 def _program(job: Mapping[str, Any]) -> NoReturn:
@@ -140,9 +141,7 @@ def described(error: BaseException, stage: str) -> dict[str, Any]:
 
 
 def _say(job: Mapping[str, Any], message: Mapping[str, Any]) -> None:
-    data = plain.dumps({"nonce": job["nonce"], **message})
-    while data:
-        data = data[os.write(_RESULT, data) :]
+    plain.write_all(_RESULT, plain.dumps({"nonce": job["nonce"], **message}))
 
 
 def _open_streams() -> None:

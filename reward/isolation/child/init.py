@@ -13,7 +13,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,6 +45,15 @@ class Stream:
         return bool(new)
 
 
+@dataclass(frozen=True)
+class Setting:
+    """What every run starts from. `lines` is the seccomp filter, empty where the machine has none."""
+
+    isolated: bool
+    lines: bytes
+    work_folder: str
+
+
 @dataclass
 class Run:
     """What the cases of a run have in common."""
@@ -52,15 +61,13 @@ class Run:
     job: Mapping[str, Any]
     limits: Mapping[str, float]
     pipes: Sequence[int]
-    lines: bytes
-    isolated: bool
-    work_folder: str
+    setting: Setting
 
 
-def main(job: int, report: int, run: Callable[[Mapping[str, Any]], Run]) -> None:
+def main(job: int, report: int, limits: Mapping[str, float], pipes: Sequence[int], setting: Setting) -> None:
     """Run every case of the job that descriptor `job` holds; write a line for each to descriptor `report`."""
     with open(job, "rb") as file:
-        this = run(plain.loads(file.read()))
+        this = Run(plain.loads(file.read()), limits, pipes, setting)
     deadline = time.monotonic() + this.limits["total_seconds"]
     for index, inputs in enumerate(this.job["cases"]):
         remaining = deadline - time.monotonic()
@@ -68,9 +75,7 @@ def main(job: int, report: int, run: Callable[[Mapping[str, Any]], Run]) -> None
             break
         with fresh_folder(this) as folder:
             outcome = _one_case(this, inputs, folder.path, min(remaining, this.limits["wall_seconds"]))
-        line = plain.dumps({"case": index, "nonce": this.job["nonce"], **outcome}) + b"\n"
-        while line:
-            line = line[os.write(report, line) :]
+        plain.write_all(report, plain.dumps({"case": index, "nonce": this.job["nonce"], **outcome}) + b"\n")
         if this.job["stop"] and outcome["ended"] != "exit":
             break
 
@@ -93,10 +98,10 @@ class fresh_folder:  # noqa: N801 (a context manager that reads like a function)
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self.path = run.work_folder if run.isolated else tempfile.mkdtemp(prefix="candidate-")
+        self.path = run.setting.work_folder if run.setting.isolated else tempfile.mkdtemp(prefix="candidate-")
 
     def __enter__(self) -> fresh_folder:
-        if self.run.isolated:
+        if self.run.setting.isolated:
             options = f"size={int(self.run.limits['disk_mb'])}m,mode=700,nr_inodes=4096"
             flags = kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC
             kernel.mount("tmpfs", self.path, "tmpfs", flags, options)
@@ -105,7 +110,7 @@ class fresh_folder:  # noqa: N801 (a context manager that reads like a function)
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is Begin:
             return  # the child, which is about to use it
-        if self.run.isolated:
+        if self.run.setting.isolated:
             kernel.unmount(self.path)
         else:
             shutil.rmtree(self.path, ignore_errors=True)
@@ -124,7 +129,7 @@ def _one_case(run: Run, inputs: Mapping[str, Any], folder: str, wall_seconds: fl
     caps = (int(run.limits["output_kb"] * 1024), _STDERR_KEPT, int(run.limits["result_kb"] * 1024), 4096)
     streams = [Stream(reading, cap) for (reading, _), cap in zip(pairs, caps, strict=True)]
     ended = _watch(child, streams, started + wall_seconds)
-    status, usage = _end(child, run.isolated)
+    status, usage = _end(child, run.setting.isolated)
     wall = time.monotonic() - started
     _drain(streams)
     out, err, result, ready = streams
@@ -150,7 +155,8 @@ def confine_case(begin: Begin) -> None:
     try:
         confine.keep_descriptors(wanted)
         os.chdir(begin.folder)
-        confine.give_up_everything(begin.run.limits, begin.run.lines, begin.run.isolated)
+        setting = begin.run.setting
+        confine.give_up_everything(begin.run.limits, setting.lines, setting.isolated)
         os.write(ready, _READY)
         os.close(ready)
     except BaseException as error:
@@ -209,8 +215,7 @@ def _drain(streams: Sequence[Stream]) -> None:
 
 def _memory_file(content: bytes) -> int:
     number = os.memfd_create("stdin")
-    while content:
-        content = content[os.write(number, content) :]
+    plain.write_all(number, content)
     os.lseek(number, 0, os.SEEK_SET)
     return number
 

@@ -112,9 +112,14 @@ def text(message: Any) -> str:
 
 def send(number: int, data: bytes) -> None:
     """Write one message: four bytes of length, then JSON. Raises BrokenPipeError where nobody reads."""
-    data = len(data).to_bytes(4, "big") + data
-    while data:
-        data = data[os.write(number, data) :]
+    write_all(number, len(data).to_bytes(4, "big") + data)
+
+
+def write_all(number: int, data: bytes) -> None:
+    """Write all the data to a descriptor, however much it takes at once."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(number, view) :]
 
 
 def receive(number: int) -> Any:

@@ -61,26 +61,8 @@ def _as_user(action: Callable[[], None]) -> None:
 
 
 def _needed(name: str, action: Callable[[], None], hint: str) -> Finding:
-    reason = _tried(action)
+    reason = supervisor.tried(action)
     return (name, not reason, True, f"{reason}; {hint}" if reason and hint else reason)
-
-
-def _tried(action: Callable[[], None]) -> str:
-    """Why the action failed in a child, empty if it did not."""
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            action()
-        except Exception as error:
-            os.write(writing, str(error).encode() or b"failed")
-        finally:
-            os._exit(0)
-    os.close(writing)
-    with open(reading, "rb") as file:
-        reason = file.read().decode()
-    _, status = os.waitpid(child, 0)
-    return reason or (f"the probe died with status {status}" if status else "")
 
 
 def _user_namespace_hint() -> str:

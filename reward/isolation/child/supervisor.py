@@ -29,6 +29,24 @@ def enter_namespaces(proc: int) -> None:
     socket.sethostname("sandbox")
 
 
+def tried(action: Callable[[], None]) -> str:
+    """Why the action failed in a child process of its own; empty if it did not."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            action()
+        except Exception as error:
+            os.write(writing, str(error).encode() or b"failed")
+        finally:
+            os._exit(0)
+    os.close(writing)
+    with open(reading, "rb") as file:
+        reason = file.read().decode()
+    _, status = os.waitpid(child, 0)
+    return reason or (f"the probe died with status {status}" if status else "")
+
+
 def supervise(
     control: socket.socket, seconds: float | None, enter: Callable[[], None], start: Callable[[], None]
 ) -> None:

@@ -13,7 +13,7 @@ from align.data.types import Example
 from align.errors import UserError
 from reward import Sample, Verdict
 from reward.code.answer import code_tests
-from reward.isolation.check import probe
+from reward.isolation.executors import probe
 
 NEEDS_ISOLATION = pytest.mark.skipif(
     any(piece.needed and not piece.ok for piece in probe()), reason="this machine cannot isolate a model's code"

@@ -9,7 +9,7 @@ import pytest
 
 from reward import Sample, Verdict
 from reward.isolation import Execution, Executor, Job, Limits
-from reward.isolation.check import probe
+from reward.isolation.executors import probe
 
 FOLDER = Path(__file__).parent
 SECRET = f"SECRET-{secrets.token_hex(16)}"
