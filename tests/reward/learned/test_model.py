@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from reward import Mixture, RewardError, RewardTerm, Sample, Verdict
-from reward.learned.model import Scale, reward_model
+from reward.learned.model import Scale, messages_of, reward_model, shortened
 
 COMPLETIONS = ["4", "It is four.", "I am sorry, but I can't help with that.", "", "4" * 60]
 
@@ -45,6 +45,20 @@ def changed(checkpoint: Path, tmp_path: Path, **config: Any) -> str:
     values = json.loads((copy / "config.json").read_text()) | config
     (copy / "config.json").write_text(json.dumps(values))
     return str(copy)
+
+
+def test_the_prompt_is_the_metadata_s_messages_or_one_message_of_the_user() -> None:
+    assert messages_of(sample("A", prompt="Q")) == ({"role": "user", "content": "Q"},)
+    messages = [{"role": "system", "content": "S"}, {"role": "user", "content": "Q"}]
+    assert messages_of(sample("A", metadata={"messages": messages})) == messages
+
+
+@pytest.mark.parametrize(
+    ("longest", "expected"), [(6, [0, 2, 3, 4, 5, 1]), (9, [0, 2, 3, 4, 5, 1]), (4, [0, 4, 5, 1]), (2, [0, 1])]
+)
+def test_a_conversation_loses_its_oldest_tokens_but_the_bos(longest: int, expected: list[int]) -> None:
+    assert shortened([0, 2, 3, 4, 5, 1], longest, 0) == expected
+    assert shortened([0, 2, 3, 4, 5, 1], longest, None) == [0, 2, 3, 4, 5, 1][-longest:]
 
 
 def test_the_numbers_are_transformers_own_however_they_are_batched(checkpoint: Path) -> None:
