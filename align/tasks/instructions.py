@@ -6,6 +6,8 @@ no topic and no parameter, and the test has kinds that are nowhere else.
 Demonstrations are what a model itself says to a request, edited until it has the form that is asked for. The words stay the model's
 own, so that it learns the form and little else. A program edits: it takes whole sentences, leaves out those with unwanted words,
 changes the case, adds a title or an ending. What it made is right if the reward says so.
+
+Topics, requests, and how an instruction of each kind is worded are in `instructions.yaml`.
 """
 
 import re
@@ -15,14 +17,34 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import yaml
+
 from align.data.types import Example, Share, SplitName
 from align.errors import UserError
 from align.run.files import read_jsonl_lines
-from align.tasks import instruction_kinds as kinds
-from align.tasks.instruction_kinds import APART, KINDS, POSTSCRIPT, SEEN, UNSEEN
 from reward import Sample
-from reward.instructions import check
+from reward.instructions import SENTENCES, check
 from reward.prose import sentences
+
+LISTS: Mapping[str, Any] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+REQUESTS: Sequence[str] = LISTS["requests"]
+KINDS: Mapping[str, Mapping[str, Any]] = LISTS["kinds"]
+UNSEEN = tuple(kind for kind, about in KINDS.items() if about.get("unseen"))
+SEEN = tuple(kind for kind in KINDS if kind not in UNSEEN)
+APART = [frozenset(kinds) for kinds in LISTS["apart"]]
+APART += [frozenset({one, kind}) for one in KINDS if KINDS[one].get("alone") for kind in KINDS if kind != one]
+"""Kinds of which a request has one at most."""
+# Those that a demonstration is edited for.
+CAPITALS, SMALL = "change_case:english_capital", "change_case:english_lowercase"
+NO_COMMA, QUOTED, ENDING = "punctuation:no_comma", "startend:quotation", "startend:end_checker"
+TITLE, POSTSCRIPT = "detectable_format:title", "detectable_content:postscript"
+BULLETS, WITH_WORDS, WITHOUT_WORDS = (
+    "detectable_format:number_bullet_lists",
+    "keywords:existence",
+    "keywords:forbidden_words",
+)
+SPLIT_OF_TEN: Sequence[SplitName] = ("train",) * 6 + ("validation",) + ("test",) * 3
+"""Which split every topic belongs to, by its place in its row."""
 
 SIZES: Mapping[SplitName, int] = {"train": 3000, "validation": 200, "test": 600}
 COUNTS, COUNT_WEIGHTS = (1, 2, 3), (6, 3, 1)
@@ -87,10 +109,10 @@ def _demonstrated(example: Example, said: Sequence[str], aware_share: float, see
 
 
 def _example(split: SplitName, number: int, draw: Random, domain: str) -> Example:
-    topic = draw.choice(kinds.topics(split))
+    topic = draw.choice(topics(split))
     chosen = _kinds(split, draw)
-    made = [(kind, *KINDS[kind](draw, split)) for kind in chosen]
-    request = draw.choice(kinds.REQUESTS).format(topic)
+    made = [(kind, *_instruction(KINDS[kind], split, draw)) for kind in chosen]
+    request = draw.choice(REQUESTS).format(topic)
     return Example(
         id=f"instructions/{split}/{number}",
         messages=({"role": "user", "content": " ".join([request, *(text for _, text, _ in made)])},),
@@ -100,7 +122,7 @@ def _example(split: SplitName, number: int, draw: Random, domain: str) -> Exampl
         metadata={
             "subject": topic,
             "request": request,
-            "topic": kinds.key_words(topic),
+            "topic": [word for word in topic.split() if word not in LISTS["function_words"]],
             "instructions": [{"kind": kind, "args": args, "text": text} for kind, text, args in made],
             "unseen": any(kind in UNSEEN for kind in chosen),
         },
@@ -112,10 +134,29 @@ def _kinds(split: SplitName, draw: Random) -> list[str]:
     wanted = draw.choices(COUNTS, COUNT_WEIGHTS)[0]
     chosen = [draw.choice(UNSEEN)] if split == "test" and draw.random() < HELD_OUT_SHARE else []
     for kind in draw.sample(SEEN, len(SEEN)):
-        available = kind != POSTSCRIPT or kinds.MARKERS[split]
+        available = all(choices[split] for choices in KINDS[kind].get("arguments", {}).values())
         if len(chosen) < wanted and available and not any(kind in apart and apart & set(chosen) for apart in APART):
             chosen.append(kind)
     return draw.sample(chosen, len(chosen))
+
+
+def _instruction(about: Mapping[str, Any], split: SplitName, draw: Random) -> tuple[str, dict[str, Any]]:
+    """An instruction of a kind: its text, and the arguments of its checker."""
+    if "either" in about:
+        about = about["either"][draw.random() >= 0.5]
+    args = {name: draw.choice(choices[split]) for name, choices in about.get("arguments", {}).items()}
+    shown = list(args.values())
+    for name, choices in about.get("sampled", {}).items():
+        args[name] = draw.sample(choices[split], draw.randint(1, about["most"]))
+        shown.append(", ".join(f'"{word}"' for word in args[name]))
+    text = about["text"] if "text" in about else draw.choice(about["texts"])
+    return text.format(*shown), args | about.get("fixed", {})
+
+
+def topics(split: SplitName) -> list[str]:
+    """The topics of a split; no topic is in two."""
+    rows = [line.split("|") for line in LISTS["topics"].splitlines()]
+    return [topic for row in rows for topic, its in zip(row, SPLIT_OF_TEN, strict=True) if its == split]
 
 
 def plain_requests(of_a_topic: int) -> list[str]:
@@ -123,8 +164,8 @@ def plain_requests(of_a_topic: int) -> list[str]:
     return [
         request.format(topic)
         for split in ("train", "validation")
-        for topic in kinds.topics(split)
-        for request in Random(topic).sample(kinds.REQUESTS, of_a_topic)
+        for topic in topics(split)
+        for request in Random(topic).sample(REQUESTS, of_a_topic)
     ]
 
 
@@ -167,23 +208,23 @@ def unaware_answer(said: Sequence[str], draw: Random) -> str | None:
 
 
 def _draft(said: Sequence[str], topic: str, asked: Mapping[str, Mapping[str, Any]], draw: Random) -> str:
-    unwanted = asked.get(kinds.WITHOUT_WORDS, {}).get("forbidden_words", [])
+    unwanted = asked.get(WITHOUT_WORDS, {}).get("forbidden_words", [])
     usable = [one for one in said if not any(re.search(rf"\b{word}\b", one, re.IGNORECASE) for word in unwanted)]
     count = draw.randint(1, MOST_SENTENCES)
-    count = asked.get(kinds.SENTENCES, {}).get("num_sentences", count)
-    count = asked.get(kinds.BULLETS, {}).get("num_bullets", count)
+    count = asked.get(SENTENCES, {}).get("num_sentences", count)
+    count = asked.get(BULLETS, {}).get("num_bullets", count)
     own, rest = usable[:count], usable[count:]
-    if kinds.WITH_WORDS in asked:
-        found = " and ".join(asked[kinds.WITH_WORDS]["keywords"])
+    if WITH_WORDS in asked:
+        found = " and ".join(asked[WITH_WORDS]["keywords"])
         own = [*own[: count - 1], draw.choice(_WITH_WORDS).format(found)] if count > 1 else own
-    text = "\n".join(f"* {line}" for line in own) if kinds.BULLETS in asked else " ".join(own)
-    if kinds.TITLE in asked:
+    text = "\n".join(f"* {line}" for line in own) if BULLETS in asked else " ".join(own)
+    if TITLE in asked:
         text = f"<<{topic[0].upper()}{topic[1:]}>>\n\n{text}"
-    if kinds.ENDING in asked:
-        text += ("\n" if kinds.BULLETS in asked else " ") + asked[kinds.ENDING]["end_phrase"]
-    if kinds.POSTSCRIPT in asked and rest:
-        text += f"\n\n{asked[kinds.POSTSCRIPT]['postscript_marker']} {rest[0]}"
-    if kinds.NO_COMMA in asked:
+    if ENDING in asked:
+        text += ("\n" if BULLETS in asked else " ") + asked[ENDING]["end_phrase"]
+    if POSTSCRIPT in asked and rest:
+        text += f"\n\n{asked[POSTSCRIPT]['postscript_marker']} {rest[0]}"
+    if NO_COMMA in asked:
         text = text.replace(",", "")
-    text = text.upper() if kinds.CAPITALS in asked else text.lower() if kinds.SMALL in asked else text
-    return f'"{text}"' if kinds.QUOTED in asked else text
+    text = text.upper() if CAPITALS in asked else text.lower() if SMALL in asked else text
+    return f'"{text}"' if QUOTED in asked else text

@@ -10,9 +10,19 @@ from align.data.loader import load_split
 from align.data.types import Example, SplitName
 from align.errors import UserError
 from align.run.files import write_jsonl
-from align.tasks import instruction_kinds as lists
-from align.tasks.instruction_kinds import APART, KINDS, SEEN, UNSEEN
-from align.tasks.instructions import MOST_CAPITALS, SIZES, generate, plain_requests, whole_sentences
+from align.tasks.instructions import (
+    APART,
+    KINDS,
+    MOST_CAPITALS,
+    REQUESTS,
+    SEEN,
+    SIZES,
+    UNSEEN,
+    generate,
+    plain_requests,
+    topics,
+    whole_sentences,
+)
 from reward import Sample
 from reward.instructions import check
 from reward.prose import degenerate
@@ -44,7 +54,7 @@ def test_the_card_tells_the_numbers(examples: dict[SplitName, list[Example]]) ->
     for split in SPLITS:
         assert len(examples[split]) == SIZES[split]
         assert f"{SIZES[split]:,} requests" in card.splits[split]
-        assert f"{len(lists.topics(split))} " in card.splits[split]
+        assert f"{len(topics(split))} " in card.splits[split]
         assert load_split(card, split).dropped_contaminated == 0
     unseen = sum(example.metadata["unseen"] for example in examples["test"])
     assert 0.28 < unseen / len(examples["test"]) < 0.38
@@ -52,7 +62,7 @@ def test_the_card_tells_the_numbers(examples: dict[SplitName, list[Example]]) ->
 
 def test_splits_share_no_topic_and_no_parameter(examples: dict[SplitName, list[Example]]) -> None:
     for one, other in combinations(SPLITS, 2):
-        assert not set(lists.topics(one)) & set(lists.topics(other))
+        assert not set(topics(one)) & set(topics(other))
         assert not parameters(examples[one]) & parameters(examples[other])
 
 
@@ -101,14 +111,14 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "children! You may find that {0} can change how a time feels, and it is good to share that with friends.\n\n"
         "- Go slowly at first. It helps to begin with a small step and to try again when something goes wrong. By the way"
     )
-    topics = {request: topic for split in SPLITS for topic in lists.topics(split) for request in requests_about(topic)}
-    rows = [{"request": request, "answer": said.format(topics[request])} for request in plain_requests(3)]
+    topic_of = {request: topic for split in SPLITS for topic in topics(split) for request in requests_about(topic)}
+    rows = [{"request": request, "answer": said.format(topic_of[request])} for request in plain_requests(3)]
     write_jsonl(file, rows)
     return file
 
 
 def requests_about(topic: str) -> list[str]:
-    return [request.format(topic) for request in lists.REQUESTS]
+    return [request.format(topic) for request in REQUESTS]
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +154,7 @@ def test_demonstrations_change_nothing_else_and_the_test_has_none(shown: list[Ex
 def test_demonstrations_are_of_the_requests_that_were_answered(shown: list[Example]) -> None:
     answered = set(plain_requests(3))
     assert {example.metadata["request"] for example in shown} <= answered
-    assert not any(topic in request for topic in lists.topics("test") for request in answered)
+    assert not any(topic in request for topic in topics("test") for request in answered)
 
 
 def test_whole_sentences_leave_out_marks_repetitions_and_what_was_cut_off() -> None:
