@@ -13,11 +13,11 @@ from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, FilePath, ValidationError
+from pydantic import Field, FilePath, ValidationError
 
 from align.errors import UserError
 from align.evaluate.hooks import EvaluationError, Metrics, PolicyCheckpoint, register
-from align.evaluate.judge_benchmarks import BENCHMARKS, Respondent
+from align.evaluate.judge_benchmarks import BENCHMARKS, Question, answered
 from align.model.policy import first_line
 from align.options import Options
 from align.run.files import read_jsonl_lines
@@ -46,7 +46,7 @@ class JudgeOptions(Options):
 
 def ready(benchmark: str, questions: Path, judge: JudgeOptions, template: Path | None = None) -> None:
     """Raise UserError or EvaluationError unless the questions and the template can be read and the judge answers."""
-    read_questions(questions, BENCHMARKS[benchmark].question)
+    read_questions(questions, BENCHMARKS[benchmark])
     judge_template(benchmark, template)
     Judge(judge).check()
 
@@ -71,14 +71,14 @@ def judged(
     a verdict in them; where that is all of them, the benchmark is not run.
     """
     wanted = BENCHMARKS[benchmark]
-    asked = read_questions(questions, wanted.question)[:limit]
+    asked = read_questions(questions, wanted)[:limit]
     wording = judge_template(benchmark, template)
     endpoint = Judge(judge)
     endpoint.check()
-    cases = wanted.cases(asked, Respondent(checkpoint, fleet, max_new_tokens, seed))
+    cases = answered(asked, checkpoint, fleet, max_new_tokens=max_new_tokens, seed=seed)
     judgements = endpoint.ask([wording.substitute(case.fields) for case in cases])
     verdicts = [
-        None if judgement.text is None else case.read(judgement.text)
+        None if judgement.text is None else case.question.read(judgement.text)
         for case, judgement in zip(cases, judgements, strict=True)
     ]
     failed = sum(judgement.text is None for judgement in judgements)
@@ -96,7 +96,7 @@ def judged(
         {
             "id": case.id,
             "part": case.part,
-            "category": case.category,
+            "category": case.question.category,
             "prompt": case.prompt,
             "completion": case.completion,
             "judgement": judgement.text,
@@ -108,9 +108,9 @@ def judged(
     return Metrics({f"{benchmark}/{name}": value for name, value in values.items()}, not_run, rows)
 
 
-def read_questions(file: Path, kind: type[BaseModel]) -> list[Any]:
+def read_questions(file: Path, kind: type[Question]) -> list[Question]:
     """The questions of a file. Raises UserError with the line of one that lacks a field or has a wrong one."""
-    questions = []
+    questions: list[Question] = []
     for line, row in read_jsonl_lines(file):
         try:
             questions.append(kind.model_validate(row))
@@ -124,7 +124,8 @@ def read_questions(file: Path, kind: type[BaseModel]) -> list[Any]:
 
 def judge_template(benchmark: str, file: Path | None) -> Template:
     """The template of a benchmark, ours or the user's. Raises UserError for one that the benchmark cannot fill in."""
-    ours, needed = Template(BENCHMARKS[benchmark].template), BENCHMARKS[benchmark].needed
+    ours = Template((Path(__file__).parent / "templates" / f"{benchmark}.txt").read_text(encoding="utf-8"))
+    needed = BENCHMARKS[benchmark].needed
     if file is None:
         return ours
     template = Template(file.read_text(encoding="utf-8"))

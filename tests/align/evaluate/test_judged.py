@@ -16,7 +16,7 @@ import pytest
 
 from align.errors import UserError
 from align.evaluate.hooks import EvaluationError, Metrics, PolicyCheckpoint, check_ready, run
-from align.evaluate.judge_benchmarks import read_choice, read_dimensions, read_rating
+from align.evaluate.judge_benchmarks import AlignBenchQuestion, AlpacaEvalQuestion, MtBenchQuestion
 from align.evaluate.judged import judge_template
 
 Reply = str | tuple[int, str]
@@ -385,16 +385,25 @@ def test_a_template_of_the_users_own_takes_the_place_of_ours(
     [("[[7]]", 7), ("[[3]] or rather [[ 8.5 ]]", 8.5), ("[7]", None), ("[[11]]", None), ("[[0]]", None), ("", None)],
 )
 def test_ratings_are_read(text: str, rating: float | None) -> None:
-    assert read_rating(text) == rating
+    assert MtBenchQuestion(**MT_BENCH[0]).read(text) == rating
 
 
 def test_choices_and_dimensions_are_read() -> None:
-    assert [read_choice(text) for text in ("[[A]] no, [[B]]", "[[C]]", "A", "[[D]]")] == ["B", "C", None, None]
-    text = "清晰度: 2\n{'清晰度': 7, \"完备性\"： 6.5, '综合得分': 8}"
-    assert read_dimensions(text, ["清晰度", "完备性"]) == {"清晰度": 7, "完备性": 6.5, "综合得分": 8}
-    assert read_dimensions(text, ["清晰度", "创造性"]) is None
-    assert read_dimensions("{'清晰度': 7}", ["清晰度"]) is None
-    assert read_dimensions("{'清晰度': 70, '综合得分': 8}", ["清晰度"]) is None
+    assert [AlpacaEvalQuestion(**ALPACA_EVAL[0]).read(text) for text in ("[[A]] no, [[B]]", "[[C]]", "A", "[[D]]")] == [
+        "B",
+        "C",
+        None,
+        None,
+    ]
+    question = AlignBenchQuestion(**ALIGN_BENCH[0])
+    said = "事实正确性: 2\n{'事实正确性': 7, \"满足用户需求\"： 6.5, '逻辑连贯性': 6, '完备性': 5, '综合得分': 8}"
+    assert question.read(said) == dict(zip(question.scored, (7, 6.5, 6, 5, 8), strict=True))
+    for wrong in (
+        said.replace("逻辑连贯性", "创造性"),
+        said.replace("综合得分", ""),
+        said.replace("'完备性': 5", "'完备性': 50"),
+    ):
+        assert question.read(wrong) is None
 
 
 def test_a_template_must_have_what_is_judged_and_nothing_unknown(tmp_path: Path) -> None:
