@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from math import nan
 from statistics import fmean
 from typing import Any
@@ -45,32 +45,12 @@ class Evaluation:
     @classmethod
     def of_record(cls, record: Mapping[str, Any], domains: Iterable[str]) -> "Evaluation":
         """The evaluation whose `summary`, `problems` and `verdicts` are in `record`, of problems of these domains; no rows."""
-        by_domain = {name: record[key] for name in domains if (key := f"accuracy/{name}") in record}
-        pass_at = {int(key.removeprefix("pass@")): value for key, value in record.items() if key.startswith("pass@")}
-        known = {
-            "stage",
-            "step",
-            "name",
-            "problems",
-            "accuracy",
-            "mean_length",
-            "truncated",
-            "verdicts",
-            "too_long",
-            "split",
-        }
-        known |= {f"accuracy/{name}" for name in by_domain} | {f"pass@{k}" for k in pass_at}
-        return cls(
-            problems=record["problems"],
-            accuracy=float(record["accuracy"]),
-            mean_length=float(record["mean_length"]),
-            truncated=float(record["truncated"]),
-            by_domain=by_domain,
-            pass_at=pass_at,
-            verdicts=record["verdicts"],
-            rates={key: value for key, value in record.items() if key not in known},
-            too_long=record.get("too_long", 0),
-        )
+        rest = {key: value for key, value in record.items() if key not in ("stage", "step", "name", "split")}
+        rest |= {key: float(value) for key, value in rest.items() if isinstance(value, str)}  # "nan"
+        by_domain = {name: rest.pop(key) for name in domains if (key := f"accuracy/{name}") in rest}
+        pass_at = {int(key.removeprefix("pass@")): rest.pop(key) for key in [*rest] if key.startswith("pass@")}
+        own = {each.name: rest.pop(each.name) for each in fields(cls) if each.name in rest}
+        return cls(**own, by_domain=by_domain, pass_at=pass_at, rates=rest)
 
 
 def evaluate(
