@@ -16,8 +16,10 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import select
 import signal
 import socket
+import struct
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -186,7 +188,6 @@ class Worker:
 
     def __init__(self, zygote: Zygote, limits: WorkerLimits) -> None:
         self._limits = limits
-        self._unread = b""
         self._served = 0
         self._phase = ""
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -194,21 +195,17 @@ class Worker:
             self._control = zygote.start({"memory_bytes": limits.memory_bytes}, [theirs.fileno()])
         finally:
             theirs.close()
-        self._socket.settimeout(limits.stuck_s)
-        while (greeting := self._taken()) is None:
-            self._read()
-        self._clock = ~int(greeting["pid"]) << 3 | 2  # the kernel's number of a process's processor time
+        # A message that stops half-way raises BlockingIOError.
+        longest = struct.pack("ll", int(limits.stuck_s), int(limits.stuck_s % 1 * 1e6))
+        for direction in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            self._socket.setsockopt(socket.SOL_SOCKET, direction, longest)
+        self._said = select.poll()
+        self._said.register(self._socket, select.POLLIN)
+        self._clock = ~int(self._message()["pid"]) << 3 | 2  # the kernel's number of a process's processor time
 
     def is_silent(self) -> bool:
         """Whether the worker is alive and has said nothing that nobody asked for."""
-        self._socket.setblocking(False)
-        try:
-            self._socket.recv(1, socket.MSG_PEEK)
-        except BlockingIOError:
-            return not self._unread
-        except OSError:
-            pass
-        return False
+        return not self._said.poll(0)
 
     def ask(self, request: bytes) -> tuple[Outcome, bool]:
         """What came of the request, and whether the worker is fit for another one; if not, it has ended.
@@ -225,13 +222,10 @@ class Worker:
             detail = str(message.get("detail", ""))
             if end is End.DONE:
                 reply = message["reply"]
-                fit = not (message.get("worn") or self._unread or self._served >= self._limits.requests_per_worker)
+                fit = not message.get("worn") and self._served < self._limits.requests_per_worker
             if not fit:
                 self.end()
-        except (
-            OSError,
-            plain.Malformed,
-        ):  # it closed its socket, said too much or what is no message, or does not listen
+        except (OSError, plain.Malformed):  # it ended, said too much or what is no message, or does not listen
             status = self.end()
             end, detail = End.CRASH if -status in _CRASHES else End.INFRA, f"the worker ended with code {status}"
         return Outcome(end, reply, self._phase, detail, monotonic() - started), fit
@@ -255,9 +249,7 @@ class Worker:
 
     def _asked(self, request: bytes) -> tuple[End, Mapping[str, Any]]:
         """The end and the last message, which has a `detail` where it is not a reply."""
-        order = b'{"id": %d, "request": %b}' % (self._served, request)
-        self._socket.settimeout(self._limits.stuck_s)
-        self._socket.sendall(len(order).to_bytes(4, "big") + order)
+        plain.send(self._socket.fileno(), b'{"id": %d, "request": %b}' % (self._served, request))
         while True:
             end, message = self._next()
             if end is not End.DONE:
@@ -278,7 +270,8 @@ class Worker:
         limits = self._limits
         cpu_s = limits.phase_cpu_s.get(self._phase, limits.cpu_s)
         begun, cpu_before = monotonic(), time.clock_gettime(self._clock)
-        while (message := self._taken()) is None:
+        wait = 0.0
+        while not self._said.poll(1000 * wait):
             waited, used = monotonic() - begun, time.clock_gettime(self._clock) - cpu_before
             enough = cpu_s if waited < limits.wall_s else cpu_s / 2
             if used >= enough:
@@ -286,25 +279,13 @@ class Worker:
             if waited >= limits.stuck_s:
                 return End.INFRA, {"detail": f"got {used:.2f} s of processor time within {waited:.0f} s"}
             left = [limit - waited for limit in (limits.wall_s, limits.stuck_s) if waited < limit]
-            self._socket.settimeout(min(max(enough - used, 0.01), *left))
-            with suppress(TimeoutError):
-                self._read()
-        return End.DONE, message
+            wait = min(max(enough - used, 0.01), *left)
+        return End.DONE, self._message()
 
-    def _read(self) -> None:
-        data = self._socket.recv(1 << 16)
-        if not data:
+    def _message(self) -> Mapping[str, Any]:
+        message = plain.receive(self._socket.fileno(), longest=self._limits.reply_bytes)
+        if message is None:
             raise ConnectionError("the worker closed its socket")
-        self._unread += data
-
-    def _taken(self) -> Mapping[str, Any] | None:
-        """The first message of what has been read; None where it is not complete. Raises plain.Malformed."""
-        length = int.from_bytes(self._unread[:4], "big")
-        if len(self._unread) >= 4 and length > self._limits.reply_bytes:
-            raise plain.Malformed(f"a message of {length} bytes")
-        if len(self._unread) < 4 + length or len(self._unread) < 4:
-            return None
-        message, self._unread = plain.loads(self._unread[4 : 4 + length]), self._unread[4 + length :]
         if not isinstance(message, dict):
             raise plain.Malformed("not an object")
         return message

@@ -9,10 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reward import (
-    Mixture,
     RewardContractError,
     RewardError,
-    RewardTerm,
     Sample,
     Score,
     UnusableAnswer,
@@ -191,13 +189,6 @@ def test_a_rule_that_breaks_the_contract_is_an_error_with_the_samples_id() -> No
 
     with pytest.raises(RewardContractError, match="sample 's'"):
         rule([sample("x")], rules=[{"name": "broken"}])
-
-
-def test_they_work_by_name_in_a_mixture() -> None:
-    mixture = Mixture(
-        [RewardTerm(name="rule", params={"rules": [{"name": "repetition"}]}), RewardTerm(name="language_consistency")]
-    )
-    assert mixture.score([sample(ENGLISH)])[0].value == 2.0
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from reward import Mixture, RewardTerm, Sample, Score, UnusableAnswer, Verdict, get
+from reward import Mixture, RewardTerm, Sample, Score, UnusableAnswer, Verdict
 from reward.instructions import _COUNTS as COUNTED
 from reward.instructions import JSON, PARAGRAPH, SENTENCES, check, checkers, instructions
 
@@ -107,14 +107,6 @@ def test_all_instructions_count_and_with_partial_each_of_them() -> None:
     [
         ("", "0 words of its own"),
         ("Parrots!", "1 words of its own"),
-        ("parrots feathers beaks colours forests seeds fruit claws wings eggs", "a list of words, not sentences"),
-        (f"{PARROTS} {PARROTS}", "the same words over and over"),
-        (
-            "They fly to the parrots. They fly to the parrots. And so it is with them in all of the woods.",
-            "comes twice",
-        ),
-        ("The parrots are very very very nice to all of us in the woods.", "'very' three times in a row"),
-        ("Here is something interesting about parrots. Use no commas.", "it repeats the request"),
         ("Owls are birds that hunt at night and sleep in the trees by day.", "nothing about the topic (parrots)"),
     ],
 )
@@ -310,7 +302,3 @@ def test_nothing_is_fetched_and_the_environment_stays_as_it_is() -> None:
     )
     environment = {name: value for name, value in os.environ.items() if name != "LOCAL_RANK"}
     assert subprocess.run([sys.executable, "-c", program], env=environment, check=False).returncode == 0
-
-
-def test_it_is_registered() -> None:
-    assert [parameter.name for parameter in get("instructions").parameters] == ["partial"]

@@ -40,7 +40,7 @@ def announce(folder: Path, value: str) -> None:
 
 def test_available_tells_names_descriptions_and_defaults() -> None:
     records = {reward.name: reward for reward in available()}
-    assert {"exact_answer", "answer_format", "reasoning_gym"} <= records.keys()
+    assert {"exact_answer", "code_tests", "instructions", "reasoning_gym", "rule"} <= records.keys()
     assert list(records) == sorted(records)
     exact = records["exact_answer"]
     assert [(p.name, p.default, p.required) for p in exact.parameters] == [

@@ -122,14 +122,14 @@ def write_all(number: int, data: bytes) -> None:
         view = view[os.write(number, view) :]
 
 
-def receive(number: int) -> Any:
-    """The next message, None at the end. Raises Malformed."""
+def receive(number: int, longest: int = LONGEST) -> Any:
+    """The next message, None at the end. Raises Malformed, for a message of more than `longest` bytes too."""
     head = _read(number, 4)
     if len(head) < 4:
         return None
     length = int.from_bytes(head, "big")
-    if length > LONGEST:
-        raise Malformed(f"a message of {length} bytes; at most {LONGEST} are read")
+    if length > longest:
+        raise Malformed(f"a message of {length} bytes; at most {longest} are read")
     body = _read(number, length)
     return loads(body) if len(body) == length else None
 

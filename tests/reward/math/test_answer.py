@@ -117,29 +117,12 @@ def test_a_short_line_of_the_prompt_can_be_the_answer_to_it() -> None:
     assert judged("The answer is 42.", "42", "6 * 7? The answer is 42.\nThe answer is 42.\n7 * 6?").value == 1.0
 
 
-@pytest.mark.parametrize(
-    ("completion", "verdict"),
-    [
-        (r"\boxed{42} and again \boxed{42.0}", Verdict.PASS),
-        (r"\boxed{x=42}, so \boxed{42}", Verdict.PASS),
-        (r"\boxed{41} or \boxed{42}", Verdict.WRONG),
-        (r"\boxed{42} or \boxed{41}", Verdict.WRONG),
-        (" ".join(rf"\boxed{{{n}}}" for n in range(100)), Verdict.WRONG),
-        ("The answer is 41. The answer is 42.", Verdict.WRONG),
-        ("#### 41\n#### 42", Verdict.WRONG),
-    ],
-)
-def test_several_answers_pass_only_if_each_is_right(completion: str, verdict: Verdict) -> None:
-    score = judged(completion)
-    assert score.verdict is verdict
-    assert verdict is Verdict.PASS or "different answers" in score.detail
-
-
 @given(st.permutations(["40", "41", "42", r"\frac{84}{2}", "43"]), st.integers(2, 5))
-def test_a_spray_is_wrong_wherever_the_right_answer_stands(tries: list[str], count: int) -> None:
+def test_several_answers_pass_only_if_each_is_right(tries: list[str], count: int) -> None:
     right = all(number(tidy(one)) == 42 for one in tries[:count])
-    completion = " ".join(rf"\boxed{{{one}}}" for one in tries[:count])
-    assert (judged(completion).value == 1.0) == right
+    score = judged(" ".join(rf"\boxed{{{one}}}" for one in tries[:count]))
+    assert score.verdict is (Verdict.PASS if right else Verdict.WRONG)
+    assert right or "different answers" in score.detail
 
 
 @pytest.mark.parametrize(

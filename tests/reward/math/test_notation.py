@@ -232,6 +232,7 @@ STATED = [
     ("14", r"a=\boxed{3}, b=\boxed{11}, so \boxed{14}", r"a=\boxed{3}, b=\boxed{14}, so \boxed{17}"),
     ("1, 2", r"\boxed{1} and \boxed{2}", r"\boxed{1} and \boxed{3}"),
     ("2", r"\boxed{1}. Wait, no: \boxed{2}.", r"\boxed{1} or \boxed{2}"),
+    ("2", r"\boxed{x=2}, so \boxed{2}", " ".join(rf"\boxed{{{n}}}" for n in range(100))),
     ("2", r"\boxed{2} and again \boxed{2.0}", r"It is \boxed{2}. Or maybe it is \boxed{1}."),
     ("(3,4)", r"x=\boxed{3}, y=\boxed{4}", r"x=\boxed{4}, y=\boxed{3}"),
     ("8", r"put 4 in the \boxed{\phantom{2}}: \boxed{8}", r"put 8 in the \boxed{\phantom{2}}: \boxed{4}"),

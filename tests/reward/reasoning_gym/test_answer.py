@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from reward import Mixture, RewardTerm, Sample, UnusableAnswer, Verdict, normalise
+from reward import Sample, UnusableAnswer, Verdict
 from reward.isolation.pool import End, Outcome
 from reward.reasoning_gym import answer as module
 from reward.reasoning_gym.answer import EXACT_TASKS, REFUSED_TASKS, reasoning_gym_answer
@@ -178,10 +178,3 @@ def test_metadata_without_the_entry_is_unusable(metadata: dict[str, Any]) -> Non
     bare = Sample(id="s", prompt="?", completion=r"\boxed{5}", ground_truth="5", metadata=metadata)
     with pytest.raises(UnusableAnswer, match="metadata needs"):
         reasoning_gym_answer(bare)
-
-
-def test_it_works_by_name_in_a_mixture() -> None:
-    mixture = Mixture([RewardTerm(name="reasoning_gym")])
-    judged = mixture.score([sample(r"\boxed{1,234}", "chain_sum", {"answer": "1234"})])
-    assert judged[0].value == 1.0
-    assert normalise("1,234") == "1234"
