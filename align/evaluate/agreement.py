@@ -2,7 +2,9 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import expm1, nan
+from math import nan
+
+import numpy as np
 
 from align.experience import training_sequence
 from align.learner.group import LearnerGroup
@@ -71,12 +73,9 @@ def probe(fleet: Fleet, learner: LearnerGroup, prompts: Sequence[Prompt]) -> Dis
 def compare(trajectories: Sequence[Trajectory], learner: LearnerGroup) -> Disagreement:
     """The disagreement on trajectories drawn at temperature 1."""
     learned = learner.log_probs([training_sequence(trajectory) for trajectory in trajectories], 1.0)
-    differences = [
-        float(mine) - float(theirs)
-        for values, trajectory in zip(learned, trajectories, strict=True)
-        for mine, theirs in zip(values, trajectory.log_probs[trajectory.sampled], strict=True)
-    ]
-    sizes = [abs(d) for d in differences]
+    sampled = [trajectory.log_probs[trajectory.sampled] for trajectory in trajectories]
+    differences = np.concatenate(learned).astype(np.float64) - np.concatenate(sampled)
+    size = np.abs(differences)
     return Disagreement(
-        sum(sizes) / len(sizes), max(sizes), sum(expm1(d) - d for d in differences) / len(sizes), len(sizes)
+        float(size.mean()), float(size.max()), float((np.expm1(differences) - differences).mean()), len(size)
     )

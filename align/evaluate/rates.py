@@ -5,7 +5,6 @@ All of it is computed from rows as `align.experience.row_of` writes them.
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from math import isfinite
 from statistics import fmean
 from typing import Any
@@ -21,17 +20,6 @@ from reward.instructions import check
 from rollout import FinishReason
 
 Row = Mapping[str, Any]
-RESAMPLES = 2000
-
-
-@dataclass(frozen=True, slots=True)
-class Rate:
-    """A share in [0, 1] with its 95 % interval. `n` is the number of prompts it was counted over."""
-
-    value: float
-    low: float
-    high: float
-    n: int
 
 
 def task_rates(cards: Iterable[DataCard], rows: Iterable[Row], examples: Iterable[Example]) -> dict[str, float]:
@@ -41,23 +29,20 @@ def task_rates(cards: Iterable[DataCard], rows: Iterable[Row], examples: Iterabl
     return {name: rate for count in counts for name, rate in count(rows, examples).items()}
 
 
-def win_rate(rows: Iterable[Row], others: Iterable[Row], *, reward: str, seed: int = 0) -> Rate:
+def win_rate(rows: Iterable[Row], others: Iterable[Row], *, reward: str) -> float:
     """The chance that an answer of `rows` beats one of `others` to the same prompt; a tie is half a win.
 
     `reward` names the reward whose values are compared: one of the rows' `components`. Of a prompt every answer is compared
     to every other, and all prompts count alike. Rows without a finite value of it are left out, and so are prompts
-    that one side then has no answer to. The interval is the percentile bootstrap over prompts (Efron and Tibshirani,
-    An Introduction to the Bootstrap, 1993, chapter 13), a function of `seed`. Raises UserError where no prompt is left.
+    that one side then has no answer to. Raises UserError where no prompt is left.
     """
     ours, theirs = _values(rows, reward), _values(others, reward)
-    wins = np.array([_beats(ours[id_], theirs[id_]) for id_ in sorted(ours.keys() & theirs.keys())])
-    if not len(wins):
+    wins = [_beats(ours[id_], theirs[id_]) for id_ in sorted(ours.keys() & theirs.keys())]
+    if not wins:
         raise UserError(
             f"there is no prompt of which reward {reward!r} scored answers of both sides: is it in the recipe?"
         )
-    draws = np.random.default_rng(seed).integers(len(wins), size=(RESAMPLES, len(wins)))
-    low, high = np.quantile(wins[draws].mean(axis=1), [0.025, 0.975])
-    return Rate(float(wins.mean()), float(low), float(high), len(wins))
+    return float(np.mean(wins))
 
 
 def _values(rows: Iterable[Row], reward: str) -> dict[str, list[float]]:

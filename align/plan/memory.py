@@ -84,7 +84,7 @@ def activation_memory(job: Training) -> dict[str, float]:
 
 
 def worker_memory(
-    sizes: ModelSizes, options: FleetOptions, element: int, gpu_memory: float, adapter: float = 0.0
+    sizes: ModelSizes, options: FleetOptions, element: int, gpu_memory: float, adapter: float
 ) -> dict[str, float]:
     """The memory of one GPU of a rollout worker, or of its process on a CPU (`gpu_memory` 0), `adapter` bytes beside the weights.
 
@@ -96,17 +96,10 @@ def worker_memory(
     widest = max(sizes.activations[0], sizes.hidden)
     passing = tokens * widest * element + options.batch_sequences * sizes.vocabulary * 12
     parts = {"weights": weights, "forward pass": passing} | ({"adapter": adapter} if adapter else {})
-    if not gpu_memory:
-        return parts | {"KV cache": options.kv_cache_gb * GIB}
-    if options.gpus < 1:
+    if not gpu_memory or options.gpus < 1:
         return parts | {"KV cache": options.kv_cache_gb * GIB}
     left = gpu_memory * options.gpu_memory_share - sum(parts.values()) - GPU_PROCESS
     return parts | {"KV cache": max(left, 0.0)}
-
-
-def kv_bytes_a_token(sizes: ModelSizes, element: int) -> int:
-    """Bytes of the KV cache that a token takes."""
-    return sizes.kv_a_token * element
 
 
 def adapted_parameters(sizes: ModelSizes, targets: Sequence[str]) -> dict[str, Shape]:

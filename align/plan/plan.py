@@ -68,7 +68,7 @@ class Work:
     @property
     def kv_bytes(self) -> int:
         """Bytes of the KV cache that a token takes."""
-        return memory.kv_bytes_a_token(self.sizes, self.element)
+        return self.sizes.kv_a_token * self.element
 
 
 def make_plan(recipe: Recipe, sizes: ModelSizes, cluster: Cluster) -> Plan:

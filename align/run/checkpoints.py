@@ -21,7 +21,6 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 PREFIX = "step_"
 DAMAGED_SUFFIX = ".damaged"
-CHUNK = 2**20
 
 Entry = dict[str, Any]
 """What the manifest records of a file: its size as `bytes` and its `sha256`."""

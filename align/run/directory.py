@@ -108,9 +108,6 @@ class RunDirectory:
     def samples_file(self, step: int) -> Path:
         return self.samples_directory / f"step_{step:05d}.parquet"
 
-    def checkpoint_directory(self, step: int) -> Path:
-        return self.checkpoints_directory / f"step_{step:05d}"
-
     def status(self) -> dict[str, Any] | None:
         """What status.json says, or None when there is no run here."""
         return read_status(self.path)

@@ -157,16 +157,10 @@ def cgroup_limits(root: Path = Path("/")) -> Limits:
 
     `root` stands for the root of the file system, so that tests can describe another machine.
     """
-    cores: list[float] = []
-    memory: list[int] = []
-    available: list[int] = []
-    for directory in _directories(root, "cpu"):
-        granted = _cores(directory)
-        if granted is not None:
-            cores.append(granted)
+    cores = [granted for directory in _directories(root, "cpu") if (granted := _cores(directory)) is not None]
+    memory, available = [], []
     for directory in _directories(root, "memory"):
-        limit = _number(directory, "memory.max", "memory.limit_in_bytes")
-        if limit is not None:
+        if (limit := _number(directory, "memory.max", "memory.limit_in_bytes")) is not None:
             used = _number(directory, "memory.current", "memory.usage_in_bytes") or 0
             memory.append(limit)
             available.append(max(0, limit - max(0, used - _droppable(directory))))

@@ -139,7 +139,7 @@ class HeldOut:
                     for answers in (evaluation.rows, self._others)
                 )
                 if is_greedy or (ours and theirs):
-                    rates[name] = win_rate(ours, theirs, reward=against.judge).value
+                    rates[name] = win_rate(ours, theirs, reward=against.judge)
         return rates
 
     def check_agreement(self, learner: LearnerGroup, when: str) -> Disagreement:

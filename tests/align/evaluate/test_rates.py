@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from itertools import product
 from math import nan
 from pathlib import Path
-from random import Random
 from statistics import fmean
 from typing import Any
 
@@ -14,10 +13,6 @@ from align.data.types import Example
 from align.errors import UserError
 from align.evaluate.rates import instruction_rates, win_rate
 from align.run.files import read_samples, write_samples
-
-
-def example(id_: str, **metadata: Any) -> Example:
-    return Example(id_, ({"role": "user", "content": "?"},), None, None, "chat", metadata=metadata)
 
 
 def scored(id_: str, *values: float | None, reward: str = "judge") -> list[dict[str, Any]]:
@@ -36,41 +31,24 @@ def test_every_answer_meets_every_other_and_prompts_count_alike() -> None:
     rows = [row for id_, values in ours.items() for row in scored(id_, *values)]
     others = [row for id_, values in theirs.items() for row in scored(id_, *values)]
     found = win_rate(rows, others, reward="judge")
-    assert found.value == pytest.approx(by_enumeration(ours, theirs))
-    assert found.value == pytest.approx(fmean([(2.5 + 0.5) / 6, 0.5, 1.0]))
-    assert found.n == 3
-    assert win_rate(others, rows, reward="judge").value == pytest.approx(1 - found.value)
+    assert found == pytest.approx(by_enumeration(ours, theirs))
+    assert found == pytest.approx(fmean([(2.5 + 0.5) / 6, 0.5, 1.0]))
+    assert found == win_rate(rows[::-1], others, reward="judge")
+    assert win_rate(others, rows, reward="judge") == pytest.approx(1 - found)
 
 
 def test_against_itself_it_is_one_half_and_against_worse_answers_one() -> None:
     rows = [row for id_ in "abcdef" for row in scored(id_, 0.0, 1.0)]
-    assert win_rate(rows, rows, reward="judge").value == 0.5
+    assert win_rate(rows, rows, reward="judge") == 0.5
     best = [row for id_ in "abcdef" for row in scored(id_, 2.0)]
-    sure = win_rate(best, rows, reward="judge")
-    assert (sure.value, sure.low, sure.high) == (1.0, 1.0, 1.0)
-
-
-def test_the_bootstrap_agrees_with_the_normal_interval_and_with_its_seed() -> None:
-    rng = Random(0)
-    wins = [rng.random() < 0.6 for _ in range(400)]
-    rows = [row for i, won in enumerate(wins) for row in scored(str(i), float(won))]
-    others = [row for i, won in enumerate(wins) for row in scored(str(i), float(not won))]
-    found = win_rate(rows, others, reward="judge", seed=1)
-    half = 1.96 * (found.value * (1 - found.value) / 400) ** 0.5
-    assert found.value == pytest.approx(fmean(wins))
-    assert (found.low, found.high) == (
-        pytest.approx(found.value - half, abs=0.008),
-        pytest.approx(found.value + half, abs=0.008),
-    )
-    assert found == win_rate(rows[::-1], others, reward="judge", seed=1)
-    assert len({win_rate(rows, others, reward="judge", seed=seed) for seed in range(8)}) > 1
+    assert win_rate(best, rows, reward="judge") == 1.0
 
 
 def test_prompts_without_two_scored_sides_are_left_out(tmp_path: Path) -> None:
     rows = [*scored("a", 1.0), *scored("b", nan), *scored("c", 1.0), *scored("d", None), *scored("e", 1.0, reward="x")]
-    others = [*scored("a", 0.0), *scored("b", 0.0), *scored("d", 0.0), *scored("e", 0.0)]
+    others = [*scored("a", 0.0), *scored("b", 2.0), *scored("d", 2.0), *scored("e", 2.0), *scored("f", 2.0)]
     found = win_rate(rows, others, reward="judge")
-    assert (found.value, found.n) == (1.0, 1)
+    assert found == 1.0
     write_samples(tmp_path / "rows.parquet", rows)
     assert win_rate(read_samples(tmp_path / "rows.parquet"), others, reward="judge") == found
     with pytest.raises(UserError, match="no prompt of which reward 'jugde' scored answers of both sides"):

@@ -10,7 +10,7 @@ from align.cli import main
 from align.errors import UserError
 from align.model.lora import add_adapter
 from align.model.sizes import ModelSizes, empty_model, model_sizes, read_config
-from align.plan.memory import GIB, adapted_parameters, adapter_size, changed_size, kv_bytes_a_token
+from align.plan.memory import GIB, adapted_parameters, adapter_size, changed_size
 from align.plan.placement import Cluster, Demand, cluster_of, place
 from align.plan.plan import Plan, make_plan, work_of
 from align.recipe import BFLOAT16_SUMS, LoraOptions, load_recipe
@@ -67,7 +67,7 @@ def test_experts_that_are_spread_leave_a_rank_the_rest_and_its_share() -> None:
 
 
 def test_the_kv_cache_of_mla_has_576_elements_a_token_and_layer() -> None:
-    assert kv_bytes_a_token(sizes_of(LITE), element=2) == 576 * 27 * 2
+    assert sizes_of(LITE).kv_a_token == 576 * 27
 
 
 def test_learners_and_rollout_workers_have_gpus_of_their_own() -> None:

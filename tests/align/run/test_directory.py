@@ -61,7 +61,6 @@ def test_a_new_run_is_running_and_has_its_files_under_their_names(tmp_path: Path
     assert status.pop("started") is not None
     assert status == {"state": "running", "stage": "sft", "ended": None, "error": None}
     assert run.samples_file(12) == run.path / "samples" / "step_00012.parquet"
-    assert run.checkpoint_directory(20) == run.path / "checkpoints" / "step_00020"
     assert sorted(tree(run.path)) == ["environment.json", "recipe.yaml", "run.lock", "status.json"]
 
 
@@ -123,7 +122,7 @@ def test_overwriting_removes_the_earlier_run_and_its_stages(tmp_path: Path) -> N
     earlier = RunDirectory.create(tmp_path / "nano")
     earlier.save_recipe("seed: 1\n")
     earlier.child("sft").finish()
-    earlier.checkpoint_directory(20).mkdir(parents=True)
+    (earlier.checkpoints_directory / "step_00020").mkdir(parents=True)
     earlier.fail("out of memory")
 
     run = RunDirectory.create(tmp_path / "nano", overwrite=True)
