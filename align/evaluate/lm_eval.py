@@ -107,8 +107,9 @@ def lm_eval_tasks(
 
     require_package()
     variables = environment(os.cpu_count() or 1) | ({"HF_ALLOW_CODE_EVAL": "1"} if unsafe_code else {})
-    harness = ray.remote(num_cpus=0, max_restarts=0, runtime_env={"env_vars": variables})(Harness).remote()
-    result = harness.evaluate.remote(
+    # One call a process, so that its memory is free afterwards.
+    options = {"num_cpus": 0, "max_calls": 1, "max_retries": 0, "runtime_env": {"env_vars": variables}}
+    result = ray.remote(**options)(run_harness).remote(
         with_shots(tasks),
         include_path and include_path.absolute(),
         (checkpoint.model, backend, batch_size, engine),
@@ -124,19 +125,11 @@ def lm_eval_tasks(
         if isinstance(error.cause, UserError):
             raise error.cause from None
         raise EvaluationError(f"lm_eval: the harness failed:\n{error}") from None
-    except ray.exceptions.RayActorError as error:
+    except ray.exceptions.RayError as error:
         raise EvaluationError(f"lm_eval: the process of the harness died: {error}") from None
     finally:
-        ray.kill(harness)
+        ray.cancel(result, force=True)
     return metrics
-
-
-class Harness:
-    """The harness as a Ray actor, whose process and memory can be released."""
-
-    def evaluate(self, *arguments: Any, **options: Any) -> Metrics:
-        """What `run_harness` returns and raises."""
-        return run_harness(*arguments, **options)
 
 
 def run_harness(

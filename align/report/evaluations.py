@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -67,39 +67,38 @@ class Evaluation:
         return right if self.problems and 0 <= right <= self.problems else None
 
     @cached_property
-    def answers(self) -> "Answers | None":
-        """The answers by problem, if they are those that the record counted."""
-        if self.file is None or "accuracy" not in self.numbers:
-            return None
-        found = Answers.read(self.file)
-        counted = found.greedy and len(found.greedy) == self.problems
-        alike = counted and abs(sum(found.greedy.values()) / len(found.greedy) - self.numbers["accuracy"]) < 1e-9
-        return found if alike else None
+    def greedy(self) -> dict[Any, Record]:
+        """The rows of the greedy answers by the id of their problem; empty where the table does not exist."""
+        return {row["id"]: row for row in self._rows if row.get("greedy") and "id" in row}
 
-
-@dataclass(frozen=True, slots=True)
-class Answers:
-    """By the id of the problem: whether the greedy answer is right, which sampled answers are, and its domain."""
-
-    greedy: dict[Any, bool] = field(default_factory=dict)
-    sampled: dict[Any, list[bool]] = field(default_factory=dict)
-    domains: dict[Any, Any] = field(default_factory=dict)
-
-    @classmethod
-    def read(cls, path: Path) -> "Answers":
-        found = cls()
-        for row in read_table(path, ("id", "domain", "greedy", "verdict")).to_pylist():
-            id_, right = row.get("id"), row.get("verdict") == "pass"
-            found.domains[id_] = row.get("domain")
-            if row.get("greedy"):
-                found.greedy[id_] = right
-            else:
-                found.sampled.setdefault(id_, []).append(right)
+    @cached_property
+    def sampled(self) -> dict[Any, list[bool]]:
+        """Which sampled answers are right, by the id of their problem."""
+        found: dict[Any, list[bool]] = {}
+        for row in self._rows:
+            if not row.get("greedy"):
+                found.setdefault(row.get("id"), []).append(is_right(row))
         return found
 
-    def within(self, domain: str) -> dict[Any, bool]:
-        """The greedy answers to the problems of a domain; for "", all of them."""
-        return {id_: right for id_, right in self.greedy.items() if domain in ("", self.domains[id_])}
+    @cached_property
+    def _rows(self) -> list[Record]:
+        columns = ("id", "domain", "greedy", "prompt", "completion", "verdict", "detail")
+        return read_table(self.file, columns).to_pylist() if self.file else []
+
+    def pairs_with(self, before: "Evaluation") -> bool:
+        """Whether both have the greedy answers to the same problems, which are those that their records counted."""
+        return self._is_counted and before._is_counted and self.greedy.keys() == before.greedy.keys()
+
+    @cached_property
+    def _is_counted(self) -> bool:
+        if "accuracy" not in self.numbers or not self.greedy or len(self.greedy) != self.problems:
+            return False
+        return abs(sum(map(is_right, self.greedy.values())) / self.problems - self.numbers["accuracy"]) < 1e-9
+
+
+def is_right(row: Record) -> bool:
+    """Whether the answer in a row of a table of completions is right."""
+    return row.get("verdict") == "pass"
 
 
 def compared_evaluations(run: RunRecord) -> list[Evaluation]:
@@ -120,7 +119,7 @@ def compared_evaluations(run: RunRecord) -> list[Evaluation]:
             earlier = before or made[:position]
             candidates = [each for each in earlier if each.split == evaluation.split]
             candidates = candidates if before else candidates[:1]
-            alike = [each for each in candidates if _pair(each, evaluation)] or candidates
+            alike = [each for each in candidates if evaluation.pairs_with(each)] or candidates
             if alike:
                 evaluation.against = alike[-1].name
                 shared = [column for column in evaluation.numbers if column in alike[-1].numbers]
@@ -149,10 +148,8 @@ def find_pairs(evaluations: Sequence[Evaluation]) -> tuple[Evaluation, Evaluatio
     """The first evaluation that has problems in common with the last one, that one, and the greedy answers of both to
     these problems, as (before, after). None without two such evaluations of problems."""
     found = [each for each in evaluations if "accuracy" in each.numbers and each.file]
-    after = _greedy(found[-1]) if len(found) > 1 else {}
     for first in found[:-1]:
-        before = _greedy(first)
-        if shared := [(before[id_], answer) for id_, answer in after.items() if id_ in before]:
+        if shared := [(first.greedy[id_], row) for id_, row in found[-1].greedy.items() if id_ in first.greedy]:
             return first, found[-1], shared
     return None
 
@@ -180,36 +177,25 @@ def _whole(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
-def _greedy(evaluation: Evaluation) -> dict[str, Record]:
-    columns = ("id", "greedy", "prompt", "completion", "verdict", "detail")
-    rows = read_table(evaluation.file, columns).to_pylist() if evaluation.file else []
-    return {str(row["id"]): row for row in rows if row.get("greedy") and "id" in row}
-
-
 def _change(column: str, before: Evaluation, after: Evaluation) -> Change:
     difference = after.numbers[column] - before.numbers[column]
-    pair = _pair(before, after)
+    paired = after.pairs_with(before)
     name, _, domain = column.partition("/")
-    old, new = (answers.within(domain) for answers in pair) if pair else ({}, {})
-    if name == "accuracy" and new:
-        gained = sum(new[id_] and not old[id_] for id_ in new)
-        lost = sum(old[id_] and not new[id_] for id_ in new)
-        return Change(difference, paired_interval(gained, lost, len(new)), PAIRED)
+    shared = [id_ for id_, row in after.greedy.items() if paired and domain in ("", row.get("domain"))]
+    if name == "accuracy" and shared:
+        right = [(is_right(before.greedy[id_]), is_right(after.greedy[id_])) for id_ in shared]
+        return Change(
+            difference, paired_interval(right.count((False, True)), right.count((True, False)), len(right)), PAIRED
+        )
     was, is_ = before.right, after.right
     if column == "accuracy" and was is not None and is_ is not None and before.problems and after.problems:
         return Change(difference, unpaired_interval(was, before.problems, is_, after.problems), UNPAIRED)
     match = PASS_AT.fullmatch(column)
-    interval = mean_interval(_solved(*pair, int(match[1]))) if match and pair else None
+    interval = mean_interval(_solved(before, after, int(match[1]))) if match and paired else None
     return Change(difference, interval, MEANS if interval else "")
 
 
-def _pair(before: Evaluation, after: Evaluation) -> tuple[Answers, Answers] | None:
-    """The answers of both where they are to the same problems."""
-    old, new = before.answers, after.answers
-    return (old, new) if old and new and old.greedy.keys() == new.greedy.keys() else None
-
-
-def _solved(old: Answers, new: Answers, k: int) -> list[float]:
+def _solved(old: Evaluation, new: Evaluation, k: int) -> list[float]:
     """By problem, how much pass@k changed; empty where a problem has fewer than k samples."""
     counts = [len(right) for each in (old, new) for right in each.sampled.values()]
     if new.sampled.keys() != old.sampled.keys() or k > min(counts, default=0):

@@ -112,11 +112,6 @@ def finite(value: Any) -> float | None:
     return found if found is not None and isfinite(found) else None
 
 
-def renamed(record: Record) -> Record:
-    """`record` with the present names of what earlier versions called otherwise."""
-    return {RENAMED.get(key, key): value for key, value in record.items()}
-
-
 def read_table(path: Path, columns: Iterable[str]) -> Any:
     """The pyarrow table of those of `columns` that a Parquet file has, under their present names.
 
@@ -128,14 +123,15 @@ def read_table(path: Path, columns: Iterable[str]) -> Any:
     return table.rename_columns([RENAMED.get(name, name) for name in table.column_names])
 
 
-def read_records(path: Path) -> tuple[list[Record], str | None]:
-    """The objects of a JSON Lines file, and a remark if its last line was cut off while it was written and skipped.
+def read_records(path: Path, remarks: list[str]) -> list[Record]:
+    """The objects of a JSON Lines file, under their present names; a missing file has none.
 
-    A missing file has none. Raises UserError with file and line for any other line that is not a JSON object.
+    A last line that was cut off while it was written is skipped, and told in `remarks`. Raises UserError with file and line for
+    any other line that is not a JSON object.
     """
-    cut_off: list[str] = []
-    records = [renamed(record) for _, record in read_jsonl_lines(path, cut_off)] if path.exists() else []
-    return records, cut_off[0] if cut_off else None
+    if not path.exists():
+        return []
+    return [{RENAMED.get(key, key): value for key, value in row.items()} for _, row in read_jsonl_lines(path, remarks)]
 
 
 def _stages(directory: Path, root: Path) -> list[Stage]:
@@ -153,8 +149,7 @@ def _stages(directory: Path, root: Path) -> list[Stage]:
 def _stage(directory: Path, root: Path) -> Stage:
     run = RunDirectory(directory)
     status, recipe = read_status(directory) or {}, _read_mapping(run.recipe_file)
-    files = (run.metrics_file, run.events_file, run.evaluations_file)
-    (metrics, events, evaluations), remarks = zip(*map(read_records, files), strict=True)
+    remarks: list[str] = []
     own = status.get("stage") or recipe.get("stage") or directory.name
     samples = {
         int(match[1]): file for file in run.samples_directory.glob("*") if (match := SAMPLES_NAME.fullmatch(file.name))
@@ -165,11 +160,11 @@ def _stage(directory: Path, root: Path) -> Stage:
         status=status,
         recipe=recipe,
         environment=_read_mapping(run.environment_file),
-        metrics=metrics,
-        events=events,
-        evaluations=evaluations,
+        metrics=read_records(run.metrics_file, remarks),
+        events=read_records(run.events_file, remarks),
+        evaluations=read_records(run.evaluations_file, remarks),
         samples=dict(sorted(samples.items())),
-        remarks=[remark for remark in remarks if remark],
+        remarks=remarks,
     )
 
 

@@ -58,7 +58,7 @@ def test_a_last_line_cut_off_in_writing_is_left_out_and_said(tmp_path: Path, wri
 def test_any_other_damaged_line_is_refused_by_file_and_line(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "metrics.jsonl").write_bytes(content)
     with pytest.raises(UserError, match=r"metrics\.jsonl, line 2: (not JSON|a JSON list|byte 1 is not UTF-8)"):
-        read_records(tmp_path / "metrics.jsonl")
+        read_records(tmp_path / "metrics.jsonl", [])
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path, write_run: WriteRun) -> None:
