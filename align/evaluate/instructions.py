@@ -11,7 +11,6 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from align.errors import UserError
-from align.evaluate.asking import ask
 from align.evaluate.hooks import Metrics, PolicyCheckpoint, register
 from align.tasks.instructions import SIZES, generate
 from reward import RewardError, Sample
@@ -43,7 +42,7 @@ def instructions(
     """
     examples = generate("test", seed=seed)[:count]
     conversations = {example.id: example.messages for example in examples}
-    responses = ask(checkpoint, fleet, conversations, max_new_tokens=max_new_tokens, seed=seed)
+    responses = checkpoint.ask(fleet, conversations, max_new_tokens=max_new_tokens, seed=seed)
     scores: dict[str, list[bool]] = defaultdict(list)
     rows: list[dict[str, Any]] = []
     for example in examples:

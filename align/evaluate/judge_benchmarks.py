@@ -23,8 +23,7 @@ from pydantic import BaseModel, field_validator
 from align.data.chat import encode_prompt
 from align.data.types import Message
 from align.errors import UserError
-from align.evaluate.asking import Response, ask
-from align.evaluate.hooks import PolicyCheckpoint
+from align.evaluate.hooks import PolicyCheckpoint, Response
 from align.statistics import length_controlled_win_rate
 from rollout import Fleet
 
@@ -104,9 +103,7 @@ def answered(
         responses: dict[str, Response] = {}
         for temperature in sorted({temperatures[key] for key in going_on}):
             asked = {key: each for key, each in going_on.items() if temperatures[key] == temperature}
-            responses |= ask(
-                checkpoint, fleet, asked, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
-            )
+            responses |= checkpoint.ask(fleet, asked, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
         for key, conversation in going_on.items():
             question, answer = questions[int(key)], responses[key].text
             conversation.append({"role": "assistant", "content": answer})

@@ -17,7 +17,6 @@ from pydantic import Field
 from align.data.chat import encode_prompt
 from align.data.types import Message
 from align.errors import UserError
-from align.evaluate.asking import ask
 from align.evaluate.hooks import Metrics, PolicyCheckpoint, register
 from rollout import Fleet
 
@@ -75,7 +74,7 @@ def needle(
         for number in range(per_cell)
     ]
     conversations = {hidden.id: hidden.messages for hidden in haystacks}
-    responses = ask(checkpoint, fleet, conversations, max_new_tokens=max_new_tokens, seed=seed)
+    responses = checkpoint.ask(fleet, conversations, max_new_tokens=max_new_tokens, seed=seed)
     rows: list[dict[str, Any]] = []
     found: dict[str, list[bool]] = defaultdict(list)
     for hidden in haystacks:

@@ -10,7 +10,6 @@ from align.data.types import Message
 from align.errors import UserError
 from align.evaluate.accuracy import evaluate, short_problems
 from align.evaluate.agreement import AgreementGate
-from align.evaluate.asking import ask
 from align.evaluate.doctor import examine, examine_engines, verdict
 from align.evaluate.hooks import PolicyCheckpoint
 from align.experience import encode_problems
@@ -68,7 +67,7 @@ def answers_of(
     checkpoint = PolicyCheckpoint(model, tokenizer, rollout.max_length)
     with running_fleet(model, rollout, tokenizer) as fleet:
         fleet.wait_until_ready()
-        responses = ask(checkpoint, fleet, conversations, max_new_tokens=max_new_tokens, temperature=temperature)
+        responses = checkpoint.ask(fleet, conversations, max_new_tokens=max_new_tokens, temperature=temperature)
     for request, response in responses.items():
         if not response.tokens:
             raise UserError(f"a request leaves no room for {max_new_tokens} new tokens: {request[:80]!r}")

@@ -8,7 +8,6 @@ import pytest
 
 from align.data.types import Example
 from align.evaluate.accuracy import Evaluation, evaluate, summarise
-from align.evaluate.asking import ask
 from align.evaluate.hooks import PolicyCheckpoint
 from align.experience import Problem, ScoredGroup, ScoredTrajectory, encode_problems
 from reward import Sample, SampleReward, Verdict
@@ -97,8 +96,7 @@ def test_a_prompt_that_is_too_long_stays_in_the_denominator_and_is_counted(
 def test_a_conversation_that_is_too_long_is_answered_with_nothing(
     checkpoint: PolicyCheckpoint, scripted: Callable[[Callable[[str], str]], Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    said = ask(
-        checkpoint,
+    said = checkpoint.ask(
         scripted(lambda prompt: "2"),
         {"short": [{"role": "user", "content": "1 + 1?"}], "long": [{"role": "user", "content": "1" * 600}]},
         max_new_tokens=8,
