@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from align.errors import UserError
 from align.model.lora import Part, block_of, is_meant, without_layers
 from align.model.sizes import ModelSizes, Shape
-from align.recipe import LearnerOptions
+from align.recipe import LearnerOptions, Roles
 from rollout import FleetOptions
 
 GIB = 2**30
@@ -49,6 +49,31 @@ class Training:
         return min(max(self.options.micro_batch_tokens, self.longest), self.step_tokens)
 
 
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What the processes of a recipe do with a model of `sizes`, in `element` bytes a number.
+
+    `training` is that of a learner rank, None where nothing is trained. `sent` elements go to the workers after an update; of an
+    adapter that the workers hold beside the weights there are `beside`.
+    """
+
+    roles: Roles
+    sizes: ModelSizes
+    element: int
+    training: Training | None
+    sent: int
+    beside: int
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.sizes.total * self.element
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the KV cache that a token takes."""
+        return self.sizes.kv_a_token * self.element
+
+
 def learner_memory(job: Training) -> dict[str, float]:
     """The memory of one learner rank at the peak of a step."""
     zero, ranks = job.options.zero_stage, job.options.ranks
@@ -71,6 +96,12 @@ def learner_memory(job: Training) -> dict[str, float]:
     if job.reference_copy:
         parts["reference"] = job.sizes.total * job.element
     return parts | activation_memory(job)
+
+
+def at_rest(job: Training) -> float:
+    """Bytes that a learner rank moves to the CPU's memory while the workers have the GPU, its gradients among them."""
+    parts = learner_memory(job)
+    return sum(parts.get(name, 0.0) for name in ("weights", "gradients", "optimiser", "reference"))
 
 
 def activation_memory(job: Training) -> dict[str, float]:

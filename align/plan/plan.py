@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from align.model.sizes import ModelSizes
-from align.plan import memory, times
-from align.plan.memory import ELEMENT_BYTES, GIB, GPU_PROCESS, Parts, Training
+from align.plan import memory
+from align.plan.memory import ELEMENT_BYTES, GIB, GPU_PROCESS, Parts, Training, Work, at_rest
 from align.plan.placement import Cluster, Demand, place
+from align.plan.times import step_seconds
 from align.recipe import BFLOAT16_SUMS, MERGED_ADAPTERS, Recipe, Roles
 from rollout import FleetOptions
 
@@ -46,31 +47,6 @@ class Plan:
     refusals: Sequence[str]
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
-    """What the processes of a recipe do with a model of `sizes`, in `element` bytes a number.
-
-    `training` is that of a learner rank, None where nothing is trained. `sent` elements go to the workers after an update; of an
-    adapter that the workers hold beside the weights there are `beside`.
-    """
-
-    roles: Roles
-    sizes: ModelSizes
-    element: int
-    training: Training | None
-    sent: int
-    beside: int
-
-    @property
-    def weight_bytes(self) -> int:
-        return self.sizes.total * self.element
-
-    @property
-    def kv_bytes(self) -> int:
-        """Bytes of the KV cache that a token takes."""
-        return self.sizes.kv_a_token * self.element
-
-
 def make_plan(recipe: Recipe, sizes: ModelSizes, cluster: Cluster) -> Plan:
     """Plan a recipe of any stage. Raises UserError for LoRA targets that the model does not have."""
     work = work_of(recipe.roles(), sizes, ELEMENT_BYTES[recipe.model.dtype])
@@ -84,7 +60,9 @@ def make_plan(recipe: Recipe, sizes: ModelSizes, cluster: Cluster) -> Plan:
         refusals += too_much_to_sample(work, work.roles.rollout, worker, cluster)
     if not cluster.gpus:
         refusals += too_much_for_the_machine(recipe.machine.memory_gb, roles)
-    return Plan(roles, nodes, step_seconds(work, worker, cluster), notes(work), refusals)
+    return Plan(
+        roles, nodes, step_seconds(work, worker.parts if worker else None, cluster.gpus_per_node), notes(work), refusals
+    )
 
 
 def work_of(roles: Roles, sizes: ModelSizes, element: int) -> Work:
@@ -272,54 +250,6 @@ def too_much_for_the_machine(memory_gb: float, roles: Sequence[Role]) -> list[st
         "that where the machine has it, or lower learner.ranks, rollout.workers, rollout.kv_cache_gb or "
         "learner.micro_batch_tokens"
     ]
-
-
-def step_seconds(work: Work, worker: Role | None, cluster: Cluster) -> dict[str, float]:
-    """Seconds of the phases of a step; what scoring takes depends on the rewards and goes on beside sampling."""
-    job, roles, sizes = work.training, work.roles, work.sizes
-    rates = times.CPU_THREAD
-    if cluster.gpus:
-        over_nodes = job is not None and job.options.ranks > cluster.gpus_per_node
-        rates = times.GPU_OVER_NODES if over_nodes else times.GPU_IN_A_NODE
-    seconds = {}
-    if roles.sampling and roles.rollout and worker:
-        options = roles.rollout
-        in_cache = int(worker.parts["KV cache"] // (work.kv_bytes * options.max_length))
-        seconds["sampling"] = times.sampling_seconds(
-            sizes,
-            rates,
-            each=-(-roles.sampled_sequences // options.workers),
-            together=max(1, min(options.batch_sequences, in_cache)),
-            new_tokens=roles.sampling.max_new_tokens,
-            weight_bytes=worker.parts["weights"],
-            kv_bytes=work.kv_bytes,
-            threads=1 if cluster.gpus else options.threads,
-        )
-    if job is None:
-        return seconds
-    checkpointing = job.options.gradient_checkpointing
-    gathers = (3 if checkpointing else 2) if job.options.zero_stage == 3 else 0
-    seconds["training"] = times.training_seconds(
-        sizes,
-        rates,
-        tokens=roles.trained_sequences * roles.longest / job.options.ranks,
-        passes=(6 if job.trained == sizes.total else 4) + 2 * (checkpointing + roles.reference),
-        threads=1 if cluster.gpus else job.options.threads,
-        micro_batch_tokens=job.options.micro_batch_tokens,
-        gathered_bytes=gathers * work.weight_bytes,
-    )
-    if roles.sampling and roles.weights:
-        broadcast = roles.weights.transport == "broadcast"
-        seconds["weights to the workers"] = times.transfer_seconds(work.sent * work.element, rates, broadcast=broadcast)
-        if roles.colocated and cluster.gpus:
-            seconds["taking turns"] = 2 * (at_rest(job) + work.weight_bytes) / rates.host
-    return seconds
-
-
-def at_rest(job: Training) -> float:
-    """Bytes that a learner rank moves to the CPU's memory while the workers have the GPU, its gradients among them."""
-    parts = memory.learner_memory(job)
-    return sum(parts.get(name, 0.0) for name in ("weights", "gradients", "optimiser", "reference"))
 
 
 def notes(work: Work) -> list[str]:

@@ -7,7 +7,7 @@ assumptions: on GPUs an H100 SXM's data sheet (989 TFLOP/s dense in bfloat16, 3.
 
 from dataclasses import dataclass
 
-from align.model.sizes import ModelSizes
+from align.plan.memory import Parts, Work, at_rest
 
 TRAINING_SHARE, DECODING_SHARE = 0.25, 0.5
 # Launching a layer's kernels one by one, as vLLM does without CUDA graphs (`enforce_eager`).
@@ -31,45 +31,42 @@ GPU_OVER_NODES = Rates(989e12 * TRAINING_SHARE, 3.35e12 * DECODING_SHARE, 989e12
 CPU_THREAD = Rates(38e9, 10e9, 7.5e9, 0.0, 1e9, 1e9)
 
 
-def sampling_seconds(
-    sizes: ModelSizes,
-    rates: Rates,
-    *,
-    each: int,
-    together: int,
-    new_tokens: int,
-    weight_bytes: float,
-    kv_bytes: float,
-    threads: int,
-) -> float:
-    """Decoding `each` sequences of `new_tokens` on a worker, `together` at a time, whose GPUs hold `weight_bytes` each.
+def step_seconds(work: Work, worker: Parts | None, gpus_per_node: int) -> dict[str, float]:
+    """Seconds of the phases of a step, on nodes with so many GPUs each, or on CPUs. `worker` is the memory of a rollout worker.
 
-    A step of decoding reads the weights and the cache once (bandwidth), or computes all sequences, whichever takes longer.
+    What scoring takes depends on the rewards, and goes on beside sampling.
     """
-    together = min(each, together)
-    read = (weight_bytes + together * kv_bytes * new_tokens / 2) / rates.decode_bytes
-    compute = 2 * sizes.active * together / (rates.decode_flops * threads)
-    return -(-each // together) * new_tokens * (max(read, compute) + sizes.layers * rates.layer_s)
-
-
-def training_seconds(
-    sizes: ModelSizes,
-    rates: Rates,
-    *,
-    tokens: float,
-    passes: int,
-    threads: int,
-    micro_batch_tokens: int,
-    gathered_bytes: float,
-) -> float:
-    """Forward and backward of a rank's `tokens`, `passes` operations a parameter and token (6 without adapters and checkpointing).
-
-    Under ZeRO-3 it also fetches `gathered_bytes` of weights in each micro-batch.
-    """
-    micro_batches = max(1, round(tokens / micro_batch_tokens))
-    return tokens * sizes.active * passes / (rates.flops * threads) + micro_batches * gathered_bytes / rates.link
-
-
-def transfer_seconds(sent_bytes: float, rates: Rates, *, broadcast: bool) -> float:
-    """New weights from rank 0 to every worker: over a link; or to the CPU, into Ray's store, and out of it into the engines."""
-    return sent_bytes / rates.link if broadcast else 3 * sent_bytes / rates.host
+    job, roles, sizes = work.training, work.roles, work.sizes
+    rates = CPU_THREAD
+    if gpus_per_node:
+        rates = GPU_OVER_NODES if job and job.options.ranks > gpus_per_node else GPU_IN_A_NODE
+    seconds = {}
+    if roles.sampling and roles.rollout and worker:
+        options, new_tokens = roles.rollout, roles.sampling.max_new_tokens
+        each = -(-roles.sampled_sequences // options.workers)
+        in_cache = int(worker["KV cache"] // (work.kv_bytes * options.max_length))
+        together = min(each, max(1, min(options.batch_sequences, in_cache)))
+        # A step of decoding reads the weights and the cache once, or computes all sequences, whichever takes longer.
+        read = (worker["weights"] + together * work.kv_bytes * new_tokens / 2) / rates.decode_bytes
+        threads = 1 if gpus_per_node else options.threads
+        compute = 2 * sizes.active * together / (rates.decode_flops * threads)
+        seconds["sampling"] = -(-each // together) * new_tokens * (max(read, compute) + sizes.layers * rates.layer_s)
+    if job is None:
+        return seconds
+    checkpointing, threads = job.options.gradient_checkpointing, 1 if gpus_per_node else job.options.threads
+    tokens = roles.trained_sequences * roles.longest / job.options.ranks
+    # Operations a parameter and token: two forward and four backward, of which frozen weights save two.
+    passes = (6 if job.trained == sizes.total else 4) + 2 * (checkpointing + roles.reference)
+    # Under ZeRO-3 every pass of a micro-batch fetches the weights.
+    gathers = (3 if checkpointing else 2) if job.options.zero_stage == 3 else 0
+    micro_batches = max(1, round(tokens / job.options.micro_batch_tokens))
+    seconds["training"] = tokens * sizes.active * passes / (rates.flops * threads)
+    seconds["training"] += micro_batches * gathers * work.weight_bytes / rates.link
+    if roles.sampling and roles.weights:
+        sent = work.sent * work.element
+        # Over a link; or to the CPU, into Ray's store, and out of it into the engines.
+        by_link = roles.weights.transport == "broadcast"
+        seconds["weights to the workers"] = sent / rates.link if by_link else 3 * sent / rates.host
+        if roles.colocated and gpus_per_node:
+            seconds["taking turns"] = 2 * (at_rest(job) + work.weight_bytes) / rates.host
+    return seconds
