@@ -1,8 +1,9 @@
-"""What counts as the printed text that was expected."""
+"""What counts as the printed text, or the returned value, that was expected."""
 
 import math
 import time
 from decimal import Decimal
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -124,6 +125,22 @@ def test_integers_of_any_length_are_compared() -> None:
 @pytest.mark.parametrize(
     ("got", "expected", "equal"),
     [
+        ((1, 2), [1, 2], True),
+        ([(1, 2)], [[1, 2]], True),
+        ([1, 2], (1, 2), False),
+        (True, 1, False),
+        (1, True, False),
+        ([1], [True], False),
+        (math.nan, math.nan, True),
+        (math.inf, math.inf, True),
+        ({"a": 1, "b": 2}, {"b": 2, "a": 1}, True),
+        ({"a": 1}, {"a": 1, "b": 2}, False),
+        ({1: "a"}, {"1": "a"}, False),
+        ({1, 2}, [1, 2], False),
+        (10**30, 10**30, True),
+        (10**30, 10**30 + 1, False),
+        ("4", 4, False),
+        (None, 0, False),
         (1.333333, 1.333333333333, True),
         (1.3333, 1.333333333333, False),
         (7.0, 7, True),
@@ -133,10 +150,13 @@ def test_integers_of_any_length_are_compared() -> None:
         (10000000.4, 10000000, False),
         (10000000.4, 10000000.0, True),
         (math.nan, 1.0, False),
+        (0.1 + 0.2, 0.3, True),
+        (math.inf, 1e308, False),
         (math.inf, 1.0, False),
         (1.0, math.inf, False),
         (1e300, 1e300 * (1 + 1e-9), True),
     ],
 )
-def test_no_tolerance_makes_one_whole_number_of_another(got: float, expected: float, equal: bool) -> None:
-    assert same(got, expected, 1e-6) is equal
+def test_what_counts_as_the_expected_value(got: Any, expected: Any, equal: bool) -> None:
+    """No tolerance makes one whole number of another."""
+    assert same(plain.encode(got), plain.encode(expected), 1e-6) is equal

@@ -1,6 +1,5 @@
 """What crosses the border of the sandbox: plain data, whole, and nothing that behaves."""
 
-import math
 from collections import Counter, OrderedDict, defaultdict, namedtuple
 from typing import Any
 
@@ -39,11 +38,6 @@ def test_a_value_returns_as_it_left(value: Any) -> None:
 @given(st.dictionaries(KEYS, st.integers()))
 def test_a_dictionary_keeps_its_order(value: dict[Any, int]) -> None:
     assert list(plain.decode(plain.encode(value))) == list(value)
-
-
-@given(VALUES)
-def test_a_value_is_the_same_as_itself(value: Any) -> None:
-    assert same(plain.loads(plain.dumps(plain.encode(value))), plain.encode(value), 0.0)
 
 
 class Always:
@@ -88,38 +82,9 @@ def test_what_is_no_tree_is_malformed(tree: Any) -> None:
         plain.decode(tree)
 
 
-@pytest.mark.parametrize(
-    ("got", "expected", "equal"),
-    [
-        ((1, 2), [1, 2], True),
-        ([(1, 2)], [[1, 2]], True),
-        ([1, 2], (1, 2), False),
-        (True, 1, False),
-        (1, True, False),
-        ([1], [True], False),
-        (4, 4.0, True),
-        (0.1 + 0.2, 0.3, True),
-        (0.1 + 0.2001, 0.3, False),
-        (10**15 + 1, 10**15, False),
-        (math.nan, math.nan, True),
-        (math.inf, math.inf, True),
-        (math.inf, 1e308, False),
-        ({"a": 1, "b": 2}, {"b": 2, "a": 1}, True),
-        ({"a": 1}, {"a": 1, "b": 2}, False),
-        ({1: "a"}, {"1": "a"}, False),
-        ({1, 2}, [1, 2], False),
-        (10**30, 10**30, True),
-        (10**30, 10**30 + 1, False),
-        ("4", 4, False),
-        (None, 0, False),
-    ],
-)
-def test_what_counts_as_the_expected_value(got: Any, expected: Any, equal: bool) -> None:
-    assert same(plain.encode(got), plain.encode(expected), 1e-9) is equal
-
-
 @given(
     st.recursive(st.none() | st.integers() | st.text(), lambda i: st.lists(i) | st.dictionaries(st.text(), i)), VALUES
 )
-def test_no_forged_tree_breaks_the_comparison(forged: Any, expected: Any) -> None:
-    assert same(forged, plain.encode(expected), 1e-9) in (True, False)
+def test_a_value_is_the_same_as_itself_and_no_forged_tree_breaks_the_comparison(forged: Any, value: Any) -> None:
+    assert same(plain.loads(plain.dumps(plain.encode(value))), plain.encode(value), 0.0)
+    assert same(forged, plain.encode(value), 1e-9) in (True, False)

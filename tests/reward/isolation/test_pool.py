@@ -92,8 +92,8 @@ def ends(workers: WorkerPool, *doings: str) -> list[End]:
 def alive(pid: int) -> bool:
     """Whether the process runs; a zombie does not."""
     try:
-        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
         return False
 
 
