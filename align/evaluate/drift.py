@@ -9,10 +9,10 @@ from pydantic import Field
 
 from align.data.chat import decode_completion, encode_prompt
 from align.data.types import Message
-from align.errors import UserError
+from align.errors import naming
 from align.evaluate.hooks import Metrics, PolicyCheckpoint, register
 from align.losses import token_log_probs
-from align.model.policy import no_progress_bars, stop_token_ids
+from align.model.policy import load_policy, no_progress_bars, stop_token_ids
 from rollout import Fleet
 
 BATCH = 16
@@ -73,16 +73,8 @@ def ordinary_requests(count: int) -> list[Message]:
 
 def load(path: str, checkpoint: PolicyCheckpoint) -> Any:
     """The model at `path` on the CPU, in the checkpoint's dtype. Raises UserError where transformers cannot load it."""
-    from transformers import AutoModelForCausalLM
-
-    dtype = getattr(torch, checkpoint.model.dtype)
-    try:
-        with no_progress_bars():
-            return AutoModelForCausalLM.from_pretrained(
-                path, dtype=dtype, trust_remote_code=checkpoint.model.trust_remote_code
-            ).eval()
-    except (OSError, ValueError) as error:
-        raise UserError(f"evaluation hook 'drift': transformers cannot load {path}: {error}") from None
+    with naming("evaluation hook 'drift'"), no_progress_bars():
+        return load_policy(checkpoint.model.model_copy(update={"path": path})).eval()
 
 
 def sample_answers(model: Any, prompts: Sequence[Sequence[int]], limit: int, stops: Sequence[int]) -> list[list[int]]:
