@@ -18,8 +18,6 @@ NANO = Path(__file__).parents[3] / "recipes" / "nano" / "policy"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 PATIENCE_S = 30.0
 
-WriteRun = Callable[..., Path]
-
 
 def write_run(
     path: Path,
@@ -57,8 +55,13 @@ def write_run(
 
 
 @pytest.fixture(name="write_run")
-def _write_run() -> WriteRun:
-    return write_run
+def _write_run(tmp_path: Path) -> Callable[..., Path]:
+    """`write_run`, of a run in the directory of the test: `run`, or another one that is named or given as a whole path."""
+
+    def write(path: Path | str = "run", **contents: Any) -> Path:
+        return write_run(tmp_path / path, **contents)
+
+    return write
 
 
 def sample_row(text: str, reward: float | None, **more: Any) -> dict[str, Any]:

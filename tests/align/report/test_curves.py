@@ -16,16 +16,16 @@ WriteRun = Callable[..., Path]
 EVIL = "</title><script>alert(1)</script>&\x00\ud800"
 
 
-def drawn(path: Path, write_run: WriteRun, *records: dict[str, object]) -> dict[str, Panel]:
-    (stage,) = read_run(write_run(path / "run", metrics=records)).stages
+def drawn(write_run: WriteRun, *records: dict[str, object]) -> dict[str, Panel]:
+    (stage,) = read_run(write_run(metrics=records)).stages
     return {panel.title: panel for panel in panels(stage)}
 
 
-def test_metrics_go_where_they_are_compared(tmp_path: Path, write_run: WriteRun) -> None:
+def test_metrics_go_where_they_are_compared(write_run: WriteRun) -> None:
     names = ["loss", "validation_loss", "reward", "reward/exact", "accuracy", "accuracy/code", "agreement/mean"]
     names += ["agreement/max", "seconds/sampling", "evaluation/pass@4", "evaluation/mean_length", "length"]
     names += ["uniform_groups", "expert_load/layer_1/max", "expert_load/layer_2/max", "expert_load/violation", "other"]
-    found = drawn(tmp_path, write_run, {"step": 1, "stage": "grpo", "time": 9.0} | dict.fromkeys(names, 1.0))
+    found = drawn(write_run, {"step": 1, "stage": "grpo", "time": 9.0} | dict.fromkeys(names, 1.0))
     assert {title: [series.name for series in panel.series] for title, panel in found.items()} == {
         "loss": ["loss", "validation_loss"],
         "reward": ["reward"],
@@ -43,12 +43,10 @@ def test_metrics_go_where_they_are_compared(tmp_path: Path, write_run: WriteRun)
     assert found["agreement of sampler and learner"].log
 
 
-def test_what_is_no_finite_number_is_a_gap_and_a_step_written_again_counts_anew(
-    tmp_path: Path, write_run: WriteRun
-) -> None:
+def test_what_is_no_finite_number_is_a_gap_and_a_step_written_again_counts_anew(write_run: WriteRun) -> None:
     records = [{"step": 1, "reward": 1.0}, {"step": 2, "reward": "nan"}, {"step": 3, "reward": "inf"}]
     records += [{"step": 1, "reward": 7.0}, {"step": 4, "note": "text", "flag": True}]
-    (series,) = drawn(tmp_path, write_run, *records)["reward"].series
+    (series,) = drawn(write_run, *records)["reward"].series
     assert (series.steps, series.values, series.last) == ([1, 2, 3], [7.0, None, None], 7.0)
 
 
@@ -62,21 +60,21 @@ def test_thinning_keeps_the_spikes() -> None:
     assert thin(thinned, 100) is thinned
 
 
-def test_a_page_holds_a_bounded_number_of_points(tmp_path: Path, write_run: WriteRun) -> None:
+def test_a_page_holds_a_bounded_number_of_points(write_run: WriteRun) -> None:
     names = [f"expert_load/layer_{layer}/expert_{expert}" for layer in range(20) for expert in range(50)]
-    root = write_run(tmp_path / "run", metrics=[{"step": step} | dict.fromkeys(names, 0.5) for step in range(200)])
+    root = write_run(metrics=[{"step": step} | dict.fromkeys(names, 0.5) for step in range(200)])
     (stage,) = as_data(read_run(root).stages)
     assert sum(len(series["steps"]) for panel in stage["panels"] for series in panel["series"]) <= POINTS_OF_A_PAGE
     assert stage["panels"][0]["thinned"]
 
 
-def test_the_plot_has_rewards_accuracy_with_its_evaluations_and_agreement(tmp_path: Path, write_run: WriteRun) -> None:
+def test_the_plot_has_rewards_accuracy_with_its_evaluations_and_agreement(write_run: WriteRun) -> None:
     records = [
         {"step": s, "reward": s / 50, "accuracy": s / 100, "agreement/mean": 1e-6, "agreement/max": 2e-5}
         for s in range(1, 101)
     ]
     records += [{"step": s, "evaluation/accuracy": s / 200} for s in range(0, 101, 2)]
-    root = write_run(tmp_path / "run", metrics=records)
+    root = write_run(metrics=records)
     write_run(root / "sft", stage="sft", metrics=[{"step": 1, "loss": 3.0}])
     plot = build_plot(read_run(root))
     assert plot.title == "run: grpo"
@@ -94,9 +92,9 @@ def test_the_plot_has_rewards_accuracy_with_its_evaluations_and_agreement(tmp_pa
     assert agreement.lines[0].path.startswith(f"M{WIDTH / 100:.1f} {HEIGHT:.1f} L")
 
 
-def test_a_run_without_rewards_has_its_loss_plotted_with_gaps(tmp_path: Path, write_run: WriteRun) -> None:
+def test_a_run_without_rewards_has_its_loss_plotted_with_gaps(write_run: WriteRun) -> None:
     losses = [3.0, "nan", 2.0, 1.0]
-    root = write_run(tmp_path / "run", stage="sft", metrics=[{"step": s, "loss": v} for s, v in enumerate(losses)])
+    root = write_run(stage="sft", metrics=[{"step": s, "loss": v} for s, v in enumerate(losses)])
     (panel,) = build_plot(read_run(root)).panels
     (line,) = panel.lines
     assert [part[0] for part in line.path.split() if part[0].isalpha()] == ["M", "M", "L"]
@@ -112,7 +110,7 @@ def test_ticks_are_round_few_and_within(low: float, high: float) -> None:
 
 def test_the_plot_is_one_small_file_that_loads_nothing(tmp_path: Path, write_run: WriteRun) -> None:
     metrics = [{"step": s, "reward": 1.0, "agreement/mean": 0.0} for s in range(20_000)]
-    root = write_run(tmp_path / "run", metrics=metrics, recipe={"name": EVIL})
+    root = write_run(metrics=metrics, recipe={"name": EVIL})
     path = write_plot(root, tmp_path / "plots" / "run.svg")
     assert path == tmp_path / "plots" / "run.svg"
     text = path.read_text(encoding="utf-8")
@@ -129,7 +127,7 @@ def test_the_plot_is_one_small_file_that_loads_nothing(tmp_path: Path, write_run
 
 
 def test_what_cannot_be_plotted_is_refused(tmp_path: Path, write_run: WriteRun) -> None:
-    root = write_run(tmp_path / "run")
+    root = write_run()
     with pytest.raises(UserError, match="no metrics yet"):
         write_plot(root, tmp_path / "plot.svg")
     with pytest.raises(UserError, match=r"no file NAME\.svg"):

@@ -12,7 +12,7 @@ EVIL = "</script><script>document.title='taken'</script><img src=http://evil.inv
 
 
 @pytest.fixture
-def page(tmp_path: Path, browser: Any, write_run: Callable[..., Path], sample_row: Callable[..., Any]) -> Path:
+def page(browser: Any, write_run: Callable[..., Path], sample_row: Callable[..., Any]) -> Path:
     """The report on a small run, with hostile texts among its own, open in the browser."""
     rows = {}
     for step in (1, 2, 3):
@@ -23,7 +23,6 @@ def page(tmp_path: Path, browser: Any, write_run: Callable[..., Path], sample_ro
         rows[step].append(sample_row("2", None, id=f"step{step}/masked"))
     load = {f"expert_load/layer_{layer}/max": layer / 10 for layer in range(12)}
     root = write_run(
-        tmp_path / "run",
         metrics=[
             {"step": s, "stage": "grpo", "time": s, "loss": 1 / s, "agreement/mean": 10.0**-s, EVIL: s} | load
             for s in range(1, 101)

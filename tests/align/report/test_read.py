@@ -12,8 +12,8 @@ from align.run import MetricsLog, RunDirectory, write_samples
 WriteRun = Callable[..., Path]
 
 
-def test_the_stages_inside_a_run_come_before_its_own(tmp_path: Path, write_run: WriteRun) -> None:
-    root = write_run(tmp_path / "run", stage="pipeline")
+def test_the_stages_inside_a_run_come_before_its_own(write_run: WriteRun) -> None:
+    root = write_run(stage="pipeline")
     write_run(root / "preference", stage="grpo", metrics=[{"step": 1, "loss": 3.0}])
     write_run(root / "preference" / "reward", stage="reward_model")
     run = read_run(root)
@@ -22,8 +22,8 @@ def test_the_stages_inside_a_run_come_before_its_own(tmp_path: Path, write_run: 
     assert run.name == "run"
 
 
-def test_two_stages_never_share_a_label(tmp_path: Path, write_run: WriteRun) -> None:
-    root = write_run(tmp_path / "run", stage="sft")
+def test_two_stages_never_share_a_label(write_run: WriteRun) -> None:
+    root = write_run(stage="sft")
     write_run(root / "sft", stage="sft")
     assert [stage.label for stage in read_run(root).stages] == ["sft", "sft (whole run)"]
 
@@ -39,8 +39,8 @@ def test_what_a_live_run_has_written_so_far_is_read(tmp_path: Path) -> None:
     assert stage.status["state"] == "running"
 
 
-def test_a_last_line_cut_off_in_writing_is_left_out_and_said(tmp_path: Path, write_run: WriteRun) -> None:
-    root = write_run(tmp_path / "run", metrics=[{"step": 1, "loss": 2.0}])
+def test_a_last_line_cut_off_in_writing_is_left_out_and_said(write_run: WriteRun) -> None:
+    root = write_run(metrics=[{"step": 1, "loss": 2.0}])
     with (root / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2, "lo')
     (stage,) = read_run(root).stages
@@ -67,20 +67,20 @@ def test_what_is_no_run_is_refused(tmp_path: Path, write_run: WriteRun) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file"):
         read_run(tmp_path / "file")
-    write_run(tmp_path / "runs" / "nano")
+    write_run("runs/nano")
     with pytest.raises(UserError, match=r"no run directory.*It holds runs, though: give one of nano"):
         read_run(tmp_path / "runs")
 
 
-def test_a_damaged_recipe_is_refused_by_name(tmp_path: Path, write_run: WriteRun) -> None:
-    root = write_run(tmp_path / "run")
+def test_a_damaged_recipe_is_refused_by_name(write_run: WriteRun) -> None:
+    root = write_run()
     (root / "recipe.yaml").write_text("a: [1")
     with pytest.raises(UserError, match=r"recipe\.yaml: not valid YAML"):
         read_run(root)
 
 
-def test_an_evaluation_cannot_name_a_file_elsewhere(tmp_path: Path, write_run: WriteRun) -> None:
-    root = write_run(tmp_path / "run", evaluations=[({"name": "after"}, [{"id": "1"}])])
+def test_an_evaluation_cannot_name_a_file_elsewhere(write_run: WriteRun) -> None:
+    root = write_run(evaluations=[({"name": "after"}, [{"id": "1"}])])
     (stage,) = read_run(root).stages
     assert stage.evaluation_file("after") == root / "evaluations" / "after.parquet"
     assert stage.evaluation_file("../evaluations/after") is None
@@ -96,5 +96,5 @@ def test_columns_and_metrics_of_earlier_versions_are_read_by_their_present_names
         write_samples(file, [{"other": 1, answer: "2", "components": {"exact": 1.0}, log_probs: [-0.5], "id": "a"}])
         rows = read_table(file, wanted).to_pylist()
         assert rows == [{"ground_truth": "2", "components": {"exact": 1.0}, "log_probs": [-0.5], "id": "a"}]
-    (stage,) = read_run(write_run(tmp_path / "run", metrics=[{"step": 1, "uniform_groups": 0.5}])).stages
+    (stage,) = read_run(write_run(metrics=[{"step": 1, "uniform_groups": 0.5}])).stages
     assert stage.metrics == [{"step": 1, "zero_variance_groups": 0.5}]

@@ -42,11 +42,9 @@ def test_evaluations_show_the_same_problems_whatever_their_rewards() -> None:
     assert all(place < 50 for place in by_problem(rows(1.0))[:50])
 
 
-def test_tokens_become_the_text_that_they_are_pieces_of(
-    tmp_path: Path, write_run: WriteRun, sample_row: SampleRow
-) -> None:
+def test_tokens_become_the_text_that_they_are_pieces_of(write_run: WriteRun, sample_row: SampleRow) -> None:
     row = sample_row("1+1=2 \\boxed{2}", 1.0)
-    data = as_data(read_run(write_run(tmp_path / "run", samples={1: [row]})))
+    data = as_data(read_run(write_run(samples={1: [row]})))
     (packed,) = data["rows"]
     texts = [data["pieces"][place] for place in packed["pieces"]]
     assert "".join(texts[:-1]) == "1+1=2 \\boxed{2}"
@@ -55,16 +53,14 @@ def test_tokens_become_the_text_that_they_are_pieces_of(
     assert packed["mean_log_prob"] == pytest.approx(sum(row["log_probs"]) / len(texts), abs=1e-3)
 
 
-def test_tokens_that_the_policy_did_not_sample_are_listed_as_given(
-    tmp_path: Path, write_run: WriteRun, sample_row: SampleRow
-) -> None:
+def test_tokens_that_the_policy_did_not_sample_are_listed_as_given(write_run: WriteRun, sample_row: SampleRow) -> None:
     row = sample_row("1+1=2", 1.0, log_probs=[-1.0, 0.0, None, -3.0, -2.0, -2.0])
     row |= {"sampled": [True, False, False, True, True, True], "turns": [{"start": 0, "end": 1}], "experts": None}
-    (packed,) = as_data(read_run(write_run(tmp_path / "run", samples={1: [row]})))["rows"]
+    (packed,) = as_data(read_run(write_run(samples={1: [row]})))["rows"]
     assert packed["given"] == [1, 2]
     assert packed["mean_log_prob"] == -2.0
     short = row | {"sampled": [True]}
-    (bare,) = as_data(read_run(write_run(tmp_path / "short", samples={1: [short]})))["rows"]
+    (bare,) = as_data(read_run(write_run("short", samples={1: [short]})))["rows"]
     assert "given" not in bare
 
 
@@ -86,28 +82,23 @@ def test_a_character_that_never_ends_is_shown_as_broken() -> None:
     assert Decoder(NANO).pieces(ids[:-1])[-1].startswith("\ufffd")
 
 
-def test_tokens_stay_uncoloured_where_no_tokenizer_fits(
-    tmp_path: Path, write_run: WriteRun, sample_row: SampleRow
-) -> None:
+def test_tokens_stay_uncoloured_where_no_tokenizer_fits(write_run: WriteRun, sample_row: SampleRow) -> None:
     rows = [sample_row("2", 1.0), sample_row("2", 1.0) | {"completion": "another text"}]
-    none = as_data(read_run(write_run(tmp_path / "none", samples={1: rows}, tokenizer=False)))
+    none = as_data(read_run(write_run("none", samples={1: rows}, tokenizer=False)))
     assert ["pieces" in row for row in none["rows"]] == [False, False]
-    foreign = as_data(read_run(write_run(tmp_path / "foreign", samples={1: rows})))
+    foreign = as_data(read_run(write_run("foreign", samples={1: rows})))
     assert {row["completion"]: "pieces" in row for row in foreign["rows"]} == {"2": True, "another text": False}
-    broken = write_run(tmp_path / "broken", samples={1: rows}, tokenizer=False)
+    broken = write_run("broken", samples={1: rows}, tokenizer=False)
     (broken / "final").mkdir()
     (broken / "final" / "tokenizer.json").write_text("{}")
     assert not any("pieces" in row for row in as_data(read_run(broken))["rows"])
 
 
-def test_a_page_holds_as_many_of_each_step_and_no_more_than_the_cap(
-    tmp_path: Path, write_run: WriteRun, sample_row: SampleRow
-) -> None:
+def test_a_page_holds_as_many_of_each_step_and_no_more_than_the_cap(write_run: WriteRun, sample_row: SampleRow) -> None:
     row = sample_row("2", 0.3)
     step = [row] * 600 + [row | {"reward": 9.0, "completion": "best"}, row | {"trained_on": False}]
     answers = [row | {"greedy": True}] * 1500
     root = write_run(
-        tmp_path / "run",
         samples=dict.fromkeys((1, 2, 30, 400, 5000), step),
         evaluations=[({"name": "after", "step": 5000}, answers)],
     )
@@ -119,10 +110,10 @@ def test_a_page_holds_as_many_of_each_step_and_no_more_than_the_cap(
     assert data["texts"] == ["What is 1 + 1?"]
 
 
-def test_the_bytes_of_the_samples_are_bounded(tmp_path: Path, write_run: WriteRun, sample_row: SampleRow) -> None:
+def test_the_bytes_of_the_samples_are_bounded(write_run: WriteRun, sample_row: SampleRow) -> None:
     row = sample_row("2", 0.3)
     long = [row | {"completion": f"{i}" + "<&>" * 9000} for i in range(12)]
-    run = read_run(write_run(tmp_path / "run", samples={1: long, 2: long, 3: long}))
+    run = read_run(write_run(samples={1: long, 2: long, 3: long}))
     whole, small = as_data(run, limit=50_000_000), as_data(run, limit=1_000_000)
     assert len(whole["rows"]) == 36
     assert 0 < len(small["rows"]) < 36

@@ -44,13 +44,12 @@ class Elements(HTMLParser):
 
 
 @pytest.fixture
-def hostile(tmp_path: Path, write_run: WriteRun, sample_row: SampleRow) -> Path:
+def hostile(write_run: WriteRun, sample_row: SampleRow) -> Path:
     """A run whose every text is an attack."""
     row = sample_row("2", 1.0) | {"prompt": EVIL, "completion": EVIL, "detail": EVIL, "id": EVIL, "ground_truth": EVIL}
     row |= {"verdict": EVIL, "finish_reason": EVIL, "components": {"</script><b>": 1.0}}
     record = {"name": "after", "step": 1, "problems": 4, "accuracy": 0.5, EVIL: 1.0, "verdicts": {EVIL: 4}}
     root = write_run(
-        tmp_path / "run",
         metrics=[{"step": 1, "loss": 1.0, EVIL: 2.0, f"reward/{EVIL}": 1.0}],
         events=[{"time": 1.0, "kind": EVIL, "message": EVIL, "more": EVIL}, {"time": 1e300, "kind": "warning"}],
         evaluations=[(record, [row])],
@@ -101,9 +100,8 @@ def test_markdown_holds_no_link_no_image_and_no_markup(hostile: Path) -> None:
     assert len({len(re.findall(r"(?<!\\)\|", row)) for row in rows if "finished" not in row}) <= 3
 
 
-def test_markdown_tells_of_stages_evaluations_last_metrics_and_warnings(tmp_path: Path, write_run: WriteRun) -> None:
+def test_markdown_tells_of_stages_evaluations_last_metrics_and_warnings(write_run: WriteRun) -> None:
     root = write_run(
-        tmp_path / "run",
         metrics=[{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.5}],
         events=[{"time": 0.0, "kind": "warning", "message": "an expert had no gradient"}],
         evaluations=[({"name": "after GRPO", "step": 2, "problems": 4, "accuracy": 0.75, "verdicts": {"pass": 3}}, [])],
@@ -117,8 +115,8 @@ def test_markdown_tells_of_stages_evaluations_last_metrics_and_warnings(tmp_path
     assert "| grpo | 1970-01-01 00:00:00 UTC | warning | an expert had no gradient |" in text
 
 
-def test_a_stage_that_failed_and_one_that_still_runs_say_so(tmp_path: Path, write_run: WriteRun) -> None:
-    root = write_run(tmp_path / "run", metrics=[{"step": 1, "time": 0.0, "loss": 1.0}])
+def test_a_stage_that_failed_and_one_that_still_runs_say_so(write_run: WriteRun) -> None:
+    root = write_run(metrics=[{"step": 1, "time": 0.0, "loss": 1.0}])
     status = json.loads((root / "status.json").read_text())
     for change, told in (
         ({"state": "failed", "error": "AgreementError: <too far>"}, "failed: AgreementError: &lt;too far&gt;"),
@@ -129,17 +127,15 @@ def test_a_stage_that_failed_and_one_that_still_runs_say_so(tmp_path: Path, writ
 
 
 def test_a_run_that_has_nothing_yet_has_a_report(tmp_path: Path, write_run: WriteRun) -> None:
-    text = write_report(write_run(tmp_path / "run", tokenizer=False)).read_text(encoding="utf-8")
+    text = write_report(write_run(tokenizer=False)).read_text(encoding="utf-8")
     for said in ("no evaluations", "no metrics yet", "holds no samples", "Nothing was noted"):
         assert said in text
     assert "Expert load" not in text + (tmp_path / "run" / "report.md").read_text()
 
 
-def test_the_page_says_how_many_samples_it_leaves_out(
-    tmp_path: Path, write_run: WriteRun, sample_row: SampleRow
-) -> None:
+def test_the_page_says_how_many_samples_it_leaves_out(write_run: WriteRun, sample_row: SampleRow) -> None:
     samples = dict.fromkeys(range(1, 6), [sample_row("2", 1.0)] * 500)
-    page = write_report(write_run(tmp_path / "run", samples=samples))
+    page = write_report(write_run(samples=samples))
     text = page.read_text(encoding="utf-8")
     assert "Shown are 2,000 of the 2,500 training samples of 5 of 5 steps." in text
     assert "Tokens are not coloured" not in text
@@ -147,7 +143,7 @@ def test_the_page_says_how_many_samples_it_leaves_out(
 
 
 def test_where_the_report_goes(tmp_path: Path, write_run: WriteRun) -> None:
-    root = write_run(tmp_path / "run", metrics=[{"step": 1, "reward": 1.0}])
+    root = write_run(metrics=[{"step": 1, "reward": 1.0}])
     assert write_report(root) == root / "report.html"
     assert write_report(root, tmp_path) == tmp_path / "report.html"
     assert write_report(root, tmp_path / "new" / "mine.html") == tmp_path / "new" / "mine.html"
@@ -160,13 +156,13 @@ def test_where_the_report_goes(tmp_path: Path, write_run: WriteRun) -> None:
         write_report(root, root / "recipe.yaml" / "report.html")
 
 
-def test_first_and_last_step_of_every_layer_stand_side_by_side(tmp_path: Path, write_run: WriteRun) -> None:
+def test_first_and_last_step_of_every_layer_stand_side_by_side(write_run: WriteRun) -> None:
     def loads(step: int) -> dict[str, float]:
         layer = {"cv": 0.1 * step, "max_over_mean": 1 + 0.1 * step, "dead": 0.25 * (step == 3)}
         return {f"experts/layer_{n}/{name}": value for n in (2, 10) for name, value in layer.items()}
 
     metrics = [{"step": step, "experts/cv": 0.1 * step} | loads(step) for step in (1, 2, 3)]
-    run = write_run(tmp_path / "run", metrics=[*metrics, {"step": 3, "evaluation/accuracy": 0.5}])
+    run = write_run(metrics=[*metrics, {"step": 3, "evaluation/accuracy": 0.5}])
     titles = {panel.title: [series.name for series in panel.series] for panel in panels(read_run(run).whole)}
     assert titles["expert load"] == ["cv"]
     assert titles["experts/cv"] == ["layer_2", "layer_10"]
@@ -178,8 +174,8 @@ def test_first_and_last_step_of_every_layer_stand_side_by_side(tmp_path: Path, w
     )
 
 
-def test_settings_stand_side_by_side_and_differences_are_marked(tmp_path: Path, write_run: WriteRun) -> None:
-    root = write_run(tmp_path / "run", recipe={"grpo": {"steps": 2, "layers": [1, 2]}, "seed": 1})
+def test_settings_stand_side_by_side_and_differences_are_marked(write_run: WriteRun) -> None:
+    root = write_run(recipe={"grpo": {"steps": 2, "layers": [1, 2]}, "seed": 1})
     write_run(root / "sft", stage="sft")
     table = build_report(read_run(root)).sections[-1].tables[0]
     rows = {str(key): ([str(value) for value in values], "differs" in key.kind) for key, *values in table.rows}
@@ -191,9 +187,9 @@ def test_settings_stand_side_by_side_and_differences_are_marked(tmp_path: Path, 
     assert list(flatten({"a": [{"b": None}, True], "c": []})) == [("a.0.b", "none"), ("a.1", "yes"), ("c", "none")]
 
 
-def test_too_many_events_are_counted_and_alarms_kept(tmp_path: Path, write_run: WriteRun) -> None:
+def test_too_many_events_are_counted_and_alarms_kept(write_run: WriteRun) -> None:
     events = [{"time": i, "kind": "note", "message": f"note {i}"} for i in range(300)]
-    root = write_run(tmp_path / "run", events=[*events, {"time": 999.0, "kind": "error", "message": "last", "step": 7}])
+    root = write_run(events=[*events, {"time": 999.0, "kind": "error", "message": "last", "step": 7}])
     found = next(section for section in build_report(read_run(root)).sections if section.key == "events")
     assert found.note == "101 more in events.jsonl."
     assert len(found.tables[0].rows) == 200
