@@ -164,7 +164,11 @@ def sole_answer(sample: Sample, wrong: float) -> str | Score:
 
     Boxes in its thought, and boxes before its last answer, do not count.
     """
-    answers = [content for _, content in last_answers(without_thought(sample.completion))]
+    return only_answer([content for _, content in last_answers(without_thought(sample.completion))], wrong)
+
+
+def only_answer(answers: Sequence[str], wrong: float) -> str | Score:
+    """The answer that several are, or the score that a completion gets for none or for different ones."""
     if not any(normalise(answer) for answer in answers):
         return Score(wrong, Verdict.NO_ANSWER, r"no \boxed{} with something in it")
     if is_spray(answers):

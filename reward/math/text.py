@@ -69,18 +69,13 @@ _UNICODE = {
     "₁₀": "_{10}",
     "€": "",
     "£": "",
-    "α": r"\alpha ",
-    "β": r"\beta ",
-    "γ": r"\gamma ",
-    "δ": r"\delta ",
-    "ε": r"\epsilon ",
-    "θ": r"\theta ",
-    "λ": r"\lambda ",
-    "μ": r"\mu ",
-    "π": r"\pi ",
-    "σ": r"\sigma ",
-    "φ": r"\phi ",
-    "ω": r"\omega ",
+} | {
+    letter: rf"\{name} "
+    for letter, name in zip(
+        "αβγδεθλμπσφω",
+        ("alpha", "beta", "gamma", "delta", "epsilon", "theta", "lambda", "mu", "pi", "sigma", "phi", "omega"),
+        strict=True,
+    )
 }
 """What an honest answer may hold beyond ASCII. No digit and no Latin letter: those have look-alikes."""
 _FOREIGN = re.compile("|".join(map(re.escape, _UNICODE)))

