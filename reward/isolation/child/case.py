@@ -50,8 +50,7 @@ def _program(job: Mapping[str, Any]) -> NoReturn:
             print(stop.code, file=sys.stderr)
         _exit(0 if stop.code is None else stop.code & 0xFF if isinstance(stop.code, int) else 1)
     except BaseException as error:
-        _say(job, {"error": described(error, "run")})
-        _exit(1)
+        _fail(job, described(error, "run"))
     _exit(0)
 
 
@@ -62,13 +61,11 @@ def _function(job: Mapping[str, Any], inputs: Mapping[str, Any]) -> NoReturn:
     try:
         value = function(*args, **kwargs)
     except BaseException as error:
-        _say(job, {"error": described(error, "call")})
-        _exit(1)
+        _fail(job, described(error, "call"))
     try:
         _say(job, {"value": plain.encode(value)})
     except BaseException as error:
-        _say(job, {"error": described(error, "result")})
-        _exit(1)
+        _fail(job, described(error, "result"))
     _exit(0)
 
 
@@ -95,12 +92,10 @@ def _load(job: Mapping[str, Any]) -> Any:
     try:
         module = _execute(job["source"], "candidate")
     except BaseException as error:
-        _say(job, {"error": described(error, "load")})
-        _exit(1)
+        _fail(job, described(error, "load"))
     function = module.__dict__.get(job["entry_point"])
     if not callable(function):
-        _say(job, {"error": {"stage": "missing", "type": "", "message": "", "line": None}})
-        _exit(1)
+        _fail(job, {"stage": "missing", "type": "", "message": "", "line": None})
     return function
 
 
@@ -138,6 +133,11 @@ def described(error: BaseException, stage: str) -> dict[str, Any]:
         "memory": isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM),
         "denied": isinstance(error, OSError) and error.errno in _DENIED,
     }
+
+
+def _fail(job: Mapping[str, Any], error: Mapping[str, Any]) -> NoReturn:
+    _say(job, {"error": error})
+    _exit(1)
 
 
 def _say(job: Mapping[str, Any], message: Mapping[str, Any]) -> None:

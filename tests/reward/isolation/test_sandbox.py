@@ -8,7 +8,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from reward.isolation import (
     Call,
     Calls,
     Dialogue,
+    Execution,
     Limits,
     LocalExecutor,
     Program,
@@ -63,6 +65,16 @@ def wait_until(condition: Any, seconds: float = 10.0) -> bool:
             return False
         time.sleep(0.02)
     return True
+
+
+@contextmanager
+def running(executor: LocalExecutor, seconds: int) -> Iterator[tuple[Future[Execution], list[psutil.Process]]]:
+    """A program that sleeps, and the processes of its run: supervisor, process 1 and its own."""
+    executor.run(HELLO, QUICK)
+    with ThreadPoolExecutor(1) as pool:
+        run = pool.submit(executor.run, Program(f"import time; time.sleep({seconds})", ("",)), QUICK)
+        assert wait_until(lambda: len(descendants(executor)) == 3)
+        yield run, descendants(executor)
 
 
 @NEEDS_ISOLATION
@@ -181,26 +193,14 @@ def f():
 class TestOutside:
     """What a run is to the machine."""
 
-    def test_it_has_six_namespaces_of_its_own(self, executor: LocalExecutor) -> None:
-        executor.run(HELLO, QUICK)
-        with ThreadPoolExecutor(1) as pool:
-            run = pool.submit(executor.run, Program("import time; time.sleep(1)", ("",)), QUICK)
-            assert wait_until(lambda: len(descendants(executor)) == 3)
-            supervisor = descendants(executor)[0].pid
+    def test_it_has_six_namespaces_of_its_own_and_an_unprivileged_user(self, executor: LocalExecutor) -> None:
+        with running(executor, seconds=1) as (run, family):
             for name in ("user", "mnt", "pid_for_children", "net", "ipc", "uts"):
-                theirs = os.readlink(f"/proc/{supervisor}/ns/{name}")
+                theirs = os.readlink(f"/proc/{family[0].pid}/ns/{name}")
                 assert theirs != os.readlink(f"/proc/self/ns/{name}"), name
                 assert theirs != os.readlink(f"/proc/{executor.zygote().pid}/ns/{name}"), name
+            assert {process.uids().real for process in family} == {os.getuid() or 65534}
             run.result()
-
-    def test_it_runs_as_an_unprivileged_user(self, executor: LocalExecutor) -> None:
-        executor.run(HELLO, QUICK)
-        with ThreadPoolExecutor(1) as pool:
-            run = pool.submit(executor.run, Program("import time; time.sleep(1)", ("",)), QUICK)
-            assert wait_until(lambda: len(descendants(executor)) == 3)
-            users = {process.uids().real for process in descendants(executor)}
-            run.result()
-        assert users == {os.getuid() or 65534}
 
     def test_it_is_killed_at_the_wall_limit_and_nothing_is_left(self, executor: LocalExecutor) -> None:
         started = time.monotonic()
@@ -233,11 +233,7 @@ class TestOutside:
         assert alive == []
 
     def test_it_dies_with_its_supervisor_and_that_is_our_failure(self, executor: LocalExecutor) -> None:
-        executor.run(HELLO, QUICK)
-        with ThreadPoolExecutor(1) as pool:
-            run = pool.submit(executor.run, Program("import time; time.sleep(1000)", ("",)), QUICK)
-            assert wait_until(lambda: len(descendants(executor)) == 3)
-            family = descendants(executor)
+        with running(executor, seconds=1000) as (run, family):
             family[0].kill()
             with pytest.raises(SandboxFailure, match="supervisor"):
                 run.result()
