@@ -29,41 +29,40 @@ def planned(recipe: str, model: str, nodes: int, gpus: int, *overrides: str) -> 
     )
 
 
-def test_zero_3_shares_out_eighteen_bytes_a_parameter() -> None:
-    """Weights in bfloat16, gradients, a copy and Adam's two moments in float32 (ZeRO, arXiv:1910.02054, section 3.1, has 16)."""
-    plan = planned("recipes/v2_lite/sft.yaml", LITE, 2, 8)
+LITE_SIZE, LITE_ROUTED = 15_706_484_224, 26 * 64 * 3 * 2048 * 1408  # 26 layers of 64 experts, each three matrices
+
+
+@pytest.mark.parametrize(
+    ("changes", "weights", "gradients", "optimiser"),
+    [
+        # Weights in bfloat16; gradients, a copy and Adam's two moments in float32 (ZeRO, arXiv:1910.02054, section 3.1, has 16).
+        ([], 2 * LITE_SIZE / 8, 4 * LITE_SIZE / 8, 12 * LITE_SIZE / 8),
+        (["learner.zero_stage=1"], 2 * LITE_SIZE, 4 * LITE_SIZE, 12 * LITE_SIZE / 8),
+        (["learner.zero_stage=0"], 2 * LITE_SIZE, 2 * LITE_SIZE, 12 * LITE_SIZE),
+        (
+            ["learner.zero_stage=1", "learner.expert_parallel=8"],
+            2 * (LITE_SIZE - LITE_ROUTED * 7 / 8),
+            4 * (LITE_SIZE - LITE_ROUTED * 7 / 8),
+            12 * LITE_SIZE / 8,
+        ),
+    ],
+    ids=["ZeRO-3 shares out all", "ZeRO-1 the optimiser alone", "nothing is shared out", "experts are spread"],
+)
+def test_what_a_rank_holds_of_eighteen_bytes_a_parameter(
+    changes: list[str], weights: float, gradients: float, optimiser: float
+) -> None:
+    plan = planned("recipes/v2_lite/sft.yaml", LITE, 2, 8, *changes)
     parts = plan.roles[-1].parts
-    state = parts["weights"] + parts["gradients"] + parts["optimiser"]
-    assert state == pytest.approx(18 * 15_706_484_224 / 8)
-    assert plan.refusals == []
-
-
-def test_zero_1_keeps_weights_and_gradients_whole() -> None:
-    parts = planned("recipes/v2_lite/sft.yaml", LITE, 2, 8, "learner.zero_stage=1").roles[-1].parts
-    assert parts["weights"] == 2 * 15_706_484_224
-    assert parts["gradients"] == 4 * 15_706_484_224
-    assert parts["optimiser"] == pytest.approx(12 * 15_706_484_224 / 8)
-
-
-def test_gradients_add_up_in_bfloat16_without_zero_and_the_plan_says_so() -> None:
-    alone = planned("recipes/v2_lite/sft.yaml", LITE, 2, 8, "learner.zero_stage=0")
-    assert alone.roles[-1].parts["gradients"] == 2 * 15_706_484_224
-    assert BFLOAT16_SUMS in alone.notes
-    assert BFLOAT16_SUMS not in planned("recipes/v2_lite/sft.yaml", LITE, 2, 8).notes
-    assert (
-        BFLOAT16_SUMS
-        not in planned("recipes/v2_lite/sft.yaml", LITE, 2, 8, "learner.zero_stage=0", "model.dtype=float32").notes
+    assert [parts[name] for name in ("weights", "gradients", "optimiser")] == pytest.approx(
+        [weights, gradients, optimiser]
     )
+    assert changes or plan.refusals == []
+    assert (BFLOAT16_SUMS in plan.notes) == ("learner.zero_stage=0" in changes)
 
 
-def test_experts_that_are_spread_leave_a_rank_the_rest_and_its_share() -> None:
-    """26 layers of 64 experts, each three matrices of 2048 by 1408."""
-    plan = planned("recipes/v2_lite/sft.yaml", LITE, 2, 8, "learner.zero_stage=1", "learner.expert_parallel=8")
-    parts = plan.roles[-1].parts
-    routed = 26 * 64 * 3 * 2048 * 1408
-    assert parts["weights"] == 2 * (15_706_484_224 - routed * 7 / 8)
-    assert parts["gradients"] == 2 * parts["weights"]
-    assert parts["optimiser"] == pytest.approx(12 * 15_706_484_224 / 8)
+def test_without_zero_only_bfloat16_is_warned_of() -> None:
+    alone = planned("recipes/v2_lite/sft.yaml", LITE, 2, 8, "learner.zero_stage=0", "model.dtype=float32")
+    assert BFLOAT16_SUMS not in alone.notes
 
 
 def test_the_kv_cache_of_mla_has_576_elements_a_token_and_layer() -> None:
@@ -84,6 +83,7 @@ def test_adapters_of_deepseek_v2_lite_fit_one_gpu_that_learner_and_sampler_share
     recipe = "recipes/v2_lite/lora_grpo_reasoning.yaml"
     (refusal,) = planned(recipe, LITE, 1, 1, *ONE_GPU).refusals
     assert "2 at least, and there are 1: take more, or let a rank and a worker share one (learner.gpus=0.6" in refusal
+    assert planned("recipes/v2_lite/lora_sft.yaml", LITE, 1, 2, *ONE_GPU).refusals == []
     plan = planned(recipe, LITE, 1, 1, *ONE_GPU, *SHARED)
     assert plan.refusals == []
     assert plan.nodes == ["node 0: rollout worker 0, scoring worker 0-3, learner rank 0"]
@@ -119,7 +119,7 @@ def test_all_parameters_of_deepseek_v2_lite_fit_one_node_where_learners_and_work
     assert worker.parts["KV cache"] == 8 * GIB
     assert worker.total + learner.total > 80 * GIB
     # To the CPU and back, both sides, at 5 GB/s: two bytes of weights, and of an eighth four of the gradients and twelve of the optimiser.
-    assert plan.seconds["taking turns"] == pytest.approx(2 * 15_706_484_224 * (2 + 2 + 4 / 8 + 12 / 8) / 5e9)
+    assert plan.seconds["taking turns"] == pytest.approx(2 * LITE_SIZE * (2 + 2 + 4 / 8 + 12 / 8) / 5e9)
     (refusal,) = planned(recipe, LITE, 1, 4, *turns).refusals
     assert "8 GPUs are wanted, one for each learner rank and the rollout worker that takes turns" in refusal
     (refusal,) = planned(recipe, LITE, 1, 8, *turns, "rollout.kv_cache_gb=60").refusals
@@ -132,7 +132,7 @@ def test_a_broadcast_takes_a_link_and_not_the_host() -> None:
         planned("recipes/v2_lite/grpo_reasoning.yaml", LITE, 2, 8, *way).seconds["weights to the workers"]
         for way in ([], ["weights.transport=broadcast"])
     ]
-    assert seconds == pytest.approx([2 * 15_706_484_224 * 3 / 5e9, 2 * 15_706_484_224 / 225e9])
+    assert seconds == pytest.approx([2 * LITE_SIZE * 3 / 5e9, 2 * LITE_SIZE / 225e9])
 
 
 def test_all_parameters_of_deepseek_v2_take_more_than_sixty_four_learners() -> None:
@@ -178,16 +178,9 @@ def test_deepseek_v2_lite_with_adapters_fits_one_node_of_eight() -> None:
     plan = planned("recipes/v2_lite/lora_grpo_reasoning.yaml", LITE, 1, 8)
     assert plan.refusals == []
     parts = plan.roles[-1].parts
-    assert parts["weights"] == 2 * 15_706_484_224
+    assert parts["weights"] == 2 * LITE_SIZE
     assert "reference" not in parts  # the policy without its adapter
     assert plan.nodes == ["node 0: rollout worker 0-3, scoring worker 0-3, learner rank 0-3"]
-
-
-def test_one_gpu_is_too_few_for_a_learner_and_a_worker() -> None:
-    one = ["learner.ranks=1", "rollout.workers=1"]
-    (refusal,) = planned("recipes/v2_lite/lora_sft.yaml", LITE, 1, 1, *one).refusals
-    assert "2 at least, and there are 1: take more" in refusal
-    assert planned("recipes/v2_lite/lora_sft.yaml", LITE, 1, 2, *one).refusals == []
 
 
 def test_in_bfloat16_workers_have_the_adapter_beside_the_weights() -> None:
