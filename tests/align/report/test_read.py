@@ -48,16 +48,11 @@ def test_a_last_line_cut_off_in_writing_is_left_out_and_said(write_run: WriteRun
     assert stage.remarks == ["metrics.jsonl, line 2: cut off while it was written, and skipped here"]
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        *(b'{"step": 1}\n%b\n{"step": 3}\n' % damage for damage in (b'{"step": 2, "lo', b"[1, 2]", b"\xff\xfe")),
-        b'{"kind": "warning"}\n{"kind"\n',  # A last line that ends was not cut off.
-    ],
-)
+@pytest.mark.parametrize("content", [b'{"step": 1}\n{"step": 2, "lo\n{"step": 3}\n', b'{"kind": "warning"}\n{"kind"\n'])
 def test_any_other_damaged_line_is_refused_by_file_and_line(tmp_path: Path, content: bytes) -> None:
+    """One in the middle, and a last one that ends and so was not cut off."""
     (tmp_path / "metrics.jsonl").write_bytes(content)
-    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2: (not JSON|a JSON list|byte 1 is not UTF-8)"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2: not JSON"):
         read_records(tmp_path / "metrics.jsonl", [])
 
 

@@ -46,47 +46,43 @@ def test_importing_loads_no_heavy_library() -> None:
     assert done.stdout.strip() == "set()"
 
 
-def test_limits_of_version_2_are_the_tightest_among_ancestors(tmp_path: Path) -> None:
-    write(
-        tmp_path,
-        {
-            "proc/self/cgroup": "0::/job/step\n",
-            "sys/fs/cgroup/job/cpu.max": "150000 100000\n",
-            "sys/fs/cgroup/job/step/cpu.max": "max 100000\n",
-            "sys/fs/cgroup/job/memory.max": f"{8 * GIB}\n",
-            "sys/fs/cgroup/job/memory.current": f"{3 * GIB}\n",
-            "sys/fs/cgroup/job/memory.stat": f"anon 5\ninactive_file {GIB}\n",
-            "sys/fs/cgroup/job/step/memory.max": "max\n",
-        },
-    )
-    assert cgroup_limits(tmp_path) == Limits(cores=1.5, memory=8 * GIB, memory_available=6 * GIB)
+VERSION_2 = {
+    "proc/self/cgroup": "0::/job/step\n",
+    "sys/fs/cgroup/job/cpu.max": "150000 100000\n",
+    "sys/fs/cgroup/job/step/cpu.max": "max 100000\n",
+    "sys/fs/cgroup/job/memory.max": f"{8 * GIB}\n",
+    "sys/fs/cgroup/job/memory.current": f"{3 * GIB}\n",
+    "sys/fs/cgroup/job/memory.stat": f"anon 5\ninactive_file {GIB}\n",
+    "sys/fs/cgroup/job/step/memory.max": "max\n",
+}
+# A container hides the group that the process is in.
+VERSION_1 = {
+    "proc/self/cgroup": "4:memory:/docker/abc\n2:cpu,cpuacct:/docker/abc\n1:name=systemd:/\n",
+    "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "400000\n",
+    "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
+    "sys/fs/cgroup/memory/memory.limit_in_bytes": f"{4 * GIB}\n",
+    "sys/fs/cgroup/memory/memory.usage_in_bytes": f"{GIB}\n",
+}
+UNLIMITED = {
+    "proc/self/cgroup": "2:cpu:/\n",
+    "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1",
+    "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000",
+}
 
 
-def test_limits_of_version_1_are_found_where_a_container_hides_the_group(tmp_path: Path) -> None:
-    write(
-        tmp_path,
-        {
-            "proc/self/cgroup": "4:memory:/docker/abc\n2:cpu,cpuacct:/docker/abc\n1:name=systemd:/\n",
-            "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "400000\n",
-            "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
-            "sys/fs/cgroup/memory/memory.limit_in_bytes": f"{4 * GIB}\n",
-            "sys/fs/cgroup/memory/memory.usage_in_bytes": f"{GIB}\n",
-        },
-    )
-    assert cgroup_limits(tmp_path) == Limits(cores=4.0, memory=4 * GIB, memory_available=3 * GIB)
-
-
-def test_without_control_groups_nothing_limits(tmp_path: Path) -> None:
-    assert cgroup_limits(tmp_path) == Limits()
-    write(
-        tmp_path,
-        {
-            "proc/self/cgroup": "2:cpu:/\n",
-            "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1",
-            "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000",
-        },
-    )
-    assert cgroup_limits(tmp_path) == Limits()
+@pytest.mark.parametrize(
+    ("files", "limits"),
+    [
+        (VERSION_2, Limits(cores=1.5, memory=8 * GIB, memory_available=6 * GIB)),
+        (VERSION_1, Limits(cores=4.0, memory=4 * GIB, memory_available=3 * GIB)),
+        (UNLIMITED, Limits()),
+        ({}, Limits()),
+    ],
+    ids=["version 2", "version 1", "unlimited", "no control groups"],
+)
+def test_the_limits_are_the_tightest_among_ancestors(files: dict[str, str], limits: Limits, tmp_path: Path) -> None:
+    write(tmp_path, files)
+    assert cgroup_limits(tmp_path) == limits
 
 
 def test_the_quota_of_the_group_bounds_cores_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
