@@ -136,11 +136,7 @@ class Registry(Generic[E]):
         return tuple(Parameter(p.name, p.default, p.default is p.empty) for p in signature[self.subjects :])
 
 
-_rewards: dict[str, Reward] = {}
-
-
-def _registry() -> Registry[Reward]:
-    return Registry("reward", ENTRY_POINT_GROUP, _rewards, 1, RewardError, UnknownReward, ParameterError)
+_rewards: Registry[Reward] = Registry("reward", ENTRY_POINT_GROUP, {}, 1, RewardError, UnknownReward, ParameterError)
 
 
 def register(name: str, *, batched: bool = False) -> Callable[[Function], Function]:
@@ -149,17 +145,17 @@ def register(name: str, *, batched: bool = False) -> Callable[[Function], Functi
     Raises RewardError where another function has the name, or where the function takes `**kwargs`: a misspelt
     parameter would then pass unnoticed.
     """
-    return _registry().register(name, Reward, batched=batched)
+    return _rewards.register(name, Reward, batched=batched)
 
 
 def get(name: str) -> Reward:
     """The reward of that name. Raises UnknownReward, naming the nearest."""
-    return _registry().get(name)
+    return _rewards.get(name)
 
 
 def available() -> list[Reward]:
     """Every reward by name, announced ones too. Raises RewardError where one of them cannot be loaded."""
-    return _registry().available()
+    return _rewards.available()
 
 
 def check_params(name: str, params: Mapping[str, Any]) -> None:
@@ -167,7 +163,7 @@ def check_params(name: str, params: Mapping[str, Any]) -> None:
 
     Raises UnknownReward, or ParameterError for a name it does not have (naming the nearest) or one it lacks.
     """
-    _registry().check_params(name, params)
+    _rewards.check_params(name, params)
 
 
 def _same_definition(one: Callable[..., Any], other: Callable[..., Any]) -> bool:

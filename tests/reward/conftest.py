@@ -1,4 +1,6 @@
+from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -6,9 +8,10 @@ from reward import registry
 
 
 @pytest.fixture
-def own_rewards(monkeypatch: pytest.MonkeyPatch) -> None:
+def own_rewards() -> Iterator[None]:
     """What a test registers is forgotten after it."""
-    monkeypatch.setattr(registry, "_rewards", dict(registry._rewards))
+    with patch.dict(registry._rewards.entries):
+        yield
 
 
 @pytest.fixture(scope="session")
