@@ -113,7 +113,7 @@ def _reports(handle: Handle, nonce: str) -> list[CaseReport]:
     if handle.ended is not None and "failed" in handle.ended:
         raise SandboxFailure(str(handle.ended["failed"]))
     reports = []
-    for index, line in enumerate(handle.lines):
+    for index, line in enumerate(handle.lines()):
         message = plain.loads(line)
         if message.get("nonce") != nonce or message.get("case") != index:
             raise SandboxFailure("a report of another run")

@@ -57,12 +57,11 @@ def _job_environment() -> dict[str, str]:
 
 @dataclass
 class Handle:
-    """One run on the parent's side: its report comes line by line, its end on the control socket."""
+    """One run on the parent's side: its report comes on a pipe, its end on the control socket."""
 
     control: socket.socket
     report: int
-    lines: list[bytes] = field(default_factory=list)
-    rest: bytearray = field(default_factory=bytearray)
+    said: bytearray = field(default_factory=bytearray)
     ended: Mapping[str, Any] | None = None
     reported: bool = False
 
@@ -70,9 +69,11 @@ class Handle:
         """Take what the report pipe holds; sets `reported` at its end."""
         new = os.read(self.report, 1 << 20)
         self.reported = not new
-        self.rest += new
-        *lines, self.rest = self.rest.split(b"\n")
-        self.lines += map(bytes, lines)
+        self.said += new
+
+    def lines(self) -> list[bytes]:
+        """The lines of the report that were written to their ends."""
+        return bytes(self.said).split(b"\n")[:-1]
 
     def hear_end(self) -> None:
         """Take the supervisor's last word."""
