@@ -329,9 +329,7 @@ def _equal_members(gold: Form, answer: Form, same: Callable[[str, str], bool | N
         return False
     if gold.ends not in unordered:
         return _equal_in_order(gold.items, answer.items, same)
-    if _are_named(gold) != _are_named(answer):
-        return _equal_in_order(_by_name(gold), _by_name(answer), same)
-    if _are_named(gold):
+    if _are_named(gold) or _are_named(answer):
         return _equal_in_order(_by_name(gold), _by_name(answer), same)
     return _equal_in_any_order(gold.items, answer.items, same)
 
