@@ -3,6 +3,7 @@
 The environment that vLLM reads at import is set by whoever starts the process (`rollout.worker.environment`).
 """
 
+import gc
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -67,6 +68,8 @@ class Engine:
         self._adapters = 0
         self._stop_token_ids = list(stop_token_ids)
         trusted = {"trust_remote_code": trust_remote_code}
+        # vLLM collects garbage several times while it loads: not among its hundreds of modules.
+        gc.freeze()
         self._llm = LLM(model=str(model), dtype=dtype, **trusted, **engine_arguments(config, options))
         self._count_steps()
 

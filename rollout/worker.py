@@ -22,7 +22,10 @@ def environment(threads: int) -> dict[str, str]:
 
     vLLM then runs in the actor's own process: it loads in seconds, and no engine process can outlive a killed actor.
     """
+    # On a CPU vLLM compiles but one small function, by a C++ compiler and for seconds at each start.
+    compilation = {} if torch.cuda.is_available() else {"TORCHDYNAMO_DISABLE": "1"}
     return {
+        **compilation,
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_LOGGING_LEVEL": "WARNING",

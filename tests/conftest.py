@@ -12,6 +12,8 @@ from hypothesis import settings
 if TYPE_CHECKING:
     from align.recipe import ModelOptions
 
+    from .warm import WarmProcesses
+
 # A busy machine is no reason to fail.
 settings.register_profile("unhurried", deadline=None)
 settings.load_profile("unhurried")
@@ -33,7 +35,18 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(scope="session")
-def ray_session() -> Iterator[None]:
+def warm_processes() -> Iterator[WarmProcesses]:
+    """Learners and fleets get the processes of those before them."""
+    from .warm import WarmProcesses
+
+    with pytest.MonkeyPatch.context() as patch:
+        warm = WarmProcesses(patch)
+        yield warm
+        warm.close()
+
+
+@pytest.fixture(scope="session")
+def ray_session(warm_processes: WarmProcesses) -> Iterator[None]:
     from align.session.ray import local_ray
 
     with local_ray():

@@ -1,22 +1,16 @@
-"""The `align` command as a user starts it, to be stopped and killed; and learner ranks whose processes are used again."""
+"""The `align` command as a user starts it, to be stopped and killed."""
 
-import gc
 import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-
-from align.learner.group import RankGroup
-from align.learner.rank import LearnerRank, environment
-from align.recipe import LearnerOptions, ModelOptions
 
 ROOT = Path(__file__).parents[2]
 
@@ -58,65 +52,6 @@ class Command:
         return psutil.Process(self.process.pid).children(recursive=True)
 
 
-class WarmRanks:
-    """Keeps the actors of closed learner groups and gives them to the next groups, reset: a fresh process costs ten seconds of imports."""
-
-    def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        self._idle: dict[type[LearnerRank], list[Any]] = {}
-        self._kinds: dict[Any, type[LearnerRank]] = {}
-        self._start = RankGroup._start
-        patch.setattr(RankGroup, "_start", lambda group, *of: self.start(group, *of))
-        patch.setattr(RankGroup, "_end", lambda group, rank: self.end(group, rank))
-
-    def start(
-        self, group: RankGroup, kind: type[LearnerRank], model: ModelOptions, rank: int, placement_group: Any
-    ) -> Any:
-        import ray
-
-        idle = self._idle.setdefault(kind, [])
-        while idle:
-            actor = idle.pop(0)
-            try:
-                ray.get(actor.__ray_call__.remote(begin_anew, model, group._options, rank))
-            except ray.exceptions.RayError:
-                continue
-            return actor
-        actor = self._start(group, kind, model, rank, placement_group)
-        self._kinds[actor] = kind
-        return actor
-
-    def end(self, group: RankGroup, rank: Any) -> None:
-        """Keep the process, unless it hangs, or DeepSpeed has registered classes for experts that it spread."""
-        import ray
-
-        if group._stalled or group._options.expert_parallel > 1:
-            ray.kill(rank)
-        else:
-            self._idle[self._kinds[rank]].append(rank)
-
-    def close(self) -> None:
-        """End the processes that wait for a group."""
-        import ray
-
-        for actor in chain(*self._idle.values()) if ray.is_initialized() else ():
-            ray.kill(actor)
-        self._idle.clear()
-
-
-def begin_anew(worker: LearnerRank, model: ModelOptions, options: LearnerOptions, rank: int) -> None:
-    """Make of a rank, whatever has happened in it, one that has just been started."""
-    import deepspeed.comm
-
-    worker.__dict__.clear()
-    gc.unfreeze()
-    gc.collect()
-    if deepspeed.comm.is_initialized():
-        deepspeed.comm.destroy_process_group()
-    deepspeed.comm.comm.cdb = None
-    os.environ |= environment(rank, options.ranks, options.threads)
-    worker.__init__(model, options)  # type: ignore[misc]
-
-
 @pytest.fixture
 def align(tmp_path: Path) -> Iterator[Callable[..., Command]]:
     """Starts `align` with some arguments; what is still running after the test is killed."""
@@ -143,12 +78,3 @@ def read_lines() -> Callable[[Path], list[dict[str, Any]]]:
         return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
     return read
-
-
-@pytest.fixture(scope="session", autouse=True)
-def warm_ranks() -> Iterator[WarmRanks]:
-    """Learner groups get the processes of those before them."""
-    with pytest.MonkeyPatch.context() as patch:
-        warm = WarmRanks(patch)
-        yield warm
-        warm.close()

@@ -70,14 +70,14 @@ def test_what_it_says_depends_on_its_groups_and_its_scaling(deepseek_v2: ModelOp
 
 
 def test_sampler_and_learner_agree_through_updates_of_both_stages(
-    deepseek_v2: ModelOptions, ray_session: None, tmp_path: Path, warm_ranks: Any
+    deepseek_v2: ModelOptions, ray_session: None, tmp_path: Path, warm_processes: Any
 ) -> None:
     """Under ZeRO-3 with gradient checkpointing, as DeepSeek-V2's recipes train."""
     gate = AgreementGate(AgreementOptions(), "float32", pytest.fail)
     options = FleetOptions(workers=1, max_length=64, kv_cache_gb=0.25)
     fleet = Fleet(deepseek_v2.path, "float32", options, stop_token_ids=[1])
     rate = OptimizerOptions(learning_rate=1e-2, weight_decay=0.1)
-    warm_ranks.close()  # a process that had another ZeRO-3 engine has hooks of it
+    warm_processes.close()  # a process that had another ZeRO-3 engine has hooks of it
     learner = LearnerGroup(
         deepseek_v2,
         LearnerOptions(ranks=2, zero_stage=3, gradient_checkpointing=True, micro_batch_tokens=100, optimizer=rate),

@@ -21,13 +21,15 @@ from align.report import write_report
 ROOT = Path(__file__).parents[2]
 STEPS = 3
 EVALUATION = "evaluation={limit: 8, samples: 2, max_new_tokens: 16}"
+DATA = "data={card: nano_math, limit: 64}"
 SFT = [
     "sft={steps: 3, sequences_per_step: 16, validation_limit: 8}",
     "learner.ranks=1",
+    DATA,
     EVALUATION,
     "rollout.workers=1",
 ]
-SMALL = [f"grpo.steps={STEPS}", "grpo.prompts_per_step=8", "grpo.group_size=4", "learner.ranks=1", EVALUATION]
+SMALL = [f"grpo.steps={STEPS}", "grpo.prompts_per_step=8", "grpo.group_size=4", "learner.ranks=1", DATA, EVALUATION]
 SMALL += ["rollout.batch_sequences=8", "rollout.max_length=512", "scoring.workers=1", "machine={}"]
 SMALL += ["evaluation.hooks=[{name: needle, params: {lengths: [400], depths: [0.5], per_cell: 2}}]"]
 
@@ -152,11 +154,11 @@ def test_killed_stopped_by_ctrl_c_and_with_one_worker_it_is_the_same_to_the_last
     assert (run / "final/model.safetensors").read_bytes() == (other / "final/model.safetensors").read_bytes()
 
 
-def test_servers_listen_on_loopback_alone(ray_session: None, warm_ranks: Any) -> None:
+def test_servers_listen_on_loopback_alone(ray_session: None, warm_processes: Any) -> None:
     """Ray's; learner ranks meet at their node's address."""
     import ray
 
-    warm_ranks.close()
+    warm_processes.close()
 
     ray.get(ray.remote(lambda: None).remote())
     processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
