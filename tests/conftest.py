@@ -23,8 +23,11 @@ COMMANDS = ("test_end_to_end", "test_resume", "test_sandbox_removed", "test_chat
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put tests that share engines first, for they take the longest, and then the files that start whole commands."""
-    items.sort(key=lambda item: 0 if "ray_session" in item.fixturenames else 1 if item.path.stem in COMMANDS else 2)  # type: ignore[attr-defined]
+    """Mark the tests that share engines, and put the files that start whole commands first, for they take the longest."""
+    for item in items:
+        if "ray_session" in item.fixturenames:  # type: ignore[attr-defined]
+            item.add_marker("engines")
+    items.sort(key=lambda item: item.path.stem not in COMMANDS)
 
 
 def pytest_collection_finish() -> None:
