@@ -107,9 +107,8 @@ def lm_eval_tasks(
 
     require_package()
     variables = environment(os.cpu_count() or 1) | ({"HF_ALLOW_CODE_EVAL": "1"} if unsafe_code else {})
-    # One call a process, so that its memory is free afterwards.
-    options = {"num_cpus": 0, "max_calls": 1, "max_retries": 0, "runtime_env": {"env_vars": variables}}
-    result = ray.remote(**options)(run_harness).remote(
+    harness = ray.remote(num_cpus=0, max_restarts=0, runtime_env={"env_vars": variables})(Harness).remote()
+    result = harness.evaluate.remote(
         with_shots(tasks),
         include_path and include_path.absolute(),
         (checkpoint.model, backend, batch_size, engine),
@@ -125,11 +124,19 @@ def lm_eval_tasks(
         if isinstance(error.cause, UserError):
             raise error.cause from None
         raise EvaluationError(f"lm_eval: the harness failed:\n{error}") from None
-    except ray.exceptions.RayError as error:
+    except ray.exceptions.RayActorError as error:
         raise EvaluationError(f"lm_eval: the process of the harness died: {error}") from None
     finally:
-        ray.cancel(result, force=True)
+        ray.kill(harness)
     return metrics
+
+
+class Harness:
+    """The harness as an actor, for Ray aborts whoever cancels a task that is just ending."""
+
+    def evaluate(self, *arguments: Any, **options: Any) -> Metrics:
+        """What `run_harness` returns and raises."""
+        return run_harness(*arguments, **options)
 
 
 def run_harness(

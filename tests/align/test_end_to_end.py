@@ -90,22 +90,6 @@ def test_the_report_shows_every_stage_evaluation_and_sample(run: Path) -> None:
     assert "| needle |" in (run / "report.md").read_text()
 
 
-def test_the_final_policy_answers_a_users_own_file(run: Path, tmp_path: Path) -> None:
-    problems = [
-        {"id": "a", "prompt": "What is 1 + 1?", "answer": "2"},
-        {"id": "b", "messages": [{"role": "user", "content": "What is 2 + 2?"}], "answer": "4"},
-    ]
-    data, out = tmp_path / "problems.jsonl", tmp_path / "answers.jsonl"
-    data.write_text("".join(json.dumps(problem) + "\n" for problem in problems))
-    arguments = ["eval", "--model", str(run / "final"), "--data", str(data), "--out", str(out)]
-    done = subprocess.run([sys.executable, "-m", "align.cli", *arguments], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    answers = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [answer["id"] for answer in answers] == ["a", "b"]
-    assert all({"completion", "reward", "verdict"} <= answer.keys() for answer in answers)
-    assert "% of 2 right" in done.stdout
-
-
 OTHERWISE = {
     "weights in files": ["weights={transport: directory, bucket_mb: 0.5}"],
     "weights broadcast": ["weights={transport: broadcast, bucket_mb: 0.5}"],
