@@ -30,15 +30,20 @@ class Ray:
     environment: dict[str, str]
 
     def submit(self, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        """Hand in a job and wait for its end."""
-        return subprocess.run(
-            [RAY, "job", "submit", "--address", self.dashboard, "--", *command],
-            env=self.environment | environment,
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
+        """Hand in a job and wait for its end. On a busy machine a node's agent, which starts jobs, is there later than the node."""
+        for _ in range(30):
+            done = subprocess.run(
+                [RAY, "job", "submit", "--address", self.dashboard, "--", *command],
+                env=self.environment | environment,
+                cwd=ROOT,
+                capture_output=True,
+                text=True,
+                timeout=300,
+            )
+            if "No available agent to submit job" not in done.stderr:
+                break
+            time.sleep(2)
+        return done
 
     def run(self, recipe: str, *overrides: str) -> subprocess.CompletedProcess[str]:
         return self.submit("env", "-C", str(ROOT), sys.executable, "-m", "align.cli", "grpo", recipe, *overrides)
