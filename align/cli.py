@@ -232,7 +232,7 @@ def doctor(
 @app.command("eval")
 def evaluate(
     model: Model,
-    data: Annotated[Path, Option(help='JSONL: {"id", "prompt" or "messages", "answer"}')],
+    data: Annotated[Path, Option(help="problems: any file of docs/own_data.md")],
     out: Annotated[Path, Option(help="JSONL to write: completion, reward and verdict of each")],
     max_new_tokens: Annotated[int, Option(min=1)] = 64,
     dtype: Dtype = "float32",
@@ -283,7 +283,7 @@ def convert(
 @app.command()
 def score(
     reward: Annotated[str, Option(help="name of a reward; `align rewards list` shows them")],
-    data: Annotated[Path, Option(help='JSONL: {"id", "completion", "answer", "tests", ...}')],
+    data: Annotated[Path, Option(help='completions: a file of rows like {"id", "completion", "answer", "tests", ...}')],
     out: Annotated[Path, Option(help="JSONL to write: value, verdict and detail of each")],
     params: Annotated[str, Option(help='its parameters as YAML, for example "{partial: true}"')] = "{}",
 ) -> None:

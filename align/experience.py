@@ -17,6 +17,7 @@ from align.data.types import Example
 from align.errors import naming
 from align.learner.batch import TrainingSequence
 from reward import Sample, SampleReward, ScoringPool, Ticket, Verdict
+from reward.rows import added_metadata
 from rollout import FinishReason, Group, Prompt, Trajectory, Turn, Versions
 
 
@@ -110,11 +111,7 @@ def reward_sample(example: Example, trajectory: Trajectory, text: str) -> Sample
         ground_truth=example.answer,
         domain=example.domain,
         truncated=trajectory.finish_reason is FinishReason.LENGTH,
-        metadata={
-            **example.metadata,
-            "messages": list(example.messages),
-            "completion_tokens": int(trajectory.sampled.sum()),
-        },
+        metadata={**example.metadata, **added_metadata(example.messages, int(trajectory.sampled.sum()))},
     )
 
 

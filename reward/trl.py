@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from reward.mixture import Mixture, RewardTerm, why_masked
-from reward.types import InfrastructureError, Sample
+from reward.rows import TRUTHS, sample_of_row, text_of
+from reward.types import InfrastructureError
 
 _log = logging.getLogger(__name__)
 
@@ -25,18 +26,26 @@ class TrlReward:
         self._masked: list[bool] = []  # of the last completions: one call may hold those of a single prompt
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
-        rows = {
+        token_ids = columns.get("completion_ids") or ()
+        data = {
             name: column
             for name, column in columns.items()
             if name not in _NOT_DATA and isinstance(column, list) and len(column) == len(completions)
         }
+        rows = [{name: column[index] for name, column in data.items()} for index in range(len(completions))]
         samples = [
-            _sample(index, prompt, completion, {name: column[index] for name, column in rows.items()})
-            for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
+            sample_of_row(
+                row,
+                completion if isinstance(completion, str) else text_of(completion[-1].get("content")),
+                id=str(row.get("id", f"row {index}")),
+                prompt=prompt,
+                completion_tokens=len(token_ids[index]) if index < len(token_ids) else None,
+            )
+            for index, (row, prompt, completion) in enumerate(zip(rows, prompts, completions, strict=True))
         ]
         rewards = self._mixture.score_each(samples)
         if reasons := why_masked(samples, rewards):
-            self._stop_or_warn(reasons, len(samples), has_answers="answer" in rows)
+            self._stop_or_warn(reasons, len(samples), has_answers=not data.keys().isdisjoint(TRUTHS))
         self._masked = [*self._masked, *(reward.value is None for reward in rewards)][-RECENT:]
         return [reward.value for reward in rewards]
 
@@ -54,11 +63,11 @@ class TrlReward:
 def trl_reward_func(name: str, /, *, infra_error_limit: float = 0.5, **params: Any) -> TrlReward:
     """A callable `(prompts, completions, **columns) -> list of float | None` for TRL's `reward_funcs`.
 
-    Prompts and completions are strings or lists of chat messages; of a completion the last message counts.
-    The column `answer` is the ground truth, `id` and `domain` are used if there are any, and every column is
-    in the sample's metadata. None, which TRL leaves out, stands for a sample that nobody could judge. Where more than
+    Prompts and completions are strings or lists of chat messages; of a completion the last message counts. Columns are read as
+    `reward.rows` says: `answer`, or else `ground_truth` or `solution`, is the ground truth, `id` and `domain` are used if there are
+    any, and every column is in the sample's metadata. None, which TRL leaves out, stands for a sample that nobody could judge. Where more than
     `infra_error_limit`, a share in [0, 1], of the last 256 completions are None, the call raises; so it does at once where
-    the reward compares with ground truths and there is no column `answer`.
+    the reward compares with ground truths and there is no column with any.
 
     TRL does not say which completions were cut off: let it mask them (`mask_truncated_completions`).
 
@@ -66,22 +75,3 @@ def trl_reward_func(name: str, /, *, infra_error_limit: float = 0.5, **params: A
     called.
     """
     return TrlReward(name, params, infra_error_limit)
-
-
-def _sample(index: int, prompt: Any, completion: Any, row: Mapping[str, Any]) -> Sample:
-    answer = row.get("answer")
-    return Sample(
-        id=str(row.get("id", f"row {index}")),
-        prompt=prompt if isinstance(prompt, str) else "\n".join(_content(message) for message in prompt),
-        completion=completion if isinstance(completion, str) else _content(completion[-1]),
-        ground_truth=None if answer is None else str(answer),
-        domain=str(row.get("domain", "math")),
-        metadata=row,
-    )
-
-
-def _content(message: Mapping[str, Any]) -> str:
-    content = message.get("content") or ""
-    if isinstance(content, str):
-        return content
-    return "".join(part.get("text") or "" for part in content)

@@ -3,7 +3,7 @@
 from align.data.cards import DataCard, list_cards, load_card, require_stage
 from align.data.chat import answer_text, decode_completion, encode_example, encode_prompt
 from align.data.loader import load_split
-from align.data.tables import read_user_file
+from align.data.own import read_user_file
 from align.data.types import Example, LoadedSplit, Message, SplitName
 
 __all__ = [

@@ -122,6 +122,31 @@ class FileSource(TableSource):
         return data
 
 
+class OwnSource(Strict):
+    """Files whose columns say what is in them, see `align.data.forms`: a file, several by a pattern, or a directory with `train.jsonl` and
+    others. What is not in files of its own is drawn from `train` by a hash of its prompts."""
+
+    kind: Literal["own"]
+    path: str
+    splits: tuple[SplitName, ...] = ("train", "validation", "test")
+    held_out: Annotated[float, Field(gt=0, lt=0.5)] = 0.05
+    """The share of the prompts that each of the splits that are not trained on has of those in `train`."""
+    bad_rows: Literal["refuse", "leave_out"] = "refuse"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _start_at_the_card(cls, data: Any, info: ValidationInfo) -> Any:
+        return data | {"path": str(info.context / data["path"])} if info.context and "path" in data else data
+
+    @property
+    def has_demonstrations(self) -> bool:
+        return True
+
+    @property
+    def has_preferences(self) -> bool:
+        return True
+
+
 class GeneratorSource(Strict):
     """Problems that this project generates, see `align.data.generators`; the generator decides the splits."""
 
@@ -202,7 +227,9 @@ class DataCard(Strict):
 
     name: str
     title: str
-    source: Annotated[HubSource | FileSource | GeneratorSource | ReasoningGymSource, Field(discriminator="kind")]
+    source: Annotated[
+        HubSource | FileSource | OwnSource | GeneratorSource | ReasoningGymSource, Field(discriminator="kind")
+    ]
     instruction: str | None = None
     """Follows each prompt, after a line break: what the source does not say about the form of an answer."""
     licence: str
@@ -212,6 +239,11 @@ class DataCard(Strict):
     splits: dict[SplitName, str]
     """What each split is, in words; the same splits as the source has."""
     decontamination: Decontamination
+
+    @property
+    def called(self) -> str:
+        """What messages call it: by its name, or by the path of data without a card."""
+        return self.source.path if isinstance(self.source, OwnSource) else f"data card {self.name}"
 
     @model_validator(mode="after")
     def _be_consistent(self) -> Self:
@@ -258,7 +290,7 @@ def list_cards(cards_dir: Path = CARDS) -> list[DataCard]:
 def require_stage(card: DataCard, stage: Stage) -> None:
     """Raises UserError where the card is not meant for `stage`."""
     if stage not in card.stages:
-        raise UserError(f"data card {card.name} is not for {stage}, only for {', '.join(card.stages)}")
+        raise UserError(f"{card.called} is not for {stage}, only for {', '.join(card.stages)}")
 
 
 def check(model: type[Model], data: Any, *, where: str, context: Path | None = None) -> Model:

@@ -1,7 +1,7 @@
 """What is drawn: the split that a prompt belongs to, by a hash, and the items of the training data that a step takes."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from random import Random
@@ -29,6 +29,21 @@ def split_of(key: str, *, train: float = 0.90, validation: float = 0.05) -> Spli
 def percentile(prompt: str) -> int:
     """Where a published prompt lies in the order of the hashes, 0 to 99. Rows of the same prompt stay together."""
     return int.from_bytes(hashlib.sha256(normalised(prompt).encode()).digest()[:8], "big") % 100
+
+
+def held_out_keys(keys: Iterable[str], share: float, splits: Sequence[SplitName]) -> dict[str, SplitName]:
+    """The split of each key that is held out: `share` of them for each of `splits`, and at least one.
+
+    A hash of the key draws, so that a key stays where it is when others are added to the data; only the one that a split has for want
+    of any other does not.
+    """
+    order = sorted(set(keys), key=lambda key: (fraction(key), key), reverse=True)
+    drawn_for: dict[str, SplitName] = {}
+    for place, split in enumerate(splits, start=1):
+        left = [key for key in order if key not in drawn_for]
+        chosen = [key for key in left if fraction(key) >= 1 - place * share] or left[:1]
+        drawn_for |= dict.fromkeys(chosen, split)
+    return drawn_for
 
 
 @dataclass(frozen=True, slots=True)

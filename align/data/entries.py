@@ -2,14 +2,16 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
-from align.data.cards import DataCard, Stage, load_card, require_stage
+from align.data.cards import DataCard, OwnSource, Stage, load_card, require_stage
 from align.data.drawing import Source, shares
 from align.data.loader import NOTHING, HeldOutPrompts, held_together
+from align.data.own import own_card
 from align.data.types import Item, LoadedSplit, SplitName
 from align.errors import UserError
-from align.recipe import DataOptions
+from align.recipe import DataOptions, PolicyRecipe
 
 T = TypeVar("T")
 
@@ -24,7 +26,7 @@ class Notes(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """An entry of `recipe.data`. `mark` is what the ids of a card's second entry end in, and its name: "@2"; empty for a first one."""
+    """An entry of `recipe.data`, whose card is made of its files where it names none. `mark` is what the ids of a card's second entry end in, and its name: "@2"; empty for a first one."""
 
     data: DataOptions
     card: DataCard
@@ -32,7 +34,17 @@ class Entry:
 
     @property
     def name(self) -> str:
-        return self.data.card + self.mark
+        return (self.data.card or self.card.name) + self.mark
+
+    @property
+    def called(self) -> str:
+        """What messages call it."""
+        return f"data card {self.name!r}" if self.data.card else self.card.called + self.mark
+
+    @property
+    def path(self) -> Path | None:
+        """What is read in place of the source of its card; None where the data have no card, and are that source."""
+        return self.data.path if self.data.card else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +70,37 @@ def entries_of(data: Sequence[DataOptions], stage: Stage) -> list[Entry]:
             distinct.append(one)
     entries: list[Entry] = []
     for one in distinct:
-        card = load_card(one.card)
+        card = card_of(one)
         require_stage(card, stage)
         before = sum(entry.card.name == card.name for entry in entries)
         entries.append(Entry(one, card, f"@{before + 1}" if before else ""))
     return entries
+
+
+def card_of(data: DataOptions) -> DataCard:
+    """The card that an entry names, or the one of its files. Raises UserError where these cannot be read."""
+    if data.card is not None:
+        return load_card(data.card)
+    return own_card(OwnSource(kind="own", path=str(data.path), held_out=data.held_out, bad_rows=data.bad_rows))
+
+
+def evaluated(recipe: PolicyRecipe) -> list[Entry]:
+    """What the policy is evaluated on: the cards of `evaluation.cards`, the file of `evaluation.path`, or else the recipe's data, each once.
+
+    The entries' `path` is that of the evaluation. Raises UserError where something cannot be read.
+    """
+    options = recipe.evaluation
+    if options.cards or any(data.card for data in recipe.data):
+        named = options.cards or [data.card for data in recipe.data if data.card]
+        entries = [DataOptions(card=name, path=options.path) for name in dict.fromkeys(named)]
+        own = [] if options.cards else [data for data in recipe.data if not data.card]
+    elif options.path is not None:
+        source = OwnSource(kind="own", path=str(options.path), splits=(options.split,))
+        return [Entry(DataOptions(path=options.path), own_card(source))]
+    else:
+        entries, own = [], recipe.data
+    entries += {data.path: data for data in own}.values()
+    return [Entry(one, card_of(one)) for one in entries]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +127,7 @@ class Reader(Generic[Item, T]):
         loaded = self.load(
             entry.card,
             split,
-            path=data.path,
+            path=entry.path,
             limit=limit,
             seed=self.seed,
             params=data.params,
@@ -119,11 +157,11 @@ class Reader(Generic[Item, T]):
             items, loaded = self.read(entry, entry.data.split, entry.data.limit, held_out)
             self._tell_compared(entry, loaded)
             if not 1 <= count <= len(items):
-                takes = f", of which data card {entry.name!r} is to give {count}," if len(entries) > 1 else ""
+                takes = f", of which {entry.called} is to give {count}," if len(entries) > 1 else ""
                 raise UserError(
-                    f"{a_step_key} is {a_step},{takes} but data card {entry.name!r} gives only {len(items)} examples"
+                    f"{a_step_key} is {a_step},{takes} but {entry.called} gives only {len(items)} examples"
                     if count
-                    else f"{a_step_key} is {a_step}: the share of data card {entry.name!r} is less than one example a step"
+                    else f"{a_step_key} is {a_step}: the share of {entry.called} is less than one example a step"
                 )
             sources.append(Source(entry.name, items, count))
         return sources
@@ -134,14 +172,14 @@ class Reader(Generic[Item, T]):
         dropped = loaded.dropped_contaminated
         self.notes.tell(
             "held_out",
-            f"data card {entry.name}: training prompts were compared with {found or 'nothing'}; {dropped} left out",
+            f"{entry.called}: training prompts were compared with {found or 'nothing'}; {dropped} left out",
             card=entry.name,
             compared=dict(loaded.compared),
             left_out=dropped,
         )
         if loaded.unchecked:
             self.notes.warn(
-                f"data card {entry.name}: data.path is one file, so it could not be checked for prompts of its splits "
+                f"{entry.called}: data.path is one file, so it could not be checked for prompts of its splits "
                 f"{', '.join(loaded.unchecked)}; give a directory with a file for each split"
             )
 
@@ -152,7 +190,7 @@ class Reader(Generic[Item, T]):
         if len(kept) == len(items):
             return kept
         told = (
-            f"data card {entry.name}, split {split}: {len(items) - len(kept)} of {len(items)} examples have more than "
+            f"{entry.called}, split {split}: {len(items) - len(kept)} of {len(items)} examples have more than "
             f"{self.room.tokens} tokens ({self.room.why}), the longest {max(counts)}"
         )
         if entry.data.too_long == "refuse":

@@ -9,8 +9,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-from align.data.cards import DataCard, FileSource, GeneratorSource, HubSource, ReasoningGymSource, check
+from align.data.cards import DataCard, FileSource, GeneratorSource, HubSource, OwnSource, ReasoningGymSource, check
 from align.data.generators import GIVEN, generator, reasoning_gym_task
+from align.data.own import read_source, read_split
 from align.data.tables import read_examples, read_preferences
 from align.data.types import Example, Item, LoadedSplit, Preference, SplitName
 from align.errors import UserError, naming
@@ -111,7 +112,7 @@ def _load(
 ) -> LoadedSplit[Item]:
     """The split without what is held out from it, of which `choose` leaves something."""
     if split not in card.splits:
-        raise UserError(f"data card {card.name} has no split {split!r}, only {', '.join(sorted(card.splits))}")
+        raise UserError(f"{card.called} has no split {split!r}, only {', '.join(sorted(card.splits))}")
     own = [name for name in HELD_OUT_FROM[split] if name in card.splits and name in card.decontamination.against]
     unchecked = tuple(name for name in own if not _comparable(card, split, name, path))
     others = {f"{card.name}/{name}": {e.prompt_key for e in read(name)} for name in own if name not in unchecked}
@@ -122,7 +123,7 @@ def _load(
     forbidden = set[str]().union(*held_out.values())
     clean = [item for item, key in zip(found, keys, strict=True) if key not in forbidden]
     dropped = len(found) - len(clean)
-    where = f"data card {card.name}, split {split}"
+    where = f"{card.called}, split {split}"
     chosen = choose(clean, where) if clean else []
     if not chosen:
         held = ", ".join(f"{count} in {name}" for name, count in compared.items() if count)
@@ -140,9 +141,9 @@ def _reader(
     """`read` as a function of the split. Raises UserError for a path or params that the card has no use for."""
     generated = isinstance(card.source, GeneratorSource | ReasoningGymSource)
     if generated and path is not None:
-        raise UserError(f"data card {card.name} is generated: it takes no path, and {path} would be ignored")
+        raise UserError(f"{card.called} is generated: it takes no path, and {path} would be ignored")
     if params and not generated:
-        raise UserError(f"data card {card.name} is not generated: it takes no params ({', '.join(params)})")
+        raise UserError(f"{card.called} is not generated: it takes no params ({', '.join(params)})")
     local = Path(path) if path is not None else None
     return lambda split: read(card, split, local, seed, dict(params or {}))
 
@@ -154,6 +155,8 @@ def _examples(card: DataCard, split: SplitName, path: Path | None, seed: int, pa
         case ReasoningGymSource() as source:
             made: list[Example] = reasoning_gym_task().generate_task(card, source, split, params)
             return made
+        case OwnSource() as source:
+            return [item for item in read_split(source, split) if isinstance(item, Example)]
         case source:
             return read_examples(card, source, split, path)
 
@@ -166,7 +169,9 @@ def _preferences(
         return read_preferences(card, source, split, path)
     if isinstance(source, GeneratorSource) and (preferences := generator(source.name).preferences):
         return _generated(card, source, preferences, split, seed, params)
-    raise UserError(f"data card {card.name} has no preferences to train a reward model on")
+    if isinstance(source, OwnSource):
+        return [item for item in read_split(source, split) if isinstance(item, Preference)]
+    raise UserError(f"{card.called} has no preferences to train a reward model on")
 
 
 def _generated(
@@ -182,6 +187,13 @@ def _generated(
     taken = inspect.signature(function).parameters.keys() - set(GIVEN)
     with naming(f"data card {card.name}"):
         return function(split, **merged.model_dump(include=taken), seed=seed, domain=card.domain)
+
+
+def domains_of(card: DataCard) -> list[str]:
+    """The domains of a card's examples: its own, or those that the rows of data without a card say."""
+    if not isinstance(card.source, OwnSource):
+        return [card.domain]
+    return list(dict.fromkeys(item.domain for rows in read_source(card.source).values() for item in rows.items))
 
 
 def _comparable(card: DataCard, split: SplitName, other: SplitName, path: str | Path | None) -> bool:

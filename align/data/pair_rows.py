@@ -61,10 +61,10 @@ class HhDialogues(PairForm):
     rejected: str
 
     def prompt(self, row: Row, column: str) -> tuple[Message, ...]:
-        return tuple(_hh_turns(row.text(self.chosen))[:-1])
+        return tuple(hh_turns(row.text(self.chosen))[:-1])
 
     def pair(self, row: Row) -> Pair:
-        (*prompt, better), (*other_prompt, worse) = (_hh_turns(row.text(c)) for c in (self.chosen, self.rejected))
+        (*prompt, better), (*other_prompt, worse) = (hh_turns(row.text(c)) for c in (self.chosen, self.rejected))
         if prompt != other_prompt:
             raise NothingToJudgeBy("the dialogues differ before their last turn")
         return Pair(better["content"], worse["content"])
@@ -103,7 +103,7 @@ class SignedResponses(PairForm):
 PairRows = Annotated[ChosenRejected | HhDialogues | NumberedResponses | SignedResponses, Field(discriminator="format")]
 
 
-def _hh_turns(dialogue: str) -> list[Message]:
+def hh_turns(dialogue: str) -> list[Message]:
     """The turns of "\\n\\nHuman: ...\\n\\nAssistant: ...". Raises NothingToJudgeBy unless they alternate and have a text each."""
     before, *parts = HH_TURN.split(dialogue)
     turns: list[Message] = [

@@ -1,16 +1,23 @@
-"""Rows that somebody else wrote, of JSON lines, Parquet or the hub: any fault is an error that names file, row and column."""
+"""Rows that somebody else wrote, of files or the hub: any fault is an error that names file, row and column."""
 
+import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, get_args
 
 from align.data.types import Message, Role
 from align.errors import UserError, nearest
-from align.run.files import read_jsonl_lines, read_parquet
+from reward.rows import text_of
 
 ROLES = get_args(Role)
+SHAREGPT_ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "observation": "tool",
+}
+"""ShareGPT's names of roles, where they are others than OpenAI's."""
 
 
 class NothingToJudgeBy(Exception):  # noqa: N818
@@ -93,28 +100,32 @@ class Row:
             return self.text(column)
         return self.messages(column, "assistant")[-1]["content"]
 
-    def messages(self, column: str, last: Role, *, exact: bool = False) -> tuple[Message, ...]:
-        """A conversation that ends with a message of `last`. `exact`: a message has a role and a content, and nothing else."""
-        value = self.value(column)
-        if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-            raise self.error(column, f"must hold {'' if exact else 'text or '}a list of messages, not {value!r:.40}")
-        place = f"{self.where}: column {column!r}, message"
-        messages = tuple(_message(item, f"{place} {number}", exact) for number, item in enumerate(value, start=1))
+    def messages(self, column: str, last: Role) -> tuple[Message, ...]:
+        """A conversation that ends with a message of `last`."""
+        messages = self.conversation(column)
         if messages[-1]["role"] != last:
             raise self.error(column, f"must end with a message of the {last}, not of the {messages[-1]['role']}")
         return messages
 
+    def conversation(self, column: str) -> tuple[Message, ...]:
+        """A conversation: a list of messages in OpenAI's form or in ShareGPT's, or the JSON text of one."""
+        value = self.value(column)
+        if isinstance(value, str) and value.lstrip().startswith("["):
+            value = self.json(column)
+        if not isinstance(value, Sequence) or isinstance(value, str) or not value:
+            raise self.error(column, f"must hold text or a list of messages, not {value!r:.40}")
+        where = f"{self.where}: column {column!r}"
+        messages = tuple(message_of(item, f"{where}, message {number}") for number, item in enumerate(value, start=1))
+        check_tool_results(messages, where)
+        return messages
 
-def read_rows(path: Path) -> Iterator[Row]:
-    """The rows of a file, of JSON lines or Parquet by its suffix. Raises UserError where it cannot be read."""
-    if path.suffix == ".jsonl":
-        for line, values in read_jsonl_lines(path):
-            yield Row(values, f"{path}, line {line}")
-    elif path.suffix == ".parquet":
-        for index, values in enumerate(read_parquet(path).to_pylist(), start=1):
-            yield Row(values, f"{path}, row {index}")
-    else:
-        raise UserError(f"{path}: give JSON lines (.jsonl) or Parquet (.parquet)")
+    def json(self, column: str) -> Any:
+        """What a column holds, read where it is JSON text."""
+        value = self.value(column)
+        try:
+            return json.loads(value) if isinstance(value, str) else value
+        except (ValueError, RecursionError) as error:
+            raise self.error(column, f"is not JSON: {error}") from None
 
 
 def asked(prompt: str) -> tuple[Message, ...]:
@@ -131,13 +142,66 @@ def check_unicode(text: str, where: str) -> str:
     return text
 
 
-def _message(item: Any, where: str, exact: bool) -> Message:
-    keys = {"role", "content"}
-    if not isinstance(item, Mapping) or not keys <= item.keys() or (exact and keys != item.keys()):
-        raise UserError(f"{where}: must be an object with role and content{', and nothing else' if exact else ''}")
-    role, content = item["role"], item["content"]
+def message_of(item: Any, where: str) -> Message:
+    """A message of a row, whose text may come in parts. Raises UserError, which begins with `where`, for anything else."""
+    if isinstance(item, Mapping) and {"from", "value"} <= item.keys():
+        item = {"role": SHAREGPT_ROLES.get(str(item["from"]), item["from"]), "content": item["value"]}
+    if not isinstance(item, Mapping) or "role" not in item or not {"content", "tool_calls"} & item.keys():
+        raise UserError(f"{where}: must be an object with role and content")
+    role, calls = item["role"], item.get("tool_calls")
     if role not in ROLES:
         raise UserError(f"{where}: unknown role {role!r}{nearest(str(role), ROLES)}; roles are {', '.join(ROLES)}")
-    if not isinstance(content, str) or not content.strip():
+    if calls and (role != "assistant" or not isinstance(calls, list) or not all(isinstance(c, Mapping) for c in calls)):
+        raise UserError(f"{where}: tool_calls must be an assistant's list of objects")
+    content = _text(item.get("content"), where)
+    if not content.strip() and not calls and role in ("user", "assistant"):
+        raise UserError(f"{where}: content must be text that is not empty, not {item.get('content')!r:.40}")
+    message: Message = {"role": role, "content": check_unicode(content, where)}
+    if calls:
+        message["tool_calls"] = [dict(call) for call in calls]
+    for key in ("name", "tool_call_id"):
+        if item.get(key) is not None:
+            message[key] = str(item[key])
+    if (weight := _weight(item, where)) is not None:
+        message["weight"] = weight
+    return message
+
+
+def _text(content: Any, where: str) -> str:
+    """The text of a content: a text, null, or a list of parts that are all text."""
+    if isinstance(content, list):
+        for part in content:
+            if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
+                kind = part.get("type") if isinstance(part, Mapping) else None
+                raise UserError(
+                    f"{where}: content has a part that is no text ({kind or repr(part)[:40]}), and only texts are read"
+                )
+    elif content is not None and not isinstance(content, str):
         raise UserError(f"{where}: content must be text that is not empty, not {content!r:.40}")
-    return {"role": role, "content": check_unicode(content, where)}
+    return text_of(content)
+
+
+def _weight(item: Mapping[str, Any], where: str) -> float | None:
+    """Whether a turn is trained on, by OpenAI's `weight` (0 or 1) or by `train` (true or false)."""
+    given = [item[key] for key in ("weight", "train") if item.get(key) is not None]
+    if not given:
+        return None
+    if given[0] not in (0, 1):
+        raise UserError(f"{where}: weight must be 0 or 1, and train true or false, not {given[0]!r:.40}")
+    return float(given[0])
+
+
+def check_tool_results(messages: Sequence[Message], where: str) -> None:
+    """Raise UserError for a tool's result that nobody called for, and for a call without a result that is not the last message."""
+    due, caller = 0, 0
+    for number, message in enumerate(messages, start=1):
+        if message["role"] == "tool":
+            if not due:
+                raise UserError(
+                    f"{where}, message {number}: a tool's result, and no tool call before it is without one"
+                )
+            due -= 1
+            continue
+        if due:
+            raise UserError(f"{where}, message {caller}: {due} of its tool calls have no result after it")
+        due, caller = len(message.get("tool_calls", ())), number

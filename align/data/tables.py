@@ -8,16 +8,16 @@ from pathlib import Path
 from align.data.cards import DataCard, Fields, FileSource, HubSource
 from align.data.code_rows import code_task
 from align.data.drawing import percentile
-from align.data.rows import NothingToJudgeBy, Row, asked, read_rows
+from align.data.files import readable
+from align.data.rows import NothingToJudgeBy, Row, asked
 from align.data.types import Example, Item, Message, Preference, SplitName
-from align.errors import UserError, nearest
-from align.run.files import read_jsonl_lines
+from align.errors import UserError
 from reward import boxed_answers, normalise
+from reward.rows import metadata_of
 
 _log = logging.getLogger(__name__)
 Conversation = tuple[Message, ...]
 TableSource = HubSource | FileSource
-USER_KEYS = ("id", "prompt", "messages", "answer", "domain", "level", "metadata")
 
 
 def read_examples(card: DataCard, source: TableSource, split: SplitName, path: Path | None) -> list[Example]:
@@ -68,27 +68,7 @@ def table_rows(source: TableSource, split: SplitName, path: Path | None) -> Iter
         yield from _hub_rows(source, table)
         return
     for file in _replacement(path, table) if path is not None else [Path(table)]:
-        yield from read_rows(file)
-
-
-def read_user_file(path: str | Path) -> list[Example]:
-    """A user's own problems, in their order: JSON lines like {"id": "1", "prompt": "What is 1 + 1?", "answer": "2"}.
-
-    Each line has `id`, `answer`, and `prompt` or `messages` (of which the last is the user's); it may have
-    `domain`, `level` and `metadata`, which rewards can look into. Raises UserError with file and line.
-    """
-    first_seen: dict[str, int] = {}
-    examples = []
-    for line, values in read_jsonl_lines(Path(path)):
-        row = Row(values, f"{path}, line {line}")
-        example = _user_example(row)
-        if example.id in first_seen:
-            raise UserError(f"{row.where}: the id {example.id!r} is already that of line {first_seen[example.id]}")
-        first_seen[example.id] = line
-        examples.append(example)
-    if not examples:
-        raise UserError(f"{path} is empty: each line must be a problem with id, prompt and answer")
-    return examples
+        yield from readable(file)
 
 
 def _read(
@@ -125,10 +105,11 @@ def _read(
 
 
 def _example(card: DataCard, fields: Fields, identity: str, messages: Conversation, row: Row) -> Example:
-    metadata = {}
-    if fields.tests is not None:
-        prompt, metadata["tests"] = code_task(fields.tests, row, messages[-1]["content"])
-        messages = asked(prompt)
+    if fields.tests is None:
+        metadata = metadata_of(row.values, {fields.prompt})
+    else:
+        prompt, tests = code_task(fields.tests, row, messages[-1]["content"])
+        messages, metadata = asked(prompt), {"tests": tests}
     return Example(
         id=identity,
         messages=messages,
@@ -173,30 +154,6 @@ def _level(row: Row, column: str) -> int | None:
     if number is None:
         raise row.error(column, f"must end in a whole number, the level, unlike {text[:40]!r}")
     return int(number.group())
-
-
-def _user_example(row: Row) -> Example:
-    for key in row.values:
-        if key not in USER_KEYS:
-            raise UserError(f"{row.where}: unknown key {key!r}{nearest(key, USER_KEYS)}; extra data goes into metadata")
-    if {"prompt", "messages"} <= row.values.keys():
-        raise UserError(f"{row.where}: both prompt and messages; give one of them")
-    level, metadata = row.values.get("level"), row.values.get("metadata", {})
-    if "level" in row.values and type(level) is not int:  # JSON's true is a bool, which is an int too
-        raise row.error("level", f"must hold a whole number, not {level!r:.40}")
-    if not isinstance(metadata, dict):
-        raise row.error("metadata", f"must hold an object, not {metadata!r:.40}")
-    return Example(
-        id=row.filled("id"),
-        messages=row.messages("messages", "user", exact=True)
-        if "messages" in row.values
-        else asked(row.filled("prompt")),
-        response=None,
-        answer=row.filled("answer"),
-        domain=row.filled("domain") if "domain" in row.values else "user",
-        level=level,
-        metadata=metadata,
-    )
 
 
 def _replacement(path: Path, table: str) -> Sequence[Path]:

@@ -2,22 +2,32 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Generic, Literal, TypedDict, TypeVar
+from typing import Annotated, Any, Generic, Literal, NotRequired, TypedDict, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from align.errors import nearest
+from reward.rows import request_of
 
 SplitName = Literal["train", "validation", "test"]
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "developer", "user", "assistant", "tool"]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Message(TypedDict):
-    """One turn of a conversation, as chat templates take it."""
+    """One turn of a conversation, as chat templates take it (the form of OpenAI's API)."""
 
     role: Role
     content: str
+    """Empty where an assistant calls tools and says nothing."""
+    name: NotRequired[str]
+    """Of who speaks, or of the tool whose result this is."""
+    tool_calls: NotRequired[list[dict[str, Any]]]
+    """What an assistant calls: `{"type": "function", "function": {"name": ..., "arguments": ...}}` each."""
+    tool_call_id: NotRequired[str]
+    """Which call a tool's result answers."""
+    weight: NotRequired[float]
+    """0 where a row says that an assistant's turn is not to be trained on, 1 where it is."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +37,7 @@ class Example:
     id: str
     """The same in each run, like "nano_math/test/17+25"."""
     messages: tuple[Message, ...]
-    """The prompt; the last message is the user's."""
+    """The prompt; the last message is the user's, or a tool's result."""
     response: str | None
     """A demonstration, for SFT."""
     answer: str | None
@@ -36,15 +46,24 @@ class Example:
     level: int | None = None
     """Difficulty, 1 for the easiest; None where the source has no levels."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    """What rewards may look at besides: the row's other columns, tests of a program, facts of a generated problem."""
+    conversation: tuple[Message, ...] = field(default=(), repr=False)
+    """All turns of a demonstration up to the assistant's last, which `messages` and `response` are too; empty where the data have no more than
+    these. A row may say with `weight` which turns are trained on."""
+    tools: tuple[Mapping[str, Any], ...] = field(default=(), repr=False)
+    """What the model may call in the conversation, as JSON schemas."""
 
     @property
     def prompt_text(self) -> str:
         """What the user asked last."""
-        return self.messages[-1]["content"]
+        return request_of(self.messages)
 
     @property
     def prompt_key(self) -> str:
-        """What prompts are compared by, to hold splits apart: what the user asked last, but for case and white space."""
+        """What prompts are compared by, to hold splits apart, but for case and white space: what the user asked last, and where turns of the
+        assistant come before it, all that was said."""
+        if any(message["role"] == "assistant" for message in self.messages):
+            return normalised("\n".join(message["content"] for message in self.messages))
         return normalised(self.prompt_text)
 
 
@@ -64,7 +83,7 @@ class Preference:
     @property
     def prompt_text(self) -> str:
         """What the user asked last."""
-        return self.messages[-1]["content"]
+        return request_of(self.messages)
 
     @property
     def prompt_key(self) -> str:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -212,7 +213,7 @@ def check_files(recipe: Recipe, path: Path, lines: Mapping[tuple[str, ...], int]
     for key, file in named.items():
         if pending is not None and file.is_relative_to(pending):
             continue
-        if not file.exists():
+        if not file.exists() and not any(glob(str(file), recursive=True)):
             line = f", line {lines[key]}" if key in lines else ""
             raise UserError(f"{path}{line}: {'.'.join(key)} names {file}, which does not exist")
     if model.is_dir() and not (pending is not None and model.is_relative_to(pending)):

@@ -54,14 +54,27 @@ class ModelOptions(Options):
 
 
 class DataOptions(Options):
-    """Which examples of which data card. A recipe may list several; each step then takes from all of them."""
+    """Which examples of which data card or files. A recipe may list several; each step then takes from all of them."""
 
-    card: str = Field(description="name of a card in data_cards/, or a path to one")
+    card: str | None = Field(
+        None, description="name of a card in data_cards/, or a path to one; none where path is data of one's own"
+    )
     split: Literal["train", "validation", "test"] = Field(
         "train", description="validation is for GRPO without evaluation.every alone; test is never trained on"
     )
     path: Path | None = Field(
-        None, description="local file, or directory with a file for each split, to read in place of the card's source"
+        None,
+        description="file, files by a pattern, or directory with a file for each split: data of one's own, whose columns say what they are; "
+        "beside a card, what is read in place of its source",
+    )
+    held_out: float = Field(
+        0.05,
+        gt=0,
+        lt=0.5,
+        description="without a card: share of the prompts that the validation split, and the test split, have of a file alone",
+    )
+    bad_rows: Literal["refuse", "leave_out"] = Field(
+        "refuse", description="without a card: rows that cannot be used end the run, or are left out and counted"
     )
     levels: list[int] | None = Field(None, description="difficulty levels to keep; all when not given")
     limit: int | None = Field(None, ge=1, description="first so many examples, after a seeded shuffle")
@@ -70,6 +83,15 @@ class DataOptions(Options):
     too_long: Literal["leave_out", "refuse"] = Field(
         "leave_out", description="what becomes of an example that has more tokens than there is room for"
     )
+
+    @model_validator(mode="after")
+    def _is_a_card_or_files(self) -> Self:
+        if self.card is None and self.path is None:
+            raise ValueError("name a card, or give the path of data of one's own")
+        if self.card is not None:
+            for key in ("held_out", "bad_rows"):
+                refuse_without_effect(self, key, "the card says what its splits are and how it is read", at="data.")
+        return self
 
     @model_validator(mode="after")
     def _test_is_held_out(self) -> Self:
@@ -263,10 +285,15 @@ class AgainstOptions(Options):
 class EvaluationOptions(Options):
     """Held-out problems answered by the policy, before and after the stage, and whatever else is asked of it then."""
 
-    cards: list[str] | None = Field(None, description="data cards; those of the training data when not given")
+    cards: list[str] | None = Field(
+        None,
+        description="data cards; when not given, the training data's: their cards, and what is held out of files without one",
+    )
     split: Literal["validation", "test"] = Field("test", description="of the evaluations before and after the stage")
     path: Path | None = Field(
-        None, description="local file, or directory with a file for each split, in place of the source of the only card"
+        None,
+        description="local file, or directory with a file for each split, in place of the source of the only card; where the training data "
+        "have no card, files of one's own to evaluate on in place of what is held out of them",
     )
     levels: list[int] | None = Field(None, description="difficulty levels to keep of the only card")
     limit: int = Field(256, ge=1, description="problems of a card, after a seeded shuffle")

@@ -55,7 +55,6 @@ class Roles:
     scoring: ScoringOptions | None = None
     rewards: Sequence[RewardTerm] = ()
     evaluation: EvaluationOptions | None = None
-    evaluation_cards: Sequence[str] = ()
     weights: WeightOptions | None = None
     colocated: bool = False
 
@@ -144,15 +143,17 @@ class PolicyRecipe(SamplingRecipe, TrainingRecipe):
             trained="policy",
             longest=self.rollout.max_length,
             evaluation=self.evaluation,
-            evaluation_cards=self.evaluation_cards,
             weights=self.weights,
             colocated=self.colocate,
         )
 
     @property
     def evaluation_cards(self) -> list[str]:
-        """The data cards whose held-out problems the policy answers, each once."""
-        return list(dict.fromkeys(self.evaluation.cards or [data.card for data in self.data]))
+        """The data whose held-out problems the policy answers, each once: names of cards, paths where there is none."""
+        options, cards = self.evaluation, [data.card for data in self.data if data.card]
+        if options.path is not None and not options.cards and not cards:
+            return [str(options.path)]
+        return list(dict.fromkeys(options.cards or [data.card or str(data.path) for data in self.data]))
 
     @model_validator(mode="after")
     def _one_card_for_a_path(self) -> Self:

@@ -194,7 +194,7 @@ def read_jsonl_lines(path: Path, cut_off: list[str] | None = None) -> Iterator[t
                 if not content.strip():
                     continue
                 try:
-                    row = _parse(content, f"{path}, line {number}")
+                    row = parse_json_line(content, f"{path}, line {number}")
                 except UserError:
                     if cut_off is None or line.endswith(b"\n"):
                         raise
@@ -212,7 +212,8 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
             file.write(json_line(row).encode() + b"\n")
 
 
-def _parse(line: bytes, where: str) -> dict[str, Any]:
+def parse_json_line(line: bytes, where: str) -> dict[str, Any]:
+    """The object of a line of JSON in UTF-8. Raises UserError, which begins with `where`, for anything else."""
     try:
         row = json.loads(line.decode())
     except UnicodeDecodeError as error:
@@ -221,6 +222,8 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
         raise UserError(
             f"{where}: not JSON ({error.msg}, column {error.colno}). Each line must be one JSON object"
         ) from None
+    except (ValueError, RecursionError) as error:  # a number of too many digits, lists in lists in lists
+        raise UserError(f"{where}: JSON that cannot be read: {error}") from None
     if not isinstance(row, dict):
         raise UserError(f"{where}: a JSON {type(row).__name__}, where each line must be one JSON object")
     return row

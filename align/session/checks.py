@@ -8,7 +8,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from align.data.cards import Stage, load_card, require_stage
+from align.data.cards import DataCard, Stage, require_stage
+from align.data.entries import card_of, evaluated
+from align.data.loader import domains_of
 from align.data.types import SplitName
 from align.errors import UserError
 from align.evaluate import hooks
@@ -19,7 +21,7 @@ from align.model.lora import chosen_parts
 from align.model.policy import load_tokenizer, stop_token_ids
 from align.model.reward_model import is_reward_model
 from align.model.sizes import ModelSizes, empty_model, model_sizes, read_config
-from align.recipe import MachineOptions, PlannedStage, Recipe, TrainingRecipe
+from align.recipe import MachineOptions, PlannedStage, PolicyRecipe, Recipe, TrainingRecipe
 from align.recipe.options import HookOptions
 from align.run import check_machine
 from reward import Mixture, RewardError, RewardTerm
@@ -53,27 +55,29 @@ def check_recipe(recipe: Recipe) -> list[str]:
 
 
 def check_names(recipe: Recipe) -> None:
-    """Raise UserError for a reward, hook or data card that is not there, or not meant for the stage."""
+    """Raise UserError for a reward, hook or data card that is not there, or not meant for the stage; and for data without a card that cannot be read."""
     roles = recipe.roles()
+    asked = evaluated(recipe) if isinstance(recipe, PolicyRecipe) else []
+    trained = [card_of(data) for data in recipe.data]
     if roles.rollout is not None:
-        check_rewards(roles.rewards, [*(data.card for data in recipe.data), *roles.evaluation_cards])
-    for data in recipe.data:
-        check_split(data.card, data.split, recipe.data_stage, "data.split")
+        check_rewards(roles.rewards, [*trained, *(entry.card for entry in asked)])
+    for data, card in zip(recipe.data, trained, strict=True):
+        check_split(card, data.split, recipe.data_stage, "data.split")
     if roles.evaluation is not None:
-        for name in roles.evaluation_cards:
-            check_split(name, roles.evaluation.split, "eval", "evaluation.split")
-        check_evaluation_cards(roles.evaluation_cards, choosing=roles.evaluation.every is not None)
+        for entry in asked:
+            check_split(entry.card, roles.evaluation.split, "eval", "evaluation.split")
+        check_evaluation_cards([entry.card for entry in asked], choosing=roles.evaluation.every is not None)
         for hook in roles.evaluation.hooks:
             hooks.check_params(hook.name, hook.params)
 
 
-def check_rewards(rewards: Sequence[RewardTerm], cards: Sequence[str]) -> None:
+def check_rewards(rewards: Sequence[RewardTerm], cards: Sequence[DataCard]) -> None:
     """Raise UserError for a reward that cannot be made, and for a domain of the cards that none with a weight is for."""
     try:
         Mixture(rewards)
     except RewardError as error:
         raise UserError(f"rewards: {error}") from None
-    for domain in sorted({load_card(card).domain for card in cards}):
+    for domain in sorted({domain for card in cards for domain in domains_of(card)}):
         if not any(term.weight and term.applies_to(domain) for term in rewards):
             raise UserError(
                 f"rewards: none with a weight is for the domain {domain!r} of the recipe's data or evaluation; "
@@ -81,9 +85,8 @@ def check_rewards(rewards: Sequence[RewardTerm], cards: Sequence[str]) -> None:
             )
 
 
-def check_evaluation_cards(names: Sequence[str], *, choosing: bool) -> None:
+def check_evaluation_cards(cards: Sequence[DataCard], *, choosing: bool) -> None:
     """Raise UserError for two cards of one name, and where no card has problems to choose checkpoints by."""
-    cards = [load_card(name) for name in names]
     for name, count in Counter(card.name for card in cards).items():
         if count > 1:
             raise UserError(
@@ -96,12 +99,11 @@ def check_evaluation_cards(names: Sequence[str], *, choosing: bool) -> None:
         )
 
 
-def check_split(name: str, split: SplitName, stage: Stage, where: str) -> None:
+def check_split(card: DataCard, split: SplitName, stage: Stage, where: str) -> None:
     """Raise UserError where a data card is not meant for the stage or lacks the split."""
-    card = load_card(name)
     require_stage(card, stage)
     if split not in card.splits:
-        raise UserError(f"{where}: data card {card.name} has no split {split!r}, only {', '.join(sorted(card.splits))}")
+        raise UserError(f"{where}: {card.called} has no split {split!r}, only {', '.join(sorted(card.splits))}")
 
 
 def check_size(machine: MachineOptions) -> None:

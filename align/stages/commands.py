@@ -3,7 +3,8 @@
 from collections.abc import Collection, Mapping
 from types import MappingProxyType
 
-from align.data.cards import load_card
+from align.data.entries import evaluated
+from align.data.loader import domains_of
 from align.evaluate.accuracy import Evaluation
 from align.recipe import (
     GrpoRecipe,
@@ -106,7 +107,7 @@ def policy_of(
                 "init_from", f"SFT takes over what it shares with this recipe: {'; '.join(before.replaced)}"
             )
         run_sft(recipe, held_out)
-    domains = list(dict.fromkeys(load_card(card).domain for card in recipe.evaluation_cards))
+    domains = list(dict.fromkeys(domain for entry in evaluated(recipe) for domain in domains_of(entry.card)))
     trained = session.policy.model_copy(update={"path": str(directory.final_directory)})
     return trained, recorded_evaluations(directory, domains)
 

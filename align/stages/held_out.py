@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from align.data.cards import load_card
+from align.data.entries import evaluated
 from align.data.loader import first, load_split, refuse_one_file
 from align.data.types import Example, SplitName
 from align.errors import UserError
@@ -48,17 +48,18 @@ class Problems:
 def load_problems(recipe: PolicyRecipe, tokenizer: Any) -> Problems:
     """The problems that the recipe evaluates on. Raises UserError for those that cannot be used, and where every prompt is too long."""
     options = recipe.evaluation
-    cards = [load_card(name) for name in recipe.evaluation_cards]
+    entries = evaluated(recipe)
     examples: dict[SplitName, list[Example]] = {options.split: []}
     if options.every is not None:
         examples.setdefault("validation", [])
     prompts: dict[str, frozenset[str]] = {}
     for split, found in examples.items():
-        for card in cards:
+        for entry in entries:
+            card = entry.card
             if split != options.split and split not in card.splits:
                 continue
-            refuse_one_file(card, options.path, list(examples))
-            loaded = load_split(card, split, path=options.path, levels=options.levels)
+            refuse_one_file(card, entry.path, list(examples))
+            loaded = load_split(card, split, path=entry.path, levels=options.levels)
             found += first(loaded.examples, options.limit, 0)
             prompts[f"{card.name}/{split}"] = loaded.prompts
     longest = recipe.rollout.max_length - options.max_new_tokens
@@ -80,7 +81,7 @@ class HeldOut:
         run = session.run
         self._problems, self._session, self._run = problems, session, run
         self._split = ""
-        self._cards = [load_card(name) for name in recipe.evaluation_cards]
+        self._cards = [entry.card for entry in evaluated(recipe)]
         self._longest = recipe.rollout.max_length - recipe.evaluation.max_new_tokens
         self._others = answers_of(recipe.evaluation.against.run) if recipe.evaluation.against else []
         self._max_length = recipe.rollout.max_length

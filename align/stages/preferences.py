@@ -44,7 +44,7 @@ def load_prompts(recipe: PreferencesRecipe, tokenizer: Any, run: Run) -> list[Sp
     )
     found = []
     for entry in entries_of(recipe.data, recipe.data_stage):
-        refuse_one_file(entry.card, entry.data.path, list(entry.card.splits))
+        refuse_one_file(entry.card, entry.path, list(entry.card.splits))
         for split in entry.card.splits:
             limit = (entry.data.limit or options.prompts) if split == "train" else options.held_out_prompts
             found.append(SplitPrompts(split, reader.read(entry, split, limit)[0]))

@@ -58,7 +58,7 @@ def load_reward_model_data(recipe: RewardModelRecipe, tokenizer: Any, run: Run) 
     """Everything the recipe names, read and checked. Raises UserError for what cannot be used."""
     options, entries = recipe.reward_model, entries_of(recipe.data, recipe.data_stage)
     for entry in entries:
-        refuse_one_file(entry.card, entry.data.path, list(entry.card.splits))
+        refuse_one_file(entry.card, entry.path, list(entry.card.splits))
     reader = Reader(
         load_preferences,
         partial(encode_pair, tokenizer, margin_scale=options.margin_scale),
@@ -114,7 +114,10 @@ def train_reward_model(
         )
         trained = steps.save_final(session.policy)
         about = {
-            "data": [entry.model_dump(mode="json", include={"card", "params"}) for entry in recipe.data],
+            "data": [
+                {"card": entry.card, "params": entry.params} if entry.card else {"path": str(entry.path)}
+                for entry in recipe.data
+            ],
             "loss": options.loss,
             "accuracy": evaluation.accuracy,
             "tokenizer_sha256": data.tokenizer_sha256,

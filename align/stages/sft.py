@@ -60,7 +60,7 @@ def load_sft_data(
     )
     entries = entries_of(recipe.data, recipe.data_stage)
     for entry in entries:
-        refuse_one_file(entry.card, entry.data.path, (entry.data.split, "validation"))
+        refuse_one_file(entry.card, entry.path, (entry.data.split, "validation"))
     validation, prompts = reader.held_out_split(entries, "validation", options.validation_limit)
     held_out = held_together(problems.prompts, also_held_out, prompts)
     sources = reader.sources(entries, options.sequences_per_step, "sft.sequences_per_step", held_out)

@@ -5,7 +5,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from align.data.tables import read_user_file
+from align.data.own import read_user_file
 from align.data.types import Message
 from align.errors import UserError
 from align.evaluate.accuracy import evaluate, short_problems
@@ -19,6 +19,7 @@ from align.recipe import AgreementOptions, LearnerOptions, ModelOptions, Optimiz
 from align.run import write_jsonl
 from align.session.ray import local_ray
 from reward import Mixture, RewardTerm, ScoringPool
+from reward.rows import TRUTHS
 from rollout import Fleet, FleetOptions, Prompt
 
 PROBES = ["What is 17 + 25?", "Write a sentence about the sea.", "1, 2, 3,", "naïve Größe, 你好"]
@@ -35,10 +36,14 @@ def running_fleet(model: ModelOptions, rollout: FleetOptions, tokenizer: Any) ->
 
 
 def evaluate_file(model: ModelOptions, data: Path, out: Path, rollout: FleetOptions, max_new_tokens: int) -> str:
-    """Answer every line of `data` greedily and write the answers with reward and verdict to `out`; returns a summary."""
+    """Answer every row of `data` (see `read_user_file`) greedily and write the answers with reward and verdict to `out`; returns a summary."""
     if out.exists():
         raise UserError(f"--out {out} exists already; give another file, or take it away")
     examples = read_user_file(data)
+    if all(example.answer is None for example in examples):
+        raise UserError(
+            f"{data}: no row has a ground truth to compare answers with; columns that may have one are {', '.join(TRUTHS)}"
+        )
     tokenizer = load_tokenizer(model.path, trust_remote_code=model.trust_remote_code)
     longest = rollout.max_length - max_new_tokens
     problems = encode_problems(tokenizer, examples)

@@ -1,15 +1,14 @@
 """A user's own file of completions, scored by a registered reward."""
 
-import warnings
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+from align.data.files import files_of, readable
+from align.data.rows import Row
 from align.errors import UserError
 from align.run import write_jsonl
-from align.run.files import read_jsonl_lines
 from reward import Mixture, RewardError, RewardTerm, Sample
+from reward.rows import sample_of_row
 
 EXAMPLE = '{"id": "1", "completion": "It is \\\\boxed{4}.", "ground_truth": "4"}'
 
@@ -17,12 +16,13 @@ EXAMPLE = '{"id": "1", "completion": "It is \\\\boxed{4}.", "ground_truth": "4"}
 def score_file(term: RewardTerm, data: Path, out: Path) -> str:
     """Score every line of `data` and write id, value, verdict, detail and seconds of each to `out`; returns a summary.
 
-    A line has `id` and `completion`, or `key` (which may be a number) and `response` as IFEval publishes them; it may have `prompt`,
-    `ground_truth` (`answer` in older files) and `domain`, and everything else, such as `tests`, goes to the reward as metadata. A sample that nobody could judge has the value null. Raises UserError with file and line.
+    `data` is any file that `align.data.files` reads. A row has `id` and `completion`, or `key` and `response` as IFEval publishes them; it may
+    have a prompt, a ground truth and a domain in the columns that `reward.rows` names, and every other column, such as `tests`, goes to the
+    reward as metadata. A sample that nobody could judge has the value null. Raises UserError with file and row.
     """
     if out.exists():
         raise UserError(f"--out {out} exists already; give another file, or take it away")
-    samples = [_sample(row, f"{data}, line {line}") for line, row in read_jsonl_lines(data)]
+    samples = [_sample(row) for file in files_of(data) for row in readable(file)]
     if not samples:
         raise UserError(f"{data} is empty: each line must be like {EXAMPLE}")
     try:
@@ -43,34 +43,29 @@ def score_file(term: RewardTerm, data: Path, out: Path) -> str:
     return f"{len(samples)} completions, {mean} ({verdicts}); scores are in {out}"
 
 
-def _sample(row: Mapping[str, Any], where: str) -> Sample:
-    if "id" not in row and "key" in row:
-        row = {**row, "id": str(row["key"])}
-    if "completion" not in row and "response" in row:
-        row = {**row, "completion": row["response"]}
-    if "answer" in row:
-        warnings.warn("the key answer of a completion is ground_truth now", FutureWarning, stacklevel=2)
-    truth = (
-        "ground_truth" if "answer" not in row and isinstance(row.get("ground_truth"), str | int | float) else "answer"
-    )
-    taken = {"id": True, "completion": True, "prompt": False, truth: False, "domain": False}
-    texts: dict[str, str] = {}
-    for key, required in taken.items():
-        value = row.get(key)
-        if value is None and not required:
-            continue
-        if key == truth and isinstance(value, int | float) and not isinstance(value, bool):
-            value = str(value)  # as data sets publish them
-        if not isinstance(value, str):
-            what = "is missing" if key not in row else f"must be text, not {type(value).__name__}"
-            raise UserError(f"{where}: {key} {what}; a line is like {EXAMPLE}")
-        texts[key] = value
-    rest = {key: value for key, value in row.items() if key not in taken or key == "ground_truth"}
-    return Sample(
-        id=texts["id"],
-        prompt=texts.get("prompt", ""),
-        completion=texts["completion"],
-        ground_truth=texts.get(truth),
-        domain=texts.get("domain", "user"),
-        metadata=rest,
+def _sample(row: Row) -> Sample:
+    values = row.values
+    id_column = "key" if "id" not in values and "key" in values else "id"
+    column = "response" if "completion" not in values and "response" in values else "completion"
+    for key in (id_column, column, "prompt", "ground_truth" if "answer" not in values else "answer", "domain"):
+        value, required = values.get(key), key in (id_column, column)
+        fits = (
+            isinstance(value, str)
+            or (value is None and not required)
+            or (key in (id_column, "answer") and isinstance(value, int | float) and not isinstance(value, bool))
+            or (key in (column, "prompt") and isinstance(value, list))
+            or key == "ground_truth"  # of which only the reward knows what it must be
+        )
+        if not fits:
+            what = "is missing" if key not in values else f"must be text, not {type(value).__name__}"
+            raise UserError(f"{row.where}: {key} {what}; a line is like {EXAMPLE}")
+    completion = values[column]
+    if not isinstance(completion, str):
+        completion = row.messages(column, "assistant")[-1]["content"]
+    return sample_of_row(
+        values,
+        completion,
+        id=str(values[id_column]),
+        prompt=row.conversation("prompt") if isinstance(values.get("prompt"), list) else None,
+        taken=(column,),
     )

@@ -78,6 +78,7 @@ def test_examples_of_a_table_are_complete(tmp_path):
         response="It is 1.",
         answer="7",
         domain="arithmetic",
+        metadata={"a": 7, "r": "It is 1."},
     )
 
 
@@ -118,8 +119,8 @@ def test_a_bad_row_is_named(tmp_path, bad, message):
 def test_empty_and_unreadable_files(tmp_path):
     with pytest.raises(UserError, match="no examples"):
         load_split(file_card(tmp_path, [], [row("T?")]), "train")
-    with pytest.raises(UserError, match=r"JSON lines \(\.jsonl\) or Parquet"):
-        load_split(file_card(tmp_path, [], [], train_suffix="csv"), "train")
+    with pytest.raises(UserError, match=r"must end in one of \.jsonl, .*\.parquet"):
+        load_split(file_card(tmp_path, [], [], train_suffix="txt"), "train")
     with pytest.raises(UserError, match=r"train\.parquet does not exist"):
         load_split(file_card(tmp_path, [], [], train_suffix="parquet"), "train")
 

@@ -41,10 +41,9 @@ def test_a_number_is_an_answer_as_json_has_it(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out.jsonl").read_text())["value"] == 1.0
 
 
-def test_the_ground_truth_of_an_older_file_is_called_answer(tmp_path: Path) -> None:
+def test_a_ground_truth_may_be_called_answer(tmp_path: Path) -> None:
     data = lines(tmp_path, {"id": "1", "completion": r"\boxed{4}", "answer": "4", "ground_truth": ["for the reward"]})
-    with pytest.warns(FutureWarning, match="the key answer of a completion is ground_truth now"):
-        score_file(EXACT, data, tmp_path / "out.jsonl")
+    score_file(EXACT, data, tmp_path / "out.jsonl")
     assert json.loads((tmp_path / "out.jsonl").read_text())["value"] == 1.0
 
 
@@ -83,7 +82,8 @@ def test_rows_as_ifeval_publishes_them_are_scored_and_an_odd_one_is_masked_alone
     [
         ('{"id": ', "completions.jsonl, line 1"),
         ({"id": "1"}, "line 1: completion is missing"),
-        ({"id": 1, "completion": "x"}, "line 1: id must be text, not int"),
+        ({"id": [1], "completion": "x"}, "line 1: id must be text, not list"),
+        ({"id": "1", "completion": "x", "prompt": 7}, "line 1: prompt must be text, not int"),
     ],
 )
 def test_a_line_that_cannot_be_used_is_named(row: Any, message: str, tmp_path: Path) -> None:

@@ -1,0 +1,189 @@
+"""Rows of files as people have them: JSON lines, JSON arrays, Parquet, CSV and TSV, also in .gz and .zst, several by a pattern.
+
+A row that cannot be read is handed on as the UserError that says so, with file and line, for the caller to raise or to count; a file
+that cannot be read is raised.
+"""
+
+import codecs
+import csv
+import gzip
+import io
+import json
+import sys
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from glob import glob, has_magic
+from pathlib import Path
+from typing import BinaryIO, cast
+
+from align.data.rows import Row
+from align.errors import UserError
+from align.run.files import parse_json_line
+
+JSON, TABLES = (".jsonl", ".json", ".ndjson"), {".csv": ",", ".tsv": "\t"}
+SUFFIXES = (*JSON, ".parquet", *TABLES)
+COMPRESSED = (".gz", ".zst")
+KNOWN = f"{', '.join(SUFFIXES)}, also with {' or '.join(COMPRESSED)} behind it"
+
+
+def files_of(pattern: str | Path) -> list[Path]:
+    """The files that a path or a pattern such as `data/*.jsonl` names, in the order of their names.
+
+    Raises UserError where there is none, and for a suffix that is not known.
+    """
+    path = Path(pattern).expanduser()
+    files = [path] if path.is_file() else sorted(Path(found) for found in glob(str(path), recursive=True))
+    files = [file for file in files if file.is_file()]
+    if not files and has_magic(str(path)):
+        raise UserError(f"{pattern}: no file has a name of this pattern")
+    if not files:
+        raise UserError(
+            f"{pattern} {'is a directory' if path.is_dir() else 'does not exist'}: give a file or a pattern"
+        )
+    for file in files:
+        suffix_of(file)
+    return files
+
+
+def suffix_of(path: Path) -> str:
+    """The suffix that says how a file is read, without that of its compression. Raises UserError where it is not known."""
+    suffix = (path.with_suffix("") if path.suffix in COMPRESSED else path).suffix
+    if suffix not in SUFFIXES:
+        raise UserError(f"{path}: the name says nothing of what is in it: it must end in one of {KNOWN}")
+    return suffix
+
+
+def stem_of(path: Path) -> str:
+    """The name of a file without its suffixes, such as "chat" of "chat.jsonl.gz"."""
+    path = path.with_suffix("") if path.suffix in COMPRESSED else path
+    return path.with_suffix("").name
+
+
+def read_rows(path: Path) -> Iterator[Row | UserError]:
+    """The rows of a file, in their order. Raises UserError where the file cannot be read."""
+    suffix = suffix_of(path)
+    if suffix == ".parquet":
+        yield from _parquet(path)
+        return
+    with _opened(path) as file:
+        yield from _json(file, path) if suffix in JSON else _table(file, path, TABLES[suffix])
+
+
+def readable(path: Path) -> Iterator[Row]:
+    """The rows of a file. Raises UserError for the first that cannot be read."""
+    for row in read_rows(path):
+        if isinstance(row, UserError):
+            raise row
+        yield row
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """The bytes of a file, unpacked."""
+    try:
+        if path.suffix in COMPRESSED and path.stat().st_size == 0:
+            raise UserError(f"{path} is empty: it has no bytes")
+        with _unpacked(path) as file:
+            yield file
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(f"{path} is cut off or damaged ({error}): copy or download it again") from None
+    except OSError as error:
+        if path.suffix in COMPRESSED and error.errno is None:
+            raise UserError(f"{path} is cut off or damaged ({error}): copy or download it again") from None
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _unpacked(path: Path) -> BinaryIO:
+    if path.suffix == ".gz":
+        return cast(BinaryIO, gzip.open(path, "rb"))
+    if path.suffix == ".zst":
+        import pyarrow
+
+        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
+    return path.open("rb")
+
+
+def _json(file: BinaryIO, path: Path) -> Iterator[Row | UserError]:
+    """Rows of JSON lines, or of one list of objects where that is what the file begins with."""
+    first = True
+    for number, line in enumerate(file, start=1):
+        content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+        if not content.strip():
+            continue
+        if first and content.lstrip().startswith(b"["):
+            yield from _array(content + file.read(), path, number)
+            return
+        if first and path.suffixes[:1] != [".jsonl"] and content.strip() == b"{":
+            raise UserError(
+                f"{path} is one JSON object over several lines: give a list of objects, or one object a line"
+            )
+        first = False
+        where = f"{path}, line {number}"
+        try:
+            yield Row(parse_json_line(content, where), where)
+        except UserError as error:
+            yield error
+
+
+def _array(content: bytes, path: Path, first_line: int) -> Iterator[Row | UserError]:
+    try:
+        rows = json.loads(content.decode())
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 ({error.reason}). Save the file as UTF-8") from None
+    except json.JSONDecodeError as error:
+        line = error.lineno + first_line - 1
+        raise UserError(
+            f"{path}, line {line}: not JSON ({error.msg}, column {error.colno}). A file that begins with [ must be one list of objects"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: JSON that cannot be read: {error}") from None
+    for number, row in enumerate(rows, start=1):
+        where = f"{path}, row {number}"
+        if isinstance(row, dict):
+            yield Row(row, where)
+        else:
+            yield UserError(f"{where}: a JSON {type(row).__name__}, where each row must be an object")
+
+
+def _table(file: BinaryIO, path: Path, delimiter: str) -> Iterator[Row | UserError]:
+    """Rows of a table of text, whose first line has the names of the columns; every value is text."""
+    csv.field_size_limit(sys.maxsize)
+    text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+    reader = csv.reader(text, delimiter=delimiter, strict=True)
+    try:
+        header = next((row for row in reader if row), [])
+        if len(set(header)) < len(header) or not all(header):
+            raise UserError(
+                f"{path}, line {reader.line_num}: each column must have a name of its own: {', '.join(header)}"
+            )
+        before = reader.line_num
+        for cells in reader:
+            where, before = f"{path}, line {before + 1}", reader.line_num
+            if not cells:
+                continue
+            if len(cells) == len(header):
+                yield Row(dict(zip(header, cells, strict=True)), where)
+            else:
+                yield UserError(f"{where}: {len(cells)} cells, where the first line names {len(header)} columns")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 ({error.reason}). Save the file as UTF-8") from None
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num}: {error}") from None
+
+
+def _parquet(path: Path) -> Iterator[Row | UserError]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            number = 0
+            for batch in file.iter_batches(batch_size=1000):
+                for values in batch.to_pylist():
+                    number += 1
+                    yield Row(values, f"{path}, row {number}")
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{path} is not a readable Parquet file: {error}") from error

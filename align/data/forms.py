@@ -1,0 +1,304 @@
+"""The forms in which people have data, told by a row's columns: conversations, problems with a ground truth, pairs of completions.
+
+`FORMS` is the table; of several forms that a row's columns fit, it has the first. A form says what its rows give, and its `read` takes a row
+apart; it raises UserError, with file, row and column, for one that cannot be used. Every column that a form does not read reaches rewards
+as `reward.rows` says.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any, Literal, NamedTuple
+
+from align.data.pair_rows import hh_turns
+from align.data.rows import NothingToJudgeBy, Row, asked
+from align.data.types import Example, Message, Preference
+from align.errors import UserError
+from reward.rows import PROMPTS, TRUTHS, domain_of, ground_truth_of, metadata_of, prompt_column
+
+Kind = Literal["conversations", "problems", "pairs"]
+Turns = tuple[Message, ...]
+STAGES: Mapping[Kind, tuple[Literal["sft", "reward_model", "grpo", "eval"], ...]] = {
+    "conversations": ("sft", "grpo", "eval"),
+    "problems": ("grpo", "eval"),
+    "pairs": ("reward_model",),
+}
+"""The stages that rows of a kind are for. GRPO and evaluation ask the prompts of conversations, and take no notice of what was answered."""
+COMPLETIONS = ("completion", "response")
+ASKING_ROLES = {"system", "developer", "user", "human"}
+
+
+class Conversation(NamedTuple):
+    """What a row of conversations or problems says: its turns, and the columns that they are from."""
+
+    turns: Turns
+    columns: tuple[str, ...]
+
+
+class Pair(NamedTuple):
+    """Two completions of a prompt, the better one first."""
+
+    prompt: Turns
+    chosen: str
+    rejected: str
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """A form of rows. `columns` and `source` say in words what its columns are and who publishes such rows."""
+
+    name: str
+    kind: Kind
+    columns: str
+    source: str
+    fits: Callable[[Row], bool]
+    read: Callable[[Row], Any]
+    """Gives a Pair where the kind is pairs, and a Conversation otherwise."""
+
+
+def form_of(row: Row) -> Form:
+    """The form that a row's columns have. Raises UserError where they have none."""
+    for form in FORMS:
+        if form.fits(row):
+            return form
+    raise UserError(
+        f"{row.where}: its columns ({', '.join(row.values) or 'none'}) have no form that is known. Known are "
+        + "; ".join(f"{form.columns} ({form.name})" for form in FORMS)
+    )
+
+
+def example_of(form: Form, row: Row, identity: str) -> Example:
+    """A row of conversations or problems as an example. Raises UserError where it cannot be used."""
+    turns, columns = form.read(row)
+    demonstrated, last = form.kind == "conversations", len(turns)
+    if demonstrated:
+        last = max(place for place, turn in enumerate(turns) if turn["role"] == "assistant")
+    prompt = turns[:last]
+    if not any(turn["role"] == "user" for turn in prompt):
+        raise UserError(f"{row.where}: no message of the user comes before the {'answer' if demonstrated else 'end'}")
+    return Example(
+        id=identity,
+        messages=prompt,
+        response=turns[last]["content"] if demonstrated else None,
+        answer=ground_truth_of(row.values),
+        domain=domain_of(row.values),
+        level=_level(row),
+        metadata=metadata_of(row.values, columns),
+        conversation=turns[: last + 1] if demonstrated else (),
+        tools=_tools(row),
+    )
+
+
+def preference_of(form: Form, row: Row, identity: str) -> Preference:
+    """A row of pairs as a preference. Raises UserError where it cannot be used."""
+    pair: Pair = form.read(row)
+    if pair.chosen == pair.rejected:
+        raise UserError(f"{row.where}: the chosen completion is the rejected one too")
+    margin = row.number("margin") if row.has("margin") else None
+    return Preference(identity, pair.prompt, pair.chosen, pair.rejected, domain_of(row.values), margin)
+
+
+def _has(*columns: str) -> Callable[[Row], bool]:
+    return lambda row: all(_filled(row, column) for column in columns)
+
+
+def _filled(row: Row, column: str) -> bool:
+    return row.has(column) and row.values[column] != []
+
+
+def _has_prompt_and(columns: Sequence[str]) -> Callable[[Row], bool]:
+    return lambda row: prompt_column(row.values) is not None and any(_filled(row, column) for column in columns)
+
+
+def _is_asked_only(row: Row) -> bool:
+    """Whether a row's messages are a prompt: only the user's and what stands before them."""
+    messages = row.values.get("messages")
+    return isinstance(messages, list) and all(
+        isinstance(turn, Mapping) and str(turn.get("role", turn.get("from"))) in ASKING_ROLES for turn in messages
+    )
+
+
+def _messages(column: str) -> Callable[[Row], Conversation]:
+    def read(row: Row) -> Conversation:
+        turns = _with_system(row, row.conversation(column)) if column == "conversations" else row.conversation(column)
+        if not any(turn["role"] == "assistant" for turn in turns):
+            raise row.error(column, "has no turn of the assistant to learn from")
+        return Conversation(turns, (column, "system") if column == "conversations" else (column,))
+
+    return read
+
+
+def _alpaca(row: Row) -> Conversation:
+    instruction, more = row.filled("instruction"), row.text("input", empty=True) if "input" in row.values else ""
+    prompt = f"{instruction}\n\n{more}" if more.strip() else instruction
+    answer: Message = {"role": "assistant", "content": row.filled("output")}
+    return Conversation(_with_system(row, (*asked(prompt), answer)), ("instruction", "input", "output", "system"))
+
+
+def _completion(row: Row) -> Conversation:
+    """TRL's prompt and completion, of texts or of messages."""
+    prompt = _asking(row)
+    column = next(name for name in COMPLETIONS if _filled(row, name))
+    if isinstance(row.values[column], str):
+        return Conversation((*prompt.turns, {"role": "assistant", "content": row.filled(column)}), prompt.columns)
+    turns = row.conversation(column)
+    if not any(turn["role"] == "assistant" for turn in turns):
+        raise row.error(column, "has no turn of the assistant to learn from")
+    return Conversation((*prompt.turns, *turns), prompt.columns)
+
+
+def _asking(row: Row) -> Conversation:
+    """A prompt: a text, or messages of which the last is the user's or a tool's result."""
+    column = prompt_column(row.values)
+    if column is None:
+        raise UserError(f"{row.where}: no column with a prompt ({', '.join(PROMPTS)})")
+    if column == "messages" and isinstance(row.values.get("prompt"), str):
+        raise UserError(f"{row.where}: both prompt and messages; give one of them")
+    return _asked_in(row, column)
+
+
+def _asked_in(row: Row, column: str) -> Conversation:
+    if isinstance(row.values[column], str) and not row.values[column].lstrip().startswith("[{"):
+        return Conversation(asked(row.filled(column)), (column,))
+    turns = row.conversation(column)
+    if turns[-1]["role"] not in ("user", "tool"):
+        raise row.error(column, f"must end with a message of the user, not of the {turns[-1]['role']}")
+    return Conversation(turns, (column,))
+
+
+def _with_system(row: Row, turns: Turns) -> Turns:
+    """The turns after the text of a column `system`, where the row has one."""
+    system = row.values.get("system")
+    if not isinstance(system, str) or not system.strip() or turns[0]["role"] == "system":
+        return turns
+    return ({"role": "system", "content": row.text("system")}, *turns)
+
+
+def _pair(row: Row) -> Pair:
+    """TRL's forms of preferences: texts or messages, with a prompt of their own or with one that both begin with."""
+    texts = [isinstance(row.values[column], str) for column in ("chosen", "rejected")]
+    if texts[0] != texts[1]:
+        raise UserError(f"{row.where}: one of chosen and rejected is a text, and the other is not")
+    column = "prompt" if _filled(row, "prompt") else prompt_column(row.values)
+    prompt = _asked_in(row, column).turns if column else ()
+    if not texts[0]:
+        return _pair_of_messages(row, prompt)
+    if prompt:
+        return Pair(prompt, row.filled("chosen"), row.filled("rejected"))
+    return _pair_of_texts(row)
+
+
+def _pair_of_messages(row: Row, prompt: Turns) -> Pair:
+    chosen, rejected = row.conversation("chosen"), row.conversation("rejected")
+    if prompt and chosen[: len(prompt)] == rejected[: len(prompt)] == prompt:
+        chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+    elif len(chosen) > 1 and chosen[:-1] == rejected[:-1]:
+        prompt, chosen, rejected = chosen[:-1], chosen[-1:], rejected[-1:]
+    for column, turns in (("chosen", chosen), ("rejected", rejected)):
+        if [turn["role"] for turn in turns] != ["assistant"]:
+            raise row.error(column, "must be one message of the assistant after the prompt that both completions share")
+    if not any(turn["role"] == "user" for turn in prompt):
+        raise UserError(
+            f"{row.where}: chosen and rejected have no prompt of the user in common, and there is no column prompt"
+        )
+    return Pair(prompt, chosen[0]["content"], rejected[0]["content"])
+
+
+def _pair_of_texts(row: Row) -> Pair:
+    """A pair whose prompt is what both texts begin with, up to a white space; of hh-rlhf, the dialogue before the last turn."""
+    chosen, rejected = row.filled("chosen"), row.filled("rejected")
+    if chosen.startswith("\n\nHuman:") and rejected.startswith("\n\nHuman:"):
+        try:
+            (*prompt, better), (*other, worse) = hh_turns(chosen), hh_turns(rejected)
+        except NothingToJudgeBy as reason:
+            raise UserError(f"{row.where}: {reason}") from None
+        if prompt != other:
+            raise UserError(f"{row.where}: the dialogues differ before their last turn")
+        return Pair(tuple(prompt), better["content"], worse["content"])
+    alike = takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False))
+    common = re.sub(r"\S*\Z", "", "".join(character for character, _ in alike))
+    if not common.strip() or not chosen[len(common) :] or not rejected[len(common) :]:
+        raise UserError(
+            f"{row.where}: no column prompt, and chosen and rejected do not begin with one that both complete"
+        )
+    return Pair(asked(common.strip()), chosen[len(common) :].strip(), rejected[len(common) :].strip())
+
+
+def _level(row: Row) -> int | None:
+    """The difficulty: a whole number, or the one that a text such as "Level 3" ends in."""
+    level = row.values.get("level")
+    number = re.search(r"[0-9]{1,9}\Z", level) if isinstance(level, str) else None
+    return int(number[0]) if number else level if type(level) is int else None
+
+
+def _tools(row: Row) -> tuple[Mapping[str, Any], ...]:
+    if not _filled(row, "tools"):
+        return ()
+    tools = row.json("tools")
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise row.error("tools", f"must be a list of objects, or the JSON text of one, not {tools!r:.40}")
+    return tuple(tools)
+
+
+FORMS: Sequence[Form] = (
+    Form(
+        "preferences",
+        "pairs",
+        "chosen, rejected, maybe prompt",
+        "TRL, UltraFeedback, hh-rlhf",
+        _has("chosen", "rejected"),
+        _pair,
+    ),
+    Form(
+        "ifeval",
+        "problems",
+        "prompt, instruction_id_list, kwargs",
+        "IFEval",
+        _has("prompt", "instruction_id_list"),
+        _asking,
+    ),
+    Form("verl", "problems", "prompt, reward_model", "verl", _has("prompt", "reward_model"), _asking),
+    Form(
+        "rlvr",
+        "problems",
+        "messages that ask only, maybe ground_truth and dataset",
+        "open-instruct",
+        lambda row: _has("messages")(row) and _is_asked_only(row),
+        _asking,
+    ),
+    Form("messages", "conversations", "messages", "OpenAI, TRL", _has("messages"), _messages("messages")),
+    Form(
+        "sharegpt",
+        "conversations",
+        "conversations, maybe system",
+        "ShareGPT",
+        _has("conversations"),
+        _messages("conversations"),
+    ),
+    Form(
+        "alpaca",
+        "conversations",
+        "instruction, output, maybe input and system",
+        "Alpaca",
+        _has("instruction", "output"),
+        _alpaca,
+    ),
+    Form(
+        "completion",
+        "conversations",
+        "prompt, completion or response",
+        "TRL",
+        _has_prompt_and(COMPLETIONS),
+        _completion,
+    ),
+    Form(
+        "problem",
+        "problems",
+        "problem, question or prompt with answer, ground_truth or solution",
+        "MATH, GSM8K",
+        _has_prompt_and(TRUTHS),
+        _asking,
+    ),
+    Form("prompt", "problems", "prompt, and any others", "TRL", _has("prompt"), _asking),
+)

@@ -1,0 +1,151 @@
+"""Files as people have them: what is read, and where and why a row or a file is refused."""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from align.data.files import files_of, read_rows, readable, stem_of
+from align.errors import UserError
+
+ROWS = [{"question": 'a, "b"\nc\u2028d?', "answer": "007"}, {"question": "é", "answer": "0.50"}]
+
+
+def jsonl(rows: list[dict[str, Any]]) -> bytes:
+    return b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
+
+
+def table(rows: list[dict[str, Any]], delimiter: str) -> bytes:
+    quoted = [[*rows[0]], *([*row.values()] for row in rows)]
+    lines = [delimiter.join('"' + cell.replace('"', '""') + '"' for cell in cells) for cells in quoted]
+    return "\r\n".join(lines).encode() + b"\r\n"
+
+
+def zst(content: bytes) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(content)
+    return sink.getvalue().to_pybytes()
+
+
+def written(tmp_path: Path, name: str, content: bytes) -> Path:
+    file = tmp_path / name
+    file.write_bytes(content)
+    return file
+
+
+def values(file: Path) -> list[Any]:
+    return [row.values for row in readable(file)]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("rows.jsonl", jsonl(ROWS)),
+        ("rows.ndjson", jsonl(ROWS)),
+        ("rows.json", jsonl(ROWS)),
+        ("rows.json", json.dumps(ROWS, indent=1).encode()),
+        ("bom.json", b"\xef\xbb\xbf\n" + json.dumps(ROWS).encode()),
+        ("rows.csv", table(ROWS, ",")),
+        ("rows.tsv", table(ROWS, "\t")),
+        ("bom.csv", b"\xef\xbb\xbf" + table(ROWS, ",")),
+        ("blank.csv", b"\r\n" + table(ROWS, ",") + b"\r\n\r\n"),
+        ("rows.jsonl.gz", gzip.compress(jsonl(ROWS))),
+        ("rows.csv.zst", zst(table(ROWS, ","))),
+        ("odd.jsonl", b"\xef\xbb\xbf" + b"\r\n\r\n  \n".join(jsonl([row]).strip() for row in ROWS)),
+    ],
+)
+def test_the_same_rows_are_read_of_every_format(name: str, content: bytes, tmp_path: Path) -> None:
+    assert values(written(tmp_path, name, content)) == ROWS
+
+
+def test_parquet_keeps_its_types_and_counts_rows_from_one(tmp_path: Path) -> None:
+    rows = [{"prompt": [{"role": "user", "content": f"{n}?"}], "facts": {"index": n}} for n in range(2500)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    assert values(tmp_path / "rows.parquet") == rows
+    assert [row.where for row in readable(tmp_path / "rows.parquet")][-1].endswith("rows.parquet, row 2500")
+
+
+def test_a_row_that_cannot_be_read_is_handed_on_with_its_line_and_the_others_are_read(tmp_path: Path) -> None:
+    content = (
+        b'{"a": 1}\n\n{"a": \n[2]\n{"a": ' + b"[" * 100_000 + b'\n{"a": ' + b"9" * 5000 + b'}\n{"a": "\xff"}\n{"a": 3}'
+    )
+    found = list(read_rows(written(tmp_path, "rows.jsonl", content)))
+    assert [
+        str(one).partition("rows.jsonl, ")[2][:8] if isinstance(one, UserError) else one.values for one in found
+    ] == [
+        {"a": 1},
+        "line 3: ",
+        "line 4: ",
+        "line 5: ",
+        "line 6: ",
+        "line 7: ",
+        {"a": 3},
+    ]
+
+
+def test_a_row_of_a_table_with_too_few_or_many_cells_is_handed_on_with_its_first_line(tmp_path: Path) -> None:
+    found = list(read_rows(written(tmp_path, "rows.csv", b'a,b\n"1\n1",2\n3\n4,5,6\n')))
+    assert [str(one).partition("rows.csv, ")[2] for one in found if isinstance(one, UserError)] == [
+        "line 4: 1 cells, where the first line names 2 columns",
+        "line 5: 3 cells, where the first line names 2 columns",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("none.jsonl.gz", b"", r"none\.jsonl\.gz is empty: it has no bytes"),
+        ("none.jsonl.zst", b"", r"none\.jsonl\.zst is empty: it has no bytes"),
+        (
+            "cut.jsonl.gz",
+            gzip.compress(jsonl(ROWS))[:-9],
+            r"cut\.jsonl\.gz is cut off or damaged .*copy or download it again",
+        ),
+        ("cut.jsonl.zst", zst(jsonl(ROWS))[:-9], r"cut\.jsonl\.zst is cut off or damaged .*copy or download it again"),
+        ("no.jsonl.gz", jsonl(ROWS), r"no\.jsonl\.gz is cut off or damaged"),
+        ("cut.json", b'[{"a": 1},\n{"a"', r"cut\.json, line 2: not JSON .*must be one list of objects"),
+        ("one.json", b'{\n "a": 1\n}', r"one\.json is one JSON object over several lines"),
+        ("latin.json", b'[{"a": "\xe9"}]', r"latin\.json: not UTF-8"),
+        ("latin.csv", b"a,b\n1,\xe9\n", r"latin\.csv: not UTF-8"),
+        ("open.csv", b'a,b\n1,"2', r"open\.csv, line 2: unexpected end of data"),
+        ("twice.csv", b"a,a\n1,2", r"twice\.csv, line 1: each column must have a name of its own: a, a"),
+        ("rows.parquet", b"PAR1 is not enough", r"rows\.parquet is not a readable Parquet file"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_refused_in_a_sentence(
+    name: str, content: bytes, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        list(read_rows(written(tmp_path, name, content)))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("*.csv", r"\*\.csv: no file has a name of this pattern"),
+        ("none.jsonl", r"none\.jsonl does not exist: give a file or a pattern"),
+        ("", "is a directory: give a file or a pattern"),
+        ("notes.*", r"notes\.docx: the name says nothing .* must end in one of \.jsonl"),
+    ],
+)
+def test_what_names_no_file_is_refused(pattern: str, message: str, tmp_path: Path) -> None:
+    written(tmp_path, "notes.docx", b"?")
+    with pytest.raises(UserError, match=message):
+        files_of(tmp_path / pattern)
+
+
+def test_a_pattern_names_its_files_in_their_order_and_a_name_with_its_characters_is_a_name(tmp_path: Path) -> None:
+    names = ["b.jsonl", "a.jsonl", "below/c.jsonl", "x[1].jsonl"]
+    (tmp_path / "below").mkdir()
+
+    for name in names:
+        written(tmp_path, name, b"{}\n")
+    found = [str(file.relative_to(tmp_path)) for file in files_of(tmp_path / "**/[a-c].jsonl")]
+    assert found == ["a.jsonl", "b.jsonl", "below/c.jsonl"]
+    assert files_of(tmp_path / "x[1].jsonl") == [tmp_path / "x[1].jsonl"]
+    assert stem_of(Path("data/chat.v2.jsonl.gz")) == "chat.v2"

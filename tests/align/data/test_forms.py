@@ -1,0 +1,194 @@
+"""The forms in which people have data: what a row of each gives, and why a row is refused."""
+
+import json
+from typing import Any
+
+import pytest
+
+from align.data.forms import FORMS, example_of, form_of, preference_of
+from align.data.rows import Row
+from align.errors import UserError
+
+ASKED = {"role": "user", "content": "What is 2 + 2?"}
+SAID = {"role": "assistant", "content": "4."}
+SYSTEM = {"role": "system", "content": "Be brief."}
+CALL = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 2, "b": 2}'}}
+CALLED = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+RESULT = {"role": "tool", "tool_call_id": "c1", "content": "4"}
+PARTS = {"role": "user", "content": [{"type": "text", "text": "What is "}, {"type": "text", "text": "2 + 2?"}]}
+TEXT = "What is 2 + 2?"
+
+
+def example(values: dict[str, Any]) -> Any:
+    row = Row(values, "mine.jsonl, line 1")
+    return example_of(form_of(row), row, "1")
+
+
+def preference(values: dict[str, Any]) -> Any:
+    row = Row(values, "mine.jsonl, line 1")
+    return preference_of(form_of(row), row, "1")
+
+
+@pytest.mark.parametrize(
+    ("form", "values"),
+    [
+        ("messages", {"messages": [ASKED, SAID]}),
+        ("messages", {"messages": json.dumps([ASKED, SAID])}),
+        ("messages", {"prompt": TEXT, "messages": [PARTS, SAID]}),
+        ("messages", {"messages": [ASKED | {"name": None, "tool_calls": None}, SAID], "answer": None}),
+        ("sharegpt", {"conversations": [{"from": "human", "value": TEXT}, {"from": "gpt", "value": "4."}]}),
+        ("sharegpt", {"conversations": [ASKED, SAID]}),
+        ("completion", {"prompt": TEXT, "completion": "4."}),
+        ("completion", {"prompt": [ASKED], "completion": [SAID]}),
+        ("completion", {"question": TEXT, "response": "4."}),
+        ("alpaca", {"instruction": TEXT, "input": "", "output": "4."}),
+        ("alpaca", {"instruction": TEXT, "output": "4."}),
+    ],
+)
+def test_a_demonstration_is_read_of_each_form(form: str, values: dict[str, Any]) -> None:
+    assert form_of(Row(values, "")).name == form
+    read = example(values)
+    assert (read.messages, read.response, read.conversation) == ((ASKED,), "4.", (ASKED, SAID))
+
+
+def test_alpaca_s_input_follows_its_instruction_after_a_blank_line() -> None:
+    assert example({"instruction": "Add.", "input": "2, 2", "output": "4."}).prompt_text == "Add.\n\n2, 2"
+
+
+@pytest.mark.parametrize("values", [{"conversations": [ASKED, SAID]}, {"instruction": TEXT, "output": "4."}])
+def test_a_column_system_stands_before_the_conversation(values: dict[str, Any]) -> None:
+    assert example(values | {"system": "Be brief."}).messages == (SYSTEM, ASKED)
+    assert example(values | {"system": " "}).messages == (ASKED,)
+
+
+def test_the_last_turn_of_the_assistant_is_the_response_and_the_whole_conversation_is_kept() -> None:
+    developer = {"role": "developer", "content": "Use the tool."}
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    turns = [developer, ASKED, CALLED, RESULT, SAID | {"weight": 0}, ASKED, SAID | {"train": True}, ASKED]
+    read = example({"messages": turns, "tools": json.dumps(tools)})
+    assert [message["role"] for message in read.messages] == [
+        "developer",
+        "user",
+        "assistant",
+        "tool",
+        "assistant",
+        "user",
+    ]
+    assert read.response == "4."
+    assert read.conversation[2] == {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    assert read.conversation[3] == RESULT
+    assert [turn.get("weight") for turn in read.conversation] == [None, None, None, None, 0.0, None, 1.0]
+    assert read.tools == tuple(tools) == example({"messages": turns, "tools": tools}).tools
+
+
+@pytest.mark.parametrize(
+    ("form", "values", "truth", "domain"),
+    [
+        (
+            "verl",
+            {"prompt": [ASKED], "data_source": "openai/gsm8k", "reward_model": {"style": "rule", "ground_truth": "4"}},
+            "4",
+            "openai/gsm8k",
+        ),
+        ("rlvr", {"messages": [ASKED], "ground_truth": "4", "dataset": "gsm8k"}, "4", "gsm8k"),
+        ("rlvr", {"messages": [ASKED], "ground_truth": ["4"], "dataset": ["gsm8k"]}, "4", "gsm8k"),
+        ("ifeval", {"key": 7, "prompt": TEXT, "instruction_id_list": ["a:b"], "kwargs": [{}]}, None, "user"),
+        ("problem", {"question": TEXT, "answer": "2 + 2 = <<2+2=4>>4\n#### 4"}, "4", "user"),
+        (
+            "problem",
+            {"problem": TEXT, "solution": r"$\boxed{2}$ twice is $\boxed{\frac{8}{2}}$."},
+            r"\frac{8}{2}",
+            "user",
+        ),
+        ("problem", {"problem": TEXT, "solution": r"$\boxed{5}$", "answer": 4}, "4", "user"),
+        ("problem", {"problem": TEXT, "ground_truth": "four", "domain": "words"}, "four", "words"),
+        ("problem", {"prompt": [ASKED], "solution": "#### Step\nfour"}, "#### Step\nfour", "user"),
+        ("prompt", {"prompt": TEXT, "unit": "cm"}, None, "user"),
+        ("prompt", {"prompt": [ASKED], "answer": float("nan")}, None, "user"),
+    ],
+)
+def test_a_problem_is_read_of_each_form(form: str, values: dict[str, Any], truth: str | None, domain: str) -> None:
+    assert form_of(Row(values, "")).name == form
+    read = example(values)
+    assert (read.messages, read.response, read.answer, read.domain) == ((ASKED,), None, truth, domain)
+    assert read.metadata == {k: v for k, v in values.items() if k not in ("prompt", "messages", "problem", "question")}
+
+
+@pytest.mark.parametrize(("level", "read"), [(3, 3), ("Level 5", 5), ("Level ?", None), ("hard", None), (True, None)])
+def test_a_level_is_a_whole_number_or_the_one_that_its_text_ends_in(level: Any, read: int | None) -> None:
+    assert example({"prompt": TEXT, "level": level}).level == read
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"prompt": TEXT, "chosen": "4.", "rejected": "5."},
+        {"prompt": [ASKED], "chosen": [SAID], "rejected": [SAID | {"content": "5."}]},
+        {"chosen": [ASKED, SAID], "rejected": [ASKED, SAID | {"content": "5."}]},
+        {"chosen": f"{TEXT} 4.", "rejected": f"{TEXT} 5."},
+        {"chosen": f"\n\nHuman: {TEXT}\n\nAssistant: 4.", "rejected": f"\n\nHuman: {TEXT}\n\nAssistant: 5."},
+        {"prompt": TEXT, "chosen": [ASKED, SAID], "rejected": [ASKED, SAID | {"content": "5."}]},
+        {"prompt": TEXT, "messages": [ASKED, SAID], "chosen": "4.", "rejected": "5."},
+        {"messages": [ASKED], "chosen": "4.", "rejected": "5."},
+    ],
+)
+def test_a_pair_is_read_of_each_form(values: dict[str, Any]) -> None:
+    assert form_of(Row(values, "")).kind == "pairs"
+    read = preference(values | {"margin": 2})
+    assert (read.messages, read.chosen, read.rejected, read.margin) == ((ASKED,), "4.", "5.", 2.0)
+
+
+def test_the_common_prompt_of_two_texts_ends_before_the_word_in_which_they_differ() -> None:
+    read = preference({"chosen": "The sky is blue.", "rejected": "The sky is black."})
+    assert (read.prompt_text, read.chosen, read.rejected) == ("The sky is", "blue.", "black.")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"text": "x"}, r"its columns \(text\) have no form that is known"),
+        ({"messages": [{"role": "bot", "content": "x"}]}, "column 'messages', message 1: unknown role 'bot'"),
+        ({"conversations": [{"from": "alien", "value": "x"}]}, "message 1: unknown role 'alien'"),
+        ({"messages": [ASKED, {"role": "assistant"}]}, "message 2: must be an object with role and content"),
+        ({"messages": [ASKED, SAID | {"content": " "}]}, "message 2: content must be text that is not empty"),
+        ({"messages": [ASKED, SAID | {"content": [{"type": "image_url"}]}]}, r"a part that is no text \(image_url\)"),
+        ({"messages": [SAID]}, "no message of the user comes before the answer"),
+        ({"messages": [ASKED, CALLED, SAID]}, "message 2: 1 of its tool calls have no result after it"),
+        ({"messages": [ASKED, RESULT, SAID]}, "message 2: a tool's result, and no tool call before it"),
+        ({"messages": [ASKED, SAID | {"weight": 2}]}, "message 2: weight must be 0 or 1"),
+        ({"messages": [ASKED, SAID], "tools": "add"}, "column 'tools' is not JSON"),
+        ({"messages": [ASKED, SAID], "tools": {"a": 1}}, "column 'tools' must be a list of objects"),
+        ({"prompt": [ASKED, SAID], "answer": "4"}, "column 'prompt' must end with a message of the user"),
+        ({"prompt": TEXT, "messages": [ASKED], "answer": "4"}, "both prompt and messages"),
+        ({"prompt": " ", "answer": "4"}, "column 'prompt' is empty"),
+        ({"prompt": "\ud83d", "answer": "4"}, "column 'prompt': character 1 is half of a surrogate pair"),
+        ({"prompt": 7, "answer": "4"}, "column 'prompt' must hold text or a list of messages, not 7"),
+        ({"instruction": TEXT, "output": 4}, "column 'output' must hold text, not 4"),
+    ],
+)
+def test_a_row_that_cannot_be_used_is_refused_with_its_column(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=rf"mine\.jsonl, line 1: .*{message}|mine\.jsonl, line 1: {message}"):
+        example(values)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"prompt": TEXT, "chosen": "4.", "rejected": "4."}, "the chosen completion is the rejected one too"),
+        ({"prompt": TEXT, "chosen": "4.", "rejected": [SAID]}, "one of chosen and rejected is a text"),
+        ({"chosen": "yes", "rejected": "no"}, "no column prompt, and chosen and rejected do not begin with one"),
+        ({"prompt": [ASKED], "chosen": [SAID, ASKED, SAID], "rejected": [SAID]}, "'chosen' must be one message of the"),
+        ({"chosen": [SAID], "rejected": [SAID | {"content": "5."}]}, "have no prompt of the user in common"),
+        (
+            {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: c\n\nAssistant: d"},
+            "the dialogues differ",
+        ),
+    ],
+)
+def test_a_pair_that_cannot_be_used_is_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=rf"mine\.jsonl, line 1: .*{message}"):
+        preference(values)
+
+
+def test_every_form_has_a_name_of_its_own() -> None:
+    assert len({form.name for form in FORMS}) == len(FORMS)

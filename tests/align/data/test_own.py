@@ -1,0 +1,360 @@
+"""Data without a card: what a file is called and split into, what becomes of rows that cannot be used, and what the stages make of it."""
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from align.cli import EXIT_USER_ERROR, main
+from align.data.cards import OwnSource
+from align.data.drawing import held_out_keys
+from align.data.entries import card_of, evaluated
+from align.data.loader import domains_of, load_preferences, load_split
+from align.data.own import name_of, own_card, read_source, read_user_file
+from align.errors import UserError
+from align.model.policy import load_tokenizer
+from align.recipe import STAGES, DataOptions, load_recipe
+from align.session.checks import check_names
+from align.session.run import open_run
+from align.stages.grpo import load_grpo_data
+from align.stages.reward_model import load_reward_model_data
+from align.stages.sft import load_sft_data
+
+TOKENIZER = load_tokenizer("recipes/nano/policy")
+SHAREGPT = Path(__file__).parents[4] / "shared" / "real" / "sharegpt.json"
+Rows = Iterable[dict[str, Any]]
+
+
+def written(file: Path, rows: Rows) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def problems(count: int, start: int = 0) -> list[dict[str, Any]]:
+    return [{"question": f"What is {n} + 1?", "answer": str(n + 1), "unit": "cm"} for n in range(start, start + count)]
+
+
+def chats(count: int) -> list[dict[str, Any]]:
+    return [
+        {"messages": [{"role": "user", "content": f"Say {n}."}, {"role": "assistant", "content": f"{n}."}]}
+        for n in range(count)
+    ]
+
+
+def pairs(count: int) -> list[dict[str, Any]]:
+    return [{"prompt": f"Say {n}.", "chosen": f"{n}.", "rejected": "No."} for n in range(count)]
+
+
+def source(path: Path | str, **options: Any) -> OwnSource:
+    return OwnSource(kind="own", path=str(path), **options)
+
+
+def splits(path: Path, **options: Any) -> dict[str, list[str]]:
+    card = own_card(source(path, **options))
+    return {split: [e.prompt_text for e in load_split(card, split).examples] for split in card.splits}
+
+
+def test_a_file_alone_is_split_by_its_prompts_and_a_row_stays_where_it_is_when_others_come(tmp_path: Path) -> None:
+    file = written(tmp_path / "mine.jsonl", problems(400) + problems(400))
+    first = splits(file)
+    assert sorted(prompt for found in first.values() for prompt in found) == sorted(
+        [row["question"] for row in problems(400)] * 2
+    )
+    assert not set(first["train"]) & set(first["validation"]) | set(first["test"]) & set(first["validation"])
+    assert all(20 < len(first[split]) < 65 for split in ("validation", "test")), "about 5 % of 800"
+    more = splits(written(tmp_path / "more.jsonl", problems(600)))
+    assert all(set(first[split]) <= set(more[split]) for split in first)
+
+
+def test_the_share_that_is_held_out_can_be_set(tmp_path: Path) -> None:
+    found = splits(written(tmp_path / "mine.jsonl", problems(400)), held_out=0.2)
+    assert 55 < len(found["validation"]) < 105 > len(found["test"]) > 55
+
+
+@pytest.mark.parametrize("count", [3, 4, 10])
+def test_a_small_file_has_something_in_every_split(count: int, tmp_path: Path) -> None:
+    found = splits(written(tmp_path / "mine.jsonl", problems(count)))
+    assert all(found.values())
+    assert sum(map(len, found.values())) == count
+
+
+def test_fewer_prompts_than_splits_are_refused(tmp_path: Path) -> None:
+    file = written(tmp_path / "mine.jsonl", problems(2) + problems(2))
+    with pytest.raises(UserError, match=r"mine\.jsonl has 2 different prompts, too few to hold any out for"):
+        splits(file)
+
+
+def test_what_is_held_out_keeps_what_it_had_unless_it_had_nothing_else() -> None:
+    keys = [str(n) for n in range(100)]
+    drawn = held_out_keys(keys, 0.1, ["test", "validation"])
+    more = held_out_keys([*keys, "more", "still more"], 0.1, ["test", "validation"])
+    assert drawn.items() <= more.items()
+
+
+def test_turns_of_a_conversation_stay_in_one_split(tmp_path: Path) -> None:
+    rows = [
+        {
+            "messages": [
+                *chat["messages"],
+                {"role": "user", "content": f"Again {n}"},
+                {"role": "assistant", "content": "!"},
+            ]
+        }
+        for chat in chats(60)
+        for n in range(3)
+    ]
+    card = own_card(source(written(tmp_path / "mine.jsonl", rows)))
+    openings = [{e.messages[0]["content"] for e in load_split(card, split).examples} for split in card.splits]
+    assert sum(map(len, openings)) == 60
+
+
+def test_a_directory_has_a_file_for_a_split_and_the_others_are_drawn_from_train(tmp_path: Path) -> None:
+    written(tmp_path / "data" / "train-00.jsonl", problems(100))
+    written(tmp_path / "data" / "train-01.jsonl", problems(100, 100))
+    written(tmp_path / "data" / "test.json", problems(5, 300))
+    found = splits(tmp_path / "data")
+    assert found["test"] == [row["question"] for row in problems(5, 300)]
+    assert len(found["train"]) + len(found["validation"]) == 200
+    assert len(found["validation"]) > 3
+    card = own_card(source(tmp_path / "data"))
+    ids = [e.id for split in card.splits for e in load_split(card, split).examples]
+    assert len(set(ids)) == len(ids) == 205
+    with pytest.raises(UserError, match=r"is a directory without train\.jsonl"):
+        splits(tmp_path)
+
+
+def test_what_is_held_out_of_a_file_of_its_own_is_dropped_from_training_and_counted(tmp_path: Path) -> None:
+    written(tmp_path / "train.jsonl", problems(50) + problems(3, 300))
+    written(tmp_path / "test.jsonl", problems(5, 300))
+    loaded = load_split(own_card(source(tmp_path)), "train")
+    assert (loaded.dropped_contaminated, loaded.compared[f"{tmp_path.name}/test"]) == (3, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "called"),
+    [("chat.jsonl", "chat"), ("chat-*.jsonl.gz", "chat"), ("*.jsonl", "here"), ("chat.v2.json.zst", "chat.v2")],
+)
+def test_data_are_called_like_their_file(name: str, called: str) -> None:
+    assert name_of(f"/over/here/{name}") == called
+
+
+def test_ids_are_the_rows_own_or_their_numbers_and_of_several_files_they_have_the_file_s_name(tmp_path: Path) -> None:
+    rows = problems(2)
+    file = written(tmp_path / "a.jsonl", [rows[0] | {"id": "x"}, rows[1]])
+    assert [item.id for item in read_source(source(file))["train"].items] == ["a/x", "a/1"]
+    assert [example.id for example in read_user_file(file)] == ["x", "1"]
+    written(tmp_path / "b.jsonl", [rows[0] | {"id": "x"}, rows[1]])
+    ids = [item.id for item in read_source(source(tmp_path / "*.jsonl"))["train"].items]
+    assert ids == [f"{tmp_path.name}/{id_}" for id_ in ("a/x", "a/1", "b/x", "b/1")]
+
+
+def bad(count: int) -> list[dict[str, Any]]:
+    return [row | {"question": ""} for row in problems(count)]
+
+
+def test_all_bad_rows_are_told_at_once_the_first_twenty_and_a_count(tmp_path: Path) -> None:
+    file = written(tmp_path / "mine.jsonl", problems(3) + bad(25))
+    with pytest.raises(UserError) as refused:
+        own_card(source(file))
+    first, *lines, cure = str(refused.value).splitlines()
+    assert first.endswith("mine.jsonl: 25 of 28 rows cannot be used, the first 20:")
+    assert [f"line {n}:" in line for n, line in enumerate(lines, start=4)] == [True] * 20
+    assert "data.bad_rows=leave_out" in cure
+
+
+def test_bad_rows_can_be_left_out_and_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = written(tmp_path / "mine.jsonl", problems(30) + bad(2))
+    card = own_card(source(file, bad_rows="leave_out"))
+    with caplog.at_level(logging.WARNING):
+        assert sum(len(load_split(card, split).examples) for split in card.splits) == 30
+    [warned] = [record.getMessage() for record in caplog.records]
+    assert "mine.jsonl, split train: 2 of 32 rows left out. The first: " in warned
+    assert "mine.jsonl, line 31: " in warned
+    with pytest.raises(UserError, match="2 of 2 rows cannot be used"):
+        own_card(source(written(tmp_path / "none.jsonl", bad(2)), bad_rows="leave_out"))
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (
+            problems(2) + chats(1),
+            r"line 3: it is of the form messages \(messages\), and the rows before it are of the form problem",
+        ),
+        (
+            [problems(1)[0] | {"id": "a"}, problems(1)[0] | {"id": "a"}],
+            r"line 2: the id 'a' is already that of .*line 1",
+        ),
+        ([*problems(1), {"question": "What?"}], r"line 2: its columns \(question\) have no form"),
+        ([], "is empty: it has no rows"),
+    ],
+)
+def test_mixed_forms_ids_that_come_twice_and_empty_files_are_refused(rows: Rows, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"mine\.jsonl.*{message}|(?s:mine\.jsonl.*{message})"):
+        own_card(source(written(tmp_path / "mine.jsonl", rows)))
+
+
+def test_files_of_a_directory_must_be_of_one_form(tmp_path: Path) -> None:
+    written(tmp_path / "train.jsonl", problems(5))
+    written(tmp_path / "test.jsonl", chats(5))
+    with pytest.raises(
+        UserError, match="its files are of different forms: train of the form problem and test of the form messages"
+    ):
+        own_card(source(tmp_path))
+
+
+def test_a_file_is_read_once_and_again_when_it_has_changed(tmp_path: Path) -> None:
+    file = written(tmp_path / "mine.jsonl", problems(5))
+    first = read_source(source(file))["train"]
+    assert read_source(source(file))["train"] is first
+    written(file, problems(6))
+    os.utime(file, ns=(1, 1))
+    assert len(read_source(source(file))["train"].items) == 6
+
+
+def recipe(stage: str, directory: Path, **more: Any) -> Any:
+    common: dict[str, Any] = {"stage": stage, "name": "small", "run": {"dir": directory / "run"}}
+    common |= {"model": {"path": "recipes/nano/policy"}, "learner": {"optimizer": {"learning_rate": 1e-3}}}
+    sampling = {"rewards": [{"name": "exact_answer"}], "rollout": {"max_length": 128}}
+    own = {
+        "sft": sampling | {"sft": {"steps": 1, "sequences_per_step": 2}},
+        "grpo": sampling | {"grpo": {"steps": 1, "prompts_per_step": 2, "group_size": 2}},
+        "reward_model": {"reward_model": {"steps": 1, "pairs_per_step": 2}},
+    }
+    return STAGES[stage].model_validate(common | own[stage] | more)
+
+
+def events(directory: Path, kind: str) -> list[dict[str, Any]]:
+    lines = (directory / "run" / "events.jsonl").read_text().splitlines()
+    return [event for event in map(json.loads, lines) if event["kind"] == kind]
+
+
+LOADERS: dict[str, Callable[..., Any]] = {
+    "sft": load_sft_data,
+    "grpo": load_grpo_data,
+    "reward_model": load_reward_model_data,
+}
+
+
+@pytest.mark.parametrize(("stage", "rows"), [("sft", chats(60)), ("grpo", problems(60)), ("reward_model", pairs(60))])
+def test_every_stage_takes_a_file_without_a_card_and_says_what_was_compared(
+    stage: str, rows: Rows, tmp_path: Path
+) -> None:
+    made = recipe(stage, tmp_path, data={"path": written(tmp_path / "mine.jsonl", rows), "held_out": 0.1})
+    check_names(made)
+    with open_run(made) as run:
+        loaded = LOADERS[stage](made, TOKENIZER, run)
+    [compared] = events(tmp_path, "held_out")
+    assert {"mine/test"} <= compared["compared"].keys()
+    assert "mine.jsonl: training prompts were compared with mine/" in compared["message"]
+    [from_file] = loaded.sources
+    assert from_file.card == "mine"
+    assert len(from_file.items) > 40
+
+
+def test_columns_of_a_file_are_in_the_metadata_of_training(tmp_path: Path) -> None:
+    made = recipe("grpo", tmp_path, data={"path": written(tmp_path / "mine.jsonl", problems(60))})
+    with open_run(made) as run:
+        loaded = load_grpo_data(made, TOKENIZER, run)
+    assert {problem.example.metadata["unit"] for problem in loaded.sources[0].items} == {"cm"}
+    assert {problem.example.metadata["unit"] for problem in loaded.held_out.problems} == {"cm"}
+
+
+def test_an_evaluation_of_a_file_of_its_own_asks_all_of_it(tmp_path: Path) -> None:
+    file, held = written(tmp_path / "mine.jsonl", problems(60)), written(tmp_path / "held.jsonl", problems(7, 58))
+    made = recipe("grpo", tmp_path, data={"path": file}, evaluation={"path": held})
+    check_names(made)
+    with open_run(made) as run:
+        loaded = load_grpo_data(made, TOKENIZER, run)
+    asked = sorted(problem.example.prompt_text for problem in loaded.held_out.problems)
+    assert asked == sorted(row["question"] for row in problems(7, 58))
+    [compared] = events(tmp_path, "held_out")
+    assert 0 < compared["compared"]["held/test"] <= 2, (
+        "those of the last two problems that are not held out of the file itself"
+    )
+
+
+def test_data_with_a_card_and_without_one_stand_side_by_side(tmp_path: Path) -> None:
+    file = written(tmp_path / "mine.jsonl", problems(60))
+    made = recipe("grpo", tmp_path, data=[{"card": "nano_math"}, {"path": file}, {"path": file, "levels": [1]}])
+    assert [entry.name for entry in evaluated(made)] == ["nano_math", "mine"]
+    assert made.evaluation_cards == ["nano_math", str(file)]
+
+
+def test_domains_are_those_that_rows_say_and_a_reward_must_be_for_each(tmp_path: Path) -> None:
+    rows = problems(20) + [row | {"domain": "lengths"} for row in problems(20, 50)]
+    file = written(tmp_path / "mine.jsonl", rows)
+    assert domains_of(card_of(DataOptions(path=file))) == ["user", "lengths"]
+    made = recipe("grpo", tmp_path, data={"path": file}, rewards=[{"name": "exact_answer", "domains": ["user"]}])
+    with pytest.raises(UserError, match="none with a weight is for the domain 'lengths'"):
+        check_names(made)
+
+
+@pytest.mark.parametrize(
+    ("stage", "rows", "message"),
+    [
+        ("sft", problems(9), r"mine\.jsonl is not for sft, only for grpo, eval"),
+        ("sft", pairs(9), r"mine\.jsonl is not for sft, only for reward_model"),
+        ("reward_model", chats(9), r"mine\.jsonl is not for reward_model, only for sft, grpo, eval"),
+        ("grpo", bad(9), r"9 of 9 rows cannot be used"),
+    ],
+)
+def test_what_a_stage_cannot_take_is_refused_before_anything_starts(
+    stage: str, rows: Rows, message: str, tmp_path: Path
+) -> None:
+    made = recipe(stage, tmp_path, data={"path": written(tmp_path / "mine.jsonl", rows)})
+    with pytest.raises(UserError, match=message):
+        check_names(made)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({}, "name a card, or give the path of data of one's own"),
+        ({"card": "nano_math", "held_out": 0.1}, "data.held_out has no effect here"),
+        ({"card": "nano_math", "bad_rows": "leave_out"}, "data.bad_rows has no effect here"),
+        ({"path": "x.jsonl", "held_out": 0.5}, "less than 0.5"),
+    ],
+)
+def test_keys_that_do_not_go_together_are_refused(data: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DataOptions.model_validate(data)
+
+
+@pytest.mark.parametrize(("path", "found"), [("none.jsonl", False), ("none-*.jsonl", False), ("mine*.jsonl", True)])
+def test_a_recipe_s_path_may_be_a_pattern_and_must_name_something(path: str, found: bool, tmp_path: Path) -> None:
+    written(tmp_path / "mine.jsonl", problems(9))
+    overrides = [f"data={{path: {tmp_path / path}}}"]
+    if found:
+        assert load_recipe(Path("recipes/nano/grpo.yaml"), overrides).data[0].path == tmp_path / path
+    else:
+        with pytest.raises(UserError, match=r"data\.path names .*none.*jsonl, which does not exist"):
+            load_recipe(Path("recipes/nano/grpo.yaml"), overrides)
+
+
+def test_the_command_refuses_bad_rows_in_one_message(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    file = written(tmp_path / "mine.jsonl", problems(3) + bad(2))
+    arguments = [f"run.dir={tmp_path / 'run'}", "init_from=null", "machine={}", f"data={{path: {file}}}"]
+    assert main(["check", "recipes/nano/grpo.yaml", *arguments]) == EXIT_USER_ERROR
+    error = capfd.readouterr().err
+    assert "2 of 5 rows cannot be used" in error
+    assert "Traceback" not in error
+
+
+def test_pairs_of_a_file_are_preferences(tmp_path: Path) -> None:
+    card = own_card(source(written(tmp_path / "mine.jsonl", pairs(40))))
+    found = [pair for split in card.splits for pair in load_preferences(card, split).examples]
+    assert sorted(pair.chosen for pair in found) == sorted(row["chosen"] for row in pairs(40))
+
+
+@pytest.mark.skipif(not SHAREGPT.is_file(), reason="the published file is not on this machine")
+def test_a_published_file_of_sharegpt_is_read_whole() -> None:
+    card = own_card(source(SHAREGPT))
+    loaded = {split: load_split(card, split) for split in card.splits}
+    assert sum(len(split.examples) + split.dropped_contaminated for split in loaded.values()) == 500
+    assert {turn["role"] for e in loaded["train"].examples for turn in e.conversation} == {"user", "assistant"}
