@@ -44,6 +44,7 @@ def application(text: str) -> typer.Typer:
 app = application("The alignment stages of DeepSeek-V2: SFT, then GRPO, on Ray, vLLM and DeepSpeed.")
 app.add_typer(sandbox := application("the sandbox that runs a model's code"), name="sandbox")
 app.add_typer(rewards := application("the rewards that a recipe can name"), name="rewards")
+app.add_typer(data := application("the data that a recipe can name, and one's own"), name="data")
 app.add_typer(evaluations := application("the evaluation hooks that a recipe can name"), name="evaluations")
 
 
@@ -326,6 +327,31 @@ def check_sandbox() -> int:
         state = "yes" if piece.ok else "MISSING" if piece.needed else "no"
         print(f"{state:8}{piece.name}{': ' + piece.detail if piece.detail else ''}")
     return 0 if all(piece.ok for piece in pieces if piece.needed) else EXIT_FAILED
+
+
+@data.command("show")
+def show_data(
+    name: Annotated[str, Argument(metavar="FILE|CARD", help="file, files by a pattern, directory, or a data card")],
+    model: Annotated[
+        str | None, Option(help="model directory or hub name: lengths in tokens, and a row in its template")
+    ] = None,
+) -> None:
+    """what is in data, how a run would read them, and what it would refuse"""
+    from rich.console import Console
+
+    from align.tools.show_data import show_data as show_it
+
+    show_it(name, model, Console())
+
+
+@data.command("list")
+def list_data() -> None:
+    """the data cards that come with the project"""
+    from rich.console import Console
+
+    from align.tools.show_data import show_cards
+
+    show_cards(Console())
 
 
 @rewards.command("list")
