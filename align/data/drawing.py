@@ -37,12 +37,13 @@ def held_out_keys(keys: Iterable[str], share: float, splits: Sequence[SplitName]
     A hash of the key draws, so that a key stays where it is when others are added to the data; only the one that a split has for want
     of any other does not.
     """
-    order = sorted(set(keys), key=lambda key: (fraction(key), key), reverse=True)
+    left = {key: fraction(key) for key in keys}
     drawn_for: dict[str, SplitName] = {}
     for place, split in enumerate(splits, start=1):
-        left = [key for key in order if key not in drawn_for]
-        chosen = [key for key in left if fraction(key) >= 1 - place * share] or left[:1]
+        last = [max(left, key=lambda key: (left[key], key))] if left else []
+        chosen = [key for key, at in left.items() if at >= 1 - place * share] or last
         drawn_for |= dict.fromkeys(chosen, split)
+        left = {key: at for key, at in left.items() if key not in drawn_for}
     return drawn_for
 
 

@@ -23,9 +23,9 @@ SPLITS: tuple[SplitName, ...] = get_args(SplitName)
 CURE = "Correct them, or leave them out and have them counted with data.bad_rows=leave_out"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class OwnRows:
-    """What is in files: their form, what each row gives, and why others cannot be used."""
+    """What is in files: their form, what each row gives, and why others cannot be used. Compared as the object that it is."""
 
     form: Form
     items: Sequence[Example | Preference]
@@ -82,14 +82,25 @@ def read_split(source: OwnSource, split: SplitName) -> list[Example | Preference
     drawn = [name for name in source.splits if name not in tables]
     if split in tables and (split != "train" or not drawn):
         return list(tables[split].items)
-    keys = [opening_of(item) for item in tables["train"].items]
-    of = held_out_keys(keys, source.held_out, [name for name in reversed(drawn) if name != "train"])
-    found = [item for item, key in zip(tables["train"].items, keys, strict=True) if of.get(key, "train") == split]
-    if not found:
+    found = _apart(tables["train"], source.held_out, tuple(name for name in reversed(drawn) if name != "train"))
+    if split not in found:
         raise UserError(
-            f"{source.path} has {len(set(keys))} different prompts, too few to hold any out for {' and '.join(drawn)}: give more, or a "
+            f"{source.path} has too few different prompts to hold any out for {' and '.join(drawn)}: give three at least, or a "
             "directory with train.jsonl, validation.jsonl and test.jsonl"
         )
+    return list(found[split])
+
+
+@lru_cache(maxsize=8)
+def _apart(
+    rows: OwnRows, share: float, held_out: tuple[SplitName, ...]
+) -> Mapping[SplitName, Sequence[Example | Preference]]:
+    """The rows by split, those that have some; see `held_out_keys`."""
+    keys = [opening_of(item) for item in rows.items]
+    drawn = held_out_keys(keys, share, held_out)
+    found: dict[SplitName, list[Example | Preference]] = {}
+    for item, key in zip(rows.items, keys, strict=True):
+        found.setdefault(drawn.get(key, "train"), []).append(item)
     return found
 
 

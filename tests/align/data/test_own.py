@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from align.cli import EXIT_USER_ERROR, main
-from align.data.cards import OwnSource
+from align.data.cards import OwnSource, load_card
 from align.data.drawing import held_out_keys
 from align.data.entries import card_of, evaluated
 from align.data.loader import domains_of, load_preferences, load_split
@@ -85,7 +86,7 @@ def test_a_small_file_has_something_in_every_split(count: int, tmp_path: Path) -
 
 def test_fewer_prompts_than_splits_are_refused(tmp_path: Path) -> None:
     file = written(tmp_path / "mine.jsonl", problems(2) + problems(2))
-    with pytest.raises(UserError, match=r"mine\.jsonl has 2 different prompts, too few to hold any out for"):
+    with pytest.raises(UserError, match=r"mine\.jsonl has too few different prompts to hold any out for"):
         splits(file)
 
 
@@ -126,6 +127,23 @@ def test_a_directory_has_a_file_for_a_split_and_the_others_are_drawn_from_train(
     assert len(set(ids)) == len(ids) == 205
     with pytest.raises(UserError, match=r"is a directory without train\.jsonl"):
         splits(tmp_path)
+
+
+def test_a_card_may_have_files_of_ones_own_beside_it_as_its_source(tmp_path: Path) -> None:
+    written(tmp_path / "mine.jsonl", problems(40))
+    front = {
+        "name": "kept",
+        "title": "mine",
+        "source": {"kind": "own", "path": "mine.jsonl", "splits": ["train", "test"]},
+        "licence": "CC0",
+        "stages": ["grpo", "eval"],
+        "domain": "user",
+        "splits": {"train": "most", "test": "the rest"},
+        "decontamination": {"against": ["test"], "why": "so"},
+    }
+    (tmp_path / "kept.md").write_text(f"---\n{yaml.safe_dump(front)}---\n")
+    card = load_card(tmp_path / "kept.md")
+    assert sum(len(load_split(card, split).examples) for split in ("train", "test")) == 40
 
 
 def test_what_is_held_out_of_a_file_of_its_own_is_dropped_from_training_and_counted(tmp_path: Path) -> None:
