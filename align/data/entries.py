@@ -8,7 +8,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from align.data.cards import DataCard, OwnSource, Stage, load_card, require_stage
 from align.data.drawing import Source, shares
 from align.data.loader import NOTHING, HeldOutPrompts, held_together
-from align.data.own import own_card
+from align.data.own import CURE, own_card, refusal
 from align.data.types import Item, LoadedSplit, SplitName
 from align.errors import UserError
 from align.recipe import DataOptions, PolicyRecipe
@@ -134,8 +134,29 @@ class Reader(Generic[Item, T]):
             held_out=held_out,
             **levels,
         )
-        items = [self.encode(replace(item, id=item.id + entry.mark)) for item in loaded.examples]
-        return self._short_enough(items, entry, split), loaded
+        return self._short_enough(self._encoded(loaded.examples, entry, split), entry, split), loaded
+
+    def _encoded(self, examples: Sequence[Item], entry: Entry, split: SplitName) -> list[T]:
+        """The examples as the stage trains on them. Of data without a card, rows that cannot be encoded are told together, or left out."""
+        items: list[T] = []
+        refused: list[str] = []
+        for item in examples:
+            try:
+                items.append(self.encode(replace(item, id=item.id + entry.mark)))
+            except UserError as error:
+                if entry.data.card is not None:
+                    raise
+                refused.append(str(error))
+        if refused and (entry.data.bad_rows == "refuse" or not items):
+            raise UserError("\n".join(refusal(f"{entry.called}, split {split}", refused, len(examples), CURE)))
+        if refused:
+            self.notes.warn(
+                f"{entry.called}, split {split}: {len(refused)} of {len(examples)} rows cannot be encoded, and were left out. The first: "
+                f"{refused[0]}",
+                card=entry.name,
+                bad_rows=len(refused),
+            )
+        return items
 
     def held_out_split(
         self, entries: Sequence[Entry], split: SplitName, limit: int, held_out: HeldOutPrompts = NOTHING

@@ -175,7 +175,7 @@ def _read(
     for file in files:
         own = str(file.relative_to(above).parent / stem_of(file)) if len(files) > 1 else ""
         prefix = "/".join(part for part in (name, own) if part)
-        for number, row in enumerate(read_rows(file)):
+        for number, row in enumerate(read_rows(file), start=1):
             count += 1
             try:
                 if isinstance(row, UserError):
@@ -193,12 +193,16 @@ def _read(
     if not count:
         raise UserError(f"{told} is empty: it has no rows")
     if bad and (bad_rows == "refuse" or form is None or not items):
-        raise UserError(bad[0] if len(bad) == count == 1 else "\n".join(_refusal(told, bad, count, cure)))
+        raise UserError("\n".join(refusal(told, bad, count, cure)))
     assert form is not None
     return OwnRows(form, items, bad)
 
 
-def _refusal(told: str, bad: Sequence[str], count: int, cure: str) -> Iterator[str]:
+def refusal(told: str, bad: Sequence[str], count: int, cure: str) -> Iterator[str]:
+    """The lines of the error about rows that cannot be used, `bad` of `count`: the first of them, how many there are, and what to do."""
+    if len(bad) == count == 1:
+        yield bad[0]
+        return
     yield f"{told}: {len(bad)} of {count} rows cannot be used{':' if len(bad) <= SHOWN else f', the first {SHOWN}:'}"
     yield from (f"  {why}" for why in bad[:SHOWN])
     yield cure

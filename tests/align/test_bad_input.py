@@ -182,7 +182,10 @@ def test_a_run_directory_that_holds_a_run(tmp_path: Path, monkeypatch: pytest.Mo
     [
         (['{"id": "1", "prompt": "What is 1 + 1?", "answer": "2"}', '{"id": "2", '], "problems.jsonl, line 2: "),
         ([], "problems.jsonl is empty"),
-        (['{"id": "1", "prompt": "What is 1 + 1?"}'], "problems.jsonl: no row has a ground truth to compare answers with"),
+        (
+            ['{"id": "1", "prompt": "What is 1 + 1?"}'],
+            "problems.jsonl: no row has a ground truth to compare answers with",
+        ),
         ([json.dumps({"id": "long", "prompt": "x" * 900, "answer": "2"})], "prompt 'long' has"),
     ],
     ids=["broken line", "empty", "no answer", "longer than the context"],

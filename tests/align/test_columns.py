@@ -106,6 +106,8 @@ def test_a_row_is_the_same_sample_everywhere(name: str, tmp_path: Path, seen: li
     assert trained.metadata["completion_tokens"] == 3
     assert "completion_tokens" not in samples["score"].metadata
     samples["score"] = replace(samples["score"], metadata={**samples["score"].metadata, "completion_tokens": 3})
+    assert trained.prompt == ("Hi?" if name == "ifeval" else "2 + 2?")
+    assert trained.ground_truth == (None if name in ("ifeval", "nothing but a prompt") else "4")
     for sample in samples.values():
         assert replace(sample, id=trained.id) == trained
 

@@ -164,11 +164,11 @@ def test_data_are_called_like_their_file(name: str, called: str) -> None:
 def test_ids_are_the_rows_own_or_their_numbers_and_of_several_files_they_have_the_file_s_name(tmp_path: Path) -> None:
     rows = problems(2)
     file = written(tmp_path / "a.jsonl", [rows[0] | {"id": "x"}, rows[1]])
-    assert [item.id for item in read_source(source(file))["train"].items] == ["a/x", "a/1"]
-    assert [example.id for example in read_user_file(file)] == ["x", "1"]
+    assert [item.id for item in read_source(source(file))["train"].items] == ["a/x", "a/2"]
+    assert [example.id for example in read_user_file(file)] == ["x", "2"]
     written(tmp_path / "b.jsonl", [rows[0] | {"id": "x"}, rows[1]])
     ids = [item.id for item in read_source(source(tmp_path / "*.jsonl"))["train"].items]
-    assert ids == [f"{tmp_path.name}/{id_}" for id_ in ("a/x", "a/1", "b/x", "b/1")]
+    assert ids == [f"{tmp_path.name}/{id_}" for id_ in ("a/x", "a/2", "b/x", "b/2")]
 
 
 def bad(count: int) -> list[dict[str, Any]]:
@@ -273,6 +273,24 @@ def test_every_stage_takes_a_file_without_a_card_and_says_what_was_compared(
     [from_file] = loaded.sources
     assert from_file.card == "mine"
     assert len(from_file.items) > 40
+
+
+@pytest.mark.parametrize("bad_rows", ["refuse", "leave_out"])
+def test_rows_that_the_template_has_no_place_for_are_told_together_or_left_out(bad_rows: str, tmp_path: Path) -> None:
+    rows = chats(60)
+    for row in rows[:30]:
+        row["messages"].insert(0, {"role": "developer", "content": "Be brief."})
+    file = written(tmp_path / "mine.jsonl", rows)
+    made = recipe("sft", tmp_path, data={"path": file, "bad_rows": bad_rows}, evaluation={"cards": ["nano_math"]})
+    with open_run(made) as run:
+        if bad_rows == "leave_out":
+            [loaded] = load_sft_data(made, TOKENIZER, run).sources
+            assert 20 < len(loaded.items) <= 30
+            return
+        with pytest.raises(UserError, match=r"mine\.jsonl, split \w+: [0-9]+ of [0-9]+ rows cannot be used") as refused:
+            load_sft_data(made, TOKENIZER, run)
+    assert "example 'mine/" in str(refused.value)
+    assert "data.bad_rows=leave_out" in str(refused.value)
 
 
 def test_columns_of_a_file_are_in_the_metadata_of_training(tmp_path: Path) -> None:
