@@ -73,7 +73,9 @@ def encode_problems(tokenizer: Any, examples: Sequence[Example]) -> list[Problem
     problems = []
     for example in examples:
         with naming(f"prompt {example.id!r}"):
-            problems.append(Problem(example, Prompt(example.id, encode_prompt(tokenizer, example.messages))))
+            problems.append(
+                Problem(example, Prompt(example.id, encode_prompt(tokenizer, example.messages, example.tools)))
+            )
     return problems
 
 
@@ -85,7 +87,7 @@ def submit(
     submitted = {}
     for group in groups:
         example = examples[group.prompt.id]
-        texts = [answer_text(tokenizer, example.messages, t.token_ids) for t in group.trajectories]
+        texts = [answer_text(tokenizer, example.messages, t.token_ids, example.tools) for t in group.trajectories]
         samples = [reward_sample(example, t, text) for t, text in zip(group.trajectories, texts, strict=True)]
         submitted[example.id] = group, texts, pool.submit(samples)
     return submitted

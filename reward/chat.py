@@ -12,8 +12,9 @@ of one character or of white space only are vocabulary for everybody.
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 from itertools import groupby, pairwise, zip_longest
 from typing import Any, NamedTuple
@@ -29,35 +30,60 @@ _OPENED_THOUGHT = re.compile(r"<think>\s*\Z")
 _TWO_THOUGHTS = re.compile(r"</think>\s*<think>")
 
 Messages = Sequence[Mapping[str, Any]]
+Tools = Sequence[Mapping[str, Any]]
+"""What a model may call, as JSON schemas."""
 
 
-def encode_prompt(tokenizer: Any, messages: Messages) -> list[int]:
+def encode_prompt(tokenizer: Any, messages: Messages, tools: Tools = ()) -> list[int]:
     """The ids of the conversation up to where the model answers.
 
     Raises RewardError where the tokenizer has no chat template, or its template has no place for these messages.
     """
-    return _tokenised(tokenizer, messages, answering=True).ids
+    return _tokenised(tokenizer, messages, tools, answering=True).ids
 
 
-def encode_example(tokenizer: Any, messages: Messages, response: str) -> tuple[list[int], int]:
-    """The ids of prompt, response and the token that ends it, and how many of them are the prompt's.
+def encode_conversation(
+    tokenizer: Any, messages: Messages, trained: Collection[int], tools: Tools = ()
+) -> list[tuple[list[int], list[bool]]]:
+    """The sequences of ids that answers of a conversation are learned from, and for each id whether it belongs to one of these answers.
+
+    `trained` are the places of the answers in `messages`. Prompt and answer are always those of `encode_example`. One sequence holds all answers
+    where each continues in the prompt of the next; where a template writes earlier turns otherwise, such as without their thoughts, a new
+    sequence begins. Raises RewardError as `encode_example` does.
+    """
+    sequences: list[tuple[list[int], list[bool]]] = []
+    for place in sorted(trained):
+        ids, length = encode_example(tokenizer, messages[:place], messages[place], tools)
+        before, learned = sequences[-1] if sequences else ([], [])
+        if sequences and ids[: min(len(before), length)] == before:
+            sequences.pop()
+        else:
+            learned = []
+        sequences.append((ids, [*learned, *[False] * (length - len(learned)), *[True] * (len(ids) - length)]))
+    return sequences
+
+
+def encode_example(
+    tokenizer: Any, messages: Messages, response: str | Mapping[str, Any], tools: Tools = ()
+) -> tuple[list[int], int]:
+    """The ids of prompt, response (a text, or an assistant's message) and the token that ends it, and how many of them are the prompt's.
 
     The prompt's are those of `encode_prompt`; the others are what the template renders for a response, white space and
     thoughts included, up to the token of `end_of_answer`, which is appended where the template writes none. Raises RewardError as
     `encode_prompt` does, where nothing could end a response, and where the conversation with its response does not begin with
     the prompt.
     """
-    asked = _tokenised(tokenizer, messages, answering=True)
-    answered = [*messages, {"role": "assistant", "content": response}]
-    text, ids = _tokenised(tokenizer, answered, answering=False, prompt=asked)
+    answer = {"role": "assistant", "content": response} if isinstance(response, str) else response
+    asked = _tokenised(tokenizer, messages, tools, answering=True)
+    text, ids = _tokenised(tokenizer, [*messages, answer], tools, answering=False, prompt=asked)
     end_of_prompt = max(0, len(asked.text.rstrip()) - len("</think>"))
-    if _TWO_THOUGHTS.search(text, end_of_prompt) and not _TWO_THOUGHTS.search(response):
+    if _TWO_THOUGHTS.search(text, end_of_prompt) and not _TWO_THOUGHTS.search(answer["content"]):
         raise RewardError(
             f"the chat template of {_name(tokenizer)} writes an empty thought before the thought of a response: take the "
             "thought out, or use a template that finds it in the response"
         )
     length = len(asked.ids)
-    around = _surroundings(tokenizer, _template(tokenizer), _roles(messages))
+    around = _surroundings(tokenizer, _template(tokenizer), _shape(messages, tools))
     if around.end is None:
         raise RewardError(
             f"the tokenizer of {_name(tokenizer)} has no eos_token: set it in tokenizer_config.json, or the model never "
@@ -76,7 +102,7 @@ def end_of_answer(tokenizer: Any) -> int | None:
     if not tokenizer.chat_template:
         end: int | None = tokenizer.eos_token_id
         return end
-    return _surroundings(tokenizer, _template(tokenizer), ("user",)).end
+    return _surroundings(tokenizer, _template(tokenizer), _shape([{"role": "user", "content": "?"}])).end
 
 
 def decode_completion(tokenizer: Any, token_ids: Sequence[int]) -> str:
@@ -89,16 +115,16 @@ def decode_completion(tokenizer: Any, token_ids: Sequence[int]) -> str:
     )
 
 
-def answer_text(tokenizer: Any, messages: Messages, token_ids: Sequence[int]) -> str:
+def answer_text(tokenizer: Any, messages: Messages, token_ids: Sequence[int], tools: Tools = ()) -> str:
     """What a completion says, as the content of the assistant's message: the inverse of `encode_example`.
 
     What the template itself writes around an answer, and which the model therefore writes (white space, an empty thought),
     is not part of it. A thought that the prompt opens is: "<think>" stands at the head of the text.
     """
     template = _template(tokenizer)
-    around = _surroundings(tokenizer, template, _roles(messages))
+    around = _surroundings(tokenizer, template, _shape(messages, tools))
     # What a message says may open or close the thought of the prompt ("/no_think").
-    opened = _opened_thought(_render(tokenizer, template, messages, True))
+    opened = _opened_thought(_render(tokenizer, template, messages, tools, True))
     said = opened + decode_completion(tokenizer, token_ids)
     if around.before is None or opened != around.opened:
         return said
@@ -112,6 +138,23 @@ class _Tokenised(NamedTuple):
 
     text: str
     ids: list[int]
+
+
+class _Shape(NamedTuple):
+    """A conversation without what is said in it: each message as JSON, true in the place of its content, and the tools."""
+
+    turns: tuple[str, ...]
+    tools: str
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """The messages with a placeholder for each content; a message that only calls tools has none."""
+        turns = [json.loads(turn) for turn in self.turns]
+        return [turn | {"content": _PLACEHOLDER.format(i) if turn["content"] else ""} for i, turn in enumerate(turns)]
+
+    def answered(self) -> _Shape:
+        """The same with an assistant's answer behind it."""
+        return _Shape((*self.turns, json.dumps({"role": "assistant", "content": True})), self.tools)
 
 
 class _Outline(NamedTuple):
@@ -149,14 +192,18 @@ class _Vocabulary(NamedTuple):
     """Finds where a control token begins, in another one too; it is group 1."""
 
 
-def _tokenised(tokenizer: Any, messages: Messages, *, answering: bool, prompt: _Tokenised | None = None) -> _Tokenised:
+def _tokenised(
+    tokenizer: Any, messages: Messages, tools: Tools, *, answering: bool, prompt: _Tokenised | None = None
+) -> _Tokenised:
     """The rendering of the messages; where it continues a prompt, the prompt's ids are the first of its ids."""
     prompt = prompt or _Tokenised("", [])
-    template, vocabulary = _template(tokenizer), _vocabulary(tokenizer)
-    outline = _outline(tokenizer, template, _roles(messages), answering)
-    text = _render(tokenizer, template, messages, answering)
+    template, vocabulary, shape = _template(tokenizer), _vocabulary(tokenizer), _shape(messages, tools)
+    if forged := vocabulary.found_special.search("".join((*shape.turns, shape.tools))):
+        raise RewardError(f"tools or their calls spell out the control token {forged[0]}: take it out of them")
+    outline = _outline(tokenizer, template, shape, answering)
+    text = _render(tokenizer, template, messages, tools, answering)
     if not text.startswith(prompt.text):
-        raise _not_continued(tokenizer, messages, prompt.text, text)
+        raise _not_continued(tokenizer, messages, tools, prompt.text, text)
     start = len(prompt.text)
     if prompt.ids and prompt.ids[-1] in vocabulary.swallowing:
         start += len(text) - start - len(text[start:].lstrip())
@@ -167,7 +214,7 @@ def _tokenised(tokenizer: Any, messages: Messages, *, answering: bool, prompt: _
         ids = prompt.ids + _encode(tokenizer, text[start:], first=start == 0)
         if [id_ for id_ in ids if id_ in vocabulary.control] == outline.control:
             return _Tokenised(text, ids)
-    cuts = [cut for cut in _cuts(tokenizer, template, messages, answering, text) if cut > start]
+    cuts = [cut for cut in _cuts(tokenizer, template, messages, tools, answering, text) if cut > start]
     new: list[int] = []
     written = []
     for begin, end in pairwise([start, *cuts, len(text)]):
@@ -180,11 +227,11 @@ def _tokenised(tokenizer: Any, messages: Messages, *, answering: bool, prompt: _
     return _Tokenised(text, prompt.ids + new)
 
 
-def _cuts(tokenizer: Any, template: str, messages: Messages, answering: bool, text: str) -> list[int]:
+def _cuts(tokenizer: Any, template: str, messages: Messages, tools: Tools, answering: bool, text: str) -> list[int]:
     """Where to cut the rendering, so that its control tokens are the template's."""
     vocabulary = _vocabulary(tokenizer)
     same, author = render_with_authors(
-        template, messages, add_generation_prompt=answering, **tokenizer.special_tokens_map
+        template, messages, tools=list(tools) or None, add_generation_prompt=answering, **tokenizer.special_tokens_map
     )
     if same != text:
         raise RewardError(
@@ -204,29 +251,29 @@ def _cuts(tokenizer: Any, template: str, messages: Messages, answering: bool, te
 
 
 @lru_cache(maxsize=256)
-def _outline(tokenizer: Any, template: str, roles: tuple[str, ...], answering: bool) -> _Outline:
-    messages = [{"role": role, "content": _PLACEHOLDER.format(i)} for i, role in enumerate(roles)]
-    text = _render(tokenizer, template, messages, answering)
+def _outline(tokenizer: Any, template: str, shape: _Shape, answering: bool) -> _Outline:
+    messages = shape.messages
+    text = _render(tokenizer, template, messages, json.loads(shape.tools), answering)
     found = {int(number) for number in _PLACEHOLDERS.findall(text)}
-    lost = [role for i, role in enumerate(roles) if i not in found]
+    lost = [turn["role"] for i, turn in enumerate(messages) if turn["content"] and i not in found]
     if lost:
         raise RewardError(
             f"the chat template of {_name(tokenizer)} leaves out what the {' and the '.join(lost)} says, given messages of "
-            f"{', '.join(roles)}"
+            f"{', '.join(_roles(messages))}"
         )
     control = _vocabulary(tokenizer).control
     return _Outline(text, [id_ for id_ in _encode(tokenizer, text) if id_ in control])
 
 
 @lru_cache(maxsize=256)
-def _surroundings(tokenizer: Any, template: str, roles: tuple[str, ...]) -> _Surroundings:
-    prompt = _outline(tokenizer, template, roles, True).text
+def _surroundings(tokenizer: Any, template: str, shape: _Shape) -> _Surroundings:
+    prompt = _outline(tokenizer, template, shape, True).text
     opened = _opened_thought(prompt)
     try:
-        whole = _outline(tokenizer, template, (*roles, "assistant"), False).text
+        whole = _outline(tokenizer, template, shape.answered(), False).text
     except RewardError:
         return _Surroundings(opened, None, "", tokenizer.eos_token_id, 0)
-    before, _, after = whole.rpartition(_PLACEHOLDER.format(len(roles)))
+    before, _, after = whole.rpartition(_PLACEHOLDER.format(len(shape.turns)))
     after_ids = _encode(tokenizer, after, first=False)
     end, added = tokenizer.eos_token_id, tokenizer.added_tokens_decoder
     if end not in after_ids:
@@ -250,7 +297,7 @@ def _opened_thought(prompt: str) -> str:
     return opened[0] if opened else ""
 
 
-def _not_continued(tokenizer: Any, messages: Messages, asked: str, whole: str) -> RewardError:
+def _not_continued(tokenizer: Any, messages: Messages, tools: Tools, asked: str, whole: str) -> RewardError:
     fault = (
         f"the chat template of {_name(tokenizer)} ends a prompt in {asked[-40:]!r}, but writes something else before an "
         "answer that is given"
@@ -261,7 +308,7 @@ def _not_continued(tokenizer: Any, messages: Messages, asked: str, whole: str) -
             "conversations begin with their prompts"
         )
     thoughtful = [*messages[:-1], {"role": "assistant", "content": "<think>\nx\n</think>\n\nx"}]
-    if _render(tokenizer, _template(tokenizer), thoughtful, False).startswith(asked):
+    if _render(tokenizer, _template(tokenizer), thoughtful, tools, False).startswith(asked):
         return RewardError(
             f"{fault}: the prompt opens a thought, so each response needs one, <think>...</think>, first"
         )
@@ -286,16 +333,30 @@ def _template(tokenizer: Any) -> str:
     return template
 
 
-def _render(tokenizer: Any, template: str, messages: Messages, answering: bool) -> str:
+def _render(tokenizer: Any, template: str, messages: Messages, tools: Tools, answering: bool) -> str:
     try:
         rendered: str = tokenizer.apply_chat_template(
-            list(messages), chat_template=template, tokenize=False, add_generation_prompt=answering
+            list(messages),
+            chat_template=template,
+            tools=list(tools) or None,
+            tokenize=False,
+            add_generation_prompt=answering,
         )
     except Exception as error:  # the template's own errors are jinja's, and whatever its expressions raise
         raise RewardError(
             f"the chat template of {_name(tokenizer)} refuses messages of {', '.join(_roles(messages))}: {error}"
         ) from error
     return rendered
+
+
+def _shape(messages: Messages, tools: Tools = ()) -> _Shape:
+    turns = (
+        message | {"content": bool(message["content"] or "tool_calls" not in message)}
+        for message in map(dict, messages)
+    )
+    return _Shape(
+        tuple(json.dumps(turn, ensure_ascii=False) for turn in turns), json.dumps([*tools], ensure_ascii=False)
+    )
 
 
 def _roles(messages: Messages) -> tuple[str, ...]:

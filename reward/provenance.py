@@ -35,7 +35,7 @@ def render_with_authors(
         | {"content": kind(message["content"].translate(assistants if message["role"] == "assistant" else others))}
         for message in messages
     ]
-    rendered = str.__str__(_compiled(template).render(messages=marked, tools=None, documents=None, **variables))
+    rendered = str.__str__(_compiled(template).render(**{"tools": None} | variables, messages=marked, documents=None))
 
     def author(place: int) -> str:
         code = ord(rendered[place])

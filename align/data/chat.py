@@ -23,6 +23,7 @@ def _for_users(function: Callable[P, R]) -> Callable[P, R]:
 
 
 encode_prompt = _for_users(chat.encode_prompt)
+encode_conversation = _for_users(chat.encode_conversation)
 encode_example = _for_users(chat.encode_example)
 answer_text = _for_users(chat.answer_text)
 decode_completion = chat.decode_completion

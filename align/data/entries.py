@@ -107,12 +107,12 @@ def evaluated(recipe: PolicyRecipe) -> list[Entry]:
 class Reader(Generic[Item, T]):
     """How a stage reads its entries.
 
-    `load` is `load_split` or `load_preferences`; `encode` gives what the stage trains on, of which `tokens` are as many
-    as there must be room for. What was left out goes into `notes`.
+    `load` is `load_split` or `load_preferences`; `encode` gives what the stage trains on for an example, maybe several items, of which
+    `tokens` are as many as there must be room for. What was left out goes into `notes`.
     """
 
     load: Callable[..., LoadedSplit[Item]]
-    encode: Callable[[Item], T]
+    encode: Callable[[Item], Sequence[T]]
     tokens: Callable[[T], int]
     room: Room
     seed: int
@@ -142,7 +142,7 @@ class Reader(Generic[Item, T]):
         refused: list[str] = []
         for item in examples:
             try:
-                items.append(self.encode(replace(item, id=item.id + entry.mark)))
+                items += self.encode(replace(item, id=item.id + entry.mark))
             except UserError as error:
                 if entry.data.card is not None:
                     raise

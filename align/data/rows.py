@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -158,13 +159,24 @@ def message_of(item: Any, where: str) -> Message:
         raise UserError(f"{where}: content must be text that is not empty, not {item.get('content')!r:.40}")
     message: Message = {"role": role, "content": check_unicode(content, where)}
     if calls:
-        message["tool_calls"] = [dict(call) for call in calls]
+        message["tool_calls"] = [_call(call, where) for call in calls]
     for key in ("name", "tool_call_id"):
         if item.get(key) is not None:
             message[key] = str(item[key])
     if (weight := _weight(item, where)) is not None:
         message["weight"] = weight
     return message
+
+
+def _call(call: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A call of a tool, its arguments as an object: chat templates write it as JSON, and OpenAI's files hold the text of that."""
+    function = call.get("function")
+    arguments = function.get("arguments") if isinstance(function, Mapping) else None
+    with suppress(ValueError):
+        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+    if not isinstance(function, Mapping) or not isinstance(arguments, Mapping):
+        raise UserError(f"{where}: a tool call must have a function with a name and arguments that are a JSON object")
+    return {**call, "function": {**function, "arguments": dict(arguments)}}
 
 
 def _text(content: Any, where: str) -> str:

@@ -206,6 +206,10 @@ class SftOptions(Options):
 
     steps: int = Field(ge=1, description="optimizer steps")
     sequences_per_step: int = Field(64, ge=1)
+    turns: Literal["all", "last"] = Field(
+        "all",
+        description="turns of the assistant in a conversation that are trained on; of all, those without a weight of 0",
+    )
     validate_every: int = Field(100, ge=1, description="steps between two validation losses")
     validation_limit: int = Field(256, ge=1, description="examples of the validation loss")
 

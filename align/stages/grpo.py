@@ -45,7 +45,7 @@ def load_grpo_data(recipe: GrpoRecipe, tokenizer: Any, run: Run) -> GrpoData:
     longest = recipe.rollout.max_length - recipe.sampling.max_new_tokens
     reader = Reader(
         load_split,
-        lambda example: encode_problems(tokenizer, [example])[0],
+        lambda example: encode_problems(tokenizer, [example]),
         lambda problem: len(problem.prompt.token_ids),
         Room(longest, "what rollout.max_length leaves beside sampling.max_new_tokens"),
         recipe.seed,

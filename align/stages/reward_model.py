@@ -189,11 +189,10 @@ def write_notes(directory: Path, about: Mapping[str, Any], validation: Sequence[
     write_usage(directory, load_tokenizer(directory), fmean(rewards), pstdev(rewards))
 
 
-def encode_pair(tokenizer: Any, preference: Preference, margin_scale: float) -> EncodedPair:
-    """A preference as token ids, with the chat template of SFT. Raises UserError where the tokenizer has none."""
+def encode_pair(tokenizer: Any, preference: Preference, margin_scale: float) -> list[EncodedPair]:
+    """A preference as the token ids of a pair, with the chat template of SFT. Raises UserError where the tokenizer has none."""
     with naming(f"preference {preference.id!r}"):
         chosen, prompt_length = encode_example(tokenizer, preference.messages, preference.chosen)
         rejected, _ = encode_example(tokenizer, preference.messages, preference.rejected)
-    return EncodedPair(
-        preference, TrainingPair(chosen, rejected, (preference.margin or 0.0) * margin_scale), prompt_length
-    )
+    pair = TrainingPair(chosen, rejected, (preference.margin or 0.0) * margin_scale)
+    return [EncodedPair(preference, pair, prompt_length)]

@@ -10,15 +10,16 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 
-from align.data.chat import encode_example
+from align.data.chat import encode_conversation
 from align.data.drawing import Source, items_of_step
 from align.data.entries import Reader, Room, entries_of
 from align.data.loader import held_together, load_split, refuse_one_file
-from align.data.types import Example
+from align.data.types import Example, Message
 from align.errors import UserError, naming
 from align.evaluate.accuracy import Evaluation
 from align.learner.batch import TrainingSequence
@@ -52,7 +53,7 @@ def load_sft_data(
     problems = load_problems(recipe, tokenizer)
     reader = Reader(
         load_split,
-        partial(encode_demonstration, tokenizer),
+        partial(encode_demonstration, tokenizer, turns=options.turns),
         lambda sequence: len(sequence.token_ids),
         Room(recipe.rollout.max_length, "rollout.max_length"),
         recipe.seed,
@@ -108,13 +109,28 @@ def train_sft(recipe: SftRecipe, data: SftData, session: Session) -> tuple[Model
     return trained, evaluations
 
 
-def encode_demonstration(tokenizer: Any, example: Example) -> TrainingSequence:
-    """An example as token ids. Raises UserError for one without a demonstration."""
+def encode_demonstration(
+    tokenizer: Any, example: Example, turns: Literal["all", "last"] = "all"
+) -> list[TrainingSequence]:
+    """The sequences that an example is learned from: one, unless the chat template writes earlier turns of its conversation otherwise.
+
+    `turns` are the assistant's turns that are trained on; of all, those to which the data give no weight of 0. Raises UserError for an
+    example without a demonstration.
+    """
     if example.response is None:
         raise UserError(f"example {example.id!r} has no response to learn from; SFT needs a card whose fields name one")
+    answered: Message = {"role": "assistant", "content": example.response}
+    conversation = example.conversation or (*example.messages, answered)
+    places = [i for i, m in enumerate(conversation) if m["role"] == "assistant" and m.get("weight") != 0]
+    if not example.conversation or turns == "last":
+        places = places[-1:]
+    if not places:
+        raise UserError(
+            f"example {example.id!r}: every turn of the assistant has weight 0, so there is nothing to learn"
+        )
     with naming(f"example {example.id!r}"):
-        token_ids, prompt_length = encode_example(tokenizer, example.messages, example.response)
-    return TrainingSequence.of_completion(token_ids, prompt_length, 0.0)
+        encoded = encode_conversation(tokenizer, conversation, places, example.tools)
+    return [TrainingSequence(token_ids, np.array(learned), 0.0) for token_ids, learned in encoded]
 
 
 def mean_over_tokens(batch: Sequence[TrainingSequence]) -> list[TrainingSequence]:

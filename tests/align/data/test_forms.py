@@ -75,7 +75,8 @@ def test_the_last_turn_of_the_assistant_is_the_response_and_the_whole_conversati
         "user",
     ]
     assert read.response == "4."
-    assert read.conversation[2] == {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    called = CALL | {"function": {"name": "add", "arguments": {"a": 2, "b": 2}}}
+    assert read.conversation[2] == {"role": "assistant", "content": "", "tool_calls": [called]}
     assert read.conversation[3] == RESULT
     assert [turn.get("weight") for turn in read.conversation] == [None, None, None, None, 0.0, None, 1.0]
     assert read.tools == tuple(tools) == example({"messages": turns, "tools": tools}).tools

@@ -1,11 +1,15 @@
-"""What Chat SFT gives its learner, and when it looks at what came of it."""
+"""What Chat SFT learns from an example, what it gives its learner, and when it looks at what came of it."""
 
 from typing import Any
 
 import pytest
 
 from align.data.drawing import items_of_step
+from align.data.types import Example, Message
+from align.errors import UserError
 from align.learner.objective import learning_rate
+from align.model.policy import load_tokenizer
+from align.stages.sft import encode_demonstration
 
 SMALL = ("sft.steps=4", "sft.sequences_per_step=4", "sft.validation_limit=2")
 
@@ -56,3 +60,51 @@ def test_the_workers_get_what_was_trained_before_it_is_evaluated(train: Any) -> 
     assert stage.checked == ["after SFT"]
     assert stage.evaluated == ["before SFT", "after SFT"]
     assert (stage.run.directory.final_directory / "weights").read_text() == "4"
+
+
+TOKENIZER = load_tokenizer("recipes/nano/policy")
+
+
+def turn(role: Any, content: str, **more: Any) -> Message:
+    return {"role": role, "content": content, **more}
+
+
+def talk(*weights: float | None) -> Example:
+    """Three questions and their answers, "A0" to "A2", with these weights."""
+    turns = []
+    for number, weight in enumerate(weights):
+        given = {} if weight is None else {"weight": weight}
+        turns += [turn("user", f"Q{number}"), turn("assistant", f"A{number}", **given)]
+    return Example("row 1", tuple(turns[:-1]), turns[-1]["content"], None, "user", conversation=tuple(turns))
+
+
+def learned(example: Example, **options: Any) -> str:
+    """The text of the tokens that are trained on."""
+    [sequence] = encode_demonstration(TOKENIZER, example, **options)
+    return str(TOKENIZER.decode([id_ for id_, s in zip(sequence.token_ids, sequence.sampled, strict=True) if s]))
+
+
+END = TOKENIZER.eos_token
+
+
+def test_all_turns_of_the_assistant_are_trained_on_or_the_last() -> None:
+    assert learned(talk(None, None, None)) == f" A0{END} A1{END} A2{END}"
+    assert learned(talk(None, None, None), turns="last") == f" A2{END}"
+
+
+@pytest.mark.parametrize(
+    ("weights", "all_turns", "last"), [((0, None, 1), ["A1", "A2"], "A2"), ((1, 1, 0), ["A0", "A1"], "A1")]
+)
+def test_a_row_says_which_turns_are_not(weights: tuple[float | None, ...], all_turns: list[str], last: str) -> None:
+    assert learned(talk(*weights)) == "".join(f" {answer}{END}" for answer in all_turns)
+    assert learned(talk(*weights), turns="last") == f" {last}{END}"
+
+
+def test_a_conversation_without_any_turn_to_train_on_is_named() -> None:
+    with pytest.raises(UserError, match="example 'row 1': every turn of the assistant has weight 0"):
+        encode_demonstration(TOKENIZER, talk(0, 0))
+
+
+def test_earlier_turns_of_a_prompt_with_a_response_are_not_trained_on() -> None:
+    example = talk(None, None)
+    assert learned(Example("row 2", example.messages, "A1", None, "math")) == f" A1{END}"
