@@ -48,8 +48,8 @@ class ScoredTrajectory:
 
     @property
     def scored(self) -> bool:
-        """Whether it has a reward: False where the scoring machinery failed, which says nothing of the policy."""
-        return self.reward.verdict is not Verdict.INFRA_ERROR
+        """Whether it has a reward: False where there is none, or the scoring machinery failed, which says nothing of the policy."""
+        return self.reward.verdict not in (Verdict.INFRA_ERROR, Verdict.UNSCORED)
 
     @property
     def truncated(self) -> bool:
@@ -65,7 +65,8 @@ class ScoredGroup:
     trajectories: Sequence[ScoredTrajectory]
 
 
-Submitted = tuple[Group, list[str], Ticket]
+Submitted = tuple[Group, list[str], Ticket | None]
+UNSCORED = SampleReward(None, Verdict.UNSCORED, {})
 
 
 def encode_problems(tokenizer: Any, examples: Sequence[Example]) -> list[Problem]:
@@ -80,22 +81,26 @@ def encode_problems(tokenizer: Any, examples: Sequence[Example]) -> list[Problem
 
 
 def submit(
-    groups: Iterable[Group], problems: Sequence[Problem], tokenizer: Any, pool: ScoringPool
+    groups: Iterable[Group], problems: Sequence[Problem], tokenizer: Any, pool: ScoringPool | None
 ) -> dict[str, Submitted]:
-    """Hand each group to the scoring pool as soon as it is complete; returns them by the problem's id."""
+    """Hand each group to the scoring pool, where there is one, as soon as it is complete; returns them by the problem's id."""
     examples = {problem.example.id: problem.example for problem in problems}
     submitted = {}
     for group in groups:
         example = examples[group.prompt.id]
         texts = [answer_text(tokenizer, example.messages, t.token_ids, example.tools) for t in group.trajectories]
         samples = [reward_sample(example, t, text) for t, text in zip(group.trajectories, texts, strict=True)]
-        submitted[example.id] = group, texts, pool.submit(samples)
+        submitted[example.id] = group, texts, pool.submit(samples) if pool else None
     return submitted
 
 
-def gather(submitted: Mapping[str, Submitted], problems: Sequence[Problem], pool: ScoringPool) -> list[ScoredGroup]:
-    """Wait for the rewards of all groups. Returns them in the order of the problems."""
-    rewards = dict(zip(submitted, pool.gather([ticket for _, _, ticket in submitted.values()]), strict=True))
+def gather(
+    submitted: Mapping[str, Submitted], problems: Sequence[Problem], pool: ScoringPool | None
+) -> list[ScoredGroup]:
+    """Wait for the rewards of all groups, which are unscored without a pool. Returns them in the order of the problems."""
+    tickets = [ticket for _, _, ticket in submitted.values() if ticket is not None]
+    found = pool.gather(tickets) if pool else ([UNSCORED] * len(texts) for _, texts, _ in submitted.values())
+    rewards = dict(zip(submitted, found, strict=True))
     scored = []
     for problem in problems:
         group, texts, _ = submitted[problem.example.id]

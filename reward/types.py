@@ -16,7 +16,7 @@ from typing import Any
 
 
 class Verdict(StrEnum):
-    """What became of a completion when it was judged. Only INFRA_ERROR says nothing about the model."""
+    """What became of a completion when it was judged. Only INFRA_ERROR and UNSCORED say nothing about the model."""
 
     PASS = "pass"
     """It meets what the reward asks for."""
@@ -36,6 +36,8 @@ class Verdict(StrEnum):
     """Its program tried something that the sandbox forbids."""
     INFRA_ERROR = "infra_error"
     """Nobody could judge it (a dead worker, no gold answer): no fault of the model, so never a number."""
+    UNSCORED = "unscored"
+    """Nobody was asked to: the recipe has no rewards."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from align.errors import UserError
-from align.experience import Problem, ScoredGroup, ScoredTrajectory, gather, row_of, submit
+from align.experience import UNSCORED, Problem, ScoredGroup, ScoredTrajectory, gather, row_of, submit
 from align.statistics import pass_at_k
 from reward import SampleReward, ScoringPool, Verdict
 from rollout import FinishReason, Fleet, SamplingOptions, Trajectory
@@ -21,7 +21,7 @@ class Evaluation:
     `accuracy` is greedy pass@1, `by_domain` the same for the problems of each domain; `pass_at` maps k to the share of
     problems that k samples solve (empty without samples). `rates` are what else was counted, such as refusals. `rows`
     has every completion with its reward and verdict. `too_long` problems have a prompt that left no room for an answer:
-    they are among the others, as not solved.
+    they are among the others, as not solved. Without rewards nothing is scored: `accuracy` is NaN, and the answers are there to be read.
     """
 
     problems: int
@@ -37,10 +37,17 @@ class Evaluation:
 
     def summary(self) -> dict[str, float]:
         """The numbers as metrics."""
-        numbers = {"accuracy": self.accuracy, "mean_length": self.mean_length, "truncated": self.truncated}
+        numbers = {"mean_length": self.mean_length, "truncated": self.truncated}
+        if self.scored:
+            numbers = {"accuracy": self.accuracy} | numbers
         if len(self.by_domain) > 1:
             numbers |= {f"accuracy/{domain}": value for domain, value in self.by_domain.items()}
         return numbers | {f"pass@{k}": value for k, value in self.pass_at.items()} | dict(self.rates)
+
+    @property
+    def scored(self) -> bool:
+        """Whether there were rewards to score the answers by."""
+        return Verdict.UNSCORED not in self.verdicts
 
     @classmethod
     def of_record(cls, record: Mapping[str, Any], domains: Iterable[str]) -> "Evaluation":
@@ -50,21 +57,21 @@ class Evaluation:
         by_domain = {name: rest.pop(key) for name in domains if (key := f"accuracy/{name}") in rest}
         pass_at = {int(key.removeprefix("pass@")): rest.pop(key) for key in [*rest] if key.startswith("pass@")}
         own = {each.name: rest.pop(each.name) for each in fields(cls) if each.name in rest}
-        return cls(**own, by_domain=by_domain, pass_at=pass_at, rates=rest)
+        return cls(**({"accuracy": nan} | own), by_domain=by_domain, pass_at=pass_at, rates=rest)
 
 
 def evaluate(
     fleet: Fleet,
     tokenizer: Any,
     problems: Sequence[Problem],
-    pool: ScoringPool,
+    pool: ScoringPool | None,
     *,
     samples: int,
     max_new_tokens: int,
     longest: int,
     seed: int,
 ) -> Evaluation:
-    """Answer every problem greedily, and `samples` times at temperature 1, and score the answers.
+    """Answer every problem greedily, and `samples` times at temperature 1, and score the answers where there is a pool.
 
     An answer is right when the verdict of the first reward of its domain is PASS. A problem whose prompt has more than
     `longest` tokens is not asked: its answers are empty ones, which are not right.
@@ -75,19 +82,19 @@ def evaluate(
         sampling = SamplingOptions(temperature=temperature, max_new_tokens=max_new_tokens)
         drawn = fleet.sample([problem.prompt for problem in asked], count, sampling, seed=seed, step=0)
         scored = {id(g.problem): g for g in gather(submit(drawn, asked, tokenizer, pool), asked, pool)}
-        return [scored.get(id(p)) or unanswered(p, count, fleet.weight_version) for p in problems]
+        nothing = SampleReward(0.0, Verdict.NO_ANSWER, {}) if pool else UNSCORED
+        return [scored.get(id(p)) or unanswered(p, count, fleet.weight_version, nothing) for p in problems]
 
     return summarise(groups(1, 0.0), groups(samples, 1.0) if samples else [])
 
 
-def unanswered(problem: Problem, count: int, weight_version: int) -> ScoredGroup:
-    """The group of a problem that was not asked: empty answers."""
-    nothing = SampleReward(0.0, Verdict.NO_ANSWER, {})
+def unanswered(problem: Problem, count: int, weight_version: int, reward: SampleReward) -> ScoredGroup:
+    """The group of a problem that was not asked: empty answers with this reward."""
     empty = [
         Trajectory.of_one_turn(problem.prompt, index, [], [], FinishReason.LENGTH, weight_version=weight_version)
         for index in range(count)
     ]
-    return ScoredGroup(problem, [ScoredTrajectory(trajectory, "", nothing) for trajectory in empty])
+    return ScoredGroup(problem, [ScoredTrajectory(trajectory, "", reward) for trajectory in empty])
 
 
 def summarise(greedy: Sequence[ScoredGroup], sampled: Sequence[ScoredGroup]) -> Evaluation:
@@ -107,7 +114,7 @@ def summarise(greedy: Sequence[ScoredGroup], sampled: Sequence[ScoredGroup]) -> 
         truncated=mean_of([answer.truncated for answer in asked]),
         by_domain={
             domain: mean_of([found for its_domain, found in right if its_domain == domain])
-            for domain in dict.fromkeys(example.domain for example, _ in answers)
+            for domain in (dict.fromkeys(example.domain for example, _ in answers) if right else ())
         },
         pass_at={
             k: mean_of([pass_at_k(len(found), sum(found), k) for found in counts if len(found) >= k])

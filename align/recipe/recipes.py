@@ -117,7 +117,7 @@ class SamplingRecipe(Recipe):
     rollout: FleetOptions = FleetOptions()
 
     def roles(self) -> Roles:
-        return Roles(rollout=self.rollout, scoring=self.scoring, rewards=self.rewards)
+        return Roles(rollout=self.rollout, scoring=self.scoring if self.rewards else None, rewards=self.rewards)
 
 
 COLOCATED: Mapping[str, Mapping[str, Any]] = {"learner": {"gpus": 0.6}, "rollout": {"gpus": 0.4, "sleeps": True}}
@@ -225,6 +225,17 @@ class SftRecipe(PolicyRecipe):
 
     stage: Literal["sft"]
     sft: SftOptions
+    rewards: list[RewardTerm] = Field(
+        [],
+        description="what scores the answers to held-out prompts; without any there are a validation loss and answers to read",
+    )
+
+    @model_validator(mode="after")
+    def _nothing_is_scored_without_rewards(self) -> Self:
+        if not self.rewards:
+            for key in ("scoring", "evaluation.samples", "evaluation.against"):
+                refuse_without_effect(self, key, "there are no rewards to score answers by")
+        return self
 
     def roles(self) -> Roles:
         return replace(super().roles(), trained_sequences=self.sft.sequences_per_step)

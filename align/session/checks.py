@@ -59,7 +59,7 @@ def check_names(recipe: Recipe) -> None:
     roles = recipe.roles()
     asked = evaluated(recipe) if isinstance(recipe, PolicyRecipe) else []
     trained = [card_of(data) for data in recipe.data]
-    if roles.rollout is not None:
+    if roles.rewards:
         check_rewards(roles.rewards, [*trained, *(entry.card for entry in asked)])
     for data, card in zip(recipe.data, trained, strict=True):
         check_split(card, data.split, recipe.data_stage, "data.split")

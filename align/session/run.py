@@ -162,7 +162,7 @@ def recorded_evaluations(directory: RunDirectory, domains: Sequence[str]) -> dic
     """The evaluations of answers that a run has recorded, by name; without their rows."""
     file = directory.evaluations_file
     records = read_jsonl(file) if file.exists() else []
-    return {r["name"]: Evaluation.of_record(r, domains) for r in records if "accuracy" in r and "verdicts" in r}
+    return {r["name"]: Evaluation.of_record(r, domains) for r in records if "verdicts" in r}
 
 
 def describe(evaluation: Evaluation) -> str:
@@ -173,6 +173,10 @@ def describe(evaluation: Evaluation) -> str:
     rates = "".join(f", {name} {value:.1%}" for name, value in main_rates(evaluation).items())
     too_long = evaluation.too_long
     not_asked = f"; {too_long} have prompts that are too long, and count as not right" if too_long else ""
+    if not evaluation.scored:
+        return (
+            f"{evaluation.problems} held-out prompts answered in {evaluation.mean_length:.1f} tokens on average{rates}"
+        )
     return f"{evaluation.accuracy:.1%} of {evaluation.problems} held-out problems right{by_domain}{sampled}{rates}{not_asked}"
 
 
@@ -189,7 +193,7 @@ def compare_stages(progress: Progress, evaluations: Mapping[str, Evaluation]) ->
     rows = [
         [
             name,
-            f"{e.accuracy:.1%}",
+            f"{e.accuracy:.1%}" if e.scored else "",
             *(f"{e.by_domain[name]:.1%}" if name in e.by_domain else "" for name in domains),
             *(f"{e.pass_at[k]:.1%}" if k in e.pass_at else "" for k in ks),
             *(f"{e.rates[name]:.1%}" if name in e.rates else "" for name in rates),

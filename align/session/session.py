@@ -51,13 +51,13 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class Session:
-    """A stage under way. `policy` is the model that it starts from; `fleet` and `pool` are there after `start_sampling`."""
+    """A stage under way. `policy` is the model that it starts from; After `start_sampling` there is a fleet, and a pool if there are rewards."""
 
     run: Run
     policy: ModelOptions
     tokenizer: Any
     fleet: Fleet = field(init=False)
-    pool: ScoringPool = field(init=False)
+    pool: ScoringPool | None = None
     weight_sync: WeightSync = field(default_factory=ObjectStoreSync)
     colocation: Colocation | None = None
     open: ExitStack = field(default_factory=ExitStack)
@@ -86,7 +86,8 @@ class Session:
             trust_remote_code=self.policy.trust_remote_code,
         )
         self.open.callback(self.fleet.close)
-        self.pool = self.open.enter_context(scoring_pool(recipe.rewards, recipe.scoring))
+        if recipe.rewards:
+            self.pool = self.open.enter_context(scoring_pool(recipe.rewards, recipe.scoring))
 
     def new_learner(self, options: LearnerOptions, seed: int, reference: ModelOptions | None = None) -> LearnerGroup:
         """Start a learner of `policy`, whose weights go to the rollout workers. `learning` waits for it and ends it."""

@@ -118,7 +118,7 @@ class HeldOut:
             self._session.tokenizer,
             problems,
             self._session.pool,
-            samples=self._options.samples,
+            samples=self._options.samples if self._session.pool else 0,
             max_new_tokens=self._options.max_new_tokens,
             longest=self._longest,
             seed=self._seed,

@@ -21,6 +21,7 @@ class ScriptedFleet:
     tokenizer: Any
     answer: Callable[[str], str]
     calls: list[SamplingOptions]
+    weight_version: int = 0
 
     def sample(
         self, prompts: Sequence[Prompt], group_size: int, sampling: SamplingOptions, *, seed: int, step: int

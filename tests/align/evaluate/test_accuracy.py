@@ -48,6 +48,33 @@ def test_an_answer_that_nobody_could_judge_is_not_a_wrong_one() -> None:
     assert found.verdicts == {"pass": 1, "infra_error": 2}
 
 
+def test_without_rewards_there_is_no_accuracy_but_answers_to_read(
+    scripted: Callable[[Callable[[str], str]], Any], checkpoint: PolicyCheckpoint
+) -> None:
+    examples = [
+        Example(id_, ({"role": "user", "content": id_},), None, None, "user") for id_ in ("short", "long " * 50)
+    ]
+    problems = encode_problems(checkpoint.tokenizer, examples)
+    found = evaluate(
+        scripted(lambda asked: "4"),
+        checkpoint.tokenizer,
+        problems,
+        None,
+        samples=0,
+        max_new_tokens=8,
+        longest=40,
+        seed=0,
+    )
+    assert not found.scored
+    assert found.summary().keys() == {"mean_length", "truncated"}
+    assert [(row["completion"], row["reward"], row["verdict"]) for row in found.rows] == [
+        ("4", None, "unscored"),
+        ("", None, "unscored"),
+    ]
+    record = found.summary() | {"problems": 2, "verdicts": dict(found.verdicts), "name": "after SFT"}
+    assert not Evaluation.of_record(record, ["user"]).scored
+
+
 def test_pass_at_k_is_over_the_problems_with_k_judged_samples() -> None:
     drawn = [group("a", RIGHT, WRONG), group("b", WRONG, WRONG), group("c", RIGHT, UNJUDGED)]
     found = summarise(greedy(RIGHT, RIGHT, RIGHT), drawn)

@@ -55,12 +55,18 @@ REFUSED: dict[str, dict[str, Any]] = {
 }
 """Keys that do nothing in a stage (or without another key), each with a value that is not its default."""
 EVERYWHERE = {"data.split": "test"}
-ALONE: list[tuple[str, dict[str, Any]]] = [
-    ("learner.optimizer.final_ratio", {"learner.optimizer.schedule": "constant", "learner.optimizer.final_ratio": 0.5}),
-    ("weights.bucket_mb", {"weights.transport": "adapter", "learner.lora": {}, "weights.bucket_mb": 1}),
-    ("data.split", {"data.split": "validation", "evaluation.every": 5}),
+ALONE: list[tuple[str, str, dict[str, Any]]] = [
+    (
+        "grpo",
+        "learner.optimizer.final_ratio",
+        {"learner.optimizer.schedule": "constant", "learner.optimizer.final_ratio": 0.5},
+    ),
+    ("grpo", "weights.bucket_mb", {"weights.transport": "adapter", "learner.lora": {}, "weights.bucket_mb": 1}),
+    ("grpo", "data.split", {"data.split": "validation", "evaluation.every": 5}),
+    ("sft", "evaluation.samples", {"rewards": [], "evaluation.samples": 8}),
+    ("sft", "scoring", {"rewards": [], "scoring.workers": 2}),
 ]
-"""Keys of GRPO that another key takes the effect from."""
+"""Keys of a stage that another key takes the effect from."""
 
 
 def keys_of(section: type[BaseModel], at: str = "") -> Iterator[tuple[str, type[BaseModel], str]]:
@@ -216,7 +222,9 @@ def test_a_key_that_would_do_nothing_is_refused_by_its_name(stage: str, key: str
         STAGES[stage].model_validate(with_keys(stage, {key: value}))
 
 
-@pytest.mark.parametrize(("key", "values"), ALONE)
-def test_a_key_that_another_one_makes_useless_is_refused_by_its_name(key: str, values: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("stage", "key", "values"), ALONE)
+def test_a_key_that_another_one_makes_useless_is_refused_by_its_name(
+    stage: str, key: str, values: dict[str, Any]
+) -> None:
     with pytest.raises(ValidationError, match=key.replace(".", r"\.")):
-        STAGES["grpo"].model_validate(with_keys("grpo", values))
+        STAGES[stage].model_validate(with_keys(stage, values))
