@@ -23,7 +23,6 @@ from align.data.own import own_card, read_source, tables_of
 from align.data.rows import Row
 from align.data.types import Example, Preference, SplitName
 from align.errors import UserError
-from align.learner.batch import TrainingSequence
 from align.model.policy import load_tokenizer
 from align.stages.reward_model import encode_pair
 from align.stages.sft import encode_demonstration
@@ -134,7 +133,7 @@ def show_lengths(items: Items, tokenizer: Any, console: Console) -> list[Seen]:
     refused: list[str] = []
     for item in measured:
         try:
-            seen.append(encoded(item, tokenizer))
+            seen += encoded(item, tokenizer)
         except UserError as error:
             refused.append(str(error))
     if seen:
@@ -153,17 +152,16 @@ def show_lengths(items: Items, tokenizer: Any, console: Console) -> list[Seen]:
     return seen
 
 
-def encoded(item: Example | Preference, tokenizer: Any) -> Seen:
-    """A row as a stage encodes it: a demonstration, the better completion of a pair, or a prompt."""
+def encoded(item: Example | Preference, tokenizer: Any) -> list[Seen]:
+    """A row as a stage encodes it: the sequences of a demonstration, the better completion of a pair, or a prompt."""
     if isinstance(item, Preference):
-        pair = encode_pair(tokenizer, item, margin_scale=0.0)
+        [pair] = encode_pair(tokenizer, item, margin_scale=0.0)
         prompt = pair.prompt_length
-        return Seen(pair.pair.chosen, [place >= prompt for place in range(len(pair.pair.chosen))], tokenizer)
+        return [Seen(pair.pair.chosen, [place >= prompt for place in range(len(pair.pair.chosen))], tokenizer)]
     if item.response is None:
-        ids = encode_prompt(tokenizer, item.messages)
-        return Seen(ids, [False] * len(ids), tokenizer)
-    sequence: TrainingSequence = encode_demonstration(tokenizer, item)
-    return Seen(sequence.token_ids, sequence.sampled.tolist(), tokenizer)
+        ids = encode_prompt(tokenizer, item.messages, item.tools)
+        return [Seen(ids, [False] * len(ids), tokenizer)]
+    return [Seen(s.token_ids, s.sampled.tolist(), tokenizer) for s in encode_demonstration(tokenizer, item)]
 
 
 def nearest_rank(counts: Sequence[int], share: float) -> int:

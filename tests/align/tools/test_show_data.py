@@ -70,7 +70,7 @@ def test_what_is_trained_on_is_marked_in_the_model_s_own_tokens(tmp_path: Path) 
     assert re.search(r"User: Say (\d+)\.\n\nAssistant:⟦ It is \1\.<｜end▁of▁sentence｜>⟧", first)
     tokenizer = load_tokenizer(NANO)
     example = Example("a", ({"role": "user", "content": "Say 0."},), "It is 0.", None, "user")
-    seen = encoded(example, tokenizer)
+    seen = encoded(example, tokenizer)[0]
     assert (
         tokenizer.decode([i for i, t in zip(seen.token_ids, seen.trained_on, strict=True) if t])
         .strip()
