@@ -7,7 +7,8 @@ r"""Verifiable rewards for any trainer: a sample in, a number or None out.
     rewards = mixture.score(samples)
     assert rewards[0].value == 1.1  # None would mean: nobody could judge it, leave it out
 
-A reward of your own is a function with `@register("name")` over it. Start reading at `reward.types`.
+A reward of your own is a function in a file (`name="my_rewards.py:says_unit"`, see `reward.own`), or one with `@register("name")` over it.
+Start reading at `reward.types`.
 """
 
 from reward import form, instructions, nano_chat, older_names  # noqa: F401 (these and the next five register rewards)
@@ -17,6 +18,7 @@ from reward.learned import model as _model  # noqa: F401
 from reward.math import answer as _math  # noqa: F401
 from reward.math.final_answer import boxed_answers, equal, extract_final_answer, normalise
 from reward.mixture import Mixture, RewardTerm
+from reward.own import batched, columns
 from reward.pool import ScoringPool, Ticket
 from reward.reasoning_gym import answer as _reasoning_gym  # noqa: F401
 from reward.registry import Parameter, Reward, available, check_params, get, register
@@ -54,8 +56,10 @@ __all__ = [
     "UnusableAnswer",
     "Verdict",
     "available",
+    "batched",
     "boxed_answers",
     "check_params",
+    "columns",
     "equal",
     "extract_final_answer",
     "get",

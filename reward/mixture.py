@@ -13,12 +13,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
 from numbers import Real
+from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from reward import registry
+from reward.own import file as own_file
 from reward.registry import Reward
 from reward.types import (
     DomainError,
@@ -38,8 +40,9 @@ _log = logging.getLogger(__name__)
 class RewardTerm(BaseModel):
     """One summand: a reward by name, its weight, the domains it applies to (None: all), and its parameters.
 
-    A weight of 0 measures without rewarding. Its component is named by the `label`, or else by the reward; two terms
-    for one reward, such as two reward models, need a label to tell them apart.
+    The name is that of a registered reward, or of a function in a file, as in "my_rewards.py:says_unit" (see `reward.own`). A weight of 0
+    measures without rewarding. Its component is named by the `label`, or else by the reward or the function; two terms for one reward,
+    such as two reward models, need a label to tell them apart.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -49,10 +52,29 @@ class RewardTerm(BaseModel):
     domains: list[str] | None = Field(default=None, min_length=1)
     params: dict[str, Any] = Field(default_factory=dict)
     label: str | None = Field(default=None, min_length=1)
+    timeout_s: float | None = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="seconds that a call of a function in a file may take; 30 when not given",
+    )
+
+    @model_validator(mode="after")
+    def _a_call_to_limit(self) -> Self:
+        if self.timeout_s is not None and own_file.split(self.name) is None:
+            raise ValueError("timeout_s is for a function in a file (my_rewards.py:my_function): leave it out")
+        return self
 
     @property
     def component(self) -> str:
-        return self.label or self.name
+        own = own_file.split(self.name)
+        return self.label or (own[1] if own else self.name)
+
+    @property
+    def file(self) -> Path | None:
+        """The file of the function, where the reward is one's own."""
+        own = own_file.split(self.name)
+        return own[0] if own else None
 
     def applies_to(self, domain: str) -> bool:
         return self.domains is None or domain in self.domains
@@ -79,25 +101,33 @@ class Mixture:
         for one, other in combinations(terms, 2):
             if one.component == other.component and _share_a_domain(one, other):
                 raise RewardError(f"two terms for the same reward and domain need a label each: {one}; {other}")
-        for term in terms:
-            registry.check_params(term.name, term.params)
         self.terms = tuple(terms)
         self.infra_error_limit = infra_error_limit
-        self._rewards = {term.name: registry.get(term.name) for term in terms}
+        self._rewards = [_reward_of(term) for term in terms]
+        for term, reward in zip(terms, self._rewards, strict=True):
+            registry.check_fit(reward, term.params)
 
     def make_ready(self) -> None:
         """Start whatever the rewards need. Raises RewardError where this machine cannot run one of them.
 
         A batched reward that is called with no samples does this much.
         """
-        for term in self.terms:
-            if self._rewards[term.name].batched:
+        for term, reward in zip(self.terms, self._rewards, strict=True):
+            if reward.batched:
                 try:
-                    self._rewards[term.name].function([], **term.params)
+                    reward.function([], **term.params)
                 except RewardError:
                     raise
                 except Exception as error:
                     raise RewardError(f"reward {term.name!r} called with no samples raised {error!r}") from error
+
+    def columns(self, domain: str) -> dict[str, list[str]]:
+        """By component, the columns of the data that its reward is known to need in samples of a domain."""
+        return {
+            term.component: [name for name in reward.columns if name not in term.params]
+            for term, reward in zip(self.terms, self._rewards, strict=True)
+            if term.applies_to(domain)
+        }
 
     def score(self, samples: Sequence[Sample]) -> list[SampleReward]:
         """The rewards of the samples, in their order, unless too many of them could not be judged.
@@ -120,9 +150,9 @@ class Mixture:
             if not any(term.weight and term.applies_to(sample.domain) for term in self.terms):
                 raise DomainError(sample.domain, sample.id, [str(term) for term in self.terms])
         judged: list[list[tuple[RewardTerm, Score]]] = [[] for _ in samples]
-        for term in self.terms:
+        for term, reward in zip(self.terms, self._rewards, strict=True):
             rows = [row for row, sample in enumerate(samples) if term.applies_to(sample.domain)]
-            scores = _scores(self._rewards[term.name], term.params, [samples[row] for row in rows])
+            scores = _scores(reward, term.params, [samples[row] for row in rows])
             for row, score in zip(rows, scores, strict=True):
                 judged[row].append((term, score))
         return [_combine(scores) for scores in judged]
@@ -143,6 +173,12 @@ class Mixture:
         ids = [sample.id for sample, reward in zip(samples, rewards, strict=True) if reward.value is None]
         told = "%d of %d samples masked. The first: %s"
         _log.warning(told, len(reasons), len(samples), reasons[0], extra={"facts": {"samples": ids}})
+
+
+def _reward_of(term: RewardTerm) -> Reward:
+    """The reward that a term names. Raises UnknownReward, or RewardError for a file that cannot be used."""
+    own = own_file.split(term.name)
+    return own_file.reward_of(*own, term.timeout_s) if own else registry.get(term.name)
 
 
 def why_masked(samples: Sequence[Sample], rewards: Sequence[SampleReward]) -> list[str]:

@@ -43,10 +43,11 @@ class Reward(Entry):
     """A registered reward.
 
     `function` maps `(sample, **params)` to a Score, or, where `batched`, `(samples, **params)` to a sequence
-    of Scores in the same order.
+    of Scores in the same order. `columns` are what it is known to read from a sample's metadata.
     """
 
     batched: bool
+    columns: tuple[str, ...] = ()
 
 
 E = TypeVar("E", bound=Entry)
@@ -112,14 +113,17 @@ class Registry(Generic[E]):
 
     def check_params(self, name: str, params: Mapping[str, Any]) -> None:
         """Nothing, if the function `name` can be called with `params`. Raises `unknown` or `misfit`."""
-        parameters = self.get(name).parameters
-        known = [parameter.name for parameter in parameters]
+        self.check_fit(self.get(name), params)
+
+    def check_fit(self, entry: Entry, params: Mapping[str, Any]) -> None:
+        """Nothing, if the entry's function can be called with `params`. Raises `misfit`."""
+        known = [parameter.name for parameter in entry.parameters]
         for given in params:
             if given not in known:
-                raise self.misfit(name, given, "unknown", known)
-        for parameter in parameters:
+                raise self.misfit(entry.name, given, "unknown", known)
+        for parameter in entry.parameters:
             if parameter.required and parameter.name not in params:
-                raise self.misfit(name, parameter.name, "missing", known)
+                raise self.misfit(entry.name, parameter.name, "missing", known)
 
     def _load(self, point: metadata.EntryPoint) -> None:
         try:
@@ -164,6 +168,11 @@ def check_params(name: str, params: Mapping[str, Any]) -> None:
     Raises UnknownReward, or ParameterError for a name it does not have (naming the nearest) or one it lacks.
     """
     _rewards.check_params(name, params)
+
+
+def check_fit(reward: Reward, params: Mapping[str, Any]) -> None:
+    """Nothing, if the reward can be called with `params`. Raises ParameterError as `check_params` does."""
+    _rewards.check_fit(reward, params)
 
 
 def _same_definition(one: Callable[..., Any], other: Callable[..., Any]) -> bool:

@@ -119,13 +119,18 @@ def _suggestion(name: str, known: Collection[str]) -> str:
 class UnknownReward(RewardError):  # noqa: N818
     """No reward of that name is registered."""
 
+    HOW_TO_ADD = (
+        "Your own is a function in a file, named like my_rewards.py:my_function; or an installed package announces it by an entry point "
+        "of the group moe_align.rewards"
+    )
+
     def __init__(self, name: str, known: Collection[str]) -> None:
         super().__init__(name, known)
         self.name, self.known = name, known
 
     def __str__(self) -> str:
         known = ", ".join(sorted(self.known)) or "none"
-        return f"unknown reward {self.name!r}.{_suggestion(self.name, self.known)} Known rewards: {known}"
+        return f"unknown reward {self.name!r}.{_suggestion(self.name, self.known)} Known rewards: {known}. {self.HOW_TO_ADD}"
 
 
 class ParameterError(RewardError):
