@@ -12,6 +12,7 @@ from align.errors import Terminated, UserError
 
 if TYPE_CHECKING:
     from align.recipe import ModelOptions
+    from reward import RewardTerm
     from reward.registry import Entry
 
 EXIT_FAILED = 1
@@ -32,6 +33,9 @@ RunPath = Annotated[Path, Argument(metavar="RUN", help="run directory, for examp
 Model = Annotated[str, Option(help="Hugging Face directory or hub name")]
 Dtype = Annotated[Literal["float32", "bfloat16"], Option()]
 MaxLength = Annotated[int, Option(min=16, help="prompt and completion, in tokens")]
+A_REWARD = "name of a reward, as `align rewards list` shows them, or a function of one's own: my_rewards.py:my_function"
+BELOW_RUN = "; a new file in the run's scores/ when not given"
+Params = Annotated[str, Option(help='the reward\'s parameters as YAML, for example "{partial: true}"')]
 Workers = Annotated[int, Option(min=1, help="rollout workers")]
 
 
@@ -233,19 +237,48 @@ def doctor(
 @app.command("eval")
 def evaluate(
     model: Model,
-    data: Annotated[Path, Option(help="problems: any file of docs/own_data.md")],
-    out: Annotated[Path, Option(help="JSONL to write: completion, reward and verdict of each")],
+    data: Annotated[str, Option(help="problems: any file of docs/own_data.md, or a data card")],
+    out: Annotated[
+        Path | None, Option(help=f"JSONL to write: completion, reward and verdict of each{BELOW_RUN}")
+    ] = None,
+    reward: Annotated[str, Option(help=A_REWARD)] = "exact_answer",
+    params: Params = "{}",
+    samples: Annotated[int, Option(min=0, help="answers to sample beside the greedy one, for pass@k")] = 0,
+    temperature: Annotated[
+        float | None, Option(min=0.01, max=10, help="of the sampled answers; 1 when not given")
+    ] = None,
+    split: Annotated[
+        Literal["train", "validation", "test"] | None, Option(help="of a data card; test when not given")
+    ] = None,
     max_new_tokens: Annotated[int, Option(min=1)] = 64,
     dtype: Dtype = "float32",
     max_length: MaxLength = 512,
     workers: Workers = 1,
 ) -> None:
-    """let a model answer a file of problems and score the answers"""
+    """let a model answer a file of problems and score the answers
+
+    An answer is right where the reward's verdict is "pass". `align score` takes the file that is written, and any other reward.
+    """
     from align.tools import offline
+    from align.tools.score_file import default_out
     from rollout import FleetOptions
 
+    if temperature is not None and not samples:
+        raise UserError("--temperature has no effect on greedy answers: give --samples too, or leave it out")
+    term = reward_term(reward, params)
+    if out is None:
+        if (run := run_of(model)) is None:
+            raise UserError(f"--out is missing: {model} is in no run, below which the answers would be written")
+        out = default_out(run, f"eval-{Path(data).stem}-{term.component}")
     fleet = FleetOptions(workers=workers, max_length=max_length)
-    print(offline.evaluate_file(model_of(model, dtype), data, out, fleet, max_new_tokens))
+    print(
+        offline.evaluate_file(
+            *(model_of(model, dtype), data, out, fleet, max_new_tokens, term),
+            split=split,
+            samples=samples,
+            temperature=temperature or 1.0,
+        )
+    )
 
 
 @app.command()
@@ -283,15 +316,37 @@ def convert(
 
 @app.command()
 def score(
-    reward: Annotated[str, Option(help="name of a reward; `align rewards list` shows them")],
-    data: Annotated[Path, Option(help='completions: a file of rows like {"id", "completion", "answer", "tests", ...}')],
-    out: Annotated[Path, Option(help="JSONL to write: value, verdict and detail of each")],
-    params: Annotated[str, Option(help='its parameters as YAML, for example "{partial: true}"')] = "{}",
+    reward: Annotated[str, Option(help=A_REWARD)],
+    run: Annotated[Path | None, Argument(metavar="RUN", help="run directory, in the place of --data")] = None,
+    data: Annotated[
+        Path | None, Option(help='completions: a file of rows like {"id", "completion", "ground_truth", ...}')
+    ] = None,
+    out: Annotated[Path | None, Option(help=f"JSONL to write: value, verdict and detail of each{BELOW_RUN}")] = None,
+    params: Params = "{}",
 ) -> None:
-    """score a file of completions by a registered reward"""
+    """score a file of completions, or a run's stored samples, by a reward
+
+    Of a run, the mean of each step is printed: what its curve would have been under another reward.
+    """
+    from align.tools.score_file import default_out, score_file, score_run
+
+    if (run is None) == (data is None):
+        raise UserError("give either a run directory or --data FILE")
+    term = reward_term(reward, params)
+    if run is not None:
+        for line in score_run(term, run, out or default_out(run, term.component)):
+            print(line)
+    elif data is not None:
+        below = run_of(str(data))
+        if out is None and below is None:
+            raise UserError(f"--out is missing: {data} is in no run, below which the scores would be written")
+        print(score_file(term, data, out or default_out(below or data, f"{data.stem}-{term.component}")))
+
+
+def reward_term(name: str, params: str) -> "RewardTerm":
+    """A reward by name, with parameters as YAML. Raises UserError where they are no mapping."""
     import yaml
 
-    from align.tools.score_file import score_file
     from reward import RewardTerm
 
     try:
@@ -300,7 +355,14 @@ def score(
         given = None
     if not isinstance(given, dict) or not all(isinstance(name, str) for name in given):
         raise UserError(f"--params {params!r} is no mapping of names to values; write it like {{partial: true}}")
-    print(score_file(RewardTerm(name=reward, params=given), data, out))
+    return RewardTerm(name=name, params=given)
+
+
+def run_of(path: str) -> Path | None:
+    """The innermost run directory that a path is in; None where it is in none."""
+    from align.run import read_status
+
+    return next((parent for parent in Path(path).absolute().parents if read_status(parent) is not None), None)
 
 
 @app.command()

@@ -5,6 +5,7 @@ finish, `submit` hands each to the scoring pool while others are still being sam
 scored, in the order of the problems.
 """
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -147,6 +148,9 @@ def row_of(example: Example, scored: ScoredTrajectory) -> dict[str, Any]:
         "prompt": example.prompt_text,
         "completion": scored.text,
         "answer": example.answer,
+        "metadata": json.dumps(
+            reward_sample(example, trajectory, scored.text).metadata, ensure_ascii=False, default=str
+        ),
         "reward": reward.value,
         "verdict": str(reward.verdict),
         "components": {name: score.value for name, score in reward.components.items()},
@@ -156,6 +160,24 @@ def row_of(example: Example, scored: ScoredTrajectory) -> dict[str, Any]:
         "weight_version": trajectory.weight_versions[-1].version,
         "seed": trajectory.seed,
     }
+
+
+def sample_of(row: Mapping[str, Any]) -> Sample:
+    """The sample of a row that `row_of` wrote, as its reward saw it. A row of an earlier version has no metadata."""
+    return Sample(
+        id=f"{row['id']}#{row['index']}",
+        prompt=row["prompt"],
+        completion=row["completion"],
+        ground_truth=row["answer"],
+        domain=row["domain"],
+        truncated=row["finish_reason"] == FinishReason.LENGTH,
+        metadata=json.loads(row.get("metadata") or "{}"),
+    )
+
+
+def is_scored_row(row: Mapping[str, Any]) -> bool:
+    """Whether `row_of` wrote the row."""
+    return row.keys() >= {"id", "index", "prompt", "completion", "answer", "domain", "finish_reason", "verdict"}
 
 
 def token_columns(trajectory: Trajectory) -> dict[str, Any]:

@@ -70,8 +70,9 @@ def evaluate(
     max_new_tokens: int,
     longest: int,
     seed: int,
+    temperature: float = 1.0,
 ) -> Evaluation:
-    """Answer every problem greedily, and `samples` times at temperature 1, and score the answers where there is a pool.
+    """Answer every problem greedily, and `samples` times at a temperature, and score the answers where there is a pool.
 
     An answer is right when the verdict of the first reward of its domain is PASS. A problem whose prompt has more than
     `longest` tokens is not asked: its answers are empty ones, which are not right.
@@ -85,7 +86,7 @@ def evaluate(
         nothing = SampleReward(0.0, Verdict.NO_ANSWER, {}) if pool else UNSCORED
         return [scored.get(id(p)) or unanswered(p, count, fleet.weight_version, nothing) for p in problems]
 
-    return summarise(groups(1, 0.0), groups(samples, 1.0) if samples else [])
+    return summarise(groups(1, 0.0), groups(samples, temperature) if samples else [])
 
 
 def unanswered(problem: Problem, count: int, weight_version: int, reward: SampleReward) -> ScoredGroup:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from align.errors import UserError, nearest
 from align.recipe.options import ModelOptions
 from align.recipe.recipes import STAGES, Recipe
+from reward.own.file import split as split_name
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +63,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), *, pending: Path | No
     if stage not in STAGES:
         raise UserError(f"{path}: stage must be one of {', '.join(STAGES)}, but is {stage!r}")
     single = isinstance(values.get("data"), dict)
+    find_reward_files(values, path, lines)
     try:
         recipe = STAGES[stage].model_validate(values)
     except ValidationError as error:
@@ -154,6 +156,29 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         at[last] = value
     else:
         raise UserError(f"{override!r}: {'.'.join(parents)} is a single value and has no key {last!r}")
+
+
+def find_reward_files(values: Mapping[str, Any], path: Path, lines: Mapping[tuple[str, ...], int]) -> None:
+    """Give rewards that are functions in files whole paths: a file is beside the recipe at `path`, or else in the working directory.
+
+    Raises UserError for one that is in neither.
+    """
+    terms = values.get("rewards")
+    for index, term in enumerate(terms if isinstance(terms, list) else ()):
+        name = term.get("name") if isinstance(term, dict) else None
+        if not isinstance(name, str) or (found := split_name(name)) is None:
+            continue
+        file, function = found
+        places = [(place / file).absolute() for place in (path.parent, Path())]
+        there = next((place for place in places if place.is_file()), None)
+        if there is None:
+            key = ("rewards", str(index), "name")
+            line = f", line {lines[key]}" if key in lines else ""
+            tried = " and ".join(dict.fromkeys(map(str, places)))
+            raise UserError(
+                f"{path}{line}: {'.'.join(key)} names the file {file}, which does not exist ({tried} were tried)"
+            )
+        term["name"] = f"{there}:{function}"
 
 
 def explain(

@@ -55,6 +55,8 @@ class RunDirectory:
     samples_directory = _Inside("samples")
     stacks_directory = _Inside("stacks")
     evaluations_directory = _Inside("evaluations")
+    scores_directory = _Inside("scores")
+    """What `align score` and `align eval` wrote of the run afterwards."""
     checkpoints_directory = _Inside("checkpoints")
     initial_directory = _Inside("initial")
     """A policy drawn at random for this run, before any training."""

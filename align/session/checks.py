@@ -11,7 +11,7 @@ from pathlib import Path
 from align.data.cards import DataCard, Stage, require_stage
 from align.data.entries import card_of, evaluated
 from align.data.loader import domains_of
-from align.data.types import SplitName
+from align.data.types import Example, SplitName
 from align.errors import UserError
 from align.evaluate import hooks
 from align.evaluate.doctor import examine, verdict
@@ -25,7 +25,10 @@ from align.recipe import MachineOptions, PlannedStage, PolicyRecipe, Recipe, Tra
 from align.recipe.options import HookOptions
 from align.run import check_machine
 from reward import Mixture, RewardError, RewardTerm
+from reward.own import columns_of
 
+MADE_HERE = {"messages": None, "completion_tokens": None}
+"""What `align.experience.reward_sample` adds to the columns of the data."""
 GB = 10**9
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
 OPTIMIZER_BYTES = 12
@@ -83,6 +86,23 @@ def check_rewards(rewards: Sequence[RewardTerm], cards: Sequence[DataCard]) -> N
                 f"rewards: none with a weight is for the domain {domain!r} of the recipe's data or evaluation; "
                 f"add one such as {{name: NAME, domains: [{domain}]}}"
             )
+
+
+def check_columns(rewards: Sequence[RewardTerm], examples: Iterable[Example]) -> None:
+    """Raise UserError for a column that a reward needs and that no example of a domain has."""
+    mixture = Mixture(rewards)
+    by_domain: dict[str, list[Example]] = {}
+    for example in examples:
+        by_domain.setdefault(example.domain, []).append(example)
+    for domain, found in by_domain.items():
+        for component, wanted in mixture.columns(domain).items():
+            for column in wanted:
+                if not any(column in columns_of({**each.metadata, **MADE_HERE}, each.answer) for each in found):
+                    there = sorted(columns_of({**found[0].metadata, **MADE_HERE}, found[0].answer))
+                    raise UserError(
+                        f"rewards: {component} reads the column {column!r}, which the data of the domain {domain!r} lack (such as "
+                        f"{found[0].id}); their columns: {', '.join(there)}. Add it to the data, or give the reward `domains`"
+                    )
 
 
 def check_evaluation_cards(cards: Sequence[DataCard], *, choosing: bool) -> None:

@@ -1,5 +1,6 @@
 """A run: its directory, metrics and display, how it begins or goes on, and how it ends."""
 
+import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -25,6 +26,7 @@ from align.run import (
 )
 from align.run.checkpoints import Checkpoint, CheckpointDirectory, DamagedCheckpointError
 from align.session.signals import StopRequest
+from reward.own.file import file_digest
 from rollout import Fault
 
 RESUMABLE = ("running", "interrupted", "failed")
@@ -215,7 +217,7 @@ def open_run(recipe: Recipe) -> Iterator[Run]:
     directory, changed = own_directory(recipe, recipe.directory)
     goes_on = changed is not None
     directory.save_recipe(dump_recipe(recipe))
-    directory.save_environment(environment_record())
+    directory.save_environment(environment_record() | {"rewards_sha256": reward_digests(recipe)})
     directory.enter(recipe.stage)
     keep = recipe.keep_checkpoints if isinstance(recipe, TrainingRecipe) else 1
     parts = directory, MetricsLog(directory), CheckpointDirectory(directory.checkpoints_directory, keep=keep)
@@ -273,7 +275,7 @@ def own_directory(recipe: Recipe, path: Path) -> tuple[RunDirectory, list[str] |
 
 def refuse_changes(directory: RunDirectory, recipe: Recipe) -> list[str]:
     """What has changed of a run's recipe. Raises UserError where anything has and the recipe does not allow it."""
-    changed = differences(load_recipe(directory.recipe_file, pending=directory.path), recipe)
+    changed = changes(directory, recipe, pending=directory.path)
     if changed and not recipe.run.allow_changes:
         raise UserError(
             f"{directory.path} holds an interrupted run of another recipe: {'; '.join(changed)}. Go on with that recipe "
@@ -281,3 +283,22 @@ def refuse_changes(directory: RunDirectory, recipe: Recipe) -> list[str]:
             "run.allow_changes=true"
         )
     return changed
+
+
+def changes(directory: RunDirectory, recipe: Recipe, *, pending: Path) -> list[str]:
+    """What has changed since the run in a directory began: keys of its recipe, and the content of its reward files.
+
+    Files below `pending` need not be there yet.
+    """
+    before: Mapping[str, str] = {}
+    if directory.environment_file.exists():
+        before = json.loads(directory.environment_file.read_text(encoding="utf-8")).get("rewards_sha256", {})
+    files = [file for file, digest in reward_digests(recipe).items() if before.get(file, digest) != digest]
+    keys = differences(load_recipe(directory.recipe_file, pending=pending), recipe)
+    return [*keys, *(f"rewards (the content of {file} has changed)" for file in files)]
+
+
+def reward_digests(recipe: Recipe) -> dict[str, str]:
+    """The SHA-256 of every file that has a reward of the recipe, by its path."""
+    files = [term.file for term in recipe.rewards] if isinstance(recipe, SamplingRecipe) else []
+    return {str(file): file_digest(file) for file in files if file is not None}

@@ -20,6 +20,7 @@ from align.experience import Problem, ScoredGroup, encode_problems, gather, row_
 from align.learner.objective import Objective, learning_rate
 from align.recipe import GrpoRecipe, ModelOptions
 from align.run import write_samples
+from align.session.checks import check_columns
 from align.session.run import Run
 from align.session.session import Session
 from align.session.steps import CENSUS_STEP
@@ -53,6 +54,7 @@ def load_grpo_data(recipe: GrpoRecipe, tokenizer: Any, run: Run) -> GrpoData:
     )
     entries = entries_of(recipe.data, recipe.data_stage)
     sources = reader.sources(entries, recipe.grpo.prompts_per_step, "grpo.prompts_per_step", held_out.prompts)
+    check_columns(recipe.rewards, [problem.example for source in sources for problem in source.items])
     return GrpoData(sources, held_out)
 
 

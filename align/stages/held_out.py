@@ -19,6 +19,7 @@ from align.experience import Problem, encode_problems
 from align.learner.group import LearnerGroup
 from align.recipe import ModelOptions, PolicyRecipe
 from align.run import RunDirectory, read_jsonl, read_samples
+from align.session.checks import check_columns
 from align.session.session import Session
 from rollout import Prompt
 
@@ -67,6 +68,7 @@ def load_problems(recipe: PolicyRecipe, tokenizer: Any) -> Problems:
     watched = encode_problems(tokenizer, [example for found in examples.values() for example in found])
     fitting = [problem.prompt for problem in short_problems(problems, longest)]
     short_problems(watched, longest)
+    check_columns(recipe.rewards, [problem.example for problem in [*problems, *watched]])
     too_long = sum(len(problem.prompt.token_ids) > longest for problem in [*problems, *watched])
     return Problems(
         problems, fitting[:: max(1, len(fitting) // PROBE_PROMPTS)][:PROBE_PROMPTS], watched, prompts, too_long

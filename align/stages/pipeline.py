@@ -14,6 +14,7 @@ from align.recipe import Pipeline, PlannedStage, differences, load_recipe
 from align.run import RunDirectory, environment_record, read_status
 from align.run.checkpoints import CheckpointDirectory
 from align.session.checks import check
+from align.session.run import changes
 from align.session.signals import StopRequest
 
 COMMANDS = {"sft": "sft", "reward_model": "reward-model", "preferences": "preferences", "grpo": "grpo"}
@@ -124,8 +125,7 @@ def is_done(stage: PlannedStage) -> bool:
     status = read_status(stage.directory)
     if status is None or status["state"] != "finished":
         return False
-    saved = load_recipe(RunDirectory(stage.directory).recipe_file, pending=stage.directory.parent)
-    if changed := differences(saved, stage.recipe):
+    if changed := changes(RunDirectory(stage.directory), stage.recipe, pending=stage.directory.parent):
         raise UserError(
             f"stage {stage.name!r} was run with another recipe ({stage.directory / 'recipe.yaml'}): {', '.join(changed)}; "
             f"run it anew with --from {stage.name}, or give another run.dir"

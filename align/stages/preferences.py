@@ -16,6 +16,7 @@ from align.errors import UserError
 from align.experience import Problem, ScoredGroup, encode_problems, gather, submit
 from align.recipe import PreferencesRecipe
 from align.run import write_jsonl
+from align.session.checks import check_columns
 from align.session.run import Run
 from align.session.session import Session
 
@@ -48,6 +49,7 @@ def load_prompts(recipe: PreferencesRecipe, tokenizer: Any, run: Run) -> list[Sp
         for split in entry.card.splits:
             limit = (entry.data.limit or options.prompts) if split == "train" else options.held_out_prompts
             found.append(SplitPrompts(split, reader.read(entry, split, limit)[0]))
+    check_columns(recipe.rewards, [problem.example for each in found for problem in each.problems])
     return found
 
 

@@ -5,10 +5,12 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+from align.data.cards import load_card
+from align.data.loader import load_split
 from align.data.own import read_user_file
-from align.data.types import Message
+from align.data.types import Example, Message, SplitName
 from align.errors import UserError
-from align.evaluate.accuracy import evaluate, short_problems
+from align.evaluate.accuracy import evaluate, mean_of, short_problems
 from align.evaluate.agreement import AgreementGate
 from align.evaluate.doctor import examine, examine_engines, verdict
 from align.evaluate.hooks import PolicyCheckpoint
@@ -17,8 +19,10 @@ from align.learner.group import LearnerGroup
 from align.model.policy import load_tokenizer, stop_token_ids
 from align.recipe import AgreementOptions, LearnerOptions, ModelOptions, OptimizerOptions
 from align.run import write_jsonl
+from align.session.checks import check_columns, check_split
 from align.session.ray import local_ray
-from reward import Mixture, RewardTerm, ScoringPool
+from align.tools.score_file import mixture_of, refuse_existing
+from reward import RewardTerm, ScoringPool
 from reward.rows import TRUTHS
 from rollout import Fleet, FleetOptions, Prompt
 
@@ -35,32 +39,70 @@ def running_fleet(model: ModelOptions, rollout: FleetOptions, tokenizer: Any) ->
             yield fleet
 
 
-def evaluate_file(model: ModelOptions, data: Path, out: Path, rollout: FleetOptions, max_new_tokens: int) -> str:
-    """Answer every row of `data` (see `read_user_file`) greedily and write the answers with reward and verdict to `out`; returns a summary."""
-    if out.exists():
-        raise UserError(f"--out {out} exists already; give another file, or take it away")
-    examples = read_user_file(data)
-    if all(example.answer is None for example in examples):
+def evaluate_file(
+    model: ModelOptions,
+    data: str,
+    out: Path,
+    rollout: FleetOptions,
+    max_new_tokens: int,
+    term: RewardTerm,
+    *,
+    split: SplitName | None = None,
+    samples: int = 0,
+    temperature: float = 1.0,
+) -> str:
+    """Answer every problem of `data` greedily, and `samples` times at a temperature, and score the answers by a reward.
+
+    `data` is a file, or a data card with the `split` to take. Writes the answers with reward and verdict to `out`, as `align score`
+    reads them; returns a summary.
+    """
+    refuse_existing(out)
+    mixture = mixture_of(term)
+    examples = problems_of(data, split)
+    if term.name == "exact_answer" and all(example.answer is None for example in examples):
         raise UserError(
-            f"{data}: no row has a ground truth to compare answers with; columns that may have one are {', '.join(TRUTHS)}"
+            f"{data}: no row has a ground truth to compare answers with; columns that may have one are {', '.join(TRUTHS)}. "
+            "To judge by something else, give --reward"
         )
+    check_columns([term], examples)
     tokenizer = load_tokenizer(model.path, trust_remote_code=model.trust_remote_code)
     longest = rollout.max_length - max_new_tokens
     problems = encode_problems(tokenizer, examples)
     short_problems(problems, longest)
-    mixture = Mixture([RewardTerm(name="exact_answer")])
     with (
         running_fleet(model, rollout, tokenizer) as fleet,
         closing(ScoringPool(mixture, workers=1, timeout_s=rollout.batch_timeout_s)) as judges,
     ):
         fleet.wait_until_ready()
         result = evaluate(
-            *(fleet, tokenizer, problems, judges), samples=0, max_new_tokens=max_new_tokens, longest=longest, seed=0
+            *(fleet, tokenizer, problems, judges),
+            samples=samples,
+            max_new_tokens=max_new_tokens,
+            longest=longest,
+            seed=0,
+            temperature=temperature,
         )
     write_jsonl(out, result.rows)
+    value = mean_of([row["reward"] for row in result.rows if row["greedy"] and row["reward"] is not None])
+    sampled = "".join(f", pass@{k} {share:.1%}" for k, share in result.pass_at.items())
     verdicts = ", ".join(f"{count} {name}" for name, count in sorted(result.verdicts.items()))
     too_long = f"; {result.too_long} have prompts that are too long, and count as not right" if result.too_long else ""
-    return f"{result.accuracy:.1%} of {result.problems} right ({verdicts}{too_long}); answers are in {out}"
+    return (
+        f"{result.accuracy:.1%} of {result.problems} right by {term.component}, mean value {value:.3f}{sampled} ({verdicts}{too_long}); "
+        f"answers are in {out}"
+    )
+
+
+def problems_of(data: str, split: SplitName | None) -> list[Example]:
+    """The problems of a file, or of a split of a data card (that of the test where none is given). Raises UserError."""
+    file = Path(data)
+    if file.suffix == ".md" or (not file.suffix and not file.exists()):
+        card = load_card(data)
+        check_split(card, split or "test", "eval", "--split")
+        return list(load_split(card, split or "test").examples)
+    if split is not None:
+        raise UserError(f"--split {split}: {data} is a file, which has no splits; leave it out, or give a data card")
+    return read_user_file(file)
 
 
 def answers_of(

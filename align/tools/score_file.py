@@ -1,16 +1,23 @@
-"""A user's own file of completions, scored by a registered reward."""
+"""Completions scored by a reward, without a model: a file of them, or those that a run has stored of its steps."""
 
 from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 from align.data.files import files_of, readable
 from align.data.rows import Row
 from align.errors import UserError
-from align.run import write_jsonl
-from reward import Mixture, RewardError, RewardTerm, Sample
+from align.evaluate.accuracy import mean_of
+from align.experience import is_scored_row, sample_of
+from align.run import RunDirectory, read_status, write_jsonl
+from align.run.files import read_parquet
+from reward import Mixture, RewardError, RewardTerm, Sample, SampleReward
 from reward.rows import sample_of_row
 
 EXAMPLE = '{"id": "1", "completion": "It is \\\\boxed{4}.", "ground_truth": "4"}'
+STORED = ("id", "index", "domain", "prompt", "completion", "answer", "metadata", "finish_reason", "verdict", "reward")
 
 
 def score_file(term: RewardTerm, data: Path, out: Path) -> str:
@@ -18,33 +25,110 @@ def score_file(term: RewardTerm, data: Path, out: Path) -> str:
 
     `data` is any file that `align.data.files` reads. A row has `id` and `completion`, or `key` and `response` as IFEval publishes them; it may
     have a prompt, a ground truth and a domain in the columns that `reward.rows` names, and every other column, such as `tests`, goes to the
-    reward as metadata. A sample that nobody could judge has the value null. Raises UserError with file and row.
+    reward as metadata. Rows that `align eval` wrote are the samples that they were. A sample that nobody could judge has the value null.
+    Raises UserError with file and row.
     """
-    if out.exists():
-        raise UserError(f"--out {out} exists already; give another file, or take it away")
-    samples = [_sample(row) for file in files_of(data) for row in readable(file)]
+    refuse_existing(out)
+    rows = [row for file in files_of(data) for row in readable(file)]
+    samples = [_sample(row) for row in rows]
     if not samples:
         raise UserError(f"{data} is empty: each line must be like {EXAMPLE}")
+    rewards = scored(mixture_of(term), samples)
+    greedy = [
+        {"greedy": row.values["greedy"]} if is_scored_row(row.values) and "greedy" in row.values else {} for row in rows
+    ]
+    lines = [line | own for line, own in zip(score_lines(term, samples, rewards), greedy, strict=True)]
+    write_jsonl(out, lines)
+    mean = (
+        f"mean value {mean_value(rewards):.3f}" if any(r.value is not None for r in rewards) else "none could be judged"
+    )
+    verdicts = ", ".join(f"{number} {name}" for name, number in sorted(Counter(x["verdict"] for x in lines).items()))
+    return f"{len(samples)} completions, {mean} ({verdicts}); scores are in {out}"
+
+
+def score_run(term: RewardTerm, run: Path, out: Path) -> Iterator[str]:
+    """Score what a run has stored of its steps, and write a line for each sample to `out`; yields the mean of each step, and a summary.
+
+    Raises UserError where the run has stored none, or the reward cannot be used.
+    """
+    refuse_existing(out)
+    files = sorted(RunDirectory(run).samples_directory.glob("step_*.parquet"))
+    if not files:
+        raise UserError(
+            f"{run} has stored no samples of steps (samples/step_*.parquet); give the directory of a GRPO run"
+        )
+    mixture, lines, without_metadata = mixture_of(term), [], False
+    for file in files:
+        step, rows = int(file.stem.removeprefix("step_")), read_parquet(file, STORED).to_pylist()
+        without_metadata |= any("metadata" not in row for row in rows)
+        samples = [sample_of(row) for row in rows]
+        rewards = scored(mixture, samples)
+        found = score_lines(term, samples, rewards)
+        lines += [{"step": step, **line, "reward": row["reward"]} for line, row in zip(found, rows, strict=True)]
+        before = mean_of([row["reward"] for row in rows if row["reward"] is not None])
+        masked = sum(reward.value is None for reward in rewards)
+        not_scored = f"; {masked} of {len(rewards)} not scored" if masked else ""
+        yield f"step {step}: {mean_value(rewards):.4f} by {term.component}, {before:.4f} in the run{not_scored}"
+    write_jsonl(out, lines)
+    if without_metadata:
+        yield f"{run} is of an earlier version, which stored no columns of the data: a reward that reads them could not score"
+    if reason := next((line["detail"] for line in lines if line["value"] is None), None):
+        yield f"not scored, the first: {reason}"
+    yield f"{len(lines)} samples of {len(files)} steps; scores are in {out}"
+
+
+def default_out(run: Path, name: str) -> Path:
+    """A file in the run's `scores/` that is not there yet: NAME.jsonl, or NAME-2.jsonl, ...
+
+    Raises UserError where there is no run.
+    """
+    if read_status(run) is None:
+        raise UserError(f"{run} holds no run; give the directory of one, such as runs/nano-grpo")
+    directory = RunDirectory(run).scores_directory
+    names = (directory / f"{name}{f'-{number}' if number > 1 else ''}.jsonl" for number in count(1))
+    return next(path for path in names if not path.exists())
+
+
+def refuse_existing(out: Path) -> None:
+    """Raise UserError where the file to write is there already."""
+    if out.exists():
+        raise UserError(f"--out {out} exists already; give another file, or take it away")
+
+
+def mixture_of(term: RewardTerm) -> Mixture:
+    """A reward alone, however few samples it scores. Raises UserError where it cannot be used."""
     try:
-        rewards = Mixture([term], infra_error_limit=1.0).score(samples)
+        return Mixture([term], infra_error_limit=1.0)
     except RewardError as error:
         raise UserError(str(error)) from None
+
+
+def scored(mixture: Mixture, samples: Sequence[Sample]) -> list[SampleReward]:
+    """The rewards of samples. Raises UserError where the reward breaks its contract."""
+    try:
+        return mixture.score(samples)
+    except RewardError as error:
+        raise UserError(str(error)) from None
+
+
+def score_lines(term: RewardTerm, samples: Sequence[Sample], rewards: Sequence[SampleReward]) -> list[dict[str, Any]]:
+    """What is written of each sample."""
     scores = [reward.components[term.component] for reward in rewards]
-    write_jsonl(
-        out,
-        [
-            {"id": s.id, "value": r.value, "verdict": str(c.verdict), "detail": c.detail, "seconds": c.seconds}
-            for s, r, c in zip(samples, rewards, scores, strict=True)
-        ],
-    )
-    judged = [reward.value for reward in rewards if reward.value is not None]
-    mean = f"mean value {sum(judged) / len(judged):.3f}" if judged else "none could be judged"
-    verdicts = ", ".join(f"{count} {name}" for name, count in sorted(Counter(str(c.verdict) for c in scores).items()))
-    return f"{len(samples)} completions, {mean} ({verdicts}); scores are in {out}"
+    return [
+        {"id": s.id, "value": r.value, "verdict": str(c.verdict), "detail": c.detail, "seconds": c.seconds}
+        for s, r, c in zip(samples, rewards, scores, strict=True)
+    ]
+
+
+def mean_value(rewards: Sequence[SampleReward]) -> float:
+    """The mean of the rewards that are not None; NaN where there is none."""
+    return mean_of([reward.value for reward in rewards if reward.value is not None])
 
 
 def _sample(row: Row) -> Sample:
     values = row.values
+    if is_scored_row(values):
+        return sample_of(values)
     id_column = "key" if "id" not in values and "key" in values else "id"
     column = "response" if "completion" not in values and "response" in values else "completion"
     for key in (id_column, column, "prompt", "ground_truth" if "answer" not in values else "answer", "domain"):

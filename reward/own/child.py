@@ -150,7 +150,7 @@ def score(
     if loaded.kind != "single":
         try:
             made = together(loaded, samples, params)
-            made = runner.run(made) if inspect.isawaitable(made) else made
+            made = runner.run(made) if inspect.iscoroutine(made) else made
             values = listed(made, len(samples))
         except BaseException as error:
             bad = isinstance(error, BadFile)
@@ -225,7 +225,7 @@ class TextOrMessages(str):
     TRL passes texts or lists of messages, by the form of its data, and a reward function reads one or the other.
     """
 
-    __slots__ = ("_messages",)
+    _messages: Sequence[Mapping[str, Any]]
 
     def __new__(cls, text: str, messages: Sequence[Mapping[str, Any]]) -> TextOrMessages:
         made = super().__new__(cls, text)
@@ -240,7 +240,7 @@ class TextOrMessages(str):
 
 
 class _CharacterOrMessage(str):
-    __slots__ = ("_message",)
+    _message: Mapping[str, Any]
 
     def __new__(cls, character: str, message: Mapping[str, Any]) -> _CharacterOrMessage:
         made = super().__new__(cls, character)

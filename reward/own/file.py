@@ -43,7 +43,7 @@ def split(name: str) -> tuple[Path, str] | None:
     return (Path(found["file"]).expanduser(), found["function"]) if found else None
 
 
-def digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
     """The SHA-256 of a file's content."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
