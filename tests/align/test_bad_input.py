@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -49,6 +50,8 @@ def problems(tmp_path: Path, *lines: str) -> str:
     [
         ("rewards.0.name=exact_anser", "unknown reward 'exact_anser'. Did you mean 'exact_answer'?"),
         ("rewards.0.params={wrng: 1}", "unknown parameter 'wrng'. Did you mean 'wrong'?"),
+        ("rewards.0.name=nowhere.py:f", "rewards.0.name names the file nowhere.py, which does not exist"),
+        ("rewards.0.name=recipes/nano/make_policy.py:f", "it has no function 'f'; its functions: "),
         ("data.card=nano_maths", "no data card 'nano_maths'"),
         ("evaluation.cards=[gsm8]", "did you mean 'gsm8k'?"),
         (
@@ -205,6 +208,28 @@ def test_an_output_file_is_never_written_over(refusal: Refusal, tmp_path: Path, 
     data = problems(tmp_path, '{"id": "1", "prompt": "What is 1 + 1?", "answer": "2"}')
     assert "exists already" in refusal("eval", "--model", policy.path, "--data", data, "--out", str(out))
     assert out.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--temperature", "0.5"], "--temperature has no effect on greedy answers"),
+        (["--split", "test", "--out", "out.jsonl"], "is a file, which has no splits"),
+        ([], "is in no run, below which the answers would be written"),
+        (["--reward", "nowhere.py:f", "--out", "out.jsonl"], "the reward file nowhere.py does not exist"),
+    ],
+)
+def test_options_of_an_evaluation_that_do_nothing_or_name_nothing(
+    arguments: list[str], message: str, refusal: Refusal, tmp_path: Path, policy: Any
+) -> None:
+    data = problems(tmp_path, '{"id": "1", "prompt": "1 + 1?", "answer": "2"}')
+    assert message in refusal("eval", "--model", policy.path, "--data", data, *arguments)
+
+
+def test_what_is_scored_is_a_run_or_a_file(refusal: Refusal, tmp_path: Path) -> None:
+    for arguments in ([], [str(tmp_path), "--data", "x.jsonl"]):
+        assert "give either a run directory or --data FILE" in refusal("score", *arguments, "--reward", "exact_answer")
+    assert "holds no run" in refusal("score", str(tmp_path), "--reward", "exact_answer")
 
 
 @pytest.mark.parametrize("params", ["{partial", "[1]", "{1: 2}"])

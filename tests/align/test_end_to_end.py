@@ -15,6 +15,7 @@ import pytest
 import yaml
 from transformers import AutoModelForCausalLM
 
+from align.cli import main
 from align.recipe import load_recipe
 from align.report import write_report
 
@@ -88,6 +89,17 @@ def test_the_report_shows_every_stage_evaluation_and_sample(run: Path) -> None:
     page = write_report(run).read_text()
     assert all(text in page for text in ("after GRPO", "needle", "agreement", "What is"))
     assert "| needle |" in (run / "report.md").read_text()
+
+
+def test_the_stored_samples_of_a_run_are_scored_by_another_reward(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text("def short(completions, messages): return [1 / (1 + len(c)) for c in completions]
+")
+    assert main(["score", str(run), "--reward", f"{file}:short"]) == 0
+    assert "step 1: " in capsys.readouterr().out
+    assert len((run / "scores" / "short.jsonl").read_text().splitlines()) == STEPS * 32
 
 
 OTHERWISE = {

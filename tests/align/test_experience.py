@@ -1,5 +1,6 @@
 """The record of a trajectory on its way from the sampler to the loss and to a samples file."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,16 @@ import numpy as np
 import pytest
 
 from align.data.types import Example
-from align.experience import ScoredTrajectory, row_of, token_columns, training_sequence, trajectory_of
+from align.experience import (
+    ScoredTrajectory,
+    is_scored_row,
+    reward_sample,
+    row_of,
+    sample_of,
+    token_columns,
+    training_sequence,
+    trajectory_of,
+)
 from align.run import read_samples, write_samples
 from reward import SampleReward, Score, Verdict
 from rollout import FinishReason, Prompt, Trajectory, Turn, Versions
@@ -66,3 +76,17 @@ def test_the_learner_trains_on_what_the_policy_drew_and_on_nothing_else() -> Non
     assert [t for t, sampled in zip(sequence.token_ids, sequence.sampled, strict=True) if sampled] == [10, 11, 12]
     assert sequence.sampler_log_probs == pytest.approx([-0.1, -0.2, -0.3])
     assert (sequence.prompt_length, sequence.sampled_tokens, sequence.group) == (3, 3, 2)
+
+
+def test_a_stored_row_is_the_sample_that_was_scored(tmp_path: Path) -> None:
+    example = Example(
+        "p", ({"role": "user", "content": "?"},), None, "4", "math", metadata={"unit": "m", "cases": [{"in": 1}]}
+    )
+    scored = ScoredTrajectory(
+        TWO_TURNS, "text", SampleReward(None, Verdict.INFRA_ERROR, {"math": Score(math.nan, Verdict.INFRA_ERROR)})
+    )
+    write_samples(tmp_path / "samples.parquet", [row_of(example, scored), row_of(EXAMPLE, scored)])
+    rows = read_samples(tmp_path / "samples.parquet")
+    assert all(is_scored_row(row) for row in rows)
+    assert [sample_of(row) for row in rows] == [reward_sample(each, TWO_TURNS, "text") for each in (example, EXAMPLE)]
+    assert sample_of({key: value for key, value in rows[0].items() if key != "metadata"}).metadata == {}

@@ -148,3 +148,18 @@ def test_a_reward_that_cannot_run_here_says_so_before_the_first_sample() -> None
     mixture = Mixture([RewardTerm(name="code_tests", params={"executor": "nowhere:executor"})])
     with pytest.raises(RewardError, match=r"executor 'nowhere:executor' must be"):
         scored(mixture, [])
+
+
+def test_a_function_in_a_file_that_hangs_or_dies_costs_its_sample_and_no_worker(tmp_path: Path) -> None:
+    file = tmp_path / "my_rewards.py"
+    file.write_text(
+        "import os, time\n"
+        "def mine(sample):\n"
+        "    if sample.id == '0#1': time.sleep(60)\n"
+        "    if sample.id == '1#0': os._exit(1)\n"
+        "    return float(os.getppid())\n"
+    )
+    mixture = Mixture([RewardTerm(name=f"{file}:mine", timeout_s=1)], infra_error_limit=0.5)
+    rewards = [reward for batch in scored(mixture, batches(3)) for reward in batch]
+    assert [reward.value is None for reward in rewards] == [False, True, True, False, False, False]
+    assert len({reward.value for reward in rewards} - {None}) == 1, "the worker is the same one for all of them"

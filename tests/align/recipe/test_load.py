@@ -136,3 +136,39 @@ def test_the_data_of_a_recipe_are_one_card_or_several() -> None:
     assert several.evaluation_cards == ["nano_math", "nano_code"]
     with pytest.raises(UserError, match=r"unknown key 'data\.1\.crd' \(did you mean 'card'"):
         load_recipe(NANO / "grpo_reasoning.yaml", ["data.1.crd=nano_math"])
+
+
+def with_reward(directory: Path, name: str) -> Path:
+    recipe = directory / "grpo.yaml"
+    recipe.write_text((NANO / "grpo.yaml").read_text().replace("name: exact_answer", f"name: {name}"))
+    return recipe
+
+
+def test_a_reward_file_is_found_beside_the_recipe_first_and_the_copy_has_its_whole_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beside, working = tmp_path / "beside", tmp_path / "working"
+    for directory in (beside, working):
+        directory.mkdir()
+        (directory / "mine.py").write_text("def f(sample): return 1\n")
+    monkeypatch.chdir(working)
+    names = ["init_from=null", f"model.path={NANO / 'policy'}"]
+    recipe = load_recipe(with_reward(beside, "mine.py:f"), names)
+    assert isinstance(recipe, GrpoRecipe)
+    assert recipe.rewards[0].name == f"{beside / 'mine.py'}:f"
+    copy = working / "copy.yaml"
+    copy.write_text(dump_recipe(recipe))
+    assert load_recipe(copy) == recipe
+    (beside / "mine.py").unlink()
+    recipe = load_recipe(beside / "grpo.yaml", names)
+    assert isinstance(recipe, GrpoRecipe)
+    assert recipe.rewards[0].name == f"{working / 'mine.py'}:f"
+
+
+def test_a_reward_file_that_is_nowhere_is_named_with_its_line(tmp_path: Path) -> None:
+    file = with_reward(tmp_path, "mine.py:f")
+    line = next(i for i, text in enumerate(file.read_text().splitlines(), 1) if "mine.py" in text)
+    with pytest.raises(UserError) as refused:
+        load_recipe(file)
+    assert f"{file}, line {line}: rewards.0.name names the file mine.py, which does not exist" in str(refused.value)
+    assert f"({tmp_path / 'mine.py'} and {Path('mine.py').absolute()} were tried)" in str(refused.value)

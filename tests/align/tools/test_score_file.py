@@ -6,9 +6,13 @@ from typing import Any
 
 import pytest
 
+from align.data.types import Example
 from align.errors import UserError
-from align.tools.score_file import score_file
-from reward import RewardTerm
+from align.experience import ScoredTrajectory, row_of
+from align.run import RunDirectory, write_samples
+from align.tools.score_file import default_out, score_file, score_run
+from reward import RewardTerm, SampleReward, Score, Verdict
+from rollout import FinishReason, Prompt, Trajectory
 
 EXACT = RewardTerm(name="exact_answer")
 
@@ -99,3 +103,71 @@ def test_an_unknown_reward_and_an_empty_file_are_refused(tmp_path: Path) -> None
     empty = lines(tmp_path)
     with pytest.raises(UserError, match="is empty"):
         score_file(EXACT, empty, tmp_path / "out.jsonl")
+
+
+def stored(completion: str, index: int, **fields: Any) -> dict[str, Any]:
+    """A completion as a run stores it, of a problem with a unit."""
+    example = Example("p", ({"role": "user", "content": "How far?"},), None, "3", "math", metadata={"unit": "m"})
+    trajectory = Trajectory.of_one_turn(Prompt("p", [1]), index, [5], [-1.0], FinishReason.STOP)
+    return (
+        row_of(
+            example,
+            ScoredTrajectory(
+                trajectory, completion, SampleReward(0.25, Verdict.WRONG, {"math": Score(0.25, Verdict.WRONG)})
+            ),
+        )
+        | fields
+    )
+
+
+@pytest.fixture
+def says_unit(tmp_path: Path) -> RewardTerm:
+    file = tmp_path / "my_rewards.py"
+    file.write_text("def says_unit(sample): return float(sample.metadata['unit'] in sample.completion.split())\n")
+    return RewardTerm(name=f"{file}:says_unit")
+
+
+def test_what_align_eval_wrote_is_scored_again_with_the_columns_of_the_data(
+    tmp_path: Path, says_unit: RewardTerm
+) -> None:
+    data = lines(tmp_path, stored("3 m", 0, greedy=True), stored("3 km", 0, greedy=False))
+    score_file(says_unit, data, tmp_path / "out.jsonl")
+    found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [(one["id"], one["greedy"], one["value"]) for one in found] == [("p#0", True, 1.0), ("p#0", False, 0.0)]
+
+
+def test_a_runs_stored_samples_give_the_curve_of_another_reward(tmp_path: Path, says_unit: RewardTerm) -> None:
+    run = RunDirectory.create(tmp_path / "run")
+    for step, texts in {2: ["3 km", "3 m"], 10: ["3 m", "4 m"]}.items():
+        write_samples(run.samples_file(step), [stored(text, index) for index, text in enumerate(texts)])
+    out = default_out(run.path, "says_unit")
+    said = list(score_run(says_unit, run.path, out))
+    assert said[:2] == [
+        "step 2: 0.5000 by says_unit, 0.2500 in the run",
+        "step 10: 1.0000 by says_unit, 0.2500 in the run",
+    ]
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(one["step"], one["id"], one["value"], one["reward"]) for one in found][1:3] == [
+        (2, "p#1", 1.0, 0.25),
+        (10, "p#0", 1.0, 0.25),
+    ]
+    assert default_out(run.path, "says_unit").name == "says_unit-2.jsonl", "nothing is written over"
+    run.interrupt()
+    RunDirectory.reopen(run.path)  # what was scored afterwards is no foreign file
+
+
+def test_samples_of_an_earlier_version_are_scored_as_far_as_they_go(tmp_path: Path, says_unit: RewardTerm) -> None:
+    run = RunDirectory.create(tmp_path / "run")
+    old = {key: value for key, value in stored("3 m", 0).items() if key != "metadata"}
+    write_samples(run.samples_file(1), [old])
+    said = list(score_run(says_unit, run.path, tmp_path / "out.jsonl"))
+    assert said[0].endswith("1 of 1 not scored")
+    assert "is of an earlier version, which stored no columns of the data" in said[1]
+    assert "KeyError: 'unit'" in said[2]
+
+
+def test_a_directory_without_samples_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has stored no samples of steps"):
+        list(score_run(EXACT, tmp_path, tmp_path / "out.jsonl"))
+    with pytest.raises(UserError, match="holds no run"):
+        default_out(tmp_path, "exact_answer")
