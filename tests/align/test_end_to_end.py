@@ -95,8 +95,7 @@ def test_the_stored_samples_of_a_run_are_scored_by_another_reward(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "mine.py"
-    file.write_text("def short(completions, messages): return [1 / (1 + len(c)) for c in completions]
-")
+    file.write_text("def short(completions, messages): return [1 / (1 + len(c)) for c in completions]\n")
     assert main(["score", str(run), "--reward", f"{file}:short"]) == 0
     assert "step 1: " in capsys.readouterr().out
     assert len((run / "scores" / "short.jsonl").read_text().splitlines()) == STEPS * 32

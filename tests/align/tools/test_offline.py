@@ -1,4 +1,4 @@
-"""`align eval`: a policy answers a user's own file, on the engines that tests share."""
+"""`align eval`: the problems of a file, or of a split of a data card, answered on the engines that tests share, by whatever reward."""
 
 import json
 from contextlib import nullcontext
@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from align.cli import main
+from align.errors import UserError
 from align.recipe import ModelOptions
+from align.tools.offline import problems_of
 
 
 def test_a_policy_answers_a_users_own_file(
@@ -46,3 +48,18 @@ def test_a_function_in_a_file_scores_the_answers_to_a_card_and_their_file_again(
     answers, again = (list(map(json.loads, path.read_text().splitlines())) for path in (out, scores))
     assert [row["greedy"] for row in answers].count(False) == 2 * [row["greedy"] for row in answers].count(True)
     assert [row["reward"] for row in answers] == [row["value"] for row in again]
+
+
+def test_a_card_is_asked_by_its_split_that_of_the_test_first() -> None:
+    assert {example.id.split("/")[1] for example in problems_of("nano_math", None)} == {"test"}
+    assert {example.id.split("/")[1] for example in problems_of("nano_math", "validation")} == {"validation"}
+    with pytest.raises(UserError, match="no data card 'nano_maths'"):
+        problems_of("nano_maths", None)
+
+
+def test_a_file_has_no_splits(tmp_path: Path) -> None:
+    file = tmp_path / "problems.jsonl"
+    file.write_text('{"id": "1", "prompt": "1 + 1?", "answer": "2"}\n')
+    assert [example.id for example in problems_of(str(file), None)] == ["1"]
+    with pytest.raises(UserError, match="which has no splits"):
+        problems_of(str(file), "test")
