@@ -2,6 +2,8 @@
 
 import os
 import pickle
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -329,3 +331,25 @@ def test_its_process_is_not_this_one_and_ends_with_the_reward(write: Write) -> N
     assert int(function([sample("1")])[0].value) == pid, "it stays for the next batch"
     del function
     assert not psutil.pid_exists(pid)
+
+
+def test_its_process_is_killed_with_the_one_that_started_it_also_where_it_hangs_in_c(
+    write: Write, tmp_path: Path
+) -> None:
+    file = write(
+        "import os, pathlib, re\n"
+        "def f(sample):\n"
+        "    pathlib.Path(__file__).with_name('pid').write_text(str(os.getpid()))\n"
+        "    re.match('(a+)+$', 'a' * 60 + 'b')\n"
+    )
+    script = (
+        f"from reward import *; Mixture([RewardTerm(name={str(file) + ':f'!r})]).score([Sample('1', '', '', None)])"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", script])
+    pid = tmp_path / "pid"
+    while not (pid.exists() and pid.read_text()):
+        time.sleep(0.05)
+    child = psutil.Process(int(pid.read_text()))
+    parent.kill()
+    parent.wait()
+    child.wait(10)
