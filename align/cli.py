@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer import Argument, Option
+from typer.core import TyperCommand
 
 from align.errors import Terminated, UserError
 
@@ -84,6 +85,15 @@ def say(text: str) -> None:
     print(redacted(text), file=sys.stderr)
 
 
+class StageCommand(TyperCommand):
+    """The command of a stage, whose help ends with the keys of its recipe."""
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        from align.recipe.keys import stage_text
+
+        formatter.write(f"\nKeys of the recipe, with their defaults:\n{stage_text(str(self.name).replace('-', '_'))}\n")
+
+
 def stage_command(stage: str) -> Callable[..., None]:
     def run(recipe: File, overrides: Overrides = None) -> None:
         run_recipe(stage, recipe, overrides or [])
@@ -92,7 +102,7 @@ def stage_command(stage: str) -> Callable[..., None]:
 
 
 for name, text in STAGES.items():
-    app.command(name, help=text)(stage_command(name.replace("-", "_")))
+    app.command(name, help=text, cls=StageCommand)(stage_command(name.replace("-", "_")))
 
 
 def run_recipe(stage: str, file: Path, overrides: Sequence[str]) -> None:
@@ -124,6 +134,16 @@ def check(file: File, overrides: Overrides = None) -> None:
         print(f"{stage.file}: a valid {stage.recipe.stage} recipe; its run would go to {stage.directory}")
     for what in unseen:
         print(f"not looked at: {what}")
+
+
+@app.command()
+def keys(
+    prefix: Annotated[str, Argument(metavar="PREFIX", help="only those that begin so, for example learner.lora.")] = "",
+) -> None:
+    """the keys of the recipes of all stages, with their defaults and descriptions"""
+    from align.recipe.keys import prefix_text
+
+    print(prefix_text(prefix))
 
 
 @app.command()

@@ -47,11 +47,19 @@ class RewardTerm(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str
-    weight: float = Field(default=1.0, allow_inf_nan=False)
-    domains: list[str] | None = Field(default=None, min_length=1)
-    params: dict[str, Any] = Field(default_factory=dict)
-    label: str | None = Field(default=None, min_length=1)
+    name: str = Field(
+        description="a registered reward (`align rewards list`), or a function in a file: my_rewards.py:my_function"
+    )
+    weight: float = Field(
+        default=1.0, allow_inf_nan=False, description="factor of its values; 0 measures without rewarding"
+    )
+    domains: list[str] | None = Field(
+        default=None, min_length=1, description="domains of the prompts it is for; all when not given"
+    )
+    params: dict[str, Any] = Field(default_factory=dict, description="its parameters")
+    label: str | None = Field(
+        default=None, min_length=1, description="what its component is called; its name when not given"
+    )
     timeout_s: float | None = Field(
         default=None,
         gt=0,

@@ -31,14 +31,14 @@ class RunOptions(Options):
     grace_s: float = Field(
         8.0,
         ge=0,
-        description="how long a step may take to end, and its checkpoint to be written, once the run is to stop",
+        description="seconds that a step may take to end, and its checkpoint to be written, once the run is to stop",
     )
 
 
 class MachineOptions(Options):
     """What the machine must have."""
 
-    cores: int = Field(1, ge=1)
+    cores: int = Field(1, ge=1, description="cores that the run must be able to use")
     memory_gb: float = Field(1.0, gt=0, description="memory that must be free, in GiB")
 
 
@@ -49,8 +49,10 @@ class ModelOptions(Options):
     init: Literal["pretrained", "random"] = Field(
         "pretrained", description="take the weights that are there, or draw new ones from the recipe's seed"
     )
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    trust_remote_code: bool = False
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="type of the weights, in learner and sampler")
+    trust_remote_code: bool = Field(
+        False, description="run the Python code that comes with the model; only for a model whose code you have read"
+    )
 
 
 class DataOptions(Options):
@@ -103,12 +105,16 @@ class DataOptions(Options):
 class OptimizerOptions(Options):
     """AdamW and its schedule."""
 
-    learning_rate: float = Field(gt=0)
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
-    warmup_steps: int = Field(0, ge=0)
-    schedule: Literal["cosine", "constant"] = "cosine"
+    learning_rate: float = Field(gt=0, description="highest learning rate")
+    betas: tuple[float, float] = Field(
+        (0.9, 0.95), description="decay of the averages of the gradient and of its square"
+    )
+    eps: float = Field(1e-8, gt=0, description="added to the denominator of an update")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay, relative to the learning rate")
+    warmup_steps: int = Field(0, ge=0, description="steps in which the learning rate rises from 0")
+    schedule: Literal["cosine", "constant"] = Field(
+        "cosine", description="course of the learning rate after the warm-up"
+    )
     final_ratio: float = Field(0.1, ge=0, le=1, description="last learning rate as a share of the highest")
     clip_norm: float = Field(1.0, ge=0, description="largest gradient norm; 0 does not clip")
 
@@ -122,7 +128,7 @@ class OptimizerOptions(Options):
 class LoraOptions(Options):
     """Low-rank adapters (LoRA, arXiv 2106.09685): W + alpha / rank * B A, of which only A and B are trained."""
 
-    rank: int = Field(16, ge=1)
+    rank: int = Field(16, ge=1, description="rank of A and B")
     alpha: int = Field(32, ge=1, description="the adapter's product is scaled by alpha / rank")
     dropout: float = Field(0.0, ge=0, lt=1, description="on what goes into attention's adapters; 0 for all others")
     targets: list[str] = Field(
@@ -159,7 +165,10 @@ class LearnerOptions(Options):
         description="ranks that share the routed experts of a layer among them (DeepSpeed's AutoEP); 1: each has all",
     )
     micro_batch_tokens: int = Field(4096, ge=1, description="tokens of a micro-batch, padding included")
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = Field(
+        False,
+        description="compute activations again in the backward pass in place of keeping them: less memory, more time",
+    )
     share_prompts: bool = Field(
         False,
         description="GRPO: compute a prompt once for all completions of a group that are in a micro-batch: the same gradient for "
@@ -171,8 +180,8 @@ class LearnerOptions(Options):
     resources: dict[str, float] = Field(
         {}, description="custom Ray resources that a rank takes, to say on which nodes of a cluster ranks may be"
     )
-    start_timeout_s: float = Field(600, gt=0)
-    step_timeout_s: float = Field(1800, gt=0)
+    start_timeout_s: float = Field(600, gt=0, description="longest time a rank may take to load, in seconds")
+    step_timeout_s: float = Field(1800, gt=0, description="longest time the ranks may take for a step, in seconds")
     stop_after_bad_steps: int = Field(
         4, ge=1, description="steps in a row with numbers that are not finite after which the run stops"
     )
@@ -205,7 +214,7 @@ class SftOptions(Options):
     """Supervised fine-tuning (DeepSeek-V2 report, section 4.1)."""
 
     steps: int = Field(ge=1, description="optimizer steps")
-    sequences_per_step: int = Field(64, ge=1)
+    sequences_per_step: int = Field(64, ge=1, description="conversations of an optimizer step, over all ranks")
     turns: Literal["all", "last"] = Field(
         "all",
         description="turns of the assistant in a conversation that are trained on; of all, those without a weight of 0",
@@ -221,7 +230,7 @@ class RewardModelOptions(Options):
         "pairwise", description="both completions compared, or each judged alone; see align.losses"
     )
     steps: int = Field(ge=1, description="optimizer steps")
-    pairs_per_step: int = Field(64, ge=1)
+    pairs_per_step: int = Field(64, ge=1, description="pairs of an optimizer step, over all ranks")
     margin_scale: float = Field(
         0.0, ge=0, description="a preference's own margin times this is subtracted from the difference of the rewards"
     )
@@ -235,7 +244,7 @@ class GrpoOptions(LossOptions):
     """Group Relative Policy Optimization (DeepSeekMath, arXiv 2402.03300, section 4.1; DeepSeek-V2 report, eq. 32-34)."""
 
     steps: int = Field(ge=1, description="exploration steps: sample, score, train, send weights")
-    prompts_per_step: int = Field(ge=1)
+    prompts_per_step: int = Field(ge=1, description="prompts of a step, over all data")
     group_size: int = Field(ge=2, description="completions of a prompt (G)")
     updates_per_step: int = Field(1, ge=1, description="optimizer updates on the samples of one step")
     train_on_truncated: bool = Field(True, description="train on completions cut off at the length limit")
@@ -254,11 +263,11 @@ class PreferencesOptions(Options):
 class ScoringOptions(Options):
     """The pool of processes that judge completions while others are being sampled."""
 
-    workers: int = Field(1, ge=1)
+    workers: int = Field(1, ge=1, description="processes that judge completions")
     gpus: float = Field(
         0, ge=0, description="GPUs of a worker, for reward models; a share lets workers have one together"
     )
-    timeout_s: float = Field(600, gt=0, description="longest time a group may take to be judged")
+    timeout_s: float = Field(600, gt=0, description="longest time a group may take to be judged, in seconds")
     infra_error_limit: float = Field(
         0.05, ge=0, le=1, description="share of samples that nobody could judge above which the run stops"
     )
@@ -267,8 +276,8 @@ class ScoringOptions(Options):
 class HookOptions(Options):
     """A registered evaluation of the checkpoint that a stage wrote; `align evaluations list` shows them."""
 
-    name: str
-    params: dict[str, Any] = Field({})
+    name: str = Field(description="name of the evaluation")
+    params: dict[str, Any] = Field({}, description="its parameters")
     label: str | None = Field(
         None, pattern=r"^[^/.][^/]*$", description="what its results are called; its name when not given"
     )
@@ -293,7 +302,9 @@ class EvaluationOptions(Options):
         None,
         description="data cards; when not given, the training data's: their cards, and what is held out of files without one",
     )
-    split: Literal["validation", "test"] = Field("test", description="of the evaluations before and after the stage")
+    split: Literal["validation", "test"] = Field(
+        "test", description="whose problems are asked before and after the stage"
+    )
     path: Path | None = Field(
         None,
         description="local file, or directory with a file for each split, in place of the source of the only card; where the training data "
@@ -308,7 +319,7 @@ class EvaluationOptions(Options):
         ge=1,
         description="GRPO: also every so many steps, on the validation split, by which the most accurate checkpoint is chosen",
     )
-    max_new_tokens: int = Field(64, ge=1)
+    max_new_tokens: int = Field(64, ge=1, description="longest answer, in tokens")
     against: AgainstOptions | None = None
     hooks: list[HookOptions] = Field([])
 

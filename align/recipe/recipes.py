@@ -30,6 +30,7 @@ from rollout.types import FleetOptions, SamplingOptions
 
 DataStage = Literal["sft", "reward_model", "grpo"]
 INIT_FROM = "SFT recipe that trains the policy to start from, run first and with what this recipe shares with it"
+STAGE = "the stage that the recipe is for"
 ALL_ANSWERED = "every prompt of every split is answered once"
 
 
@@ -67,13 +68,15 @@ class Recipe(Options):
     data_stage: ClassVar[DataStage]
     """The stage that the cards of its data must be meant for."""
 
-    stage: Literal["sft", "reward_model", "grpo", "preferences"]
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    seed: int = Field(0, ge=0)
+    stage: Literal["sft", "reward_model", "grpo", "preferences"] = Field(description=STAGE)
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="what the run is called; it goes to runs/NAME"
+    )
+    seed: int = Field(0, ge=0, description="seed of the order of the data, of sampling and of new weights")
     run: RunOptions = RunOptions()
     machine: MachineOptions = MachineOptions()
     model: ModelOptions
-    data: list[DataOptions] = Field(min_length=1, description="one mapping, or a list of them")
+    data: list[DataOptions] = Field(min_length=1, description="what is trained on: one mapping, or a list of them")
 
     @field_validator("data", mode="before")
     @classmethod
@@ -112,7 +115,9 @@ class TrainingRecipe(Recipe):
 class SamplingRecipe(Recipe):
     """A stage in which the policy answers prompts and the answers are scored."""
 
-    rewards: list[RewardTerm] = Field(min_length=1)
+    rewards: list[RewardTerm] = Field(
+        min_length=1, description="what an answer is worth: a list, whose weighted sum counts"
+    )
     scoring: ScoringOptions = ScoringOptions()
     rollout: FleetOptions = FleetOptions()
 
@@ -223,7 +228,7 @@ class SftRecipe(PolicyRecipe):
     }
     data_stage: ClassVar = "sft"
 
-    stage: Literal["sft"]
+    stage: Literal["sft"] = Field(description=STAGE)
     sft: SftOptions
     rewards: list[RewardTerm] = Field(
         [],
@@ -251,7 +256,7 @@ class RewardModelRecipe(TrainingRecipe):
     }
     data_stage: ClassVar = "reward_model"
 
-    stage: Literal["reward_model"]
+    stage: Literal["reward_model"] = Field(description=STAGE)
     init_from: Path | None = Field(None, description=INIT_FROM)
     reward_model: RewardModelOptions
 
@@ -276,7 +281,7 @@ class GrpoRecipe(PolicyRecipe):
 
     data_stage: ClassVar = "grpo"
 
-    stage: Literal["grpo"]
+    stage: Literal["grpo"] = Field(description=STAGE)
     init_from: Path | None = Field(None, description=INIT_FROM)
     reference: Path | None = Field(
         None, description="checkpoint of the KL's reference; the policy at the start of the stage when not given"
@@ -336,7 +341,7 @@ class PreferencesRecipe(SamplingRecipe):
     }
     data_stage: ClassVar = "grpo"
 
-    stage: Literal["preferences"]
+    stage: Literal["preferences"] = Field(description=STAGE)
     sampling: SamplingOptions = SamplingOptions()
     preferences: PreferencesOptions = PreferencesOptions()
 
