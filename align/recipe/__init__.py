@@ -21,6 +21,7 @@ from align.recipe.options import (
     RunOptions,
     ScoringOptions,
     SftOptions,
+    TrackerOptions,
 )
 from align.recipe.pipeline import Pipeline, PlannedStage, load_pipeline, load_stage, load_stages
 from align.recipe.recipes import (
@@ -67,6 +68,7 @@ __all__ = [
     "ScoringOptions",
     "SftOptions",
     "SftRecipe",
+    "TrackerOptions",
     "TrainingRecipe",
     "check_model_directory",
     "differences",

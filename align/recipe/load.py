@@ -27,6 +27,7 @@ RENAMED = {
 FREE = (
     "run",
     "machine",
+    "trackers",
     "save_every",
     "keep_checkpoints",
     "weights",

@@ -42,6 +42,29 @@ class MachineOptions(Options):
     memory_gb: float = Field(1.0, gt=0, description="memory that must be free, in GiB")
 
 
+class TrackerOptions(Options):
+    """An experiment tracker that follows the run."""
+
+    name: Literal["tensorboard", "trackio", "wandb", "mlflow"] = Field(description="which one")
+    project: str | None = Field(
+        None,
+        min_length=1,
+        description="project there, for MLflow the experiment; that of WANDB_PROJECT or MLFLOW_EXPERIMENT_NAME, or else moe-align, "
+        "when not given",
+    )
+    samples: int = Field(
+        0,
+        ge=0,
+        description="answers of a step and of an evaluation that are sent there as a table; with 0, no text of the data",
+    )
+
+    @model_validator(mode="after")
+    def _no_project_of_files(self) -> Self:
+        if self.name == "tensorboard" and self.project is not None:
+            raise ValueError("project has no effect on tensorboard, whose files are in the run directory: leave it out")
+        return self
+
+
 class ModelOptions(Options):
     """The policy to start from."""
 

@@ -20,7 +20,7 @@ NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"
 PRODUCT = re.compile(r"\$\{([^}]*)\}")
 FIRST = "sft"
 """The directory, inside the run's, of the stage that `init_from` names."""
-SHARED = ("seed", "run", "machine", "model", "rollout", "colocate")
+SHARED = ("seed", "run", "machine", "trackers", "model", "rollout", "colocate")
 """What a recipe shares with the stage of its `init_from`: one command trains one policy on one machine, so what is said of these, in
 the recipe's file or as an override, holds for both stages. The rest makes a stage the one that it is: its data, learner, rewards
 and evaluation, and how long its sequences may be (`rollout.max_length`)."""

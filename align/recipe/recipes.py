@@ -23,6 +23,7 @@ from align.recipe.options import (
     RunOptions,
     ScoringOptions,
     SftOptions,
+    TrackerOptions,
 )
 from reward import RewardTerm
 from rollout import WeightOptions
@@ -75,6 +76,10 @@ class Recipe(Options):
     seed: int = Field(0, ge=0, description="seed of the order of the data, of sampling and of new weights")
     run: RunOptions = RunOptions()
     machine: MachineOptions = MachineOptions()
+    trackers: list[TrackerOptions] = Field(
+        [TrackerOptions(name="tensorboard")],
+        description="experiment trackers that follow the run: a list of names, or of mappings with these keys",
+    )
     model: ModelOptions
     data: list[DataOptions] = Field(min_length=1, description="what is trained on: one mapping, or a list of them")
 
@@ -82,6 +87,22 @@ class Recipe(Options):
     @classmethod
     def _one_or_several(cls, data: Any) -> Any:
         return [data] if isinstance(data, Mapping) else data
+
+    @field_validator("trackers", mode="before")
+    @classmethod
+    def _names_alone(cls, trackers: Any) -> Any:
+        listed = [trackers] if isinstance(trackers, str | Mapping) else trackers
+        return (
+            [{"name": one} if isinstance(one, str) else one for one in listed] if isinstance(listed, list) else listed
+        )
+
+    @field_validator("trackers")
+    @classmethod
+    def _each_once(cls, trackers: list[TrackerOptions]) -> list[TrackerOptions]:
+        names = [tracker.name for tracker in trackers]
+        if len(set(names)) < len(names):
+            raise ValueError(f"a tracker is named twice: {', '.join(names)}")
+        return trackers
 
     @model_validator(mode="after")
     def _leave_out_what_has_no_effect(self) -> Self:

@@ -52,6 +52,8 @@ class RunDirectory:
     evaluations_file = _Inside("evaluations.jsonl")
     log_file = _Inside("log.txt")
     tensorboard_directory = _Inside("tensorboard")
+    trackers_directory = _Inside("trackers")
+    """What other trackers have of the run, and their local files."""
     samples_directory = _Inside("samples")
     stacks_directory = _Inside("stacks")
     evaluations_directory = _Inside("evaluations")

@@ -244,6 +244,23 @@ def redacted(text: str) -> str:
     return SECRET_VALUE.sub("***", text)
 
 
+def without_secrets_in(value: Any) -> Any:
+    """`value`, made of mappings and lists, with *** for the texts of keys named like a secret and for what `redacted` finds in texts."""
+    match value:
+        case Mapping():
+            return {
+                key: "***"
+                if item and isinstance(item, str) and SECRET_NAME.search(str(key))
+                else without_secrets_in(item)
+                for key, item in value.items()
+            }
+        case list() | tuple():
+            return [without_secrets_in(item) for item in value]
+        case str():
+            return redacted(value)
+    return value
+
+
 def without_secrets(arguments: Sequence[str]) -> list[str]:
     """`arguments` with *** for the values of keys named like a secret and for well-known forms of tokens."""
     shown = []

@@ -24,6 +24,7 @@ from align.model.sizes import ModelSizes, empty_model, model_sizes, read_config
 from align.recipe import MachineOptions, PlannedStage, PolicyRecipe, Recipe, TrainingRecipe
 from align.recipe.options import HookOptions
 from align.run import check_machine
+from align.run.trackers import check_trackers
 from reward import Mixture, RewardError, RewardTerm
 from reward.own import columns_of
 
@@ -50,6 +51,7 @@ def check_recipe(recipe: Recipe) -> list[str]:
     """Look at one stage. Raises UserError for the first mistake; returns what could not be looked at yet."""
     roles = recipe.roles()
     check_names(recipe)
+    check_trackers(recipe.trackers)
     check_size(recipe.machine)
     check_servers(roles.evaluation.hooks if roles.evaluation else ())
     if roles.learner is not None and roles.learner.port is not None:

@@ -25,6 +25,8 @@ from align.run import (
     write_samples,
 )
 from align.run.checkpoints import Checkpoint, CheckpointDirectory, DamagedCheckpointError
+from align.run.tracker_libraries import Ending
+from align.run.trackers import Trackers
 from align.session.signals import StopRequest
 from reward.own.file import file_digest
 from rollout import Fault
@@ -64,7 +66,7 @@ class Run:
         for file in self.directory.samples_directory.glob("step_*.parquet"):
             if int(file.stem.removeprefix("step_")) > done:
                 file.unlink()
-        self.metrics.purge(done + 1)
+        self.metrics.trackers.rewind(done + 1)
         for damage in damages:
             self.warn(damage)
         text = f"resuming from step {done}" if self.resume else "nothing of it was saved yet, so it begins at step 0"
@@ -93,6 +95,11 @@ class Run:
         self.metrics.write(step, stage, known)
         self.progress.step(step, {name: known[name] for name in shown if name in known})
         self.stop.check()
+
+    def record_samples(self, stage: str, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write the samples of a step to their file, and some to the trackers that take them."""
+        write_samples(self.directory.samples_file(step), rows)
+        self.metrics.trackers.table(step, f"{stage}/samples", rows)
 
     def warn(self, text: str, **data: Any) -> None:
         """A warning: a line on the terminal and an event of the run, with `data`."""
@@ -134,7 +141,7 @@ class Run:
         facts: dict[str, Any] = {"problems": evaluation.problems, "verdicts": dict(evaluation.verdicts)}
         facts |= {"too_long": evaluation.too_long} if evaluation.too_long else {}
         facts |= {"split": split} if split else {}
-        self.record_numbers(stage, step, name, evaluation.summary(), evaluation.rows, facts)
+        self.record_numbers(stage, step, name, evaluation.summary(), evaluation.rows, facts, split or "evaluation")
         self.progress.note(f"{name}: {describe(evaluation)}")
 
     def recorded(self, name: str, domains: Sequence[str]) -> Evaluation | None:
@@ -149,10 +156,15 @@ class Run:
         numbers: Mapping[str, float],
         rows: Sequence[Mapping[str, Any]] = (),
         facts: Mapping[str, Any] | None = None,
+        table: str = "",
     ) -> None:
-        """Write what an evaluation found: its numbers, also among the metrics, its rows, and other facts about it."""
+        """Write what an evaluation found: its numbers, also among the metrics, its rows, and other facts about it.
+
+        Trackers call the table of its rows `table`, or `name` where that is empty.
+        """
         if rows:
             write_samples(self.directory.evaluations_directory / f"{name}.parquet", rows)
+            self.metrics.trackers.table(step, f"{stage}/{table or name}", rows)
         with self.directory.evaluations_file.open("a", encoding="utf-8") as file:
             record = {"stage": stage, "step": step, "name": name, **numbers, **(facts or {})}
             file.write(json_line(record) + "\n")
@@ -220,7 +232,8 @@ def open_run(recipe: Recipe) -> Iterator[Run]:
     directory.save_environment(environment_record() | {"rewards_sha256": reward_digests(recipe)})
     directory.enter(recipe.stage)
     keep = recipe.keep_checkpoints if isinstance(recipe, TrainingRecipe) else 1
-    parts = directory, MetricsLog(directory), CheckpointDirectory(directory.checkpoints_directory, keep=keep)
+    trackers = Trackers.of(recipe, directory)
+    parts = directory, MetricsLog(directory, trackers), CheckpointDirectory(directory.checkpoints_directory, keep=keep)
     metrics = parts[1]
     try:
         with ExitStack() as stack:
@@ -228,6 +241,7 @@ def open_run(recipe: Recipe) -> Iterator[Run]:
             stop = stack.enter_context(StopRequest(recipe.run.grace_s))
             run = Run(*parts, progress, stop)
             stack.enter_context(run.logged_warnings())
+            stack.push(lambda kind, *_: trackers.finish(ending_of(kind)))
             if goes_on:
                 run.rewind()
                 for key in changed or ():
@@ -257,6 +271,13 @@ def open_run(recipe: Recipe) -> Iterator[Run]:
         directory.finish()
     finally:
         metrics.close()
+
+
+def ending_of(kind: type[BaseException] | None) -> Ending:
+    """How a run ended, by the kind of the exception that ended it."""
+    if kind is None:
+        return "finished"
+    return "interrupted" if issubclass(kind, KeyboardInterrupt) else "failed"
 
 
 def own_directory(recipe: Recipe, path: Path) -> tuple[RunDirectory, list[str] | None]:

@@ -19,7 +19,6 @@ from align.evaluate.accuracy import Evaluation
 from align.experience import Problem, ScoredGroup, encode_problems, gather, row_of, submit, token_columns
 from align.learner.objective import Objective, learning_rate
 from align.recipe import GrpoRecipe, ModelOptions
-from align.run import write_samples
 from align.session.checks import check_columns
 from align.session.run import Run
 from align.session.session import Session
@@ -103,7 +102,7 @@ def train_grpo(recipe: GrpoRecipe, data: GrpoData, session: Session) -> tuple[Mo
             state["weight_version"] = fleet.weight_version
             clock.lap("weights")
 
-            write_samples(run.directory.samples_file(step + 1), sample_rows(scored, advantages))
+            run.record_samples("grpo", step + 1, sample_rows(scored, advantages))
             metrics = step_metrics(scored, advantages, sums, norm, clock) | learner.expert_load()
             lost = learner.adapter_lost()
             run.record_step("grpo", step + 1, {**metrics, "weight_bytes": sent, "adapter/lost": lost}, SHOWN)

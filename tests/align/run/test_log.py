@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from align.run import MetricsLog, RunDirectory
+from align.run.tensorboard import TensorBoard, as_markdown
+from align.run.trackers import Trackers
 
 
 @pytest.fixture
@@ -41,9 +43,10 @@ def test_a_step_is_one_line_on_disk_when_write_returns(run: RunDirectory, log: M
     assert first["time"] <= second["time"]
 
 
-def test_tensorboard_reads_the_same_numbers_back(run: RunDirectory, log: MetricsLog) -> None:
+def test_tensorboard_reads_the_same_numbers_back(run: RunDirectory) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    log = MetricsLog(run, Trackers({"tensorboard": TensorBoard(run.tensorboard_directory, {"name": "tiny"})}))
     log.write(1, "sft", {"loss": 2.5})
     log.write(1, "grpo", {"reward/mean": 0.25, "kl": math.nan})
     log.write(2, "grpo", {"reward/mean": 0.5})
@@ -53,6 +56,33 @@ def test_tensorboard_reads_the_same_numbers_back(run: RunDirectory, log: Metrics
     assert sorted(events.Tags()["scalars"]) == ["grpo/kl", "grpo/reward/mean", "sft/loss"]
     assert [(e.step, e.value) for e in events.Scalars("grpo/reward/mean")] == [(1, 0.25), (2, 0.5)]
     assert events.Scalars("sft/loss")[0].wall_time == lines(run.metrics_file)[0]["time"]
+    [text] = events.Tensors("recipe")
+    assert text.tensor_proto.string_val == [b"```yaml\nname: tiny\n```"]
+
+
+def test_tensorboard_forgets_the_steps_that_are_made_again(run: RunDirectory) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for steps in ((1, 2, 3), (2, 3, 4)):
+        board = TensorBoard(run.tensorboard_directory, {"name": "tiny"})
+        board.rewind(steps[0])
+        for step in steps:
+            board.scalars(step, {"sft/loss": float(steps[0])}, 0.0)
+        board.finish("finished")
+    events = EventAccumulator(str(run.tensorboard_directory))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("sft/loss")] == [(1, 1.0), (2, 2.0), (3, 2.0), (4, 2.0)]
+    assert len(events.Tensors("recipe")) == 1
+
+
+def test_samples_are_a_table_among_tensorboards_texts() -> None:
+    rows = [{"prompt": "1|2", "reward": 0.5}, {"prompt": "a\nb", "verdict": "pass"}]
+    assert as_markdown(rows).splitlines() == [
+        "| prompt | reward | verdict |",
+        "| --- | --- | --- |",
+        "| 1\\|2 | 0.5 |  |",
+        "| a<br>b |  | pass |",
+    ]
 
 
 def test_what_json_has_no_number_for_is_written_as_a_string(run: RunDirectory, log: MetricsLog) -> None:
