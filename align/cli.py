@@ -9,7 +9,7 @@ import typer
 from typer import Argument, Option
 from typer.core import TyperCommand
 
-from align.errors import Terminated, UserError
+from align.errors import ENGINES, Terminated, UserError, check_installed, not_installed
 
 if TYPE_CHECKING:
     from align.recipe import ModelOptions
@@ -28,7 +28,17 @@ STAGES = {
     "preferences": "preference data from a policy's own answers, judged by the recipe's rewards",
 }
 
-File = Annotated[Path, Argument(metavar="FILE", help="recipe file, for example recipes/nano/grpo.yaml")]
+
+def shipped_file(path: Path) -> Path:
+    """The file of that name, or the one that comes with the package."""
+    from align.shipped import found
+
+    return found(path)
+
+
+File = Annotated[
+    Path, Argument(metavar="FILE", help="recipe file, for example recipes/nano/grpo.yaml", callback=shipped_file)
+]
 Overrides = Annotated[list[str] | None, Argument(metavar="key=value", help="for example grpo.steps=20 seed=1")]
 RunPath = Annotated[Path, Argument(metavar="RUN", help="run directory, for example runs/nano-grpo")]
 Model = Annotated[str, Option(help="Hugging Face directory or hub name")]
@@ -70,6 +80,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_TERMINATED if isinstance(stopped, Terminated) else EXIT_INTERRUPTED
     except UserError as error:
         say(f"error: {error}")
+        return EXIT_USER_ERROR
+    except ModuleNotFoundError as error:
+        engine = (error.name or "").partition(".")[0]
+        if engine not in ENGINES:
+            raise
+        say(f"error: {not_installed(engine)}")
         return EXIT_USER_ERROR
     except Exception as error:
         if type(error).__module__.partition(".")[0] not in OUR_PACKAGES:
@@ -211,7 +227,10 @@ def plan(
 
 @app.command()
 def pipeline(
-    file: Annotated[Path, Argument(metavar="FILE", help="pipeline file, for example recipes/nano/pipeline.yaml")],
+    file: Annotated[
+        Path,
+        Argument(metavar="FILE", help="pipeline file, for example recipes/nano/pipeline.yaml", callback=shipped_file),
+    ],
     overrides: Overrides = None,
     start: Annotated[str | None, Option("--from", metavar="STAGE", help="run it and all after it anew")] = None,
     last: Annotated[str | None, Option("--to", metavar="STAGE", help="stop after this stage")] = None,
@@ -460,7 +479,8 @@ def show(entries: "Sequence[Entry]") -> None:
 
 
 def model_of(path: str, dtype: Literal["float32", "bfloat16"]) -> "ModelOptions":
-    """The model that a command names. Raises UserError for a directory that lacks something."""
+    """The model that a command names. Raises UserError for a directory that lacks something, and where no engine is installed to load it."""
+    check_installed(ENGINES)
     from align.recipe import ModelOptions, check_model_directory
 
     model = ModelOptions(path=path, dtype=dtype)

@@ -3,6 +3,9 @@
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
+from importlib.util import find_spec
+
+ENGINES = ("torch", "ray", "vllm", "deepspeed")
 
 
 class UserError(Exception):
@@ -16,6 +19,20 @@ def naming(what: str) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(f"{what}: {error}") from error
+
+
+def check_installed(engines: Iterable[str]) -> None:
+    """Raise UserError for engines that are not installed, with the command that installs them."""
+    if missing := [name for name in engines if find_spec(name) is None]:
+        raise UserError(not_installed(*missing))
+
+
+def not_installed(*engines: str) -> str:
+    """That engines are not installed, and the command that installs them."""
+    return (
+        f"{', '.join(engines)} {'is' if len(engines) == 1 else 'are'} not installed: `pip install 'moe-align[cuda]'` on a machine with NVIDIA "
+        "GPUs, `pip install 'moe-align[cpu]'` on others"
+    )
 
 
 class Terminated(KeyboardInterrupt):

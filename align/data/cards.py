@@ -16,8 +16,8 @@ from align.data.generators import generator
 from align.data.pair_rows import PairRows
 from align.data.types import SplitName, Strict
 from align.errors import UserError, nearest
+from align.shipped import CARDS
 
-CARDS = Path(__file__).parents[2] / "data_cards"
 Stage = Literal["sft", "reward_model", "grpo", "eval"]
 Model = TypeVar("Model", bound=BaseModel)
 

@@ -7,6 +7,7 @@ from pydantic import Field, field_validator, model_validator
 
 from align.losses import LossOptions
 from align.options import Options, refuse_without_effect
+from align.shipped import NAMES, found
 
 STAGES_OWN = ("before ", "after ", "grpo step ")
 """How the names of the evaluations begin that a stage makes by itself."""
@@ -76,6 +77,11 @@ class ModelOptions(Options):
     trust_remote_code: bool = Field(
         False, description="run the Python code that comes with the model; only for a model whose code you have read"
     )
+
+    @field_validator("path")
+    @classmethod
+    def _find_what_is_shipped(cls, path: str) -> str:
+        return str(found(Path(path))) if path.startswith(NAMES) else path
 
 
 class DataOptions(Options):

@@ -5,16 +5,17 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from align.errors import UserError
 from align.options import Options
 from align.recipe.load import FREE, apply_override, explain, load_recipe, read_yaml
 from align.recipe.options import RunOptions
 from align.recipe.recipes import GrpoRecipe, Recipe, RewardModelRecipe
+from align.shipped import found
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"
 PRODUCT = re.compile(r"\$\{([^}]*)\}")
@@ -31,7 +32,7 @@ class StageEntry(Options):
     """A stage: its recipe with `set` put over it, where `${NAME}` is what the stage NAME before it made (its `final/`)."""
 
     name: str = Field(pattern=NAME)
-    recipe: Path
+    recipe: Annotated[Path, AfterValidator(found)]
     set: list[str] = Field([], description="overrides, such as model.path=${sft}")
 
 

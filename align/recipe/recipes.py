@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from align.options import Options, refuse_without_effect
 from align.recipe.options import (
@@ -25,6 +25,7 @@ from align.recipe.options import (
     SftOptions,
     TrackerOptions,
 )
+from align.shipped import found
 from reward import RewardTerm
 from rollout import WeightOptions
 from rollout.types import FleetOptions, SamplingOptions
@@ -278,7 +279,7 @@ class RewardModelRecipe(TrainingRecipe):
     data_stage: ClassVar = "reward_model"
 
     stage: Literal["reward_model"] = Field(description=STAGE)
-    init_from: Path | None = Field(None, description=INIT_FROM)
+    init_from: Annotated[Path, AfterValidator(found)] | None = Field(None, description=INIT_FROM)
     reward_model: RewardModelOptions
 
     def roles(self) -> Roles:
@@ -303,7 +304,7 @@ class GrpoRecipe(PolicyRecipe):
     data_stage: ClassVar = "grpo"
 
     stage: Literal["grpo"] = Field(description=STAGE)
-    init_from: Path | None = Field(None, description=INIT_FROM)
+    init_from: Annotated[Path, AfterValidator(found)] | None = Field(None, description=INIT_FROM)
     reference: Path | None = Field(
         None, description="checkpoint of the KL's reference; the policy at the start of the stage when not given"
     )

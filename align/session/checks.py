@@ -12,7 +12,7 @@ from align.data.cards import DataCard, Stage, require_stage
 from align.data.entries import card_of, evaluated
 from align.data.loader import domains_of
 from align.data.types import Example, SplitName
-from align.errors import UserError
+from align.errors import UserError, check_installed
 from align.evaluate import hooks
 from align.evaluate.doctor import examine, verdict
 from align.learner.experts import check_spreadable
@@ -21,7 +21,7 @@ from align.model.lora import chosen_parts
 from align.model.policy import load_tokenizer, stop_token_ids
 from align.model.reward_model import is_reward_model
 from align.model.sizes import ModelSizes, empty_model, model_sizes, read_config
-from align.recipe import MachineOptions, PlannedStage, PolicyRecipe, Recipe, TrainingRecipe
+from align.recipe import MachineOptions, PlannedStage, PolicyRecipe, Recipe, Roles, TrainingRecipe
 from align.recipe.options import HookOptions
 from align.run import check_machine
 from align.run.trackers import check_trackers
@@ -56,7 +56,16 @@ def check_recipe(recipe: Recipe) -> list[str]:
     check_servers(roles.evaluation.hooks if roles.evaluation else ())
     if roles.learner is not None and roles.learner.port is not None:
         check_port(roles.learner.port)
-    return check_model(recipe)
+    unseen = check_model(recipe)
+    # Last, so that a machine without engines can tell what else is wrong with a recipe.
+    check_installed(engines_of(roles))
+    return unseen
+
+
+def engines_of(roles: Roles) -> list[str]:
+    """The engines that a stage runs on, by the names of their packages."""
+    used = {"ray": True, "vllm": roles.rollout is not None, "deepspeed": roles.learner is not None}
+    return [name for name, is_used in used.items() if is_used]
 
 
 def check_names(recipe: Recipe) -> None:
