@@ -146,7 +146,7 @@ def test_what_grpo_rates_its_checkpoints_by_are_those_problems(monkeypatch: pyte
     opened.fleet.weight_version = 0
     opened.new_learner.return_value.update.return_value = (None, 1.0)
     monkeypatch.setattr(grpo, "HeldOut", lambda *_: held_out)
-    for name in ("submit", "gather", "compare", "updates_of", "sample_rows", "write_samples", "Guards"):
+    for name in ("submit", "gather", "compare", "updates_of", "sample_rows", "Guards"):
         monkeypatch.setattr(grpo, name, MagicMock())
     monkeypatch.setattr(grpo, "step_metrics", lambda *_: {})
     opened.new_learner.return_value.expert_load.return_value = {}

@@ -78,7 +78,7 @@ def test_the_verdict_is_right(ran: Ran, program: Program) -> None:
 def test_the_corpus_is_large_enough() -> None:
     assert len(PROGRAMS) >= 50
     assert len([program for program in PROGRAMS if program.name.startswith("cheats")]) >= 20
-    assert {program.verdict for program in PROGRAMS} == set(Verdict) - {Verdict.INFRA_ERROR}
+    assert {program.verdict for program in PROGRAMS} == set(Verdict) - {Verdict.INFRA_ERROR, Verdict.UNSCORED}
 
 
 def test_no_planted_secret_leaves_a_sandbox(ran: Ran) -> None:
