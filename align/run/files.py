@@ -136,7 +136,7 @@ def sync_directory(directory: Path) -> None:
 
 
 def write_samples(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Replace `path` by a Parquet table with a column for each key that any row has; absent values are null.
+    """Replace `path` by a Parquet table with a column for each key that any row has; absent values are null, and so are objects without a key in any row.
 
     Token ids go in as lists of int, log-probabilities as lists of float (kept as float64), texts as str.
     Raises pyarrow.ArrowInvalid when one column mixes types.
@@ -145,7 +145,11 @@ def write_samples(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     import pyarrow.parquet as pq
 
     names = dict.fromkeys(name for row in rows for name in row)
-    table = pa.table({name: pa.array([row.get(name) for row in rows]) for name in names})
+    columns = {name: pa.array([row.get(name) for row in rows]) for name in names}
+    # Parquet has no structs without fields.
+    table = pa.table(
+        {n: pa.nulls(len(c)) if pa.types.is_struct(c.type) and not len(c.type) else c for n, c in columns.items()}
+    )
     with atomic_file(path) as file:
         pq.write_table(table, file)
 

@@ -101,6 +101,8 @@ def check_rewards(rewards: Sequence[RewardTerm], cards: Sequence[DataCard]) -> N
 
 def check_columns(rewards: Sequence[RewardTerm], examples: Iterable[Example]) -> None:
     """Raise UserError for a column that a reward needs and that no example of a domain has."""
+    if not rewards:
+        return
     mixture = Mixture(rewards)
     by_domain: dict[str, list[Example]] = {}
     for example in examples:

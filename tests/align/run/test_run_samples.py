@@ -39,6 +39,11 @@ def test_rows_that_fit_no_table_leave_the_earlier_file(tmp_path: Path) -> None:
     assert read_samples(path) == [{"a": 1}]
 
 
+def test_objects_without_any_key_are_null(tmp_path: Path) -> None:
+    write_samples(tmp_path / "a.parquet", [{"id": 1, "components": {}}, {"id": 2, "components": {}}])
+    assert read_samples(tmp_path / "a.parquet") == [{"id": 1, "components": None}, {"id": 2, "components": None}]
+
+
 def test_a_missing_or_foreign_file_is_no_table_of_samples(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"missing\.parquet does not exist"):
         read_samples(tmp_path / "missing.parquet")
