@@ -83,6 +83,7 @@ test: $(if $(ARGS),$(STAMP),style) ## lint and all quick tests (ARGS="tests/rewa
 ifeq ($(ARGS),)
 	@$(BIN)/mypy > .mypy.log 2>&1 & mypy=$$!; \
 	  $(PYTEST) -m "engines and not slow" > .engines.log 2>&1 & engines=$$!; \
+	  trap 'kill $$mypy $$engines 2>/dev/null' EXIT; trap 'exit 130' INT TERM; \
 	  $(PYTEST) -m "not engines and not slow"; status=$$?; \
 	  wait $$engines || status=$$?; echo "tests that share engines:"; cat .engines.log; \
 	  wait $$mypy || status=$$?; echo "mypy:"; cat .mypy.log; \

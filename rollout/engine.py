@@ -68,7 +68,7 @@ class Engine:
         self._adapters = 0
         self._stop_token_ids = list(stop_token_ids)
         trusted = {"trust_remote_code": trust_remote_code}
-        # vLLM collects garbage several times while it loads: not among its hundreds of modules.
+        # vLLM runs several full garbage collections while it loads; they skip what is frozen, such as its modules.
         gc.freeze()
         self._llm = LLM(model=str(model), dtype=dtype, **trusted, **engine_arguments(config, options))
         self._count_steps()

@@ -22,7 +22,7 @@ def environment(threads: int) -> dict[str, str]:
 
     vLLM then runs in the actor's own process: it loads in seconds, and no engine process can outlive a killed actor.
     """
-    # On a CPU vLLM compiles but one small function, by a C++ compiler and for seconds at each start.
+    # On a CPU vLLM would compile a single small function, which takes a C++ compiler and seconds at each start.
     compilation = {} if torch.cuda.is_available() else {"TORCHDYNAMO_DISABLE": "1"}
     return {
         **compilation,

@@ -10,6 +10,7 @@ from typing import Any
 from jinja2.utils import htmlsafe_json_dumps
 
 from align.report.read import Record, RunRecord, Stage, finite, read_table
+from reward import Verdict
 
 TRAINING_SAMPLES = 2_000
 EVALUATION_SAMPLES = 1_000
@@ -123,6 +124,10 @@ def _masked(row: Record) -> bool:
     return row.get("trained_on") is False
 
 
+def _was_to_be_scored(row: Record) -> bool:
+    return "reward" in row and row.get("verdict") != Verdict.UNSCORED
+
+
 def _decoder(stage: Stage, run: RunRecord) -> Decoder | None:
     """A decoder by the first tokenizer among the stage's model directories that can be loaded."""
     for directory in stage.model_directories(run.path):
@@ -183,7 +188,7 @@ class _Places(dict[str, int]):
 def _row(row: Record) -> dict[str, Any]:
     packed: dict[str, Any] = {
         "completion": _cut(row.get("completion")),
-        "masked": _masked(row) or ("reward" in row and finite(row["reward"]) is None),
+        "masked": _masked(row) or (_was_to_be_scored(row) and finite(row["reward"]) is None),
     }
     packed |= {name: _cut(row[name]) for name in TEXTS if row.get(name) not in (None, "")}
     packed |= {name: _short(row.get(name)) for name in NUMBERS}

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from align.report import samples
 from align.report.read import read_run
 from align.report.samples import (
     CHARACTERS_OF_A_TEXT,
@@ -121,3 +122,8 @@ def test_the_bytes_of_the_samples_are_bounded(write_run: WriteRun, sample_row: S
     assert all(len(row["completion"]) < CHARACTERS_OF_A_TEXT + 40 for row in whole["rows"])
     assert small["sources"][-1]["step"] == 3
     assert as_data(run, limit=10)["rows"] == []
+
+
+def test_an_answer_that_nobody_was_to_score_is_not_masked() -> None:
+    assert samples._row({"completion": "4", "reward": None, "verdict": "infra_error"})["masked"]
+    assert not samples._row({"completion": "4", "reward": None, "verdict": "unscored"})["masked"]
