@@ -2,11 +2,14 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 
 from align.learner.batch import Batch
+from align.learner.head import head_is_last, head_log_probs, head_replaced
 from align.losses import LossOptions, agreement, grpo_token_loss, token_log_probs
 from align.recipe import OptimizerOptions
 
@@ -16,6 +19,7 @@ class LogProbs(torch.nn.Module):
 
     DeepSpeed wraps this module, so that the whole computation from ids to log-probabilities is its forward pass. The
     auxiliary balance loss that some checkpoints ask for (`output_router_logits`) is not computed: no objective has it.
+    Logits are computed in tiles, as `in_tiles` says, unless the model changes them after its head.
     """
 
     def __init__(self, policy: Any):
@@ -24,6 +28,7 @@ class LogProbs(torch.nn.Module):
         self._always: dict[str, Any] = (
             {"output_router_logits": False} if hasattr(policy.config, "output_router_logits") else {}
         )
+        self.in_tiles = head_is_last(policy, use_cache=False, **self._always)
 
     def forward(
         self,
@@ -43,8 +48,17 @@ class LogProbs(torch.nn.Module):
         before: dict[str, Any] = {"use_cache": False}
         if prefixes is not None and prefix_mask is not None and prefix_of is not None:
             before = self._after(prefixes, prefix_mask, prefix_of, token_ids)
-        output = self.policy(input_ids=token_ids, logits_to_keep=kept + 1, **before, **self._always)
-        return token_log_probs(output.logits[:, -(kept + 1) : -1], targets, temperature)
+        inputs = {"input_ids": token_ids, "logits_to_keep": kept + 1, **before, **self._always}
+        # The last position predicts what nobody asks for; models that know no `logits_to_keep` return those before, too.
+        targets = pad(targets, (0, 1))
+        if not self.in_tiles:
+            log_probs, entropy = token_log_probs(self.policy(**inputs).logits[:, -kept - 1 :], targets, temperature)
+        else:
+            head = self.policy.get_output_embeddings()
+            of_states = partial(head_log_probs, head, head.forward, targets=targets, temperature=temperature)
+            with head_replaced(head, lambda states: torch.stack(of_states(states[:, -kept - 1 :]))):
+                log_probs, entropy = self.policy(**inputs).logits
+        return log_probs[:, :-1], entropy.detach()[:, :-1]
 
     def _after(
         self, prefixes: torch.Tensor, mask: torch.Tensor, prefix_of: torch.Tensor, token_ids: torch.Tensor

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from align.errors import UserError
+from align.learner.head import TILE
 from align.model.lora import Part, block_of, is_meant, without_layers
 from align.model.sizes import ModelSizes, Shape
 from align.recipe import LearnerOptions, Roles
@@ -105,13 +106,18 @@ def at_rest(job: Training) -> float:
 
 
 def activation_memory(job: Training) -> dict[str, float]:
-    """What backward needs of a micro-batch, and the logits: with checkpointing one layer's, and the input of each layer."""
+    """What backward needs of a micro-batch: with checkpointing one layer's, and the input of each layer; and a tile of logits.
+
+    Models that change their logits after the head, such as Gemma 2 and Granite, have the whole of them instead, which is not counted.
+    """
     one_layer, all_layers = job.sizes.activations
     elements = one_layer + job.sizes.layers * job.sizes.hidden if job.options.gradient_checkpointing else all_layers
-    # The logits in the policy's dtype with their gradient; in float32 scaled, their softmax, and the gradient of both.
-    logits = 12 + (2 * job.element if job.element < 4 else 0)
     parts: dict[str, float] = {"activations": job.tokens * elements * job.element}
-    return parts | ({"logits": job.tokens * job.sizes.vocabulary * logits} if job.logits else {})
+    if job.logits:
+        # In float32 four times; the head's gradient in float32, and what a tile adds to it.
+        head = job.sizes.vocabulary * job.sizes.hidden * (4 + job.element if job.trained == job.sizes.total else 0)
+        parts["head"] = max(TILE, job.sizes.vocabulary) * 16 + head
+    return parts
 
 
 def worker_memory(
