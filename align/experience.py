@@ -180,14 +180,22 @@ def is_scored_row(row: Mapping[str, Any]) -> bool:
     return row.keys() >= {"id", "index", "prompt", "completion", "answer", "domain", "finish_reason", "verdict"}
 
 
-def token_columns(trajectory: Trajectory) -> dict[str, Any]:
-    """The rest of a trajectory's record, token by token, for a row beside `row_of`'s; `trajectory_of` reads both."""
+def token_columns(trajectory: Trajectory, learned: npt.NDArray[np.float32] | None = None) -> dict[str, Any]:
+    """The rest of a trajectory's record, token by token, for a row beside `row_of`'s; `trajectory_of` reads both.
+
+    `learned` [S] are the log-probabilities of its sampled tokens under the learner, where it was trained on; like the sampler's,
+    they are written as [T] with 0 for tokens that were not sampled.
+    """
     experts = trajectory.experts
+    by_token = np.zeros_like(trajectory.log_probs)
+    if learned is not None:
+        by_token[trajectory.sampled] = learned
     return {
         "prompt_token_ids": list(trajectory.prompt_token_ids),
         "token_ids": list(trajectory.token_ids),
         "sampled": trajectory.sampled.tolist(),
         "log_probs": trajectory.log_probs.tolist(),
+        "learner_log_probs": None if learned is None else by_token.tolist(),
         "weight_versions": [run._asdict() for run in trajectory.weight_versions],
         "turns": [turn._asdict() | {"finish_reason": str(turn.finish_reason)} for turn in trajectory.turns],
         "experts": None

@@ -162,6 +162,12 @@ def collate(sequences: Sequence[TrainingSequence], pad_id: int) -> Batch:
     )
 
 
+def sampled_values(values: torch.Tensor, batch: Batch) -> list[npt.NDArray[np.float32]]:
+    """Of `values` [B, K], those of the sampled tokens of each sequence: [S] on the CPU."""
+    rows = values.float().cpu().numpy()
+    return [row[mask] for row, mask in zip(rows, batch.mask.cpu().numpy(), strict=True)]
+
+
 Padded = Callable[[Sequence[int]], int]
 """The tokens, padding included, of a micro-batch of these items, the longest first."""
 

@@ -285,11 +285,13 @@ class LearnerGroup(RankGroup):
 
     def accumulate(self, sequences: Sequence[TrainingSequence], objective: Objective) -> Sums:
         """Forward and backward over a batch; its gradient waits for `apply`."""
-        work, _ = self._split(sequences)
+        work, plan = self._split(sequences)
         calls = [r.accumulate.remote(part, objective) for r, part in zip(self._at_work(), work, strict=True)]
+        found = self._gather(calls, self._options.step_timeout_s, "computing gradients")
         total = Sums()
-        for sums in self._gather(calls, self._options.step_timeout_s, "computing gradients"):
+        for sums in found:
             total.add(sums)
+        total.log_probs = [in_order(plan, [sums.log_probs for sums in found])] if objective.grpo else []
         return total
 
     def update(

@@ -1,14 +1,16 @@
 """What a learner computes on a micro-batch (log-probabilities, the loss, the sums that become metrics), and its learning rate."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch.nn.functional import pad
 
-from align.learner.batch import Batch
+from align.learner.batch import Batch, sampled_values
 from align.learner.head import head_is_last, head_log_probs, head_replaced
 from align.losses import LossOptions, agreement, grpo_token_loss, token_log_probs
 from align.recipe import OptimizerOptions
@@ -95,7 +97,8 @@ class Objective:
 class Sums:
     """Sums over the completion tokens of a batch; add those of all micro-batches and ranks, then divide.
 
-    `loss` and `kl` are already divided by the batch's denominator (see `TrainingSequence.weight`).
+    `loss` and `kl` are already divided by the batch's denominator (see `TrainingSequence.weight`). Of GRPO, `log_probs`
+    [batch][sequence] [S] are those of the sampled tokens under the learner's policy before the step's first update.
     """
 
     loss: float = 0.0
@@ -108,13 +111,13 @@ class Sums:
     difference: float = 0.0
     sampler_kl: float = 0.0
     max_difference: float = 0.0
+    log_probs: list[list[npt.NDArray[np.float32]]] = field(default_factory=list)
 
     def add(self, other: "Sums") -> None:
         for name in self.__slots__:
             mine, theirs = getattr(self, name), getattr(other, name)
-            keep_nan = mine != mine or theirs != theirs
-            largest = float("nan") if keep_nan else max(mine, theirs)
-            setattr(self, name, largest if name == "max_difference" else mine + theirs)
+            # NumPy's maximum with NaN is NaN.
+            setattr(self, name, float(np.maximum(mine, theirs)) if name == "max_difference" else mine + theirs)
 
 
 def loss_and_sums(
@@ -148,8 +151,9 @@ def loss_and_sums(
     sums.loss = float(loss.detach())
     sums.kl = float((terms.kl * batch.weights).sum())
     sums.clipped = int((terms.clipped & counted).sum())
+    at_sampling = (log_probs if batch.old_log_probs is None else batch.old_log_probs).detach()
+    sums.log_probs = [sampled_values(at_sampling, batch)]
     if batch.sampler_log_probs is not None and sums.tokens:
-        at_sampling = log_probs if batch.old_log_probs is None else batch.old_log_probs
         compared = agreement(at_sampling, batch.sampler_log_probs, counted)
         sums.compared = compared.tokens
         sums.difference = compared.mean_abs * compared.tokens

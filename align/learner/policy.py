@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from align.learner.batch import Batch, TrainingSequence, collate, collate_after_prompts
+from align.learner.batch import Batch, TrainingSequence, collate, collate_after_prompts, sampled_values
 from align.learner.experts import ExpertCounter, Loads
 from align.learner.objective import LogProbs, Objective, Sums, loss_and_sums
 from align.learner.rank import LearnerRank, Trained
@@ -94,8 +94,7 @@ class LearnerWorker(LearnerRank):
             batch = self._collate(sequences)
             with torch.no_grad():
                 values, _ = self._engine(**batch.inputs, temperature=temperature)
-            rows = values.float().cpu().numpy()
-            results.append([row[mask] for row, mask in zip(rows, batch.mask.cpu().numpy(), strict=True)])
+            results.append(sampled_values(values, batch))
         return results
 
 

@@ -9,8 +9,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from align.data.drawing import Source, items_of_step
 from align.data.entries import Reader, Room, entries_of
@@ -102,7 +106,7 @@ def train_grpo(recipe: GrpoRecipe, data: GrpoData, session: Session) -> tuple[Mo
             state["weight_version"] = fleet.weight_version
             clock.lap("weights")
 
-            run.record_samples("grpo", step + 1, sample_rows(scored, advantages))
+            run.record_samples("grpo", step + 1, sample_rows(scored, advantages, sums.log_probs))
             metrics = step_metrics(scored, advantages, sums, norm, clock) | learner.expert_load()
             lost = learner.adapter_lost()
             run.record_step("grpo", step + 1, {**metrics, "weight_bytes": sent, "adapter/lost": lost}, SHOWN)
@@ -127,12 +131,20 @@ def reference_of(policy: ModelOptions, path: Path | None, kl_coefficient: float)
     return policy if path is None else policy.model_copy(update={"path": str(path)})
 
 
-def sample_rows(groups: Sequence[ScoredGroup], advantages: Advantages) -> list[dict[str, Any]]:
-    """The samples of a step as rows of the run's table, with all that its update was made of."""
-    return [
-        row_of(group.problem.example, answer)
-        | token_columns(answer.trajectory)
-        | {"advantage": float(advantages.values[p, g]), "trained_on": bool(advantages.kept[p, g])}
-        for p, group in enumerate(groups)
-        for g, answer in enumerate(group.trajectories)
-    ]
+def sample_rows(
+    groups: Sequence[ScoredGroup], advantages: Advantages, log_probs: Sequence[Sequence[npt.NDArray[np.float32]]]
+) -> list[dict[str, Any]]:
+    """The samples of a step as rows of the run's table, with all that its update was made of.
+
+    `log_probs` [update][sequence] [S] are the learner's, of what was trained on, in the order of `updates_of`.
+    """
+    rows, learned = [], chain.from_iterable(log_probs)
+    for p, group in enumerate(groups):
+        for g, answer in enumerate(group.trajectories):
+            kept = bool(advantages.kept[p, g])
+            rows.append(
+                row_of(group.problem.example, answer)
+                | token_columns(answer.trajectory, next(learned) if kept else None)
+                | {"advantage": float(advantages.values[p, g]), "trained_on": kept}
+            )
+    return rows

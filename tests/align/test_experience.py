@@ -53,6 +53,12 @@ def test_a_samples_file_holds_the_whole_record(tmp_path: Path, experts: Any) -> 
     assert trajectory_of(row) != TWO_TURNS or experts is None
 
 
+def test_the_learners_log_probabilities_stand_at_the_tokens_that_were_sampled() -> None:
+    columns = token_columns(TWO_TURNS, np.array([-1.0, -2.0, -3.0], dtype=np.float32))
+    assert columns["learner_log_probs"] == [-1.0, -2.0, 0.0, 0.0, -3.0]
+    assert token_columns(TWO_TURNS)["learner_log_probs"] is None
+
+
 def test_a_samples_file_from_before_turns_is_read() -> None:
     row = {
         "id": "p",

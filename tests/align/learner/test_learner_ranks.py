@@ -177,7 +177,8 @@ def test_the_grpo_gradient_is_the_same_under_every_split(
     for micro_batch_tokens, calls in ((50, 1), (200, 3), (10**6, 1)):
         learner._options = learner._options.model_copy(update={"micro_batch_tokens": micro_batch_tokens})
         for part in range(calls):
-            learner.accumulate(batch[part::calls], Objective(GRPO))
+            [told] = learner.accumulate(batch[part::calls], Objective(GRPO)).log_probs
+            assert [list(values) for values in told] == [list(s.old_log_probs) for s in batch[part::calls]]
         learner.apply(0.0)
         found = gradient_of_last_step(learner)
         assert found.keys() == expected.keys()

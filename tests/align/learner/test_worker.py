@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -150,9 +151,17 @@ def test_the_gradient_is_that_of_the_papers_equation(
 @pytest.mark.parametrize(("gaps", "share"), [(False, False), (True, False), (True, True)])
 def test_log_probabilities_are_those_after_the_temperature(worker: Any, gaps: bool, share: bool) -> None:
     sequences = drawn(gaps=gaps)
-    [found] = worker(share_prompts=share).log_probs([sequences], TEMPERATURE)
+    rank = worker(share_prompts=share)
+    [found] = rank.log_probs([sequences], TEMPERATURE)
     for values, sequence in zip(found, sequences, strict=True):
         assert values == pytest.approx(log_probs(network(0), sequence, TEMPERATURE).detach().numpy(), abs=1e-5)
+    # A training pass tells them too, of the policy before the step's first update.
+    objective = Objective(GrpoOptions(steps=1, prompts_per_step=1, group_size=2), TEMPERATURE)
+    [older] = rank.accumulate([sequences], objective).log_probs
+    [now] = rank.accumulate([[replace(s, old_log_probs=None) for s in sequences]], objective).log_probs
+    for values, learned, old, sequence in zip(found, now, older, sequences, strict=True):
+        assert learned == pytest.approx(values, abs=1e-5)
+        assert list(old) == list(sequence.old_log_probs)
 
 
 def test_matrices_decay_and_vectors_do_not(worker: Any) -> None:

@@ -129,7 +129,9 @@ class FakeLearner:
         self.batches.append(Accumulated(list(sequences), objective))
         tokens = sum(s.sampled_tokens for s in sequences)
         apart = self.difference * tokens
-        return Sums(tokens=tokens, padded_tokens=tokens, entropy=tokens, compared=tokens, difference=apart, loss=0.5)
+        sums = Sums(tokens=tokens, padded_tokens=tokens, entropy=tokens, compared=tokens, difference=apart, loss=0.5)
+        sums.log_probs = [[np.full(s.sampled_tokens, -s.weight, dtype=np.float32) for s in sequences]]
+        return sums
 
     def apply(self, learning_rate: float) -> float:
         self.batches[-1].rate = learning_rate

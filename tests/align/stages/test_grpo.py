@@ -9,6 +9,7 @@ import pytest
 from align.data.drawing import items_of_step
 from align.evaluate.agreement import AgreementError
 from align.learner.objective import learning_rate
+from align.run import read_samples
 
 SMALL = ("grpo.steps=2", "grpo.prompts_per_step=2", "grpo.group_size=4", "evaluation.before=false")
 REWARDS = ((0.0, 1.0, 1.0, 4.0), (2.0, 2.0, 2.0, 2.0))
@@ -90,6 +91,20 @@ def test_a_sample_that_nobody_could_judge_is_in_no_mean_and_an_event_of_the_run(
     assert len(told) == 2
     assert all(len(event["samples"]) == 1 and event["samples"][0].endswith("#3") for event in told)
     assert all("no sandbox" in event["message"] for event in told)
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_samples_are_written_with_the_learners_log_probabilities_of_what_was_trained_on(
+    train: Any, updates: int
+) -> None:
+    stage = train("grpo", *SMALL, "grpo.train_on_truncated=false", f"grpo.updates_per_step={updates}", write=write)
+    rows = read_samples(stage.run.directory.samples_file(1))
+    weights = iter([s.weight for batch in stage.learner.batches[:updates] for s in batch.sequences])
+    for place, row in enumerate(rows):
+        kept = place % 4 != 3
+        assert row["trained_on"] == kept
+        expected = [-next(weights)] * LENGTHS[place % 4] if kept else None
+        assert row["learner_log_probs"] == (None if expected is None else pytest.approx(expected))
 
 
 def test_the_objective_is_the_recipes_at_the_samplers_temperature(train: Any) -> None:
