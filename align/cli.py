@@ -409,10 +409,24 @@ def report(
     run: RunPath,
     out: Annotated[Path | None, Option(help="HTML file or directory; RUN/report.html when not given")] = None,
     svg: Annotated[Path | None, Option(help="also plot reward, accuracy and agreement to this file")] = None,
+    serve: Annotated[
+        bool, Option("--serve", help="show the page in a browser on this machine, following the run")
+    ] = False,
+    port: Annotated[int | None, Option(min=1, max=65535, help="for --serve; a free one when not given")] = None,
 ) -> None:
-    """write a page about a run: settings, curves, evaluations and its samples"""
-    from align.report import write_plot, write_report
+    """write a page about a run: settings, curves, evaluations and its samples
 
+    With --serve nothing is written: the page is at the address that is printed until Ctrl-C, and new steps, samples and warnings appear in it.
+    """
+    from align.report import serve_report, write_plot, write_report
+
+    if serve and (out is not None or svg is not None):
+        raise UserError("--serve writes no files: leave --out and --svg out, or give them without it")
+    if serve:
+        serve_report(run, port or 0)
+        return
+    if port is not None:
+        raise UserError("--port has no effect without --serve")
     print(f"the report is in {write_report(run, out)}")
     if svg is not None:
         print(f"the plot is in {write_plot(run, svg)}")

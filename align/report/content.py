@@ -19,6 +19,7 @@ SHOWN_PAIRS = 16
 # (right before, right after): newly right, newly wrong, wrong both times, right both times.
 OUTCOMES = ((False, True), (True, False), (False, False), (True, True))
 CHARACTERS_OF_AN_ANSWER = 1200
+CHARACTERS_OF_A_NOTE = 120
 VERDICTS = ("pass", "wrong", "no_answer")
 SHARES = re.compile(r"(accuracy|truncated)(/.*)?|pass@.*|.*_(rate|share)|[^/]+/(acc|acc_norm|exact_match)(/.*)?")
 LAYER_METRICS = {"cv": "variation", "max_over_mean": "busiest over mean", "dead": "without tokens"}
@@ -78,17 +79,21 @@ class Section:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The whole report. `tiles` are the key figures with their labels; `curves` and `samples` are the script's data."""
+    """The whole report. `tiles` are the key figures with their labels; `curves` and `samples` are the script's data.
+
+    `live` says how the run is, in a page that follows it; such a page has of the samples only which there are. Else it is empty.
+    """
 
     name: str
     path: str
+    live: str
     tiles: Sequence[tuple[Value, str]]
     sections: Sequence[Section]
     curves: Sequence[Mapping[str, Any]]
     samples: Mapping[str, Any]
 
 
-def build_report(run: RunRecord) -> Report:
+def build_report(run: RunRecord, *, live: bool = False) -> Report:
     """Everything that the report on a run says."""
     evaluations = compared_evaluations(run)
     sections = [
@@ -103,7 +108,10 @@ def build_report(run: RunRecord) -> Report:
         Section("settings", "Settings", tables=[_settings(run)], only="page"),
     ]
     tiles = _tiles(run, evaluations)
-    return Report(run.name, str(run.path), tiles, sections, curves.as_data(run.stages), samples.as_data(run))
+    shown = {"sources": [source.named for source in samples.sources(run)]} if live else samples.as_data(run)
+    state = str(run.whole.status["state"])
+    told = "" if not live else "Following the run." if state == "running" else f"The run is {state}."
+    return Report(run.name, str(run.path), told, tiles, sections, curves.as_data(run.stages), shown)
 
 
 def percent(value: float | None) -> str:
@@ -151,8 +159,10 @@ def _tiles(run: RunRecord, evaluations: Sequence[Evaluation]) -> list[tuple[Valu
     told = [record["agreement/mean"] for stage in run.stages for record in stage.metrics if "agreement/mean" in record]
     if told:
         tiles.append((plain(number(told[-1])), "nats a token between sampler and learner, mean of the last step"))
-    alarms = sum(event.get("kind") in ALARMS for stage in run.stages for event in stage.events)
-    return [*tiles, (alarms, "warnings and errors")]
+    alarms = [event for stage in run.stages for event in stage.events if event.get("kind") in ALARMS]
+    latest = max(alarms, key=lambda event: number(event.get("time")) or 0.0, default={})
+    note = f"the last: {message[:CHARACTERS_OF_A_NOTE]}" if (message := str(latest.get("message", ""))) else ""
+    return [*tiles, (Cell(str(len(alarms)), note=note, tone="bad"), "warnings and errors")]
 
 
 def _stages(run: RunRecord) -> Table:

@@ -1,5 +1,6 @@
 """A run directory as data: its stages in the order in which they ran, each with the files that it wrote."""
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -86,7 +87,7 @@ def read_run(path: Path) -> RunRecord:
     root = path.expanduser().absolute()
     if read_status(root) is None:
         raise UserError(_no_run(root))
-    *inside, whole = _stages(root, root)
+    *inside, whole = [_stage(directory, root) for directory in _runs(root)]
     if any(stage.label == whole.label for stage in inside):
         whole = replace(whole, label=f"{whole.label} (whole run)")
     return RunRecord(root, [*inside, whole])
@@ -134,16 +135,29 @@ def read_records(path: Path, remarks: list[str]) -> list[Record]:
     return [{RENAMED.get(key, key): value for key, value in row.items()} for _, row in read_jsonl_lines(path, remarks)]
 
 
-def _stages(directory: Path, root: Path) -> list[Stage]:
-    """The stages below `directory`, then its own."""
+def _runs(directory: Path) -> list[Path]:
+    """The runs below `directory`, in the order in which they started, then itself."""
     inside = [
         (str(status.get("started")), entry)
         for entry in directory.iterdir()
         if entry.name not in LAYOUT and entry.is_dir() and not entry.is_symlink()
         if (status := read_status(entry)) is not None
     ]
-    earlier = [stage for _, entry in sorted(inside) for stage in _stages(entry, root)]
-    return [*earlier, _stage(directory, root)]
+    return [*(run for _, entry in sorted(inside) for run in _runs(entry)), directory]
+
+
+def fingerprint(path: Path) -> str:
+    """A text that changes whenever something is written that `read_run` reads of the run in `path`."""
+    root = path.expanduser().absolute()
+    seen = []
+    for directory in _runs(root) if root.is_dir() else ():
+        run = RunDirectory(directory)
+        lines = (run.metrics_file, run.events_file, run.evaluations_file)
+        for file in (run.status_file, run.recipe_file, *lines, run.samples_directory, run.evaluations_directory):
+            if file.exists():
+                found = file.stat()
+                seen.append((str(file), found.st_mtime_ns, found.st_size, found.st_ino))
+    return hashlib.sha256(repr(seen).encode()).hexdigest()
 
 
 def _stage(directory: Path, root: Path) -> Stage:

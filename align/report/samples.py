@@ -1,6 +1,8 @@
-"""Which samples of a run go into its page, with the text of each token. Whatever is left out is counted."""
+"""Which samples of a run go into its page: the conversation of each, and its tokens. Whatever is left out is counted."""
 
 import itertools
+import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -15,6 +17,8 @@ from reward import Verdict
 TRAINING_SAMPLES = 2_000
 EVALUATION_SAMPLES = 1_000
 BYTES_OF_SAMPLES = 5_000_000
+SAMPLES_OF_A_PART = 200
+BYTES_OF_A_PART = 2_000_000
 CHARACTERS_OF_A_TEXT = 20_000
 TOKENS_OF_A_SAMPLE = 6_000
 GOLDEN = 0.6180339887498949
@@ -22,7 +26,10 @@ REPLACEMENT = "\ufffd"
 LONGEST_CHARACTER = 8
 TEXTS = ("id", "domain", "verdict", "detail", "ground_truth", "finish_reason")
 NUMBERS = ("index", "tokens", "reward", "advantage")
-OTHERS = ("prompt", "completion", "components", "trained_on", "greedy", "token_ids", "log_probs", "sampled")
+PER_TOKEN = ("token_ids", "log_probs", "learner_log_probs", "sampled", "weight_versions", "weight_version", "turns")
+OTHERS = ("prompt", "metadata", "completion", "components", "trained_on", "greedy", *PER_TOKEN)
+THOUGHT = ("<think>", "</think>")
+EMPTY_THOUGHT = re.compile(r"\s*<think>\s*</think>")
 JSON_STYLE: dict[str, Any] = {"ensure_ascii": False, "allow_nan": False, "separators": (",", ":")}
 
 
@@ -37,6 +44,11 @@ class Source:
     total: int = 0
     rows: Sequence[Record] = ()
 
+    @property
+    def named(self) -> dict[str, Any]:
+        """What the page calls it."""
+        return {"stage": self.stage.label, "step": self.step, "evaluation": self.evaluation}
+
 
 class Decoder:
     """The text of single tokens, by the tokenizer.json of a model directory."""
@@ -45,7 +57,8 @@ class Decoder:
         from tokenizers import Tokenizer
 
         tokenizer = Tokenizer.from_file(str(file))
-        self.special = {id_ for id_, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+        added = tokenizer.get_added_tokens_decoder()
+        self.special = {id_ for id_, token in added.items() if token.special and token.content not in THOUGHT}
         self._decode: Callable[[tuple[int, ...]], str] = lru_cache(maxsize=200_000)(
             lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=False))
         )
@@ -65,13 +78,8 @@ class Decoder:
         return found
 
 
-def as_data(run: RunRecord, limit: int = BYTES_OF_SAMPLES) -> dict[str, Any]:
-    """The samples of the page's browser, in at most `limit` bytes of JSON.
-
-    {"sources": [{stage, step, evaluation, total, shown}], "rows": [...], "texts": [...], "pieces": [...]}, where rows
-    refer to texts (prompts, which a group shares) and pieces (texts of tokens) by their places in those lists; "steps"
-    counts the files of training samples, "uncoloured" the training samples shown without their tokens.
-    """
+def sources(run: RunRecord) -> list[Source]:
+    """The files of samples of a run: those of its steps, stage by stage, and then those of its evaluations. None is read."""
     steps = [Source(stage, step, None, file) for stage in run.stages for step, file in stage.samples.items()]
     evaluations = {
         file: Source(stage, step if isinstance(step := record.get("step"), int) else None, name, file)
@@ -79,8 +87,35 @@ def as_data(run: RunRecord, limit: int = BYTES_OF_SAMPLES) -> dict[str, Any]:
         for record in stage.evaluations
         if (file := stage.evaluation_file(name := str(record.get("name")))) is not None
     }
+    return [*steps, *evaluations.values()]
+
+
+def part_as_data(run: RunRecord, source: Source, start: int = 0, limit: int = BYTES_OF_A_PART) -> dict[str, Any]:
+    """Some samples of one file for the page's browser, from place `start` of those most worth a look, as `as_data` has them.
+
+    As many as have room in `limit` bytes of JSON, but at least one where there are more; "start" is in the result too.
+    """
+    order = by_interest if source.evaluation is None else by_problem
+    read = _read_one(source, order, slice(start, start + SAMPLES_OF_A_PART))
+    decoders, count = {source.stage.label: _decoder(source.stage, run)}, len(read.rows)
+    while True:
+        data = _pack([replace(read, rows=read.rows[:count])], decoders)
+        if count <= 1 or len(to_json(data).encode(errors="replace")) <= limit:
+            return data | {"start": start}
+        count //= 2
+
+
+def as_data(run: RunRecord, limit: int = BYTES_OF_SAMPLES) -> dict[str, Any]:
+    """The samples of the page's browser, in at most `limit` bytes of JSON.
+
+    {"sources": [{stage, step, evaluation, total, shown}], "rows": [...], "prompts": [...], "pieces": [...]}, where rows
+    refer to prompts (conversations, which a group shares) and pieces (texts of tokens) by their places in those lists;
+    "steps" counts the files of training samples, "uncoloured" the training samples shown without their tokens.
+    """
+    found = sources(run)
+    steps = [source for source in found if source.evaluation is None]
     training = _read(steps, TRAINING_SAMPLES, by_interest)
-    held_out = _read(list(evaluations.values()), EVALUATION_SAMPLES, by_problem)
+    held_out = _read([source for source in found if source.evaluation is not None], EVALUATION_SAMPLES, by_problem)
     decoders = {stage.label: _decoder(stage, run) for stage in run.stages}
     share = 1.0
     while True:
@@ -134,23 +169,29 @@ def _decoder(stage: Stage, run: RunRecord) -> Decoder | None:
         if (directory / "tokenizer.json").is_file():
             # The library raises bare Exception for a file that it cannot read.
             try:
-                return Decoder(directory / "tokenizer.json")
+                return _decoder_of(directory / "tokenizer.json")
             except Exception:
                 continue
     return None
 
 
+_decoder_of = lru_cache(maxsize=8)(Decoder)
+
+
 def _read(sources: Sequence[Source], most: int, order: Callable[[Sequence[Record]], list[int]]) -> list[Source]:
     """The sources with their first samples in this order, at most `most` in all."""
-    found = []
     chosen = _evenly(sources, most)
-    for source in chosen:
-        table = read_table(source.file, (*TEXTS, *NUMBERS, *OTHERS))
-        light = [name for name in ("reward", "trained_on", "greedy") if name in table.column_names]
-        places = order(table.select(light).to_pylist()) if light else list(range(table.num_rows))
-        rows = table.take(places[: most // len(chosen)]).to_pylist()
-        found.append(replace(source, total=table.num_rows, rows=rows))
-    return found
+    return [_read_one(source, order, slice(most // len(chosen))) for source in chosen]
+
+
+def _read_one(source: Source, order: Callable[[Sequence[Record]], list[int]], part: slice) -> Source:
+    """The source with a part of its samples in this order."""
+    table = read_table(source.file, (*TEXTS, *NUMBERS, *OTHERS))
+    light = [name for name in ("reward", "trained_on", "greedy") if name in table.column_names]
+    places = order(table.select(light).to_pylist()) if light else list(range(table.num_rows))
+    # Arrow takes nothing by no places at all.
+    rows = table.take(places[part]).to_pylist() if places[part] else []
+    return replace(source, total=table.num_rows, rows=rows)
 
 
 def _first(sources: Sequence[Source], most: int) -> list[Source]:
@@ -166,16 +207,16 @@ def _evenly(items: Sequence[Any], most: int) -> list[Any]:
 
 
 def _pack(sources: Sequence[Source], decoders: Mapping[str, Decoder | None]) -> dict[str, Any]:
-    texts, pieces = _Places(), _Places()
+    prompts, pieces = _Places(), _Places()
     rows, told, uncoloured = [], [], 0
     for place, source in enumerate(sources):
-        named = {"stage": source.stage.label, "step": source.step, "evaluation": source.evaluation}
-        told.append(named | {"total": source.total, "shown": len(source.rows)})
+        told.append(source.named | {"total": source.total, "shown": len(source.rows)})
         for row in source.rows:
-            coloured = _coloured(row, decoders[source.stage.label], pieces)
-            uncoloured += source.evaluation is None and not coloured
-            rows.append({"source": place, "prompt": texts.place(_cut(row.get("prompt")))} | _row(row) | coloured)
-    return {"sources": told, "rows": rows, "texts": list(texts), "pieces": list(pieces), "uncoloured": uncoloured}
+            tokens = _tokens(row, decoders[source.stage.label], pieces)
+            uncoloured += source.evaluation is None and not tokens
+            rows.append({"source": place, "prompt": prompts.place(json.dumps(_prompt(row)))} | _row(row) | tokens)
+    conversations = [json.loads(prompt) for prompt in prompts]
+    return {"sources": told, "rows": rows, "prompts": conversations, "pieces": list(pieces), "uncoloured": uncoloured}
 
 
 class _Places(dict[str, int]):
@@ -198,30 +239,90 @@ def _row(row: Record) -> dict[str, Any]:
     return packed | ({"greedy": True} if row.get("greedy") else {})
 
 
-def _coloured(row: Record, decoder: Decoder | None, pieces: _Places) -> dict[str, Any]:
-    """The sample's tokens with their log-probabilities; nothing where their texts do not add up to the completion.
+def _prompt(row: Record) -> list[dict[str, Any]]:
+    """The conversation that was answered: {role, content} of each message, with the name and the calls of those that have some."""
+    try:
+        messages = json.loads(row.get("metadata") or "{}").get("messages")
+    except (ValueError, TypeError, AttributeError):
+        messages = None
+    if not (isinstance(messages, list) and messages and all(isinstance(message, dict) for message in messages)):
+        return [{"role": "user", "content": _cut(row.get("prompt"))}]
+    found = []
+    for message in messages:
+        told = {"role": str(message.get("role")), "content": _cut(message.get("content"))}
+        calls = message.get("tool_calls")
+        more = {
+            "name": message.get("name"),
+            "calls": [_call(call) for call in calls] if isinstance(calls, list) else [],
+        }
+        found.append(told | {key: value for key, value in more.items() if value})
+    return found
 
-    Tokens that an environment or a template wrote (`sampled` is false) are listed as given, without a colour.
+
+def _call(call: Any) -> str:
+    """A call of a tool as one writes it: `name(arguments)`."""
+    function = call.get("function", call) if isinstance(call, dict) else {}
+    arguments = function.get("arguments", "")
+    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    return _cut(f"{function.get('name', '?')}({text})")
+
+
+def _tokens(row: Record, decoder: Decoder | None, pieces: _Places) -> dict[str, Any]:
+    """The sample's tokens and what is known of each; nothing where their texts do not add up to the completion.
+
+    Tokens that an environment or a template wrote (`sampled` is false) are listed as given, and have no numbers.
+    "differences" are those of the learner's log-probabilities to the sampler's; "versions" and "turns" are
+    [start, version] and [start, end], as in the trajectory.
     """
-    ids, log_probs, completion = row.get("token_ids"), row.get("log_probs"), str(row.get("completion") or "")
+    ids, log_probs, learned = row.get("token_ids"), row.get("log_probs"), row.get("learner_log_probs")
     sampled = row.get("sampled") or [True] * len(ids or ())
     if decoder is None or not ids or not log_probs or not len(ids) == len(log_probs) == len(sampled):
         return {}
+    turns = [[turn["start"], turn["end"]] for turn in row.get("turns") or ()] or [[0, len(ids)]]
     shown = ids[:TOKENS_OF_A_SAMPLE]
     found = decoder.pieces(shown)
-    plain = "".join(piece for piece, id_ in zip(found, shown, strict=True) if id_ not in decoder.special)
-    # The white space that a chat template puts before an answer is the model's to write and no part of the text.
-    plain = plain if plain.startswith(completion[:1]) else plain.lstrip()
-    if plain != completion and (len(shown) == len(ids) or not completion.startswith(plain.rstrip(REPLACEMENT))):
+    said = "".join(piece for piece, id_ in zip(found, shown, strict=True) if id_ not in decoder.special)
+    if not _adds_up(said, str(row.get("completion") or ""), cut=len(shown) < len(ids), several=len(turns) > 1):
         return {}
     drawn = [value for value, own in zip(log_probs, sampled, strict=True) if own]
-    return {
+    versions = [[run["start"], run["version"]] for run in row.get("weight_versions") or ()]
+    if not versions and row.get("weight_version") is not None:
+        versions = [[0, row["weight_version"]]]
+    tokens = {
         "pieces": [pieces.place(piece) for piece in found],
         "log_probs": [_short(value) for value in log_probs[: len(shown)]],
         "special": [i for i, id_ in enumerate(shown) if id_ in decoder.special],
         "given": [i for i in range(len(shown)) if not sampled[i]],
         "mean_log_prob": _short(sum(drawn) / len(drawn)) if drawn else None,
+        "versions": versions,
+        "turns": turns,
     }
+    if learned and len(learned) == len(ids):
+        apart = (
+            finite(mine - theirs) if own and None not in (mine, theirs) else None
+            for mine, theirs, own in zip(learned, log_probs, sampled, strict=True)
+        )
+        tokens["differences"] = [
+            None if value is None else float(f"{value:.2g}") for value in itertools.islice(apart, len(shown))
+        ]
+    return tokens
+
+
+def _adds_up(said: str, completion: str, *, cut: bool, several: bool) -> bool:
+    """Whether a completion is what its tokens say, as far as these are shown.
+
+    The white space and the empty thought that a template puts before an answer are the model's to write and no part of the
+    completion, and a thought that the prompt opens is part of the completion and not of the tokens. Of several turns, a
+    completion has the last.
+    """
+    text, wanted = said.strip(), completion.strip()
+    if several:
+        return cut or wanted in text
+    opened, bare = wanted.removeprefix(THOUGHT[0]).lstrip(), EMPTY_THOUGHT.sub("", text, count=1).strip()
+    return any(
+        mine == theirs or (cut and theirs.startswith(mine.rstrip(REPLACEMENT)))
+        for mine, theirs in ((text, wanted), (bare, wanted), (text, opened))
+    )
 
 
 def _cut(value: object) -> str:

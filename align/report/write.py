@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from align.errors import UserError
-from align.report.content import build_report
+from align.report.content import Report, build_report
 from align.report.plot import build_plot
 from align.report.read import read_run
 from align.report.samples import JSON_STYLE
@@ -18,7 +18,7 @@ from align.run import write_atomically
 
 NAME = "report.html"
 STYLES = ("page.css",)
-SCRIPTS = ("page.js", "charts.js", "samples.js", "start.js")
+SCRIPTS = ("page.js", "charts.js", "samples.js")
 # An underscore inside a word is no markup, and reads better bare.
 MARKDOWN_PUNCTUATION = re.compile(r"([\\`*\[\]<>|~$&#]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))")
 # Control characters, which XML refuses, and lone surrogates, which JSON can smuggle in and UTF-8 does not have.
@@ -37,12 +37,25 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     if page.suffix != ".html":
         raise UserError(f"--out {out} is neither a directory nor a file NAME.html; write it like --out report.html")
     report = build_report(record)
-    style, script = (_assets(names) for names in (STYLES, SCRIPTS))
-    digests = {"style": _digest(style), "script": _digest(script)}
-    html = _render("report.html", report=report, style=style, script=script, digests=digests)
-    _write(page, html, "--out")
+    _write(page, render_page(report)[0], "--out")
     _write(page.with_suffix(".md"), _render("report.md", report=report), "--out")
     return page
+
+
+def render_page(report: Report) -> tuple[str, str]:
+    """The report as one HTML page that needs nothing else, and the Content-Security-Policy that it has."""
+    style, script = (_assets(names) for names in (STYLES, (*SCRIPTS, "live.js" if report.live else "start.js")))
+    sources = {"default": "none", "style": f"sha256-{_digest(style)}", "script": f"sha256-{_digest(script)}"}
+    sources |= {"connect": "self"} if report.live else {}
+    policy = (
+        "".join(f"{kind}-src '{source}'; " for kind, source in sources.items()) + "base-uri 'none'; form-action 'none'"
+    )
+    return cleaned(_render("report.html", report=report, style=style, script=script, policy=policy)), policy
+
+
+def cleaned(text: str) -> str:
+    """`text` with a replacement for each character that a page cannot hold."""
+    return NO_CHARACTERS.sub("\ufffd", text)
 
 
 def write_plot(run: Path, out: Path) -> Path:
@@ -94,6 +107,6 @@ def _digest(text: str) -> str:
 
 def _write(path: Path, text: str, option: str) -> None:
     try:
-        write_atomically(path, NO_CHARACTERS.sub("\ufffd", text))
+        write_atomically(path, cleaned(text))
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}. Choose another with {option}") from error

@@ -6,7 +6,10 @@ const DOTS_UP_TO = 40;
 
 function drawCharts(root, stages, smoothing) {
   const charts = stages.map((stage) => new StageCharts(root, stage));
-  smoothing.addEventListener("input", () => charts.forEach((chart) => chart.smooth(Number(smoothing.value))));
+  const smooth = () => charts.forEach((chart) => chart.smooth(Number(smoothing.value)));
+  smoothing.addEventListener("input", smooth);
+  if (Number(smoothing.value)) smooth();
+  return charts;
 }
 
 class StageCharts {
@@ -14,11 +17,14 @@ class StageCharts {
     const steps = stage.panels.flatMap((panel) => panel.series.flatMap((series) => [series.steps[0], series.steps.at(-1)]));
     this.range = [steps.reduce((a, b) => Math.min(a, b)), steps.reduce((a, b) => Math.max(a, b))];
     this.panels = stage.panels.map((panel) => new Panel(panel, this));
+    this.shown = null;
     const grid = element("div", { class: "panels" }, ...this.panels.map((panel) => panel.figure));
     root.append(element("h3", {}, stage.label), grid);
   }
 
+  /** Show the values at a step in all panels, or the last ones for null. */
   point(step) {
+    this.shown = step;
     this.panels.forEach((panel) => panel.point(step));
   }
 

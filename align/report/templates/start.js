@@ -2,4 +2,8 @@
 
 const data = JSON.parse(document.getElementById("data").textContent);
 if (data.stages.length) drawCharts(document.getElementById("charts"), data.stages, document.getElementById("smoothing"));
-if (data.samples.rows.length) browseSamples(document.getElementById("browser"), data.samples);
+if (data.samples.rows.length) {
+  const browser = document.getElementById("browser");
+  browseSamples(browser, data.samples);
+  tokenTips(browser);
+}

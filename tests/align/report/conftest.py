@@ -116,12 +116,13 @@ class Browser:
                 return message["result"]
             self._note(message)
 
-    def open(self, path: Path, *, width: int = 1200, height: int = 900) -> None:
-        """Go to a file and wait until its script has run."""
+    def open(self, path: Path | str, *, width: int = 1200, height: int = 900) -> None:
+        """Go to a file, or to an address, and wait until the script of the page has run."""
+        address = path.as_uri() if isinstance(path, Path) else path
         self.complaints, self.requests = [], []
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
-        self.call("Page.navigate", url=path.as_uri())
-        self.wait(f"location.href === {json.dumps(path.as_uri())} && document.readyState === 'complete'")
+        self.call("Page.navigate", url=address)
+        self.wait(f"location.href === {json.dumps(address)} && document.readyState === 'complete'")
 
     def js(self, expression: str) -> Any:
         """The value of an expression in the page."""

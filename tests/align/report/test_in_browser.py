@@ -1,5 +1,7 @@
 """The page in a real browser: it runs from a file, asks for nothing, and does what its controls say."""
 
+import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,6 +9,8 @@ from typing import Any
 import pytest
 
 from align.report import write_report
+from align.report.serve import LiveReport, Server
+from align.run import RunDirectory, write_samples
 
 EVIL = "</script><script>document.title='taken'</script><img src=http://evil.invalid/x onerror=alert(1)>"
 
@@ -115,7 +119,7 @@ def test_a_token_under_the_pointer_says_its_probability(browser: Any, page: Path
     browser.point("document.querySelectorAll('.token')[1]")
     assert browser.js("getComputedStyle(document.getElementById('tip')).visibility") == "visible"
     assert browser.js("document.getElementById('tip').textContent") == (
-        '"+"\ntoken 2: log-probability -0.5, probability 0.6065'
+        '"+"\ntoken 2: log-probability -0.5, probability 0.6065\nadvantage 0'
     )
 
 
@@ -155,3 +159,138 @@ def test_a_telephone_needs_no_sideways_scrolling(browser: Any, page: Path) -> No
     browser.open(page, width=400)
     assert browser.js("document.documentElement.scrollWidth") <= 400
     assert browser.js("document.querySelector('.panel').getBoundingClientRect().width") > 300
+
+
+def test_thoughts_calls_and_turns_are_told_apart(
+    browser: Any, write_run: Callable[..., Path], sample_row: Callable[..., Any]
+) -> None:
+    call = {"function": {"name": "add", "arguments": {"a": 1}}}
+    asked = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "assistant", "content": f"<think>{EVIL}", "tool_calls": [call]},
+        {"role": "tool", "name": "add", "content": EVIL},
+        *({"role": "user", "content": f"message {i}"} for i in range(8)),
+    ]
+    row = sample_row("so</think> 3 <tool_call>{}</tool_call>", 1.0, metadata=json.dumps({"messages": asked}))
+    bare = sample_row("<think>why</think>4", 1.0, id="bare", token_ids=None)
+    count = len(row["token_ids"])
+    several = sample_row("a b", 1.0, id="several")
+    several |= {"turns": [{"start": 0, "end": 1}, {"start": 2, "end": 3}], "sampled": [True, False, True, *[False] * 9]}
+    several["sampled"] = several["sampled"][: len(several["token_ids"])]
+    browser.open(write_report(write_run(samples={1: [row, bare, several]})))
+    card = "[...document.querySelectorAll('.sample')].find((card) => card.textContent.includes('%s'))"
+
+    def turns(id_: str) -> list[list[str]]:
+        found: list[list[str]] = browser.js(
+            f"[...{card % id_}.querySelectorAll('.turn')].map((turn) => [...turn.children].map((part) => part.textContent))"
+        )
+        return found
+
+    def parts(id_: str) -> list[list[str]]:
+        found: list[list[str]] = browser.js(
+            f"[...{card % id_}.querySelectorAll('.part')].map((part) => [part.dataset.kind, part.textContent])"
+        )
+        return found
+
+    assert [who for who, _ in turns("problem/1")] == ["system", "assistant", "tool (add)", *["user"] * 8, "assistant"]
+    assert parts("problem/1") == [
+        ["thought", f"<think>{EVIL}"],
+        ["tool call", 'add({"a": 1})'],
+        ["thought", "so</think>"],
+        ["tool call", "<tool_call>{}</tool_call>"],
+    ]
+    assert browser.js(f"{card % 'problem/1'}.querySelector('details').textContent").startswith("5 more messages")
+    assert browser.js(f"{card % 'problem/1'}.querySelectorAll('.token').length") == count
+    assert parts("bare") == [["thought", "<think>why</think>"]]
+    assert [who for who, _ in turns("several")] == [
+        "user",
+        "assistant, turn 1 of 2",
+        "environment",
+        "assistant, turn 2 of 2",
+        *["environment"] * (len(several["token_ids"]) > 3),
+    ]
+    assert browser.js("document.images.length + document.querySelectorAll('script').length") == 2
+    assert browser.complaints == []
+
+
+def test_tokens_have_the_colour_of_what_is_chosen(
+    browser: Any, write_run: Callable[..., Path], sample_row: Callable[..., Any]
+) -> None:
+    row = sample_row("1+1=2", 1.0, advantage=-0.7, log_probs=[-1.0] * 6, sampled=[True, False, True, True, True, True])
+    row["learner_log_probs"] = [-1.0, 0.0, -0.98, -1.2, -1.6, -0.1]
+    row["weight_versions"] = [{"start": 0, "version": 4}, {"start": 3, "version": 5}]
+    browser.open(write_report(write_run(samples={1: [row, sample_row("2", 0.0, advantage=float("nan"))]})))
+    expected = {
+        "log_prob": ["p2", "given", "p2", "p2", "p2", "p2"],
+        "difference": ["p0", "given", "more1", "less2", "less3", "more3"],
+        "advantage": ["less2", "given", *["less2"] * 4],
+        "version": ["w0", "given", "w0", "w1", "w1", "w1"],
+    }
+    classes = "[...card.querySelectorAll('.token')].map((token) => token.className.split(' ')[1])"
+    of_text = "[...document.querySelectorAll('.sample')].find((card) => card.textContent.includes('%s'))"
+    for name, colours in expected.items():
+        browser.enter("samples-colour", name)
+        assert browser.js(f"((card) => {classes})({of_text % '1+1=2'})") == colours
+        legend = browser.js("[...document.querySelectorAll('#samples-legend span')].map((part) => part.className)")
+        assert {colour for colour in colours if colour != "given"} <= set(legend)
+    # What is not known of a sample colours none of its tokens.
+    assert browser.js(f"((card) => {classes})({of_text % 'ground truth: 2 · exact_answer 0'})") == ["given", "given"]
+    browser.point("document.querySelectorAll('.token')[0]", across=0.4)
+    told = browser.js("document.getElementById('tip').textContent")
+    assert "learner − sampler: 0 nats\nadvantage -0.7\nweight version 4" in told
+    browser.point("document.querySelectorAll('.token')[1]")
+    assert browser.js("document.getElementById('tip').textContent") == '"+"\ntoken 2: not sampled'
+    assert browser.complaints == []
+
+
+def test_the_live_page_follows_the_run(
+    browser: Any, write_run: Callable[..., Path], sample_row: Callable[..., Any]
+) -> None:
+    root = write_run(tokenizer=False)
+    run = RunDirectory(root)
+    server = Server(LiveReport(root), 0)
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    text = "document.body.innerText"
+    try:
+        browser.open(server.address)
+        assert "This run holds no samples yet." in browser.js(text)
+        assert "This run has no metrics yet." in browser.js(text)
+        for step in (1, 2):
+            with run.metrics_file.open("a") as file:
+                file.write(json.dumps({"step": step, "loss": 7 - step, EVIL: 1}) + "\n")
+            write_samples(run.samples_file(step), [sample_row(f"{step}{EVIL}", i / 10) for i in range(3)])
+            browser.wait(f"{text}.includes('loss {7 - step}') && {text}.includes('step {step}: 1 to 3 of 3 samples')")
+            browser.wait(f"document.querySelectorAll('.sample').length === 3 && {text}.includes('{step}</script>')")
+        with run.events_file.open("a") as file:
+            file.write(json.dumps({"time": 1.0, "kind": "warning", "message": f"entropy fell {EVIL}"}) + "\n")
+        browser.js("live.ask()")  # rather than wait until it does so by itself
+        browser.wait("document.getElementById('tiles').innerText.includes('the last: entropy fell')")
+        assert "entropy fell" in browser.js("document.getElementById('events').innerText")
+        # What one has chosen stays: a step, the order, the smoothing, the step that is pointed at, what is open.
+        browser.enter("samples-source", "grpo, step 1")
+        browser.wait(f"{text}.includes('step 1: 1 to 3 of 3 samples')")
+        browser.enter("samples-order", "reward_high")
+        browser.enter("smoothing", "0.5")
+        browser.js("document.querySelector('#settings details').open = true")
+        browser.js("document.querySelector('.panel svg').focus(), 1")
+        browser.press("ArrowLeft")
+        with run.metrics_file.open("a") as file:
+            file.write('{"step": 3, "loss": 4.5, "experts/layer_1/cv": 0.1}\n')
+        write_samples(run.samples_file(3), [sample_row("3", 1.0)])
+        browser.js("live.ask()")
+        browser.wait("[...document.querySelectorAll('h2')].some((head) => head.textContent === 'Expert load')")
+        browser.wait("document.querySelectorAll('#samples-source option').length === 4")
+        assert "step 1: 1 to 3 of 3 samples" in browser.js(text)
+        assert browser.js("document.getElementById('samples-order').value") == "reward_high"
+        assert browser.js("document.getElementById('smoothing').value") == "0.5"
+        assert browser.js("document.querySelector('#settings details').open")
+        assert browser.js("document.querySelector('.panel figcaption span').textContent") == "step 1"
+        assert browser.js("document.activeElement === document.querySelector('.panel svg')")
+        assert browser.js("document.querySelectorAll('img').length") == 0
+        assert browser.complaints == []
+        assert all(url.startswith(server.address) for url in browser.requests)
+    finally:
+        server.shutdown()
+        server.server_close()
+    browser.js("live.ask()")
+    browser.wait("document.getElementById('live').innerText.startsWith('Not up to date: no answer')")

@@ -1,5 +1,6 @@
 """Which samples a page holds, and their tokens as text."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,61 @@ def test_tokens_that_the_policy_did_not_sample_are_listed_as_given(write_run: Wr
     assert "given" not in bare
 
 
+def test_a_sample_has_the_conversation_that_was_answered(write_run: WriteRun, sample_row: SampleRow) -> None:
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "assistant", "content": "", "tool_calls": [call, {"name": "odd", "arguments": "1"}]},
+        {"role": "tool", "name": "add", "content": "2"},
+    ]
+    metadata = json.dumps({"messages": messages, "level": 3})
+    rows = [
+        sample_row("2", 1.0, metadata=text) for text in (metadata, metadata, "", "no JSON", '{"messages": 3}', None)
+    ]
+    data = as_data(read_run(write_run(samples={1: rows})))
+    assert data["prompts"] == [
+        [
+            {"role": "system", "content": "Be brief."},
+            {"role": "assistant", "content": "", "calls": ['add({"a": 1})', "odd(1)"]},
+            {"role": "tool", "content": "2", "name": "add"},
+        ],
+        [{"role": "user", "content": "What is 1 + 1?"}],
+    ]
+    assert sorted(row["prompt"] for row in data["rows"]) == [0, 0, 1, 1, 1, 1]
+
+
+def test_a_token_has_the_learners_difference_and_its_version(write_run: WriteRun, sample_row: SampleRow) -> None:
+    row = sample_row("1+1=2", 1.0, log_probs=[-1.0, 0.0, -2.0, -3.0, -2.0, -2.0])
+    row |= {"sampled": [True, False, True, True, True, True], "weight_versions": [{"start": 0, "version": 3}]}
+    learned = row | {"learner_log_probs": [-0.98766, 0.0, -2.0, float("nan"), None, -2.000012]}
+    older = {key: value for key, value in row.items() if key != "weight_versions"} | {"weight_version": 7}
+    rows = as_data(read_run(write_run(samples={1: [learned], 2: [older]})))["rows"]
+    assert rows[0]["differences"] == [0.012, None, 0.0, None, None, -1.2e-05]
+    assert (rows[0]["versions"], rows[0]["turns"]) == ([[0, 3]], [[0, 6]])
+    assert (rows[1]["versions"], rows[1].get("differences")) == ([[0, 7]], None)
+
+
+@pytest.mark.parametrize(
+    ("said", "completion", "turns"),
+    [
+        ("<think>\nso</think> 4", "<think>\nso</think> 4", 1),
+        ("so</think> 4", "<think>\nso</think> 4", 1),
+        ("<think>\n\n</think>\n\n4", "4", 1),
+        ("\n4", "4", 1),
+        ("call 4 end", "end", 2),
+    ],
+)
+def test_tokens_are_shown_of_thoughts_and_turns(
+    write_run: WriteRun, sample_row: SampleRow, said: str, completion: str, turns: int
+) -> None:
+    row = sample_row(said, 1.0) | {"completion": completion}
+    row["turns"] = [{"start": n, "end": n + 1, "finish_reason": "stop"} for n in range(turns)]
+    (packed,) = as_data(read_run(write_run(samples={1: [row]})))["rows"]
+    assert "pieces" in packed
+    (other,) = as_data(read_run(write_run("other", samples={1: [row | {"completion": "5"}]})))["rows"]
+    assert "pieces" not in other
+
+
 @pytest.mark.parametrize("text", ["日本語 and 🦊🦊", "ﷺ naïve", "a\n\n  b"])
 def test_a_character_of_several_tokens_is_one_piece(text: str) -> None:
     from tokenizers import Tokenizer
@@ -108,7 +164,7 @@ def test_a_page_holds_as_many_of_each_step_and_no_more_than_the_cap(write_run: W
     assert [source["total"] for source in data["sources"]] == [602] * 5 + [1500]
     assert sum(row["completion"] == "best" for row in data["rows"]) == 5
     assert sum(row["masked"] for row in data["rows"]) == 5
-    assert data["texts"] == ["What is 1 + 1?"]
+    assert data["prompts"] == [[{"role": "user", "content": "What is 1 + 1?"}]]
 
 
 def test_the_bytes_of_the_samples_are_bounded(write_run: WriteRun, sample_row: SampleRow) -> None:
