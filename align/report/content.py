@@ -103,7 +103,7 @@ def build_report(run: RunRecord, *, live: bool = False) -> Report:
         _before_and_after(run, evaluations),
         *_experts(run),
         Section("samples", "Samples", only="page"),
-        Section("metrics", "Last metrics", tables=_last_metrics(run), only="markdown"),
+        *([] if live else [Section("metrics", "Last metrics", tables=_last_metrics(run), only="markdown")]),
         _events(run),
         Section("settings", "Settings", tables=[_settings(run)], only="page"),
     ]

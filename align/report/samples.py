@@ -11,7 +11,7 @@ from typing import Any
 
 from jinja2.utils import htmlsafe_json_dumps
 
-from align.report.read import Record, RunRecord, Stage, finite, read_table
+from align.report.read import Record, RunRecord, Stage, at, finite, read_table
 from reward import Verdict
 
 TRAINING_SAMPLES = 2_000
@@ -19,6 +19,7 @@ EVALUATION_SAMPLES = 1_000
 BYTES_OF_SAMPLES = 5_000_000
 SAMPLES_OF_A_PART = 200
 BYTES_OF_A_PART = 2_000_000
+BYTES_OF_A_TOKEN = 20
 CHARACTERS_OF_A_TEXT = 20_000
 TOKENS_OF_A_SAMPLE = 6_000
 GOLDEN = 0.6180339887498949
@@ -97,9 +98,11 @@ def part_as_data(run: RunRecord, source: Source, start: int = 0, limit: int = BY
     """
     order = by_interest if source.evaluation is None else by_problem
     read = _read_one(source, order, slice(start, start + SAMPLES_OF_A_PART))
-    decoders, count = {source.stage.label: _decoder(source.stage, run)}, len(read.rows)
+    decoders = {source.stage.label: _decoder(source.stage, run)}
+    tokens = itertools.accumulate(row.get("tokens") or 0 for row in read.rows)
+    count = sum(total * BYTES_OF_A_TOKEN <= limit for total in tokens)
     while True:
-        data = _pack([replace(read, rows=read.rows[:count])], decoders)
+        data = _pack([replace(read, rows=read.rows[: max(count, 1)])], decoders)
         if count <= 1 or len(to_json(data).encode(errors="replace")) <= limit:
             return data | {"start": start}
         count //= 2
@@ -247,24 +250,23 @@ def _prompt(row: Record) -> list[dict[str, Any]]:
         messages = None
     if not (isinstance(messages, list) and messages and all(isinstance(message, dict) for message in messages)):
         return [{"role": "user", "content": _cut(row.get("prompt"))}]
-    found = []
-    for message in messages:
-        told = {"role": str(message.get("role")), "content": _cut(message.get("content"))}
-        calls = message.get("tool_calls")
-        more = {
-            "name": message.get("name"),
-            "calls": [_call(call) for call in calls] if isinstance(calls, list) else [],
-        }
-        found.append(told | {key: value for key, value in more.items() if value})
-    return found
+    return [_message(message) for message in messages]
+
+
+def _message(message: Record) -> dict[str, Any]:
+    found = {"role": str(message.get("role")), "content": _cut(message.get("content"))}
+    if name := message.get("name"):
+        found["name"] = str(name)
+    calls = message.get("tool_calls")
+    return found | ({"calls": [_call(call) for call in calls]} if isinstance(calls, list) and calls else {})
 
 
 def _call(call: Any) -> str:
     """A call of a tool as one writes it: `name(arguments)`."""
-    function = call.get("function", call) if isinstance(call, dict) else {}
-    arguments = function.get("arguments", "")
+    function = at(call, "function") or call
+    name, arguments = at(function, "name"), at(function, "arguments")
     text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-    return _cut(f"{function.get('name', '?')}({text})")
+    return _cut(f"{name}({text})")
 
 
 def _tokens(row: Record, decoder: Decoder | None, pieces: _Places) -> dict[str, Any]:
@@ -298,12 +300,10 @@ def _tokens(row: Record, decoder: Decoder | None, pieces: _Places) -> dict[str, 
         "turns": turns,
     }
     if learned and len(learned) == len(ids):
-        apart = (
-            finite(mine - theirs) if own and None not in (mine, theirs) else None
-            for mine, theirs, own in zip(learned, log_probs, sampled, strict=True)
-        )
+        known = zip(learned, log_probs, sampled, strict=True)
         tokens["differences"] = [
-            None if value is None else float(f"{value:.2g}") for value in itertools.islice(apart, len(shown))
+            _short(mine - theirs, 4) if own and None not in (mine, theirs) else None
+            for mine, theirs, own in itertools.islice(known, len(shown))
         ]
     return tokens
 
@@ -331,6 +331,6 @@ def _cut(value: object) -> str:
     return text if more <= 0 else f"{text[:CHARACTERS_OF_A_TEXT]} […{more} more characters]"
 
 
-def _short(value: Any) -> float | None:
+def _short(value: Any, digits: int = 3) -> float | None:
     found = value if isinstance(value, int) else finite(value)
-    return None if found is None else round(found, 3)
+    return None if found is None else round(found, digits)

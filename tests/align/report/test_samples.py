@@ -95,7 +95,7 @@ def test_a_token_has_the_learners_difference_and_its_version(write_run: WriteRun
     learned = row | {"learner_log_probs": [-0.98766, 0.0, -2.0, float("nan"), None, -2.000012]}
     older = {key: value for key, value in row.items() if key != "weight_versions"} | {"weight_version": 7}
     rows = as_data(read_run(write_run(samples={1: [learned], 2: [older]})))["rows"]
-    assert rows[0]["differences"] == [0.012, None, 0.0, None, None, -1.2e-05]
+    assert rows[0]["differences"] == [0.0123, None, 0.0, None, None, 0.0]
     assert (rows[0]["versions"], rows[0]["turns"]) == ([[0, 3]], [[0, 6]])
     assert (rows[1]["versions"], rows[1].get("differences")) == ([[0, 7]], None)
 
