@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Lock
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs
 
 from align.errors import UserError
 from align.report import samples
@@ -70,8 +70,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Answer with the page, samples, or why not."""
-        asked = urlsplit(self.path)
-        secret, _, name = asked.path.removeprefix("/").partition("/")
+        path, _, query = self.path.partition("?")
+        secret, _, name = path.removeprefix("/").partition("/")
         if (self.headers.get("Host") or "").partition(":")[0] not in NAMES:
             return self._refuse(HTTPStatus.FORBIDDEN, "this page is only for a browser on this machine")
         if not secrets.compare_digest(secret.encode(), self.server.secret.encode()):
@@ -80,7 +80,7 @@ class Handler(BaseHTTPRequestHandler):
             if name == "":
                 return self._page()
             if name == "samples":
-                return self._samples(parse_qs(asked.query))
+                return self._samples(parse_qs(query))
         except (UserError, OSError) as error:
             return self._refuse(HTTPStatus.SERVICE_UNAVAILABLE, str(error))
         return self._refuse(HTTPStatus.NOT_FOUND, "there is nothing of this name")
