@@ -144,7 +144,7 @@ def test_what_grpo_rates_its_checkpoints_by_are_those_problems(monkeypatch: pyte
     steps.__iter__.return_value = range(5)
     steps.state = {"weight_version": 0, "learning_steps": 0, "guard": [], "alarms": None}
     opened.fleet.weight_version = 0
-    opened.new_learner.return_value.update.return_value = (None, 1.0)
+    opened.new_learner.return_value.update.return_value = (MagicMock(), 1.0)
     monkeypatch.setattr(grpo, "HeldOut", lambda *_: held_out)
     for name in ("submit", "gather", "compare", "updates_of", "sample_rows", "Guards"):
         monkeypatch.setattr(grpo, name, MagicMock())
