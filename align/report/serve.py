@@ -3,6 +3,7 @@
 import gzip
 import secrets
 import sys
+from contextlib import suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -149,7 +150,7 @@ class Server(ThreadingHTTPServer):
 
 
 def serve_report(run: Path, port: int) -> None:
-    """Serve the live report on the run directory `run` until Ctrl-C, which raises KeyboardInterrupt; port 0 is any free one.
+    """Serve the live report on the run directory `run` until Ctrl-C; port 0 is any free one.
 
     Raises UserError for what is no run, for a damaged file in it, and for a port that cannot be used.
     """
@@ -162,4 +163,6 @@ def serve_report(run: Path, port: int) -> None:
         ) from None
     with server:
         print(f"the report is at {server.address} and follows the run; Ctrl-C ends it", flush=True)
-        server.serve_forever()
+        with suppress(KeyboardInterrupt):
+            server.serve_forever()
+        print("the report is no longer served; the run itself is not affected")
