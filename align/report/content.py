@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import chain, zip_longest
 from math import isfinite
+from textwrap import shorten
 from typing import Any, Literal
 
 from align.report import curves, samples
@@ -161,7 +162,8 @@ def _tiles(run: RunRecord, evaluations: Sequence[Evaluation]) -> list[tuple[Valu
         tiles.append((plain(number(told[-1])), "nats a token between sampler and learner, mean of the last step"))
     alarms = [event for stage in run.stages for event in stage.events if event.get("kind") in ALARMS]
     latest = max(alarms, key=lambda event: number(event.get("time")) or 0.0, default={})
-    note = f"the last: {message[:CHARACTERS_OF_A_NOTE]}" if (message := str(latest.get("message", ""))) else ""
+    message = shorten(str(latest.get("message", "")), CHARACTERS_OF_A_NOTE, placeholder=" […]")
+    note = f"the last: {message}" if message else ""
     return [*tiles, (Cell(str(len(alarms)), note=note, tone="bad"), "warnings and errors")]
 
 
