@@ -69,7 +69,7 @@ class LivePage {
       const changed = this.written.get(part.id) !== part.innerHTML || (part.id === "curves" && redraw);
       this.written.set(part.id, part.innerHTML);
       if (!mine) before.after(document.adoptNode(part));
-      else if (changed && part.id !== "samples") mine.replaceChildren(...keepingOpen(mine, part).childNodes);
+      else if (changed && part.id !== "samples") mine.replaceChildren(...part.childNodes);
       before = mine ?? part;
     }
     if (redraw) {
@@ -179,13 +179,6 @@ function partsOfPage(page) {
 
 function chartPanels() {
   return [...document.querySelectorAll("#charts svg")];
-}
-
-/** The fresh part of a page, with what was opened in the old one open. */
-function keepingOpen(old, fresh) {
-  const open = [...old.querySelectorAll("details")].map((details) => details.open);
-  fresh.querySelectorAll("details").forEach((details, i) => { details.open = open[i] ?? details.open; });
-  return fresh;
 }
 
 const live = new LivePage();
