@@ -124,6 +124,7 @@ def test_a_stage_that_failed_and_one_that_still_runs_say_so(write_run: WriteRun)
     ):
         (root / "status.json").write_text(json.dumps(status | change))
         assert told in write_report(root).read_text(encoding="utf-8")
+    assert "<b>1</b><span>steps; running, started 2026-01-02 03:04:05 UTC</span>" in (root / "report.html").read_text()
 
 
 def test_a_run_that_has_nothing_yet_has_a_report(tmp_path: Path, write_run: WriteRun) -> None:
