@@ -150,9 +150,11 @@ def flatten(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 def _tiles(run: RunRecord, evaluations: Sequence[Evaluation]) -> list[tuple[Value, str]]:
     facts = _stage_facts(run.whole)
-    told = f"{run.whole.status['state']}, started {facts['started']}"
+    since = f"{run.whole.status['state']}, started {facts['started']}"
     # A run that goes on has taken no time yet that is known.
-    tiles: list[tuple[Value, str]] = [(facts["took"], told)] if facts["took"] else [(facts["steps"], f"steps; {told}")]
+    tiles: list[tuple[Value, str]] = (
+        [(facts["took"], since)] if facts["took"] else [(facts["steps"], f"steps; {since}")]
+    )
     if evaluations:
         # What the hooks measured comes after the accuracy.
         last = next((each for each in reversed(evaluations) if "accuracy" in each.numbers), evaluations[-1])
