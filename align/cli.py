@@ -121,8 +121,8 @@ for name, text in STAGES.items():
     app.command(name, help=text, cls=StageCommand)(stage_command(name.replace("-", "_")))
 
 
-def run_recipe(stage: str, file: Path, overrides: Sequence[str]) -> None:
-    """Run a recipe for a stage."""
+def run_recipe(stage: str, file: Path, overrides: Sequence[str], *, longer: bool = False) -> None:
+    """Run a recipe for a stage; with `longer`, go on with a run that has finished."""
     from align.recipe import load_stage
 
     planned = load_stage(file, overrides)
@@ -131,7 +131,7 @@ def run_recipe(stage: str, file: Path, overrides: Sequence[str]) -> None:
         raise UserError(f"{file} is a recipe for {planned.recipe.stage}; run `align {command} {file}`")
     from align.stages.commands import run_stage
 
-    run_stage(planned)
+    run_stage(planned, longer=longer)
 
 
 @app.command()
@@ -164,7 +164,7 @@ def keys(
 
 @app.command()
 def resume(run: RunPath, overrides: Overrides = None) -> int | None:
-    """go on with an interrupted run, from its last checkpoint
+    """go on with an interrupted run, or make a finished one longer, from its last checkpoint
 
     Go on with a run that was interrupted, killed or has failed, from its last checkpoint and with the recipe in its directory. It ends
     with the weights, samples and numbers of a run that was never interrupted, to the last bit where the engines are exact. The command
@@ -175,6 +175,9 @@ def resume(run: RunPath, overrides: Overrides = None) -> int | None:
 
     Damage: every file is verified against its SHA-256 before it is read; a damaged checkpoint is named and the one before taken.
 
+    A finished run goes on where it gets more steps: grpo.steps=80 (sft.steps, reward_model.steps). Its final/ stays until the longer run has
+    written its own. The learning rate is that of the longer run from there on: a constant one stays, a cosine rises again.
+
     Changes: a key that matters must be what it was; run.allow_changes=true goes on nevertheless. Where a run goes, its machine, workers,
     time-outs and save_every may always change; learner.ranks and learner.zero_stage never.
     """
@@ -184,15 +187,17 @@ def resume(run: RunPath, overrides: Overrides = None) -> int | None:
     status = read_status(run)
     if status is None:
         raise UserError(f"{run} holds no run; `align resume` takes the directory of one, such as runs/nano-grpo")
-    if status["state"] == "finished":
-        raise UserError(f"{run} has finished, so there is nothing to go on with; `align report {run}` shows it")
-    file = RunDirectory(run).recipe_file
+    file, finished = RunDirectory(run).recipe_file, status["state"] == "finished"
     stage, given = read_yaml(file)[0].get("stage"), [f"run.dir={run}", *(overrides or [])]
     if stage == "pipeline":
+        if finished:
+            raise UserError(
+                f"{run} has finished. Its stages can be made longer: `align resume {run}/STAGE grpo.steps=N`"
+            )
         return pipeline(file, given)
     if stage not in STAGES:
         raise UserError(f"{file}: stage must be one of pipeline, {', '.join(STAGES)}, but is {stage!r}")
-    run_recipe(stage, file, ["run.overwrite=false", *given])
+    run_recipe(stage, file, ["run.overwrite=false", *given], longer=finished)
     return None
 
 

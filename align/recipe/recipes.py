@@ -133,6 +133,11 @@ class TrainingRecipe(Recipe):
         2, ge=1, description="checkpoints that stay, the newest; with evaluation.every also the most accurate one"
     )
 
+    @property
+    def steps(self) -> int:
+        """How many steps the stage makes."""
+        return int(getattr(self, self.stage).steps)
+
 
 class SamplingRecipe(Recipe):
     """A stage in which the policy answers prompts and the answers are scored."""

@@ -63,6 +63,8 @@ class RunDirectory:
     initial_directory = _Inside("initial")
     """A policy drawn at random for this run, before any training."""
     final_directory = _Inside("final")
+    lengthened_file = _Inside("lengthened.json")
+    """How long the logs of a finished run were when it was made longer, and at which step that was."""
     weights_directory = _Inside("weights")
     """New weights on their way to the rollout workers, where they travel as files."""
 

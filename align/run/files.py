@@ -44,7 +44,7 @@ def whole_directory(path: Path) -> Iterator[Path]:
     Otherwise it is removed and `path` stays as it was. Raises OSError as the file system does.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _hidden(path)
+    temporary, earlier = _hidden(path), _hidden(path)
     temporary.mkdir()
     try:
         yield temporary
@@ -53,12 +53,16 @@ def whole_directory(path: Path) -> Iterator[Path]:
                 synced_size(below)
         for directory in [temporary, *(below for below in temporary.rglob("*") if below.is_dir())]:
             sync_directory(directory)
-        if path.exists():
-            remove_whole(path)
+        # Moved away and not yet removed, so that there is never none of the two for longer than between two renames.
+        with suppress(FileNotFoundError):
+            path.rename(earlier)
         temporary.rename(path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        if earlier.exists() and not path.exists():
+            earlier.rename(path)
         raise
+    shutil.rmtree(earlier, ignore_errors=True)
     sync_directory(path.parent)
 
 

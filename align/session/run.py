@@ -28,7 +28,7 @@ from align.run.checkpoints import Checkpoint, CheckpointDirectory, DamagedCheckp
 from align.run.tracker_libraries import Ending
 from align.run.trackers import Trackers
 from align.session.signals import StopRequest
-from reward.own.file import file_digest
+from reward.own.file import file_digest, files_of
 from rollout import Fault
 
 RESUMABLE = ("running", "interrupted", "failed")
@@ -61,8 +61,9 @@ class Run:
                 f"{told}. What the run has measured is untouched; run.overwrite=true starts it again from the beginning"
             ) from None
         done = self.resume.step if self.resume else 0
-        for file in self._logs:
-            cut(file, int(self.resume.facts["positions"][file.name]) if self.resume else 0)
+        kept = self._kept()
+        for file in logs_of(self.directory):
+            cut(file, kept.get(file.name, 0))
         for file in self.directory.samples_directory.glob("step_*.parquet"):
             if int(file.stem.removeprefix("step_")) > done:
                 file.unlink()
@@ -73,13 +74,13 @@ class Run:
         self.progress.note(f"{self.directory.path.name}: {text}")
         self.metrics.event("resumed", text, step=done)
 
-    def positions(self) -> dict[str, int]:
-        """How long the logs are, once they are on the disk."""
-        return {file.name: synced_size(file) for file in self._logs}
-
-    @property
-    def _logs(self) -> list[Path]:
-        return [self.directory.metrics_file, self.directory.events_file, self.directory.evaluations_file]
+    def _kept(self) -> Mapping[str, int]:
+        """How much of each log is of before `resume`; of a finished run that was made longer, everything."""
+        if self.resume is None:
+            return {}
+        file = self.directory.lengthened_file
+        ended: Mapping[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        return dict((ended if ended.get("step") == self.resume.step else self.resume.facts)["positions"])
 
     def record_step(self, stage: str, step: int, metrics: Mapping[str, float | None], shown: Sequence[str]) -> None:
         """Write the metrics of a step, without those that are None, and show some of them; tell where a bad gradient kept the weights as they were.
@@ -172,6 +173,16 @@ class Run:
         self.metrics.write(step, stage, {f"{split}/{key}": value for key, value in numbers.items()})
 
 
+def logs_of(directory: RunDirectory) -> list[Path]:
+    """What a run appends to."""
+    return [directory.metrics_file, directory.events_file, directory.evaluations_file]
+
+
+def positions(directory: RunDirectory) -> dict[str, int]:
+    """How long the logs of a run are, once they are on the disk."""
+    return {file.name: synced_size(file) for file in logs_of(directory)}
+
+
 def recorded_evaluations(directory: RunDirectory, domains: Sequence[str]) -> dict[str, Evaluation]:
     """The evaluations of answers that a run has recorded, by name; without their rows."""
     file = directory.evaluations_file
@@ -244,6 +255,7 @@ def open_run(recipe: Recipe) -> Iterator[Run]:
             stack.push(lambda kind, *_: trackers.finish(ending_of(kind)))
             if goes_on:
                 run.rewind()
+                refuse_fewer_steps(recipe, run.resume)
                 for key in changed or ():
                     run.warn(f"going on with another recipe: {key}")
             for term in recipe.rewards if isinstance(recipe, SamplingRecipe) else ():
@@ -294,32 +306,40 @@ def own_directory(recipe: Recipe, path: Path) -> tuple[RunDirectory, list[str] |
     return RunDirectory.reopen(path), changed
 
 
-def refuse_changes(directory: RunDirectory, recipe: Recipe) -> list[str]:
-    """What has changed of a run's recipe. Raises UserError where anything has and the recipe does not allow it."""
-    changed = changes(directory, recipe, pending=directory.path)
+def refuse_fewer_steps(recipe: Recipe, checkpoint: Checkpoint | None) -> None:
+    """Raise UserError where a stage is to make fewer steps than it had made when the checkpoint was written."""
+    if checkpoint is not None and isinstance(recipe, TrainingRecipe) and checkpoint.step > recipe.steps:
+        raise UserError(
+            f"{recipe.stage}.steps is {recipe.steps}, and {checkpoint.path} is of step {checkpoint.step}: give as many or more"
+        )
+
+
+def refuse_changes(directory: RunDirectory, recipe: Recipe, allowed: Sequence[str] = ()) -> list[str]:
+    """What has changed of a run's recipe but for the overrides `allowed`. Raises UserError where anything has and the recipe does not allow it."""
+    changed = changes(directory, recipe, pending=directory.path, allowed=allowed)
     if changed and not recipe.run.allow_changes:
         raise UserError(
-            f"{directory.path} holds an interrupted run of another recipe: {'; '.join(changed)}. Go on with that recipe "
+            f"{directory.path} holds a run of another recipe: {'; '.join(changed)}. Go on with that recipe "
             f"(`align resume {directory.path}`), replace the run with run.overwrite=true, or go on with this recipe with "
             "run.allow_changes=true"
         )
     return changed
 
 
-def changes(directory: RunDirectory, recipe: Recipe, *, pending: Path) -> list[str]:
+def changes(directory: RunDirectory, recipe: Recipe, *, pending: Path, allowed: Sequence[str] = ()) -> list[str]:
     """What has changed since the run in a directory began: keys of its recipe, and the content of its reward files.
 
-    Files below `pending` need not be there yet.
+    Files below `pending` need not be there yet. The overrides `allowed` are no changes.
     """
     before: Mapping[str, str] = {}
     if directory.environment_file.exists():
         before = json.loads(directory.environment_file.read_text(encoding="utf-8")).get("rewards_sha256", {})
     files = [file for file, digest in reward_digests(recipe).items() if before.get(file, digest) != digest]
-    keys = differences(load_recipe(directory.recipe_file, pending=pending), recipe)
+    keys = differences(load_recipe(directory.recipe_file, allowed, pending=pending), recipe)
     return [*keys, *(f"rewards (the content of {file} has changed)" for file in files)]
 
 
 def reward_digests(recipe: Recipe) -> dict[str, str]:
-    """The SHA-256 of every file that has a reward of the recipe, by its path."""
-    files = [term.file for term in recipe.rewards] if isinstance(recipe, SamplingRecipe) else []
-    return {str(file): file_digest(file) for file in files if file is not None}
+    """The SHA-256 of every file that has a reward of the recipe, and of those beside it that it imports, by its path."""
+    named = [term.file for term in recipe.rewards] if isinstance(recipe, SamplingRecipe) else []
+    return {str(each): file_digest(each) for file in named if file is not None for each in files_of(file)}

@@ -117,8 +117,10 @@ class Session:
         `state`, ready for JSON, is what the stage itself has to remember; `Steps.state` has it as the checkpoint left it.
         """
         progress = self.run.progress
-        with Steps(recipe, self.run, learner, steps, sources, reference=reference, state=state) as remaining:
+        base = self.policy if recipe.learner.lora else None
+        with Steps(recipe, self.run, learner, steps, sources, base=base, reference=reference, state=state) as remaining:
             progress.stage(title, steps, completed=remaining.done)
+            remaining.tell_length()
             progress.phase("starting engines")
             if isinstance(recipe, SamplingRecipe):
                 self.fleet.wait_until_ready()

@@ -7,19 +7,26 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+import yaml
 
 from align.data.drawing import Source
 from align.errors import UserError
 from align.learner.group import RankGroup
-from align.recipe import ModelOptions, TrainingRecipe, dump_recipe
+from align.learner.objective import learning_rate
+from align.recipe import ModelOptions, OptimizerOptions, TrainingRecipe, dump_recipe
 from align.run.checkpoints import Checkpoint, Entry, hash_files
-from align.session.run import Run
+from align.session.run import Run, positions
 
 MODEL = "model"
 BAD_UPDATES = "bad_updates"
 BEST = "best"
 SAMPLED_BYTES = 2**20
 FAILURES = 3
+COMPARED = {
+    "data_sha256": "the training data",
+    "reference": "the weights of the KL's reference",
+    "base": "the weights that the adapters are added to",
+}
 CENSUS_STEP = 10
 """After so many steps every parameter should have had a gradient."""
 
@@ -44,9 +51,11 @@ class Steps:
         total: int,
         data: Sequence[Source[Any]],
         *,
+        base: ModelOptions | None = None,
         reference: ModelOptions | None = None,
         state: dict[str, Any] | None = None,
     ):
+        """`base` is the model that adapters are trained on: checkpoints do not hold it."""
         self._recipe, self._run, self._learner, self._total = recipe, run, learner, total
         self._identity = {
             "learner.ranks": recipe.learner.ranks,
@@ -54,6 +63,7 @@ class Steps:
             "learner.expert_parallel": recipe.learner.expert_parallel,
             "data_sha256": {source.card: data_digest(source.items) for source in data},
             "reference": None if reference is None else weights_digest(reference.path),
+            "base": None if base is None else weights_digest(base.path),
         }
         self.done = run.resume.step if run.resume else 0
         self.state = (state or {}) | (dict(run.resume.facts["state"]) if run.resume else {})
@@ -76,6 +86,26 @@ class Steps:
             self._learner.load_state(self._run.resume.path)
             self._learner.bad_updates = self.state.get(BAD_UPDATES, 0)
         self._between = True
+
+    def tell_length(self) -> None:
+        """Where the run was shorter when its checkpoint was written, say what its learning rate does from here on."""
+        if self._run.resume is None or self.done >= self._total:
+            return
+        before = yaml.safe_load(self._run.resume.facts["recipe"])
+        if (length := before[self._recipe.stage]["steps"]) == self._total:
+            return
+        optimizer = self._recipe.learner.optimizer
+        last = learning_rate(self.done - 1, length, OptimizerOptions(**before["learner"]["optimizer"]))
+        now = learning_rate(self.done, self._total, optimizer)
+        rate = (
+            f"stays {now:.3g}" if now == last else f"goes from {last:.3g} in step {self.done} to {now:.3g} in the next"
+        )
+        self._run.tell(
+            "longer",
+            f"the run now has {self._total} steps in place of {length}: from here on the learning rate is that of a run of "
+            f"{self._total} steps (schedule: {optimizer.schedule}), so it {rate}",
+            step=self.done,
+        )
 
     def rate(self, step: int, accuracy: float) -> None:
         """Tell how good the policy is after the step that is being made: the checkpoint of the best one stays."""
@@ -125,7 +155,7 @@ class Steps:
             "stage": self._recipe.stage,
             "recipe": dump_recipe(self._recipe),
             "identity": self._identity,
-            "positions": self._run.positions(),
+            "positions": positions(self._run.directory),
             "state": self.state | {BAD_UPDATES: self._learner.bad_updates},
         }
         try:
@@ -159,9 +189,12 @@ class Steps:
                     f"{key} is {self._identity[key]}, and checkpoint {checkpoint.path} was written with {before[key]}: its "
                     "parts fit no other division; go on with the same, or start again with run.overwrite=true"
                 )
-        for key, what in (("data_sha256", "the training data"), ("reference", "the weights of the KL's reference")):
+        for key, what in COMPARED.items():
             if key not in before:
-                self._run.warn(f"checkpoint {checkpoint.path} is of an earlier version: {what} could not be compared")
+                if self._identity[key] is not None:
+                    self._run.warn(
+                        f"checkpoint {checkpoint.path} is of an earlier version: {what} could not be compared"
+                    )
             elif before[key] != self._identity[key]:
                 told = f"{what} are not what they were when checkpoint {checkpoint.path} was written"
                 if not self._recipe.run.allow_changes:

@@ -18,6 +18,7 @@ from align.recipe import (
 )
 from align.run import Progress, RunDirectory, read_status
 from align.session.checks import check
+from align.session.longer import make_longer
 from align.session.ray import local_ray
 from align.session.run import compare_stages, recorded_evaluations, refuse_changes
 from align.session.session import Session, open_session
@@ -30,10 +31,18 @@ HeldOutPrompts = Mapping[str, Collection[str]]
 NOTHING: HeldOutPrompts = MappingProxyType({})
 
 
-def run_stage(stage: PlannedStage) -> None:
-    """Run a stage, and the one before it where that is not done. Raises UserError for what `check` finds."""
+def run_stage(stage: PlannedStage, *, longer: bool = False) -> None:
+    """Run a stage, and the one before it where that is not done; with `longer`, one that has finished goes on with more steps.
+
+    Raises UserError for what `check` and `make_longer` find.
+    """
     check(stage.parts)
     recipe = stage.recipe
+    if longer and (later := make_longer(stage.directory, recipe)):
+        print(
+            f"the stages after it in the pipeline ({', '.join(later)}) are of the shorter run: give the pipeline's file the new number of steps, "
+            f"and run them again by `align pipeline FILE --from {later[0]}`"
+        )
     if isinstance(recipe, SftRecipe):
         run_sft(recipe)
     elif isinstance(recipe, GrpoRecipe):

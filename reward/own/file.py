@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from modulefinder import ModuleFinder
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,18 @@ def split(name: str) -> tuple[Path, str] | None:
     """The file and the function that a reward's name gives, as in "my_rewards.py:says_unit"; None for another name."""
     found = NAME.fullmatch(name)
     return (Path(found["file"]).expanduser(), found["function"]) if found else None
+
+
+def files_of(path: Path) -> list[Path]:
+    """A reward file and the modules beside it that it imports, directly or by way of one another. Nothing of them is run.
+
+    What cannot be parsed imports nothing; modules of this project are left out.
+    """
+    finder = ModuleFinder(path=[str(path.parent)], excludes=["align", "reward", "rollout"])
+    with suppress(SyntaxError):
+        finder.run_script(str(path))
+    found = {Path(file) for module in finder.modules.values() if (file := getattr(module, "__file__", None))}
+    return [path, *sorted(found - {path})]
 
 
 def file_digest(path: Path) -> str:

@@ -242,5 +242,7 @@ def test_parameters_of_a_reward_that_are_no_mapping(params: str, refusal: Refusa
 
 def test_a_run_that_has_finished_or_is_none_cannot_be_resumed(refusal: Refusal, tmp_path: Path) -> None:
     assert "holds no run" in refusal("resume", str(tmp_path / "nowhere"))
-    RunDirectory.create(tmp_path / "done").finish()
+    done = RunDirectory.create(tmp_path / "done")
+    done.save_recipe("{stage: pipeline, stages: []}")
+    done.finish()
     assert "has finished" in refusal("resume", str(tmp_path / "done"))

@@ -62,6 +62,11 @@ def assert_same(one: Path, other: Path, read_lines: Lines) -> None:
     assert state(one) == state(other) == "finished"
     for name in ("metrics.jsonl", "evaluations.jsonl"):
         assert numbers(read_lines(one / name)) == numbers(read_lines(other / name))
+    assert_same_files(one, other)
+
+
+def assert_same_files(one: Path, other: Path) -> None:
+    """Weights, optimizer and samples of two runs."""
     files = {str(f.relative_to(one)) for p in ("final/*", "checkpoints/*/*.pt", "samples/*") for f in one.glob(p)}
     assert files == {
         str(f.relative_to(other)) for p in ("final/*", "checkpoints/*/*.pt", "samples/*") for f in other.glob(p)
@@ -130,6 +135,24 @@ def test_killed_at_five_places_it_ends_as_the_undisturbed_run(
         assert resumed, output
         assert int(resumed[1]) >= step - SAVE_EVERY, output
         assert_same(expected, run, read_lines)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("stage", COMMANDS)
+def test_a_finished_run_made_longer_ends_as_one_that_was_as_long_from_the_start(
+    stage: str, align: Any, read_lines: Lines, tmp_path: Path
+) -> None:
+    key, constant = f"{stage}.steps", "learner.optimizer.schedule=constant"
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    align(*COMMANDS[stage], constant, f"run.dir={whole}").ends(0)
+    align(*COMMANDS[stage], constant, f"run.dir={run}", f"{key}=4").ends(0)
+    earlier = read_lines(run / "metrics.jsonl")
+    output = align("resume", str(run), f"{key}={STEPS[stage]}").ends(0)
+    assert "resuming from step 4" in output
+    assert f"the run now has {STEPS[stage]} steps in place of 4" in output
+    assert read_lines(run / "metrics.jsonl")[: len(earlier)] == earlier
+    assert_same_files(whole, run)
 
 
 @pytest.mark.slow

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 
 from align.errors import UserError
-from align.recipe import LearnerOptions, ModelOptions, OptimizerOptions, RewardModelOptions, RewardModelRecipe
+from align.recipe import RewardModelRecipe
 from align.run import MetricsLog, RunDirectory
 from align.run.trackers import Trackers, check_trackers
+
+from ..tiny import tiny_recipe
 
 SECRET = "planted-planted-planted"
 VALUES = {"loss": 0.5, "evaluation/pass@4": 0.25, "kl": float("nan")}
@@ -21,14 +23,9 @@ STEPS = [(step, 0.5) for step in (1, 2, 3)]
 
 
 def recipe(tracker: str) -> RewardModelRecipe:
-    return RewardModelRecipe(
-        stage="reward_model",
-        name="tiny",
-        trackers=[{"name": tracker, "project": "sums", "samples": 2}],  # type: ignore[list-item]
-        model=ModelOptions(path="recipes/nano/policy", init="random"),
-        data=[{"card": "nano_helpful", "params": {"api_key": SECRET}}],  # type: ignore[list-item]
-        learner=LearnerOptions(optimizer=OptimizerOptions(learning_rate=1e-3)),
-        reward_model=RewardModelOptions(steps=9),
+    return tiny_recipe(
+        trackers=[{"name": tracker, "project": "sums", "samples": 2}],
+        data={"card": "nano_helpful", "params": {"api_key": SECRET}},
     )
 
 

@@ -11,18 +11,13 @@ from typing import Any
 import pytest
 
 from align.errors import UserError
-from align.recipe import (
-    LearnerOptions,
-    ModelOptions,
-    OptimizerOptions,
-    RewardModelOptions,
-    RewardModelRecipe,
-    RunOptions,
-)
+from align.recipe import RewardModelRecipe
 from align.run import MetricsLog, RunDirectory, trackers
 from align.run.tracker_libraries import Ending, Row, TrackedRun, mlflow_name
 from align.run.trackers import Background, Trackers, check_trackers
 from align.session.run import open_run
+
+from ..tiny import tiny_recipe
 
 
 class Recorder:
@@ -74,17 +69,8 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     return recorder
 
 
-def recipe(directory: Path, *listed: Any, **keys: Any) -> RewardModelRecipe:
-    return RewardModelRecipe(
-        stage="reward_model",
-        name="tiny",
-        run=RunOptions(dir=directory, **keys),
-        trackers=list(listed),
-        model=ModelOptions(path="recipes/nano/policy", init="random"),
-        data=[{"card": "nano_helpful"}],  # type: ignore[list-item]
-        learner=LearnerOptions(optimizer=OptimizerOptions(learning_rate=1e-3)),
-        reward_model=RewardModelOptions(steps=9),
-    )
+def recipe(directory: Path, *listed: Any) -> RewardModelRecipe:
+    return tiny_recipe(run={"dir": directory}, trackers=list(listed))
 
 
 def open_log(directory: Path, recorder: Recorder) -> MetricsLog:

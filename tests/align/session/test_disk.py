@@ -8,31 +8,17 @@ import pytest
 
 from align.errors import UserError
 from align.model.sizes import empty_model, model_sizes, read_config
-from align.recipe import (
-    LearnerOptions,
-    ModelOptions,
-    OptimizerOptions,
-    RewardModelOptions,
-    RewardModelRecipe,
-    RunOptions,
-)
+from align.recipe import RewardModelRecipe
 from align.session.checks import bytes_needed, check_space
 
+from ..tiny import NANO, tiny_recipe
+
 Usage = namedtuple("Usage", "free")
-NANO = str(Path(__file__).parents[3] / "recipes" / "nano" / "policy")
 PARAMETERS = model_sizes(empty_model(read_config(NANO))).total
 
 
-def recipe(**more: object) -> RewardModelRecipe:
-    return RewardModelRecipe(
-        stage="reward_model",
-        name="disk",
-        model=ModelOptions(path=NANO),
-        data=[{"card": "nano_helpful"}],
-        learner=LearnerOptions(optimizer=OptimizerOptions(learning_rate=1e-3)),
-        reward_model=RewardModelOptions(steps=1),
-        **more,
-    )
+def recipe(**keys: object) -> RewardModelRecipe:
+    return tiny_recipe(model={"path": NANO}, **keys)
 
 
 def test_each_checkpoint_counts_with_its_optimizer_and_the_one_that_is_being_written() -> None:
@@ -44,7 +30,7 @@ def test_each_checkpoint_counts_with_its_optimizer_and_the_one_that_is_being_wri
 
 
 def test_too_little_space_is_refused_with_what_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = recipe(run=RunOptions(dir=tmp_path / "not" / "there"))
+    made = recipe(run={"dir": tmp_path / "not" / "there"})
     need = bytes_needed(recipe(), PARAMETERS)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(need))
     check_space(made.directory, need, keep=made.keep_checkpoints)

@@ -51,6 +51,27 @@ def test_a_changed_reward_file_is_named_and_refused_unless_changes_are_allowed(
     assert f"going on with another recipe: {told}" in events
 
 
+def test_files_that_a_reward_file_imports_from_beside_it_belong_to_it(tmp_path: Path) -> None:
+    (tmp_path / "units").mkdir()
+    (tmp_path / "units" / "__init__.py").write_text("from .metric import M\n")
+    (tmp_path / "units" / "metric.py").write_text("M = 'm'\n")
+    (tmp_path / "helpers.py").write_text("import json\nfrom units import M\n")
+    (tmp_path / "other.py").write_text("")
+    (tmp_path / "mine.py").write_text(
+        "def f(sample):\n    import helpers\n    from reward import Score\n    return 1\n"
+    )
+    with pytest.raises(KeyboardInterrupt), open_run(recipe(tmp_path)) as run:
+        raise KeyboardInterrupt
+    (tmp_path / "other.py").write_text("changed")
+    assert changes(run.directory, recipe(tmp_path), pending=run.directory.path) == []
+    for name in ("helpers.py", "units/__init__.py", "units/metric.py"):
+        (tmp_path / name).write_text((tmp_path / name).read_text() + "\n")
+    assert changes(run.directory, recipe(tmp_path), pending=run.directory.path) == [
+        f"rewards (the content of {tmp_path / name} has changed)"
+        for name in ("helpers.py", "units/__init__.py", "units/metric.py")
+    ]
+
+
 def example(domain: str, **metadata: str) -> Example:
     return Example(f"{domain}/1", ({"role": "user", "content": "?"},), None, "3 m", domain, metadata=metadata)
 

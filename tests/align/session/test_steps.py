@@ -5,95 +5,21 @@ import json
 import os
 import resource
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
 
 import pytest
 import torch
 
 from align.data.drawing import Source
 from align.errors import Terminated, UserError
-from align.recipe import (
-    LearnerOptions,
-    ModelOptions,
-    OptimizerOptions,
-    RewardModelOptions,
-    RewardModelRecipe,
-    RunOptions,
-)
-from align.run.checkpoints import Entry, hashed_file
-from align.session.run import Run, open_run
+from align.recipe import RunOptions
+from align.run.checkpoints import hashed_file
+from align.session.run import open_run
 from align.session.steps import SavingError, Steps
 
-DATA = [Source("pairs", ["one", "two"], 1)]
-
-
-class Counter:
-    """The least that can learn: it counts, in a tensor."""
-
-    def __init__(self) -> None:
-        self.value = torch.zeros(1000, dtype=torch.int64)
-        self.closed = False
-        self.bad_updates = 0
-
-    def save_state(self, directory: Path) -> dict[str, Entry]:
-        with hashed_file(directory / "rank_00000.pt") as (file, entry):
-            torch.save(self.value, file)
-        return {"rank_00000.pt": entry}
-
-    def load_state(self, directory: Path) -> None:
-        self.value = torch.load(directory / "rank_00000.pt", weights_only=True)
-
-    def save(self, directory: Path) -> None:
-        directory.mkdir()
-
-    def close(self) -> None:
-        self.closed = True
-
-
-def recipe(directory: Path, steps: int = 9, ranks: int = 2, seed: int = 0, **run: Any) -> RewardModelRecipe:
-    return RewardModelRecipe(
-        stage="reward_model",
-        name="counting",
-        seed=seed,
-        run=RunOptions(dir=directory, **run),
-        model=ModelOptions(path="recipes/nano/policy", init="random"),
-        data=[{"card": "nano_helpful"}],
-        learner=LearnerOptions(ranks=ranks, optimizer=OptimizerOptions(learning_rate=1e-3)),
-        save_every=2,
-        reward_model=RewardModelOptions(steps=steps),
-    )
-
-
-def count(
-    made: RewardModelRecipe,
-    run: Run,
-    stop_at: int | None = None,
-    data: Any = DATA,
-    accuracies: Mapping[int, float] = MappingProxyType({}),
-) -> Counter:
-    """Make the steps of a recipe; at `stop_at` a signal comes in the middle of the step, `accuracies` are after some."""
-    learner = Counter()
-    with Steps(made, run, learner, made.reward_model.steps, data, state={"seen": []}) as steps:  # type: ignore[arg-type]
-        run.progress.stage("counting", made.reward_model.steps, completed=steps.done)
-        steps.restore()
-        assert learner.bad_updates == max(0, steps.done - 1)
-        for step in steps:
-            if stop_at == step:
-                os.kill(os.getpid(), signal.SIGTERM)
-            learner.value += step
-            learner.bad_updates = step
-            steps.state["seen"].append(step)
-            if step + 1 in accuracies:
-                steps.rate(step + 1, accuracies[step + 1])
-            run.record_step("counting", step + 1, {"loss": float(step)}, ())
-    assert learner.closed
-    assert learner.bad_updates == made.reward_model.steps - 1
-    assert steps.state["seen"] == list(range(steps.done))
-    return learner
+from .counting import DATA, Counter, count, recipe, status, steps_of
 
 
 @pytest.fixture
@@ -103,14 +29,6 @@ def stopped(tmp_path: Path) -> Path:
     with pytest.raises(Terminated), open_run(made) as run:
         count(made, run, stop_at=5)
     return tmp_path / "run"
-
-
-def steps_of(run: Path) -> list[int]:
-    return [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def status(run: Path) -> str:
-    return str(json.loads((run / "status.json").read_text())["state"])
 
 
 def checkpoints(run: Path) -> list[str]:
