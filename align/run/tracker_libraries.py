@@ -4,10 +4,12 @@ import os
 import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import psutil
 import yaml
 
 from align.errors import UserError
@@ -17,6 +19,8 @@ Row = Mapping[str, str | int | float | None]
 STEP = "step"
 FINISH_TIMEOUT_S = 60.0
 """How long the end of a run waits for a tracker that is still sending."""
+START_TIMEOUT_S = 15.0
+"""How long it waits for one that has not answered at all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +45,9 @@ class Tracker(Protocol):
 
     def finish(self, ending: Ending) -> None:
         """End the run and wait until it has everything."""
+
+    def abandon(self) -> None:
+        """Leave nothing behind that the end of the process would wait for. May be called from another thread, and again."""
 
 
 class Trackio:
@@ -69,6 +76,9 @@ class Trackio:
 
     def finish(self, ending: Ending) -> None:
         self._run.finish()
+
+    def abandon(self) -> None:
+        """Its thread is a daemon."""
 
 
 class Wandb:
@@ -117,6 +127,16 @@ class Wandb:
 
     def finish(self, ending: Ending) -> None:
         self._run.finish(exit_code=int(ending != "finished"))
+
+    def abandon(self) -> None:
+        import wandb
+
+        # At the end of this process the library would wait for its own one, as long again as `finish` has. What that has is on the disk.
+        for child in psutil.Process().children():
+            if child.name() == "wandb-core":
+                child.kill()
+        with suppress(Exception):
+            wandb.teardown()
 
 
 def check_wandb() -> None:
@@ -176,6 +196,9 @@ class Mlflow:
 
     def finish(self, ending: Ending) -> None:
         self._client.set_terminated(self._run_id, self.STATUS[ending])
+
+    def abandon(self) -> None:
+        """It has nothing but requests that are under way."""
 
     def _log_recipe(self, recipe: Mapping[str, Any]) -> None:
         from mlflow.entities import Param

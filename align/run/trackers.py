@@ -17,7 +17,16 @@ from align.errors import UserError
 from align.run.directory import RunDirectory
 from align.run.files import read_jsonl_lines, redacted, without_secrets_in, write_atomically
 from align.run.tensorboard import TensorBoard
-from align.run.tracker_libraries import FINISH_TIMEOUT_S, LIBRARIES, Ending, Row, TrackedRun, Tracker, check_wandb
+from align.run.tracker_libraries import (
+    FINISH_TIMEOUT_S,
+    LIBRARIES,
+    START_TIMEOUT_S,
+    Ending,
+    Row,
+    TrackedRun,
+    Tracker,
+    check_wandb,
+)
 
 if TYPE_CHECKING:
     from align.recipe import Recipe, TrackerOptions
@@ -144,6 +153,7 @@ class Background:
         self._lines = _lines_of(metrics_file)
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._started = threading.Event()
         self._failure: Exception | None = None
         self._sent = Sent()
 
@@ -164,10 +174,14 @@ class Background:
             return
         self._queue.put(lambda: self._tracker.finish(ending))
         self._queue.put(None)
+        if not self._started.wait(START_TIMEOUT_S):
+            self._tracker.abandon()
+            raise TimeoutError(f"it had not answered {START_TIMEOUT_S:.0f} seconds after the end of the run")
         self._thread.join(FINISH_TIMEOUT_S)
         if self._failure is not None:
             raise self._failure
         if self._thread.is_alive():
+            self._tracker.abandon()
             raise TimeoutError(f"it was still sending {FINISH_TIMEOUT_S:.0f} seconds after the end of the run")
 
     def _do(self, work: Callable[[], None]) -> None:
@@ -183,10 +197,13 @@ class Background:
             self._sent = Sent.read(self._state_file)
             self._sent.run = self._tracker.start(self._run, self._sent.run)
             self._save()
+            self._started.set()
             while (work := self._queue.get()) is not None:
                 work()
         except Exception as error:
             self._failure = error
+            self._started.set()
+            self._tracker.abandon()
 
     def _send_scalars(self, line: int, step: int, values: Mapping[str, float], time: float) -> None:
         if line < self._sent.lines:

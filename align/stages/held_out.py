@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from align.data.cards import DataCard
 from align.data.entries import evaluated
 from align.data.loader import first, load_split, refuse_one_file
 from align.data.types import Example, SplitName
@@ -31,12 +32,13 @@ class Problems:
     """Held-out problems, and a few of their prompts to compare sampler and learner on.
 
     `watched` are those of the validation split, by which checkpoints are chosen; empty where the recipe evaluates on them
-    anyway, or chooses none. `prompts` has every prompt of the splits that these are of, by "CARD/SPLIT"; `too_long` of the
-    problems have a prompt that leaves no room for an answer.
+    anyway, or chooses none. `cards` are those of the data that they come from; `prompts` has every prompt of the splits that these are of, by
+    "CARD/SPLIT"; `too_long` of the problems have a prompt that leaves no room for an answer.
     """
 
     problems: Sequence[Problem]
     probe: Sequence[Prompt]
+    cards: Sequence[DataCard] = ()
     watched: Sequence[Problem] = ()
     prompts: Mapping[str, frozenset[str]] = field(default_factory=dict)
     too_long: int = 0
@@ -70,9 +72,8 @@ def load_problems(recipe: PolicyRecipe, tokenizer: Any) -> Problems:
     short_problems(watched, longest)
     check_columns(recipe.rewards, [problem.example for problem in [*problems, *watched]])
     too_long = sum(len(problem.prompt.token_ids) > longest for problem in [*problems, *watched])
-    return Problems(
-        problems, fitting[:: max(1, len(fitting) // PROBE_PROMPTS)][:PROBE_PROMPTS], watched, prompts, too_long
-    )
+    probed = fitting[:: max(1, len(fitting) // PROBE_PROMPTS)][:PROBE_PROMPTS]
+    return Problems(problems, probed, [entry.card for entry in entries], watched, prompts, too_long)
 
 
 class HeldOut:
@@ -83,7 +84,6 @@ class HeldOut:
         run = session.run
         self._problems, self._session, self._run = problems, session, run
         self._split = ""
-        self._cards = [entry.card for entry in evaluated(recipe)]
         self._longest = recipe.rollout.max_length - recipe.evaluation.max_new_tokens
         self._others = answers_of(recipe.evaluation.against.run) if recipe.evaluation.against else []
         self._max_length = recipe.rollout.max_length
@@ -134,7 +134,7 @@ class HeldOut:
         another run's; and how often the sampled ones are."""
         greedy = [answer for answer in evaluation.rows if answer["greedy"]]
         examples = [problem.example for problem in self._problems.problems]
-        rates = task_rates(self._cards, greedy, examples) | instruction_rates(greedy, examples)
+        rates = task_rates(self._problems.cards, greedy, examples) | instruction_rates(greedy, examples)
         if (against := self._options.against) is not None and not self._split:
             for name, is_greedy in (("win_rate", True), ("win_rate_sampled", False)):
                 ours, theirs = (

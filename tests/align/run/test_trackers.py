@@ -30,6 +30,7 @@ class Recorder:
         self.logged: list[tuple[int, Mapping[str, float], float]] = []
         self.tables: list[tuple[int, str, Sequence[Row]]] = []
         self.endings: list[Ending] = []
+        self.abandoned = False
         self.broken: Exception | None = None
 
     def start(self, run: TrackedRun, run_id: str | None) -> str:
@@ -47,6 +48,9 @@ class Recorder:
 
     def finish(self, ending: Ending) -> None:
         self.endings.append(ending)
+
+    def abandon(self) -> None:
+        self.abandoned = True
 
     def _break(self) -> None:
         if self.broken is not None:
@@ -164,17 +168,35 @@ def test_a_tracker_that_fails_is_told_of_once_and_left_alone(tmp_path: Path, cap
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 49
 
 
+@pytest.mark.parametrize(
+    ("hangs", "limit", "told"),
+    [
+        ("start", "START_TIMEOUT_S", "it had not answered"),
+        ("scalars", "FINISH_TIMEOUT_S", "it was still sending"),
+        ("finish", "FINISH_TIMEOUT_S", "it was still sending"),
+    ],
+)
 def test_a_tracker_that_hangs_holds_the_run_up_for_a_limited_time_at_its_end_alone(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    hangs: str, limit: str, told: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trackers, "FINISH_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(trackers, limit, 0.1)
     recorder, released = Recorder(), threading.Event()
-    monkeypatch.setattr(recorder, "start", lambda run, run_id: released.wait(60) and "first")
+    monkeypatch.setattr(recorder, hangs, lambda *_: released.wait(60) and "first")
     log = open_log(tmp_path / "run", recorder)
     write(log, 1, 2)
     end(log)
-    assert "TimeoutError: it was still sending" in caplog.messages[0]
+    assert f"TimeoutError: {told}" in caplog.messages[0]
+    assert recorder.abandoned
     released.set()
+
+
+def test_a_tracker_that_fails_leaves_nothing_that_the_end_of_the_process_waits_for(tmp_path: Path) -> None:
+    recorder = Recorder()
+    recorder.broken = ConnectionError("down")
+    log = open_log(tmp_path / "run", recorder)
+    write(log, 1)
+    end(log)
+    assert recorder.abandoned
 
 
 def test_one_that_fails_takes_no_other_with_it(tmp_path: Path, recorder: Recorder) -> None:
