@@ -19,8 +19,8 @@ Row = Mapping[str, str | int | float | None]
 STEP = "step"
 FINISH_TIMEOUT_S = 60.0
 """How long the end of a run waits for a tracker that is still sending."""
-START_TIMEOUT_S = 15.0
-"""How long it waits for one that has not answered at all."""
+START_TIMEOUT_S = 45.0
+"""How long a tracker has to answer at all before the end of a run waits for it no more."""
 
 
 @dataclass(frozen=True, slots=True)

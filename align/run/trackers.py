@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from align.errors import UserError
@@ -153,7 +154,7 @@ class Background:
         self._lines = _lines_of(metrics_file)
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
-        self._started = threading.Event()
+        self._began, self._started = 0.0, threading.Event()
         self._failure: Exception | None = None
         self._sent = Sent()
 
@@ -174,10 +175,11 @@ class Background:
             return
         self._queue.put(lambda: self._tracker.finish(ending))
         self._queue.put(None)
-        if not self._started.wait(START_TIMEOUT_S):
+        end = monotonic() + FINISH_TIMEOUT_S
+        if not self._started.wait(max(0.0, self._began + START_TIMEOUT_S - monotonic())):
             self._tracker.abandon()
-            raise TimeoutError(f"it had not answered {START_TIMEOUT_S:.0f} seconds after the end of the run")
-        self._thread.join(FINISH_TIMEOUT_S)
+            raise TimeoutError(f"it has not answered for {monotonic() - self._began:.0f} seconds")
+        self._thread.join(max(0.0, end - monotonic()))
         if self._failure is not None:
             raise self._failure
         if self._thread.is_alive():
@@ -189,6 +191,7 @@ class Background:
             raise self._failure
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name=f"tracker {self._name}", daemon=True)
+            self._began = monotonic()
             self._thread.start()
         self._queue.put(work)
 

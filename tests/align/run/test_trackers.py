@@ -171,7 +171,7 @@ def test_a_tracker_that_fails_is_told_of_once_and_left_alone(tmp_path: Path, cap
 @pytest.mark.parametrize(
     ("hangs", "limit", "told"),
     [
-        ("start", "START_TIMEOUT_S", "it had not answered"),
+        ("start", "START_TIMEOUT_S", "it has not answered for 0 seconds"),
         ("scalars", "FINISH_TIMEOUT_S", "it was still sending"),
         ("finish", "FINISH_TIMEOUT_S", "it was still sending"),
     ],
