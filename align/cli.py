@@ -437,6 +437,25 @@ def report(
         print(f"the plot is in {write_plot(run, svg)}")
 
 
+@app.command()
+def publish(
+    run: RunPath,
+    to: Annotated[str | None, Option(metavar="NAME/REPO", help="repository of the Hugging Face hub to push to")] = None,
+    public: Annotated[bool, Option("--public", help="for everybody; private when not given")] = False,
+    overwrite: Annotated[bool, Option("--overwrite", help="replace files that the repository has")] = False,
+    new_card: Annotated[bool, Option("--new-card", help="write the card anew where it has been edited")] = False,
+) -> None:
+    """write a model card beside a run's final weights, and push both to the Hugging Face hub
+
+    Without --to nothing leaves the machine. Look at final/README.md, and edit it, before you push it.
+    """
+    from align.tools.publish import publish as publish_run
+
+    if to is None and (public or overwrite):
+        raise UserError("--public and --overwrite have no effect without --to: name the repository, or leave them out")
+    publish_run(run, to, public=public, overwrite=overwrite, new_card=new_card, tell=print)
+
+
 @sandbox.command("check")
 def check_sandbox() -> int:
     """say what this machine allows of it: the exit status is 0 where code can be isolated, 1 where it cannot"""

@@ -113,9 +113,13 @@ def write_usage(directory: Path, tokenizer: Any, mean: float, std: float) -> Non
 
     `mean` and `std` bring its numbers to the scale on which 0 is an average answer.
     """
+    (directory / "README.md").write_text(usage(str(directory.absolute()), tokenizer, mean, std), encoding="utf-8")
+
+
+def usage(path: str, tokenizer: Any, mean: float, std: float) -> str:
+    """What `write_usage` writes of a reward model at a path or of that name on the hub."""
     end = tokenizer.convert_ids_to_tokens(turn_end(tokenizer))
-    text = USAGE.format(path=str(directory.absolute()), end=end, mean=mean, std=std or 1.0)
-    (directory / "README.md").write_text(text, encoding="utf-8")
+    return USAGE.format(path=path, end=end, mean=mean, std=std or 1.0)
 
 
 def tokenizer_hash(tokenizer: Any) -> str:

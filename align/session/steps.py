@@ -14,6 +14,8 @@ from align.errors import UserError
 from align.learner.group import RankGroup
 from align.learner.objective import learning_rate
 from align.recipe import ModelOptions, OptimizerOptions, TrainingRecipe, dump_recipe
+from align.report.model_card import is_edited
+from align.run import write_atomically
 from align.run.checkpoints import Checkpoint, Entry, hash_files
 from align.session.run import Run, positions
 
@@ -135,9 +137,16 @@ class Steps:
     def save_final(self, start: ModelOptions) -> ModelOptions:
         """Write what was trained from `start` to `final/`, and say how much of an adapter is lost where it is merged.
 
-        Returns the trained model.
+        A model card that somebody has edited there stays. Returns the trained model.
         """
+        card = self._run.directory.final_directory / "README.md"
+        edited = card.read_text(encoding="utf-8") if card.exists() and is_edited(card) else None
         lost = self._learner.save(self._run.directory.final_directory)
+        if edited is not None:
+            write_atomically(card, edited)
+            self._run.warn(
+                f"{card} is that of the model before, since it was edited; `align publish --new-card` writes a new one"
+            )
         if lost is not None:
             self._run.progress.note(
                 f"final: in the merged weights, in {self._recipe.model.dtype}, {lost:.2%} of what the adapter does is rounded away; "

@@ -9,6 +9,7 @@ import pytest
 from align.errors import UserError
 from align.recipe import RewardModelRecipe
 from align.run import RunDirectory, read_samples
+from align.run.files import whole_directory
 from align.session.longer import make_longer
 from align.session.run import open_run
 from align.session.steps import Steps
@@ -91,6 +92,24 @@ def test_final_is_there_until_the_new_one_is_whole(finished: Path) -> None:
         steps.save_final(made.model)
     assert status(finished) == "failed"
     assert (finished / "final" / "model.safetensors").read_text() == "of step 9"
+
+
+def test_a_model_card_that_was_edited_stays(finished: Path) -> None:
+    class Saving(Counter):
+        def save(self, directory: Path) -> None:
+            with whole_directory(directory) as temporary:
+                (temporary / "model.safetensors").write_text("of step 14")
+
+    (finished / "final").mkdir()
+    (finished / "final" / "README.md").write_text("---\nlicense: mit\n---\nmine\n")
+    made = recipe(finished, steps=14)
+    make_longer(finished, made)
+    with open_run(made) as run, Steps(made, run, Saving(), 14, DATA) as steps:  # type: ignore[arg-type]
+        steps.save_final(made.model)
+    assert {file.name: file.read_text().splitlines()[-1] for file in (finished / "final").iterdir()} == {
+        "README.md": "mine",
+        "model.safetensors": "of step 14",
+    }
 
 
 @pytest.mark.parametrize(

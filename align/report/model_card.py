@@ -1,0 +1,265 @@
+"""A run as a model card: the README.md that the Hugging Face hub reads beside the weights of `final/`."""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from align.data.cards import DataCard, HubSource, load_card
+from align.model.reward_model import usage
+from align.report.curves import Series, metric_series
+from align.report.evaluations import Evaluation, column_groups, compared_evaluations
+from align.report.read import RunRecord, Stage, read_run
+from align.run import RunDirectory, read_status
+from align.run.files import without_secrets_in
+from align.statistics import Interval, mean_interval, pass_at_k, wilson_interval
+
+TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
+UNKNOWN = "unknown"
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+NON_COMMERCIAL = re.compile(r"non-?\s?commercial|\bNC\b|research[- ]only", re.IGNORECASE)
+SEAL = re.compile(r"\n<!-- align publish: ([0-9a-f]{64}) -->\n\Z")
+MACHINE = ("run", "machine", "trackers", "save_every", "keep_checkpoints")
+"""Keys of a recipe that say nothing of what was trained, and may name places of the machine."""
+SHOWN = (
+    "loss",
+    "validation_loss",
+    "reward",
+    "accuracy",
+    "validation_accuracy",
+    "length",
+    "kl",
+    "entropy",
+    "learning_rate",
+)
+COLUMNS = 5
+EVALUATED = ("right answers", "sampled", "rates")
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Something that a model was made of, with its licence; `hub` is its name on the hub, "" where it has none."""
+
+    title: str
+    licence: str
+    use: str = ""
+    homepage: str = ""
+    hub: str = ""
+
+    @property
+    def is_non_commercial(self) -> bool:
+        return bool(NON_COMMERCIAL.search(self.licence))
+
+
+def model_card(run: RunRecord, name: str) -> str:
+    """The card of what a run has trained, to be published as `name`; it ends in a seal by which `is_edited` knows a changed one.
+
+    Raises UserError for a data card that cannot be read.
+    """
+    stages = lineage(run)
+    data, base = data_of(stages), base_of(stages[0])
+    evaluations = [each for each in compared_evaluations(run) if each.stage is run.whole]
+    licence = licence_of([*([base] if base else []), *data])
+    is_reward_model = run.whole.recipe.get("stage") == "reward_model"
+    about = ModelCardData(
+        model_name=name.rpartition("/")[2],
+        base_model=base.hub or None if base else None,
+        datasets=sorted({source.hub for source in data if source.hub}) or None,
+        library_name="transformers",
+        pipeline_tag="text-classification" if is_reward_model else "text-generation",
+        tags=["moe-align", str(run.whole.recipe.get("stage")).replace("_", "-")],
+        eval_results=results(run, evaluations) or None,
+        **licence,
+    )
+    final = RunDirectory(run.path).final_directory
+    text = ModelCard.from_template(
+        about,
+        template_str=TEMPLATE.read_text(encoding="utf-8"),
+        name=name,
+        base=base,
+        data=data,
+        licence=licence["license"],
+        stages=[(stage.recipe.get("stage"), recipe_text(stage), curve_rows(stage)) for stage in stages],
+        evaluations=evaluation_rows(evaluations),
+        has_adapter=(final / "adapter").is_dir(),
+        usage=usage_of(final, name) if is_reward_model else None,
+        packages=run.whole.environment.get("packages") or {},
+        python=run.whole.environment.get("python"),
+    ).content
+    body = without_secrets_in(str(text)).rstrip("\n") + "\n"
+    return f"{body}\n<!-- align publish: {_digest(body)} -->\n"
+
+
+def is_edited(file: Path) -> bool:
+    """Whether a file is a model card, with the hub's front matter, but not as `model_card` wrote it."""
+    card = file.read_text(encoding="utf-8")
+    seal = SEAL.search(card)
+    return card.startswith("---") and (seal is None or _digest(card[: seal.start()]) != seal[1])
+
+
+def lineage(run: RunRecord) -> list[Stage]:
+    """The stages that made the model of a run, the first one first: its own, and those of the runs whose `final/` it started from."""
+    found: list[Stage] = []
+    seen: set[Path] = set()
+    while run.path not in seen:
+        seen.add(run.path)
+        found = [*run.stages, *found]
+        start = Path(found[0].model_path).expanduser().absolute()
+        if start != RunDirectory(start.parent).final_directory or read_status(start.parent) is None:
+            break
+        run = read_run(start.parent)
+    return found
+
+
+def base_of(first: Stage) -> Source | None:
+    """The model that was trained, by its own card where that is there or on the hub; None where the weights were new."""
+    model = first.recipe.get("model") or {}
+    path = Path(first.model_path).expanduser()
+    if model.get("init") == "random":
+        return None
+    if path.is_dir():
+        return Source(path.name, _card_licence(path / "README.md"))
+    is_named = HUB_NAME.fullmatch(first.model_path) is not None
+    return Source(first.model_path, _card_licence(first.model_path), hub=first.model_path if is_named else "")
+
+
+def data_of(stages: Sequence[Stage]) -> list[Source]:
+    """The data that stages were trained on, each once for a stage."""
+    found = []
+    for stage in stages:
+        for entry in stage.recipe.get("data") or ():
+            use = str(stage.recipe.get("stage")).replace("_", " ")
+            if entry.get("card"):
+                found.append(_of_card(load_card(entry["card"]), use))
+            else:
+                path = str(entry.get("path"))
+                hub = path.removeprefix("hf://").removeprefix("datasets/") if path.startswith("hf://") else ""
+                found.append(
+                    Source(hub or f"the file {Path(path).name}", UNKNOWN, use, hub="/".join(hub.split("/")[:2]))
+                )
+    return list(dict.fromkeys(found))
+
+
+def licence_of(made_of: Sequence[Source]) -> dict[str, str]:
+    """The hub's keys for the licence of a model: that of its base where nothing is in the way, and never a guess."""
+    if any(source.is_non_commercial for source in made_of):
+        return {"license": "other", "license_name": "made-of-non-commercial-sources"}
+    known = all(source.licence != UNKNOWN for source in made_of)
+    return {"license": made_of[0].licence.lower() if made_of and not made_of[0].use and known else UNKNOWN}
+
+
+def results(run: RunRecord, evaluations: Sequence[Evaluation]) -> list[EvalResult]:
+    """The accuracies after the stage, for the hub's `model-index`."""
+    recipe = run.whole.recipe
+    names = (recipe.get("evaluation") or {}).get("cards") or [
+        entry.get("card") or Path(str(entry.get("path"))).name for entry in recipe.get("data") or ()
+    ]
+    last = next((e for e in reversed(evaluations) if e.right is not None and e.split is None), None)
+    if last is None or last.step == 0:
+        return []
+    low, high = wilson_interval(last.right or 0, last.problems or 1)
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=", ".join(names),
+            dataset_name=", ".join(names),
+            metric_type="accuracy",
+            metric_name=f"accuracy of {last.problems} held-out problems (95 % interval {low:.3f} to {high:.3f})",
+            metric_value=round(last.numbers["accuracy"], 4),
+        )
+    ]
+
+
+def evaluation_rows(evaluations: Sequence[Evaluation]) -> list[list[str]]:
+    """A table, its head first: the rates of each evaluation, with 95 % intervals where the answers give one."""
+    groups = column_groups(evaluations)
+    columns = [column for group in EVALUATED for column in groups.get(group, ())]
+    rows = [
+        [e.name, str(e.step), str(e.problems), *(_figure(e, column) for column in columns)]
+        for e in evaluations
+        if any(column in e.numbers for column in columns)
+    ]
+    return [["evaluation", "step", "problems", *columns], *rows] if rows else []
+
+
+def curve_rows(stage: Stage) -> list[list[str]]:
+    """A table, its head first: the main metrics of a stage at some of its steps."""
+    series = {name: found for name, found in metric_series(stage.metrics).items() if name in SHOWN}
+    steps = sorted({step for found in series.values() for step in found.steps})
+    if not steps:
+        return []
+    chosen = list(dict.fromkeys(steps[round(i * (len(steps) - 1) / (COLUMNS - 1))] for i in range(COLUMNS)))
+    rows = [[name, *(_at(series[name], step) for step in chosen)] for name in SHOWN if name in series]
+    return [["step", *map(str, chosen)], *rows]
+
+
+def recipe_text(stage: Stage) -> str:
+    """The recipe of a stage as YAML, without what belongs to the machine or is not given, and with names of local files in place of paths."""
+    kept = {key: value for key, value in stage.recipe.items() if key not in MACHINE}
+    return yaml.safe_dump(_names_of_files(kept), sort_keys=False, allow_unicode=True, width=110)
+
+
+def usage_of(final: Path, name: str) -> str:
+    """How a reward model is called, as a section of its card."""
+    from align.model.policy import load_tokenizer
+
+    notes = json.loads((final / "reward_model.json").read_text(encoding="utf-8"))
+    return usage(name, load_tokenizer(final), notes["mean"], notes["std"]).partition("\n")[2].strip()
+
+
+def _of_card(card: DataCard, use: str) -> Source:
+    hub = card.source.path if isinstance(card.source, HubSource) else ""
+    return Source(card.title, card.licence, use, card.homepage or "", hub)
+
+
+def _card_licence(card: Path | str) -> str:
+    """The licence in a model card, a file or that of a model on the hub; "unknown" where none can be read."""
+    if isinstance(card, Path) and not card.is_file():
+        return UNKNOWN
+    try:
+        about = ModelCard.load(card, ignore_metadata_errors=True).data
+    except (
+        Exception
+    ):  # whatever the hub's client and its HTTP library raise where there is no card, no network or no access
+        return UNKNOWN
+    return str(about.license_name or about.license or UNKNOWN)
+
+
+def _figure(evaluation: Evaluation, column: str) -> str:
+    value = evaluation.numbers.get(column)
+    if value is None:
+        return ""
+    interval: Interval | None = None
+    if column == "accuracy" and evaluation.right is not None and evaluation.problems:
+        interval = wilson_interval(evaluation.right, evaluation.problems)
+    elif column.startswith("pass@") and evaluation.sampled:
+        k = int(column.removeprefix("pass@"))
+        if k <= min(len(right) for right in evaluation.sampled.values()):
+            solved = [pass_at_k(len(right), sum(right), k) for right in evaluation.sampled.values()]
+            interval = mean_interval(solved) if abs(fmean(solved) - value) < 1e-9 else None
+    return f"{value:.1%}" + (f" ({max(interval[0], 0):.1%} to {min(interval[1], 1):.1%})" if interval else "")
+
+
+def _at(series: Series, step: int) -> str:
+    """The last value that was measured up to a step."""
+    values = [value for at, value in zip(series.steps, series.values, strict=True) if at <= step and value is not None]
+    return f"{values[-1]:.4g}" if values else ""
+
+
+def _names_of_files(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _names_of_files(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_names_of_files(item) for item in value]
+    return re.sub(r"^[~/].*/", "", value) if isinstance(value, str) else value
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
