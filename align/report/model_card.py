@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any
 
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 
 from align.data.cards import DataCard, HubSource, load_card
 from align.model.reward_model import usage
@@ -23,6 +23,7 @@ from align.statistics import Interval, mean_interval, pass_at_k, wilson_interval
 
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 UNKNOWN = "unknown"
+HUB_TIMEOUT_S = 10.0
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 NON_COMMERCIAL = re.compile(r"non-?\s?commercial|\bNC\b|research[- ]only", re.IGNORECASE)
 SEAL = re.compile(r"\n<!-- align publish: ([0-9a-f]{64}) -->\n\Z")
@@ -203,7 +204,7 @@ def curve_rows(stage: Stage) -> list[list[str]]:
 def recipe_text(stage: Stage) -> str:
     """The recipe of a stage as YAML, without what belongs to the machine or is not given, and with names of local files in place of paths."""
     kept = {key: value for key, value in stage.recipe.items() if key not in MACHINE}
-    return yaml.safe_dump(_names_of_files(kept), sort_keys=False, allow_unicode=True, width=110)
+    return yaml.safe_dump(_names_of_files(without_secrets_in(kept)), sort_keys=False, allow_unicode=True, width=110)
 
 
 def usage_of(final: Path, name: str) -> str:
@@ -221,15 +222,14 @@ def _of_card(card: DataCard, use: str) -> Source:
 
 def _card_licence(card: Path | str) -> str:
     """The licence in a model card, a file or that of a model on the hub; "unknown" where none can be read."""
-    if isinstance(card, Path) and not card.is_file():
-        return UNKNOWN
     try:
-        about = ModelCard.load(card, ignore_metadata_errors=True).data
-    except (
-        Exception
-    ):  # whatever the hub's client and its HTTP library raise where there is no card, no network or no access
-        return UNKNOWN
-    return str(about.license_name or about.license or UNKNOWN)
+        if isinstance(card, Path):
+            about = ModelCard.load(card, ignore_metadata_errors=True).data if card.is_file() else None
+        else:
+            about = HfApi().model_info(card, timeout=HUB_TIMEOUT_S).card_data
+    except Exception:  # whatever the hub's client and its HTTP library raise where there is no model, network or access
+        about = None
+    return str((about and (about.license_name or about.license)) or UNKNOWN)
 
 
 def _figure(evaluation: Evaluation, column: str) -> str:

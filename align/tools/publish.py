@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
 from align.errors import UserError
 from align.model.policy import first_line
@@ -87,7 +87,7 @@ def push(folder: Path, to: str, *, public: bool, overwrite: bool) -> str:
         try:
             there = api.model_info(to)
         except RepositoryNotFoundError:
-            # The address tells who is asked; one that the token may not see is refused here.
+            # Or it is there and the token may not see it; then making it is refused.
             api.create_repo(to, private=not public)
             there = api.model_info(to)
         files = [file.rfilename for file in there.siblings or () if file.rfilename != OF_GIT]
@@ -129,7 +129,6 @@ def said(to: str, token: str) -> Iterator[None]:
             412: f"{to} was changed while this was uploaded; nothing was committed. Look at it, and try again",
         }.get(status, first_line(error))
         raise UserError(f"the hub refused ({status}): {redacted(why.replace(token, '***'))}") from None
-    except (OSError, OfflineModeIsEnabled, RuntimeError, ValueError) as error:
-        raise UserError(
-            f"{to} could not be pushed to {constants.ENDPOINT}: {redacted(first_line(error).replace(token, '***'))}"
-        ) from None
+    except Exception as error:  # the client's own libraries for HTTP and storage have their own
+        why = redacted(first_line(error).replace(token, "***"))
+        raise UserError(f"{to} could not be pushed to {constants.ENDPOINT}: {type(error).__name__}: {why}") from None
