@@ -13,6 +13,7 @@ import yaml
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 
 from align.data.cards import DataCard, HubSource, load_card
+from align.errors import UserError
 from align.model.reward_model import usage
 from align.report.curves import Series, metric_series
 from align.report.evaluations import Evaluation, column_groups, compared_evaluations
@@ -169,7 +170,7 @@ def results(run: RunRecord, evaluations: Sequence[Evaluation]) -> list[EvalResul
     return [
         EvalResult(
             task_type="text-generation",
-            dataset_type=", ".join(names),
+            dataset_type=", ".join(map(_hub_name, names)),
             dataset_name=", ".join(names),
             metric_type="accuracy",
             metric_name=f"accuracy of {last.problems} held-out problems (95 % interval {low:.3f} to {high:.3f})",
@@ -213,6 +214,14 @@ def usage_of(final: Path, name: str) -> str:
 
     notes = json.loads((final / "reward_model.json").read_text(encoding="utf-8"))
     return usage(name, load_tokenizer(final), notes["mean"], notes["std"]).partition("\n")[2].strip()
+
+
+def _hub_name(data: str) -> str:
+    """What the data of a card are called on the hub; the name itself of others."""
+    try:
+        return _of_card(load_card(data), "").hub or data
+    except UserError:
+        return data
 
 
 def _of_card(card: DataCard, use: str) -> Source:

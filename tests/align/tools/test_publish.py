@@ -92,6 +92,7 @@ def test_the_front_matter_is_what_the_hub_reads(run: Path) -> None:
         "pipeline_tag": "text-generation",
         "tags": ["moe-align", "grpo"],
     }
+    assert result["dataset"]["type"] == "openai/gsm8k"
     assert result["metrics"][0]["value"] == 0.75
     assert result["metrics"][0]["name"] == "accuracy of 200 held-out problems (95 % interval 0.686 to 0.805)"
 
