@@ -22,8 +22,9 @@ class WarmRanks:
     """Keeps the actors of closed learner groups and gives them to the next groups, reset: a fresh process costs ten seconds of imports."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        self._idle: dict[type[LearnerRank], list[Any]] = {}
-        self._kinds: dict[Any, type[LearnerRank]] = {}
+        # DeepSpeed registers classes for experts that it spreads: such a process serves only groups that spread theirs.
+        self._idle: dict[tuple[type[LearnerRank], bool], list[Any]] = {}
+        self._kinds: dict[Any, tuple[type[LearnerRank], bool]] = {}
         self._start = RankGroup._start
         patch.setattr(RankGroup, "_start", lambda group, *of: self.start(group, *of))
         patch.setattr(RankGroup, "_end", lambda group, rank: self.end(group, rank))
@@ -33,7 +34,8 @@ class WarmRanks:
     ) -> Any:
         import ray
 
-        idle = self._idle.setdefault(kind, [])
+        key = (kind, group._options.expert_parallel > 1)
+        idle = self._idle.setdefault(key, [])
         while idle:
             actor = idle.pop(0)
             try:
@@ -42,20 +44,20 @@ class WarmRanks:
                 continue
             return actor
         actor = self._start(group, kind, model, rank, placement_group)
-        self._kinds[actor] = kind
+        self._kinds[actor] = key
         return actor
 
     def end(self, group: RankGroup, rank: Any) -> None:
-        """Keep the process, unless it hangs, or DeepSpeed has registered classes for experts that it spread."""
+        """Keep the process, unless it hangs."""
         import ray
 
-        if group._stalled or group._options.expert_parallel > 1:
+        if group._stalled:
             ray.kill(rank)
         else:
             self._idle[self._kinds[rank]].append(rank)
 
     def close(self) -> None:
-        """End the processes that wait for a group."""
+        """End the processes that wait for a group, so that the next ones are new."""
         import ray
 
         for actor in chain(*self._idle.values()) if ray.is_initialized() else ():
@@ -141,9 +143,9 @@ class WarmProcesses:
     """Both kinds, for the time of a test session."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        self._kinds = (WarmRanks(patch), WarmWorkers(patch))
+        self.ranks, self.workers = WarmRanks(patch), WarmWorkers(patch)
 
     def close(self) -> None:
-        """End the processes that wait to be used again, so that the next ones are new."""
-        for kind in self._kinds:
-            kind.close()
+        """End the processes that wait to be used again."""
+        self.ranks.close()
+        self.workers.close()

@@ -5,6 +5,7 @@ All 20,000 problems are known in advance. A problem and its mirror image (`A + B
 """
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Literal
 
 from align.data.drawing import fraction, split_of
@@ -31,8 +32,7 @@ def generate(
     shares = {"+": worked_share, "-": worked_share if worked_differences is None else worked_differences}
     return [
         _example(a, operation, b, split, worked_share=shares[operation], seed=seed, domain=domain)
-        for a, operation, b in problems()
-        if problem_split(a, operation, b) == split
+        for a, operation, b in problems_of(split)
     ]
 
 
@@ -43,6 +43,12 @@ def problems() -> Iterator[tuple[int, Operation, int]]:
         for a in range(LARGEST + 1):
             for b in range(LARGEST + 1):
                 yield a, operation, b
+
+
+@cache
+def problems_of(split: SplitName) -> list[tuple[int, Operation, int]]:
+    """The problems of a split, in the order of `problems`."""
+    return [problem for problem in problems() if problem_split(*problem) == split]
 
 
 def question(a: int, operation: Operation, b: int) -> str:

@@ -51,6 +51,23 @@ class Command:
         """All processes below it."""
         return psutil.Process(self.process.pid).children(recursive=True)
 
+    def largest(self) -> float:
+        """Wait for a good end; the most memory that its processes held together, in bytes. Shared pages are counted once."""
+        largest = 0.0
+        while self.process.poll() is None:
+            family = [psutil.Process(self.process.pid), *self.family()]
+            largest = max(largest, sum(map(proportional_set_size, family)))
+            time.sleep(2)
+        self.ends(0)
+        return largest
+
+
+def proportional_set_size(process: psutil.Process) -> float:
+    try:
+        return float(process.memory_full_info().pss)
+    except psutil.Error:
+        return 0.0
+
 
 @pytest.fixture
 def align(tmp_path: Path) -> Iterator[Callable[..., Command]]:
@@ -78,3 +95,15 @@ def read_lines() -> Callable[[Path], list[dict[str, Any]]]:
         return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
     return read
+
+
+@pytest.fixture
+def agreements(align: Callable[..., Command], read_lines: Callable[[Path], Any]) -> Callable[..., list[float]]:
+    """Runs a stage of the nano recipe on a model; how far sampler and learner were apart each time they were compared."""
+
+    def run(stage: str, model: Path | str, directory: Path, *overrides: str) -> list[float]:
+        recipe = [stage, f"recipes/nano/{stage}.yaml", f"run.dir={directory}", f"model={{path: {model}}}"]
+        align(*recipe, *overrides).ends(0)
+        return [line["agreement/mean"] for line in read_lines(directory / "metrics.jsonl") if "agreement/mean" in line]
+
+    return run

@@ -1,9 +1,6 @@
 """Policies of other architectures, and in bfloat16: SFT and GRPO with the real engines, which agree about them."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,8 +26,8 @@ from align.model.names import from_checkpoint, layout_of, to_checkpoint
 from align.model.policy import load_tokenizer
 from align.recipe import ModelOptions
 
-ROOT = Path(__file__).parents[2]
-NANO = ROOT / "recipes" / "nano" / "policy"
+NANO = Path(__file__).parents[2] / "recipes" / "nano" / "policy"
+Agreements = Callable[..., list[float]]
 SHORT = ["evaluation={limit: 8, samples: 0, max_new_tokens: 16}", "save_every=null"]
 SFT = [*SHORT, "sft={steps: 2, sequences_per_step: 16, validation_limit: 8}"]
 GRPO = [
@@ -77,16 +74,6 @@ def test_its_parameters_have_the_names_that_transformers_saves(name: str) -> Non
     assert all(torch.equal(back[name], own[name]) for name in own)
 
 
-def agreements(stage: str, model: Path, directory: Path, *overrides: str) -> list[float]:
-    """Run a stage of the nano recipe on another model; how far sampler and learner were apart each time they were compared."""
-    command = [sys.executable, "-m", "align.cli", stage, f"recipes/nano/{stage}.yaml", f"run.dir={directory}"]
-    command += [f"model={{path: {model}}}", *overrides]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"NO_COLOR": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return [line["agreement/mean"] for line in lines if "agreement/mean" in line]
-
-
 def write_model(config: PretrainedConfig, directory: Path) -> dict[str, torch.Tensor]:
     """A model with random weights and the nano policy's tokenizer; its weights."""
     tokenizer = load_tokenizer(NANO)
@@ -110,7 +97,9 @@ def test_the_doctor_finds_nothing_wrong_with_it(name: str, tmp_path: Path) -> No
 @pytest.mark.architectures
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_sft_and_grpo_run_on_it_and_transformers_loads_the_result(name: str, tmp_path: Path) -> None:
+def test_sft_and_grpo_run_on_it_and_transformers_loads_the_result(
+    name: str, tmp_path: Path, agreements: Agreements
+) -> None:
     before = write_model(ARCHITECTURES[name](), tmp_path / "model")
     found = agreements("sft", tmp_path / "model", tmp_path / "sft", *SFT)
     found += agreements("grpo", tmp_path / "sft" / "final", tmp_path / "grpo", *GRPO)
@@ -126,15 +115,15 @@ def test_sft_and_grpo_run_on_it_and_transformers_loads_the_result(name: str, tmp
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_bfloat16(tmp_path: Path, policy: ModelOptions) -> None:
+def test_bfloat16(tmp_path: Path, policy: ModelOptions, agreements: Agreements) -> None:
     bfloat16 = ["model.dtype=bfloat16", *GRPO]
-    found = agreements("grpo", Path(policy.path), tmp_path / "run", *bfloat16)
+    found = agreements("grpo", policy.path, tmp_path / "run", *bfloat16)
     assert 1e-5 < max(found) < 0.03
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_an_adapter_may_travel_alone(tmp_path: Path) -> None:
+def test_an_adapter_may_travel_alone(tmp_path: Path, agreements: Agreements) -> None:
     write_model(ARCHITECTURES["Qwen3"](), tmp_path / "model")
     lora = ["learner.lora={rank: 4, targets: attention+shared}", "weights.transport=adapter"]
     found = agreements("grpo", tmp_path / "model", tmp_path / "run", *GRPO, *lora)
@@ -147,6 +136,6 @@ def test_an_adapter_may_travel_alone(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_rollout_worker_may_be_two_processes(tmp_path: Path, policy: ModelOptions) -> None:
-    found = agreements("grpo", Path(policy.path), tmp_path, *GRPO, "rollout.workers=1", "rollout.tensor_parallel=2")
+def test_a_rollout_worker_may_be_two_processes(tmp_path: Path, policy: ModelOptions, agreements: Agreements) -> None:
+    found = agreements("grpo", policy.path, tmp_path, *GRPO, "rollout.workers=1", "rollout.tensor_parallel=2")
     assert max(found) < 1e-5

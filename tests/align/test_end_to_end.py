@@ -3,9 +3,8 @@
 import json
 import os
 import signal
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -36,20 +35,21 @@ SMALL += ["evaluation.hooks=[{name: needle, params: {lengths: [400], depths: [0.
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def here(ray_session: None) -> Iterator[Callable[..., int]]:
+    """`align` with these arguments in this process, on the Ray and the warm processes of the session; its exit status."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("align.session.session.local_ray", nullcontext)
+        yield lambda *arguments: main([str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, here: Callable[..., int]) -> Path:
     """SFT, then GRPO with two rollout workers, in one command."""
     directory = tmp_path_factory.mktemp("runs")
     sft = load_recipe(ROOT / "recipes" / "nano" / "sft.yaml", SFT)
     (directory / "sft.yaml").write_text(yaml.safe_dump(sft.model_dump(mode="json", exclude_unset=True)))
     command = ["grpo", "recipes/nano/grpo.yaml", f"run.dir={directory / 'nano'}", f"init_from={directory / 'sft.yaml'}"]
-    done = subprocess.run(
-        [sys.executable, "-m", "align.cli", *command, *SMALL],
-        cwd=ROOT,
-        env=os.environ | {"NO_COLOR": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert here(*command, *SMALL) == 0
     return directory / "nano"
 
 
@@ -112,7 +112,7 @@ OTHERWISE = {
     "way", [name if "files" in name else pytest.param(name, marks=pytest.mark.slow) for name in OTHERWISE]
 )
 def test_killed_stopped_by_ctrl_c_and_with_one_worker_it_is_the_same_to_the_last_bit(
-    way: str, run: Path, align: Callable[..., Any], tmp_path: Path
+    way: str, run: Path, align: Callable[..., Any], here: Callable[..., int], tmp_path: Path
 ) -> None:
     other = tmp_path / "other"
     start = ["init_from=null", f"model={{path: {run / 'sft' / 'final'}}}", "rollout.workers=1", "save_every=1"]
@@ -138,7 +138,7 @@ def test_killed_stopped_by_ctrl_c_and_with_one_worker_it_is_the_same_to_the_last
     assert psutil.wait_procs(children, timeout=20)[1] == []
     assert json.loads((other / "status.json").read_text())["state"] == "interrupted"
 
-    align("resume", str(other)).ends(0)
+    assert here("resume", other) == 0
     assert list((other / "weights").glob("*")) == []
     for step in range(1, STEPS + 1):
         one, two = (pq.read_table(path / "samples" / f"step_{step:05d}.parquet") for path in (run, other))
@@ -149,14 +149,13 @@ def test_killed_stopped_by_ctrl_c_and_with_one_worker_it_is_the_same_to_the_last
     assert (run / "final/model.safetensors").read_bytes() == (other / "final/model.safetensors").read_bytes()
 
 
-def test_servers_listen_on_loopback_alone(ray_session: None, warm_processes: Any) -> None:
+def test_servers_listen_on_loopback_alone(ray_session: None) -> None:
     """Ray's; learner ranks meet at their node's address."""
     import ray
 
-    warm_processes.close()
-
     ray.get(ray.remote(lambda: None).remote())
     processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    processes = [process for process in processes if "LearnerWorker" not in "".join(process.cmdline())]
     listening = {c.laddr.ip for p in processes for c in p.net_connections() if c.status == psutil.CONN_LISTEN}
     assert listening
     assert all(address.removeprefix("::ffff:") in ("127.0.0.1", "::1") for address in listening)

@@ -1,29 +1,23 @@
 """What the README promises of the nano recipes, at full size."""
 
 import json
-import os
 import re
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).parents[2]
 GB = 10**9
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_sft_learns_some_of_it_and_grpo_nearly_all(seed: int, tmp_path: Path) -> None:
+def test_sft_learns_some_of_it_and_grpo_nearly_all(seed: int, tmp_path: Path, align: Any) -> None:
     run = tmp_path / "run"
-    largest = watch_memory(grpo("recipes/nano/grpo.yaml", run, seed))
+    largest = align(*grpo("recipes/nano/grpo.yaml", run, seed)).largest()
     accuracy = {name: record["accuracy"] for name, record in evaluations(run).items()}
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     disagreement = max(step["agreement/max"] for step in steps if "agreement/max" in step)
@@ -38,9 +32,9 @@ def test_sft_learns_some_of_it_and_grpo_nearly_all(seed: int, tmp_path: Path) ->
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_reasoning_alignment_raises_arithmetic_and_code_together(seed: int, tmp_path: Path) -> None:
+def test_reasoning_alignment_raises_arithmetic_and_code_together(seed: int, tmp_path: Path, align: Any) -> None:
     run = tmp_path / "run"
-    watch_memory(grpo("recipes/nano/grpo_reasoning.yaml", run, seed))
+    align(*grpo("recipes/nano/grpo_reasoning.yaml", run, seed)).ends(0, 3600)
     after = evaluations(run)
     for domain in ("arithmetic", "code"):
         sft, rl = (after[f"after {stage}"][f"accuracy/{domain}"] for stage in ("SFT", "GRPO"))
@@ -50,9 +44,9 @@ def test_reasoning_alignment_raises_arithmetic_and_code_together(seed: int, tmp_
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_grpo_on_adapters_learns_nearly_all_and_leaves_the_base_alone(tmp_path: Path) -> None:
+def test_grpo_on_adapters_learns_nearly_all_and_leaves_the_base_alone(tmp_path: Path, align: Any) -> None:
     run = tmp_path / "run"
-    watch_memory(grpo("recipes/nano/grpo_lora.yaml", run, 0))
+    align(*grpo("recipes/nano/grpo_lora.yaml", run, 0)).ends(0, 3600)
     accuracy = evaluations(run)["after GRPO"]["accuracy"]
     print(f"{accuracy:.1%} after GRPO on adapters")
     assert accuracy >= 0.9
@@ -65,29 +59,10 @@ def test_grpo_on_adapters_learns_nearly_all_and_leaves_the_base_alone(tmp_path: 
 
 
 def grpo(recipe: str, run: Path, seed: int) -> list[str]:
-    return [sys.executable, "-m", "align.cli", "grpo", recipe, f"seed={seed}", f"run.dir={run}"]
+    return ["grpo", recipe, f"seed={seed}", f"run.dir={run}"]
 
 
 def evaluations(run: Path) -> dict[str, Any]:
     """The evaluations of a run and of the SFT inside it, by name."""
     lines = [line for part in (run / "sft", run) for line in (part / "evaluations.jsonl").read_text().splitlines()]
     return {record["name"]: record for record in map(json.loads, lines)}
-
-
-def watch_memory(command: list[str]) -> float:
-    """Run a command; returns the largest sum of its processes' proportional set sizes, in bytes."""
-    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"NO_COLOR": "1"}, stdout=subprocess.DEVNULL)
-    largest = 0.0
-    while process.poll() is None:
-        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-        largest = max(largest, sum(map(proportional_set_size, family)))
-        time.sleep(2)
-    assert process.returncode == 0
-    return largest
-
-
-def proportional_set_size(process: psutil.Process) -> float:
-    try:
-        return process.memory_full_info().pss
-    except psutil.Error:
-        return 0.0

@@ -1,40 +1,29 @@
 """The sandbox is taken away under a running GRPO: nothing is scored as wrong for it, and the run stops or goes on as told."""
 
 import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pyarrow.parquet as pq
 import pytest
 
-ROOT = Path(__file__).parents[2]
 # With `fenced: false` even what an untrained policy writes is run as a program.
 RECIPE = ["grpo", "recipes/nano/grpo_reasoning.yaml", "init_from=null", "data=[{card: nano_code}]"]
 RECIPE += ["rewards=[{name: code_tests, params: {fenced: false}}]", "grpo.steps=2", "grpo.prompts_per_step=4"]
 RECIPE += ["grpo.group_size=4", "sampling.max_new_tokens=16", "evaluation={limit: 4, samples: 0}"]
 
 
-def run_without_sandbox(
-    directory: Path, taken_away: Callable[[], bool], *overrides: str
-) -> subprocess.CompletedProcess[str]:
-    """A run whose sandbox is killed again and again for as long as `taken_away` says."""
-    command = [sys.executable, "-m", "align.cli", *RECIPE, f"run.dir={directory}", *overrides]
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=os.environ | {"NO_COLOR": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+def run_without_sandbox(command: Any, taken_away: Callable[[], bool]) -> None:
+    """Wait for the command's end; its sandbox is killed again and again for as long as `taken_away` says."""
     started = time.monotonic()
-    while process.poll() is None and time.monotonic() - started < 300:
+    while command.process.poll() is None and time.monotonic() - started < 300:
         if taken_away():
-            for zygote in zygotes(process.pid):
+            for zygote in zygotes(command.process.pid):
                 zygote.kill()
         time.sleep(0.02)
-    output, errors = process.communicate(timeout=60)
-    return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
 
 def zygotes(root: int) -> list[psutil.Process]:
@@ -55,11 +44,12 @@ def begun(directory: Path) -> bool:
 
 
 @pytest.mark.slow
-def test_samples_that_nobody_could_run_are_masked_and_the_sandbox_may_come_back(tmp_path: Path) -> None:
+def test_samples_that_nobody_could_run_are_masked_and_the_sandbox_may_come_back(tmp_path: Path, align: Any) -> None:
     run = tmp_path / "run"
     first, second = (run / "samples" / f"step_{step:05d}.parquet" for step in (1, 2))
-    done = run_without_sandbox(run, lambda: begun(run) and not first.exists(), "scoring.infra_error_limit=1.0")
-    assert done.returncode == 0, done.stderr[-3000:]
+    command = align(*RECIPE, f"run.dir={run}", "scoring.infra_error_limit=1.0")
+    run_without_sandbox(command, lambda: begun(run) and not first.exists())
+    command.ends(0, 60)
     masked = [row for row in pq.read_table(first).to_pylist() if row["verdict"] == "infra_error"]
     assert len(masked) >= 8
     assert all(row["reward"] is None and not row["trained_on"] for row in masked)
@@ -70,13 +60,12 @@ def test_samples_that_nobody_could_run_are_masked_and_the_sandbox_may_come_back(
 
 
 @pytest.mark.slow
-def test_above_the_limit_the_run_stops_and_says_why(tmp_path: Path) -> None:
+def test_above_the_limit_the_run_stops_and_says_why(tmp_path: Path, align: Any) -> None:
     run = tmp_path / "run"
-    done = run_without_sandbox(run, lambda: begun(run))
-    assert done.returncode == 1, done.stdout[-2000:]
-    assert (
-        "of the samples could not be judged, the limit is 5.0%. The first: reward 'code_tests' on sample" in done.stderr
-    )
-    assert "Traceback" not in done.stderr
+    command = align(*RECIPE, f"run.dir={run}")
+    run_without_sandbox(command, lambda: begun(run))
+    output = command.ends(1, 60)
+    assert "of the samples could not be judged, the limit is 5.0%. The first: reward 'code_tests' on sample" in output
+    assert "Traceback" not in output
     assert json.loads((run / "status.json").read_text())["state"] == "failed"
     assert not list((run / "samples").glob("*.parquet"))

@@ -1,18 +1,13 @@
 """A pipeline stopped by Ctrl-C inside each of its stages, and started again every time, ends as one that nobody stopped."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
 SMALL_LEARNER = "learner={ranks: 1, optimizer: {learning_rate: 1.0e-4}}"
 SMALL_ROLLOUT = "rollout={workers: 1, max_length: 64, kv_cache_gb: 0.25, batch_sequences: 32}"
 # The nano policy with hardly any training writes 77 characters in 24 tokens, now more, now fewer.
@@ -67,28 +62,6 @@ STAGES: list[dict[str, Any]] = [
 BEGUN = {"sft": '"loss"', "pairs": '"pairs"', "reward": '"loss"', "policy": '"agreement/mean"'}
 
 
-def start(directory: Path) -> subprocess.Popen[str]:
-    file = directory.parent / f"{directory.name}.yaml"
-    file.write_text(json.dumps({"name": "stopped", "run": {"dir": str(directory)}, "stages": STAGES}))
-    return subprocess.Popen(
-        [sys.executable, "-m", "align.cli", "pipeline", str(file)],
-        cwd=ROOT,
-        env=os.environ | {"NO_COLOR": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def until(happened: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 600) -> None:
-    end = time.monotonic() + seconds
-    while not happened():
-        assert process.poll() is None, process.communicate()[0][-4000:]
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
 def state(directory: Path) -> str:
     return str(json.loads((directory / "status.json").read_text())["state"])
 
@@ -97,14 +70,6 @@ def within(directory: Path, name: str) -> Callable[[], bool]:
     """Whether the stage has made its first step."""
     metrics = directory / name / "metrics.jsonl"
     return lambda: metrics.exists() and BEGUN[name] in metrics.read_text() and state(directory / name) == "running"
-
-
-def finished(directory: Path) -> Path:
-    process = start(directory)
-    output, _ = process.communicate(timeout=1200)
-    assert process.returncode == 0, output[-4000:]
-    assert state(directory) == "finished"
-    return directory
 
 
 def products(directory: Path) -> dict[str, bytes]:
@@ -124,17 +89,21 @@ def evaluations(directory: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_stopped_in_every_stage_it_ends_with_the_same_weights_and_numbers(tmp_path: Path) -> None:
-    whole = finished(tmp_path / "whole")
-    stopped = tmp_path / "stopped"
+def test_stopped_in_every_stage_it_ends_with_the_same_weights_and_numbers(tmp_path: Path, align: Any) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    for run in (whole, stopped):
+        (tmp_path / f"{run.name}.yaml").write_text(
+            json.dumps({"name": "stopped", "run": {"dir": str(run)}, "stages": STAGES})
+        )
+    align("pipeline", str(tmp_path / "whole.yaml")).ends(0, 1200)
     for name in BEGUN:
-        process = start(stopped)
-        until(within(stopped, name), process)
-        process.send_signal(signal.SIGINT)
-        output, _ = process.communicate(timeout=120)
-        assert process.returncode == 130, output[-4000:]
+        command = align("pipeline", str(tmp_path / "stopped.yaml"))
+        command.until(within(stopped, name), 600)
+        command.process.send_signal(signal.SIGINT)
+        command.ends(130, 120)
         assert state(stopped / name) == state(stopped) == "interrupted"
-    finished(stopped)
+    align("pipeline", str(tmp_path / "stopped.yaml")).ends(0, 1200)
+    assert state(whole) == state(stopped) == "finished"
     made = products(whole)
     assert {name.partition("/")[0] for name in made} == set(BEGUN)
     assert {name for name, content in products(stopped).items() if content != made[name]} == set()

@@ -25,6 +25,8 @@ from align.tasks.arithmetic import generate
 if importlib.util.find_spec("lm_eval") is None:
     pytest.skip("the extra `evaluation` is not installed", allow_module_level=True)
 
+# With the tests of the hook's own process: the harness and its thousands of task files are read once.
+pytestmark = pytest.mark.usefixtures("ray_session")
 NO_FLEET: Any = None
 NANO_TASKS = Path(__file__).parents[3] / "recipes" / "nano" / "lm_eval"
 SUMS = [{"question": f"{i} + 1 =", "choices": ["17", str(i + 1), "3 or 4"], "answer": 1} for i in range(12)]

@@ -7,7 +7,7 @@ import pytest
 
 from align.data.cards import load_card
 from align.data.loader import load_split
-from align.data.types import Example, SplitName
+from align.data.types import Example, LoadedSplit, SplitName
 from align.errors import UserError
 from align.run.files import write_jsonl
 from align.tasks.instructions import (
@@ -31,8 +31,13 @@ SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
 
 
 @pytest.fixture(scope="module")
-def examples() -> dict[SplitName, list[Example]]:
-    return {split: load_split(load_card("instructions"), split).examples for split in SPLITS}
+def loaded() -> dict[SplitName, LoadedSplit[Example]]:
+    return {split: load_split(load_card("instructions"), split) for split in SPLITS}
+
+
+@pytest.fixture(scope="module")
+def examples(loaded: dict[SplitName, LoadedSplit[Example]]) -> dict[SplitName, list[Example]]:
+    return {split: found.examples for split, found in loaded.items()}
 
 
 def kinds(example: Example) -> set[str]:
@@ -49,15 +54,15 @@ def parameters(examples: list[Example]) -> set[tuple[str, str]]:
     return found
 
 
-def test_the_card_tells_the_numbers(examples: dict[SplitName, list[Example]]) -> None:
+def test_the_card_tells_the_numbers(loaded: dict[SplitName, LoadedSplit[Example]]) -> None:
     card = load_card("instructions")
     for split in SPLITS:
-        assert len(examples[split]) == SIZES[split]
+        assert len(loaded[split].examples) == SIZES[split]
         assert f"{SIZES[split]:,} requests" in card.splits[split]
         assert f"{len(topics(split))} " in card.splits[split]
-        assert load_split(card, split).dropped_contaminated == 0
-    unseen = sum(example.metadata["unseen"] for example in examples["test"])
-    assert 0.28 < unseen / len(examples["test"]) < 0.38
+        assert loaded[split].dropped_contaminated == 0
+    unseen = [example.metadata["unseen"] for example in loaded["test"].examples]
+    assert 0.28 < sum(unseen) / len(unseen) < 0.38
 
 
 def test_splits_share_no_topic_and_no_parameter(examples: dict[SplitName, list[Example]]) -> None:
@@ -76,8 +81,8 @@ def test_some_kinds_are_only_in_the_test(examples: dict[SplitName, list[Example]
 
 
 def test_the_seed_decides(examples: dict[SplitName, list[Example]]) -> None:
-    assert generate("train", seed=0) == examples["train"]
-    assert generate("train", seed=1)[:20] != examples["train"][:20]
+    assert generate("validation", seed=0) == examples["validation"]
+    assert generate("validation", seed=1)[:20] != examples["validation"][:20]
 
 
 def test_no_request_is_at_odds_with_itself(examples: dict[SplitName, list[Example]]) -> None:
@@ -121,9 +126,16 @@ def requests_about(topic: str) -> list[str]:
     return [request.format(topic) for request in REQUESTS]
 
 
+def demonstrations(answers: Path | None, aware_share: float) -> list[Example]:
+    """Of the first thousand requests, which have all kinds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SIZES, "train", 1000)  # type: ignore[arg-type]
+        return generate("train", seed=0, answers=answers, aware_share=aware_share)
+
+
 @pytest.fixture(scope="module")
 def shown(answers: Path) -> list[Example]:
-    return generate("train", seed=0, answers=answers, aware_share=0.5)
+    return demonstrations(answers, 0.5)
 
 
 def follows(example: Example) -> bool:
@@ -134,8 +146,7 @@ def follows(example: Example) -> bool:
 
 
 def test_demonstrations_follow_the_instructions_as_often_as_asked(shown: list[Example], answers: Path) -> None:
-    aware = generate("train", seed=0, answers=answers, aware_share=1.0)
-    unaware = generate("train", seed=0, answers=answers, aware_share=0.0)
+    aware, unaware = demonstrations(answers, 1.0), demonstrations(answers, 0.0)
     assert all(map(follows, aware))
     capitals = [example.response for example in aware if example.response and example.response.isupper()]
     assert max(map(len, capitals)) <= MOST_CAPITALS
@@ -146,7 +157,7 @@ def test_demonstrations_follow_the_instructions_as_often_as_asked(shown: list[Ex
 
 
 def test_demonstrations_change_nothing_else_and_the_test_has_none(shown: list[Example], answers: Path) -> None:
-    bare = {example.id: example for example in generate("train", seed=0)}
+    bare = {example.id: example for example in demonstrations(None, 0.5)}
     assert all(bare[example.id].messages == example.messages for example in shown)
     assert all(example.response is None for example in generate("test", seed=0, answers=answers)[:20])
 
@@ -168,17 +179,17 @@ def test_whole_sentences_leave_out_marks_repetitions_and_what_was_cut_off() -> N
         ('{"request": "Describe rain to a child."}\n', r'line 1: needs "request" and "answer"'),
         ("{}", r"line 1: needs"),
         ("no JSON\n", r"line 1: not JSON"),
-        ("", r"has no answer to a train request"),
-        ('{"request": "Describe rain to a child.", "answer": "It rains"}\n', r"has no answer to a train request"),
+        ("", r"has no answer to a validation request"),
+        ('{"request": "Describe rain to a child.", "answer": "It rains"}\n', r"has no answer to a validation request"),
     ],
 )
 def test_answers_that_cannot_be_used_are_refused(content: str, told: str, tmp_path: Path) -> None:
     file = tmp_path / "answers.jsonl"
     file.write_text(content)
     with pytest.raises(UserError, match=told):
-        generate("train", seed=0, answers=file)
+        generate("validation", seed=0, answers=file)
 
 
 def test_answers_that_are_not_there_are_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no file .*nowhere\.jsonl of a model's own answers"):
-        generate("train", seed=0, answers=tmp_path / "nowhere.jsonl")
+        generate("validation", seed=0, answers=tmp_path / "nowhere.jsonl")

@@ -1,33 +1,46 @@
 """`align chat`: a conversation through the real engine, and what a user can get wrong."""
 
-import subprocess
-import sys
 from io import StringIO
 from typing import Any
 
 import pytest
+import ray
 
 from align.cli import EXIT_USER_ERROR, main
-from align.model.policy import load_tokenizer
+from align.model.policy import load_tokenizer, stop_token_ids
 from align.recipe import ModelOptions
 from align.tools.chat import Conversation, say, talk
-from rollout import SamplingOptions
+from rollout import Fleet, FleetOptions, SamplingOptions
+from rollout.worker import environment
 
-
-def chat(policy: ModelOptions, lines: str, *flags: str) -> list[str]:
-    """What the command answers to these lines, in a process of its own as vLLM wants it."""
-    command = [sys.executable, "-m", "align.cli", "chat", "--model", policy.path, "--max-new-tokens", "12", *flags]
-    run = subprocess.run(command, input=lines, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
-    return run.stdout.split("> ")[1:]
+LONG = "17 + " * 20
+LINES = f"17 + 25?\n17 + 25?\n/reset\n17 + 25?\n/frob\n\n{LONG}?\n{LONG}?\n/reset\n17?\n/quit\nnot read\n"
 
 
 def test_a_conversation_is_remembered_until_it_is_reset_and_one_too_long_says_so_and_goes_on(
-    policy: ModelOptions,
+    policy: ModelOptions, ray_session: None
 ) -> None:
-    long = "17 + " * 20
-    lines = f"17 + 25?\n17 + 25?\n/reset\n17 + 25?\n/frob\n\n{long}?\n{long}?\n/reset\n17?\n/quit\nnot read\n"
-    answers = chat(policy, lines, "--temperature", "0", "--max-length", "128")
+    """With the engine of a rollout worker, in its process."""
+    tokenizer, sampling = load_tokenizer(policy.path), SamplingOptions(temperature=0, max_new_tokens=12)
+
+    def chat(engine: Any) -> str:
+        out = StringIO()
+        talk(
+            Conversation(engine, tokenizer, max_length=128, sampling=sampling, system=None, seed=0),
+            StringIO(LINES),
+            out,
+        )
+        return out.getvalue()
+
+    options = FleetOptions(workers=1, max_length=128, kv_cache_gb=0.25)
+    fleet = Fleet(policy.path, policy.dtype, options, stop_token_ids(policy, tokenizer))
+    try:
+        fleet.wait_until_ready()
+        actor = fleet.workers[0].actor
+        assert actor is not None
+        answers = ray.get(actor.handle.__ray_call__.remote(chat)).split("> ")[1:]
+    finally:
+        fleet.close()
     first, second, reset, again, unknown, empty, *_, too_long, _, after, _ = answers
     assert first.strip()
     assert first != second, "the second answer has the first question and answer before it"
@@ -38,6 +51,32 @@ def test_a_conversation_is_remembered_until_it_is_reset_and_one_too_long_says_so
     assert "--max-length leaves room for 128 with an answer: /reset, or begin again" in too_long
     assert after.strip()
     assert "error" not in after
+
+
+def test_the_command_loads_the_model_and_samples_as_its_flags_say(
+    policy: ModelOptions, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made: list[Any] = []
+
+    class Engine:
+        def __init__(self, *arguments: Any, **named: Any) -> None:
+            made.append((arguments, named))
+
+        def stream(self, request: Any, sampling: SamplingOptions) -> Any:
+            made.append(sampling)
+            yield load_tokenizer(policy.path)("42", add_special_tokens=False)["input_ids"]
+
+    for name, value in environment(1).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("rollout.engine.Engine", Engine)
+    monkeypatch.setattr("sys.stdin", StringIO("17 + 25?\n"))
+    flags = ["--temperature", "0", "--max-new-tokens", "12", "--max-length", "128"]
+    assert main(["chat", "--model", policy.path, *flags]) == 0
+    assert capsys.readouterr().out == "> 42\n> "
+    ((path, dtype, options, stops), trusted), sampling = made
+    assert (path, dtype, options.max_length, stops) == (policy.path, "float32", 128, [1])
+    assert trusted == {"trust_remote_code": False}
+    assert (sampling.temperature, sampling.max_new_tokens) == (0, 12)
 
 
 @pytest.mark.parametrize(
