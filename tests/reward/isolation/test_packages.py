@@ -21,9 +21,10 @@ MAKERS = [
 LIMITS = Limits(cpu_seconds=5, wall_seconds=30, total_seconds=60)
 
 
-@pytest.fixture
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder of installed distributions: two that can be shown, one that fails, and two that share a folder."""
+    site = tmp_path_factory.mktemp("site")
     for distribution, files in {
         "one-dist": {
             "one/__init__.py": "from two import two\nfrom one.part import three\n",
@@ -41,11 +42,12 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         files = {**files, f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n"}
         files[f"{info}/RECORD"] = "".join(f"{name},,\n" for name in [*files, f"{info}/RECORD", "../../bin/tool"])
         for name, text in files.items():
-            (tmp_path / name).parent.mkdir(exist_ok=True)
-            (tmp_path / name).write_text(text)
-    monkeypatch.syspath_prepend(tmp_path)
-    zygote.installed.cache_clear()
-    yield tmp_path
+            (site / name).parent.mkdir(exist_ok=True)
+            (site / name).write_text(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(site)
+        zygote.installed.cache_clear()
+        yield site
     zygote.installed.cache_clear()
 
 
