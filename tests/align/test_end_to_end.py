@@ -159,7 +159,8 @@ def test_servers_listen_on_loopback_alone(ray_session: None) -> None:
 
     ray.get(ray.remote(lambda: None).remote())
     processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
-    processes = [process for process in processes if "LearnerWorker" not in "".join(process.cmdline())]
+    ranks = ("ray::LearnerWorker", "ray::RewardModelWorker")
+    processes = [process for process in processes if not "".join(process.cmdline()).startswith(ranks)]
     listening = {c.laddr.ip for p in processes for c in p.net_connections() if c.status == psutil.CONN_LISTEN}
     assert listening
     assert all(address.removeprefix("::ffff:") in ("127.0.0.1", "::1") for address in listening)

@@ -48,7 +48,7 @@ class WitnessedFleet:
     def sample(self, at_first_group: Callable[[], object] = lambda: None) -> list[Trajectory]:
         """The same trajectories at every call, in order; `at_first_group` is called while most are still being sampled."""
         drawn: list[Trajectory] = []
-        groups = self.fleet.sample(PROMPTS, 8, SamplingOptions(max_new_tokens=40), seed=0, step=0)
+        groups = self.fleet.sample(PROMPTS, 4, SamplingOptions(max_new_tokens=24), seed=0, step=0)
         for number, group in enumerate(groups):
             drawn += group.trajectories
             if number == 0:

@@ -28,7 +28,7 @@ from rollout.fleet import engine_batches
 
 from .publisher import LocalPublisher
 
-PROMPTS = [Prompt(f"p{i}", [1, 40 + i, 60 + 3 * i, 17]) for i in range(6)]
+PROMPTS = [Prompt(f"p{i}", [1, 40 + i, 60 + 3 * i, 17]) for i in range(4)]
 STOP = 2
 OPTIONS = FleetOptions(workers=1, max_length=64, kv_cache_gb=0.25, batch_sequences=16)
 
@@ -52,7 +52,7 @@ def weights(policy: ModelOptions, fleet: Fleet) -> Iterator[dict[str, torch.Tens
 
 
 def sample(fleet: Fleet, *, temperature: float = 1.0, seed: int = 0, step: int = 0) -> list[Group]:
-    sampling = SamplingOptions(temperature=temperature, max_new_tokens=12)
+    sampling = SamplingOptions(temperature=temperature, max_new_tokens=8)
     groups = fleet.sample(PROMPTS, 4, sampling, seed=seed, step=step)
     return sorted(groups, key=lambda group: group.prompt.id)
 
@@ -67,7 +67,7 @@ def test_groups_hold_a_completion_of_each_index_with_its_log_probabilities(fleet
     for group in groups:
         assert [completion.index for completion in group.trajectories] == [0, 1, 2, 3]
         for completion in group.trajectories:
-            assert len(completion.token_ids) == len(completion.log_probs) <= 12
+            assert len(completion.token_ids) == len(completion.log_probs) <= 8
             assert completion.log_probs.max() <= 0
             stopped = completion.finish_reason is FinishReason.STOP
             assert stopped == (completion.token_ids[-1] == STOP)

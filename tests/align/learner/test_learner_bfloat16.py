@@ -79,17 +79,17 @@ def by_hand(policy: ModelOptions, sequences: Draw) -> tuple[dict[str, torch.Tens
 def test_the_gradient_of_many_micro_batches_is_their_sum_to_float32(
     way: str, learner: LearnerGroup, sequences: Draw
 ) -> None:
-    """Added up in bfloat16, 24 times the same gradient is off by a percent."""
+    """Added up in bfloat16, 12 times the same gradient would be off by more than is allowed."""
     if way == "ZeRO-0":
         assert "add up in bfloat16" in learner.trained.description
         return
     norms = []
     learner._options = learner._options.model_copy(update={"micro_batch_tokens": 1})
-    for times in (1, 24):
+    for times in (1, 12):
         learner.accumulate(sequences(0)[:1] * 2 * times, Objective())
         norms.append((learner.apply(0.0), first_moments(learner)))
     (norm, once), (norm_of_many, many) = norms
-    assert norm_of_many == pytest.approx(24 * norm, rel=1e-5)
+    assert norm_of_many == pytest.approx(12 * norm, rel=1e-5)
     # Clipped, both are the same direction at the same length: after a second update, (1 - beta + beta (1 - beta)) of it.
     for a, b in zip(once, many, strict=True):
         torch.testing.assert_close(b, (1 + BETAS[0]) * a, rtol=1e-4, atol=1e-9)

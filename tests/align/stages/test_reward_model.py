@@ -1,8 +1,7 @@
 """A reward model from a random policy and preferences that can be learnt: chosen completions say please."""
 
 import json
-import subprocess
-import sys
+import re
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -176,9 +175,11 @@ def test_as_a_reward_it_gives_the_same_order_on_the_scale_of_its_notes(trained: 
     assert sorted(range(40), key=found.__getitem__) == sorted(range(40), key=recorded.__getitem__)
 
 
-def test_it_says_how_to_call_it_without_this_project(trained: Path) -> None:
+def test_it_says_how_to_call_it_without_this_project(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code = (trained / "final" / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert re.findall(r"^(?:from|import) (\w+)", code, re.M) == ["torch", "transformers"]
+    exec(code, {})
+    printed = capsys.readouterr().out
     sample = Sample(id="1", prompt="What is 1 + 1?", completion="2", ground_truth=None, domain="chat")
     mixture = Mixture([RewardTerm(name="reward_model", params={"path": str(trained / "final")})])
     mixture.make_ready()
