@@ -30,7 +30,7 @@ from .publisher import LocalPublisher
 
 PROMPTS = [Prompt(f"p{i}", [1, 40 + i, 60 + 3 * i, 17]) for i in range(4)]
 STOP = 2
-OPTIONS = FleetOptions(workers=1, max_length=64, kv_cache_gb=0.25, batch_sequences=16)
+OPTIONS = FleetOptions(workers=1, max_length=64, kv_cache_gb=0.25, batch_sequences=8)
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["one process", "two processes"])
