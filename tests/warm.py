@@ -92,17 +92,20 @@ class WarmWorkers:
     def start(self, options: FleetOptions, placement_group: Any, number: int) -> Actor[RolloutWorker]:
         import ray
 
-        is_plain = options.tensor_parallel == 1 and not options.resources and placement_group is None
+        is_anywhere = not options.resources and placement_group is None
+        is_plain = is_anywhere and options.tensor_parallel == 1
         # The supervisor's own thread starts workers in the place of lost ones.
         idle = (
             self._idle.setdefault(options.threads, []) if threading.current_thread() is threading.main_thread() else []
         )
-        while is_plain and idle:
+        while is_anywhere and idle:
             actor = idle.pop(0)
             try:
                 ray.get(actor.handle.__ray_call__.remote(unload))
             except ray.exceptions.RayError:
                 continue
+            if not is_plain:
+                del self._threads[actor]  # it gets processes of its own, and ends with them
             return actor
         actor = self._start(options, placement_group, number)
         if is_plain:

@@ -49,7 +49,7 @@ def scripted(checkpoint: PolicyCheckpoint) -> Callable[[Callable[[str], str]], A
     return lambda answer: ScriptedFleet(checkpoint.tokenizer, answer, [])
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def nano_fleet(policy: ModelOptions, ray_session: None) -> Iterator[Fleet]:
     """A real rollout worker that holds the nano policy."""
     options = FleetOptions(workers=1, max_length=MAX_LENGTH, kv_cache_gb=0.25, batch_sequences=16)
