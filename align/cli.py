@@ -145,11 +145,11 @@ def check(file: File, overrides: Overrides = None) -> None:
     from align.session.checks import check as check_all
 
     stages = load_stages(file, overrides or [])
-    unseen = check_all(stages)
+    notes = check_all(stages)
     for stage in stages:
         print(f"{stage.file}: a valid {stage.recipe.stage} recipe; its run would go to {stage.directory}")
-    for what in unseen:
-        print(f"not looked at: {what}")
+    for note in notes:
+        print(note)
 
 
 @app.command()

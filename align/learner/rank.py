@@ -37,7 +37,9 @@ from align.model.lora import (
     effects,
     factors,
     is_sent_apart,
+    left_out,
     merged,
+    parts_of,
     plain_parameters,
     remember_inputs,
     save_adapter,
@@ -224,6 +226,7 @@ class LearnerRank(ABC):
         lora = self._options.lora
         if lora is None:
             return model
+        self._left_out = left_out(parts_of(model), lora.targets)
         return add_adapter(model, lora, task, self._model.path, apart=self._options.zero_stage < 3)
 
     def _start_engine(self, module: torch.nn.Module, network: Any) -> Trained:
@@ -270,7 +273,8 @@ class LearnerRank(ABC):
         sent = sum(size(p) * p.element_size() for name, p in plain.items() if name.startswith(below))
         for name, layer in adapter_layers(network).items():
             sent += sum(size(p) * p.element_size() for p in factors(layer)) if is_sent_apart(name, layer) else 0
-        return Trained(describe(network, total, trained, lora) + self._caveat, modules, sent)
+        text = describe(network, total, trained, lora) + (f"; {self._left_out}" if self._left_out else "")
+        return Trained(text + self._caveat, modules, sent)
 
     @property
     def _caveat(self) -> str:

@@ -7,7 +7,7 @@ nothing of a small adapter in it: (W + s B A) x of parameters, and of layers a s
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
@@ -28,6 +28,7 @@ REMEMBERED = 32
 MOVED_BY_PEFT = {"gate", "gate_proj", "up_proj", "down_proj"}
 # vLLM ignores an adapter on kv_b_proj, which it has folded into the attention: an adapter of a preset can be served there.
 NOT_SERVED = "kv_b_proj"
+ROUTERS = ("gate", "router")
 
 Task = Literal["CAUSAL_LM", "SEQ_CLS"]
 
@@ -76,7 +77,7 @@ def chosen_parts(model: Any, targets: Iterable[str]) -> list[Part]:
             names = ", ".join(dict.fromkeys(part.name for part in parts))
             raise UserError(
                 f"learner.lora.targets: {type(model).__name__} has nothing that is called {target!r}; there are the presets "
-                f"attention, attention+shared and experts, and the names {names}"
+                f"all-linear, attention, attention+shared and experts, and the names {names}"
             )
         chosen += found
     return [part for part in parts if part in chosen]
@@ -88,12 +89,28 @@ def is_meant(part: Part, target: str) -> bool:
     match target:
         case "attention":
             return in_attention
-        case "attention+shared":
-            return in_attention or (part.is_linear and "attn" not in part.name and not part.name.endswith("gate"))
+        case "all-linear" | "attention+shared":
+            return part.is_linear and not part.name.endswith((NOT_SERVED, *ROUTERS))
         case "experts":
             return ".experts." in f".{part.name}" and not part.is_linear
         case _:
             return any(f".{name}".endswith(f".{target}") for name in (part.module, part.name))
+
+
+def left_out(parts: Iterable[Part], targets: Sequence[str]) -> str:
+    """What `all-linear` leaves out of a model's parts and no other target means, each with the reason; "" without that target."""
+    if "all-linear" not in targets:
+        return ""
+    known = (part for part in parts if part.is_linear or part.name.endswith(ROUTERS) or ".experts." in part.name)
+    names = dict.fromkeys(part.name for part in known if not any(is_meant(part, target) for target in targets))
+    return ", ".join(["all-linear leaves out the head", *(f"{name} ({why_left_out(name)})" for name in names)])
+
+
+def why_left_out(name: str) -> str:
+    """Why `all-linear` leaves out the part of that name."""
+    if name.endswith(NOT_SERVED):
+        return "vLLM folds it into its attention"
+    return "a router" if name.endswith(ROUTERS) else "add the target experts for it"
 
 
 def add_adapter(model: Any, options: LoraOptions, task: Task, base: str, *, apart: bool = True) -> Any:

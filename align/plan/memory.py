@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from align.errors import UserError
 from align.learner.head import TILE
-from align.model.lora import Part, block_of, is_meant, without_layers
+from align.model.lora import ROUTERS, Part, block_of, is_meant, without_layers
 from align.model.sizes import ModelSizes, Shape
 from align.recipe import LearnerOptions, Roles
 from rollout import FleetOptions
@@ -141,20 +141,25 @@ def worker_memory(
 
 def adapted_parameters(sizes: ModelSizes, targets: Sequence[str]) -> dict[str, Shape]:
     """The parameters that presets and names mean, with their shapes. Raises UserError where a target means none."""
-    candidates = {n: s for n, s in sizes.parameters.items() if ".layers." in n and len(s) > 1}
+    candidates = parts_of_layers(sizes)
     chosen: dict[str, Shape] = {}
     for target in targets:
-        found = {name: shape for name, shape in candidates.items() if is_meant(part_of(name, shape), target)}
+        found = {p.parameter: sizes.parameters[p.parameter] for p in candidates if is_meant(p, target)}
         if not found:
             raise UserError(f"learner.lora.targets: the model has nothing that is called {target!r}")
         chosen |= found
     return chosen
 
 
+def parts_of_layers(sizes: ModelSizes) -> list[Part]:
+    """The linear layers, routers and stacked experts of a model's layers."""
+    return [part_of(n, s) for n, s in sizes.parameters.items() if ".layers." in n and len(s) > 1]
+
+
 def part_of(name: str, shape: Shape) -> Part:
     """What the learner knows the parameter as: a linear layer, a router, or a stack of experts."""
     module = name.removesuffix(".weight")
-    is_linear = len(shape) == 2 and not module.endswith("mlp.gate")
+    is_linear = len(shape) == 2 and name.endswith(".weight") and not module.endswith(ROUTERS)
     return Part(name, without_layers(module), is_linear)
 
 

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from align.model.lora import left_out
 from align.model.sizes import ModelSizes
 from align.plan import memory
-from align.plan.memory import ELEMENT_BYTES, GIB, GPU_PROCESS, Parts, Training, Work, at_rest
+from align.plan.memory import ELEMENT_BYTES, GIB, GPU_PROCESS, Parts, Training, Work, at_rest, parts_of_layers
 from align.plan.placement import Cluster, Demand, place
 from align.plan.times import step_seconds
 from align.recipe import BFLOAT16_SUMS, MERGED_ADAPTERS, Recipe, Roles
@@ -262,6 +263,8 @@ def notes(work: Work) -> list[str]:
         found.append(BFLOAT16_SUMS)
     if work.element < 4 and options.zero_stage == 3 and options.lora is not None:
         found.append(MERGED_ADAPTERS)
+    if options.lora is not None and (omitted := left_out(parts_of_layers(work.sizes), options.lora.targets)):
+        found.append(omitted)
     whole = gib(work.weight_bytes)
     found.append(f"each learner rank reads the whole model into its node's memory at the start: {whole} a rank")
     if work.roles.colocated:

@@ -163,7 +163,8 @@ class LoraOptions(Options):
     targets: list[str] = Field(
         ["attention"],
         min_length=1,
-        description="presets (attention; attention+shared: also shared experts and dense layers; experts: the routed ones) "
+        description="presets (attention; all-linear: every linear layer but head, routers and what vLLM cannot serve, also called "
+        "attention+shared; experts: the routed ones, which are no linear layers) "
         "and names such as q_proj or shared_experts.down_proj, one or a list; the router is frozen unless named (mlp.gate)",
     )
 

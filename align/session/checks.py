@@ -17,7 +17,7 @@ from align.evaluate import hooks
 from align.evaluate.doctor import examine, verdict
 from align.learner.experts import check_spreadable
 from align.learner.group import check_port
-from align.model.lora import chosen_parts
+from align.model.lora import chosen_parts, left_out, parts_of
 from align.model.policy import load_tokenizer, stop_token_ids
 from align.model.reward_model import is_reward_model
 from align.model.sizes import ModelSizes, empty_model, model_sizes, read_config
@@ -37,18 +37,18 @@ OPTIMIZER_BYTES = 12
 
 
 def check(stages: Iterable[PlannedStage]) -> list[str]:
-    """Look at all stages. Raises UserError, which names the file, for the first mistake; returns what could not be looked at yet."""
-    unseen: list[str] = []
+    """Look at all stages. Raises UserError, which names the file, for the first mistake; returns notes, such as what could not be looked at yet."""
+    notes: list[str] = []
     for stage in stages:
         try:
-            unseen += [f"{stage.file}: {what}" for what in check_recipe(stage.recipe)]
+            notes += [f"{stage.file}: {note}" for note in check_recipe(stage.recipe)]
         except UserError as error:
             raise UserError(f"{stage.file}: {error}") from None
-    return list(dict.fromkeys(unseen))
+    return list(dict.fromkeys(notes))
 
 
 def check_recipe(recipe: Recipe) -> list[str]:
-    """Look at one stage. Raises UserError for the first mistake; returns what could not be looked at yet."""
+    """Look at one stage. Raises UserError for the first mistake; returns notes, such as what could not be looked at yet."""
     roles = recipe.roles()
     check_names(recipe)
     check_trackers(recipe.trackers)
@@ -56,10 +56,10 @@ def check_recipe(recipe: Recipe) -> list[str]:
     check_servers(roles.evaluation.hooks if roles.evaluation else ())
     if roles.learner is not None and roles.learner.port is not None:
         check_port(roles.learner.port)
-    unseen = check_model(recipe)
+    notes = check_model(recipe)
     # Last, so that a machine without engines can tell what else is wrong with a recipe.
     check_installed(engines_of(roles))
-    return unseen
+    return notes
 
 
 def engines_of(roles: Roles) -> list[str]:
@@ -158,18 +158,18 @@ def check_servers(named: Sequence[HookOptions]) -> None:
 def check_model(recipe: Recipe) -> list[str]:
     """Look at the model's small files, by the options of those that load it. Raises UserError for what cannot be trained or sampled from.
 
-    Returns why nothing was looked at, where the model is still to be made or its hub cannot be reached.
+    Returns notes: what `all-linear` leaves out, and why nothing was looked at where the model is still to be made or its hub cannot be reached.
     """
     model, roles, path = recipe.model, recipe.roles(), Path(recipe.model.path)
     if path.is_absolute() and not path.exists():
-        return [f"model.path: {path} is still to be made"]
+        return [f"not looked at: model.path: {path} is still to be made"]
     try:
         tokenizer = load_tokenizer(model.path, trust_remote_code=model.trust_remote_code)
         config = read_config(model.path)
     except UserError as error:
         if path.is_dir():
             raise
-        return [str(error)]
+        return [f"not looked at: {error}"]
     if roles.rollout is not None:
         stop_token_ids(model, tokenizer)
     goes_on = roles.trained == "reward_model" and is_reward_model(model)
@@ -177,14 +177,16 @@ def check_model(recipe: Recipe) -> list[str]:
     skeleton = empty_model(config)
     if roles.learner is not None and roles.learner.expert_parallel > 1:
         check_spreadable(skeleton.config, roles.learner.expert_parallel)
+    notes: list[str] = []
     if roles.learner is not None and roles.learner.lora is not None and roles.trained == "policy":
         chosen_parts(skeleton, roles.learner.lora.targets)
+        notes += filter(None, [left_out(parts_of(skeleton), roles.learner.lora.targets)])
     sizes = model_sizes(skeleton)
     if roles.weights is not None and roles.weights.transport == "adapter":
         check_adapters_are_served(model.path, sizes)
     if isinstance(recipe, TrainingRecipe) and not any(recipe.directory.glob("checkpoints/step_*")):
         check_space(recipe.directory, bytes_needed(recipe, sizes.total), keep=recipe.keep_checkpoints)
-    return []
+    return notes
 
 
 def check_adapters_are_served(path: str, sizes: ModelSizes) -> None:

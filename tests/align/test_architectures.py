@@ -7,12 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV2Config,
     Gemma3TextConfig,
     LlamaConfig,
     MixtralConfig,
     OlmoeConfig,
+    PhimoeConfig,
     PretrainedConfig,
     Qwen2Config,
     Qwen2MoeConfig,
@@ -22,8 +26,11 @@ from transformers import (
 from transformers.core_model_loading import revert_weight_conversion
 
 from align.evaluate.doctor import CheckStatus, examine
+from align.model.lora import chosen_parts, left_out, parts_of
 from align.model.names import from_checkpoint, layout_of, to_checkpoint
 from align.model.policy import load_tokenizer
+from align.model.sizes import model_sizes
+from align.plan.memory import adapted_parameters
 from align.recipe import ModelOptions
 
 NANO = Path(__file__).parents[2] / "recipes" / "nano" / "policy"
@@ -72,6 +79,44 @@ def test_its_parameters_have_the_names_that_transformers_saves(name: str) -> Non
     back = from_checkpoint(found, layout)
     assert back.keys() == own.keys()
     assert all(torch.equal(back[name], own[name]) for name in own)
+
+
+ROUTED = ("mlp.gate", "mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+LEFT_OUT = dict.fromkeys(ARCHITECTURES, ()) | {
+    "Qwen2-MoE": (*ROUTED, "mlp.shared_expert_gate"),
+    "Qwen3-MoE": ROUTED,
+    "OLMoE": ROUTED,
+    "Mixtral": ROUTED,
+    "DeepSeek-V2": ("self_attn.kv_b_proj", *ROUTED),
+    "Phi-MoE": ("mlp.router", *ROUTED[1:]),
+}
+MORE: dict[str, Callable[[], PretrainedConfig]] = {
+    "DeepSeek-V2": lambda: DeepseekV2Config(
+        **SIZES | {"num_key_value_heads": 4},
+        first_k_dense_replace=1,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+    ),
+    "Phi-MoE": lambda: PhimoeConfig(**SIZES, num_local_experts=4),
+}
+
+
+@pytest.mark.parametrize("name", LEFT_OUT)
+def test_all_linear_means_the_layers_that_it_means_to_peft_without_routers_and_what_vllm_cannot_serve(
+    name: str,
+) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config((ARCHITECTURES | MORE)[name]())
+    by_peft = _maybe_include_all_linear_layers(LoraConfig(target_modules="all-linear"), model).target_modules
+    chosen = {part.module for part in chosen_parts(model, ["all-linear"])}
+    assert chosen == {layer for layer in by_peft if not layer.endswith(LEFT_OUT[name] or "?")}
+    said = left_out(parts_of(model), ["all-linear"])
+    assert [part.split(" (")[0] for part in said.split(", ")[1:]] == [*LEFT_OUT[name]]
+    assert said.startswith("all-linear leaves out the head")
+    # The plan counts the same layers by their shapes alone.
+    assert adapted_parameters(model_sizes(model), ["all-linear"]).keys() == {f"{layer}.weight" for layer in chosen}
 
 
 def write_model(config: PretrainedConfig, directory: Path) -> dict[str, torch.Tensor]:

@@ -54,7 +54,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> ModelOptions:
 @pytest.fixture(scope="module")
 def engines(dense: ModelOptions, ray_session: None) -> Iterator[Engines]:
     fleet = Fleet(dense.path, "float32", FLEET, stop_token_ids=[2])
-    lora = LoraOptions(rank=RANK, targets=["attention+shared"])
+    lora = LoraOptions(rank=RANK, targets=["all-linear"])
     options = LearnerOptions(ranks=1, zero_stage=0, optimizer=OptimizerOptions(learning_rate=1e-3), lora=lora)
     learner = LearnerGroup(dense, options, seed=0)
     fleet.wait_until_ready()

@@ -61,7 +61,7 @@ def saved(model: Any, directory: Path) -> Path:
     ("targets", "expected"),
     [
         (["attention"], ATTENTION),
-        (["attention+shared"], ATTENTION | SHARED | DENSE),
+        (["all-linear"], ATTENTION | SHARED | DENSE),
         (["experts"], EXPERTS),
         (["attention", "experts.down_proj"], ATTENTION | {n for n in EXPERTS if n.endswith("down_proj")}),
         (["shared_experts.up_proj"], {n for n in SHARED if "up_proj" in n}),
@@ -80,7 +80,7 @@ def test_targets_are_adapted_where_they_are_and_nothing_else_is(
 
 
 def test_an_unknown_target_is_refused_with_the_names_that_there_are(policy: ModelOptions) -> None:
-    with pytest.raises(UserError, match=r"'q_porj'; there are the presets attention.*self_attn\.q_proj.*mlp\.gate"):
+    with pytest.raises(UserError, match=r"'q_porj'; there are the presets all-linear, attention.*self_attn\.q_proj.*mlp\.gate"):
         adapted(policy, "attention", "q_porj")
     with pytest.raises(UserError, match="lm_head"):
         adapted(policy, "lm_head")

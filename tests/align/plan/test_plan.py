@@ -167,7 +167,7 @@ def test_adapters_take_no_optimiser_for_what_they_leave_alone() -> None:
 
 def test_adapters_are_counted_as_peft_makes_them() -> None:
     """The nano policy with real adapters, of every preset."""
-    for targets in (["attention"], ["attention+shared"], ["experts", "mlp.gate"]):
+    for targets in (["attention"], ["all-linear"], ["experts", "mlp.gate"]):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained("recipes/nano/policy"))
         adapted = add_adapter(model, LoraOptions(rank=4, targets=targets), "CAUSAL_LM", "nano")
         trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
