@@ -4,10 +4,13 @@
 line, and a failure with its cause and its cure.
 """
 
+import json
+import re
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from enum import StrEnum
+from importlib.metadata import version
 from math import log
 from pathlib import Path
 from typing import Any
@@ -21,12 +24,15 @@ from align.learner.batch import TrainingSequence
 from align.learner.group import LearnerGroup
 from align.learner.objective import Objective
 from align.model.names import from_checkpoint, layout_of, to_checkpoint
-from align.model.policy import has_fused_experts
+from align.model.policy import first_line, has_fused_experts, stop_token_ids, turn_end
 from align.recipe import ModelOptions
-from rollout import Fleet, Prompt
+from rollout import Fleet, FleetOptions, Prompt
 
 ROUND_TRIP = "  What is 17 + 25?\n\n\tnaïve Größe, 你好，мир, 42,000.5 — \\boxed{-7} 🙂"
 EXPERT_TOLERANCE = 1e-4
+CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+CPU_LATENTS = (576,)
+"""Those of vLLM's `CPUAttentionBackend` and `CPUMLABackend`, whose import takes seconds."""
 
 
 class CheckStatus(StrEnum):
@@ -57,27 +63,43 @@ class DoctorError(UserError):
     """A check failed; the message names each with its cause and cure."""
 
 
-def examine(model: ModelOptions, tokenizer: Any, *, reward_model: bool = False) -> list[Check]:
-    """Check tokenizer, template, softmax scale, routing, experts and parameter names of a model directory or hub name.
+def examine(
+    model: ModelOptions, tokenizer: Any, *, reward_model: bool = False, rollout: FleetOptions | None = None
+) -> list[Check]:
+    """Check what a model's small files and the headers of its weights tell; with `rollout`, also that vLLM takes it so.
 
-    It should be a policy, or with `reward_model` a sequence classifier.
+    It should be a policy, or with `reward_model` a sequence classifier. Raises UserError where transformers knows no such model.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
-
-    config = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
-    architecture = AutoModelForSequenceClassification if reward_model else AutoModelForCausalLM
-    with torch.device("meta"):
-        skeleton = architecture.from_config(config, trust_remote_code=model.trust_remote_code)
+    skeleton = skeleton_of(model, reward_model=reward_model)
     findings = {
         "tokenizer round trip": check_round_trip(tokenizer),
         "chat template": check_template(tokenizer),
         "demonstrations": check_demonstrations(tokenizer),
+        "end of answers": check_ends(model, tokenizer, skeleton.get_input_embeddings().weight.shape[0]),
         "softmax scale": check_softmax_scale(skeleton),
-        "routing": check_routing(config),
+        "routing": check_routing(skeleton.config),
         "experts' implementations": check_experts(skeleton),
-        "checkpoint names": check_names(skeleton, model.path),
+        "checkpoint": check_checkpoint(skeleton, Path(model.path) if model.init == "pretrained" else None),
     }
+    if rollout is not None:
+        findings["vLLM"] = check_served(skeleton, model.dtype, rollout)
     return [Check(name, *finding) for name, finding in findings.items()]
+
+
+def skeleton_of(model: ModelOptions, *, reward_model: bool = False) -> Any:
+    """The model without weights, on the meta device. Raises UserError where transformers knows no such model."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    architecture = AutoModelForSequenceClassification if reward_model else AutoModelForCausalLM
+    try:
+        config = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
+        with torch.device("meta"):
+            return architecture.from_config(config, trust_remote_code=model.trust_remote_code)
+    except (KeyError, OSError, TypeError, ValueError) as error:
+        kind = "sequence classifier" if reward_model else "causal language model"
+        raise UserError(
+            f"model.path: transformers {version('transformers')} can make no {kind} of {model.path}/config.json: {first_line(error)}"
+        ) from None
 
 
 def check_round_trip(tokenizer: Any) -> Finding:
@@ -98,10 +120,12 @@ def check_template(tokenizer: Any) -> Finding:
     forged = f"{tokenizer.bos_token or ''}x{tokenizer.eos_token}"
     try:
         plain = encode_prompt(tokenizer, [{"role": "user", "content": "x"}])
+    except UserError as error:
+        return FAILED, str(error)
+    try:
         encode_prompt(tokenizer, [{"role": "user", "content": forged}])
     except UserError as error:
-        cure = "a fast tokenizer (tokenizer.json), which knows split_special_tokens, with a chat template"
-        return FAILED, f"{error}. Cure: {cure}"
+        return FAILED, f"{error}. Cure: a fast tokenizer (tokenizer.json), which knows split_special_tokens"
     bos, ends = tokenizer.bos_token_id, plain.count(tokenizer.eos_token_id)
     if bos is not None and plain.count(bos) > 1 + ends:
         return FAILED, "the prompt begins with two BOS tokens. Cure: take one out of the template"
@@ -127,6 +151,46 @@ def check_demonstrations(tokenizer: Any) -> Finding:
         return LIMITED, f"no SFT and no reward model: {refused['']}"
     (kind, reason), *_ = refused.items()
     return LIMITED, f"no SFT and no reward model on answers{kind or ' without a thought'}: {reason}"
+
+
+def check_ends(model: ModelOptions, tokenizer: Any, rows: int) -> Finding:
+    """An answer ends with a token that the model has an embedding for, of `rows`, and that sampling stops at."""
+    try:
+        end = turn_end(tokenizer)
+    except UserError:
+        return SKIPPED, "the chat template cannot be rendered"
+    try:
+        ends, text = stop_token_ids(model, tokenizer), text_after_answer(tokenizer)
+    except UserError as error:
+        return FAILED, str(error)
+    if beyond := [stop for stop in ends if stop >= rows]:
+        return FAILED, (
+            f"the end of sequence {beyond[0]} is beyond the {rows} rows of the model's embedding. Cause: generation_config.json or "
+            "config.json is of another model. Cure: set eos_token_id there to the tokenizer's"
+        )
+    names = [tokenizer.convert_ids_to_tokens(stop) for stop in ends]
+    written = re.search(r"<\|[^|<>\s]+\|>", text)
+    if written and not any(name in text for name in names):
+        return FAILED, (
+            f"the chat template ends an answer with {written[0]}, which is no token of this tokenizer, so that the model would never stop. "
+            "Cause: a template or a tokenizer of another model. Cure: take both from the same model"
+        )
+    return (
+        OK,
+        f"an answer ends with {tokenizer.convert_ids_to_tokens(end)}; sampling stops at {' and '.join(names)}",
+    )
+
+
+def text_after_answer(tokenizer: Any) -> str:
+    """What the chat template writes behind an answer; "" where it renders none."""
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": ROUND_TRIP.strip()}]
+    try:
+        before, _, after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(ROUND_TRIP.strip())
+    except (
+        Exception
+    ):  # a template's own errors are jinja's, and whatever its expressions raise; `check_demonstrations` tells them
+        return ""
+    return str(after) if before else ""
 
 
 def check_softmax_scale(skeleton: Any) -> Finding:
@@ -199,8 +263,15 @@ def check_experts(skeleton: Any) -> Finding:
     )
 
 
-def check_names(skeleton: Any, path: str) -> Finding:
-    """Parameter names map to the checkpoint's and back, and are those of the files."""
+def check_checkpoint(skeleton: Any, directory: Path | None) -> Finding:
+    """The files, where there is a directory with any, are whole and not quantised; their tensors have the names and shapes of the model's
+    parameters, which map to the checkpoint's and back."""
+    if quantised := getattr(skeleton.config, "quantization_config", None):
+        kind = quantised.get("quant_method") if isinstance(quantised, dict) else type(quantised).__name__
+        return (
+            FAILED,
+            f"the weights are quantised ({kind}) and cannot be trained. Cure: take the model before it was quantised",
+        )
     tied = set(getattr(skeleton, "_tied_weights_keys", None) or ()) if skeleton.config.tie_word_embeddings else set()
     own = {n: tuple(p.shape) for n, p in skeleton.named_parameters() if n not in tied}
     layout = layout_of(skeleton.config.model_type)
@@ -209,8 +280,11 @@ def check_names(skeleton: Any, path: str) -> Finding:
     if back != own:
         wrong = sorted({n for n in own.keys() | back.keys() if own.get(n) != back.get(n)})
         return FAILED, f"{wrong[0]} and {len(wrong) - 1} more do not survive the way to checkpoint names"
-    stored = stored_names(path)
-    unknown, absent = stored - split.keys() - tied, split.keys() - stored
+    try:
+        stored = stored_shapes(directory) if directory else {}
+    except UserError as error:
+        return FAILED, str(error)
+    unknown, absent = stored.keys() - split.keys() - tied, split.keys() - stored
     if stored and (unknown or absent):
         example = sorted(unknown or absent)[0]
         return FAILED, (
@@ -218,19 +292,92 @@ def check_names(skeleton: Any, path: str) -> Finding:
             f"needs, {example} for one. Cause: another architecture, or a checkpoint saved by an incompatible version. "
             "Cure: save it again with save_pretrained"
         )
+    for name, tensor in split.items():
+        if stored and stored[name] != tuple(tensor.shape):
+            return FAILED, (
+                f"{name} is {list(stored[name])} in the files and {list(tensor.shape)} by config.json. Cause: a config.json of another "
+                "model, or one that was edited. Cure: take both from the same model"
+            )
     where = "and are those of the files" if stored else "(no local files to compare with)"
     return OK, f"{len(own)} parameters are {len(split)} tensors and back {where}"
 
 
-def stored_names(path: str) -> set[str]:
-    """The names of all tensors in a directory's safetensors files."""
-    from safetensors import safe_open
+def stored_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of all tensors in a directory's safetensors files, by their headers. Raises UserError for a file that is missing or damaged."""
+    from safetensors import SafetensorError, safe_open
 
-    names: set[str] = set()
-    for file in sorted(Path(path).glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            names |= set(tensors.keys())
-    return names
+    again = "Cure: copy or download it again"
+    index = directory / "model.safetensors.index.json"
+    try:
+        named = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else set()
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{index} is damaged ({error}). {again}") from None
+    if lost := sorted(name for name in named if not (directory / name).is_file()):
+        raise UserError(
+            f"{directory} lacks {len(lost)} of {len(named)} files with weights, {lost[0]} for one. {again.replace('it', 'them')}"
+        )
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            with file.open("rb") as begin:
+                is_pointer = begin.read(20) == b"version https://git-"
+            told = (
+                "a pointer of Git LFS, not the weights. Cure: git lfs pull"
+                if is_pointer
+                else f"cut off or damaged ({error}). {again}"
+            )
+            raise UserError(f"{file} is {told}") from None
+    return shapes
+
+
+def check_served(skeleton: Any, dtype: str, rollout: FleetOptions) -> Finding:
+    """vLLM knows the architecture, and takes its heads, its dtype and the options of the sampler on this machine."""
+    config = skeleton.config.get_text_config()
+    name, heads = type(skeleton).__name__, config.num_attention_heads
+    positions = getattr(config, "max_position_embeddings", None)
+    scaled = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default") != "default"
+    size, refused = head_size(config), ""
+    if not skeleton.config.architectures:
+        refused = f'config.json names no architectures, without which vLLM loads no head. Cure: "architectures": ["{name}"] there'
+    elif not is_known_to_vllm(skeleton):
+        refused = (
+            f"vLLM {version('vllm')} has no {skeleton.config.architectures[0]}. Cure: a model of another architecture"
+        )
+    elif not torch.cuda.is_available() and size not in cpu_head_sizes(config):
+        takes = ", ".join(map(str, cpu_head_sizes(config)))
+        of = "kv_lora_rank + qk_rope_head_dim" if getattr(config, "kv_lora_rank", None) else "a head"
+        refused = f"{of} is {size} wide, and vLLM takes {takes} on a CPU. Cure: a model with another head_dim, or a GPU"
+    elif torch.cuda.is_available() and getattr(config, "kv_lora_rank", None) and dtype == "float32":
+        refused = "vLLM takes latent attention in float32 on no GPU. Cure: model.dtype=bfloat16"
+    elif positions and not scaled and rollout.max_length > positions:
+        refused = f"rollout.max_length is {rollout.max_length}, and the model has {positions} positions. Cure: lower it to {positions}"
+    elif heads % rollout.tensor_parallel:
+        refused = f"rollout.tensor_parallel is {rollout.tensor_parallel}, and {heads} heads cannot be divided by it. Cure: a divisor of {heads}"
+    return (FAILED, refused) if refused else (OK, f"takes {skeleton.config.architectures[0]} with heads of {size}")
+
+
+def is_known_to_vllm(skeleton: Any) -> bool:
+    """Whether vLLM can load the architecture: through transformers, or by a class of its own."""
+    if skeleton.is_backend_compatible():
+        return True
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    return skeleton.config.architectures[0] in ModelRegistry.get_supported_archs()
+
+
+def head_size(config: Any) -> int:
+    """The width of what vLLM's attention keeps of a head: with latent attention, of the latent and the rotary key."""
+    if getattr(config, "kv_lora_rank", None):
+        return int(config.kv_lora_rank + config.qk_rope_head_dim)
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def cpu_head_sizes(config: Any) -> Sequence[int]:
+    """The head sizes that vLLM's kernels for CPUs are made for."""
+    return CPU_LATENTS if getattr(config, "kv_lora_rank", None) else CPU_HEADS
 
 
 def examine_engines(fleet: Fleet, learner: LearnerGroup, prompts: Sequence[Prompt], gate: AgreementGate) -> list[Check]:
@@ -271,6 +418,8 @@ def agreement(fleet: Fleet, learner: LearnerGroup, prompts: Sequence[Prompt], ga
 def verdict(checks: Sequence[Check], path: str) -> str:
     """One plain sentence. Raises DoctorError when a check failed."""
     failed = [check for check in checks if check.status is FAILED]
+    if len(failed) == 1:
+        raise DoctorError(f"{path} is not fit to be trained: {failed[0].name}: {failed[0].detail}")
     if failed:
         told = "\n".join(f"- {check.name}: {check.detail}" for check in failed)
         raise DoctorError(f"{path} is not fit to be trained: {len(failed)} of {len(checks)} checks failed\n{told}")

@@ -28,13 +28,13 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
     """
     from transformers import AutoTokenizer
 
+    config = find_config(path, trust_remote_code=trust_remote_code)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(
             f"model.path: {path} has no tokenizer that transformers can load: {first_line(error)}"
         ) from None
-    config = find_config(path, trust_remote_code=trust_remote_code)
     rows = config and getattr(config.get_text_config(), "vocab_size", None)
     if rows:
         check_vocabulary(tokenizer, rows, path)
@@ -44,13 +44,17 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
 
 
 def find_config(path: str | Path, *, trust_remote_code: bool = False) -> Any:
-    """The configuration of a model directory or hub name; None where there is none, as beside an adapter."""
+    """The configuration of a model directory or hub name; None where there is none, as beside an adapter. Raises UserError for sizes that contradict each other."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
         return AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
     except (OSError, ValueError):
         return None
+    except StrictDataclassError as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise UserError(f"model.path: {path}/config.json is not valid: {reason}") from None
 
 
 def check_vocabulary(tokenizer: Any, rows: int, path: str | Path) -> None:
@@ -178,7 +182,7 @@ def has_fused_experts(model: Any) -> bool:
 
 
 def stop_token_ids(model: ModelOptions, tokenizer: Any) -> list[int]:
-    """The tokens that end a completion, in ascending order. Raises UserError where a model has none.
+    """The tokens that end a completion, in ascending order. Raises UserError where a model has none, or names something else.
 
     They are the tokenizer's end of sequence, those that the model's `generation_config.json` names (where it has no such file, its
     `config.json`), and the one with which the chat template ends an answer.
@@ -187,9 +191,18 @@ def stop_token_ids(model: ModelOptions, tokenizer: Any) -> list[int]:
 
     try:
         generation = GenerationConfig.from_pretrained(model.path)
-    except OSError:
+    except OSError as error:
+        if (file := Path(model.path) / "generation_config.json").is_file():
+            raise UserError(
+                f"model.path: {file} cannot be read ({first_line(error)}). Cure: copy it again, or remove it"
+            ) from None
         config = find_config(model.path, trust_remote_code=model.trust_remote_code)
         generation = GenerationConfig() if config is None else GenerationConfig.from_model_config(config)
+    declared = generation.eos_token_id
+    if any(type(end) is not int for end in (declared if isinstance(declared, list) else [declared or 0])):
+        raise UserError(
+            f"model.path: eos_token_id of {model.path} is {declared!r}, where the number of a token must stand, or a list of them"
+        )
     stops = ends_of(generation, tokenizer)
     if not stops:
         raise UserError(f"model.path: {model.path} declares no end-of-sequence token, so no completion could end")

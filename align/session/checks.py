@@ -18,7 +18,7 @@ from align.evaluate.doctor import examine, verdict
 from align.learner.experts import check_spreadable
 from align.learner.group import check_port
 from align.model.lora import chosen_parts, left_out, parts_of
-from align.model.policy import load_tokenizer, stop_token_ids
+from align.model.policy import load_tokenizer
 from align.model.reward_model import is_reward_model
 from align.model.sizes import ModelSizes, empty_model, model_sizes, read_config
 from align.recipe import MachineOptions, PlannedStage, PolicyRecipe, Recipe, Roles, TrainingRecipe
@@ -164,16 +164,14 @@ def check_model(recipe: Recipe) -> list[str]:
     if path.is_absolute() and not path.exists():
         return [f"not looked at: model.path: {path} is still to be made"]
     try:
-        tokenizer = load_tokenizer(model.path, trust_remote_code=model.trust_remote_code)
         config = read_config(model.path)
+        tokenizer = load_tokenizer(model.path, trust_remote_code=model.trust_remote_code)
     except UserError as error:
         if path.is_dir():
             raise
         return [f"not looked at: {error}"]
-    if roles.rollout is not None:
-        stop_token_ids(model, tokenizer)
     goes_on = roles.trained == "reward_model" and is_reward_model(model)
-    verdict(examine(model, tokenizer, reward_model=goes_on), model.path)
+    verdict(examine(model, tokenizer, reward_model=goes_on, rollout=roles.rollout), model.path)
     skeleton = empty_model(config)
     if roles.learner is not None and roles.learner.expert_parallel > 1:
         check_spreadable(skeleton.config, roles.learner.expert_parallel)

@@ -12,11 +12,12 @@ from align.data.types import Example, Message, SplitName
 from align.errors import UserError
 from align.evaluate.accuracy import evaluate, mean_of, short_problems
 from align.evaluate.agreement import AgreementGate
-from align.evaluate.doctor import examine, examine_engines, verdict
+from align.evaluate.doctor import Check, examine, examine_engines, verdict
 from align.evaluate.hooks import PolicyCheckpoint
 from align.experience import encode_problems
 from align.learner.group import LearnerGroup
 from align.model.policy import load_tokenizer, stop_token_ids
+from align.model.sizes import read_config
 from align.recipe import AgreementOptions, LearnerOptions, ModelOptions, OptimizerOptions
 from align.run import write_jsonl
 from align.session.checks import check_columns, check_split
@@ -122,9 +123,12 @@ def answers_of(
 
 
 def doctor(model: ModelOptions, rollout: FleetOptions) -> str:
-    """Every check of a model, printed line by line; returns the verdict. Raises DoctorError when one failed."""
+    """Every check of a model, printed line by line; returns the verdict. Raises DoctorError when one failed, before engines start if it can be."""
+    read_config(model.path)
     tokenizer = load_tokenizer(model.path, trust_remote_code=model.trust_remote_code)
-    checks = examine(model, tokenizer)
+    checks = examine(model, tokenizer, rollout=rollout)
+    show(checks)
+    verdict(checks, model.path)
     options = LearnerOptions(ranks=1, threads=2, zero_stage=0, optimizer=OptimizerOptions(learning_rate=1e-3))
     with (
         running_fleet(model, rollout, tokenizer) as fleet,
@@ -133,7 +137,12 @@ def doctor(model: ModelOptions, rollout: FleetOptions) -> str:
         fleet.wait_until_ready()
         learner.wait_until_ready()
         prompts = [Prompt(str(i), tokenizer(text)["input_ids"]) for i, text in enumerate(PROBES)]
-        checks += examine_engines(fleet, learner, prompts, AgreementGate(AgreementOptions(), model.dtype, print))
+        found = examine_engines(fleet, learner, prompts, AgreementGate(AgreementOptions(), model.dtype, print))
+    show(found)
+    return verdict([*checks, *found], model.path)
+
+
+def show(checks: Sequence[Check]) -> None:
+    """Print a line for each check."""
     for check in checks:
-        print(f"{check.status:8} {check.name}: {check.detail}")
-    return verdict(checks, model.path)
+        print(f"{check.status:8} {check.name}: {check.detail}", flush=True)

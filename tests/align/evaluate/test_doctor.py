@@ -1,23 +1,29 @@
 """The doctor passes a sound model, and names the cause and the cure of what is wrong with another."""
 
+import json
+import shutil
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
-from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV2Config
+from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV2Config, LlamaConfig
 
+from align.errors import UserError
 from align.evaluate.doctor import (
     Check,
     CheckStatus,
     DoctorError,
     Finding,
+    check_checkpoint,
     check_demonstrations,
+    check_ends,
     check_experts,
-    check_names,
     check_round_trip,
     check_routing,
     check_softmax_scale,
@@ -26,7 +32,10 @@ from align.evaluate.doctor import (
     verdict,
 )
 from align.model.policy import load_tokenizer
+from align.model.sizes import read_config
 from align.recipe import ModelOptions
+from align.tools.offline import doctor
+from rollout import FleetOptions
 
 
 @pytest.fixture
@@ -43,8 +52,8 @@ def assert_failed(finding: Finding, *words: str) -> None:
 
 def test_the_nano_policy_is_fit(policy: ModelOptions) -> None:
     checks = examine(policy, load_tokenizer(policy.path))
-    assert [check.status for check in checks] == [CheckStatus.OK] * 7
-    assert "7 checks, none failed" in verdict(checks, policy.path)
+    assert [check.status for check in checks] == [CheckStatus.OK] * 8
+    assert "8 checks, none failed" in verdict(checks, policy.path)
 
 
 def test_the_softmax_scale_of_v2_lite_is_the_reports() -> None:
@@ -170,9 +179,127 @@ def test_files_that_lack_a_tensor(skeleton: Any, policy: ModelOptions, tmp_path:
     tensors = load_file(Path(policy.path) / "model.safetensors")
     lost = tensors.pop("model.layers.1.mlp.experts.3.up_proj.weight")
     save_file(tensors, tmp_path / "model.safetensors")
-    assert_failed(check_names(skeleton, str(tmp_path)), "lack 1", "experts.3.up_proj")
+    assert_failed(check_checkpoint(skeleton, tmp_path), "lack 1", "experts.3.up_proj")
     save_file(tensors | {"model.layers.1.mlp.experts.3.up.weight": lost}, tmp_path / "model.safetensors")
-    assert_failed(check_names(skeleton, str(tmp_path)), "have 1 tensors that the architecture does not know")
+    assert_failed(check_checkpoint(skeleton, tmp_path), "have 1 tensors that the architecture does not know")
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sound model, its weights in two files."""
+    directory = tmp_path_factory.mktemp("llama")
+    tokenizer = load_tokenizer("recipes/nano/policy")
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(directory, max_shard_size="1MB")
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def examined(directory: Path) -> str:
+    """What `align check` and the doctor say of a model before engines start."""
+    model = ModelOptions(path=str(directory))
+    read_config(model.path)
+    checks = examine(model, load_tokenizer(model.path), rollout=FleetOptions(max_length=128))
+    return verdict(checks, model.path)
+
+
+def test_a_sound_model_of_several_files(llama: Path) -> None:
+    assert "9 checks, none failed" in examined(llama)
+
+
+def values(file: str, **changed: Any) -> Callable[[Path], object]:
+    """Changes values of a JSON file; None takes one out."""
+
+    def change(directory: Path) -> None:
+        before = json.loads((directory / file).read_text()) | changed
+        (directory / file).write_text(json.dumps({k: v for k, v in before.items() if v is not None}))
+
+    return change
+
+
+def text(file: str, content: str) -> Callable[[Path], object]:
+    return lambda directory: (directory / file).write_text(content)
+
+
+def without_end(directory: Path) -> None:
+    for file in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        values(file, eos_token_id=None, eos_token=None)(directory)
+
+
+def narrow_heads(directory: Path) -> None:
+    """Weights and configuration agree on heads of 16."""
+    config = AutoConfig.from_pretrained(directory, head_dim=16)
+    for file in directory.glob("model*"):
+        file.unlink()
+    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+
+
+SHARD = "model-00001-of-00002.safetensors"
+ENDS = "{% for m in messages %}{{ m.role }}: {{ m.content }}END{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (text("config.json", '{"model_type": "ll'), "config.json cannot be read as a model's configuration: Unterminated"),
+        (values("config.json", model_type="foo"), "can make no causal language model of .*model type `foo`"),
+        (values("config.json", model_type="t5"), "can make no causal language model of .*T5Config"),
+        (values("config.json", num_attention_heads=3), "config.json is not valid: .* not a multiple of the number of attention heads"),
+        (values("config.json", architectures=None), r'names no architectures.*"architectures": \["LlamaForCausalLM"\]'),
+        (values("config.json", vocab_size=64), "beyond the 64 rows of the model's embedding"),
+        (values("config.json", vocab_size=1024), r"embed_tokens.weight is \[912, 128\] in the files and \[1024, 128\] by config.json"),
+        (values("config.json", quantization_config={"quant_method": "gptq"}), r"quantised \(gptq\) and cannot be trained"),
+        (values("config.json", max_position_embeddings=64), "max_length is 128, and the model has 64 positions"),
+        (narrow_heads, "a head is 16 wide, and vLLM takes 32, 64"),
+        (text("tokenizer.json", "{"), "has no tokenizer that transformers can load"),
+        (lambda d: (d / "chat_template.jinja").unlink(), "has no chat template"),
+        (text("chat_template.jinja", "{% for m in %}"), "chat template: .* refuses messages of user: Expected an expression"),
+        (text("chat_template.jinja", ENDS.replace("END", "<|end|>")), "ends an answer with <|end|>, which is no token".replace("|", r"\|")),
+        (text("generation_config.json", '{"eos'), "generation_config.json cannot be read"),
+        (values("generation_config.json", eos_token_id=5000), "end of sequence 5000 is beyond the 912 rows"),
+        (values("generation_config.json", eos_token_id="</s>"), "is '</s>', where the number of a token must stand"),
+        (without_end, "declares no end-of-sequence token"),
+        (lambda d: (d / SHARD).unlink(), f"lacks 1 of 2 files with weights, {SHARD}"),
+        (lambda d: (d / SHARD).write_bytes((d / SHARD).read_bytes()[:-9]), f"{SHARD} is cut off or damaged"),
+        (text(SHARD, "version https://git-lfs.github.com/spec/v1\noid"), f"{SHARD} is a pointer of Git LFS"),
+        (text("model.safetensors.index.json", "{"), "index.json is damaged"),
+    ],
+)  # fmt: skip
+def test_what_would_end_a_run_later_is_said_first(
+    damage: Callable[[Path], object], said: str, llama: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(llama, tmp_path / "model")
+    damage(tmp_path / "model")
+    with pytest.raises(UserError, match=said) as refused:
+        examined(tmp_path / "model")
+    assert "\n" not in str(refused.value).strip()
+
+
+def test_the_end_of_a_turn_may_be_another_than_the_declared_end_of_sequence(llama: Path, tmp_path: Path) -> None:
+    shutil.copytree(llama, tmp_path / "model")
+    values("generation_config.json", eos_token_id=5)(tmp_path / "model")
+    model = ModelOptions(path=str(tmp_path / "model"))
+    tokenizer = load_tokenizer(model.path)
+    status, detail = check_ends(model, tokenizer, 912)
+    stops = " and ".join(tokenizer.convert_ids_to_tokens(sorted({5, tokenizer.eos_token_id})))
+    assert (status, detail) == (CheckStatus.OK, f"an answer ends with {tokenizer.eos_token}; sampling stops at {stops}")
+
+
+def test_no_engine_starts_for_a_model_that_cannot_be_trained(llama: Path, tmp_path: Path, capsys: Any) -> None:
+    shutil.copytree(llama, tmp_path / "model")
+    (tmp_path / "model" / SHARD).unlink()
+    with patch("align.tools.offline.running_fleet", side_effect=AssertionError), pytest.raises(DoctorError):
+        doctor(ModelOptions(path=str(tmp_path / "model")), FleetOptions(max_length=128))
+    assert "FAILED   checkpoint: " in capsys.readouterr().out
 
 
 def test_a_failed_check_ends_in_an_error_that_tells_all() -> None:

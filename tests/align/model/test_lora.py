@@ -80,7 +80,9 @@ def test_targets_are_adapted_where_they_are_and_nothing_else_is(
 
 
 def test_an_unknown_target_is_refused_with_the_names_that_there_are(policy: ModelOptions) -> None:
-    with pytest.raises(UserError, match=r"'q_porj'; there are the presets all-linear, attention.*self_attn\.q_proj.*mlp\.gate"):
+    with pytest.raises(
+        UserError, match=r"'q_porj'; there are the presets all-linear, attention.*self_attn\.q_proj.*mlp\.gate"
+    ):
         adapted(policy, "attention", "q_porj")
     with pytest.raises(UserError, match="lm_head"):
         adapted(policy, "lm_head")
