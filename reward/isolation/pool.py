@@ -8,7 +8,7 @@ is JSON of bounded length; nothing is unpickled. `child.worker` is the other sid
 
 The limit on time is processor time, so that a busy machine takes no reward away from an honest answer. A request that uses
 it up is the model's fault. A worker that ends otherwise, or gets no processor for `stuck_s`, is ours: the request is tried
-once more in a fresh worker, and then reported as INFRA, never as a wrong answer.
+again in fresh workers until two of them end alike, by a crash (CRASH) or by a fault of ours (INFRA, never a wrong answer).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from queue import LifoQueue
@@ -155,13 +155,12 @@ class WorkerPool:
         if len(request) > self.limits.request_bytes:
             allowed = self.limits.request_bytes
             return Outcome(End.INFRA, detail=f"a request of {len(request)} bytes, {allowed} are allowed")
-        ends = []
-        for _ in range(_ATTEMPTS):
+        seen: set[End] = set()
+        while True:
             outcome = self._tried(request)
-            ends.append(outcome.end)
-            if outcome.end not in (End.CRASH, End.INFRA) or stopped.is_set():
+            if outcome.end not in (End.CRASH, End.INFRA) or outcome.end in seen or stopped.is_set():
                 return outcome
-        return replace(outcome, end=End.CRASH if set(ends) == {End.CRASH} else End.INFRA)
+            seen.add(outcome.end)
 
     def _tried(self, request: bytes) -> Outcome:
         """What came of the request in an idle worker that is alive and silent, or else in a new one."""

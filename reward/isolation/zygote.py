@@ -23,8 +23,8 @@ from reward.types import RewardError
 
 T = TypeVar("T")
 START_SECONDS = 60.0
-GRACE_SECONDS = 5.0
-"""How long after its deadline a run may take to be gone."""
+GRACE_SECONDS = 30.0
+"""How long after its deadline a run may take to be gone. A supervisor that an overloaded machine lets wait would seem to be lost."""
 _FOLDER = str(Path(__file__).parent)
 _BOOT = (
     "import sys; sys.path.append({folder!r}); from child import {module}; sys.path.pop(); {module}.main({arguments})"

@@ -23,6 +23,10 @@ def warm():
 def work(request, enter):
     enter("first")
     do = request["do"]
+    if do == "in turn":
+        step = sorted(os.listdir(request["folder"]))[0]
+        os.rmdir(os.path.join(request["folder"], step))
+        do = step[2:]
     if do == "spin":
         while True:
             pass
@@ -149,6 +153,19 @@ def test_a_worker_that_dies_is_ours_to_explain_after_a_second_try(workers: Worke
 
 def test_a_crash_that_repeats_belongs_to_the_request(workers: WorkerPool) -> None:
     assert ends(workers, "segv") == [End.CRASH]
+
+
+@pytest.mark.parametrize(
+    ("in_turn", "end"),
+    [("segv exit segv", End.CRASH), ("exit segv exit", End.INFRA), ("segv exit a", End.DONE)],
+    ids=lambda value: value.replace(" ", ", ") if isinstance(value, str) else "",
+)
+def test_of_a_crash_and_a_fault_of_ours_the_one_that_repeats_counts(
+    workers: WorkerPool, in_turn: str, end: End, tmp_path: Path
+) -> None:
+    for place, way in enumerate(in_turn.split()):
+        (tmp_path / "ways" / f"{place} {way}").mkdir(parents=True)
+    assert workers.run([{"do": "in turn", "folder": str(tmp_path / "ways")}])[0].end is end
 
 
 @pytest.mark.parametrize("fault", ["raise", "recurse", "chatter"])
