@@ -7,7 +7,7 @@ and whose value is the module (or the function in it) that registers it, importe
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any, Generic, TypeVar
@@ -143,13 +143,15 @@ class Registry(Generic[E]):
 _rewards: Registry[Reward] = Registry("reward", ENTRY_POINT_GROUP, {}, 1, RewardError, UnknownReward, ParameterError)
 
 
-def register(name: str, *, batched: bool = False) -> Callable[[Function], Function]:
+def register(name: str, *, batched: bool = False, columns: Sequence[str] = ()) -> Callable[[Function], Function]:
     """A decorator that makes a function known as the reward `name`, and returns the function unchanged.
+
+    `columns` are those of the data without which it scores nothing; "answer" is the ground truth, whatever column has it.
 
     Raises RewardError where another function has the name, or where the function takes `**kwargs`: a misspelt
     parameter would then pass unnoticed.
     """
-    return _rewards.register(name, Reward, batched=batched)
+    return _rewards.register(name, Reward, batched=batched, columns=tuple(columns))
 
 
 def get(name: str) -> Reward:

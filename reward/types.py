@@ -142,10 +142,8 @@ class ParameterError(RewardError):
 
     def __str__(self) -> str:
         known = ", ".join(self.known) or "none"
-        return (
-            f"reward {self.reward!r}: {self.why} parameter {self.parameter!r}."
-            f"{_suggestion(self.parameter, self.known)} Its parameters: {known}"
-        )
+        nearest = _suggestion(self.parameter, self.known) if self.why == "unknown" else ""
+        return f"reward {self.reward!r}: {self.why} parameter {self.parameter!r}.{nearest} Its parameters: {known}"
 
 
 class DomainError(RewardError):

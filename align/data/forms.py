@@ -62,6 +62,9 @@ def form_of(row: Row) -> Form:
     for form in FORMS:
         if form.fits(row):
             return form
+    for column in (*PROMPTS, "conversations", "chosen", "rejected"):
+        if column in row.values and not _filled(row, column):
+            raise UserError(f"{row.where}: column {column!r} is empty")
     raise UserError(
         f"{row.where}: its columns ({', '.join(row.values) or 'none'}) have no form that is known. Known are "
         + "; ".join(f"{form.columns} ({form.name})" for form in FORMS)

@@ -128,6 +128,11 @@ def encode_demonstration(
         raise UserError(
             f"example {example.id!r}: every turn of the assistant has weight 0, so there is nothing to learn"
         )
+    if not any(turn["role"] == "user" for turn in conversation[: places[0]]):
+        raise UserError(
+            f"example {example.id!r}: message {places[0] + 1} is the assistant's, and no message of the user comes before it: "
+            "give it a weight of 0, or set sft.turns=last"
+        )
     with naming(f"example {example.id!r}"):
         encoded = encode_conversation(tokenizer, conversation, places, example.tools)
     return [TrainingSequence(token_ids, np.array(learned), 0.0) for token_ids, learned in encoded]

@@ -31,7 +31,7 @@ _executors: dict[str, Executor] = {}
 _lock = threading.Lock()
 
 
-@register("code_tests", batched=True)
+@register("code_tests", batched=True, columns=["tests"])
 def code_tests(
     samples: Sequence[Sample],
     *,

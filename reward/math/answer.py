@@ -55,7 +55,7 @@ class _Case:
     stated: int = 0
 
 
-@register("math", batched=True)
+@register("math", batched=True, columns=["answer"])
 def math_answer(samples: Sequence[Sample], *, right: float = 1.0, wrong: float = 0.0) -> list[Score]:
     r"""Whether the stated answer equals the ground truth as mathematics: `\frac{1}{2}` is 0.5, `x=3` is 3.
 

@@ -185,7 +185,7 @@ def _shown(text: str) -> str:
     return text if len(text) <= 80 else text[:79] + "…"
 
 
-@register("exact_answer")
+@register("exact_answer", columns=["answer"])
 def exact_answer(sample: Sample, *, right: float = 1.0, wrong: float = 0.0) -> Score:
     r"""Whether the last `\boxed{}` equals the ground truth, as text or as a rational number.
 

@@ -64,12 +64,16 @@ def problems(tmp_path: Path, *lines: str) -> str:
         ("model.path=recipes/nano", "has no config.json"),
         ("data.levels=[9]", "no level 9; there are only 1, 2, 3"),
         ("data.limit=5", "grpo.prompts_per_step is 32, but data card 'nano_math' gives only 5 examples"),
-        ("data=[{card: nano_math}, {card: nano_chat, share: 0.01}]", "less than one example a step"),
         ("rollout.max_length=50", "tokens, but rollout.max_length leaves room for"),
     ],
 )
 def test_a_recipe_that_cannot_be_run(override: str, message: str, refusal: Refusal, tmp_path: Path) -> None:
     assert message in refusal(*grpo(tmp_path, override))
+
+
+def test_a_share_of_data_that_is_too_small(refusal: Refusal, tmp_path: Path) -> None:
+    data = "data=[{card: nano_math}, {card: nano_code, share: 0.01}]"
+    assert "less than one example a step" in refusal(*grpo(tmp_path, data, "rewards=[{name: answer_format}]"))
 
 
 @pytest.mark.parametrize(
@@ -204,6 +208,100 @@ def test_a_file_of_problems_that_cannot_be_used(
     data = problems(tmp_path, *lines)
     assert message in refusal("eval", "--model", policy.path, "--data", data, "--out", str(out))
     assert not out.exists()
+
+
+ASK, ANSWER = {"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add", "arguments": "{}"}}]}
+RESULT = {"role": "tool", "content": "2"}
+FIRST_ROW, DEEP = 0, 90
+
+
+def sft(tmp_path: Path, place: int, row: Any, *overrides: str) -> list[str]:
+    """Arguments of a run on a file of 100 conversations, of which one is `row`."""
+    rows = [{"id": str(n), "messages": [{"role": "user", "content": f"{n} + 1?"}, ANSWER]} for n in range(100)]
+    lines = [json.dumps(one) for one in rows]
+    lines[place] = row if isinstance(row, str) else json.dumps({"id": str(place)} | row)
+    data = problems(tmp_path, *lines)
+    return ["recipes/nano/sft.yaml", "machine={}", "rewards=[]", f"data={{path: {data}}}", f"run.dir={tmp_path / 'run'}", *overrides]  # fmt: skip
+
+
+@pytest.mark.parametrize("place", [FIRST_ROW, DEEP])
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"messages": [ASK, {"role": "bot", "content": "2"}]}, "column 'messages', message 2: unknown role 'bot'"),
+        ({"messages": [ASK, CALL, ANSWER]}, "column 'messages', message 2: 1 of its tool calls have no result after it"),
+        ({"messages": [ASK, RESULT, ANSWER]}, "column 'messages', message 2: a tool's result, and no tool call before it"),
+        ({"messages": [ASK, ANSWER | {"content": 2}]}, "column 'messages', message 2: content must be text"),
+        ({"messages": [ASK, ANSWER | {"content": [{"type": "image_url"}]}]}, "message 2: content has a part that is no text"),
+        ({"messages": [ASK, ANSWER | {"weight": 2}]}, "message 2: weight must be 0 or 1"),
+        ({"messages": "1 + 1?"}, "column 'messages' must hold text or a list of messages"),
+        ({"messages": []}, "column 'messages' is empty"),
+        ({"messages": [ASK, ANSWER], "tools": "{"}, "column 'tools' is not JSON"),
+        ({"messages": [ASK, ANSWER], "id": "50"}, "is already that of "),
+        ({}, "its columns (id) have no form that is known"),
+        ('{"messages": [', "not JSON"),
+        ("3", "a JSON int, where each line must be one JSON object"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_row_that_cannot_be_used_is_told_with_its_file_line_and_column_wherever_it_is(
+    row: Any, said: str, place: int, refusal: Refusal, tmp_path: Path
+) -> None:
+    error = refusal("check", *sft(tmp_path, place, row))
+    named = max(place, 50 if "already" in said else 0) + 1
+    assert "1 of 100 rows cannot be used" in error
+    assert f"problems.jsonl, line {named}: " in error
+    assert said in error
+
+
+@pytest.mark.parametrize("row", [{"prompt": "1?", "answer": "1"}, {"prompt": "1?", "chosen": "1", "rejected": "2"}])
+def test_rows_of_mixed_forms(row: Any, refusal: Refusal, tmp_path: Path) -> None:
+    error = refusal("check", *sft(tmp_path, DEEP, row))
+    assert f"problems.jsonl, line {DEEP + 1}: it is of the form p" in error
+    assert "and the rows before it are of the form messages" in error
+
+
+STRICT = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    "{% if (m.role == 'user') == (loop.index0 % 2 == 1) %}{{ raise_exception('roles must alternate') }}{% endif %}"
+    "{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+@pytest.mark.parametrize("place", [FIRST_ROW, DEEP])
+@pytest.mark.parametrize(
+    ("turns", "said"),
+    [
+        ([{"role": "system", "content": "Be brief."}, ASK, ANSWER], "refuses messages of system, user: no system role"),
+        ([ASK, ASK, ANSWER], "refuses messages of user, user: roles must alternate"),
+        ([ANSWER, ASK, ANSWER], "message 1 is the assistant's, and no message of the user comes before it"),
+    ],
+    ids=["system", "order", "answer first"],
+)
+def test_a_row_that_the_chat_template_refuses_is_named_before_an_engine_starts(
+    turns: list[Any], said: str, place: int, refusal: Refusal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ray.init", lambda *_, **__: pytest.fail("an engine starts"))
+    shutil.copytree(ROOT / "recipes/nano/policy", tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text(STRICT)
+    arguments = sft(tmp_path, place, {"id": "this one", "messages": turns}, f"model.path={tmp_path / 'model'}")
+    error = refusal("sft", *arguments)
+    assert "example 'problems/this one'" in error
+    assert said in error
+
+
+def test_a_reward_without_its_column_is_refused_before_an_engine_starts(
+    refusal: Refusal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ray.init", lambda *_, **__: pytest.fail("an engine starts"))
+    data = problems(tmp_path, *(json.dumps({"prompt": f"{n} + 1?", "unit": "cm"}) for n in range(100)))
+    for reward, column in (("exact_answer", "answer"), ("math", "answer"), ("code_tests", "tests")):
+        error = refusal(
+            *grpo(tmp_path, f"data={{path: {data}}}", f"rewards=[{{name: {reward}}}]", "evaluation={limit: 4}")
+        )
+        assert f"rewards: {reward} reads the column '{column}', which the data of the domain 'user' lack" in error
+        assert "their columns: completion_tokens, messages, unit" in error
 
 
 def test_an_output_file_is_never_written_over(refusal: Refusal, tmp_path: Path, policy) -> None:  # type: ignore[no-untyped-def]

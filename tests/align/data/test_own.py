@@ -240,7 +240,7 @@ def recipe(stage: str, directory: Path, **more: Any) -> Any:
     common |= {"model": {"path": "recipes/nano/policy"}, "learner": {"optimizer": {"learning_rate": 1e-3}}}
     sampling = {"rewards": [{"name": "exact_answer"}], "rollout": {"max_length": 128}}
     own = {
-        "sft": sampling | {"sft": {"steps": 1, "sequences_per_step": 2}},
+        "sft": sampling | {"rewards": [], "sft": {"steps": 1, "sequences_per_step": 2}},
         "grpo": sampling | {"grpo": {"steps": 1, "prompts_per_step": 2, "group_size": 2}},
         "reward_model": {"reward_model": {"steps": 1, "pairs_per_step": 2}},
     }

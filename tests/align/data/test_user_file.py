@@ -50,7 +50,7 @@ def test_prompts_and_messages_are_read_in_order(tmp_path):
         ('{"id": ', "not JSON"),
         ("[1]", "must be one JSON object"),
         (without("prompt"), r"its columns \(id, answer\) have no form that is known"),
-        (GOOD | {"prompt": ""}, "its columns .* have no form"),
+        (GOOD | {"prompt": ""}, "column 'prompt' is empty"),
         (GOOD | {"id": "0"}, "the id '0' is already that of .*line 1"),
         (GOOD | {"messages": TURNS}, "it is of the form rlvr|both prompt and messages"),
         (GOOD | {"prompt": [{"role": "user"}]}, "message 1: must be an object with role and content"),
