@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from align.data.files import files_of, readable
+from align.data.forms import FORMS
 from align.data.rows import Row
+from align.data.types import Message
 from align.errors import UserError
 from align.evaluate.accuracy import mean_of
 from align.experience import is_scored_row, sample_of
 from align.run import RunDirectory, read_status, write_jsonl
 from align.run.files import read_parquet
 from reward import Mixture, RewardError, RewardTerm, Sample, SampleReward
-from reward.rows import sample_of_row
+from reward.rows import prompt_column, sample_of_row
 
 EXAMPLE = '{"id": "1", "completion": "It is \\\\boxed{4}.", "ground_truth": "4"}'
 STORED = ("id", "index", "domain", "prompt", "completion", "answer", "metadata", "finish_reason", "verdict", "reward")
@@ -146,10 +148,21 @@ def _sample(row: Row) -> Sample:
     completion = values[column]
     if not isinstance(completion, str):
         completion = row.messages(column, "assistant")[-1]["content"]
-    return sample_of_row(
-        values,
-        completion,
-        id=str(values[id_column]),
-        prompt=row.conversation("prompt") if isinstance(values.get("prompt"), list) else None,
-        taken=(column,),
-    )
+    asked, columns = demonstrated_prompt(Row({n: v for n, v in values.items() if n != column}, row.where))
+    if isinstance(values.get("prompt"), list):
+        asked = row.conversation("prompt")
+    return sample_of_row(values, completion, id=str(values[id_column]), prompt=asked, taken=(column, *columns))
+
+
+def demonstrated_prompt(row: Row) -> tuple[tuple[Message, ...] | None, tuple[str, ...]]:
+    """The prompt of a row that is a conversation with its last answer, and the columns that it is from; None and none of any other row.
+
+    It is what training and evaluation ask: the answer that is scored stands in the place of the one in the row.
+    """
+    if prompt_column(row.values) not in (None, "messages"):
+        return None, ()
+    form = next((form for form in FORMS if form.fits(row)), None)
+    if form is None or form.kind != "conversations":
+        return None, ()
+    turns, columns = form.read(row)
+    return (turns[:-1], columns) if turns[-1]["role"] == "assistant" else (None, ())

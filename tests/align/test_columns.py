@@ -10,6 +10,7 @@ from unittest.mock import patch
 import pytest
 
 from align.data.entries import card_of
+from align.data.forms import FORMS
 from align.data.loader import load_split
 from align.data.own import read_user_file
 from align.data.types import Example
@@ -42,6 +43,25 @@ ROWS: dict[str, dict[str, Any]] = {
     "columns in metadata": {"prompt": "2 + 2?", "answer": "4", "metadata": {"unit": "m", "more": 1}, "unit": "cm"},
     "nothing but a prompt": {"prompt": "2 + 2?", "tests": {"kind": "stdio"}},
 }
+
+
+TURNS = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
+FORM_ROWS: dict[str, dict[str, Any]] = {
+    "messages": {"messages": TURNS, "unit": "cm"},
+    "sharegpt": {
+        "conversations": [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "4"}],
+        "system": "Be brief.",
+        "unit": "cm",
+    },
+    "alpaca": {"instruction": "Add.", "input": "2 + 2", "output": "4", "unit": "cm"},
+    "completion": {"prompt": "2 + 2?", "completion": "4", "unit": "cm"},
+    "verl": ROWS["verl"] | {"unit": "cm"},
+    "rlvr": {"messages": TURNS[:1], "ground_truth": "4", "dataset": "sums", "unit": "cm"},
+    "ifeval": ROWS["ifeval"] | {"unit": "cm"},
+    "problem": {"question": "2 + 2?", "solution": "4", "unit": "cm"},
+    "prompt": {"prompt": "2 + 2?", "unit": "cm"},
+}
+"""A row of each form that has prompts to answer; pairs are never sampled from."""
 
 
 @pytest.fixture
@@ -110,6 +130,34 @@ def test_a_row_is_the_same_sample_everywhere(name: str, tmp_path: Path, seen: li
     assert trained.ground_truth == (None if name in ("ifeval", "nothing but a prompt") else "4")
     for sample in samples.values():
         assert replace(sample, id=trained.id) == trained
+
+
+def test_every_form_has_a_row_here() -> None:
+    assert FORM_ROWS.keys() == {form.name for form in FORMS if form.kind != "pairs"}
+
+
+@pytest.mark.parametrize("name", FORM_ROWS)
+def test_a_row_of_every_form_is_the_same_sample_in_training_evaluation_and_for_align_score(
+    name: str, tmp_path: Path, seen: list[Sample]
+) -> None:
+    row = {"id": "of interest", **FORM_ROWS[name]}
+    others = [changed(row, n) for n in range(5)]
+    file = tmp_path / "mine.jsonl"
+    file.write_text("".join(json.dumps(one) + "\n" for one in [row, *others]))
+    trained = in_training(file)
+    evaluated = next(answered(e) for e in read_user_file(file) if e.id == "of interest")
+    assert replace(evaluated, id=trained.id) == trained
+    assert trained.metadata["unit"] == "cm"
+    if name != "completion":  # there the column holds what is scored
+        rescored = scored(tmp_path / "completions.jsonl", row, seen)
+        assert replace(rescored, id=trained.id, metadata={**rescored.metadata, "completion_tokens": 3}) == trained
+
+
+def changed(row: dict[str, Any], number: int) -> dict[str, Any]:
+    """The row with another id and prompt."""
+    return json.loads(
+        json.dumps({**row, "id": str(number)}).replace("2 + 2", f"2 + {number}").replace("Hi?", f"{number}?")
+    )
 
 
 def test_every_column_but_the_prompt_is_in_the_metadata(tmp_path: Path, seen: list[Sample]) -> None:

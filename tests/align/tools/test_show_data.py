@@ -99,7 +99,7 @@ def test_repeated_prompts_are_counted(tmp_path: Path) -> None:
 def test_rows_that_would_be_refused_are_listed(tmp_path: Path) -> None:
     text = shown(written(tmp_path, [*problems(20), {"question": "", "answer": "1"}, *problems(1)]))
     assert "2 rows cannot be used:" in text
-    assert lines(text, "line 21: ", "no form that is known")
+    assert lines(text, "line 21: ", "is empty")
     assert lines(text, "line 22: the id 'p0' is already that of")
 
 
