@@ -16,6 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV2Config, Lla
 
 from align.errors import UserError
 from align.evaluate.doctor import (
+    CPU_HEADS,
+    CPU_LATENTS,
     Check,
     CheckStatus,
     DoctorError,
@@ -282,6 +284,15 @@ def test_what_would_end_a_run_later_is_said_first(
     with pytest.raises(UserError, match=said) as refused:
         examined(tmp_path / "model")
     assert "\n" not in str(refused.value).strip()
+
+
+@pytest.mark.slow
+def test_the_sizes_of_heads_are_those_of_vllms_kernels_for_cpus() -> None:
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+    from vllm.v1.attention.backends.mla.cpu_mla import CPUMLABackend
+
+    assert list(CPU_HEADS) == CPUAttentionBackend.get_supported_head_sizes()
+    assert list(CPU_LATENTS) == CPUMLABackend.get_supported_head_sizes()
 
 
 def test_the_end_of_a_turn_may_be_another_than_the_declared_end_of_sequence(llama: Path, tmp_path: Path) -> None:
