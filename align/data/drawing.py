@@ -1,21 +1,37 @@
 """What is drawn: the split that a prompt belongs to, by a hash, and the items of the training data that a step takes."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from random import Random
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import numpy.typing as npt
 
 from align.data.types import SplitName, normalised
+from align.errors import UserError
 
 T = TypeVar("T")
+Hashes = npt.NDArray[np.uint64]
+
+
+def key_hash(key: str) -> int:
+    """64 bits by which keys are told apart and drawn, the same on every machine."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")
 
 
 def fraction(key: str) -> float:
     """A number in [0, 1), the same for the same key on every machine, and otherwise as good as random."""
-    # Of six bytes, which a float holds exactly, so that it is below 1.
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:6], "big") / 2**48
+    # Of 48 bits, which a float holds exactly, so that it is below 1.
+    return (key_hash(key) >> 16) / 2**48
+
+
+def fractions(hashes: Hashes) -> npt.NDArray[np.float64]:
+    """What `fraction` is of keys with these hashes [N]."""
+    return (hashes >> np.uint64(16)) / 2**48
 
 
 def split_of(key: str, *, train: float = 0.90, validation: float = 0.05) -> SplitName:
@@ -28,32 +44,41 @@ def split_of(key: str, *, train: float = 0.90, validation: float = 0.05) -> Spli
 
 def percentile(prompt: str) -> int:
     """Where a published prompt lies in the order of the hashes, 0 to 99. Rows of the same prompt stay together."""
-    return int.from_bytes(hashlib.sha256(normalised(prompt).encode()).digest()[:8], "big") % 100
+    return key_hash(normalised(prompt)) % 100
 
 
-def held_out_keys(keys: Iterable[str], share: float, splits: Sequence[SplitName]) -> dict[str, SplitName]:
-    """The split of each key that is held out: `share` of them for each of `splits`, and at least one.
+def held_out_places(hashes: Hashes, share: float, splits: int) -> npt.NDArray[np.int8]:
+    """For keys of these hashes [N] the number of the split that holds it out, from 1 on, or 0 [N]: `share` of the keys for each split, and at
+    least one.
 
-    A hash of the key draws, so that a key stays where it is when others are added to the data; only the one that a split has for want
-    of any other does not.
+    The hash draws, so that a key stays where it is when others are added to the data; only the one that a split has for want of any other
+    does not.
     """
-    left = {key: fraction(key) for key in keys}
-    drawn_for: dict[str, SplitName] = {}
-    for place, split in enumerate(splits, start=1):
-        last = [max(left, key=lambda key: (left[key], key))] if left else []
-        chosen = [key for key, at in left.items() if at >= 1 - place * share] or last
-        drawn_for |= dict.fromkeys(chosen, split)
-        left = {key: at for key, at in left.items() if key not in drawn_for}
-    return drawn_for
+    at, found = fractions(hashes), np.zeros(len(hashes), dtype=np.int8)
+    for split in range(1, splits + 1):
+        left = found == 0
+        chosen = left & (at >= 1 - split * share)
+        if left.any() and not chosen.any():
+            chosen = left & (at == at[left].max())
+        found[chosen] = split
+    return found
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Source(Generic[T]):
-    """What one entry of `recipe.data` gives, and how many of it a step takes. `card` is the entry's name."""
+    """What one entry of `recipe.data` gives, and how many of it a step takes. `card` is the entry's name.
+
+    `items` are what a step takes; with `encode` they are rows, each of which gives some items when a step takes it, or none, for want of room.
+    """
 
     card: str
-    items: Sequence[T]
+    items: Sequence[Any]
     a_step: int
+    encode: Callable[[Any], Sequence[T]] | None = None
+    digest: str = ""
+    """A hash of the rows, where there is `encode`."""
+    left_out: int = 0
+    """How many rows the step that was drawn last left out."""
 
 
 def shares(total: int, weights: Sequence[float]) -> list[int]:
@@ -71,20 +96,52 @@ def items_of_step(sources: Sequence[Source[T]], *, seed: int, step: int) -> list
     placed = [
         ((place + 0.5) / source.a_step, number, item)
         for number, source in enumerate(sources)
-        for place, item in enumerate(drawn(source.items, source.a_step, seed=seed, step=step))
+        for place, found in enumerate(_of_step(source, seed, step))
+        for item in found
     ]
     return [item for _, _, item in sorted(placed, key=lambda entry: entry[:2])]
 
 
+def left_out(sources: Sequence[Source[Any]]) -> dict[str, int]:
+    """The metric of a step that says how many rows it left out; none where all were encoded before the start."""
+    counts = [source.left_out for source in sources if source.encode is not None]
+    return {"rows_left_out": sum(counts)} if counts else {}
+
+
 def drawn(items: Sequence[T], count: int, *, seed: int, step: int) -> list[T]:
     """The `count` items of a step: each once an epoch, in an order drawn anew for each epoch, none twice in a step."""
-    total = len(items)
+    order, start = order_of(len(items), count, seed=seed, step=step)
+    return [items[i] for i in order[start : start + count]]
+
+
+def order_of(total: int, count: int, *, seed: int, step: int) -> tuple[Sequence[int], int]:
+    """The order of the epoch that a step of `count` items is in, and where in it the step begins."""
     if count > total:
         raise ValueError(f"a step takes {count} examples, but there are only {total}")
-    epoch_steps = total // count
-    epoch, place = divmod(step, epoch_steps)
-    order = permutation(total, seed, epoch)
-    return [items[i] for i in order[place * count : (place + 1) * count]]
+    epoch, place = divmod(step, total // count)
+    return permutation(total, seed, epoch), place * count
+
+
+def _of_step(source: Source[T], seed: int, step: int) -> Iterator[Sequence[T]]:
+    """What the rows of a step give. In the place of a row that gives nothing comes one of those half an epoch on, so that what a step takes
+    depends on no other step."""
+    count, total = source.a_step, len(source.items)
+    if source.encode is None:
+        yield from ([item] for item in drawn(source.items, count, seed=seed, step=step))
+        return
+    order, start = order_of(total, count, seed=seed, step=step)
+    others = (order[(start + total // 2 + place) % total] for place in range(total))
+    own = order[start : start + count]
+    source.left_out = 0
+    for i in chain(own, (other for other in others if other not in own)):
+        if found := source.encode(source.items[i]):
+            count -= 1
+            yield found
+        else:
+            source.left_out += 1
+        if not count:
+            return
+    raise UserError(f"{source.card}: too few of its rows can be trained on: {source.a_step - count} of {source.a_step} for step {step + 1}")
 
 
 @lru_cache(maxsize=8)

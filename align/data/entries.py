@@ -1,19 +1,27 @@
 """What a stage reads of the entries of its recipe's `data`: encoded, short enough, and held apart from what is evaluated."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 from align.data.cards import DataCard, OwnSource, Stage, load_card, require_stage
 from align.data.drawing import Source, shares
 from align.data.loader import NOTHING, HeldOutPrompts, held_together
-from align.data.own import CURE, own_card, refusal
+from align.data.own import CURE, Rows, own_card, refusal
 from align.data.types import Item, LoadedSplit, SplitName
 from align.errors import UserError
 from align.recipe import DataOptions, PolicyRecipe
 
 T = TypeVar("T")
+TOKENISED_BEFORE = 20_000
+"""A file with more rows is tokenised as its rows are needed; one with fewer, and what a card has, before the start."""
+LOOKED_AT = 1000
+"""So many of them, evenly taken, are tokenised before the start, to see what the template refuses and how many are too long."""
+DIGESTED = 64
+"""Of so many of these the token ids are part of the data's hash."""
 
 
 class Notes(Protocol):
@@ -122,9 +130,15 @@ class Reader(Generic[Item, T]):
         self, entry: Entry, split: SplitName, limit: int | None, held_out: HeldOutPrompts = NOTHING
     ) -> tuple[list[T], LoadedSplit[Item]]:
         """What there is room for of a split, encoded, and the whole split. Raises UserError for what cannot be used."""
+        loaded = self._loaded(entry, split, limit, held_out)
+        return self._encoded(loaded.examples, entry, f"{entry.called}, split {split}"), loaded
+
+    def _loaded(
+        self, entry: Entry, split: SplitName, limit: int | None, held_out: HeldOutPrompts
+    ) -> LoadedSplit[Item]:
         data = entry.data
         levels = {"levels": data.levels} if data.levels else {}
-        loaded = self.load(
+        return self.load(
             entry.card,
             split,
             path=entry.path,
@@ -134,10 +148,10 @@ class Reader(Generic[Item, T]):
             held_out=held_out,
             **levels,
         )
-        return self._short_enough(self._encoded(loaded.examples, entry, split), entry, split), loaded
 
-    def _encoded(self, examples: Sequence[Item], entry: Entry, split: SplitName) -> list[T]:
-        """The examples as the stage trains on them. Of data without a card, rows that cannot be encoded are told together, or left out."""
+    def _encoded(self, examples: Sequence[Item], entry: Entry, told: str) -> list[T]:
+        """The examples as the stage trains on them, those that there is room for. Of data without a card, rows that cannot be encoded are told
+        together, or left out."""
         items: list[T] = []
         refused: list[str] = []
         for item in examples:
@@ -148,15 +162,14 @@ class Reader(Generic[Item, T]):
                     raise
                 refused.append(str(error))
         if refused and (entry.data.bad_rows == "refuse" or not items):
-            raise UserError("\n".join(refusal(f"{entry.called}, split {split}", refused, len(examples), CURE)))
+            raise UserError("\n".join(refusal(told, refused, len(refused), len(examples), CURE)))
         if refused:
             self.notes.warn(
-                f"{entry.called}, split {split}: {len(refused)} of {len(examples)} rows cannot be encoded, and were left out. The first: "
-                f"{refused[0]}",
+                f"{told}: {len(refused)} of {len(examples)} rows cannot be encoded, and are left out. The first: {refused[0]}",
                 card=entry.name,
                 bad_rows=len(refused),
             )
-        return items
+        return self._short_enough(items, entry, told)
 
     def held_out_split(
         self, entries: Sequence[Entry], split: SplitName, limit: int, held_out: HeldOutPrompts = NOTHING
@@ -173,9 +186,13 @@ class Reader(Generic[Item, T]):
 
         `held_out`: prompts that may not be among them. Raises UserError where an entry has fewer items than a step takes of it.
         """
-        sources = []
+        sources: list[Source[T]] = []
         for entry, count in zip(entries, shares(a_step, [entry.data.share for entry in entries]), strict=True):
-            items, loaded = self.read(entry, entry.data.split, entry.data.limit, held_out)
+            told = f"{entry.called}, split {entry.data.split}"
+            loaded = self._loaded(entry, entry.data.split, entry.data.limit, held_out)
+            rows = loaded.examples
+            is_large = isinstance(rows, Rows) and len(rows) > TOKENISED_BEFORE
+            items = rows if is_large else self._encoded(rows, entry, told)
             self._tell_compared(entry, loaded)
             if not 1 <= count <= len(items):
                 takes = f", of which {entry.called} is to give {count}," if len(entries) > 1 else ""
@@ -184,8 +201,36 @@ class Reader(Generic[Item, T]):
                     if count
                     else f"{a_step_key} is {a_step}: the share of {entry.called} is less than one example a step"
                 )
-            sources.append(Source(entry.name, items, count))
+            if isinstance(rows, Rows) and is_large:
+                sources.append(self._tokenised_as_needed(entry, rows, count, told))
+            else:
+                sources.append(Source(entry.name, items, count))
         return sources
+
+    def _tokenised_as_needed(self, entry: Entry, rows: Rows, count: int, told: str) -> Source[T]:
+        """A source of rows that are too many to encode all before the start: some are, or all of them where the entry refuses long ones."""
+        refuses = entry.data.too_long == "refuse"
+        looked_at = [rows[i : i + LOOKED_AT] for i in range(0, len(rows), LOOKED_AT)] if refuses else [rows[:: len(rows) // LOOKED_AT]]
+        for part in looked_at:
+            items = self._encoded(part, entry, f"{told}, {len(part)} rows looked at")
+        self.notes.tell(
+            "tokenised_as_needed",
+            f"{told}: its {len(rows)} rows are tokenised when a step takes them; `rows_left_out` among the metrics counts those that are too long",
+            card=entry.name,
+            rows=len(rows),
+        )
+        digest = hashlib.sha256(f"{rows.source.digest()} {items[:DIGESTED]!r}".encode() + rows.places.tobytes())
+        return Source(entry.name, rows, count, partial(self._of_row, entry), digest.hexdigest())
+
+    def _of_row(self, entry: Entry, row: Item) -> list[T]:
+        """What a row gives, without what is too long. Raises UserError where it cannot be encoded, unless bad rows are left out."""
+        try:
+            encoded = self.encode(replace(row, id=row.id + entry.mark))
+        except UserError as error:
+            if entry.data.bad_rows == "refuse":
+                raise UserError(f"{entry.called}: {error}\n{CURE}") from error
+            return []
+        return [item for item in encoded if self.tokens(item) <= self.room.tokens]
 
     def _tell_compared(self, entry: Entry, loaded: LoadedSplit[Item]) -> None:
         """Note what the training data were compared with, and how many were left out since they occur in it."""
@@ -204,14 +249,14 @@ class Reader(Generic[Item, T]):
                 f"{', '.join(loaded.unchecked)}; give a directory with a file for each split"
             )
 
-    def _short_enough(self, items: list[T], entry: Entry, split: SplitName) -> list[T]:
+    def _short_enough(self, items: list[T], entry: Entry, where: str) -> list[T]:
         """The items that there is room for. Raises UserError where the entry refuses longer ones, or all are."""
         counts = [self.tokens(item) for item in items]
         kept = [item for item, count in zip(items, counts, strict=True) if count <= self.room.tokens]
         if len(kept) == len(items):
             return kept
         told = (
-            f"{entry.called}, split {split}: {len(items) - len(kept)} of {len(items)} examples have more than "
+            f"{where}: {len(items) - len(kept)} of {len(items)} examples have more than "
             f"{self.room.tokens} tokens ({self.room.why}), the longest {max(counts)}"
         )
         if entry.data.too_long == "refuse":
@@ -219,5 +264,5 @@ class Reader(Generic[Item, T]):
         if not kept:
             raise UserError(f"{told}: none is left; give them more room")
         left_out = len(items) - len(kept)
-        self.notes.warn(f"{told}: they were left out", card=entry.name, too_long=left_out, examples=len(items))
+        self.notes.warn(f"{told}: they are left out", card=entry.name, too_long=left_out, examples=len(items))
         return kept

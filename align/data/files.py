@@ -106,8 +106,9 @@ def _unpacked(path: Path) -> BinaryIO:
 
 def _json(file: BinaryIO, path: Path) -> Iterator[Row | UserError]:
     """Rows of JSON lines, or of one list of objects where that is what the file begins with."""
-    first = True
+    first, end, packed = True, 0, path.suffix in COMPRESSED
     for number, line in enumerate(file, start=1):
+        start, end = end, end + len(line)
         content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
         if not content.strip():
             continue
@@ -121,7 +122,7 @@ def _json(file: BinaryIO, path: Path) -> Iterator[Row | UserError]:
         first = False
         where = f"{path}, line {number}"
         try:
-            yield Row(parse_json_line(content, where), where)
+            yield Row(parse_json_line(content, where), where, None if packed else (start, len(line), number))
         except UserError as error:
             yield error
 

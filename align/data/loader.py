@@ -9,16 +9,21 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
+import numpy as np
+import numpy.typing as npt
+
 from align.data.cards import DataCard, FileSource, GeneratorSource, HubSource, OwnSource, ReasoningGymSource, check
+from align.data.drawing import Hashes, key_hash
+from align.data.forms import Kind
 from align.data.generators import GIVEN, generator, reasoning_gym_task
-from align.data.own import read_source, read_split
+from align.data.own import Rows, read_source, read_split
 from align.data.tables import read_examples, read_preferences
 from align.data.types import Example, Item, LoadedSplit, Preference, SplitName
 from align.errors import UserError, naming
 
 T = TypeVar("T")
-HeldOutPrompts = Mapping[str, Collection[str]]
-"""The `prompt_key` of prompts that may not be trained on, by what they are of, such as "math/test"."""
+HeldOutPrompts = Mapping[str, Collection[int]]
+"""The hash of the `prompt_key` of prompts that may not be trained on, by what they are of, such as "math/test"."""
 
 HELD_OUT_FROM: Mapping[SplitName, tuple[SplitName, ...]] = {
     "train": ("validation", "test"),
@@ -48,9 +53,10 @@ def load_split(
     """
     read = _reader(card, _examples, path, seed, params)
     loaded = _load(card, split, read, path, held_out, lambda found, where: _at_levels(found, levels, where))
-    return replace(
-        loaded, examples=[_instructed(example, card.instruction) for example in first(loaded.examples, limit, seed)]
-    )
+    chosen = first(loaded.examples, limit, seed)
+    if card.instruction is not None:
+        chosen = [_instructed(example, card.instruction) for example in chosen]
+    return replace(loaded, examples=chosen)
 
 
 def load_preferences(
@@ -71,20 +77,34 @@ def load_preferences(
     return replace(loaded, examples=first(loaded.examples, limit, seed))
 
 
-def first(items: Sequence[T], limit: int | None, seed: int) -> list[T]:
+def first(items: Sequence[T], limit: int | None, seed: int) -> Sequence[T]:
     """`limit` of the items after a shuffle by `seed`; all of them, in their order, where there is no limit."""
-    chosen = list(items)
-    if limit is not None:
-        if limit < 1:
-            raise UserError(f"a limit of {limit} leaves no examples; leave it out for all of them")
-        random.Random(seed).shuffle(chosen)
-        del chosen[limit:]
-    return chosen
+    if limit is None:
+        return items
+    if limit < 1:
+        raise UserError(f"a limit of {limit} leaves no examples; leave it out for all of them")
+    order = list(range(len(items)))
+    random.Random(seed).shuffle(order)
+    return picked(items, np.array(order[:limit], dtype=np.int64))
 
 
-def held_together(*held_out: HeldOutPrompts) -> dict[str, set[str]]:
+def picked(items: Sequence[T], places: npt.NDArray[np.int64]) -> Sequence[T]:
+    """The items at these places; those of files stay there until they are needed."""
+    if isinstance(items, Rows):
+        return Rows(items.source, items.places[places])
+    return [items[place] for place in places]
+
+
+def prompt_hashes(items: Sequence[Example] | Sequence[Preference]) -> Hashes:
+    """The hash of the `prompt_key` of each [N]."""
+    if isinstance(items, Rows):
+        return items.prompts
+    return np.array([key_hash(item.prompt_key) for item in items], dtype=np.uint64)
+
+
+def held_together(*held_out: HeldOutPrompts) -> dict[str, set[int]]:
     """Several mappings of what is held out to its prompts as one."""
-    together: dict[str, set[str]] = defaultdict(set)
+    together: dict[str, set[int]] = defaultdict(set)
     for name, prompts in (pair for each in held_out for pair in each.items()):
         together[name].update(prompts)
     return dict(together)
@@ -105,39 +125,41 @@ def refuse_one_file(card: DataCard, path: Path | None, splits: Collection[SplitN
 def _load(
     card: DataCard,
     split: SplitName,
-    read: Callable[[SplitName], list[Item]],
+    read: Callable[[SplitName], Sequence[Item]],
     path: str | Path | None,
     held_out: HeldOutPrompts,
-    choose: Callable[[list[Item], str], list[Item]] = lambda found, where: found,
+    choose: Callable[[Sequence[Item], str], Sequence[Item]] = lambda found, where: found,
 ) -> LoadedSplit[Item]:
     """The split without what is held out from it, of which `choose` leaves something."""
     if split not in card.splits:
         raise UserError(f"{card.called} has no split {split!r}, only {', '.join(sorted(card.splits))}")
     own = [name for name in HELD_OUT_FROM[split] if name in card.splits and name in card.decontamination.against]
     unchecked = tuple(name for name in own if not _comparable(card, split, name, path))
-    others = {f"{card.name}/{name}": {e.prompt_key for e in read(name)} for name in own if name not in unchecked}
+    others = {f"{card.name}/{name}": prompt_hashes(read(name)).tolist() for name in own if name not in unchecked}
     found = read(split)
-    held_out = held_together(others, held_out)
-    keys = [item.prompt_key for item in found]
-    compared = {name: sum(key in prompts for key in keys) for name, prompts in held_out.items()}
-    forbidden = set[str]().union(*held_out.values())
-    clean = [item for item, key in zip(found, keys, strict=True) if key not in forbidden]
+    keys = prompt_hashes(found)
+    occurs: dict[str, npt.NDArray[np.bool_]] = {
+        name: np.isin(keys, np.fromiter(prompts, dtype=np.uint64))
+        for name, prompts in held_together(others, held_out).items()
+    }
+    compared = {name: int(places.sum()) for name, places in occurs.items()}
+    clean = picked(found, np.flatnonzero(~np.any([*occurs.values(), np.zeros(len(keys), dtype=bool)], axis=0)))
     dropped = len(found) - len(clean)
     where = f"{card.called}, split {split}"
     chosen = choose(clean, where) if clean else []
     if not chosen:
         held = ", ".join(f"{count} in {name}" for name, count in compared.items() if count)
         raise UserError(f"{where}: no examples ({dropped} dropped{', which are held out: ' + held if held else ''})")
-    return LoadedSplit(chosen, dropped, unchecked, compared, frozenset(keys))
+    return LoadedSplit(chosen, dropped, unchecked, compared, keys)
 
 
 def _reader(
     card: DataCard,
-    read: Callable[[DataCard, SplitName, Path | None, int, dict[str, Any]], list[T]],
+    read: Callable[[DataCard, SplitName, Path | None, int, dict[str, Any]], Sequence[T]],
     path: str | Path | None,
     seed: int,
     params: Mapping[str, Any] | None,
-) -> Callable[[SplitName], list[T]]:
+) -> Callable[[SplitName], Sequence[T]]:
     """`read` as a function of the split. Raises UserError for a path or params that the card has no use for."""
     generated = isinstance(card.source, GeneratorSource | ReasoningGymSource)
     if generated and path is not None:
@@ -148,7 +170,7 @@ def _reader(
     return lambda split: read(card, split, local, seed, dict(params or {}))
 
 
-def _examples(card: DataCard, split: SplitName, path: Path | None, seed: int, params: dict[str, Any]) -> list[Example]:
+def _examples(card: DataCard, split: SplitName, path: Path | None, seed: int, params: dict[str, Any]) -> Sequence[Example]:
     match card.source:
         case GeneratorSource() as source:
             return _generated(card, source, generator(source.name).generate, split, seed, params)
@@ -156,22 +178,26 @@ def _examples(card: DataCard, split: SplitName, path: Path | None, seed: int, pa
             made: list[Example] = reasoning_gym_task().generate_task(card, source, split, params)
             return made
         case OwnSource() as source:
-            return [item for item in read_split(source, split) if isinstance(item, Example)]
+            return _of_kind(read_split(source, split), {"conversations", "problems"})
         case source:
             return read_examples(card, source, split, path)
 
 
 def _preferences(
     card: DataCard, split: SplitName, path: Path | None, seed: int, params: dict[str, Any]
-) -> list[Preference]:
+) -> Sequence[Preference]:
     source = card.source
     if isinstance(source, HubSource | FileSource):
         return read_preferences(card, source, split, path)
     if isinstance(source, GeneratorSource) and (preferences := generator(source.name).preferences):
         return _generated(card, source, preferences, split, seed, params)
     if isinstance(source, OwnSource):
-        return [item for item in read_split(source, split) if isinstance(item, Preference)]
+        return _of_kind(read_split(source, split), {"pairs"})
     raise UserError(f"{card.called} has no preferences to train a reward model on")
+
+
+def _of_kind(rows: Rows, kinds: Collection[Kind]) -> Sequence[Any]:
+    return rows if rows.source.form.kind in kinds else ()
 
 
 def _generated(
@@ -193,7 +219,7 @@ def domains_of(card: DataCard) -> list[str]:
     """The domains of a card's examples: its own, or those that the rows of data without a card say."""
     if not isinstance(card.source, OwnSource):
         return [card.domain]
-    return list(dict.fromkeys(item.domain for rows in read_source(card.source).values() for item in rows.items))
+    return list(dict.fromkeys(domain for rows in read_source(card.source).values() for domain in rows.domains))
 
 
 def _comparable(card: DataCard, split: SplitName, other: SplitName, path: str | Path | None) -> bool:
@@ -203,14 +229,15 @@ def _comparable(card: DataCard, split: SplitName, other: SplitName, path: str | 
     return card.source.splits[split].table == card.source.splits[other].table
 
 
-def _at_levels(examples: list[Example], levels: Sequence[int] | None, where: str) -> list[Example]:
+def _at_levels(examples: Sequence[Example], levels: Sequence[int] | None, where: str) -> Sequence[Example]:
     if levels is None:
         return examples
-    known = sorted({example.level for example in examples if example.level is not None})
+    found = [example.level for example in examples]
+    known = sorted({level for level in found if level is not None})
     if unknown := sorted(set(levels) - set(known)):
         has = f"only {', '.join(map(str, known))}" if known else "none at all"
         raise UserError(f"{where}: no level {', '.join(map(str, unknown))}; there are {has}")
-    return [example for example in examples if example.level in levels]
+    return picked(examples, np.array([place for place, level in enumerate(found) if level in levels], dtype=np.int64))
 
 
 def _instructed(example: Example, instruction: str | None) -> Example:

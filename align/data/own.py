@@ -1,18 +1,24 @@
 """Data of one's own, without a card: files whose columns say what is in them, read and split as a card's table would be."""
 
+import hashlib
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from os.path import commonpath
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
+
+import numpy as np
+import numpy.typing as npt
 
 from align.data.cards import DataCard, OwnSource
-from align.data.drawing import held_out_keys
+from align.data.drawing import Hashes, held_out_places, key_hash
 from align.data.files import SUFFIXES, files_of, read_rows, stem_of, suffix_of
 from align.data.forms import STAGES, Form, example_of, form_of, preference_of
 from align.data.rows import Row
+from align.data.stored import StoredRows
 from align.data.types import Example, Preference, SplitName, normalised
 from align.errors import UserError
 
@@ -28,13 +34,59 @@ class OwnRows:
     """What is in files: their form, what each row gives, and why others cannot be used. Compared as the object that it is."""
 
     form: Form
-    items: Sequence[Example | Preference]
+    stored: StoredRows
+    files: Sequence[Path]
+    prefixes: Sequence[str]
+    """What stands before the ids of the rows of each file."""
+    openings: Hashes
+    """The hash of what each row is split by, see `opening_of`."""
+    prompts: Hashes
+    """The hash of each row's `prompt_key`."""
+    domains: Sequence[str]
     bad: Sequence[str] = ()
-    """An error for each row that cannot be used."""
+    """An error for each of the first SHOWN rows that cannot be used."""
+    bad_count: int = 0
 
     @property
     def rows(self) -> int:
-        return len(self.items) + len(self.bad)
+        return len(self.stored) + self.bad_count
+
+    @property
+    def items(self) -> "Rows":
+        return Rows(self, np.arange(len(self.stored)))
+
+    def item(self, place: int) -> Example | Preference:
+        """What the row at a place gives."""
+        row, (file, number) = self.stored[place], self.stored.number(place)
+        return item_of(self.form, row, identity_of(row, number, self.prefixes[file]))
+
+    def digest(self) -> str:
+        """A hash of the files' content."""
+        digest = hashlib.sha256()
+        for path in self.files:
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()
+
+
+class Rows(Sequence[Any]):
+    """Some of the rows of files, each read when it is asked for."""
+
+    def __init__(self, source: OwnRows, places: npt.NDArray[np.int64]):
+        self.source, self.places = source, places
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, place: Any) -> Any:
+        if isinstance(place, slice):
+            return Rows(self.source, self.places[place])
+        return self.source.item(int(self.places[place]))
+
+    @property
+    def prompts(self) -> Hashes:
+        """The hash of each row's `prompt_key`."""
+        return self.source.prompts[self.places]
 
 
 def own_card(source: OwnSource) -> DataCard:
@@ -68,7 +120,7 @@ def name_of(path: str) -> str:
     return stem.strip("*?[]-_.") or Path(path).absolute().parent.name
 
 
-def read_split(source: OwnSource, split: SplitName) -> list[Example | Preference]:
+def read_split(source: OwnSource, split: SplitName) -> Rows:
     """What the files give for a split, in their order. Warns of rows that were left out, where all splits are read together."""
     tables = read_source(source)
     if split in tables:
@@ -76,32 +128,22 @@ def read_split(source: OwnSource, split: SplitName) -> list[Example | Preference
         if rows.bad:
             _log.warning(
                 "%s, split %s: %d of %d rows left out. The first: %s",
-                *(source.path, split, len(rows.bad), rows.rows, rows.bad[0]),
-                extra={"facts": {"bad_rows": len(rows.bad), "rows": rows.rows}},
+                *(source.path, split, rows.bad_count, rows.rows, rows.bad[0]),
+                extra={"facts": {"bad_rows": rows.bad_count, "rows": rows.rows}},
             )
     drawn = [name for name in source.splits if name not in tables]
     if split in tables and (split != "train" or not drawn):
-        return list(tables[split].items)
-    found = _apart(tables["train"], source.held_out, tuple(name for name in reversed(drawn) if name != "train"))
-    if split not in found:
+        return tables[split].items
+    held_out = [name for name in reversed(drawn) if name != "train"]
+    train = tables["train"]
+    wanted = held_out.index(split) + 1 if split in held_out else 0
+    places = np.flatnonzero(held_out_places(train.openings, source.held_out, len(held_out)) == wanted)
+    if not len(places):
         raise UserError(
             f"{source.path} has too few different prompts to hold any out for {' and '.join(drawn)}: give three at least, or a "
             "directory with train.jsonl, validation.jsonl and test.jsonl"
         )
-    return list(found[split])
-
-
-@lru_cache(maxsize=8)
-def _apart(
-    rows: OwnRows, share: float, held_out: tuple[SplitName, ...]
-) -> Mapping[SplitName, Sequence[Example | Preference]]:
-    """The rows by split, those that have some; see `held_out_keys`."""
-    keys = [opening_of(item) for item in rows.items]
-    drawn = held_out_keys(keys, share, held_out)
-    found: dict[SplitName, list[Example | Preference]] = {}
-    for item, key in zip(rows.items, keys, strict=True):
-        found.setdefault(drawn.get(key, "train"), []).append(item)
-    return found
+    return Rows(train, places)
 
 
 def opening_of(item: Example | Preference) -> str:
@@ -145,12 +187,11 @@ def read_user_file(path: str | Path) -> list[Example]:
     """
     files = files_of(path)
     rows = _read("", tuple(files), tuple(map(_stamp, files)), "refuse", "Correct them, or take them out")
-    examples = [item for item in rows.items if isinstance(item, Example)]
-    if len(examples) < len(rows.items):
+    if rows.form.kind == "pairs":
         raise UserError(
             f"{path} has pairs of completions ({rows.form.columns}), where problems with a prompt each are asked for"
         )
-    return examples
+    return list(rows.items)
 
 
 def _files_named(directory: Path, split: SplitName) -> list[Path]:
@@ -169,41 +210,61 @@ def _read(
     name: str, files: tuple[Path, ...], stamps: tuple[tuple[int, int], ...], bad_rows: str, cure: str = CURE
 ) -> OwnRows:
     """What is in files, each time that they have changed. `name` stands before the ids of their rows."""
-    form, items, bad, count = None, [], [], 0
-    ids: dict[str, str] = {}
+    form, stored, bad, bad_count, prefixes = None, StoredRows(), list[str](), 0, list[str]()
+    ids: dict[int, int] = {}
+    domains: dict[str, None] = {}
+    openings, prompts = array("Q"), array("Q")
     above = commonpath([file.parent for file in files])
     for file in files:
         own = str(file.relative_to(above).parent / stem_of(file)) if len(files) > 1 else ""
         prefix = "/".join(part for part in (name, own) if part)
+        prefixes.append(prefix)
         for number, row in enumerate(read_rows(file), start=1):
-            count += 1
+            if number == 1:
+                stored.add_file(file)
             try:
                 if isinstance(row, UserError):
                     raise row
                 form = form or form_of(row)
                 refuse_other_form(form, row)
-                identity = _identity(row, number, prefix, ids)
-                make: Callable[[Form, Row, str], Example | Preference] = (
-                    preference_of if form.kind == "pairs" else example_of
-                )
-                items.append(make(form, row, identity))
+                identity = identity_of(row, number, prefix)
+                if (first := ids.get(hashed := key_hash(identity))) is not None:
+                    told = identity.removeprefix(f"{prefix}/")
+                    raise UserError(f"{row.where}: the id {told!r} is already that of {stored[first].where}")
+                item = item_of(form, row, identity)
             except UserError as error:
-                bad.append(str(error))
+                bad_count += 1
+                if len(bad) < SHOWN:
+                    bad.append(str(error))
+                continue
+            ids[hashed] = len(stored)
+            stored.append(row, number)
+            domains[item.domain] = None
+            opening = key_hash(opening_of(item))
+            openings.append(opening)
+            # Of one message the two keys are the same.
+            prompts.append(opening if len(item.messages) == 1 else key_hash(item.prompt_key))
     told = ", ".join(map(str, files[:3])) + (", ..." if len(files) > 3 else "")
-    if not count:
+    if not len(stored) + bad_count:
         raise UserError(f"{told} is empty: it has no rows")
-    if bad and (bad_rows == "refuse" or form is None or not items):
-        raise UserError("\n".join(refusal(told, bad, count, cure)))
+    if bad and (bad_rows == "refuse" or form is None or not len(stored)):
+        raise UserError("\n".join(refusal(told, bad, bad_count, len(stored) + bad_count, cure)))
     assert form is not None
-    return OwnRows(form, items, bad)
+    keys = np.array(openings, dtype=np.uint64), np.array(prompts, dtype=np.uint64)
+    return OwnRows(form, stored, files, prefixes, *keys, list(domains), bad, bad_count)
 
 
-def refusal(told: str, bad: Sequence[str], count: int, cure: str) -> Iterator[str]:
-    """The lines of the error about rows that cannot be used, `bad` of `count`: the first of them, how many there are, and what to do."""
-    if len(bad) == count == 1:
+def item_of(form: Form, row: Row, identity: str) -> Example | Preference:
+    """What a row of a form gives. Raises UserError where it cannot be used."""
+    return preference_of(form, row, identity) if form.kind == "pairs" else example_of(form, row, identity)
+
+
+def refusal(told: str, bad: Sequence[str], bad_count: int, count: int, cure: str) -> Iterator[str]:
+    """The lines of the error about rows that cannot be used, `bad_count` of `count`: the first of them, how many there are, and what to do."""
+    if bad_count == count == 1:
         yield bad[0]
         return
-    yield f"{told}: {len(bad)} of {count} rows cannot be used{':' if len(bad) <= SHOWN else f', the first {SHOWN}:'}"
+    yield f"{told}: {bad_count} of {count} rows cannot be used{':' if bad_count <= SHOWN else f', the first {SHOWN}:'}"
     yield from (f"  {why}" for why in bad[:SHOWN])
     yield cure
 
@@ -218,12 +279,8 @@ def refuse_other_form(form: Form, row: Row) -> None:
         )
 
 
-def _identity(row: Row, number: int, prefix: str, ids: dict[str, str]) -> str:
-    """The row's own id (of IFEval's rows, the key), or its number, after the `prefix`. Raises UserError where another row has the same."""
+def identity_of(row: Row, number: int, prefix: str) -> str:
+    """The row's own id (of IFEval's rows, the key), or its number, after the `prefix`."""
     column = "id" if row.has("id") else "key" if row.has("key") and "instruction_id_list" in row.values else None
     own = str(number) if column is None else row.text(column, "id", numbers=True)
-    identity = f"{prefix}/{own}" if prefix else own
-    if identity in ids:
-        raise UserError(f"{row.where}: the id {own!r} is already that of {ids[identity]}")
-    ids[identity] = row.where
-    return identity
+    return f"{prefix}/{own}" if prefix else own

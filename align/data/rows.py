@@ -19,6 +19,7 @@ SHAREGPT_ROLES = {
     "observation": "tool",
 }
 """ShareGPT's names of roles, where they are others than OpenAI's."""
+_PLAIN = {"role", "content"}
 
 
 class NothingToJudgeBy(Exception):  # noqa: N818
@@ -35,6 +36,8 @@ class Row:
 
     values: Mapping[str, Any]
     where: str
+    line: tuple[int, int, int] | None = None
+    """First byte, length and number of the line that it is, where its file can be read again from there."""
 
     def error(self, column: str, why: str) -> UserError:
         """The error that something is wrong with a column."""
@@ -145,6 +148,9 @@ def check_unicode(text: str, where: str) -> str:
 
 def message_of(item: Any, where: str) -> Message:
     """A message of a row, whose text may come in parts. Raises UserError, which begins with `where`, for anything else."""
+    if type(item) is dict and item.keys() == _PLAIN and item["role"] in ROLES and isinstance(item["content"], str):
+        if item["content"].strip():  # most messages: this is what the time for large files goes into
+            return {"role": item["role"], "content": check_unicode(item["content"], where)}
     if isinstance(item, Mapping) and {"from", "value"} <= item.keys():
         item = {"role": SHAREGPT_ROLES.get(str(item["from"]), item["from"]), "content": item["value"]}
     if not isinstance(item, Mapping) or "role" not in item or not {"content", "tool_calls"} & item.keys():

@@ -1,9 +1,11 @@
 """What the stages train and evaluate on: examples, preferences, splits of them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Generic, Literal, NotRequired, TypedDict, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from align.errors import nearest
@@ -98,15 +100,20 @@ Item = TypeVar("Item", Example, Preference)
 class LoadedSplit(Generic[Item]):
     """The examples or preferences of a split, and how they were held apart from what is held out."""
 
-    examples: list[Item]
+    examples: Sequence[Item]
     dropped_contaminated: int = 0
     """How many were left out since their prompt occurs in something that is held out from this split."""
     unchecked: tuple[SplitName, ...] = ()
     """Held-out splits that could not be compared, because `path` gave one file only."""
     compared: Mapping[str, int] = field(default_factory=dict)
     """What was compared, such as "math/test", with how many of those left out occur in it."""
-    prompts: frozenset[str] = frozenset()
-    """The `prompt_key` of every prompt of the split, of those that were left out too."""
+    keys: npt.NDArray[np.uint64] = field(default_factory=lambda: np.zeros(0, dtype=np.uint64), repr=False)
+    """The hash of the `prompt_key` of every prompt of the split, of those that were left out too [N]."""
+
+    @property
+    def prompts(self) -> frozenset[int]:
+        """`keys` as a set."""
+        return frozenset(self.keys.tolist())
 
 
 class Strict(BaseModel):

@@ -104,18 +104,23 @@ def check_columns(rewards: Sequence[RewardTerm], examples: Iterable[Example]) ->
     if not rewards:
         return
     mixture = Mixture(rewards)
-    by_domain: dict[str, list[Example]] = {}
-    for example in examples:
-        by_domain.setdefault(example.domain, []).append(example)
-    for domain, found in by_domain.items():
-        for component, wanted in mixture.columns(domain).items():
-            for column in wanted:
-                if not any(column in columns_of({**each.metadata, **MADE_HERE}, each.answer) for each in found):
-                    there = sorted(columns_of({**found[0].metadata, **MADE_HERE}, found[0].answer))
-                    raise UserError(
-                        f"rewards: {component} reads the column {column!r}, which the data of the domain {domain!r} lack (such as "
-                        f"{found[0].id}); their columns: {', '.join(there)}. Add it to the data, or give the reward `domains`"
-                    )
+    firsts: dict[str, Example] = {}
+    missing: dict[str, list[tuple[str, str]]] = {}
+    for each in examples:
+        if each.domain not in firsts:
+            firsts[each.domain] = each
+            wanted = mixture.columns(each.domain)
+            missing[each.domain] = [(component, column) for component, columns in wanted.items() for column in columns]
+        if missing[each.domain]:
+            there = columns_of({**each.metadata, **MADE_HERE}, each.answer)
+            missing[each.domain] = [pair for pair in missing[each.domain] if pair[1] not in there]
+    for domain, first in firsts.items():
+        for component, column in missing[domain]:
+            columns = sorted(columns_of({**first.metadata, **MADE_HERE}, first.answer))
+            raise UserError(
+                f"rewards: {component} reads the column {column!r}, which the data of the domain {domain!r} lack (such as "
+                f"{first.id}); their columns: {', '.join(columns)}. Add it to the data, or give the reward `domains`"
+            )
 
 
 def check_evaluation_cards(cards: Sequence[DataCard], *, choosing: bool) -> None:

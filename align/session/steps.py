@@ -63,7 +63,7 @@ class Steps:
             "learner.ranks": recipe.learner.ranks,
             "learner.zero_stage": recipe.learner.zero_stage,
             "learner.expert_parallel": recipe.learner.expert_parallel,
-            "data_sha256": {source.card: data_digest(source.items) for source in data},
+            "data_sha256": {source.card: source.digest or data_digest(source.items) for source in data},
             "reference": None if reference is None else weights_digest(reference.path),
             "base": None if base is None else weights_digest(base.path),
         }

@@ -27,7 +27,7 @@ from align.stages.preferences import gather_preferences, load_prompts
 from align.stages.reward_model import load_reward_model_data, show, train_reward_model
 from align.stages.sft import load_sft_data, train_sft
 
-HeldOutPrompts = Mapping[str, Collection[str]]
+HeldOutPrompts = Mapping[str, Collection[int]]
 NOTHING: HeldOutPrompts = MappingProxyType({})
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from align.data.drawing import Source, items_of_step
+from align.data.drawing import Source, items_of_step, left_out
 from align.data.entries import Reader, Room, entries_of
 from align.data.loader import load_split
 from align.evaluate.accuracy import Evaluation
@@ -57,7 +57,8 @@ def load_grpo_data(recipe: GrpoRecipe, tokenizer: Any, run: Run) -> GrpoData:
     )
     entries = entries_of(recipe.data, recipe.data_stage)
     sources = reader.sources(entries, recipe.grpo.prompts_per_step, "grpo.prompts_per_step", held_out.prompts)
-    check_columns(recipe.rewards, [problem.example for source in sources for problem in source.items])
+    items = (item for source in sources for item in source.items)
+    check_columns(recipe.rewards, (item.example if isinstance(item, Problem) else item for item in items))
     return GrpoData(sources, held_out)
 
 
@@ -107,7 +108,7 @@ def train_grpo(recipe: GrpoRecipe, data: GrpoData, session: Session) -> tuple[Mo
             clock.lap("weights")
 
             run.record_samples("grpo", step + 1, sample_rows(scored, advantages, sums.log_probs))
-            metrics = step_metrics(scored, advantages, sums, norm, clock) | learner.expert_load()
+            metrics = step_metrics(scored, advantages, sums, norm, clock) | learner.expert_load() | left_out(data.sources)
             lost = learner.adapter_lost()
             run.record_step("grpo", step + 1, {**metrics, "weight_bytes": sent, "adapter/lost": lost}, SHOWN)
             guards.observe(step + 1, scored, advantages, metrics)

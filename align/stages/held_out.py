@@ -32,15 +32,15 @@ class Problems:
     """Held-out problems, and a few of their prompts to compare sampler and learner on.
 
     `watched` are those of the validation split, by which checkpoints are chosen; empty where the recipe evaluates on them
-    anyway, or chooses none. `cards` are those of the data that they come from; `prompts` has every prompt of the splits that these are of, by
-    "CARD/SPLIT"; `too_long` of the problems have a prompt that leaves no room for an answer.
+    anyway, or chooses none. `cards` are those of the data that they come from; `prompts` has the hash of every prompt of the splits that
+    these are of, by "CARD/SPLIT"; `too_long` of the problems have a prompt that leaves no room for an answer.
     """
 
     problems: Sequence[Problem]
     probe: Sequence[Prompt]
     cards: Sequence[DataCard] = ()
     watched: Sequence[Problem] = ()
-    prompts: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    prompts: Mapping[str, frozenset[int]] = field(default_factory=dict)
     too_long: int = 0
 
     @property
@@ -55,7 +55,7 @@ def load_problems(recipe: PolicyRecipe, tokenizer: Any) -> Problems:
     examples: dict[SplitName, list[Example]] = {options.split: []}
     if options.every is not None:
         examples.setdefault("validation", [])
-    prompts: dict[str, frozenset[str]] = {}
+    prompts: dict[str, frozenset[int]] = {}
     for split, found in examples.items():
         for entry in entries:
             card = entry.card

@@ -15,7 +15,7 @@ from statistics import fmean, pstdev
 from typing import Any
 
 from align.data.chat import encode_example
-from align.data.drawing import Source, items_of_step
+from align.data.drawing import Source, items_of_step, left_out
 from align.data.entries import Reader, Room, entries_of
 from align.data.loader import load_preferences, refuse_one_file
 from align.data.types import Preference
@@ -97,6 +97,7 @@ def train_reward_model(
                 "gradient_norm": norm,
                 "tokens_per_second": sums.padded_tokens / seconds,
                 "step_seconds": seconds,
+                **left_out(data.sources),
             }
             if (step + 1) % options.validate_every == 0 or step + 1 == options.steps:
                 metrics["validation_accuracy"] = evaluate_pairs(scores(learner, data.validation)).accuracy

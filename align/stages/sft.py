@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from align.data.chat import encode_conversation
-from align.data.drawing import Source, items_of_step
+from align.data.drawing import Source, items_of_step, left_out
 from align.data.entries import Reader, Room, entries_of
 from align.data.loader import held_together, load_split, refuse_one_file
 from align.data.types import Example, Message
@@ -43,7 +43,7 @@ class SftData:
 
 
 def load_sft_data(
-    recipe: SftRecipe, tokenizer: Any, run: Run, also_held_out: Mapping[str, Collection[str]] = MappingProxyType({})
+    recipe: SftRecipe, tokenizer: Any, run: Run, also_held_out: Mapping[str, Collection[int]] = MappingProxyType({})
 ) -> SftData:
     """Everything the recipe names, read and checked; `also_held_out` is what the stage after it is evaluated on.
 
@@ -93,6 +93,7 @@ def train_sft(recipe: SftRecipe, data: SftData, session: Session) -> tuple[Model
                 "tokens": sums.tokens,
                 "tokens_per_second": sums.padded_tokens / seconds,
                 "step_seconds": seconds,
+                **left_out(data.sources),
                 **learner.expert_load(),
             }
             if (step + 1) % options.validate_every == 0 or step + 1 == options.steps:

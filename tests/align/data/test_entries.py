@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from align.data import load_card, load_split
-from align.data.drawing import Source, drawn, items_of_step, shares
+from align.data.drawing import Source, drawn, items_of_step, key_hash, shares
 from align.data.entries import entries_of
 from align.data.types import Example, Preference
 from align.errors import UserError
@@ -157,7 +157,7 @@ def test_the_sft_inside_another_stage_is_held_apart_from_what_that_is_evaluated_
     own = card(tmp_path / "own", "own", train=["Sum?", "What is it?", "More?"], validation=["V?"], test=["T?"])
     made = recipe("sft", tmp_path, data=[{"card": own}])
     with open_run(made) as run:
-        loaded = load_sft_data(made, TOKENIZER, run, {"other/test": {"what is it?"}})
+        loaded = load_sft_data(made, TOKENIZER, run, {"other/test": {key_hash("what is it?")}})
     assert len(loaded.sources[0].items) == 2
 
 

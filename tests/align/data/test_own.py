@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
 from align.cli import EXIT_USER_ERROR, main
 from align.data.cards import OwnSource, load_card
-from align.data.drawing import held_out_keys
+from align.data.drawing import held_out_places, key_hash
 from align.data.entries import card_of, evaluated
 from align.data.loader import domains_of, load_preferences, load_split
 from align.data.own import name_of, own_card, read_source, read_user_file
@@ -91,10 +92,10 @@ def test_fewer_prompts_than_splits_are_refused(tmp_path: Path) -> None:
 
 
 def test_what_is_held_out_keeps_what_it_had_unless_it_had_nothing_else() -> None:
-    keys = [str(n) for n in range(100)]
-    drawn = held_out_keys(keys, 0.1, ["test", "validation"])
-    more = held_out_keys([*keys, "more", "still more"], 0.1, ["test", "validation"])
-    assert drawn.items() <= more.items()
+    hashes = np.array([key_hash(str(n)) for n in range(102)], dtype=np.uint64)
+    drawn, more = held_out_places(hashes[:100], 0.1, 2), held_out_places(hashes, 0.1, 2)
+    assert set(drawn) == {0, 1, 2}
+    assert np.array_equal(drawn, more[:100])
 
 
 def test_turns_of_a_conversation_stay_in_one_split(tmp_path: Path) -> None:

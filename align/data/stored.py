@@ -1,0 +1,82 @@
+"""Rows that stay on the disk: read again by their number when they are needed, so that data may be larger than memory."""
+
+import codecs
+import os
+import pickle
+import tempfile
+from array import array
+from pathlib import Path
+from typing import BinaryIO
+
+from align.data.rows import Row
+from align.errors import UserError
+from align.run.files import parse_json_line
+
+NUMBERS = 5
+"""What is remembered of a row: its file, its number there, the first byte and the length of what it is read from, and its line."""
+
+
+class StoredRows:
+    """Rows of files by their place, of which only some numbers are in memory.
+
+    Lines of JSON are read where they are. What cannot be read in parts (Parquet, CSV, JSON arrays, compressed files) is unpacked into a temporary
+    file without a name, which ends with this object. All reads are by position, so that processes and threads may share it.
+    """
+
+    def __init__(self) -> None:
+        self._paths: list[Path] = []
+        self._opened: list[BinaryIO] = []
+        self._stamps: list[tuple[int, int]] = []
+        self._unpacked: BinaryIO | None = None
+        self._numbers = array("q")
+
+    def __len__(self) -> int:
+        return len(self._numbers) // NUMBERS
+
+    def add_file(self, path: Path) -> None:
+        """Say that the rows which are appended next are those of this file."""
+        file = path.open("rb")
+        self._paths.append(path)
+        self._opened.append(file)
+        self._stamps.append(_stamp(file))
+
+    def append(self, row: Row, number: int) -> None:
+        """Add a row, the `number`th of its file. Raises UserError where the disk has no room to unpack it."""
+        start, length, line = row.line or (*self._unpack(row), 0)
+        self._numbers.extend((len(self._paths) - 1, number, start, length, line))
+
+    def __getitem__(self, place: int) -> Row:
+        """The row at a place, as it was appended. Raises UserError where its file has changed since."""
+        file, _, start, length, line = self._numbers[place * NUMBERS : (place + 1) * NUMBERS]
+        if not line:
+            assert self._unpacked is not None
+            self._unpacked.flush()
+            values, where = pickle.loads(os.pread(self._unpacked.fileno(), length, start))  # noqa: S301 (written by `_unpack`)
+            return Row(values, where)
+        opened, path = self._opened[file], self._paths[file]
+        if _stamp(opened) != self._stamps[file]:
+            raise UserError(f"{path} has changed since the run began to read it: put it back as it was, and start again")
+        where = f"{path}, line {line}"
+        content = os.pread(opened.fileno(), length, start)
+        return Row(parse_json_line(content.removeprefix(codecs.BOM_UTF8), where), where)
+
+    def number(self, place: int) -> tuple[int, int]:
+        """Which file a row is in, counted from 0, and its number there, counted from 1."""
+        return self._numbers[place * NUMBERS], self._numbers[place * NUMBERS + 1]
+
+    def _unpack(self, row: Row) -> tuple[int, int]:
+        if self._unpacked is None:
+            self._unpacked = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the object)
+        content, start = pickle.dumps((row.values, row.where)), self._unpacked.tell()
+        try:
+            self._unpacked.write(content)
+        except OSError as error:
+            raise UserError(
+                f"{self._paths[-1]} cannot be unpacked into {tempfile.gettempdir()}: {error.strerror}. Set TMPDIR to a directory with more room"
+            ) from None
+        return start, len(content)
+
+
+def _stamp(file: BinaryIO) -> tuple[int, int]:
+    found = os.fstat(file.fileno())
+    return found.st_size, found.st_mtime_ns
