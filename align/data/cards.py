@@ -16,6 +16,7 @@ from align.data.generators import generator
 from align.data.pair_rows import PairRows
 from align.data.types import SplitName, Strict
 from align.errors import UserError, nearest
+from align.recipe.options import is_on_hub
 from align.shipped import CARDS
 
 Stage = Literal["sft", "reward_model", "grpo", "eval"]
@@ -132,11 +133,17 @@ class OwnSource(Strict):
     held_out: Annotated[float, Field(gt=0, lt=0.5)] = 0.05
     """The share of the prompts that each of the splits that are not trained on has of those in `train`."""
     bad_rows: Literal["refuse", "leave_out"] = "refuse"
+    config: str | None = None
+    revision: str | None = None
+    hub_split: str | None = None
+    """Which files of a data set of the Hugging Face hub, see `align.data.hub`."""
 
     @model_validator(mode="before")
     @classmethod
     def _start_at_the_card(cls, data: Any, info: ValidationInfo) -> Any:
-        return data | {"path": str(info.context / data["path"])} if info.context and "path" in data else data
+        if not info.context or "path" not in data or is_on_hub(data["path"]):
+            return data
+        return data | {"path": str(info.context / data["path"])}
 
     @property
     def has_demonstrations(self) -> bool:

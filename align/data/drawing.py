@@ -141,7 +141,9 @@ def _of_step(source: Source[T], seed: int, step: int) -> Iterator[Sequence[T]]:
             source.left_out += 1
         if not count:
             return
-    raise UserError(f"{source.card}: too few of its rows can be trained on: {source.a_step - count} of {source.a_step} for step {step + 1}")
+    raise UserError(
+        f"{source.card}: too few of its rows can be trained on: {source.a_step - count} of {source.a_step} for step {step + 1}"
+    )
 
 
 @lru_cache(maxsize=8)

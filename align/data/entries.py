@@ -89,7 +89,8 @@ def card_of(data: DataOptions) -> DataCard:
     """The card that an entry names, or the one of its files. Raises UserError where these cannot be read."""
     if data.card is not None:
         return load_card(data.card)
-    return own_card(OwnSource(kind="own", path=str(data.path), held_out=data.held_out, bad_rows=data.bad_rows))
+    keys = {"path", "held_out", "bad_rows", "config", "revision", "hub_split"}
+    return own_card(OwnSource.model_validate({"kind": "own", **data.model_dump(mode="json", include=keys)}))
 
 
 def evaluated(recipe: PolicyRecipe) -> list[Entry]:
@@ -133,9 +134,7 @@ class Reader(Generic[Item, T]):
         loaded = self._loaded(entry, split, limit, held_out)
         return self._encoded(loaded.examples, entry, f"{entry.called}, split {split}"), loaded
 
-    def _loaded(
-        self, entry: Entry, split: SplitName, limit: int | None, held_out: HeldOutPrompts
-    ) -> LoadedSplit[Item]:
+    def _loaded(self, entry: Entry, split: SplitName, limit: int | None, held_out: HeldOutPrompts) -> LoadedSplit[Item]:
         data = entry.data
         levels = {"levels": data.levels} if data.levels else {}
         return self.load(
@@ -210,7 +209,11 @@ class Reader(Generic[Item, T]):
     def _tokenised_as_needed(self, entry: Entry, rows: Rows, count: int, told: str) -> Source[T]:
         """A source of rows that are too many to encode all before the start: some are, or all of them where the entry refuses long ones."""
         refuses = entry.data.too_long == "refuse"
-        looked_at = [rows[i : i + LOOKED_AT] for i in range(0, len(rows), LOOKED_AT)] if refuses else [rows[:: len(rows) // LOOKED_AT]]
+        looked_at = (
+            [rows[i : i + LOOKED_AT] for i in range(0, len(rows), LOOKED_AT)]
+            if refuses
+            else [rows[:: len(rows) // LOOKED_AT]]
+        )
         for part in looked_at:
             items = self._encoded(part, entry, f"{told}, {len(part)} rows looked at")
         self.notes.tell(

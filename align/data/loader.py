@@ -170,7 +170,9 @@ def _reader(
     return lambda split: read(card, split, local, seed, dict(params or {}))
 
 
-def _examples(card: DataCard, split: SplitName, path: Path | None, seed: int, params: dict[str, Any]) -> Sequence[Example]:
+def _examples(
+    card: DataCard, split: SplitName, path: Path | None, seed: int, params: dict[str, Any]
+) -> Sequence[Example]:
     match card.source:
         case GeneratorSource() as source:
             return _generated(card, source, generator(source.name).generate, split, seed, params)

@@ -17,10 +17,12 @@ from align.data.cards import DataCard, OwnSource
 from align.data.drawing import Hashes, held_out_places, key_hash
 from align.data.files import SUFFIXES, files_of, read_rows, stem_of, suffix_of
 from align.data.forms import STAGES, Form, example_of, form_of, preference_of
+from align.data.hub import hub_files
 from align.data.rows import Row
 from align.data.stored import StoredRows
 from align.data.types import Example, Preference, SplitName, normalised
 from align.errors import UserError
+from align.recipe.options import is_on_hub
 
 _log = logging.getLogger(__name__)
 SHOWN = 20
@@ -168,6 +170,8 @@ def read_source(source: OwnSource) -> Mapping[SplitName, OwnRows]:
 
 def tables_of(source: OwnSource) -> dict[SplitName, list[Path]]:
     """The files of each split that has files of its own."""
+    if is_on_hub(source.path):
+        return _hub_tables(source)
     directory = Path(source.path).expanduser()
     if not directory.is_dir():
         return {source.splits[0]: files_of(source.path)}
@@ -178,6 +182,22 @@ def tables_of(source: OwnSource) -> dict[SplitName, list[Path]]:
             f"{directory}/*.jsonl"
         )
     return {split: files for split, files in found.items() if files}
+
+
+def _hub_tables(source: OwnSource) -> dict[SplitName, list[Path]]:
+    """The files of the hub's splits; of a source with a single split, those of the hub's split of that name, or of its only one."""
+    there = hub_files(source.path, source.config, source.revision, source.hub_split)
+    for file in (file for files in there.values() for file in files):
+        suffix_of(file)
+    found = {split: list(there[split]) for split in source.splits if split in there}
+    if len(source.splits) == len(there) == 1:
+        found = {source.splits[0]: list(*there.values())}
+    if source.splits[0] not in found:
+        raise UserError(
+            f"{source.path}: the data set has no split {source.splits[0]!r}, only {', '.join(there)}: say with data.hub_split which of them "
+            "is read"
+        )
+    return found
 
 
 def read_user_file(path: str | Path) -> list[Example]:

@@ -148,9 +148,15 @@ def check_unicode(text: str, where: str) -> str:
 
 def message_of(item: Any, where: str) -> Message:
     """A message of a row, whose text may come in parts. Raises UserError, which begins with `where`, for anything else."""
-    if type(item) is dict and item.keys() == _PLAIN and item["role"] in ROLES and isinstance(item["content"], str):
-        if item["content"].strip():  # most messages: this is what the time for large files goes into
-            return {"role": item["role"], "content": check_unicode(item["content"], where)}
+    # Most messages are plain ones, and the time that a large file takes goes into them.
+    if (
+        type(item) is dict
+        and item.keys() == _PLAIN
+        and item["role"] in ROLES
+        and isinstance(item["content"], str)
+        and item["content"].strip()
+    ):
+        return {"role": item["role"], "content": check_unicode(item["content"], where)}
     if isinstance(item, Mapping) and {"from", "value"} <= item.keys():
         item = {"role": SHAREGPT_ROLES.get(str(item["from"]), item["from"]), "content": item["value"]}
     if not isinstance(item, Mapping) or "role" not in item or not {"content", "tool_calls"} & item.keys():

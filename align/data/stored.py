@@ -51,11 +51,13 @@ class StoredRows:
         if not line:
             assert self._unpacked is not None
             self._unpacked.flush()
-            values, where = pickle.loads(os.pread(self._unpacked.fileno(), length, start))  # noqa: S301 (written by `_unpack`)
+            values, where = pickle.loads(os.pread(self._unpacked.fileno(), length, start))
             return Row(values, where)
         opened, path = self._opened[file], self._paths[file]
         if _stamp(opened) != self._stamps[file]:
-            raise UserError(f"{path} has changed since the run began to read it: put it back as it was, and start again")
+            raise UserError(
+                f"{path} has changed since the run began to read it: put it back as it was, and start again"
+            )
         where = f"{path}, line {line}"
         content = os.pread(opened.fileno(), length, start)
         return Row(parse_json_line(content.removeprefix(codecs.BOM_UTF8), where), where)

@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from align.errors import UserError, nearest
-from align.recipe.options import ModelOptions
+from align.recipe.options import ModelOptions, is_on_hub
 from align.recipe.recipes import STAGES, Recipe
 from reward.own.file import split as split_name
 
@@ -238,6 +238,8 @@ def check_files(recipe: Recipe, path: Path, lines: Mapping[tuple[str, ...], int]
         named[("model", "path")] = model  # and not a name on the hub
     for key, file in named.items():
         if pending is not None and file.is_relative_to(pending):
+            continue
+        if key[-1] == "path" and key[0] in ("data", "evaluation") and is_on_hub(file):
             continue
         if not file.exists() and not any(glob(str(file), recursive=True)):
             line = f", line {lines[key]}" if key in lines else ""

@@ -1,5 +1,6 @@
 """The options of a recipe, section by section: every key that a YAML file may have, but those of `reward` and `rollout`."""
 
+import re
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -9,6 +10,9 @@ from align.losses import LossOptions
 from align.options import Options, refuse_without_effect
 from align.shipped import NAMES, found
 
+HUB_FILE = re.compile(r"hf:/+datasets/([^/@]+/[^/@]+)(?:@([^/]+))?/(.+)")
+"""A file or pattern of files on the Hugging Face hub: the data set, its revision, the file."""
+HUB_NAME = re.compile(r"(?!.*\.(?:jsonl?|ndjson|parquet|[ct]sv|gz|zst)$)\w[\w.-]*/\w[\w.-]*")
 STAGES_OWN = ("before ", "after ", "grpo step ")
 """How the names of the evaluations begin that a stage makes by itself."""
 BFLOAT16_SUMS = (
@@ -19,6 +23,11 @@ MERGED_ADAPTERS = (
     "in bfloat16 under learner.zero_stage 3, learner and workers have adapters merged into the weights, which rounds small ones away "
     "(adapter/lost); under 0, 1 and 2 they have them beside the weights"
 )
+
+
+def is_on_hub(path: Path | str) -> bool:
+    """Whether data of this path are on the Hugging Face hub: `hf://datasets/...`, or `org/name` where nothing local has this name."""
+    return bool(HUB_FILE.fullmatch(str(path)) or (HUB_NAME.fullmatch(str(path)) and not Path(path).exists()))
 
 
 class RunOptions(Options):
@@ -84,6 +93,9 @@ class ModelOptions(Options):
         return str(found(Path(path))) if path.startswith(NAMES) else path
 
 
+HUB_KEYS = ("config", "revision", "hub_split")
+
+
 class DataOptions(Options):
     """Which examples of which data card or files. A recipe may list several; each step then takes from all of them."""
 
@@ -96,7 +108,16 @@ class DataOptions(Options):
     path: Path | None = Field(
         None,
         description="file, files by a pattern, or directory with a file for each split: data of one's own, whose columns say what they are; "
-        "beside a card, what is read in place of its source",
+        "where nothing local has this name, org/name or hf://datasets/org/name/FILE on the Hugging Face hub; beside a card, what is read in "
+        "place of its source",
+    )
+    config: str | None = Field(None, description="configuration of the hub's data set; its default when not given")
+    revision: str | None = Field(
+        None, description="branch, tag or commit of the hub's data set; its main branch when not given"
+    )
+    hub_split: str | None = Field(
+        None,
+        description="split of the hub's data set that is read, and split by a hash as a file is; its train, validation and test when not given",
     )
     held_out: float = Field(
         0.05,
@@ -120,8 +141,14 @@ class DataOptions(Options):
         if self.card is None and self.path is None:
             raise ValueError("name a card, or give the path of data of one's own")
         if self.card is not None:
-            for key in ("held_out", "bad_rows"):
+            for key in ("held_out", "bad_rows", *HUB_KEYS):
                 refuse_without_effect(self, key, "the card says what its splits are and how it is read", at="data.")
+        elif not is_on_hub(self.path or ""):
+            for key in HUB_KEYS:
+                refuse_without_effect(self, key, f"{self.path} is on this machine, not on the hub", at="data.")
+        elif HUB_FILE.fullmatch(str(self.path)):
+            for key in ("config", "hub_split"):
+                refuse_without_effect(self, key, "path names a file of the hub", at="data.")
         return self
 
     @model_validator(mode="after")
@@ -338,7 +365,7 @@ class EvaluationOptions(Options):
     path: Path | None = Field(
         None,
         description="local file, or directory with a file for each split, in place of the source of the only card; where the training data "
-        "have no card, files of one's own to evaluate on in place of what is held out of them",
+        "have no card, files of one's own, or data on the hub as in data.path, to evaluate on in place of what is held out of them",
     )
     levels: list[int] | None = Field(None, description="difficulty levels to keep of the only card")
     limit: int = Field(256, ge=1, description="problems of a card, after a seeded shuffle")

@@ -108,7 +108,9 @@ def train_grpo(recipe: GrpoRecipe, data: GrpoData, session: Session) -> tuple[Mo
             clock.lap("weights")
 
             run.record_samples("grpo", step + 1, sample_rows(scored, advantages, sums.log_probs))
-            metrics = step_metrics(scored, advantages, sums, norm, clock) | learner.expert_load() | left_out(data.sources)
+            metrics = (
+                step_metrics(scored, advantages, sums, norm, clock) | learner.expert_load() | left_out(data.sources)
+            )
             lost = learner.adapter_lost()
             run.record_step("grpo", step + 1, {**metrics, "weight_bytes": sent, "adapter/lost": lost}, SHOWN)
             guards.observe(step + 1, scored, advantages, metrics)

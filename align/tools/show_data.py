@@ -86,10 +86,13 @@ def loaded(card: DataCard, split: SplitName) -> Items:
 def show_columns(source: OwnSource, console: Console) -> None:
     """Print the form of the files and what each of their columns is read as."""
     form = next(rows.form for rows in read_source(source).values())
-    rows = [row for files in tables_of(source).values() for file in files for row in read_rows(file)]
-    readable = [row for row in rows if isinstance(row, Row)]
-    filled = Counter(column for row in readable for column in row.values if row.has(column))
-    first = next(row for row in readable if form.fits(row))
+    filled: Counter[str] = Counter()
+    first = None
+    for row in (row for files in tables_of(source).values() for file in files for row in read_rows(file)):
+        if isinstance(row, Row):
+            filled.update(column for column in row.values if row.has(column))
+            first = row if first is None and form.fits(row) else first
+    assert first is not None
     console.print(f"form: {form.name} ({form.columns}; {form.source})", markup=False, highlight=False)
     uses = uses_of(form, first)
     found = [[c, filled[c], plain(first.values.get(c)), uses.get(c, "sample.metadata, for rewards")] for c in filled]
