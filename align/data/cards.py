@@ -137,6 +137,8 @@ class OwnSource(Strict):
     revision: str | None = None
     hub_split: str | None = None
     """Which files of a data set of the Hugging Face hub, see `align.data.hub`."""
+    stream: bool = False
+    """Only the first rows are read before they are needed, see `align.data.drawing.Stream`."""
 
     @model_validator(mode="before")
     @classmethod

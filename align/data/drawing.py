@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain
+from itertools import chain, islice
 from random import Random
 from typing import Any, Generic, TypeVar
 
@@ -16,6 +16,8 @@ from align.errors import UserError
 
 T = TypeVar("T")
 Hashes = npt.NDArray[np.uint64]
+BLOCK = 10_000
+"""Rows of a stream that are shuffled together."""
 
 
 def key_hash(key: str) -> int:
@@ -25,13 +27,13 @@ def key_hash(key: str) -> int:
 
 def fraction(key: str) -> float:
     """A number in [0, 1), the same for the same key on every machine, and otherwise as good as random."""
+    return fraction_of(key_hash(key))
+
+
+def fraction_of(hashed: Any) -> Any:
+    """What `fraction` is of a key with this hash, or of several in an array."""
     # Of 48 bits, which a float holds exactly, so that it is below 1.
-    return (key_hash(key) >> 16) / 2**48
-
-
-def fractions(hashes: Hashes) -> npt.NDArray[np.float64]:
-    """What `fraction` is of keys with these hashes [N]."""
-    return (hashes >> np.uint64(16)) / 2**48
+    return (hashed >> np.uint64(16) if isinstance(hashed, np.ndarray) else hashed >> 16) / 2**48
 
 
 def split_of(key: str, *, train: float = 0.90, validation: float = 0.05) -> SplitName:
@@ -54,7 +56,7 @@ def held_out_places(hashes: Hashes, share: float, splits: int) -> npt.NDArray[np
     The hash draws, so that a key stays where it is when others are added to the data; only the one that a split has for want of any other
     does not.
     """
-    at, found = fractions(hashes), np.zeros(len(hashes), dtype=np.int8)
+    at, found = fraction_of(hashes), np.zeros(len(hashes), dtype=np.int8)
     for split in range(1, splits + 1):
         left = found == 0
         chosen = left & (at >= 1 - split * share)
@@ -79,6 +81,42 @@ class Source(Generic[T]):
     """A hash of the rows, where there is `encode`."""
     left_out: int = 0
     """How many rows the step that was drawn last left out."""
+
+
+class Stream(Sequence[T]):
+    """Rows that are read in turn, in blocks of BLOCK each of which is shuffled by itself; as a sequence, the first of them.
+
+    `read` begins again at the first row whenever it is called. A stream that ends begins again.
+    """
+
+    def __init__(self, head: Sequence[T], read: Callable[[], Iterator[T]]):
+        self._head, self._read = head, read
+        self._rows, self._block = read(), list[T]()
+        self._number = self._first = self._first_of_epoch = 0
+
+    def __len__(self) -> int:
+        return len(self._head)
+
+    def __getitem__(self, place: Any) -> Any:
+        return self._head[place]
+
+    def block_of(self, step: int, count: int) -> tuple[list[T], int, int]:
+        """The rows of the block that a step of `count` rows is in, the block's number, and how many of its steps come before.
+
+        Going back begins again at the first row, and reads on from there. Raises UserError where no block has enough rows for a step.
+        """
+        if step < self._first:
+            self._rows, self._block = self._read(), []
+            self._number = self._first = self._first_of_epoch = 0
+        while step >= self._first + len(self._block) // count:
+            self._first += len(self._block) // count
+            block = list(islice(self._rows, BLOCK))
+            if not block:
+                if self._first == self._first_of_epoch:
+                    raise UserError(f"a step takes {count} rows, and the stream has fewer in each of its blocks")
+                self._first_of_epoch, self._rows = self._first, self._read()
+            self._block, self._number = block, self._number + 1
+        return self._block, self._number, step - self._first
 
 
 def shares(total: int, weights: Sequence[float]) -> list[int]:
@@ -123,18 +161,24 @@ def order_of(total: int, count: int, *, seed: int, step: int) -> tuple[Sequence[
 
 
 def _of_step(source: Source[T], seed: int, step: int) -> Iterator[Sequence[T]]:
-    """What the rows of a step give. In the place of a row that gives nothing comes one of those half an epoch on, so that what a step takes
+    """What the rows of a step give. In the place of a row that gives nothing comes one of those half an epoch (of a stream, half a block) on, so that what a step takes
     depends on no other step."""
-    count, total = source.a_step, len(source.items)
+    items, count = source.items, source.a_step
+    order: Sequence[int]
     if source.encode is None:
-        yield from ([item] for item in drawn(source.items, count, seed=seed, step=step))
+        yield from ([item] for item in drawn(items, count, seed=seed, step=step))
         return
-    order, start = order_of(total, count, seed=seed, step=step)
+    if isinstance(items, Stream):
+        items, block, place = items.block_of(step, count)
+        order, start = permutation(len(items), seed, block), place * count
+    else:
+        order, start = order_of(len(items), count, seed=seed, step=step)
+    total = len(items)
     others = (order[(start + total // 2 + place) % total] for place in range(total))
     own = order[start : start + count]
     source.left_out = 0
     for i in chain(own, (other for other in others if other not in own)):
-        if found := source.encode(source.items[i]):
+        if found := source.encode(items[i]):
             count -= 1
             yield found
         else:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 from align.data.cards import DataCard, OwnSource, Stage, load_card, require_stage
-from align.data.drawing import Source, shares
+from align.data.drawing import BLOCK, Source, shares
 from align.data.loader import NOTHING, HeldOutPrompts, held_together
-from align.data.own import CURE, Rows, own_card, refusal
+from align.data.own import CURE, Rows, own_card, refusal, stream_of
 from align.data.types import Item, LoadedSplit, SplitName
 from align.errors import UserError
 from align.recipe import DataOptions, PolicyRecipe
@@ -89,8 +89,18 @@ def card_of(data: DataOptions) -> DataCard:
     """The card that an entry names, or the one of its files. Raises UserError where these cannot be read."""
     if data.card is not None:
         return load_card(data.card)
-    keys = {"path", "held_out", "bad_rows", "config", "revision", "hub_split"}
-    return own_card(OwnSource.model_validate({"kind": "own", **data.model_dump(mode="json", include=keys)}))
+    return own_card(
+        OwnSource(
+            kind="own",
+            path=str(data.path),
+            held_out=data.held_out,
+            bad_rows=data.bad_rows,
+            config=data.config,
+            revision=data.revision,
+            hub_split=data.hub_split,
+            stream=data.stream,
+        )
+    )
 
 
 def evaluated(recipe: PolicyRecipe) -> list[Entry]:
@@ -190,7 +200,7 @@ class Reader(Generic[Item, T]):
             told = f"{entry.called}, split {entry.data.split}"
             loaded = self._loaded(entry, entry.data.split, entry.data.limit, held_out)
             rows = loaded.examples
-            is_large = isinstance(rows, Rows) and len(rows) > TOKENISED_BEFORE
+            is_large = isinstance(rows, Rows) and (entry.data.stream or len(rows) > TOKENISED_BEFORE)
             items = rows if is_large else self._encoded(rows, entry, told)
             self._tell_compared(entry, loaded)
             if not 1 <= count <= len(items):
@@ -201,39 +211,54 @@ class Reader(Generic[Item, T]):
                     else f"{a_step_key} is {a_step}: the share of {entry.called} is less than one example a step"
                 )
             if isinstance(rows, Rows) and is_large:
-                sources.append(self._tokenised_as_needed(entry, rows, count, told))
+                sources.append(self._tokenised_as_needed(entry, rows, count, held_out, told))
             else:
                 sources.append(Source(entry.name, items, count))
         return sources
 
-    def _tokenised_as_needed(self, entry: Entry, rows: Rows, count: int, told: str) -> Source[T]:
+    def _tokenised_as_needed(
+        self, entry: Entry, rows: Rows, count: int, held_out: HeldOutPrompts, told: str
+    ) -> Source[T]:
         """A source of rows that are too many to encode all before the start: some are, or all of them where the entry refuses long ones."""
         refuses = entry.data.too_long == "refuse"
-        looked_at = (
-            [rows[i : i + LOOKED_AT] for i in range(0, len(rows), LOOKED_AT)]
-            if refuses
-            else [rows[:: len(rows) // LOOKED_AT]]
-        )
-        for part in looked_at:
+        parts = [rows[i : i + LOOKED_AT] for i in range(0, len(rows), LOOKED_AT)]
+        for part in parts if refuses else [rows[:: max(1, len(rows) // LOOKED_AT)]]:
             items = self._encoded(part, entry, f"{told}, {len(part)} rows looked at")
+        digest = hashlib.sha256(f"{items[:DIGESTED]!r}".encode() + rows.places.tobytes())
+        taken: Sequence[Any] = rows
+        if entry.data.stream and isinstance(entry.card.source, OwnSource):
+            digest.update(rows.prompts.tobytes())
+            others = (self._loaded(entry, split, None, NOTHING) for split in entry.card.splits if split != "train")
+            prompts = {str(place): loaded.prompts for place, loaded in enumerate(others)}
+            taken = stream_of(
+                entry.card.source, rows, frozenset[int]().union(*held_together(held_out, prompts).values())
+            )
+            how = f"it is read in its order, of each {BLOCK} rows in turn the order is shuffled, and the first {len(rows)} were checked; its"
+        else:
+            digest.update(rows.source.digest().encode())
+            how = f"its {len(rows)}"
         self.notes.tell(
             "tokenised_as_needed",
-            f"{told}: its {len(rows)} rows are tokenised when a step takes them; `rows_left_out` among the metrics counts those that are too long",
+            f"{told}: {how} rows are tokenised when a step takes them; `rows_left_out` among the metrics counts those that are too long",
             card=entry.name,
             rows=len(rows),
         )
-        digest = hashlib.sha256(f"{rows.source.digest()} {items[:DIGESTED]!r}".encode() + rows.places.tobytes())
-        return Source(entry.name, rows, count, partial(self._of_row, entry), digest.hexdigest())
+        return Source(entry.name, taken, count, partial(self._of_row, entry), digest.hexdigest())
 
-    def _of_row(self, entry: Entry, row: Item) -> list[T]:
-        """What a row gives, without what is too long. Raises UserError where it cannot be encoded, unless bad rows are left out."""
+    def _of_row(self, entry: Entry, row: Item | UserError) -> list[T]:
+        """What a row gives, without what is too long. Raises UserError for one that cannot be used, unless such are left out."""
         try:
+            if isinstance(row, UserError):
+                raise row
             encoded = self.encode(replace(row, id=row.id + entry.mark))
         except UserError as error:
             if entry.data.bad_rows == "refuse":
                 raise UserError(f"{entry.called}: {error}\n{CURE}") from error
             return []
-        return [item for item in encoded if self.tokens(item) <= self.room.tokens]
+        kept = [item for item in encoded if self.tokens(item) <= self.room.tokens]
+        if len(kept) < len(encoded) and entry.data.too_long == "refuse":
+            raise UserError(f"{entry.called}: {row.id} has more than {self.room.tokens} tokens ({self.room.why})")
+        return kept
 
     def _tell_compared(self, entry: Entry, loaded: LoadedSplit[Item]) -> None:
         """Note what the training data were compared with, and how many were left out since they occur in it."""

@@ -122,14 +122,20 @@ def _is_asked_only(row: Row) -> bool:
     )
 
 
-def _messages(column: str) -> Callable[[Row], Conversation]:
-    def read(row: Row) -> Conversation:
-        turns = _with_system(row, row.conversation(column)) if column == "conversations" else row.conversation(column)
-        if not any(turn["role"] == "assistant" for turn in turns):
-            raise row.error(column, "has no turn of the assistant to learn from")
-        return Conversation(turns, (column, "system") if column == "conversations" else (column,))
+def _answered(row: Row, column: str) -> Turns:
+    """The turns in a column, of which one is the assistant's."""
+    turns = row.conversation(column)
+    if not any(turn["role"] == "assistant" for turn in turns):
+        raise row.error(column, "has no turn of the assistant to learn from")
+    return turns
 
-    return read
+
+def _messages(row: Row) -> Conversation:
+    return Conversation(_answered(row, "messages"), ("messages",))
+
+
+def _sharegpt(row: Row) -> Conversation:
+    return Conversation(_with_system(row, _answered(row, "conversations")), ("conversations", "system"))
 
 
 def _alpaca(row: Row) -> Conversation:
@@ -145,10 +151,7 @@ def _completion(row: Row) -> Conversation:
     column = next(name for name in COMPLETIONS if _filled(row, name))
     if isinstance(row.values[column], str):
         return Conversation((*prompt.turns, {"role": "assistant", "content": row.filled(column)}), prompt.columns)
-    turns = row.conversation(column)
-    if not any(turn["role"] == "assistant" for turn in turns):
-        raise row.error(column, "has no turn of the assistant to learn from")
-    return Conversation((*prompt.turns, *turns), prompt.columns)
+    return Conversation((*prompt.turns, *_answered(row, column)), prompt.columns)
 
 
 def _asking(row: Row) -> Conversation:
@@ -241,7 +244,10 @@ def _tools(row: Row) -> tuple[Mapping[str, Any], ...]:
     tools = row.json("tools")
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
         raise row.error("tools", f"must be a list of objects, or the JSON text of one, not {tools!r:.40}")
-    return tuple(tools)
+    # LLaMA-Factory's rows have the functions alone.
+    return tuple(
+        tool if "function" in tool or "name" not in tool else {"type": "function", "function": tool} for tool in tools
+    )
 
 
 FORMS: Sequence[Form] = (
@@ -270,14 +276,14 @@ FORMS: Sequence[Form] = (
         lambda row: _has("messages")(row) and _is_asked_only(row),
         _asking,
     ),
-    Form("messages", "conversations", "messages", "OpenAI, TRL", _has("messages"), _messages("messages")),
+    Form("messages", "conversations", "messages", "OpenAI, TRL", _has("messages"), _messages),
     Form(
         "sharegpt",
         "conversations",
         "conversations, maybe system",
         "ShareGPT",
         _has("conversations"),
-        _messages("conversations"),
+        _sharegpt,
     ),
     Form(
         "alpaca",

@@ -7,6 +7,7 @@ files are. Where HF_HUB_OFFLINE is set, only what the cache has is read.
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from functools import lru_cache
 from pathlib import Path
 
@@ -17,41 +18,73 @@ from align.run.files import redacted
 DOCS = ("README.md", "*.md")
 
 
+CACHED = re.compile(r".*/datasets--([^/]+?)--([^/]+)/snapshots/([^/]+)/(.+)")
+"""Where `huggingface_hub` has a file of a data set: whose, its name, the commit, the file."""
+
+
 @lru_cache(maxsize=8)
-def hub_files(path: str, config: str | None, revision: str | None, split: str | None) -> Mapping[str, Sequence[Path]]:
+def hub_files(
+    path: str, config: str | None, revision: str | None, split: str | None, in_turn: bool = False
+) -> Mapping[str, Sequence[Path]]:
     """The files of each split of `org/name`, or of `split` alone as "train"; those of `hf://datasets/org/name/FILE` as "train".
 
-    Raises UserError where there are none, and where the hub refuses or cannot be reached.
+    They are fetched, but for those after the first of a split where they are read `in_turn`: `fetched` does it then. Raises UserError where
+    there are none, and where the hub refuses or cannot be reached.
     """
+    names: Mapping[str, Sequence[str]]
     if file := HUB_FILE.fullmatch(path):
         name, pinned, pattern = file.groups()
-        directory = _fetched(name, pinned or revision, [pattern])
-        if found := sorted(one for one in directory.glob(pattern) if one.is_file()):
-            return {"train": found}
-        raise UserError(f"{path}: the data set {name} of the hub has no file of this name or pattern")
-    splits = _splits(path, config, revision)
-    if split is None:
-        return splits
-    if split not in splits:
-        raise UserError(f"data.hub_split: {path} has no split {split!r}, only {', '.join(splits)}")
-    return {"train": splits[split]}
+        revision = pinned or revision
+        names = {"train": _names(name, revision, pattern)}
+        if not names["train"]:
+            raise UserError(f"{path}: the data set {name} of the hub has no file of this name or pattern")
+    else:
+        name, names = path, _names_of_splits(path, config, revision)
+    if split is not None:
+        if split not in names:
+            raise UserError(f"data.hub_split: {path} has no split {split!r}, only {', '.join(names)}")
+        names = {"train": names[split]}
+    directory = _fetched(name, revision, [one for found in names.values() for one in found[: 1 if in_turn else None]])
+    return {split: [directory / one for one in found] for split, found in names.items()}
 
 
-def _splits(name: str, config: str | None, revision: str | None) -> Mapping[str, Sequence[Path]]:
+def fetched(path: Path) -> Path:
+    """`path`, once it is there: a file of a data set that is not in the hub's cache yet is fetched."""
+    if path.exists() or not (of := CACHED.fullmatch(str(path))):
+        return path
+    from huggingface_hub import hf_hub_download
+
+    owner, name, commit, file = of.groups()
+    with _told(f"{owner}/{name}"):
+        return Path(hf_hub_download(f"{owner}/{name}", file, repo_type="dataset", revision=commit))
+
+
+def _names(name: str, revision: str | None, pattern: str) -> list[str]:
+    """The files of a data set whose names have a pattern."""
+    from huggingface_hub import list_repo_files
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    if HF_HUB_OFFLINE:
+        directory = _fetched(name, revision, [])
+        there = [str(file.relative_to(directory)) for file in directory.rglob("*") if file.is_file()]
+    else:
+        with _told(name):
+            there = list_repo_files(name, repo_type="dataset", revision=revision)
+    return sorted(file for file in there if fnmatch(file, pattern))
+
+
+def _names_of_splits(name: str, config: str | None, revision: str | None) -> Mapping[str, Sequence[str]]:
+    """The files of each split that a configuration of a data set has."""
     from datasets import load_dataset_builder
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
     # What the cache has is read like a directory, since `datasets` itself finds there only what it has converted.
     place = str(_fetched(name, revision, [])) if HF_HUB_OFFLINE else name
     with _told(name):
-        given = {} if HF_HUB_OFFLINE else {"revision": revision}
-        files = load_dataset_builder(place, config, **given).config.data_files
-    if not files:
-        raise UserError(f"{name}: the data set has no files that can be read")
+        builder = load_dataset_builder(place, config, **({} if HF_HUB_OFFLINE else {"revision": revision}))
+    files = builder.config.data_files or {}
     start = re.compile(rf"hf://datasets/{re.escape(name)}(@[^/]+)?/|{re.escape(place)}/")
-    named = {str(split): [start.sub("", str(one), count=1) for one in found] for split, found in files.items()}
-    directory = _fetched(name, revision, [one for found in named.values() for one in found])
-    return {split: [directory / one for one in found] for split, found in named.items()}
+    return {str(split): [start.sub("", str(one), count=1) for one in found] for split, found in files.items()}
 
 
 def _fetched(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
@@ -74,7 +107,9 @@ def _told(name: str) -> Iterator[None]:
     except Exception as error:  # they raise their own, the HTTP library's and built-in ones
         causes = [error, error.__cause__, error.__context__]
         reason = redacted(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
-        if any(isinstance(cause, GatedRepoError) for cause in causes) or "gated" in str(error):
+        if "BuilderConfig" in reason:
+            why = f"data.config: {str(error).strip()}"
+        elif any(isinstance(cause, GatedRepoError) for cause in causes) or "gated" in str(error):
             why = "its owner must let you in: accept its terms on its page, and give a token with HF_TOKEN or `hf auth login`"
         elif constants.HF_HUB_OFFLINE:
             why = "HF_HUB_OFFLINE is set, and the hub's cache on this machine does not have it: unset that, or give a local file"
@@ -85,4 +120,6 @@ def _told(name: str) -> Iterator[None]:
         else:
             why = f"{reason}. Where the hub cannot be reached, give a local file"
         local = "" if HUB_FILE.fullmatch(name) else f"no file or directory {Path(name).absolute()} exists, and "
-        raise UserError(f"{name}: {local}the data set of the Hugging Face hub cannot be read: {why}") from error
+        raise UserError(
+            f"{name}: {local}the data set of this name on the Hugging Face hub cannot be read: {why}"
+        ) from error

@@ -3,9 +3,10 @@
 import hashlib
 import logging
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from os.path import commonpath
 from pathlib import Path
 from typing import Any, get_args
@@ -14,15 +15,15 @@ import numpy as np
 import numpy.typing as npt
 
 from align.data.cards import DataCard, OwnSource
-from align.data.drawing import Hashes, held_out_places, key_hash
+from align.data.drawing import BLOCK, Hashes, Stream, fraction_of, held_out_places, key_hash
 from align.data.files import SUFFIXES, files_of, read_rows, stem_of, suffix_of
 from align.data.forms import STAGES, Form, example_of, form_of, preference_of
-from align.data.hub import hub_files
+from align.data.hub import fetched, hub_files
 from align.data.rows import Row
-from align.data.stored import StoredRows
+from align.data.stored import StoredRows, stamp
 from align.data.types import Example, Preference, SplitName, normalised
 from align.errors import UserError
-from align.recipe.options import is_on_hub
+from align.recipe.options import HUB_NAME, is_on_hub
 
 _log = logging.getLogger(__name__)
 SHOWN = 20
@@ -118,7 +119,8 @@ def own_card(source: OwnSource) -> DataCard:
 
 def name_of(path: str) -> str:
     """What data of one's own are called: like the file, or the directory; of a pattern, like what is around its first wildcard."""
-    stem = Path(path).name if Path(path).is_dir() else stem_of(Path(path))
+    as_it_is = Path(path).is_dir() or HUB_NAME.fullmatch(path)
+    stem = Path(path).name if as_it_is else stem_of(Path(path))
     return stem.strip("*?[]-_.") or Path(path).absolute().parent.name
 
 
@@ -159,13 +161,43 @@ def read_source(source: OwnSource) -> Mapping[SplitName, OwnRows]:
     Raises UserError where a file cannot be read, where no row can be used, and where `bad_rows` refuses one: the message then has the first
     twenty of them.
     """
-    tables, name = tables_of(source), name_of(source.path)
+    tables, name, head = tables_of(source), name_of(source.path), BLOCK if source.stream else None
     return {
         split: _read(
-            f"{name}/{split}" if len(tables) > 1 else name, tuple(files), tuple(map(_stamp, files)), source.bad_rows
+            f"{name}/{split}" if len(tables) > 1 else name, tuple(files), _stamps(files), source.bad_rows, head=head
         )
         for split, files in tables.items()
     }
+
+
+def stream_of(source: OwnSource, head: Rows, held_out: Collection[int]) -> Stream[Any]:
+    """The training rows of a source in their order, those that cannot be used as the error that says so; `head` are the first of them.
+
+    What has a prompt of `held_out` is not among them, nor what its hash holds out. Their ids are their numbers, since those that come twice
+    could not be told.
+    """
+    tables, own = tables_of(source), head.source
+    shares = source.held_out * sum(split not in tables for split in source.splits)
+    openings = set(own.openings.tolist()) - set(own.openings[head.places].tolist())
+
+    def read() -> Iterator[Any]:
+        for file, number, row in _numbered(tables["train"]):
+            try:
+                if isinstance(row, UserError):
+                    raise row
+                refuse_other_form(own.form, row)
+                item = item_of(own.form, row, f"{own.prefixes[file]}/{number}")
+                if item.domain not in own.domains:
+                    raise UserError(f"{row.where}: the domain {item.domain!r} is none of the first {BLOCK} rows")
+            except UserError as error:
+                yield error
+                continue
+            opening = key_hash(opening_of(item))
+            held = fraction_of(opening) >= 1 - shares or opening in openings
+            if not held and key_hash(item.prompt_key) not in held_out:
+                yield item
+
+    return Stream(head, read)
 
 
 def tables_of(source: OwnSource) -> dict[SplitName, list[Path]]:
@@ -186,7 +218,7 @@ def tables_of(source: OwnSource) -> dict[SplitName, list[Path]]:
 
 def _hub_tables(source: OwnSource) -> dict[SplitName, list[Path]]:
     """The files of the hub's splits; of a source with a single split, those of the hub's split of that name, or of its only one."""
-    there = hub_files(source.path, source.config, source.revision, source.hub_split)
+    there = hub_files(source.path, source.config, source.revision, source.hub_split, source.stream)
     for file in (file for files in there.values() for file in files):
         suffix_of(file)
     found = {split: list(there[split]) for split in source.splits if split in there}
@@ -205,8 +237,9 @@ def read_user_file(path: str | Path) -> list[Example]:
 
     Raises UserError with file and line.
     """
-    files = files_of(path)
-    rows = _read("", tuple(files), tuple(map(_stamp, files)), "refuse", "Correct them, or take them out")
+    source = OwnSource(kind="own", path=str(path), splits=("test",))
+    files = _hub_tables(source)["test"] if is_on_hub(path) else files_of(path)
+    rows = _read("", tuple(files), _stamps(files), "refuse", "Correct them, or take them out")
     if rows.form.kind == "pairs":
         raise UserError(
             f"{path} has pairs of completions ({rows.form.columns}), where problems with a prompt each are asked for"
@@ -219,51 +252,58 @@ def _files_named(directory: Path, split: SplitName) -> list[Path]:
     return sorted(file for file in files if any(suffix in SUFFIXES for suffix in file.suffixes) and suffix_of(file))
 
 
-def _stamp(file: Path) -> tuple[int, int]:
-    """What tells a file from what it was before."""
-    found = file.stat()
-    return found.st_size, found.st_mtime_ns
+def _stamps(files: Sequence[Path]) -> tuple[tuple[int, int] | None, ...]:
+    return tuple(stamp(file) if file.exists() else None for file in files)
+
+
+def _numbered(files: Sequence[Path]) -> Iterator[tuple[int, int, Row | UserError]]:
+    """Every row of files, with its file counted from 0 and its number there counted from 1."""
+    for place, file in enumerate(files):
+        for number, row in enumerate(read_rows(fetched(file)), start=1):
+            yield place, number, row
 
 
 @lru_cache(maxsize=8)
 def _read(
-    name: str, files: tuple[Path, ...], stamps: tuple[tuple[int, int], ...], bad_rows: str, cure: str = CURE
+    name: str,
+    files: tuple[Path, ...],
+    stamps: tuple[tuple[int, int] | None, ...],
+    bad_rows: str,
+    cure: str = CURE,
+    head: int | None = None,
 ) -> OwnRows:
-    """What is in files, each time that they have changed. `name` stands before the ids of their rows."""
-    form, stored, bad, bad_count, prefixes = None, StoredRows(), list[str](), 0, list[str]()
+    """What is in files, each time that they have changed, or their first `head` rows. `name` stands before the ids of their rows."""
+    above = commonpath([file.parent for file in files])
+    several = len(files) > 1
+    owns = [str(file.relative_to(above).parent / stem_of(file)) if several else "" for file in files]
+    prefixes = ["/".join(part for part in (name, own) if part) for own in owns]
+    form, stored, bad, bad_count = None, StoredRows(files), list[str](), 0
     ids: dict[int, int] = {}
     domains: dict[str, None] = {}
     openings, prompts = array("Q"), array("Q")
-    above = commonpath([file.parent for file in files])
-    for file in files:
-        own = str(file.relative_to(above).parent / stem_of(file)) if len(files) > 1 else ""
-        prefix = "/".join(part for part in (name, own) if part)
-        prefixes.append(prefix)
-        for number, row in enumerate(read_rows(file), start=1):
-            if number == 1:
-                stored.add_file(file)
-            try:
-                if isinstance(row, UserError):
-                    raise row
-                form = form or form_of(row)
-                refuse_other_form(form, row)
-                identity = identity_of(row, number, prefix)
-                if (first := ids.get(hashed := key_hash(identity))) is not None:
-                    told = identity.removeprefix(f"{prefix}/")
-                    raise UserError(f"{row.where}: the id {told!r} is already that of {stored[first].where}")
-                item = item_of(form, row, identity)
-            except UserError as error:
-                bad_count += 1
-                if len(bad) < SHOWN:
-                    bad.append(str(error))
-                continue
-            ids[hashed] = len(stored)
-            stored.append(row, number)
-            domains[item.domain] = None
-            opening = key_hash(opening_of(item))
-            openings.append(opening)
-            # Of one message the two keys are the same.
-            prompts.append(opening if len(item.messages) == 1 else key_hash(item.prompt_key))
+    for file, number, row in islice(_numbered(files), head):
+        try:
+            if isinstance(row, UserError):
+                raise row
+            form = form or form_of(row)
+            refuse_other_form(form, row)
+            identity = identity_of(row, number, prefixes[file])
+            if (first := ids.get(hashed := key_hash(identity))) is not None:
+                own = identity.removeprefix(f"{prefixes[file]}/")
+                raise UserError(f"{row.where}: the id {own!r} is already that of {stored[first].where}")
+            item = item_of(form, row, identity)
+        except UserError as error:
+            bad_count += 1
+            if len(bad) < SHOWN:
+                bad.append(str(error))
+            continue
+        ids[hashed] = len(stored)
+        stored.append(row, file, number)
+        domains[item.domain] = None
+        opening = key_hash(opening_of(item))
+        openings.append(opening)
+        # Of one message the two keys are the same.
+        prompts.append(opening if len(item.messages) == 1 else key_hash(item.prompt_key))
     told = ", ".join(map(str, files[:3])) + (", ..." if len(files) > 3 else "")
     if not len(stored) + bad_count:
         raise UserError(f"{told} is empty: it has no rows")

@@ -158,7 +158,7 @@ def message_of(item: Any, where: str) -> Message:
     ):
         return {"role": item["role"], "content": check_unicode(item["content"], where)}
     if isinstance(item, Mapping) and {"from", "value"} <= item.keys():
-        item = {"role": SHAREGPT_ROLES.get(str(item["from"]), item["from"]), "content": item["value"]}
+        item = _of_sharegpt(item["from"], item["value"], where)
     if not isinstance(item, Mapping) or "role" not in item or not {"content", "tool_calls"} & item.keys():
         raise UserError(f"{where}: must be an object with role and content")
     role, calls = item["role"], item.get("tool_calls")
@@ -178,6 +178,29 @@ def message_of(item: Any, where: str) -> Message:
     if (weight := _weight(item, where)) is not None:
         message["weight"] = weight
     return message
+
+
+def _of_sharegpt(speaker: Any, said: Any, where: str) -> dict[str, Any]:
+    """A turn of ShareGPT's form in OpenAI's. LLaMA-Factory's `function_call` says the JSON of a call, or of a list of them."""
+    if speaker != "function_call":
+        return {"role": SHAREGPT_ROLES.get(str(speaker), speaker), "content": said}
+    calls = None
+    with suppress(ValueError, RecursionError):
+        calls = json.loads(said) if isinstance(said, str) else said
+    calls = [calls] if isinstance(calls, Mapping) else calls
+    if (
+        not isinstance(calls, list)
+        or not calls
+        or not all(isinstance(call, Mapping) and "name" in call for call in calls)
+    ):
+        raise UserError(
+            f"{where}: a function_call must be the JSON of an object with name and arguments, or of a list of them, not {said!r:.40}"
+        )
+    return {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"type": "function", "function": dict(call)} for call in calls],
+    }
 
 
 def _call(call: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import os
 import pickle
 import tempfile
 from array import array
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -12,6 +13,7 @@ from align.data.rows import Row
 from align.errors import UserError
 from align.run.files import parse_json_line
 
+OPEN_FILES = 64
 NUMBERS = 5
 """What is remembered of a row: its file, its number there, the first byte and the length of what it is read from, and its line."""
 
@@ -23,27 +25,22 @@ class StoredRows:
     file without a name, which ends with this object. All reads are by position, so that processes and threads may share it.
     """
 
-    def __init__(self) -> None:
-        self._paths: list[Path] = []
-        self._opened: list[BinaryIO] = []
-        self._stamps: list[tuple[int, int]] = []
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._paths = paths
+        self._stamps: dict[int, tuple[int, int]] = {}
+        self._opened: dict[int, BinaryIO] = {}
         self._unpacked: BinaryIO | None = None
         self._numbers = array("q")
 
     def __len__(self) -> int:
         return len(self._numbers) // NUMBERS
 
-    def add_file(self, path: Path) -> None:
-        """Say that the rows which are appended next are those of this file."""
-        file = path.open("rb")
-        self._paths.append(path)
-        self._opened.append(file)
-        self._stamps.append(_stamp(file))
-
-    def append(self, row: Row, number: int) -> None:
-        """Add a row, the `number`th of its file. Raises UserError where the disk has no room to unpack it."""
+    def append(self, row: Row, file: int, number: int) -> None:
+        """Add a row, the `number`th of a file. Raises UserError where the disk has no room to unpack it."""
+        if row.line and file not in self._stamps:
+            self._stamps[file] = stamp(self._paths[file])
         start, length, line = row.line or (*self._unpack(row), 0)
-        self._numbers.extend((len(self._paths) - 1, number, start, length, line))
+        self._numbers.extend((file, number, start, length, line))
 
     def __getitem__(self, place: int) -> Row:
         """The row at a place, as it was appended. Raises UserError where its file has changed since."""
@@ -53,18 +50,25 @@ class StoredRows:
             self._unpacked.flush()
             values, where = pickle.loads(os.pread(self._unpacked.fileno(), length, start))
             return Row(values, where)
-        opened, path = self._opened[file], self._paths[file]
-        if _stamp(opened) != self._stamps[file]:
+        path = self._paths[file]
+        where = f"{path}, line {line}"
+        content = os.pread(self._open(file).fileno(), length, start)
+        if stamp(path) != self._stamps[file]:
             raise UserError(
                 f"{path} has changed since the run began to read it: put it back as it was, and start again"
             )
-        where = f"{path}, line {line}"
-        content = os.pread(opened.fileno(), length, start)
         return Row(parse_json_line(content.removeprefix(codecs.BOM_UTF8), where), where)
 
     def number(self, place: int) -> tuple[int, int]:
         """Which file a row is in, counted from 0, and its number there, counted from 1."""
         return self._numbers[place * NUMBERS], self._numbers[place * NUMBERS + 1]
+
+    def _open(self, file: int) -> BinaryIO:
+        if file not in self._opened:
+            if len(self._opened) == OPEN_FILES:
+                self._opened.pop(next(iter(self._opened))).close()
+            self._opened[file] = self._paths[file].open("rb")
+        return self._opened[file]
 
     def _unpack(self, row: Row) -> tuple[int, int]:
         if self._unpacked is None:
@@ -74,11 +78,12 @@ class StoredRows:
             self._unpacked.write(content)
         except OSError as error:
             raise UserError(
-                f"{self._paths[-1]} cannot be unpacked into {tempfile.gettempdir()}: {error.strerror}. Set TMPDIR to a directory with more room"
+                f"{row.where} cannot be unpacked into {tempfile.gettempdir()}: {error.strerror}. Set TMPDIR to a directory with more room"
             ) from None
         return start, len(content)
 
 
-def _stamp(file: BinaryIO) -> tuple[int, int]:
-    found = os.fstat(file.fileno())
+def stamp(path: Path) -> tuple[int, int]:
+    """What tells a file from what it was before."""
+    found = path.stat()
     return found.st_size, found.st_mtime_ns

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, field_validator
+from pydantic import BaseModel, Field, field_validator
 
 from align.data.chat import encode_prompt
 from align.data.types import Message
@@ -116,7 +116,7 @@ def answered(
 
 
 class MtBenchQuestion(Question):
-    """A line of MT-Bench; `reference` may have a good answer for each turn."""
+    """A line of MT-Bench; `reference` may have a good answer for each turn, which FastChat publishes in a file of its own."""
 
     question_id: int | str
     category: str
@@ -153,6 +153,19 @@ class MtBenchQuestion(Question):
 
 
 REFERENCE = "\nA good answer to the user's last message would be:\n<reference>\n{}\n</reference>\n"
+
+
+class MtBenchChoice(BaseModel):
+    """An answer: what was said turn by turn."""
+
+    turns: list[str]
+
+
+class MtBenchReference(BaseModel):
+    """A line of FastChat's `reference_answer/gpt-4.jsonl`: a good answer to a question of MT-Bench."""
+
+    question_id: int | str
+    choices: list[MtBenchChoice] = Field(min_length=1)
 
 
 class AlpacaEvalQuestion(Question):

@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, FilePath, ValidationError
+from pydantic import BaseModel, Field, FilePath, ValidationError
 
 from align.errors import UserError
 from align.evaluate.hooks import EvaluationError, Metrics, PolicyCheckpoint, register
-from align.evaluate.judge_benchmarks import BENCHMARKS, Question, answered
+from align.evaluate.judge_benchmarks import BENCHMARKS, MtBenchQuestion, MtBenchReference, Question, answered
 from align.model.policy import first_line
 from align.options import Options
 from align.run.files import read_jsonl_lines
@@ -26,6 +26,7 @@ from rollout import Fleet
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
+Line = TypeVar("Line", bound=BaseModel)
 LONGEST_BACKOFF_S = 120.0  # the longest that the client lets an endpoint put off the next attempt
 GIVE_UP_AFTER = 10
 
@@ -44,9 +45,11 @@ class JudgeOptions(Options):
     max_tokens: int = Field(2048, ge=16, description="longest judgement, in tokens")
 
 
-def ready(benchmark: str, questions: Path, judge: JudgeOptions, template: Path | None = None) -> None:
-    """Raise UserError or EvaluationError unless the questions and the template can be read and the judge answers."""
-    read_questions(questions, BENCHMARKS[benchmark])
+def ready(
+    benchmark: str, questions: Path, judge: JudgeOptions, template: Path | None = None, references: Path | None = None
+) -> None:
+    """Raise UserError or EvaluationError unless the questions, references and template can be read and the judge answers."""
+    with_references(read_questions(questions, BENCHMARKS[benchmark]), references)
     judge_template(benchmark, template)
     Judge(judge).check()
 
@@ -60,18 +63,21 @@ def judged(
     questions: FilePath,
     judge: JudgeOptions,
     template: FilePath | None = None,
+    references: FilePath | None = None,
     max_new_tokens: Annotated[int, Field(ge=1)] = 1024,
     limit: Annotated[int, Field(ge=1)] | None = None,
     seed: int = 0,
 ) -> Metrics:
     """A judge's verdicts on the policy's answers to the first `limit` questions of a benchmark.
 
+    `references`: for MT-Bench, the file of good answers that FastChat publishes beside its questions (`reference_answer/gpt-4.jsonl`).
+
     The judge is asked for a word before the policy is asked anything: UserError where it refuses, EvaluationError where it
     cannot be reached. Of the `judgements`, `failed` is the share that the judge did not give and `unreadable` the share without
     a verdict in them; where that is all of them, the benchmark is not run.
     """
     wanted = BENCHMARKS[benchmark]
-    asked = read_questions(questions, wanted)[:limit]
+    asked = with_references(read_questions(questions, wanted), references)[:limit]
     wording = judge_template(benchmark, template)
     endpoint = Judge(judge)
     endpoint.check()
@@ -108,9 +114,9 @@ def judged(
     return Metrics({f"{benchmark}/{name}": value for name, value in values.items()}, not_run, rows)
 
 
-def read_questions(file: Path, kind: type[Question]) -> list[Question]:
-    """The questions of a file. Raises UserError with the line of one that lacks a field or has a wrong one."""
-    questions: list[Question] = []
+def read_questions(file: Path, kind: type[Line]) -> list[Line]:
+    """The questions of a file, or its other lines of a kind. Raises UserError with the line of one that lacks a field or has a wrong one."""
+    questions: list[Line] = []
     for line, row in read_jsonl_lines(file):
         try:
             questions.append(kind.model_validate(row))
@@ -120,6 +126,23 @@ def read_questions(file: Path, kind: type[Question]) -> list[Question]:
     if not questions:
         raise UserError(f"{file} is empty: give the benchmark's questions, one JSON object on each line")
     return questions
+
+
+def with_references(questions: Sequence[Question], file: Path | None) -> Sequence[Question]:
+    """MT-Bench's questions with the good answers of a file. Raises UserError where it has none to any of them, or they are another benchmark's."""
+    if file is None:
+        return questions
+    if not all(isinstance(question, MtBenchQuestion) for question in questions):
+        raise UserError("judged: references are for mt_bench alone: leave them out")
+    good = {str(line.question_id): line.choices[0].turns for line in read_questions(file, MtBenchReference)}
+    if not any(str(question.question_id) in good for question in questions):
+        raise UserError(f"{file}: it has no answer to any of the questions, whose question_id is another")
+    return [
+        question.model_copy(update={"reference": good[str(question.question_id)]})
+        if str(question.question_id) in good
+        else question
+        for question in questions
+    ]
 
 
 def judge_template(benchmark: str, file: Path | None) -> Template:

@@ -128,6 +128,11 @@ class DataOptions(Options):
     bad_rows: Literal["refuse", "leave_out"] = Field(
         "refuse", description="without a card: rows that cannot be used end the run, or are left out and counted"
     )
+    stream: bool = Field(
+        False,
+        description="without a card: read the rows in turn while the run goes on, and fetch the hub's files one by one; the first 10000 are "
+        "checked before the start and give what is held out, and of each 10000 in turn the order is shuffled",
+    )
     levels: list[int] | None = Field(None, description="difficulty levels to keep; all when not given")
     limit: int | None = Field(None, ge=1, description="first so many examples, after a seeded shuffle")
     params: dict[str, Any] = Field({}, description="parameters of a generated source")
@@ -141,7 +146,7 @@ class DataOptions(Options):
         if self.card is None and self.path is None:
             raise ValueError("name a card, or give the path of data of one's own")
         if self.card is not None:
-            for key in ("held_out", "bad_rows", *HUB_KEYS):
+            for key in ("held_out", "bad_rows", "stream", *HUB_KEYS):
                 refuse_without_effect(self, key, "the card says what its splits are and how it is read", at="data.")
         elif not is_on_hub(self.path or ""):
             for key in HUB_KEYS:
@@ -149,6 +154,12 @@ class DataOptions(Options):
         elif HUB_FILE.fullmatch(str(self.path)):
             for key in ("config", "hub_split"):
                 refuse_without_effect(self, key, "path names a file of the hub", at="data.")
+        return self
+
+    @model_validator(mode="after")
+    def _a_stream_is_read_in_turn(self) -> Self:
+        for key in ("split", "levels", "limit") if self.stream else ():
+            refuse_without_effect(self, key, "a stream is read in turn, and nobody knows how long it is", at="data.")
         return self
 
     @model_validator(mode="after")

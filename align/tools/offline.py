@@ -19,6 +19,7 @@ from align.learner.group import LearnerGroup
 from align.model.policy import load_tokenizer, stop_token_ids
 from align.model.sizes import read_config
 from align.recipe import AgreementOptions, LearnerOptions, ModelOptions, OptimizerOptions
+from align.recipe.options import is_on_hub
 from align.run import write_jsonl
 from align.session.checks import check_columns, check_split
 from align.session.ray import local_ray
@@ -97,7 +98,7 @@ def evaluate_file(
 def problems_of(data: str, split: SplitName | None) -> list[Example]:
     """The problems of a file, or of a split of a data card (that of the test where none is given). Raises UserError."""
     file = Path(data)
-    if file.suffix == ".md" or (not file.suffix and not file.exists()):
+    if file.suffix == ".md" or not (file.suffix or file.exists() or is_on_hub(data)):
         card = load_card(data)
         check_split(card, split or "test", "eval", "--split")
         return list(load_split(card, split or "test").examples)

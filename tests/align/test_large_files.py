@@ -28,7 +28,28 @@ SMALL = [
 def write_chats(file: Path, rows: int) -> None:
     """Conversations of one or two questions, each its own, of a kilobyte each."""
     draw = random.Random(0)
-    words = "the sea is wide and ships go far to bring home salt, wool, tea or a letter that somebody wrote".split()
+    words = [
+        "the",
+        "sea",
+        "is",
+        "wide",
+        "and",
+        "ships",
+        "go",
+        "far",
+        "to",
+        "bring",
+        "home",
+        "salt,",
+        "wool,",
+        "tea",
+        "or",
+        "a",
+        "letter",
+        "that",
+        "somebody",
+        "wrote",
+    ]
     texts = [" ".join(draw.choices(words, k=40)) for _ in range(1000)]
     with file.open("w") as out:
         for number in range(rows):

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from align.data.files import files_of, read_rows, readable, stem_of
+from align.data.stored import StoredRows
 from align.errors import UserError
 
 ROWS = [{"question": 'a, "b"\nc\u2028d?', "answer": "007"}, {"question": "é", "answer": "0.50"}]
@@ -60,7 +61,14 @@ def values(file: Path) -> list[Any]:
     ],
 )
 def test_the_same_rows_are_read_of_every_format(name: str, content: bytes, tmp_path: Path) -> None:
-    assert values(written(tmp_path, name, content)) == ROWS
+    file = written(tmp_path, name, content)
+    assert values(file) == ROWS
+    stored = StoredRows([file])
+    for number, row in enumerate(readable(file), start=1):
+        stored.append(row, 0, number)
+    for _ in range(2):
+        again = [stored[place] for place in range(len(stored))]
+        assert [(row.values, row.where) for row in again] == [(row.values, row.where) for row in readable(file)]
 
 
 def test_parquet_keeps_its_types_and_counts_rows_from_one(tmp_path: Path) -> None:

@@ -82,6 +82,40 @@ def test_the_last_turn_of_the_assistant_is_the_response_and_the_whole_conversati
     assert read.tools == tuple(tools) == example({"messages": turns, "tools": tools}).tools
 
 
+def test_sharegpt_s_calls_and_observations_are_tool_calls_and_their_results() -> None:
+    call = {"name": "add", "arguments": {"a": 2, "b": 2}}
+    turns = [
+        {"from": "human", "value": TEXT},
+        {"from": "function_call", "value": json.dumps(call)},
+        {"from": "observation", "value": "4"},
+        {"from": "function_call", "value": json.dumps([call, call])},
+        {"from": "tool", "value": "4"},
+        {"from": "observation", "value": "4"},
+        {"from": "gpt", "value": "4."},
+    ]
+    read = example({"conversations": turns, "tools": json.dumps([{"name": "add", "parameters": {}}])})
+    called = {"type": "function", "function": call}
+    assert read.conversation == (
+        ASKED,
+        {"role": "assistant", "content": "", "tool_calls": [called]},
+        {"role": "tool", "content": "4"},
+        {"role": "assistant", "content": "", "tool_calls": [called, called]},
+        {"role": "tool", "content": "4"},
+        {"role": "tool", "content": "4"},
+        SAID,
+    )
+    assert read.tools == ({"type": "function", "function": {"name": "add", "parameters": {}}},)
+
+
+@pytest.mark.parametrize("said", ["add(2, 2)", "[]", "[1]", '{"arguments": {}}', None])
+def test_a_function_call_that_is_no_json_of_calls_is_refused(said: Any) -> None:
+    turns = [{"from": "human", "value": TEXT}, {"from": "function_call", "value": said}]
+    with pytest.raises(
+        UserError, match="message 2: a function_call must be the JSON of an object with name and arguments"
+    ):
+        example({"conversations": turns})
+
+
 @pytest.mark.parametrize(
     ("form", "values", "truth", "domain"),
     [

@@ -17,7 +17,7 @@ import pytest
 from align.errors import UserError
 from align.evaluate.hooks import EvaluationError, Metrics, PolicyCheckpoint, check_ready, run
 from align.evaluate.judge_benchmarks import AlignBenchQuestion, AlpacaEvalQuestion, MtBenchQuestion
-from align.evaluate.judged import judge_template
+from align.evaluate.judged import judge_template, with_references
 
 Reply = str | tuple[int, str]
 MT_BENCH = [
@@ -404,6 +404,26 @@ def test_choices_and_dimensions_are_read() -> None:
         said.replace("'完备性': 5", "'完备性': 50"),
     ):
         assert question.read(wrong) is None
+
+
+def test_references_are_read_from_the_file_that_fastchat_publishes(tmp_path: Path) -> None:
+    file = tmp_path / "gpt-4.jsonl"
+    line = {
+        "question_id": 81,
+        "model_id": "gpt-4",
+        "choices": [{"index": 0, "turns": ["Well.", "Better."]}],
+        "tstamp": 1.0,
+    }
+    file.write_text(json.dumps(line))
+    first, second = with_references([MtBenchQuestion(**question) for question in MT_BENCH], file)
+    assert (first.reference, second.reference) == (["Well.", "Better."], ["2", "4"])
+    with pytest.raises(UserError, match=r"gpt-4\.jsonl: it has no answer to any of the questions"):
+        with_references([MtBenchQuestion(**MT_BENCH[1])], file)
+    with pytest.raises(UserError, match="references are for mt_bench alone"):
+        with_references([AlpacaEvalQuestion(**ALPACA_EVAL[0])], file)
+    file.write_text(json.dumps(line | {"choices": []}))
+    with pytest.raises(UserError, match=r"gpt-4\.jsonl, line 1: choices: "):
+        with_references([MtBenchQuestion(**MT_BENCH[0])], file)
 
 
 def test_a_template_must_have_what_is_judged_and_nothing_unknown(tmp_path: Path) -> None:
