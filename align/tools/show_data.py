@@ -19,7 +19,7 @@ from align.data.chat import encode_prompt
 from align.data.files import read_rows
 from align.data.forms import COMPLETIONS, Form
 from align.data.loader import load_preferences, load_split
-from align.data.own import own_card, read_source, tables_of
+from align.data.own import SHOWN, own_card, read_source, tables_of
 from align.data.rows import Row
 from align.data.types import Example, Preference, SplitName
 from align.errors import UserError
@@ -35,6 +35,25 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 Items = Sequence[Example | Preference]
 
 
+class Joined(Sequence[Example | Preference]):
+    """The items of several sequences, each read when it is asked for."""
+
+    def __init__(self, parts: Sequence[Items]):
+        self._parts = parts
+
+    def __len__(self) -> int:
+        return sum(map(len, self._parts))
+
+    def __getitem__(self, place: Any) -> Any:
+        if isinstance(place, slice):
+            return [self[i] for i in range(*place.indices(len(self)))]
+        for part in self._parts:
+            if place < len(part):
+                return part[place]
+            place -= len(part)
+        raise IndexError
+
+
 def show_data(name: str, model: str | None, console: Console) -> None:
     """Print what is in a file, in files of a pattern, in a directory, or in the data of a card; `model` gives tokenizer and template.
 
@@ -42,7 +61,7 @@ def show_data(name: str, model: str | None, console: Console) -> None:
     """
     card = card_named(name)
     items = {split: loaded(card, split) for split in card.splits}
-    every = [item for found in items.values() for item in found]
+    every = Joined(list(items.values()))
     console.print(f"{card.called}: for {', '.join(card.stages)}", markup=False, highlight=False)
     if isinstance(card.source, OwnSource):
         show_columns(card.source, console)
@@ -50,7 +69,9 @@ def show_data(name: str, model: str | None, console: Console) -> None:
     encoded = [] if model is None else show_lengths(every, load_tokenizer(model), console)
     show_repeated(every, console)
     if isinstance(card.source, OwnSource):
-        show_refused([why for rows in read_source(card.source).values() for why in rows.bad], "cannot be used", console)
+        tables = read_source(card.source).values()
+        reasons = [why for rows in tables for why in rows.bad]
+        show_refused(reasons, "cannot be used", console, sum(rows.bad_count for rows in tables))
     for item in every[:1]:
         console.print(
             "\nThe first row of the training split" + (", as the model sees it:" if encoded else ":"), highlight=False
@@ -150,7 +171,10 @@ def show_lengths(items: Items, tokenizer: Any, console: Console) -> list[Seen]:
         ]
         table(console, f"tokens of {len(seen)} rows", rows, ["least", "median", "95 %", "most"])
     show_refused(
-        refused, f"of {len(measured)} that were encoded are refused by the model's template or tokenizer", console
+        refused,
+        f"of {len(measured)} that were encoded are refused by the model's template or tokenizer",
+        console,
+        len(refused),
     )
     return seen
 
@@ -174,8 +198,8 @@ def nearest_rank(counts: Sequence[int], share: float) -> int:
 
 def show_repeated(items: Items, console: Console) -> None:
     """Print how many rows have a prompt that an earlier one has, and how many are wholly the same."""
-    prompts = Counter(item.prompt_key for item in items)
-    whole = Counter(tuple(texts_of(item)) for item in items)
+    prompts = Counter(hash(item.prompt_key) for item in items)
+    whole = Counter(hash(tuple(texts_of(item))) for item in items)
     repeated = sum(count - 1 for count in prompts.values())
     if repeated:
         same = sum(count - 1 for count in whole.values())
@@ -193,14 +217,12 @@ def texts_of(item: Example | Preference) -> Iterator[str | None]:
     yield from (item.chosen, item.rejected) if isinstance(item, Preference) else (item.response, item.answer)
 
 
-def show_refused(reasons: Sequence[str], what: str, console: Console, shown: int = 20) -> None:
-    """Print the first of the rows that a run would refuse, and their number."""
+def show_refused(reasons: Sequence[str], what: str, console: Console, count: int) -> None:
+    """Print the first of the `count` rows that a run would refuse, and their number."""
     if not reasons:
         return
-    console.print(
-        Text(f"{len(reasons)} rows {what}{', the first of them' if len(reasons) > shown else ''}:", "bold red")
-    )
-    for reason in reasons[:shown]:
+    console.print(Text(f"{count} rows {what}{', the first of them' if count > SHOWN else ''}:", "bold red"))
+    for reason in reasons[:SHOWN]:
         console.print(Text(f"  {CONTROL.sub('', reason)}"), soft_wrap=True)
 
 
