@@ -5,18 +5,17 @@ files are. Where HF_HUB_OFFLINE is set, only what the cache has is read.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from functools import lru_cache
 from pathlib import Path
 
+from align.data.files import suffix_of
+from align.data.types import SplitName
 from align.errors import UserError
 from align.recipe.options import HUB_FILE
 from align.run.files import redacted
-
-DOCS = ("README.md", "*.md")
-
 
 CACHED = re.compile(r".*/datasets--([^/]+?)--([^/]+)/snapshots/([^/]+)/(.+)")
 """Where `huggingface_hub` has a file of a data set: whose, its name, the commit, the file."""
@@ -24,26 +23,38 @@ CACHED = re.compile(r".*/datasets--([^/]+?)--([^/]+)/snapshots/([^/]+)/(.+)")
 
 @lru_cache(maxsize=8)
 def hub_files(
-    path: str, config: str | None, revision: str | None, split: str | None, in_turn: bool = False
-) -> Mapping[str, Sequence[Path]]:
-    """The files of each split of `org/name`, or of `split` alone as "train"; those of `hf://datasets/org/name/FILE` as "train".
+    path: str,
+    config: str | None,
+    revision: str | None,
+    hub_split: str | None,
+    splits: tuple[SplitName, ...],
+    in_turn: bool = False,
+) -> dict[SplitName, list[Path]]:
+    """The files of each of `splits` that a data set of the hub has.
 
-    They are fetched, but for those after the first of a split where they are read `in_turn`: `fetched` does it then. Raises UserError where
-    there are none, and where the hub refuses or cannot be reached.
+    `path` is `org/name`, of which `hub_split`, or an only split of another name, stands for the first of `splits`; or it is
+    `hf://datasets/org/name/FILE`, whose files are those of the first of `splits`. All are fetched, or where they are read `in_turn` the first of
+    each split, and the others by `fetched`. Raises UserError where there are none, and where the hub refuses or cannot be reached.
     """
-    names: Mapping[str, Sequence[str]]
     if file := HUB_FILE.fullmatch(path):
         name, pinned, pattern = file.groups()
         revision = pinned or revision
-        names = {"train": _names(name, revision, pattern)}
-        if not names["train"]:
+        names = {splits[0]: _names(name, revision, pattern)}
+        if not names[splits[0]]:
             raise UserError(f"{path}: the data set {name} of the hub has no file of this name or pattern")
     else:
-        name, names = path, _names_of_splits(path, config, revision)
-    if split is not None:
-        if split not in names:
-            raise UserError(f"data.hub_split: {path} has no split {split!r}, only {', '.join(names)}")
-        names = {"train": names[split]}
+        name, there = path, _names_of_splits(path, config, revision)
+        if hub_split is not None and hub_split not in there:
+            raise UserError(f"data.hub_split: {path} has no split {hub_split!r}, only {', '.join(there)}")
+        names = {split: there[split] for split in splits if split in there}
+        if hub_split is not None or len(splits) == len(there) == 1:
+            names = {splits[0]: there[hub_split or next(iter(there))]}
+        if splits[0] not in names:
+            raise UserError(
+                f"{path}: the data set has no split {splits[0]!r}, only {', '.join(there)}: say with data.hub_split which of them is read"
+            )
+    for one in (one for found in names.values() for one in found):
+        suffix_of(Path(one))
     directory = _fetched(name, revision, [one for found in names.values() for one in found[: 1 if in_turn else None]])
     return {split: [directory / one for one in found] for split, found in names.items()}
 
@@ -73,7 +84,7 @@ def _names(name: str, revision: str | None, pattern: str) -> list[str]:
     return sorted(file for file in there if fnmatch(file, pattern))
 
 
-def _names_of_splits(name: str, config: str | None, revision: str | None) -> Mapping[str, Sequence[str]]:
+def _names_of_splits(name: str, config: str | None, revision: str | None) -> dict[str, list[str]]:
     """The files of each split that a configuration of a data set has."""
     from datasets import load_dataset_builder
     from huggingface_hub.constants import HF_HUB_OFFLINE
@@ -92,7 +103,9 @@ def _fetched(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     with _told(name):
-        return Path(snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=[*patterns, *DOCS]))
+        return Path(
+            snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=[*patterns, "README.md"])
+        )
 
 
 @contextmanager

@@ -203,7 +203,7 @@ def stream_of(source: OwnSource, head: Rows, held_out: Collection[int]) -> Strea
 def tables_of(source: OwnSource) -> dict[SplitName, list[Path]]:
     """The files of each split that has files of its own."""
     if is_on_hub(source.path):
-        return _hub_tables(source)
+        return hub_files(source.path, source.config, source.revision, source.hub_split, source.splits, source.stream)
     directory = Path(source.path).expanduser()
     if not directory.is_dir():
         return {source.splits[0]: files_of(source.path)}
@@ -216,29 +216,12 @@ def tables_of(source: OwnSource) -> dict[SplitName, list[Path]]:
     return {split: files for split, files in found.items() if files}
 
 
-def _hub_tables(source: OwnSource) -> dict[SplitName, list[Path]]:
-    """The files of the hub's splits; of a source with a single split, those of the hub's split of that name, or of its only one."""
-    there = hub_files(source.path, source.config, source.revision, source.hub_split, source.stream)
-    for file in (file for files in there.values() for file in files):
-        suffix_of(file)
-    found = {split: list(there[split]) for split in source.splits if split in there}
-    if len(source.splits) == len(there) == 1:
-        found = {source.splits[0]: list(*there.values())}
-    if source.splits[0] not in found:
-        raise UserError(
-            f"{source.path}: the data set has no split {source.splits[0]!r}, only {', '.join(there)}: say with data.hub_split which of them "
-            "is read"
-        )
-    return found
-
-
 def read_user_file(path: str | Path) -> list[Example]:
     """A user's own problems, in their order and with the ids of their rows: any file that `align.data.files` reads, of any form with a prompt.
 
     Raises UserError with file and line.
     """
-    source = OwnSource(kind="own", path=str(path), splits=("test",))
-    files = _hub_tables(source)["test"] if is_on_hub(path) else files_of(path)
+    files = hub_files(str(path), None, None, None, ("test",))["test"] if is_on_hub(path) else files_of(path)
     rows = _read("", tuple(files), _stamps(files), "refuse", "Correct them, or take them out")
     if rows.form.kind == "pairs":
         raise UserError(

@@ -21,13 +21,15 @@ READ = """
 import json, sys
 from align.data.cards import OwnSource
 from align.data.loader import load_split
-from align.data.own import own_card, read_source, read_user_file
+from align.data.own import own_card, read_user_file
 from align.errors import UserError
 for values in json.loads(sys.argv[1]):
     try:
         card = own_card(OwnSource.model_validate({"kind": "own", **values}))
-        rows = {split: len(load_split(card, split).examples) for split in card.splits}
-        print(json.dumps({"name": card.name, "rows": rows, "first": load_split(card, "train").examples[0].id}))
+        found = {split: load_split(card, split).examples for split in card.splits}
+        rows = {split: len(examples) for split, examples in found.items()}
+        asked = len(read_user_file(values["path"])) if list(values) == ["path"] else None
+        print(json.dumps({"name": card.name, "rows": rows, "first": next(iter(found.values()))[0].id, "asked": asked}))
     except UserError as error:
         print(json.dumps({"error": str(error)}))
 """
@@ -74,6 +76,7 @@ def test_names_configurations_splits_and_files_of_the_hub_are_read_and_read_agai
         {"path": "org/several", "config": "two"},
         {"path": "hf://datasets/org/plain/train.jsonl"},
         {"path": f"hf:/datasets/org/several@{COMMIT}/data/*.jsonl"},
+        {"path": "org/plain", "splits": ["test"]},
     ]
     found, _ = read(url, tmp_path, *sources)
     assert [(one["name"], sum(one["rows"].values()), one["first"]) for one in found] == [
@@ -83,8 +86,10 @@ def test_names_configurations_splits_and_files_of_the_hub_are_read_and_read_agai
         ("several", 40, "several/2"),
         ("train", 50, "train/1"),
         ("data", 60, "data/one-0/1"),
+        ("plain", 10, "plain/1"),
     ]
-    assert found[0]["rows"]["test"] == 10
+    assert found[0]["rows"]["test"] == found[0]["asked"] == 10
+    assert found[4]["asked"] == 50
     before = len(asked)
     assert read(url, tmp_path, *sources, HF_HUB_OFFLINE="1")[0] == found
     assert len(asked) == before
