@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[2]
 ROWS = 1_000_000
 FIRST_STEP_S = 120
 DRIVER_BYTES = 2 * 10**9
+WORDS = "the sea is wide and ships go far to bring home salt, wool, tea or a letter that somebody wrote"
 SMALL = [
     "sft={steps: 3, sequences_per_step: 8, validation_limit: 8}",
     "evaluation={limit: 8, samples: 0, max_new_tokens: 16, before: false}",
@@ -28,28 +29,7 @@ SMALL = [
 def write_chats(file: Path, rows: int) -> None:
     """Conversations of one or two questions, each its own, of a kilobyte each."""
     draw = random.Random(0)
-    words = [
-        "the",
-        "sea",
-        "is",
-        "wide",
-        "and",
-        "ships",
-        "go",
-        "far",
-        "to",
-        "bring",
-        "home",
-        "salt,",
-        "wool,",
-        "tea",
-        "or",
-        "a",
-        "letter",
-        "that",
-        "somebody",
-        "wrote",
-    ]
+    words = WORDS.split()
     texts = [" ".join(draw.choices(words, k=40)) for _ in range(1000)]
     with file.open("w") as out:
         for number in range(rows):
