@@ -89,8 +89,10 @@ def _names_of_splits(name: str, config: str | None, revision: str | None) -> dic
     from datasets import load_dataset_builder
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
+    # Also the quick way to learn that the hub cannot be reached, which `datasets` tries for half a minute.
+    directory = _fetched(name, revision, [])
     # What the cache has is read like a directory, since `datasets` itself finds there only what it has converted.
-    place = str(_fetched(name, revision, [])) if HF_HUB_OFFLINE else name
+    place = str(directory) if HF_HUB_OFFLINE else name
     with _told(name):
         builder = load_dataset_builder(place, config, **({} if HF_HUB_OFFLINE else {"revision": revision}))
     files = builder.config.data_files or {}
@@ -122,7 +124,7 @@ def _told(name: str) -> Iterator[None]:
         reason = redacted(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
         if "BuilderConfig" in reason:
             why = f"data.config: {str(error).strip()}"
-        elif any(isinstance(cause, GatedRepoError) for cause in causes) or "gated" in str(error):
+        elif any(isinstance(cause, GatedRepoError) for cause in causes) or "is a gated" in str(error):
             why = "its owner must let you in: accept its terms on its page, and give a token with HF_TOKEN or `hf auth login`"
         elif constants.HF_HUB_OFFLINE:
             why = "HF_HUB_OFFLINE is set, and the hub's cache on this machine does not have it: unset that, or give a local file"
