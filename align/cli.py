@@ -59,6 +59,7 @@ def application(text: str) -> typer.Typer:
 app = application("The alignment stages of DeepSeek-V2: SFT, then GRPO, on Ray, vLLM and DeepSpeed.")
 app.add_typer(sandbox := application("the sandbox that runs a model's code"), name="sandbox")
 app.add_typer(rewards := application("the rewards that a recipe can name"), name="rewards")
+app.add_typer(init := application("write a recipe for one's own data and model, and say what is in them"), name="init")
 app.add_typer(data := application("the data that a recipe can name, and one's own"), name="data")
 app.add_typer(evaluations := application("the evaluation hooks that a recipe can name"), name="evaluations")
 
@@ -135,21 +136,98 @@ def run_recipe(stage: str, file: Path, overrides: Sequence[str], *, longer: bool
 
 
 @app.command()
-def check(file: File, overrides: Overrides = None) -> None:
+def check(
+    file: File,
+    overrides: Overrides = None,
+    whole: Annotated[
+        bool, Option("--whole", help="read all rows of the data, not the first thousand of each file")
+    ] = False,
+) -> None:
     """read a recipe or a pipeline and say what is wrong with it or with this machine; starts nothing
 
-    Looks at all that a run looks at before it starts: keys, names, splits, servers, free memory, disk space and ports, and the model's small
-    files (configuration, tokenizer, chat template), for every stage.
+    Looks at all that a run looks at before it starts: keys, names, splits, servers, free memory, disk space and ports, the model's small
+    files (configuration, tokenizer, chat template), and the data: their rows in the chat template, and the columns that rewards want.
     """
     from align.recipe import load_stages
-    from align.session.checks import check as check_all
+    from align.stages.commands import check_stages
 
     stages = load_stages(file, overrides or [])
-    notes = check_all(stages)
+    found = check_stages(stages, whole=whole)
     for stage in stages:
         print(f"{stage.file}: a valid {stage.recipe.stage} recipe; its run would go to {stage.directory}")
-    for note in notes:
+    for text in found.warnings:
+        print(f"warning: {text}")
+    for note in found.notes:
         print(note)
+
+
+OwnData = Annotated[str, Argument(metavar="FILE", help="data, or files by a pattern: any of docs/own_data.md")]
+OwnModel = Annotated[str, Argument(metavar="MODEL", help="Hugging Face directory or hub name")]
+Lora = Annotated[
+    bool | None,
+    Option("--lora/--full", help="train adapters, or all parameters; by the size of the model when not given"),
+]
+Out = Annotated[Path | None, Option(help="recipe to write; my_STAGE.yaml when not given")]
+Overwrite = Annotated[bool, Option("--overwrite", help="replace the recipe that is there")]
+
+
+@init.command("sft")
+def init_sft(
+    file: OwnData,
+    model: OwnModel,
+    overrides: Overrides = None,
+    out: Out = None,
+    lora: Lora = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """a recipe for supervised fine-tuning on conversations"""
+    write_recipe("sft", file, model, out, overrides, lora, overwrite)
+
+
+@init.command("grpo")
+def init_grpo(
+    file: OwnData,
+    model: OwnModel,
+    reward: Annotated[str, Option(help=A_REWARD)],
+    overrides: Overrides = None,
+    out: Out = None,
+    lora: Lora = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """a recipe for GRPO on problems, or on the prompts of conversations"""
+    write_recipe("grpo", file, model, out, overrides, lora, overwrite, reward)
+
+
+@init.command("reward-model")
+def init_reward_model(
+    file: OwnData,
+    model: OwnModel,
+    overrides: Overrides = None,
+    out: Out = None,
+    lora: Lora = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """a recipe for a reward model from pairs of completions"""
+    write_recipe("reward_model", file, model, out, overrides, lora, overwrite)
+
+
+def write_recipe(
+    stage: Literal["sft", "grpo", "reward_model"],
+    data: str,
+    model: str,
+    out: Path | None,
+    overrides: Sequence[str] | None,
+    lora: bool | None,
+    overwrite: bool,
+    reward: str | None = None,
+) -> None:
+    """Write a recipe for a stage, and print what it is made of."""
+    from rich.console import Console
+
+    from align.tools.init_recipe import init_recipe
+
+    file = out or Path(f"my_{stage}.yaml")
+    init_recipe(*(stage, data, model, file, overrides or [], Console()), reward=reward, lora=lora, overwrite=overwrite)
 
 
 @app.command()

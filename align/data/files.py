@@ -13,7 +13,9 @@ import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from glob import glob, has_magic
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -25,6 +27,8 @@ JSON, TABLES = (".jsonl", ".json", ".ndjson"), {".csv": ",", ".tsv": "\t"}
 SUFFIXES = (*JSON, ".parquet", *TABLES)
 COMPRESSED = (".gz", ".zst")
 KNOWN = f"{', '.join(SUFFIXES)}, also with {' or '.join(COMPRESSED)} behind it"
+ROWS_READ: ContextVar[int | None] = ContextVar("ROWS_READ", default=None)
+"""So many rows of a file are read, the first; None for all. `first_rows` sets it."""
 
 
 def files_of(pattern: str | Path) -> list[Path]:
@@ -60,8 +64,22 @@ def stem_of(path: Path) -> str:
     return path.with_suffix("").name
 
 
+@contextmanager
+def first_rows(count: int | None) -> Iterator[None]:
+    """Inside, files end after `count` rows each, to look at data without reading all of them; None for all."""
+    token = ROWS_READ.set(count)
+    try:
+        yield
+    finally:
+        ROWS_READ.reset(token)
+
+
 def read_rows(path: Path) -> Iterator[Row | UserError]:
     """The rows of a file, in their order. Raises UserError where the file cannot be read."""
+    return islice(_rows(path), ROWS_READ.get())
+
+
+def _rows(path: Path) -> Iterator[Row | UserError]:
     suffix = suffix_of(path)
     if suffix == ".parquet":
         yield from _parquet(path)

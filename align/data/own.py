@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from align.data.cards import DataCard, OwnSource
 from align.data.drawing import BLOCK, Hashes, Stream, fraction_of, held_out_places, key_hash
-from align.data.files import SUFFIXES, files_of, read_rows, stem_of, suffix_of
+from align.data.files import ROWS_READ, SUFFIXES, files_of, read_rows, stem_of, suffix_of
 from align.data.forms import STAGES, Form, example_of, form_of, preference_of
 from align.data.hub import fetched, hub_files
 from align.data.rows import Row
@@ -235,8 +235,9 @@ def _files_named(directory: Path, split: SplitName) -> list[Path]:
     return sorted(file for file in files if any(suffix in SUFFIXES for suffix in file.suffixes) and suffix_of(file))
 
 
-def _stamps(files: Sequence[Path]) -> tuple[tuple[int, int] | None, ...]:
-    return tuple(stamp(file) if file.exists() else None for file in files)
+def _stamps(files: Sequence[Path]) -> tuple[Any, ...]:
+    """What tells what is read of files from what was before."""
+    return *(stamp(file) if file.exists() else None for file in files), ROWS_READ.get()
 
 
 def _numbered(files: Sequence[Path]) -> Iterator[tuple[int, int, Row | UserError]]:
@@ -250,7 +251,7 @@ def _numbered(files: Sequence[Path]) -> Iterator[tuple[int, int, Row | UserError
 def _read(
     name: str,
     files: tuple[Path, ...],
-    stamps: tuple[tuple[int, int] | None, ...],
+    stamps: tuple[Any, ...],
     bad_rows: str,
     cure: str = CURE,
     head: int | None = None,

@@ -1,9 +1,11 @@
 """Recipes from YAML files and `key=value` overrides, with errors that name the file, the line and the key."""
 
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from glob import glob
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -12,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 from align.errors import UserError, nearest
 from align.recipe.options import ModelOptions, is_on_hub
 from align.recipe.recipes import STAGES, Recipe
+from align.shipped import found
 from reward.own.file import split as split_name
 
 logger = logging.getLogger(__name__)
@@ -22,6 +25,24 @@ RENAMED = {
     "alarms.uniform_groups": "alarms.zero_variance_groups",
 }
 """Old names of keys, which are still read."""
+
+CARDS = ("data.card", "evaluation.cards")
+INPUTS = (
+    *CARDS,
+    "data.params.answers",
+    "data.path",
+    "evaluation.against.run",
+    "evaluation.hooks.params.include_path",
+    "evaluation.hooks.params.questions",
+    "evaluation.hooks.params.template",
+    "evaluation.path",
+    "init_from",
+    "model.path",
+    "reference",
+    "rewards.params.path",
+    "stages.recipe",
+)
+"""The keys of what is read, in recipes and pipelines, without the places in lists."""
 
 # What changes nothing of what is trained: where it runs, how often it saves, how long it waits.
 FREE = (
@@ -53,13 +74,25 @@ FREE = (
 def load_recipe(path: Path, overrides: Sequence[str] = (), *, pending: Path | None = None) -> Recipe:
     """Read and check a recipe. Raises UserError that names the file, the line and the key of a mistake.
 
-    Files below `pending` need not be there yet.
+    Files and directories that it reads are looked for beside it, then in the working directory, then among what comes with the package; those
+    of overrides not beside it. Files below `pending` need not be there yet.
     """
     values, lines = read_yaml(path)
     rename(values, lines, path)
     for override in overrides:
         apply_override(values, override)
         rename(values, {}, override)
+    return recipe_of(values, path, lines, pending)
+
+
+def recipe_of(
+    values: Mapping[str, Any],
+    path: Path,
+    lines: Mapping[tuple[str, ...], int] = MappingProxyType({}),
+    pending: Path | None = None,
+) -> Recipe:
+    """The recipe that has these values in the file at `path`. Raises UserError as `load_recipe` does."""
+    values = with_inputs_found(values, "", path.parent)
     stage = values.get("stage")
     if stage not in STAGES:
         raise UserError(f"{path}: stage must be one of {', '.join(STAGES)}, but is {stage!r}")
@@ -79,7 +112,7 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
-    """The mapping in a YAML file, and the line of each of its keys by path."""
+    """The mapping in a YAML file, with whole paths in the place of `INPUTS`, and the line of each of its keys by path."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -96,7 +129,47 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
         raise UserError(f"{path}: a recipe is a mapping of keys to values")
     lines: dict[tuple[str, ...], int] = {}
     collect_lines(node, (), lines, path)
-    return values, lines
+    return with_inputs_found(values, "", path.parent), lines
+
+
+def with_inputs_found(value: Any, at: str, directory: Path) -> Any:
+    """What is at the key `at`, with whole paths in the place of those below it that name an input: in `directory`, or else in the working
+    directory, or else among what comes with the package. A path that is nowhere, and a name on the hub, stay as they are."""
+    if isinstance(value, dict):
+        return {
+            name: with_inputs_found(item, f"{at}.{name}" if at else str(name), directory)
+            for name, item in value.items()
+        }
+    if isinstance(value, list):
+        return [with_inputs_found(item, at, directory) for item in value]
+    if not isinstance(value, str):
+        return value
+    if at == "stages.set":
+        return override_with_inputs_found(value, directory)
+    if at not in INPUTS or "://" in value or (at in CARDS and not value.endswith(".md")):
+        return value
+    path = Path(value).expanduser()
+    places = (directory / path, path, found(path))
+    there = (place for place in places if place.exists() or any(glob(str(place), recursive=True)))
+    return str(next((place.absolute() for place in there), value))
+
+
+def override_with_inputs_found(override: str, directory: Path) -> str:
+    """An override with whole paths; one that names no input, or is not valid, as it is."""
+    key, _, text = override.partition("=")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return override
+    whole = with_inputs_found(value, key_of(key), directory)
+    if whole == value:
+        return override
+    return f"{key}={yaml.safe_dump(whole, default_flow_style=True, sort_keys=False, width=math.inf).removesuffix('...' + chr(10)).strip()}"
+
+
+def key_of(path: str) -> str:
+    """A dotted path without its places in lists: "rewards.0.params.path" is one of the `INPUTS`."""
+    return ".".join(part for part in path.split(".") if not part.isdigit())
 
 
 def collect_lines(node: yaml.Node | None, at: tuple[str, ...], lines: dict[tuple[str, ...], int], path: Path) -> None:
@@ -136,7 +209,7 @@ def rename(values: dict[str, Any], lines: dict[tuple[str, ...], int], where: Pat
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:
-    """Set `a.b.c=value` (the value is read as YAML) in a nested mapping."""
+    """Set `a.b.c=value` (the value is read as YAML) in a nested mapping; files that it names are looked for in the working directory."""
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise UserError(f"{override!r}: an override has the form key=value, for example grpo.steps=20")
@@ -144,6 +217,7 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UserError(f"{override!r}: the value is not valid YAML: {error}") from None
+    value = with_inputs_found(value, key_of(key), Path())
     *parents, last = key.split(".")
     at: Any = values
     for parent in parents:

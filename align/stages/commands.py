@@ -1,19 +1,28 @@
 """What the commands run: a recipe, after the stage that its `init_from` names where there is one."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Any
 
-from align.data.entries import evaluated
+from align.data.cards import HubSource
+from align.data.entries import card_of, evaluated
+from align.data.files import first_rows
 from align.data.loader import domains_of
+from align.errors import UserError
 from align.evaluate.accuracy import Evaluation
+from align.model.policy import load_tokenizer
 from align.recipe import (
     GrpoRecipe,
     ModelOptions,
     PlannedStage,
+    PolicyRecipe,
     PreferencesRecipe,
+    Recipe,
     RewardModelRecipe,
     SftRecipe,
     dump_recipe,
+    is_on_hub,
     load_recipe,
 )
 from align.run import Progress, RunDirectory, read_status
@@ -29,6 +38,77 @@ from align.stages.sft import load_sft_data, train_sft
 
 HeldOutPrompts = Mapping[str, Collection[int]]
 NOTHING: HeldOutPrompts = MappingProxyType({})
+FIRST_ROWS = 1000
+"""Of each file `check_stages` looks at so many, or at as many as two steps take where that is more."""
+
+
+@dataclass(slots=True)
+class Findings:
+    """What was found while stages were looked at: `warnings` that their runs will give, and `notes`, such as what was not looked at."""
+
+    warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def warn(self, text: str, **data: Any) -> None:
+        """Note a warning; see `align.data.entries.Notes`."""
+        self.warnings.append(text)
+
+    def tell(self, kind: str, text: str, **data: Any) -> None:
+        """Leave out what is no warning."""
+
+
+def check_stages(stages: Sequence[PlannedStage], *, whole: bool) -> Findings:
+    """Look at all that the runs of the stages look at before they start: what `check` does, and the data, encoded.
+
+    Of each file the first rows are read, or with `whole` all. Raises UserError, which names the stage's file, for the first mistake.
+    """
+    found = Findings()
+    for stage in stages:
+        rows = None if whole else max(FIRST_ROWS, 2 * stage.recipe.roles().trained_sequences)
+        with first_rows(rows):
+            found.notes += check([stage])
+            try:
+                unseen = check_data(stage.recipe, rows, found)
+            except UserError as error:
+                raise UserError(f"{stage.file}: {error}") from None
+        found.notes += [f"{stage.file}: not looked at: {what}" for what in unseen]
+    found.notes = list(dict.fromkeys(found.notes))
+    return found
+
+
+def check_data(recipe: Recipe, rows: int | None, found: Findings) -> list[str]:
+    """Read and encode the data of a stage as its run does, `rows` of each entry at most; those of the hub only where all are read.
+
+    Raises UserError as the run does; returns what could not be looked at.
+    """
+    entries = [(data.path, card_of(data)) for data in recipe.data]
+    if isinstance(recipe, PolicyRecipe):
+        entries += [(entry.path, entry.card) for entry in evaluated(recipe)]
+    hub = dict.fromkeys(
+        card.called
+        for path, card in entries
+        if (isinstance(card.source, HubSource) if path is None else is_on_hub(path))
+    )
+    if hub and rows is not None:
+        return [f"the rows of {', '.join(hub)}, which are on the hub; --whole reads them"]
+    if any(path is not None and path.is_absolute() and not path.exists() for path, _ in entries):
+        return ["data that are still to be made"]
+    try:
+        tokenizer = load_tokenizer(recipe.model.path, trust_remote_code=recipe.model.trust_remote_code)
+    except UserError:
+        return []  # `check` has said so
+    if rows is not None:
+        limited = [data.model_copy(update={"limit": min(data.limit or rows, rows)}) for data in recipe.data]
+        recipe = recipe.model_copy(update={"data": limited})
+    if isinstance(recipe, SftRecipe):
+        load_sft_data(recipe, tokenizer, found)
+    elif isinstance(recipe, GrpoRecipe):
+        load_grpo_data(recipe, tokenizer, found)
+    elif isinstance(recipe, RewardModelRecipe):
+        load_reward_model_data(recipe, tokenizer, found)
+    elif isinstance(recipe, PreferencesRecipe):
+        load_prompts(recipe, tokenizer, found)
+    return []
 
 
 def run_stage(stage: PlannedStage, *, longer: bool = False) -> None:

@@ -17,14 +17,13 @@ import numpy as np
 import numpy.typing as npt
 
 from align.data.drawing import Source, items_of_step, left_out
-from align.data.entries import Reader, Room, entries_of
+from align.data.entries import Notes, Reader, Room, entries_of
 from align.data.loader import load_split
 from align.evaluate.accuracy import Evaluation
 from align.experience import Problem, ScoredGroup, encode_problems, gather, row_of, submit, token_columns
 from align.learner.objective import Objective, learning_rate
 from align.recipe import GrpoRecipe, ModelOptions
 from align.session.checks import check_columns
-from align.session.run import Run
 from align.session.session import Session
 from align.session.steps import CENSUS_STEP
 from align.stages.advantages import Advantages, compare, updates_of
@@ -43,7 +42,7 @@ class GrpoData:
     held_out: Problems
 
 
-def load_grpo_data(recipe: GrpoRecipe, tokenizer: Any, run: Run) -> GrpoData:
+def load_grpo_data(recipe: GrpoRecipe, tokenizer: Any, notes: Notes) -> GrpoData:
     """Everything the recipe names, read and checked. Raises UserError for what cannot be used."""
     held_out = load_problems(recipe, tokenizer)
     longest = recipe.rollout.max_length - recipe.sampling.max_new_tokens
@@ -53,7 +52,7 @@ def load_grpo_data(recipe: GrpoRecipe, tokenizer: Any, run: Run) -> GrpoData:
         lambda problem: len(problem.prompt.token_ids),
         Room(longest, "what rollout.max_length leaves beside sampling.max_new_tokens"),
         recipe.seed,
-        run,
+        notes,
     )
     entries = entries_of(recipe.data, recipe.data_stage)
     sources = reader.sources(entries, recipe.grpo.prompts_per_step, "grpo.prompts_per_step", held_out.prompts)

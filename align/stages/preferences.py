@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from align.data.entries import Reader, Room, entries_of
+from align.data.entries import Notes, Reader, Room, entries_of
 from align.data.loader import load_split, refuse_one_file
 from align.data.types import SplitName
 from align.errors import UserError
@@ -17,7 +17,6 @@ from align.experience import Problem, ScoredGroup, encode_problems, gather, subm
 from align.recipe import PreferencesRecipe
 from align.run import write_jsonl
 from align.session.checks import check_columns
-from align.session.run import Run
 from align.session.session import Session
 
 SHOWN = ("prompts", "accuracy", "pairs")
@@ -31,7 +30,7 @@ class SplitPrompts:
     problems: Sequence[Problem]
 
 
-def load_prompts(recipe: PreferencesRecipe, tokenizer: Any, run: Run) -> list[SplitPrompts]:
+def load_prompts(recipe: PreferencesRecipe, tokenizer: Any, notes: Notes) -> list[SplitPrompts]:
     """The prompts of every split of the recipe's cards that are short enough. Raises UserError for what cannot be used."""
     options = recipe.preferences
     longest = recipe.rollout.max_length - recipe.sampling.max_new_tokens
@@ -41,7 +40,7 @@ def load_prompts(recipe: PreferencesRecipe, tokenizer: Any, run: Run) -> list[Sp
         lambda problem: len(problem.prompt.token_ids),
         Room(longest, "what rollout.max_length leaves beside sampling.max_new_tokens"),
         recipe.seed,
-        run,
+        notes,
     )
     found = []
     for entry in entries_of(recipe.data, recipe.data_stage):

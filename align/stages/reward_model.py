@@ -16,7 +16,7 @@ from typing import Any
 
 from align.data.chat import encode_example
 from align.data.drawing import Source, items_of_step, left_out
-from align.data.entries import Reader, Room, entries_of
+from align.data.entries import Notes, Reader, Room, entries_of
 from align.data.loader import load_preferences, refuse_one_file
 from align.data.types import Preference
 from align.errors import naming
@@ -27,7 +27,6 @@ from align.model.policy import load_tokenizer
 from align.model.reward_model import tokenizer_hash, write_usage
 from align.recipe import ModelOptions, RewardModelRecipe
 from align.run import Progress, write_atomically
-from align.session.run import Run
 from align.session.session import Session
 from align.session.steps import CENSUS_STEP
 
@@ -54,7 +53,7 @@ class RewardModelData:
     tokenizer_sha256: str
 
 
-def load_reward_model_data(recipe: RewardModelRecipe, tokenizer: Any, run: Run) -> RewardModelData:
+def load_reward_model_data(recipe: RewardModelRecipe, tokenizer: Any, notes: Notes) -> RewardModelData:
     """Everything the recipe names, read and checked. Raises UserError for what cannot be used."""
     options, entries = recipe.reward_model, entries_of(recipe.data, recipe.data_stage)
     for entry in entries:
@@ -65,7 +64,7 @@ def load_reward_model_data(recipe: RewardModelRecipe, tokenizer: Any, run: Run) 
         lambda item: item.pair.padded_length // 2,
         Room(options.max_length, "reward_model.max_length"),
         recipe.seed,
-        run,
+        notes,
     )
     test, held_out = reader.held_out_split(entries, "test", options.test_limit)
     validation, held_out = reader.held_out_split(entries, "validation", options.validation_limit, held_out)

@@ -17,7 +17,7 @@ import torch
 
 from align.data.chat import encode_conversation
 from align.data.drawing import Source, items_of_step, left_out
-from align.data.entries import Reader, Room, entries_of
+from align.data.entries import Notes, Reader, Room, entries_of
 from align.data.loader import held_together, load_split, refuse_one_file
 from align.data.types import Example, Message
 from align.errors import UserError, naming
@@ -27,7 +27,6 @@ from align.learner.group import LearnerGroup
 from align.learner.objective import Objective, learning_rate
 from align.losses import completion_weights
 from align.recipe import ModelOptions, SftRecipe
-from align.session.run import Run
 from align.session.session import Session
 from align.session.steps import CENSUS_STEP
 from align.stages.held_out import HeldOut, Problems, load_problems
@@ -43,7 +42,7 @@ class SftData:
 
 
 def load_sft_data(
-    recipe: SftRecipe, tokenizer: Any, run: Run, also_held_out: Mapping[str, Collection[int]] = MappingProxyType({})
+    recipe: SftRecipe, tokenizer: Any, notes: Notes, also_held_out: Mapping[str, Collection[int]] = MappingProxyType({})
 ) -> SftData:
     """Everything the recipe names, read and checked; `also_held_out` is what the stage after it is evaluated on.
 
@@ -57,7 +56,7 @@ def load_sft_data(
         lambda sequence: len(sequence.token_ids),
         Room(recipe.rollout.max_length, "rollout.max_length"),
         recipe.seed,
-        run,
+        notes,
     )
     entries = entries_of(recipe.data, recipe.data_stage)
     for entry in entries:

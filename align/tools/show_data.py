@@ -2,12 +2,12 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 from rich import box
 from rich.console import Console
@@ -33,6 +33,7 @@ MEASURED = 1000
 LONGEST_VALUE = 60
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 Items = Sequence[Example | Preference]
+T = TypeVar("T")
 
 
 class Joined(Sequence[Example | Preference]):
@@ -65,7 +66,7 @@ def show_data(name: str, model: str | None, console: Console) -> None:
     console.print(f"{card.called}: for {', '.join(card.stages)}", markup=False, highlight=False)
     if isinstance(card.source, OwnSource):
         show_columns(card.source, console)
-    table(console, "split", [[split, len(items[split]), card.splits[split]] for split in items], ["rows", "what it is"])
+    show_splits(card, items, console)
     encoded = [] if model is None else show_lengths(every, load_tokenizer(model), console)
     show_repeated(every, console)
     if isinstance(card.source, OwnSource):
@@ -104,9 +105,21 @@ def loaded(card: DataCard, split: SplitName) -> Items:
     return load_split(card, split).examples
 
 
+def show_splits(card: DataCard, items: Mapping[SplitName, Items], console: Console) -> None:
+    """Print how many rows each split has."""
+    table(console, "split", [[split, len(items[split]), card.splits[split]] for split in items], ["rows", "what it is"])
+
+
+def show_form(source: OwnSource, console: Console) -> Form:
+    """Print the form of the files; returns it."""
+    form = next(rows.form for rows in read_source(source).values())
+    console.print(f"form: {form.name} ({form.columns}; {form.source})", markup=False, highlight=False)
+    return form
+
+
 def show_columns(source: OwnSource, console: Console) -> None:
     """Print the form of the files and what each of their columns is read as."""
-    form = next(rows.form for rows in read_source(source).values())
+    form = show_form(source, console)
     filled: Counter[str] = Counter()
     first = None
     for row in (row for files in tables_of(source).values() for file in files for row in read_rows(file)):
@@ -114,7 +127,6 @@ def show_columns(source: OwnSource, console: Console) -> None:
             filled.update(column for column in row.values if row.has(column))
             first = row if first is None and form.fits(row) else first
     assert first is not None
-    console.print(f"form: {form.name} ({form.columns}; {form.source})", markup=False, highlight=False)
     uses = uses_of(form, first)
     found = [[c, filled[c], plain(first.values.get(c)), uses.get(c, "sample.metadata, for rewards")] for c in filled]
     table(console, "column", found, ["rows with it", "for example", "read as"])
@@ -152,10 +164,10 @@ class Seen:
 
 def show_lengths(items: Items, tokenizer: Any, console: Console) -> list[Seen]:
     """Print how many tokens rows have, and which the template or tokenizer refuses. Returns what was measured, the first row's first."""
-    measured = items[:: max(1, len(items) // MEASURED)]
     seen: list[Seen] = []
     refused: list[str] = []
-    for item in measured:
+    chosen = some_of(items)
+    for item in chosen:
         try:
             seen += encoded(item, tokenizer)
         except UserError as error:
@@ -169,22 +181,28 @@ def show_lengths(items: Items, tokenizer: Any, console: Console) -> list[Seen]:
             )
             if counts
         ]
-        table(console, f"tokens of {len(seen)} rows", rows, ["least", "median", "95 %", "most"])
+        table(console, f"tokens of {len(seen)} sequences", rows, ["least", "median", "95 %", "most"])
     show_refused(
         refused,
-        f"of {len(measured)} that were encoded are refused by the model's template or tokenizer",
+        f"of {len(chosen)} that were encoded are refused by the model's template or tokenizer",
         console,
         len(refused),
     )
     return seen
 
 
+def some_of(items: Sequence[T]) -> Sequence[T]:
+    """Those of the items whose lengths are measured, the first among them."""
+    return items[:: max(1, len(items) // MEASURED)]
+
+
 def encoded(item: Example | Preference, tokenizer: Any) -> list[Seen]:
-    """A row as a stage encodes it: the sequences of a demonstration, the better completion of a pair, or a prompt."""
+    """A row as a stage encodes it: the sequences of a demonstration, both completions of a pair, the better one first, or a prompt."""
     if isinstance(item, Preference):
         [pair] = encode_pair(tokenizer, item, margin_scale=0.0)
         prompt = pair.prompt_length
-        return [Seen(pair.pair.chosen, [place >= prompt for place in range(len(pair.pair.chosen))], tokenizer)]
+        completions = (pair.pair.chosen, pair.pair.rejected)
+        return [Seen(ids, [place >= prompt for place in range(len(ids))], tokenizer) for ids in completions]
     if item.response is None:
         ids = encode_prompt(tokenizer, item.messages, item.tools)
         return [Seen(ids, [False] * len(ids), tokenizer)]

@@ -123,7 +123,7 @@ def test_every_stage_of_a_file_is_checked(refusal: Refusal, tmp_path: Path) -> N
     ]
     file.write_text(json.dumps({"name": "two", "run": {"dir": str(tmp_path / "run")}, "stages": stages}))
     for command in ("check", "pipeline"):
-        assert f"error: {GRPO}: this machine is too small" in refusal(command, str(file))
+        assert f"error: {ROOT / GRPO}: this machine is too small" in refusal(command, str(file))
 
 
 def test_a_recipe_without_a_mistake_is_called_valid_and_what_is_still_to_be_made_is_named(
@@ -132,7 +132,7 @@ def test_a_recipe_without_a_mistake_is_called_valid_and_what_is_still_to_be_made
     monkeypatch.chdir(ROOT)
     assert main(["check", GRPO, "machine={}", f"run.dir={tmp_path / 'run'}"]) == 0
     assert capsys.readouterr().out == (
-        f"recipes/nano/sft.yaml: a valid sft recipe; its run would go to {tmp_path / 'run' / 'sft'}\n"
+        f"{ROOT / 'recipes/nano/sft.yaml'}: a valid sft recipe; its run would go to {tmp_path / 'run' / 'sft'}\n"
         f"{GRPO}: a valid grpo recipe; its run would go to {tmp_path / 'run'}\n"
     )
     assert main(["check", "recipes/nano/pipeline.yaml", f"run.dir={tmp_path}"]) in (0, EXIT_USER_ERROR)

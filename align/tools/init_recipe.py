@@ -1,0 +1,389 @@
+"""A recipe for one's own data and model: what the data and the machine allow, each choice with its reason."""
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import yaml
+from rich.console import Console
+
+from align.data.cards import OwnSource, require_stage
+from align.data.entries import card_of
+from align.data.own import read_source
+from align.data.types import Example
+from align.errors import UserError
+from align.model.policy import load_tokenizer
+from align.model.sizes import ModelSizes, empty_model, model_sizes, read_config
+from align.plan.memory import GIB
+from align.plan.placement import Cluster
+from align.plan.plan import gib, make_plan
+from align.recipe import PlannedStage, Recipe, load_recipe
+from align.recipe.load import apply_override, collect_lines, recipe_of
+from align.run import write_atomically
+from align.run.machine import cores_available, gpu_records, memory_bytes
+from align.stages.commands import check_stages
+from align.tools.show_data import (
+    encoded,
+    loaded,
+    nearest_rank,
+    show_form,
+    show_lengths,
+    show_refused,
+    show_splits,
+    table,
+)
+
+Stage = Literal["sft", "grpo", "reward_model"]
+MOST_TRAINED_WHOLE = 10**9
+"""Larger models get adapters where nobody says otherwise."""
+LORA_TARGETS = "attention+shared"
+FILLED = 0.9
+"""The share of the memory that is free now which a recipe may need."""
+ALL_ENCODED = 10_000
+"""Up to so many rows are all encoded before the recipe is written, of more the first thousand of each file."""
+LENGTH_STEP = 32
+EPOCHS, MOST_STEPS = 2, 2000
+
+
+class Choice(NamedTuple):
+    """A key of the recipe, its value, and why it has it; empty where that goes without saying."""
+
+    key: str
+    value: Any
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What there is to run on; memory in bytes, what is free of it now."""
+
+    cores: int
+    memory: float
+    gpus: int
+    gpu_memory: float
+
+    @classmethod
+    def here(cls) -> "Machine":
+        """This machine, or what a container leaves of it."""
+        import torch
+
+        gpus = gpu_records() if torch.cuda.is_available() else []
+        least = min((gpu["memory"] or 0 for gpu in gpus), default=0)
+        return cls(max(1, int(cores_available())), memory_bytes()[1], len(gpus), least)
+
+    @property
+    def cluster(self) -> Cluster:
+        return Cluster(1, self.gpus, self.gpu_memory)
+
+    def __str__(self) -> str:
+        gpus = f"{self.gpus} GPUs with {gib(self.gpu_memory)} each" if self.gpus else "no GPU"
+        return f"{self.cores} cores, {gib(self.memory)} of memory free, {gpus}"
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What recipes are made of: `rows` of the training split, and of those measured the tokens of whole `sequences`, of `prompts` alone, and
+    of `answers` alone. The model reads `positions` tokens at most, None where nothing says so."""
+
+    rows: int
+    sequences: Sequence[int]
+    prompts: Sequence[int]
+    answers: Sequence[int]
+    sizes: ModelSizes
+    positions: int | None
+    machine: Machine
+
+
+@dataclass(frozen=True, slots=True)
+class Thrift:
+    """What saves memory, and why it was taken."""
+
+    lora: str = ""
+    whole: str = ""
+    checkpointing: str = ""
+    bfloat16: str = ""
+
+
+def init_recipe(
+    stage: Stage,
+    data: str,
+    model: str,
+    out: Path,
+    overrides: Sequence[str],
+    console: Console,
+    *,
+    reward: str | None = None,
+    lora: bool | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write a recipe that trains `model` on `data` on this machine, and print what was read and chosen.
+
+    `reward` is what GRPO learns by; `lora` says whether adapters are trained, None leaves it to the size of the model. Raises UserError for all
+    that a run of the recipe would refuse; then nothing is written.
+    """
+    if out.exists() and not overwrite:
+        raise UserError(f"{out} is there already: name another file with --out, or replace it with --overwrite")
+    named = [
+        Choice("stage", stage),
+        Choice("name", re.sub(r"[^A-Za-z0-9-]+", "-", out.stem).strip("-") or "mine"),
+        Choice("model.path", from_(out, model)),
+        Choice("data.path", from_(out, data)),
+        *([Choice("rewards", [{"name": from_(out, reward)}])] if reward else []),
+    ]
+    machine, start = Machine.here(), recipe_of(values_of([*named, *REQUIRED[stage]], overrides), out)
+    console.print(f"{data}, by {model}, on {machine}", markup=False, highlight=False, soft_wrap=True)
+    facts = read(start, machine, console)
+    recipe, choices = fitting(named, facts, overrides, out, lora)
+    found = check_stages([PlannedStage(stage, out, [], recipe)], whole=facts.rows <= ALL_ENCODED)
+    command = f"align {stage.replace('_', '-')} {out}"
+    write_atomically(out, written(f"{stage} of {model} on {data}", command, choices, overrides))
+    assert load_recipe(out) == recipe
+    table(console, "key", [[c.key, plain_yaml(c.value), c.why] for c in choices if c.why], ["value", "why"])
+    for warning in found.warnings:
+        console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"{out} is written. Next:\n  {command}", markup=False, highlight=False, soft_wrap=True)
+
+
+REQUIRED: Mapping[Stage, Sequence[Choice]] = {
+    "sft": [Choice("learner.optimizer.learning_rate", 1.0), Choice("sft.steps", 1)],
+    "grpo": [
+        Choice("learner.optimizer.learning_rate", 1.0),
+        *(Choice(f"grpo.{key}", least) for key, least in (("steps", 1), ("prompts_per_step", 1), ("group_size", 2))),
+    ],
+    "reward_model": [Choice("learner.optimizer.learning_rate", 1.0), Choice("reward_model.steps", 1)],
+}
+"""What a recipe must have, to be read before anything is chosen."""
+
+
+def from_(out: Path, name: str) -> str:
+    """What the recipe at `out` calls a file that is named from the working directory; what is no file, such as a name on the hub, stays."""
+    file, colon, function = name.partition(":") if ".py:" in name else (name, "", "")
+    if "://" in name or not Path(file).expanduser().exists() or out.absolute().parent == Path.cwd():
+        return name
+    return f"{Path(file).expanduser().absolute()}{colon}{function}"
+
+
+def read(recipe: Recipe, machine: Machine, console: Console) -> Facts:
+    """Read the recipe's data and the model's small files, and print what they are. Raises UserError for what a run refuses."""
+    card = card_of(recipe.data[0])
+    require_stage(card, recipe.data_stage)
+    tokenizer, skeleton = load_tokenizer(recipe.model.path), empty_model(read_config(recipe.model.path))
+    items = {split: loaded(card, split) for split in card.splits}
+    if isinstance(card.source, OwnSource):
+        show_form(card.source, console)
+        tables = read_source(card.source).values()
+        bad = [why for rows in tables for why in rows.bad]
+        show_refused(bad, "cannot be used, and are left out", console, sum(rows.bad_count for rows in tables))
+    show_splits(card, items, console)
+    every = [item for found in items.values() for item in found]
+    if recipe.data_stage == "grpo":
+        every = [replace(item, response=None) for item in every if isinstance(item, Example)]
+    if not tokenizer.chat_template:
+        encoded(every[0], tokenizer)  # says what to do
+    seen = show_lengths(every, tokenizer, console)
+    if not seen:
+        encoded(every[0], tokenizer)
+    answers = [last_answer(one.trained_on) for one in seen]
+    return Facts(
+        rows=len(items["train"]),
+        sequences=[len(one.token_ids) for one in seen],
+        prompts=[answer.start for answer in answers],
+        answers=[len(answer) for answer in answers],
+        sizes=model_sizes(skeleton),
+        positions=getattr(skeleton.config, "max_position_embeddings", None),
+        machine=machine,
+    )
+
+
+def last_answer(trained_on: Sequence[bool]) -> range:
+    """The places of the last stretch of tokens that are trained on; of a prompt alone, the empty one behind it."""
+    end = max((place + 1 for place, trained in enumerate(trained_on) if trained), default=len(trained_on))
+    start = max((place + 1 for place, trained in enumerate(trained_on[:end]) if not trained), default=0)
+    return range(start, end)
+
+
+def fitting(
+    named: Sequence[Choice], facts: Facts, overrides: Sequence[str], out: Path, lora: bool | None
+) -> tuple[Recipe, list[Choice]]:
+    """The first recipe, of those that save more and more memory, which fits the machine. Raises UserError where none does."""
+    sizes, machine = facts.sizes, facts.machine
+    how_many = f"the model has {sizes.total:,} parameters"
+    thrift = Thrift(whole=f"{how_many}, which fit")
+    if lora or (lora is None and sizes.total > MOST_TRAINED_WHOLE):
+        thrift = Thrift(lora="asked for" if lora else how_many)
+    tried = [thrift]
+    if lora is None and not thrift.lora:
+        tried.append(Thrift(lora=f"{how_many}, and not all of them can be trained in the memory that is free"))
+    tried.append(replace(tried[-1], checkpointing="less memory, more time"))
+    if not machine.gpus:
+        tried.append(replace(tried[-1], bfloat16="float32 takes more memory than is free"))
+    for attempt in tried:
+        choices = [*named, *chosen(named, facts, attempt)]
+        recipe = recipe_of(values_of(choices, overrides), out)
+        plan = make_plan(recipe, sizes, machine.cluster)
+        need = sum(role.count * role.total for role in plan.roles)
+        if machine.gpus:
+            if not plan.refusals:
+                return recipe, choices
+            continue
+        if need <= FILLED * machine.memory:
+            memory = Choice("machine.memory_gb", math.ceil(need / GIB * 10) / 10, "what `align plan` counts")
+            choices.append(memory)
+            return recipe_of(values_of(choices, overrides), out), choices
+    refused = plan.refusals if machine.gpus else [f"it needs {gib(need)} at least, on {machine}"]
+    raise UserError(f"{named[2].value} cannot be trained on this machine: {'; '.join(refused)}")
+
+
+def chosen(named: Sequence[Choice], facts: Facts, thrift: Thrift) -> list[Choice]:
+    """All keys of a recipe but those that are `named`."""
+    stage, machine = named[0].value, facts.machine
+    processes = max(1, machine.gpus)
+    dtype = "bfloat16" if machine.gpus or thrift.bfloat16 else "float32"
+    whys = {"bfloat16": thrift.bfloat16 or "on a GPU", "float32": "which every CPU computes, and alike in all engines"}
+    found = [Choice("model.dtype", dtype, whys[dtype]), *stage_choices(stage, facts)]
+    length = next(c.value for c in found if c.key.endswith("max_length"))
+    if stage != "reward_model":
+        found.append(Choice("rollout.workers", processes))
+        if machine.gpus:
+            found.append(Choice("colocate", True, "learner ranks and rollout workers have the GPUs in turn"))
+        else:
+            kv = length * facts.sizes.kv_a_token * (2 if dtype == "bfloat16" else 4) * 16 / GIB
+            found.append(Choice("rollout.threads", machine.cores, "workers and learners work in turn"))
+            found.append(Choice("rollout.kv_cache_gb", max(0.25, math.ceil(kv * 4) / 4), "for 16 sequences at once"))
+    found.append(Choice("learner.ranks", processes))
+    if machine.gpus:
+        found.append(Choice("learner.zero_stage", 2))
+    else:
+        found.append(Choice("learner.threads", machine.cores))
+    found.append(
+        Choice("learner.micro_batch_tokens", max(length, 4096 if machine.gpus else 1024), "tokens of a forward pass")
+    )
+    if thrift.checkpointing:
+        found.append(Choice("learner.gradient_checkpointing", True, thrift.checkpointing))
+    if thrift.lora:
+        found.append(Choice("learner.lora.targets", LORA_TARGETS, f"adapters are trained: {thrift.lora}"))
+        found.append(Choice("learner.lora.rank", 16))
+    why = "usual for adapters" if thrift.lora else f"usual for all parameters: {thrift.whole}"
+    found.append(Choice("learner.optimizer.learning_rate", RATES[stage][bool(thrift.lora)], why))
+    steps = next(c.value for c in found if c.key.endswith(".steps"))
+    found.append(Choice("learner.optimizer.warmup_steps", steps // 20))
+    if stage == "grpo":
+        found.append(Choice("learner.optimizer.schedule", "constant"))
+    if dtype == "bfloat16" and not machine.gpus and stage != "reward_model":
+        found += [
+            Choice("agreement.warn_mean", 0.08),
+            Choice("agreement.stop_mean", 0.15, "how far engines differ in bfloat16"),
+        ]
+    found.append(Choice("save_every", -(-steps // 4), "to go on after an interruption"))
+    return [*found, *([] if machine.gpus else [Choice("machine.cores", machine.cores)])]
+
+
+RATES: Mapping[Stage, tuple[float, float]] = {"sft": (1e-5, 2e-4), "grpo": (1e-6, 2e-5), "reward_model": (1e-5, 1e-4)}
+"""The learning rate for all parameters, and for adapters."""
+
+
+def stage_choices(stage: Stage, facts: Facts) -> Iterator[Choice]:
+    """How long sequences are, how many make a step, how many steps there are, and what is evaluated."""
+    gpus = bool(facts.machine.gpus)
+    if stage == "reward_model":
+        pairs = batch(facts, 64 if gpus else 16)
+        yield length("reward_model.max_length", facts.sequences, facts.positions)
+        yield pairs._replace(key="reward_model.pairs_per_step")
+        yield steps("reward_model", pairs.value, facts)
+        return
+    if stage == "sft":
+        answer = up(nearest_rank(facts.answers, 0.95), 16)
+        new, why = min(answer, 512 if gpus else 128), "as long as most answers of the data, within reason"
+    else:
+        new, why = (1024, "room to reason") if gpus else (128, "short, for a CPU: raise it for answers that reason")
+    if facts.positions is not None:
+        new = min(new, max(16, facts.positions - up(max(facts.prompts))))
+    needed = [*(facts.sequences if stage == "sft" else ()), *(prompt + new for prompt in facts.prompts)]
+    yield length("rollout.max_length", needed, facts.positions)
+    if stage == "sft":
+        sequences = batch(facts, 64 if gpus else 32)
+        yield sequences._replace(key="sft.sequences_per_step")
+        made = steps("sft", sequences.value, facts)
+        yield made
+        yield Choice("sft.validate_every", max(1, made.value // 10))
+        yield Choice("evaluation.limit", 256 if gpus else 32)
+    else:
+        prompts = batch(facts, 32 if gpus else 8)
+        yield Choice("sampling.max_new_tokens", new, why)
+        yield prompts._replace(key="grpo.prompts_per_step")
+        yield Choice("grpo.group_size", 8)
+        yield steps("grpo", prompts.value, facts)
+        yield Choice("evaluation.limit", 256 if gpus else 64)
+    yield Choice("evaluation.max_new_tokens", new, why if stage == "sft" else "")
+
+
+def length(key: str, counts: Sequence[int], positions: int | None) -> Choice:
+    """Room for all of the token counts, or for 99 % of them where a few are much longer; and for no more than the model reads."""
+    longest, most = max(counts), nearest_rank(counts, 0.99)
+    room, why = up(longest), f"the longest needs {longest} tokens"
+    if longest > 2 * most:
+        room, why = up(most), f"99 % need at most {most} tokens; longer ones, up to {longest}, are left out"
+    if positions is not None and room > positions:
+        room, why = (
+            positions,
+            f"the model reads no more; the longest needs {longest} tokens, and longer ones are left out",
+        )
+    return Choice(key, max(room, 2 * LENGTH_STEP), why)
+
+
+def up(count: int, step: int = LENGTH_STEP) -> int:
+    """The next multiple of `step`."""
+    return -(-count // step) * step
+
+
+def batch(facts: Facts, most: int) -> Choice:
+    """What a step takes: a power of two, so that an epoch has eight steps at least where the data allow that; each rank has one at least."""
+    count = int(2 ** math.floor(math.log2(max(1, min(most, facts.rows / 8)))))
+    return Choice("", max(count, min(facts.machine.gpus, facts.rows)), f"of {facts.rows} rows in the training split")
+
+
+def steps(section: str, a_step: int, facts: Facts) -> Choice:
+    """Two passes over the data, or as many steps as are made in a reasonable time."""
+    count = -(-EPOCHS * facts.rows // a_step)
+    if count <= MOST_STEPS:
+        return Choice(f"{section}.steps", count, f"{EPOCHS} passes over the data")
+    return Choice(f"{section}.steps", MOST_STEPS, f"{MOST_STEPS * a_step / facts.rows:.1f} passes over the data")
+
+
+def values_of(choices: Sequence[Choice], overrides: Sequence[str]) -> dict[str, Any]:
+    """The recipe as nested mappings; overrides go before choices. Raises UserError for an override that cannot be read."""
+    values: dict[str, Any] = {}
+    for choice in choices:
+        at = values
+        *parents, last = choice.key.split(".")
+        for parent in parents:
+            at = at.setdefault(parent, {})
+        at[last] = choice.value
+    for override in overrides:
+        apply_override(values, override)
+    return values
+
+
+def written(what: str, command: str, choices: Sequence[Choice], overrides: Sequence[str]) -> str:
+    """The text of the recipe, with the reason of a choice behind its key."""
+    lines = plain_yaml(values_of(choices, overrides), flow=False).splitlines()
+    places: dict[tuple[str, ...], int] = {}
+    collect_lines(yaml.compose("\n".join(lines)), (), places, Path())
+    given = {override.partition("=")[0] for override in overrides}
+    for choice in choices:
+        if choice.why and choice.key not in given:
+            lines[places[tuple(choice.key.split("."))] - 1] += f"  # {choice.why}"
+    head = [
+        f"# {what}, written by `align init`: yours to change. Run it with `{command}`.",
+        "# `align keys` explains every key.",
+    ]
+    return "\n".join([*head, *lines, ""])
+
+
+def plain_yaml(value: Any, *, flow: bool = True) -> str:
+    """A value as YAML."""
+    text = yaml.safe_dump(value, default_flow_style=flow, sort_keys=False, allow_unicode=True, width=math.inf)
+    return text.removesuffix("\n...\n").strip()
