@@ -20,9 +20,9 @@ from align.model.sizes import ModelSizes, empty_model, model_sizes, read_config
 from align.plan.memory import GIB
 from align.plan.placement import Cluster
 from align.plan.plan import gib, make_plan
-from align.recipe import PlannedStage, Recipe, load_recipe
+from align.recipe import PlannedStage, Recipe
 from align.recipe.load import apply_override, collect_lines, recipe_of
-from align.run import write_atomically
+from align.run import read_status, write_atomically
 from align.run.machine import cores_available, gpu_records, memory_bytes
 from align.stages.commands import check_stages
 from align.tools.show_data import (
@@ -126,6 +126,8 @@ def init_recipe(
     """
     if out.exists() and not overwrite:
         raise UserError(f"{out} is there already: name another file with --out, or replace it with --overwrite")
+    if not out.absolute().parent.is_dir():
+        raise UserError(f"{out}: there is no directory {out.parent}")
     named = [
         Choice("stage", stage),
         Choice("name", re.sub(r"[^A-Za-z0-9-]+", "-", out.stem).strip("-") or "mine"),
@@ -136,14 +138,17 @@ def init_recipe(
     machine, start = Machine.here(), recipe_of(values_of([*named, *REQUIRED[stage]], overrides), out)
     console.print(f"{data}, by {model}, on {machine}", markup=False, highlight=False, soft_wrap=True)
     facts = read(start, machine, console)
-    recipe, choices = fitting(named, facts, overrides, out, lora)
+    recipe, choices = fitting(stage, named, facts, overrides, out, lora)
     found = check_stages([PlannedStage(stage, out, [], recipe)], whole=facts.rows <= ALL_ENCODED)
     command = f"align {stage.replace('_', '-')} {out}"
-    write_atomically(out, written(f"{stage} of {model} on {data}", command, choices, overrides))
-    assert load_recipe(out) == recipe
-    table(console, "key", [[c.key, plain_yaml(c.value), c.why] for c in choices if c.why], ["value", "why"])
+    given = tuple(override.partition("=")[0] + "." for override in overrides)
+    whys = [choice for choice in choices if choice.why and not f"{choice.key}.".startswith(given)]
+    write_atomically(out, written(f"{stage} of {model} on {data}", command, values_of(choices, overrides), whys))
+    table(console, "key", [[choice.key, plain_yaml(choice.value), choice.why] for choice in whys], ["value", "why"])
     for warning in found.warnings:
         console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
+    if read_status(recipe.directory) is not None:
+        command += f" run.overwrite=true  # {recipe.directory} holds a run"
     console.print(f"{out} is written. Next:\n  {command}", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -170,7 +175,8 @@ def read(recipe: Recipe, machine: Machine, console: Console) -> Facts:
     """Read the recipe's data and the model's small files, and print what they are. Raises UserError for what a run refuses."""
     card = card_of(recipe.data[0])
     require_stage(card, recipe.data_stage)
-    tokenizer, skeleton = load_tokenizer(recipe.model.path), empty_model(read_config(recipe.model.path))
+    tokenizer = load_tokenizer(recipe.model.path, trust_remote_code=recipe.model.trust_remote_code)
+    skeleton = empty_model(read_config(recipe.model.path))
     items = {split: loaded(card, split) for split in card.splits}
     if isinstance(card.source, OwnSource):
         show_form(card.source, console)
@@ -206,7 +212,7 @@ def last_answer(trained_on: Sequence[bool]) -> range:
 
 
 def fitting(
-    named: Sequence[Choice], facts: Facts, overrides: Sequence[str], out: Path, lora: bool | None
+    stage: Stage, named: Sequence[Choice], facts: Facts, overrides: Sequence[str], out: Path, lora: bool | None
 ) -> tuple[Recipe, list[Choice]]:
     """The first recipe, of those that save more and more memory, which fits the machine. Raises UserError where none does."""
     sizes, machine = facts.sizes, facts.machine
@@ -221,7 +227,7 @@ def fitting(
     if not machine.gpus:
         tried.append(replace(tried[-1], bfloat16="float32 takes more memory than is free"))
     for attempt in tried:
-        choices = [*named, *chosen(named, facts, attempt)]
+        choices = [*named, *chosen(stage, facts, attempt)]
         recipe = recipe_of(values_of(choices, overrides), out)
         plan = make_plan(recipe, sizes, machine.cluster)
         need = sum(role.count * role.total for role in plan.roles)
@@ -234,12 +240,12 @@ def fitting(
             choices.append(memory)
             return recipe_of(values_of(choices, overrides), out), choices
     refused = plan.refusals if machine.gpus else [f"it needs {gib(need)} at least, on {machine}"]
-    raise UserError(f"{named[2].value} cannot be trained on this machine: {'; '.join(refused)}")
+    raise UserError(f"the model cannot be trained on this machine: {'; '.join(refused)}")
 
 
-def chosen(named: Sequence[Choice], facts: Facts, thrift: Thrift) -> list[Choice]:
-    """All keys of a recipe but those that are `named`."""
-    stage, machine = named[0].value, facts.machine
+def chosen(stage: Stage, facts: Facts, thrift: Thrift) -> list[Choice]:
+    """All keys of a recipe but those that the user named."""
+    machine = facts.machine
     processes = max(1, machine.gpus)
     dtype = "bfloat16" if machine.gpus or thrift.bfloat16 else "float32"
     whys = {"bfloat16": thrift.bfloat16 or "on a GPU", "float32": "which every CPU computes, and alike in all engines"}
@@ -300,7 +306,7 @@ def stage_choices(stage: Stage, facts: Facts) -> Iterator[Choice]:
     else:
         new, why = (1024, "room to reason") if gpus else (128, "short, for a CPU: raise it for answers that reason")
     if facts.positions is not None:
-        new = min(new, max(16, facts.positions - up(max(facts.prompts))))
+        new = min(new, max(16, facts.positions - up(nearest_rank(facts.prompts, 0.99))))
     needed = [*(facts.sequences if stage == "sft" else ()), *(prompt + new for prompt in facts.prompts)]
     yield length("rollout.max_length", needed, facts.positions)
     if stage == "sft":
@@ -367,15 +373,13 @@ def values_of(choices: Sequence[Choice], overrides: Sequence[str]) -> dict[str, 
     return values
 
 
-def written(what: str, command: str, choices: Sequence[Choice], overrides: Sequence[str]) -> str:
-    """The text of the recipe, with the reason of a choice behind its key."""
-    lines = plain_yaml(values_of(choices, overrides), flow=False).splitlines()
+def written(what: str, command: str, values: Mapping[str, Any], whys: Sequence[Choice]) -> str:
+    """The text of a recipe, with the reasons of choices behind their keys."""
+    lines = plain_yaml(values, flow=False).splitlines()
     places: dict[tuple[str, ...], int] = {}
     collect_lines(yaml.compose("\n".join(lines)), (), places, Path())
-    given = {override.partition("=")[0] for override in overrides}
-    for choice in choices:
-        if choice.why and choice.key not in given:
-            lines[places[tuple(choice.key.split("."))] - 1] += f"  # {choice.why}"
+    for choice in whys:
+        lines[places[tuple(choice.key.split("."))] - 1] += f"  # {choice.why}"
     head = [
         f"# {what}, written by `align init`: yours to change. Run it with `{command}`.",
         "# `align keys` explains every key.",

@@ -1,12 +1,19 @@
 """A recipe is checked before any process starts."""
 
+import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 
+import align.recipe.options
 from align.errors import UserError
-from align.recipe import GrpoRecipe, dump_recipe, load_pipeline, load_recipe
+from align.recipe import STAGES, GrpoRecipe, dump_recipe, load_pipeline, load_recipe
+from align.recipe.load import INPUTS, with_inputs_found
 from align.session.checks import check_names
+from align.shipped import found
 
 NANO = Path(__file__).parents[3] / "recipes" / "nano"
 
@@ -172,3 +179,98 @@ def test_a_reward_file_that_is_nowhere_is_named_with_its_line(tmp_path: Path) ->
         load_recipe(file)
     assert f"{file}, line {line}: rewards.0.name names the file mine.py, which does not exist" in str(refused.value)
     assert f"({tmp_path / 'mine.py'} and {Path('mine.py').absolute()} were tried)" in str(refused.value)
+
+
+@pytest.fixture
+def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """A directory of recipes, and the working directory; both have a file `mine.jsonl`."""
+    beside, working = tmp_path / "beside", tmp_path / "working"
+    for directory in (beside, working):
+        directory.mkdir()
+        (directory / "mine.jsonl").write_text("{}\n")
+    monkeypatch.chdir(working)
+    return beside, working
+
+
+def recipe_on(directory: Path, data: str) -> Path:
+    file = directory / "grpo.yaml"
+    text = (NANO / "grpo.yaml").read_text().replace("card: nano_math", f"path: {data}")
+    file.write_text(text.replace("recipes/nano/policy", str(NANO / "policy")))
+    return file
+
+
+@pytest.mark.parametrize("pattern", ["mine.jsonl", "min*.jsonl"])
+def test_what_is_read_is_found_beside_the_recipe_and_else_from_the_working_directory(
+    pattern: str, places: tuple[Path, Path]
+) -> None:
+    beside, working = places
+    file = recipe_on(beside, pattern)
+    assert load_recipe(file).data[0].path == beside / pattern
+    assert load_recipe(file, [f"data.path={pattern}"]).data[0].path == working / pattern
+    (beside / "mine.jsonl").unlink()
+    assert load_recipe(file).data[0].path == working / pattern
+    (working / "mine.jsonl").unlink()
+    with pytest.raises(UserError, match=rf"data.path names {re.escape(pattern)}, which does not exist"):
+        load_recipe(file)
+
+
+def test_a_run_s_own_copy_is_the_same_recipe_from_anywhere(
+    places: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load_recipe(recipe_on(places[0], "mine.jsonl"), ["reference=.", "grpo.kl_coefficient=0.1"])
+    copy = tmp_path / "recipe.yaml"
+    copy.write_text(dump_recipe(recipe))
+    monkeypatch.chdir("/")
+    assert load_recipe(copy) == recipe
+    assert recipe.directory == Path("runs/nano-grpo")
+
+
+def test_files_of_a_pipeline_are_found_beside_it_and_its_own_copy_has_whole_paths(
+    places: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beside, _ = places
+    recipe_on(beside, "mine.jsonl")
+    hook = "evaluation.hooks=[{name: drift}, {name: lm_eval, params: {include_path: ., tasks: [x]}}]"
+    stages = [{"name": "a", "recipe": "grpo.yaml", "set": ["init_from=null", "evaluation.path=mine.jsonl", hook]}]
+    file = beside / "pipeline.yaml"
+    file.write_text(json.dumps({"name": "one", "stages": stages}))
+    pipeline = load_pipeline(file, [f"run.dir={tmp_path}"])
+    copy = tmp_path / "recipe.yaml"
+    copy.write_text(pipeline.text)
+    monkeypatch.chdir("/")
+    for loaded in (pipeline, load_pipeline(copy)):
+        recipe = loaded.stages[0].recipe
+        assert isinstance(recipe, GrpoRecipe)
+        assert recipe.evaluation.path == beside / "mine.jsonl"
+        assert recipe.evaluation.hooks[1].params == {"include_path": str(beside), "tasks": ["x"]}
+
+
+def test_the_nano_pipeline_can_be_started_by_its_name_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    pipeline = load_pipeline(found(Path("recipes/nano/pipeline.yaml")))
+    [hook] = pipeline.stages[-1].recipe.roles().evaluation.hooks  # type: ignore[union-attr]
+    assert hook.params["include_path"] == str(NANO / "lm_eval")
+    assert pipeline.directory == tmp_path / "runs" / "nano-pipeline"
+
+
+def test_every_key_that_holds_a_path_is_looked_for_but_the_run_s_directory() -> None:
+    def paths(options: type[BaseModel], at: str) -> Iterator[str]:
+        for name, field in options.model_fields.items():
+            if "Path" in str(field.annotation):
+                yield at + name
+            for inner in re.findall(r"[\w.]+Options", str(field.annotation)):
+                section = getattr(align.recipe.options, inner.rpartition(".")[2], None)
+                if section is not None:
+                    yield from paths(section, f"{at}{name}.")
+
+    keys = {key for stage in STAGES.values() for key in paths(stage, "")}
+    assert {"data.path", "evaluation.against.run", "init_from", "run.dir"} <= keys
+    assert keys - {"run.dir"} <= set(INPUTS)
+
+
+def test_names_on_the_hub_and_names_of_cards_stay_as_they_are(places: tuple[Path, Path]) -> None:
+    (places[0] / "nano_math").mkdir()
+    values = {"model": {"path": "org/model"}, "data": [{"card": "nano_math"}, {"path": "hf://org/data"}]}
+    assert with_inputs_found(values, "", places[0]) == values
