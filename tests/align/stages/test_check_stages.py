@@ -1,0 +1,117 @@
+"""`align check` reads the data as a run does: what it calls valid, the run does not refuse."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from align.cli import EXIT_USER_ERROR, main
+from align.errors import UserError
+from align.recipe import load_stages
+from align.stages import commands
+from align.stages.commands import check_stages
+
+ROOT = Path(__file__).parents[3]
+OWN = ["machine={}", "evaluation.limit=8"]
+MADE = ["model={path: '${a}'}", "data={card: own_preferences, path: '${b}/arithmetic'}"]
+
+
+@pytest.fixture(autouse=True)
+def _in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def chats(count: int, *others: dict[str, Any]) -> list[dict[str, Any]]:
+    said = [[("user", f"Say {n}."), ("assistant", str(n))] for n in range(count)]
+    return [{"messages": [{"role": role, "content": text} for role, text in turns]} for turns in said] + list(others)
+
+
+def found(tmp_path: Path, stage: str, rows: list[dict[str, Any]], *overrides: str, whole: bool = False) -> Any:
+    file = tmp_path / "mine.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = [*OWN, f"data={{path: {file}}}", f"run.dir={tmp_path / 'run'}", *overrides]
+    return check_stages(load_stages(Path(f"recipes/nano/{stage}.yaml"), given), whole=whole)
+
+
+def sft(tmp_path: Path, rows: list[dict[str, Any]], *overrides: str, whole: bool = False) -> Any:
+    return found(tmp_path, "sft", rows, "rewards=[]", "sft.sequences_per_step=8", *overrides, whole=whole)
+
+
+DEVELOPER = {
+    "messages": [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": "Hm."},
+        {"role": "assistant", "content": "x"},
+    ]
+}
+
+
+def test_rows_that_the_template_refuses_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"recipes/nano/sft.yaml: .*1 of \d+ rows cannot be used:(.|\n)*mine/41"):
+        sft(tmp_path, chats(40, DEVELOPER))
+    warnings = sft(
+        tmp_path, chats(40, DEVELOPER), f"data={{path: {tmp_path}/mine.jsonl, bad_rows: leave_out}}"
+    ).warnings
+    assert any("1 of" in text and "cannot be encoded, and were left out" in text for text in warnings)
+
+
+def test_rows_after_the_first_are_looked_at_where_the_whole_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commands, "FIRST_ROWS", 40)
+    rows = chats(60, {"messages": "none"})
+    assert sft(tmp_path, rows).warnings == []
+    with pytest.raises(UserError, match=r"mine\.jsonl, line 61"):
+        sft(tmp_path, rows, whole=True)
+    with pytest.raises(UserError, match=r"mine\.jsonl, line 61"):
+        sft(tmp_path, rows, "sft.sequences_per_step=31")
+
+
+def test_a_step_that_takes_more_than_there_is_and_rows_without_room_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"sft.sequences_per_step is 64, but .* gives only 1\d examples"):
+        sft(tmp_path, chats(20), "sft.sequences_per_step=64")
+    long = [{"prompt": f"Say {n}.", "completion": "very " * 40} for n in range(20)]
+    with pytest.raises(UserError, match="none is left; give them more room"):
+        sft(tmp_path, long, "rollout.max_length=24", "evaluation.max_new_tokens=1")
+
+
+def test_a_column_that_a_reward_wants_and_the_data_lack(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def f(completions, unit): return [0.0 for _ in completions]\n")
+    overrides = ["init_from=null", f"rewards=[{{name: {tmp_path}/mine.py:f}}]", "grpo.prompts_per_step=8"]
+    rows = [{"prompt": f"Say {n}.", "answer": "1"} for n in range(20)]
+    with pytest.raises(UserError, match="rewards: f reads the column 'unit'"):
+        found(tmp_path, "grpo", rows, *overrides)
+    found(tmp_path, "grpo", [row | {"unit": "cm"} for row in rows], *overrides)
+
+
+def test_what_is_still_to_be_made_or_on_the_hub_is_named_and_not_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "pipeline.yaml"
+    stages = [
+        {"name": "a", "recipe": "recipes/nano/sft.yaml", "set": OWN},
+        {"name": "b", "recipe": "recipes/nano/grpo.yaml", "set": [*OWN, "init_from=null", "model={path: '${a}'}"]},
+        {"name": "c", "recipe": "recipes/nano/reward_model.yaml", "set": ["machine={}", *MADE]},
+    ]
+    file.write_text(json.dumps({"name": "two", "run": {"dir": str(tmp_path / "run")}, "stages": stages}))
+    assert main(["check", str(file)]) == 0
+    said = capsys.readouterr().out
+    assert f"grpo.yaml: model.path: {tmp_path}/run/a/final is still to be made" in said
+    assert "reward_model.yaml: data that are still to be made" in said
+    assert main(["check", "recipes/nano/sft.yaml", *OWN, "rewards=[]", "data={card: math}"]) == 0
+    assert "the rows of data card math, which are on the hub; --whole reads them" in capsys.readouterr().out
+
+
+def test_check_and_the_run_refuse_in_the_same_words(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "mine.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in chats(20, DEVELOPER)))
+    recipe = ["recipes/nano/sft.yaml", *OWN, f"data={{path: {file}}}", f"run.dir={tmp_path / 'run'}", "rewards=[]"]
+    said = []
+    for command in ("check", "sft"):
+        assert main([command, *recipe, "sft.sequences_per_step=8"]) == EXIT_USER_ERROR
+        error = capfd.readouterr().err.rpartition("error: ")[2].removeprefix("recipes/nano/sft.yaml: ")
+        said.append(re.sub(r"template of \S+", "template of MODEL", error))
+    assert said[0] == said[1]
+    assert "mine/21" in said[0]
