@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from align.cli import main
+from align.cli import EXIT_USER_ERROR, main
 from align.model.policy import load_tokenizer, save_policy
 from align.recipe import load_recipe
 
@@ -112,6 +112,16 @@ def test_the_recipes_that_the_docs_have_written_are_valid(capsys: pytest.Capture
 def test_pairs_in_each_of_trl_s_forms_give_a_recipe(form: str) -> None:
     write(Path("pairs.jsonl"), PAIRS[form])
     assert main(next(commands("align", "init", "reward-model"))[1:]) == 0
+
+
+@pytest.mark.usefixtures("_desk")
+def test_a_reward_that_wants_another_column_is_refused_and_nothing_is_written(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    Path("my_rewards.py").write_text("def says_unit(completions, colour): return [1.0]\n")
+    assert main(next(commands("align", "init", "grpo"))[1:]) == EXIT_USER_ERROR
+    assert "reads the column 'colour', which the data of the domain 'user' lack" in capsys.readouterr().err
+    assert not Path("my_grpo.yaml").exists()
 
 
 @pytest.mark.slow

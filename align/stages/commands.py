@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from glob import glob
 from types import MappingProxyType
 from typing import Any
 
@@ -91,7 +92,8 @@ def check_data(recipe: Recipe, rows: int | None, found: Findings) -> list[str]:
     )
     if hub and rows is not None:
         return [f"the rows of {', '.join(hub)}, which are on the hub; --whole reads them"]
-    if any(path is not None and path.is_absolute() and not path.exists() for path, _ in entries):
+    paths = [path for path, _ in entries if path is not None and path.is_absolute()]
+    if not all(path.exists() or glob(str(path), recursive=True) for path in paths):
         return ["data that are still to be made"]
     try:
         tokenizer = load_tokenizer(recipe.model.path, trust_remote_code=recipe.model.trust_remote_code)

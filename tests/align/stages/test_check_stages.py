@@ -29,8 +29,10 @@ def chats(count: int, *others: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def found(tmp_path: Path, stage: str, rows: list[dict[str, Any]], *overrides: str, whole: bool = False) -> Any:
+    """What is found in the recipe of a stage on a file of these rows, or without any, on the file as it is."""
     file = tmp_path / "mine.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if rows:
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     given = [*OWN, f"data={{path: {file}}}", f"run.dir={tmp_path / 'run'}", *overrides]
     return check_stages(load_stages(Path(f"recipes/nano/{stage}.yaml"), given), whole=whole)
 
@@ -49,8 +51,9 @@ DEVELOPER = {
 
 
 def test_rows_that_the_template_refuses_are_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"recipes/nano/sft.yaml: .*1 of \d+ rows cannot be used:(.|\n)*mine/41"):
-        sft(tmp_path, chats(40, DEVELOPER))
+    for path in ("mine.jsonl", "mine*.jsonl"):
+        with pytest.raises(UserError, match=r"recipes/nano/sft.yaml: .*1 of \d+ rows cannot be used:(.|\n)*mine/41"):
+            sft(tmp_path, chats(40, DEVELOPER), f"data.path={tmp_path}/{path}")
     warnings = sft(
         tmp_path, chats(40, DEVELOPER), f"data={{path: {tmp_path}/mine.jsonl, bad_rows: leave_out}}"
     ).warnings
@@ -61,12 +64,11 @@ def test_rows_after_the_first_are_looked_at_where_the_whole_is_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(commands, "FIRST_ROWS", 40)
-    rows = chats(60, {"messages": "none"})
-    assert sft(tmp_path, rows).warnings == []
+    assert sft(tmp_path, chats(60, {"messages": "none"})).warnings == []
     with pytest.raises(UserError, match=r"mine\.jsonl, line 61"):
-        sft(tmp_path, rows, whole=True)
+        sft(tmp_path, [], whole=True)
     with pytest.raises(UserError, match=r"mine\.jsonl, line 61"):
-        sft(tmp_path, rows, "sft.sequences_per_step=31")
+        sft(tmp_path, [], "sft.sequences_per_step=31")
 
 
 def test_a_step_that_takes_more_than_there_is_and_rows_without_room_are_refused(tmp_path: Path) -> None:
