@@ -33,6 +33,7 @@ from align.tools.show_data import (
     show_lengths,
     show_refused,
     show_splits,
+    some_of,
     table,
 )
 
@@ -184,7 +185,7 @@ def read(recipe: Recipe, machine: Machine, console: Console) -> Facts:
         bad = [why for rows in tables for why in rows.bad]
         show_refused(bad, "cannot be used, and are left out", console, sum(rows.bad_count for rows in tables))
     show_splits(card, items, console)
-    every = [item for found in items.values() for item in found]
+    every = [item for found in items.values() for item in some_of(found)]
     if recipe.data_stage == "grpo":
         every = [replace(item, response=None) for item in every if isinstance(item, Example)]
     if not tokenizer.chat_template:
