@@ -357,7 +357,8 @@ def check_model_directory(directory: Path, options: ModelOptions) -> None:
 
 def differences(before: Recipe, now: Recipe) -> list[str]:
     """The keys whose values matter and differ, such as "sft.steps (800 before, 900 now)"."""
-    return list(_differences(before.model_dump(mode="json"), now.model_dump(mode="json"), ""))
+    first, second = (with_inputs_found(recipe.model_dump(mode="json"), "", Path()) for recipe in (before, now))
+    return list(_differences(first, second, ""))
 
 
 def _differences(before: Any, now: Any, key: str) -> Iterator[str]:

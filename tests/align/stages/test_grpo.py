@@ -1,6 +1,7 @@
 """What a GRPO step makes of its samples, and what the stage does with them: each key of the recipe has its effect."""
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -128,12 +129,15 @@ def test_several_updates_keep_near_the_policy_that_the_step_began_with(train: An
         assert sum(s.weight * s.sampled_tokens for s in batch.sequences) == pytest.approx(1)
 
 
+NANO = Path(__file__).parents[3] / "recipes/nano"
+
+
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
         ([], None),
-        (["grpo.kl_coefficient=0.1"], "recipes/nano/policy"),
-        (["grpo.kl_coefficient=0.1", "reference=recipes/nano"], "recipes/nano"),
+        (["grpo.kl_coefficient=0.1"], str(NANO / "policy")),
+        (["grpo.kl_coefficient=0.1", "reference=recipes/nano"], str(NANO)),
     ],
 )
 def test_the_kl_is_to_the_reference_that_the_recipe_names(
