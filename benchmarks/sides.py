@@ -332,7 +332,7 @@ def share_of_prompts(task: Task, rank: int, processes: int) -> list[list[int]]:
     return prompts[rank::processes]
 
 
-def examples(task: Task) -> list[Example]:
+def examples(task: Task) -> Sequence[Example]:
     """The problems of every step: those to which our stage is limited too."""
     return load_split(load_card(task.card), "train", limit=task.prompts, seed=SEED).examples
 

@@ -23,9 +23,9 @@ from align.recipe import (
     RewardModelRecipe,
     SftRecipe,
     dump_recipe,
-    is_on_hub,
     load_recipe,
 )
+from align.recipe.options import is_on_hub
 from align.run import Progress, RunDirectory, read_status
 from align.session.checks import check
 from align.session.longer import make_longer
