@@ -28,7 +28,7 @@ def test_what_is_shipped_is_found_by_its_name_from_anywhere(tmp_path: Path, monk
     recipe = load_recipe(shipped)
     assert recipe.model.path == str(SHIPPED / "recipes/nano/policy")
     assert found(Path("recipes/nano/none.yaml")) == Path("recipes/nano/none.yaml")
-    assert found(Path("align/cli.py")) == Path("align/cli.py")
+    assert found(Path("align/errors.py")) == Path("align/errors.py")
 
 
 def test_a_file_of_ones_own_comes_before_the_one_that_is_shipped(

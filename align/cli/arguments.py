@@ -1,0 +1,32 @@
+"""What several commands take, and the exit statuses of all."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from typer import Argument, Option
+
+EXIT_FAILED = 1
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 75
+
+
+def shipped_file(path: Path) -> Path:
+    """The file of that name, or the one that comes with the package."""
+    from align.shipped import found
+
+    return found(path)
+
+
+File = Annotated[
+    Path, Argument(metavar="FILE", help="recipe file, for example recipes/nano/grpo.yaml", callback=shipped_file)
+]
+Overrides = Annotated[list[str] | None, Argument(metavar="key=value", help="for example grpo.steps=20 seed=1")]
+RunPath = Annotated[Path, Argument(metavar="RUN", help="run directory, for example runs/nano-grpo")]
+Model = Annotated[str, Option(help="Hugging Face directory or hub name")]
+Dtype = Annotated[Literal["float32", "bfloat16"], Option()]
+MaxLength = Annotated[int, Option(min=16, help="prompt and completion, in tokens")]
+A_REWARD = "name of a reward, as `align rewards list` shows them, or a function of one's own: my_rewards.py:my_function"
+BELOW_RUN = "; a new file in the run's scores/ when not given"
+Params = Annotated[str, Option(help='the reward\'s parameters as YAML, for example "{partial: true}"')]
+Workers = Annotated[int, Option(min=1, help="rollout workers")]

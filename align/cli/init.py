@@ -1,0 +1,74 @@
+"""Commands that write a recipe for data and a model of one's own."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+from typer import Argument, Option
+
+from align.cli.arguments import A_REWARD, Overrides
+
+OwnData = Annotated[str, Argument(metavar="FILE", help="data, or files by a pattern: any of docs/own_data.md")]
+OwnModel = Annotated[str, Argument(metavar="MODEL", help="Hugging Face directory or hub name")]
+Lora = Annotated[
+    bool | None,
+    Option("--lora/--full", help="train adapters, or all parameters; by the size of the model when not given"),
+]
+Out = Annotated[Path | None, Option(help="recipe to write; my_STAGE.yaml when not given")]
+Overwrite = Annotated[bool, Option("--overwrite", help="replace the recipe that is there")]
+
+
+def init_sft(
+    file: OwnData,
+    model: OwnModel,
+    overrides: Overrides = None,
+    out: Out = None,
+    lora: Lora = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """a recipe for supervised fine-tuning on conversations"""
+    write_recipe("sft", file, model, out, overrides, lora, overwrite)
+
+
+def init_grpo(
+    file: OwnData,
+    model: OwnModel,
+    reward: Annotated[str, Option(help=A_REWARD)],
+    overrides: Overrides = None,
+    out: Out = None,
+    lora: Lora = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """a recipe for GRPO on problems, or on the prompts of conversations"""
+    write_recipe("grpo", file, model, out, overrides, lora, overwrite, reward)
+
+
+def init_reward_model(
+    file: OwnData,
+    model: OwnModel,
+    overrides: Overrides = None,
+    out: Out = None,
+    lora: Lora = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """a recipe for a reward model from pairs of completions"""
+    write_recipe("reward_model", file, model, out, overrides, lora, overwrite)
+
+
+def write_recipe(
+    stage: Literal["sft", "grpo", "reward_model"],
+    data: str,
+    model: str,
+    out: Path | None,
+    overrides: Sequence[str] | None,
+    lora: bool | None,
+    overwrite: bool,
+    reward: str | None = None,
+) -> None:
+    """Write a recipe for a stage, and print what it is made of."""
+    from rich.console import Console
+
+    from align.tools.init_recipe import init_recipe
+
+    file = out or Path(f"my_{stage}.yaml")
+    init_recipe(*(stage, data, model, file, overrides or [], Console()), reward=reward, lora=lora, overwrite=overwrite)

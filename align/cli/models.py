@@ -1,0 +1,125 @@
+"""Commands on models: check one, talk with it, let it answer problems, turn its files into others."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from typer import Argument, Option
+
+from align.cli.arguments import A_REWARD, BELOW_RUN, Dtype, MaxLength, Model, Params, Workers
+from align.cli.scores import reward_term, run_of
+from align.errors import ENGINES, UserError, check_installed
+
+if TYPE_CHECKING:
+    from align.recipe import ModelOptions
+
+
+def doctor(
+    model: Annotated[str, Argument(help="Hugging Face directory or hub name, with weights")],
+    dtype: Dtype = "float32",
+    max_length: MaxLength = 512,
+    workers: Workers = 1,
+) -> None:
+    """check that a model is fit to be trained and that the engines agree on it"""
+    from align.tools import offline
+    from rollout import FleetOptions
+
+    print(offline.doctor(model_of(model, dtype), FleetOptions(workers=workers, max_length=max_length)))
+
+
+def evaluate(
+    model: Model,
+    data: Annotated[str, Option(help="problems: any file of docs/own_data.md, or a data card")],
+    out: Annotated[
+        Path | None, Option(help=f"JSONL to write: completion, reward and verdict of each{BELOW_RUN}")
+    ] = None,
+    reward: Annotated[str, Option(help=A_REWARD)] = "exact_answer",
+    params: Params = "{}",
+    samples: Annotated[int, Option(min=0, help="answers to sample beside the greedy one, for pass@k")] = 0,
+    temperature: Annotated[
+        float | None, Option(min=0.01, max=10, help="of the sampled answers; 1 when not given")
+    ] = None,
+    split: Annotated[
+        Literal["train", "validation", "test"] | None, Option(help="of a data card; test when not given")
+    ] = None,
+    max_new_tokens: Annotated[int, Option(min=1)] = 64,
+    dtype: Dtype = "float32",
+    max_length: MaxLength = 512,
+    workers: Workers = 1,
+) -> None:
+    """let a model answer a file of problems and score the answers
+
+    An answer is right where the reward's verdict is "pass". `align score` takes the file that is written, and any other reward.
+    """
+    from align.tools import offline
+    from align.tools.score_file import default_out
+    from rollout import FleetOptions
+
+    if temperature is not None and not samples:
+        raise UserError("--temperature has no effect on greedy answers: give --samples too, or leave it out")
+    term = reward_term(reward, params)
+    if out is None:
+        if (run := run_of(model)) is None:
+            raise UserError(f"--out is missing: {model} is in no run, below which the answers would be written")
+        out = default_out(run, f"eval-{Path(data).stem}-{term.component}")
+    fleet = FleetOptions(workers=workers, max_length=max_length)
+    print(
+        offline.evaluate_file(
+            *(model_of(model, dtype), data, out, fleet, max_new_tokens, term),
+            split=split,
+            samples=samples,
+            temperature=temperature or 1.0,
+        )
+    )
+
+
+def chat(
+    model: Model,
+    system: Annotated[str | None, Option(help="the system message; the template's own when not given")] = None,
+    temperature: Annotated[float, Option(min=0, max=10, help="0 takes the likeliest token each time")] = 0.7,
+    max_new_tokens: Annotated[int, Option(min=1, help="longest answer")] = 256,
+    seed: int = 0,
+    dtype: Dtype = "float32",
+    max_length: MaxLength = 2048,
+) -> None:
+    """talk with a model in the terminal"""
+    from align.tools.chat import chat_in_terminal
+    from rollout import EngineOptions, SamplingOptions
+
+    sampling = SamplingOptions(temperature=temperature, max_new_tokens=max_new_tokens)
+    engine = EngineOptions(max_length=max_length, batch_sequences=1)
+    chat_in_terminal(model_of(model, dtype), engine, sampling, system=system, seed=seed)
+
+
+def merge(
+    adapter: Annotated[Path, Argument(help="directory of an adapter as PEFT writes it: RUN/final/adapter")],
+    out: Annotated[Path, Argument(help="directory to write to")],
+    base: Annotated[str | None, Option(help="the base, where it is not what the adapter names")] = None,
+) -> None:
+    """write a LoRA adapter and its base as one Hugging Face checkpoint"""
+    from align.tools.merge import merge_adapter
+
+    print(f"{adapter} on {merge_adapter(adapter, out, base)}, merged, is in {out}")
+
+
+def convert(
+    file: Annotated[Path, Argument(metavar="FILE.gguf", help="for example SmolLM2-135M-Instruct.Q4_1.gguf")],
+    directory: Annotated[Path, Argument(metavar="DIR", help="to be written; must not be there yet, or be empty")],
+    chat_template: Annotated[Path | None, Option(metavar="FILE", help="Jinja, where the model has none")] = None,
+    dtype: Dtype = "float32",
+) -> None:
+    """turn a GGUF file into a Hugging Face directory, and say what is lost"""
+    from align.tools.gguf import convert_gguf
+
+    for line in convert_gguf(file, directory, dtype=dtype, chat_template=chat_template):
+        print(line)
+
+
+def model_of(path: str, dtype: Literal["float32", "bfloat16"]) -> "ModelOptions":
+    """The model that a command names. Raises UserError for a directory that lacks something, and where no engine is installed to load it."""
+    check_installed(ENGINES)
+    from align.recipe import ModelOptions, check_model_directory
+
+    model = ModelOptions(path=path, dtype=dtype)
+    if Path(path).is_dir():
+        check_model_directory(Path(path), model)
+    return model

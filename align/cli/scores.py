@@ -1,0 +1,62 @@
+"""Scoring what was answered before, by any reward."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from typer import Argument, Option
+
+from align.cli.arguments import A_REWARD, BELOW_RUN, Params
+from align.errors import UserError
+
+if TYPE_CHECKING:
+    from reward import RewardTerm
+
+
+def score(
+    reward: Annotated[str, Option(help=A_REWARD)],
+    run: Annotated[Path | None, Argument(metavar="RUN", help="run directory, in the place of --data")] = None,
+    data: Annotated[
+        Path | None, Option(help='completions: a file of rows like {"id", "completion", "ground_truth", ...}')
+    ] = None,
+    out: Annotated[Path | None, Option(help=f"JSONL to write: value, verdict and detail of each{BELOW_RUN}")] = None,
+    params: Params = "{}",
+) -> None:
+    """score a file of completions, or a run's stored samples, by a reward
+
+    Of a run, the mean of each step is printed: what its curve would have been under another reward.
+    """
+    from align.tools.score_file import default_out, score_file, score_run
+
+    if (run is None) == (data is None):
+        raise UserError("give either a run directory or --data FILE")
+    term = reward_term(reward, params)
+    if run is not None:
+        for line in score_run(term, run, out or default_out(run, term.component)):
+            print(line)
+    elif data is not None:
+        below = run_of(str(data))
+        if out is None and below is None:
+            raise UserError(f"--out is missing: {data} is in no run, below which the scores would be written")
+        print(score_file(term, data, out or default_out(below or data, f"{data.stem}-{term.component}")))
+
+
+def reward_term(name: str, params: str) -> "RewardTerm":
+    """A reward by name, with parameters as YAML. Raises UserError where they are no mapping."""
+    import yaml
+
+    from reward import RewardTerm
+
+    try:
+        given = yaml.safe_load(params)
+    except yaml.YAMLError:
+        given = None
+    if not isinstance(given, dict) or not all(isinstance(name, str) for name in given):
+        raise UserError(f"--params {params!r} is no mapping of names to values; write it like {{partial: true}}")
+    return RewardTerm(name=name, params=given)
+
+
+def run_of(path: str) -> Path | None:
+    """The innermost run directory that a path is in; None where it is in none."""
+    from align.run import read_status
+
+    return next((parent for parent in Path(path).absolute().parents if read_status(parent) is not None), None)
