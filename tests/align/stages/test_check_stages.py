@@ -57,7 +57,7 @@ def test_rows_that_the_template_refuses_are_named(tmp_path: Path) -> None:
     warnings = sft(
         tmp_path, chats(40, DEVELOPER), f"data={{path: {tmp_path}/mine.jsonl, bad_rows: leave_out}}"
     ).warnings
-    assert any("1 of" in text and "cannot be encoded, and were left out" in text for text in warnings)
+    assert any("1 of" in text and "cannot be encoded, and are left out" in text for text in warnings)
 
 
 def test_rows_after_the_first_are_looked_at_where_the_whole_is_asked_for(
@@ -100,8 +100,8 @@ def test_what_is_still_to_be_made_or_on_the_hub_is_named_and_not_read(
     file.write_text(json.dumps({"name": "two", "run": {"dir": str(tmp_path / "run")}, "stages": stages}))
     assert main(["check", str(file)]) == 0
     said = capsys.readouterr().out
-    assert f"grpo.yaml: model.path: {tmp_path}/run/a/final is still to be made" in said
-    assert "reward_model.yaml: data that are still to be made" in said
+    assert f"grpo.yaml: not looked at: model.path: {tmp_path}/run/a/final is still to be made" in said
+    assert "reward_model.yaml: not looked at: data that are still to be made" in said
     assert main(["check", "recipes/nano/sft.yaml", *OWN, "rewards=[]", "data={card: math}"]) == 0
     assert "the rows of data card math, which are on the hub; --whole reads them" in capsys.readouterr().out
 
