@@ -206,7 +206,7 @@ def test_a_reward_model_learns_on_from_what_it_was_with_a_tenth_of_earlier_pairs
 def test_a_reward_model_is_no_policy_to_start_from(trained: Path) -> None:
     model = ModelOptions(path=str(trained / "final"))
     tokenizer = load_tokenizer(model.path)
-    with pytest.raises(DoctorError, match=r"checkpoint names: .*score\.weight"):
+    with pytest.raises(DoctorError, match=r"checkpoint: .*score\.weight"):
         verdict(examine(model, tokenizer), model.path)
     verdict(examine(model, tokenizer, reward_model=True), model.path)
 
