@@ -119,13 +119,14 @@ class WorkerHandle:
         self._then(pending, end_task)
 
     def probe(self, now: float) -> None:
-        """While the worker does something, ask for the number of its engine's steps, if that is due.
+        """Ask for the number of its engine's steps, if that is due, while the worker does something or is not yet known.
 
         A second thread of the process answers: not where the process is stopped, or hangs while it holds Python's lock; and with the same number for ever
         where the engine hangs.
         """
         actor = self.actor
-        if actor is None or self.task is None or self._probe_sent is not None or now < self._probe_due:
+        is_of_interest = self.task is not None or self.process is None
+        if actor is None or not is_of_interest or self._probe_sent is not None or now < self._probe_due:
             return
         self._probe_sent = now
 

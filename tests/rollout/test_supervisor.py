@@ -12,8 +12,10 @@ from rollout.supervisor import MOST_LOSSES
 from rollout.sync.broadcast import Address, Broadcast, Receiver
 from rollout.sync.object_store import StoredWeights
 from rollout.types import NotReceivedError, PublisherDiedError
+from rollout.worker import RolloutWorker
+from rollout.worker_handle import Doing, WorkerHandle
 
-from .world import DIED, ONE, OPTIONS, World, drawn
+from .world import DIED, ONE, OPTIONS, FakeActor, World, drawn
 
 
 @pytest.fixture(autouse=True)
@@ -178,6 +180,17 @@ def test_a_missed_probe_makes_a_worker_suspect_and_the_third_ends_it(killed: lis
     assert "0 left 3 probes of 10 s unanswered; restart 1 of 3; its engine batch is sampled again" in lost.message
     assert lost.stacks == "stacks of 100"
     assert killed == [100]
+
+
+def test_a_worker_that_has_started_before_anybody_looked_is_asked_who_it_is() -> None:
+    worker = WorkerHandle(0, ONE, FakeActor, lambda: 0.0, lambda call: call())  # type: ignore[arg-type]
+    actor = worker.start(lambda _: None)
+    started = actor.call(RolloutWorker.start)
+    started.future().set_result(None)
+    worker.do(Doing.STARTING, started, lambda *_: None)
+    assert worker.task is None
+    worker.probe(0.0)
+    assert actor.open("pulse")  # type: ignore[attr-defined]
 
 
 def test_an_idle_worker_is_asked_for_a_token_and_ended_where_it_has_none() -> None:
