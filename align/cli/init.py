@@ -1,6 +1,6 @@
 """Commands that write a recipe for data and a model of one's own."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -18,16 +18,25 @@ Out = Annotated[Path | None, Option(help="recipe to write; my_STAGE.yaml when no
 Overwrite = Annotated[bool, Option("--overwrite", help="replace the recipe that is there")]
 
 
-def init_sft(
-    file: OwnData,
-    model: OwnModel,
-    overrides: Overrides = None,
-    out: Out = None,
-    lora: Lora = None,
-    overwrite: Overwrite = False,
-) -> None:
-    """a recipe for supervised fine-tuning on conversations"""
-    write_recipe("sft", file, model, out, overrides, lora, overwrite)
+def from_data_and_model(stage: Literal["sft", "reward_model"], text: str) -> Callable[..., None]:
+    """The command that writes a recipe of a stage which needs nothing more; `text` is its help."""
+
+    def command(
+        file: OwnData,
+        model: OwnModel,
+        overrides: Overrides = None,
+        out: Out = None,
+        lora: Lora = None,
+        overwrite: Overwrite = False,
+    ) -> None:
+        write_recipe(stage, file, model, out, overrides, lora, overwrite)
+
+    command.__doc__ = text
+    return command
+
+
+init_sft = from_data_and_model("sft", "a recipe for supervised fine-tuning on conversations")
+init_reward_model = from_data_and_model("reward_model", "a recipe for a reward model from pairs of completions")
 
 
 def init_grpo(
@@ -41,18 +50,6 @@ def init_grpo(
 ) -> None:
     """a recipe for GRPO on problems, or on the prompts of conversations"""
     write_recipe("grpo", file, model, out, overrides, lora, overwrite, reward)
-
-
-def init_reward_model(
-    file: OwnData,
-    model: OwnModel,
-    overrides: Overrides = None,
-    out: Out = None,
-    lora: Lora = None,
-    overwrite: Overwrite = False,
-) -> None:
-    """a recipe for a reward model from pairs of completions"""
-    write_recipe("reward_model", file, model, out, overrides, lora, overwrite)
 
 
 def write_recipe(

@@ -40,7 +40,7 @@ from align.tools.show_data import (
 Stage = Literal["sft", "grpo", "reward_model"]
 MOST_TRAINED_WHOLE = 10**9
 """Larger models get adapters where nobody says otherwise."""
-LORA_TARGETS = "attention+shared"
+LORA_TARGETS = "all-linear"
 FILLED = 0.9
 """The share of the memory that is free now which a recipe may need."""
 ALL_ENCODED = 10_000
