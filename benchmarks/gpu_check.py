@@ -35,7 +35,7 @@ from align.learner.batch import TrainingSequence, collate, plan_micro_batches, s
 from align.learner.objective import LogProbs, Objective
 from align.losses import LossOptions
 from align.model.policy import load_policy, load_tokenizer, save_policy, use_fast_experts
-from align.model.sizes import empty_model, model_sizes, read_config
+from align.model.sizes import read_config, sizes_of
 from align.plan.memory import GIB, GPU_PROCESS, Training, learner_memory
 from align.recipe import LearnerOptions, ModelOptions
 from rollout import engine as sampler
@@ -464,7 +464,7 @@ def new_learner(directory: Path, **options: Any) -> policy.LearnerWorker:
 
 def emit_plan(learner: policy.LearnerWorker, directory: Path, count: int, length: int) -> int:
     """Emit what `align plan` foresees for this rank. Returns the parameters that a token is multiplied with."""
-    sizes = model_sizes(empty_model(read_config(str(directory))))
+    sizes = sizes_of(str(directory))
     trained = sum(p.numel() for p in learner._network.parameters() if p.requires_grad)
     parts = learner_memory(Training(sizes, learner._options, trained, count * length, length, 2, False))
     gib = {name: size / GIB for name, size in parts.items()}

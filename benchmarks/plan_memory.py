@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 
-from align.model.sizes import empty_model, model_sizes, read_config
+from align.model.sizes import sizes_of
 from align.plan.memory import GIB
 from align.plan.placement import cluster_of
 from align.plan.plan import make_plan
@@ -27,7 +27,7 @@ ROLES = {"LearnerWorker": "learner rank", "RolloutWorker": "rollout worker"}
 def foreseen(recipe: Path, overrides: Sequence[str]) -> dict[str, float]:
     """Bytes of a process of each role, by the plan."""
     read = load_recipe(recipe, overrides)
-    plan = make_plan(read, model_sizes(empty_model(read_config(read.model.path))), cluster_of(1, 0, 0))
+    plan = make_plan(read, sizes_of(read.model.path), cluster_of(1, 0, 0))
     return {role.name: role.total for role in plan.roles if role.name in ROLES.values()}
 
 

@@ -126,26 +126,34 @@ def plan(
     overrides: Overrides = None,
     nodes: Annotated[int, Option(min=1)] = 1,
     gpu_memory: Annotated[float, Option(metavar="GIB", help="of each GPU, for example 80")] = 0.0,
+    node_memory: Annotated[float, Option(metavar="GIB", help="of each node with GPUs, beside theirs")] = 1000.0,
 ) -> int:
-    """where a recipe's processes go on a cluster, their memory and time; starts nothing
+    """where the processes of a recipe or a pipeline go on a cluster, their memory and time; starts nothing
 
-    The exit status is 0 where it fits, 1 where it does not.
+    Each stage has the whole cluster. What an earlier stage of a pipeline makes is as large as what it is made of. The exit status is 0 where
+    all stages fit, 1 where one does not.
     """
-    from align.model.sizes import empty_model, model_sizes, read_config
     from align.plan.placement import cluster_of
-    from align.plan.plan import as_text, make_plan
-    from align.recipe import load_recipe
+    from align.plan.plan import as_text, plan_stages
+    from align.recipe import load_stages
     from align.session.checks import check_names
 
-    read = load_recipe(file, overrides or [])
-    check_names(read)
-    cluster = cluster_of(nodes, gpus_per_node, gpu_memory)
-    sizes = model_sizes(empty_model(read_config(read.model.path)))
-    made = make_plan(read, sizes, cluster)
-    print(as_text(f"{read.name} ({read.stage})", read.model.dtype, sizes, cluster, made), flush=True)
-    for refusal in made.refusals:
-        print(f"does not fit: {refusal}", file=sys.stderr)
-    return EXIT_FAILED if made.refusals else 0
+    stages = load_stages(file, overrides or [])
+    for stage in stages:
+        check_names(stage.recipe)
+    cluster, status = cluster_of(nodes, gpus_per_node, gpu_memory, node_memory), 0
+    for number, (stage, sizes, made) in enumerate(plan_stages(stages, cluster)):
+        recipe = stage.recipe
+        print(
+            "\n" * (number > 0) + as_text(f"{stage.name}: {recipe.name}", recipe.model.dtype, sizes, cluster, made),
+            flush=True,
+        )
+        for refusal in made.refusals:
+            print(f"does not fit: {refusal}", file=sys.stderr)
+        if made.advice:
+            print(f"this would fit: {made.advice}", file=sys.stderr)
+        status = EXIT_FAILED if made.refusals else status
+    return status
 
 
 def pipeline(

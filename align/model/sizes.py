@@ -143,3 +143,8 @@ def model_sizes(model: Any) -> ModelSizes:
         kv_a_token=kv * layers,
         experts_a_token=config.num_experts_per_tok / experts if experts else 1.0,
     )
+
+
+def sizes_of(path: str) -> ModelSizes:
+    """The sizes of the model in a directory, or of a hub name. Raises UserError."""
+    return model_sizes(empty_model(read_config(path)))

@@ -70,6 +70,12 @@ class Work:
         return self.sizes.total * self.element
 
     @property
+    def stored_bytes(self) -> int:
+        """Bytes of new weights in Ray's object store: those of before stay until the new ones are there."""
+        weights = self.roles.weights
+        return 2 * self.sent * self.element if weights and weights.transport == "object_store" else 0
+
+    @property
     def kv_bytes(self) -> int:
         """Bytes of the KV cache that a token takes."""
         return self.sizes.kv_a_token * self.element
@@ -95,7 +101,7 @@ def learner_memory(job: Training) -> dict[str, float]:
     bucket = min(REDUCE_BUCKET, job.trained) * (4 if zero == 1 else job.element) if zero else 0
     parts["update and reduction"] = max(stepping * 4 if wrapped else 0, bucket)
     if job.reference_copy:
-        parts["reference"] = job.sizes.total * job.element
+        parts["reference"] = job.sizes.total / (ranks if zero == 3 else 1) * job.element
     return parts | activation_memory(job)
 
 
@@ -172,3 +178,8 @@ def changed_size(sizes: ModelSizes, parameters: dict[str, Shape]) -> int:
     """Elements of the modules (an attention, an MLP, a bank of experts) that are sent after an update."""
     blocks = tuple({f"{block_of(name)}." for name in parameters})
     return sum(math.prod(shape) for name, shape in sizes.parameters.items() if name.startswith(blocks))
+
+
+def gib(size: float) -> str:
+    """Bytes in GiB."""
+    return f"{size / GIB:.2f} GiB" if size < 10 * GIB else f"{size / GIB:.1f} GiB"

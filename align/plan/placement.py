@@ -1,20 +1,24 @@
 """Which process gets which GPUs: in the order in which a run starts them, each on the first node that has room."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from align.errors import UserError
 from align.plan.memory import GIB
 
+NODE_MEMORY_GIB = 1000.0
+"""What is taken for a node where nobody says more: nodes of eight 80 GB GPUs have from 1 to 2 TB."""
+
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """Nodes that are all alike; `gpu_memory` in bytes. Without GPUs it is one machine and everything runs on its CPUs."""
+    """Nodes that are all alike, memories in bytes. Without GPUs it is one machine and everything runs on its CPUs."""
 
     nodes: int
     gpus_per_node: int
     gpu_memory: float
+    node_memory: float = NODE_MEMORY_GIB * GIB
 
     @property
     def gpus(self) -> int:
@@ -24,19 +28,37 @@ class Cluster:
         if not self.gpus:
             return "one machine without GPUs"
         nodes = "one node" if self.nodes == 1 else f"{self.nodes} nodes"
-        return f"{nodes} of {self.gpus_per_node} GPUs with {self.gpu_memory / GIB:g} GiB each"
+        gpus = "one GPU" if self.gpus_per_node == 1 else f"{self.gpus_per_node} GPUs"
+        return f"{nodes} of {gpus} with {self.gpu_memory / GIB:g} GiB each"
 
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """`count` processes that need `gpus` each, on one node; a share below 1 is of a GPU that others may have the rest of."""
+    """Processes that need `gpus` each, on one node; a share below 1 is of a GPU that others may have the rest of.
 
-    role: str
-    count: int
+    `counts` of each role: where there are several roles, the processes of a number have the GPUs together.
+    """
+
+    counts: Mapping[str, int]
     gpus: float
 
 
-def cluster_of(nodes: int, gpus_per_node: int, gpu_memory_gib: float) -> Cluster:
+@dataclass(slots=True)
+class Node:
+    """The processes that are placed on a node, by role, and what is free of each of its GPUs."""
+
+    free: list[float]
+    held: dict[str, list[int]] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        idle = sum(share == 1.0 for share in self.free)
+        roles = ", ".join(f"{role} {span(indices)}" for role, indices in self.held.items())
+        return (roles or "nothing") + (f"; {idle} GPUs idle" if idle else "")
+
+
+def cluster_of(
+    nodes: int, gpus_per_node: int, gpu_memory_gib: float, node_memory_gib: float = NODE_MEMORY_GIB
+) -> Cluster:
     """The cluster that a command names. Raises UserError."""
     if nodes < 1 or gpus_per_node < 0:
         raise UserError("--nodes is at least 1, --gpus-per-node at least 0")
@@ -44,29 +66,23 @@ def cluster_of(nodes: int, gpus_per_node: int, gpu_memory_gib: float) -> Cluster
         raise UserError("--gpus-per-node 0 plans one machine without GPUs: --nodes must be 1")
     if gpus_per_node and gpu_memory_gib <= 0:
         raise UserError("--gpu-memory says how many GiB each GPU has, for example --gpu-memory 80")
-    return Cluster(nodes, gpus_per_node, gpu_memory_gib * GIB)
+    return Cluster(nodes, gpus_per_node, gpu_memory_gib * GIB, node_memory_gib * GIB)
 
 
-def place(cluster: Cluster, demands: Sequence[Demand]) -> tuple[list[str], list[str]]:
-    """A line for each node, and the roles of which something found no room."""
-    free = [[1.0] * cluster.gpus_per_node for _ in range(cluster.nodes)]
-    held: list[dict[str, list[int]]] = [{} for _ in free]
-    unplaced = []
+def place(cluster: Cluster, demands: Sequence[Demand]) -> tuple[list[Node], list[str]]:
+    """The nodes with what is placed on them, and the roles of which something found no room."""
+    nodes = [Node([1.0] * cluster.gpus_per_node) for _ in range(cluster.nodes)]
+    unplaced: list[str] = []
     for demand in demands:
-        for index in range(demand.count):
-            node = next((n for n, gpus in enumerate(free) if take(gpus, demand.gpus)), None)
+        for index in range(max(demand.counts.values())):
+            node = next((node for node in nodes if take(node.free, demand.gpus)), None)
             if node is None:
-                unplaced.append(demand.role)
+                unplaced += demand.counts
                 break
-            held[node].setdefault(demand.role, []).append(index)
-    lines = []
-    for number, roles in enumerate(held):
-        parts = [f"{role} {span(indices)}" for role, indices in roles.items()]
-        idle = sum(share == 1.0 for share in free[number])
-        lines.append(
-            f"node {number}: {', '.join(parts) or 'nothing'}" + (f"; {idle} GPUs idle" if idle and cluster.gpus else "")
-        )
-    return lines, unplaced
+            for role, count in demand.counts.items():
+                if index < count:
+                    node.held.setdefault(role, []).append(index)
+    return nodes, unplaced
 
 
 def take(gpus: list[float], wanted: float) -> bool:

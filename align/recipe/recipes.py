@@ -217,7 +217,7 @@ class PolicyRecipe(SamplingRecipe, TrainingRecipe):
         learner, rollout = self.learner, self.rollout
         if not self.colocate:
             return self
-        if learner.zero_stage not in (1, 2) or learner.expert_parallel > 1:
+        if learner.zero_stage not in (1, 2, 3) or learner.expert_parallel > 1:
             raise ValueError(
                 "colocate: DeepSpeed moves what it holds under zero_stage 1 and 2, without expert_parallel"
             )
