@@ -19,7 +19,7 @@ from reward.types import RewardContractError, RewardError, Sample, SampleReward,
 
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 _ATTEMPTS = 2
-_START_S = 300.0
+START_S = 300.0
 
 
 class ScoringWorker:
@@ -49,13 +49,16 @@ class Ticket:
 class ScoringPool:
     """Workers that each hold the mixture; a batch goes to the one with the fewest batches waiting."""
 
-    def __init__(self, mixture: Mixture, *, workers: int, timeout_s: float, gpus: float = 0.0) -> None:
+    def __init__(
+        self, mixture: Mixture, *, workers: int, timeout_s: float, gpus: float = 0.0, start_timeout_s: float = START_S
+    ) -> None:
         """Start the workers, each with `gpus` GPUs.
 
-        `timeout_s`: how long all of them together may take until one more batch is judged.
+        `timeout_s`: how long all of them together may take until one more batch is judged; `start_timeout_s`: how long each may take to load
+        what its rewards need.
         """
         self.mixture = mixture
-        self._timeout_s, self._gpus = timeout_s, gpus
+        self._timeout_s, self._gpus, self._start_timeout_s = timeout_s, gpus, start_timeout_s
         self._workers = [self._start() for _ in range(workers)]
         self._waiting = [0] * workers
         self._handed_out = 0
@@ -65,10 +68,12 @@ class ScoringPool:
         import ray
 
         try:
-            ray.get([worker.make_ready.remote() for worker in self._workers], timeout=_START_S)
+            ray.get([worker.make_ready.remote() for worker in self._workers], timeout=self._start_timeout_s)
         except ray.exceptions.RayTaskError as error:
             raise _cause(error) from None
-        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
+        except ray.exceptions.GetTimeoutError:
+            raise RewardError(f"a scoring worker was not ready within {self._start_timeout_s:g} s") from None
+        except ray.exceptions.RayActorError as error:
             raise RewardError(f"a scoring worker did not start: {error}") from None
 
     def submit(self, samples: Sequence[Sample]) -> Ticket:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from rollout.colocation import Colocation
 from rollout.engine import Request
+from rollout.processes import start_limit_s
 from rollout.supervisor import Batch, Job, Supervisor, Update
 from rollout.sync.base import WeightSource
 from rollout.types import FleetOptions, Group, Prompt, RolloutError, SamplingOptions, Trajectory
@@ -18,6 +19,7 @@ from rollout.worker import WorkerSetup
 from rollout.worker_handle import Fault, WorkerHandle, new_actor
 
 T = TypeVar("T")
+START_S = 300.0
 FORMER_NAMES = {"generate": "sample", "members": "workers", "sleep": "offload", "wake": "onload"}
 
 
@@ -47,6 +49,8 @@ class Fleet:
         What happens to workers is told to `on_fault`, or logged as a warning: during calls of the fleet, by the thread
         that makes them.
         """
+        limit = start_limit_s(options.start_timeout_s, START_S, model)
+        options = options.model_copy(update={"start_timeout_s": limit})
         self._options = options
         self._on_fault = on_fault or log_fault
         setup = WorkerSetup(model, dtype, options, list(stop_token_ids), trust_remote_code)

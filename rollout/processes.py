@@ -21,6 +21,11 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 PATIENCE_S = 15.0
+SLOW_READ = 100 * 10**6
+"""Bytes a second of a network disk that many read from."""
+UNSEEN_BYTES = 500 * 10**9
+"""What a model on the hub may have: DeepSeek-V2 has 472 GB. It has to come from there first, and for how long nobody knows."""
+WEIGHT_FILES = ("*.safetensors", "*.bin")
 STACKS_SIGNAL = signal.SIGUSR2
 
 
@@ -31,6 +36,21 @@ def openmp(threads: int) -> dict[str, str]:
     operation, and one that spins for longer takes the core from whoever has work.
     """
     return {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "20000"}
+
+
+def start_limit_s(given: float | None, least: float, *models: str) -> float:
+    """How many seconds a process that loads `models`, directories or hub names, may take to start: as given, or `least` and the time to read
+    their files at SLOW_READ. A model that is on the hub counts as UNSEEN_BYTES.
+    """
+    if given is not None:
+        return given
+    sizes = [
+        sum(file.stat().st_size for kind in WEIGHT_FILES for file in Path(model).glob(kind))
+        if Path(model).is_dir()
+        else UNSEEN_BYTES
+        for model in models
+    ]
+    return least + sum(sizes) // SLOW_READ
 
 
 @dataclass(frozen=True, slots=True)

@@ -203,7 +203,11 @@ class FleetOptions(EngineOptions):
     resources: dict[str, float] = Field(
         {}, description="custom Ray resources that a worker takes, to say on which nodes of a cluster workers may be"
     )
-    start_timeout_s: float = Field(300, gt=0, description="longest time a worker may take to load, in seconds")
+    start_timeout_s: float | None = Field(
+        None,
+        gt=0,
+        description="longest time a worker may take to load, in seconds; when not given, 300 and the time to read its files at 100 MB/s",
+    )
     batch_timeout_s: float = Field(600, gt=0, description="longest time one engine batch may take, in seconds")
     probe_interval_s: float = Field(5, gt=0, description="seconds between two probes of a worker")
     probe_timeout_s: float = Field(

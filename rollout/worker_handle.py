@@ -155,7 +155,7 @@ class WorkerHandle:
             starting = doing is Doing.STARTING
             key = "start_timeout_s" if starting else "batch_timeout_s"
             limit = options.start_timeout_s if starting else options.batch_timeout_s
-            if now - self.task.since > limit:
+            if limit is not None and now - self.task.since > limit:
                 cure = "; raise it, or lower rollout.batch_sequences" if doing is Doing.SAMPLING else ""
                 # An engine that samples goes on; and of a first start nobody knows whether it would ever succeed.
                 is_stuck = self.restarts > 0 if starting else doing is not Doing.SAMPLING

@@ -15,15 +15,24 @@ if TYPE_CHECKING:
 
 def doctor(
     model: Annotated[str, Argument(help="Hugging Face directory or hub name, with weights")],
-    dtype: Dtype = "float32",
+    dtype: Annotated[
+        Literal["float32", "bfloat16"] | None,
+        Option(help="when not given: bfloat16 on a GPU where the weights are stored so, else float32"),
+    ] = None,
     max_length: MaxLength = 512,
     workers: Workers = 1,
 ) -> None:
     """check that a model is fit to be trained and that the engines agree on it"""
+    check_installed(ENGINES)
+    from align.model.policy import dtype_here
     from align.tools import offline
     from rollout import FleetOptions
 
-    print(offline.doctor(model_of(model, dtype), FleetOptions(workers=workers, max_length=max_length)))
+    print(
+        offline.doctor(
+            model_of(model, dtype or dtype_here(model)), FleetOptions(workers=workers, max_length=max_length)
+        )
+    )
 
 
 def evaluate(

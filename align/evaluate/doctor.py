@@ -33,6 +33,9 @@ EXPERT_TOLERANCE = 1e-4
 CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 CPU_LATENTS = (576,)
 """Those of vLLM's `CPUAttentionBackend` and `CPUMLABackend`, whose import takes seconds."""
+GIB = 2**30
+LEARNER_ROOM, SAMPLER_ROOM = 6 * GIB, 8 * GIB
+"""What the doctor's engines need on a GPU beside the weights: CUDA's context and the largest gradient; context, workspaces and KV cache."""
 
 
 class CheckStatus(StrEnum):
@@ -383,7 +386,7 @@ def cpu_head_sizes(config: Any) -> Sequence[int]:
 def examine_engines(fleet: Fleet, learner: LearnerGroup, prompts: Sequence[Prompt], gate: AgreementGate) -> list[Check]:
     """Check that sampler and learner agree, that an update changes nothing it should not, and that a changed one arrives.
 
-    It trains the learner by one step on noise: for a learner that is thrown away afterwards.
+    It trains the learner by one step on noise: for a learner that is thrown away afterwards, as `FrugalWorker` is.
     """
     findings = {"sampler and learner": agreement(fleet, learner, prompts, gate)}
     learner.sync_weights(fleet, version=1)
@@ -413,6 +416,17 @@ def agreement(fleet: Fleet, learner: LearnerGroup, prompts: Sequence[Prompt], ga
     except AgreementError as error:
         return FAILED, str(error)
     return OK, f"differ by {found.mean:.1e} on average, {found.largest:.1e} at most, a token"
+
+
+def sampler_share(weights: float, card: float) -> float:
+    """The share of a GPU of `card` bytes for a sampler beside a learner, where each holds `weights` bytes. Raises UserError where both do not fit."""
+    share = (card - weights - LEARNER_ROOM) / card
+    if share * card < weights + SAMPLER_ROOM:
+        raise UserError(
+            f"sampler and learner do not fit one GPU of {card / GIB:.0f} GiB: each holds {weights / GIB:.1f} GiB of weights, and beside them "
+            f"they need {(LEARNER_ROOM + SAMPLER_ROOM) / GIB:.0f} GiB. Cure: two GPUs, or --dtype bfloat16 where it is float32"
+        )
+    return share
 
 
 def verdict(checks: Sequence[Check], path: str) -> str:

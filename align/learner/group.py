@@ -28,10 +28,11 @@ from align.recipe import LearnerOptions, ModelOptions
 from align.run.checkpoints import Entry
 from align.run.files import whole_directory
 from rollout import Colocation, Fleet, ObjectStoreSync, WeightSync
-from rollout.processes import ProcessId, in_placement_group, kill, stacks
+from rollout.processes import ProcessId, in_placement_group, kill, stacks, start_limit_s
 from rollout.sync.base import WriteBuckets
 from rollout.types import PublisherDiedError, PublishError
 
+START_S = 600.0
 DEATH_S = 5.0
 """How long it may take to hear of a rank that died."""
 
@@ -73,6 +74,8 @@ class RankGroup:
             self._start(kind, model, rank, colocation and colocation.placement_group) for rank in range(options.ranks)
         ]
         self._setup = setup
+        models = [given.path for given in (model, *setup) if isinstance(given, ModelOptions)]
+        self._start_limit_s = start_limit_s(options.start_timeout_s, START_S, *models)
         self._processes: list[ProcessId] = []
         self._stalled = False
         self.bad_updates = 0
@@ -104,12 +107,12 @@ class RankGroup:
         """Join the ranks and load the model; returns when all are ready to train. Raises LearnerError, UserError."""
         if self._colocation:
             self._colocation.claim(self)
-        start = self._options.start_timeout_s
+        start = self._options.start_timeout_s or START_S
         self._processes = self._gather([rank.process.remote() for rank in self._ranks], start, "starting")
         master = self._gather([self._ranks[0].address.remote()], start, "starting")[0]
         port = self._options.port or self._gather([self._ranks[0].free_port.remote()], start, "starting")[0]
         setups = [rank.setup.remote(master, port, *self._setup) for rank in self._ranks]
-        self.trained = self._gather(setups, start, "loading the model")[0]
+        self.trained = self._gather(setups, self._start_limit_s, "loading the model")[0]
         self._is_ready = True
 
     def offload(self) -> None:
@@ -268,9 +271,10 @@ class LearnerGroup(RankGroup):
         reference: ModelOptions | None = None,
         weight_sync: WeightSync | None = None,
         colocation: Colocation | None = None,
+        kind: type[LearnerWorker] = LearnerWorker,
     ):
-        """`weight_sync` is how `sync_weights` sends the weights, by default through Ray's object store."""
-        super().__init__(LearnerWorker, model, options, seed, reference, colocation=colocation)
+        """`weight_sync` is how `sync_weights` sends the weights, by default through Ray's object store; `kind` is what the ranks are."""
+        super().__init__(kind, model, options, seed, reference, colocation=colocation)
         self.weight_sync = weight_sync or self.weight_sync
 
     def sync_weights(self, fleet: Fleet, version: int) -> int:

@@ -1,6 +1,7 @@
 """One learner rank of a policy."""
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 
 from align.learner.batch import Batch, TrainingSequence, collate, collate_after_prompts, sampled_values
 from align.learner.experts import ExpertCounter, Loads
+from align.learner.loading import fill_from_rank_0, load_from_rank_0
 from align.learner.objective import LogProbs, Objective, Sums, loss_and_sums
 from align.learner.rank import LearnerRank, Trained
 from align.model.policy import load_policy
@@ -32,7 +34,7 @@ class LearnerWorker(LearnerRank):
         self._join(master, port, seed)
         pad = self._tokenizer.pad_token_id
         self._pad_id = self._tokenizer.eos_token_id if pad is None else pad
-        policy = self._with_adapter(load_policy(self._model), "CAUSAL_LM")
+        policy = self._with_adapter(load_from_rank_0(partial(load_policy, self._model), self._device), "CAUSAL_LM")
         trained = self._start_engine(LogProbs(policy), policy)
         self._checkpointed = checkpoint_in_every_mode(policy)
         self._reference: Any = None
@@ -40,7 +42,9 @@ class LearnerWorker(LearnerRank):
         if self._shares_reference:
             self._reference = self._engine.module
         elif reference is not None:
-            self._reference = LogProbs(load_policy(reference)).to(self._device).eval().requires_grad_(False)
+            loaded = load_from_rank_0(partial(load_policy, reference), self._device).to(self._device)
+            fill_from_rank_0(loaded)
+            self._reference = LogProbs(loaded).eval().requires_grad_(False)
         self._expert_counter = ExpertCounter(policy)
         self._settle()
         return trained
@@ -96,6 +100,58 @@ class LearnerWorker(LearnerRank):
                 values, _ = self._engine(**batch.inputs, temperature=temperature)
             results.append(sampled_values(values, batch))
         return results
+
+
+class FrugalWorker(LearnerWorker):
+    """A rank that holds the weights of a policy and nothing beside them: alone, and for a learner that is thrown away.
+
+    There is no optimizer. `accumulate` itself changes each parameter by `RATE` against the sign of its gradient, as AdamW's first step at
+    that learning rate would, as soon as the gradient is there, which is then dropped.
+    """
+
+    RATE = 1e-3
+
+    def setup(self, master: str, port: int, seed: int, reference: ModelOptions | None) -> Trained:
+        """Load the policy. A reference would be a second one: there is none."""
+        self._join(master, port, seed)
+        pad = self._tokenizer.pad_token_id
+        self._pad_id = self._tokenizer.eos_token_id if pad is None else pad
+        self._engine = Weights(LogProbs(load_policy(self._model).to(self._device)))
+        for parameter in self._network.parameters():
+            parameter.register_post_accumulate_grad_hook(self._change)
+        self._reference, self._checkpointed = None, []
+        self._expert_counter = ExpertCounter(self._network)
+        self._lost = self._exact = 0.0
+        self._trained = self._what_is_trained()
+        return self._trained
+
+    def apply(self, learning_rate: float) -> float:
+        """Do nothing: `accumulate` has changed the weights. Returns 0, for the norm of what is left to be applied."""
+        return 0.0
+
+    @torch.no_grad()
+    def _change(self, parameter: torch.Tensor) -> None:
+        if parameter.grad is not None:
+            parameter.sub_(parameter.grad.sign_(), alpha=self.RATE)
+        parameter.grad = None
+
+
+class Weights(torch.nn.Module):
+    """What a rank asks of DeepSpeed's engine, of a module that is not trained by one."""
+
+    global_rank = 0
+
+    def __init__(self, module: torch.nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, **inputs: Any) -> Any:
+        """What the module computes."""
+        return self.module(**inputs)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradient of `loss`."""
+        loss.backward()
 
 
 def checkpoint_in_every_mode(network: torch.nn.Module) -> list[torch.nn.Module]:

@@ -26,6 +26,7 @@ from align.learner.experts import (
     shape,
     whole_parameters,
 )
+from align.learner.loading import scatter_experts
 from align.learner.state import load_state, save_state
 from align.model.lora import (
     ADAPTER_DIRECTORY,
@@ -238,6 +239,7 @@ class LearnerRank(ABC):
         if self._options.expert_parallel > 1:
             check_spreadable(network.config, self._options.expert_parallel)
             module.config = network.config  # where AutoEP looks for the experts' sizes
+            scatter_experts(network, self._options.expert_parallel, self._device)
         config = self._deepspeed_config()
         if self._options.zero_stage == 3:
             mark_moe_leaves(module)

@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
 
 from align.learner.batch import in_order, plan_micro_batches, share_out, whole_rows
 from align.learner.group import RankGroup
+from align.learner.loading import load_from_rank_0
 from align.learner.rank import LearnerRank, Trained
 from align.losses import pairwise_loss, pointwise_loss
 from align.model.reward_model import load_reward_model
@@ -99,7 +101,8 @@ class RewardModelWorker(LearnerRank):
     def setup(self, master: str, port: int, seed: int) -> Trained:
         """Join the other ranks and load the reward model."""
         self._join(master, port, seed)
-        reward_model = self._with_adapter(load_reward_model(self._model, self._tokenizer), "SEQ_CLS")
+        loaded = load_from_rank_0(partial(load_reward_model, self._model, self._tokenizer), self._device)
+        reward_model = self._with_adapter(loaded, "SEQ_CLS")
         self._pad_id = self._tokenizer.pad_token_id
         trained = self._start_engine(Rewards(reward_model), reward_model)
         self._settle()

@@ -3,8 +3,9 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -57,6 +58,13 @@ def find_config(path: str | Path, *, trust_remote_code: bool = False) -> Any:
         raise UserError(f"model.path: {path}/config.json is not valid: {reason}") from None
 
 
+def dtype_here(path: str | Path, *, on_gpu: bool | None = None) -> Literal["float32", "bfloat16"]:
+    """bfloat16 on a GPU (this machine's, unless told) for a model that is stored so by its configuration, else float32."""
+    on_gpu = torch.cuda.is_available() if on_gpu is None else on_gpu
+    stored = getattr(find_config(path), "dtype", None)
+    return "bfloat16" if on_gpu and stored in (torch.bfloat16, "bfloat16") else "float32"
+
+
 def check_vocabulary(tokenizer: Any, rows: int, path: str | Path) -> None:
     """Raise UserError for tokens that a conversation can hold and for which the embedding, of `rows` rows, has none.
 
@@ -77,18 +85,35 @@ def check_vocabulary(tokenizer: Any, rows: int, path: str | Path) -> None:
         )
 
 
-def load_policy(options: ModelOptions, dtype: torch.dtype | None = None) -> Any:
-    """The pretrained policy, in `dtype` or the recipe's. Raises UserError when transformers cannot load it."""
+def load_policy(options: ModelOptions, dtype: torch.dtype | None = None, *, empty: bool = False) -> Any:
+    """The pretrained policy, in `dtype` or the recipe's; with `empty`, as `without_content` makes it.
+
+    Raises UserError when transformers cannot load it.
+    """
     from transformers import AutoModelForCausalLM
 
+    read = partial(without_content, AutoModelForCausalLM) if empty else AutoModelForCausalLM.from_pretrained
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            options.path, dtype=dtype or DTYPES[options.dtype], trust_remote_code=options.trust_remote_code
-        )
+        model = read(options.path, dtype=dtype or DTYPES[options.dtype], trust_remote_code=options.trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(f"model.path: transformers cannot load {options.path}: {first_line(error)}") from None
     use_fast_experts(model)
     return model
+
+
+def without_content(kind: Any, path: str, *, dtype: torch.dtype, trust_remote_code: bool, **changes: Any) -> Any:
+    """What `kind.from_pretrained`, of a transformers class, returns for a checkpoint, whose weights are not read.
+
+    Buffers have their values. Parameters have memory that nothing was written to: it takes up none until something is.
+    """
+    from transformers import AutoConfig
+    from transformers.initialization import no_init_weights
+
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **changes)
+    with no_init_weights():
+        model = kind.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    model.tie_weights()
+    return model.eval()
 
 
 def write_random_policy(options: ModelOptions, directory: Path, seed: int) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from align.errors import UserError
-from align.model.policy import DTYPES, first_line, turn_end, use_fast_experts
+from align.model.policy import DTYPES, first_line, turn_end, use_fast_experts, without_content
 from align.recipe import ModelOptions
 
 HEAD = "score.weight"
@@ -54,41 +54,45 @@ def is_reward_model(options: ModelOptions) -> bool:
     return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
 
 
-def load_reward_model(options: ModelOptions, tokenizer: Any) -> Any:
+def load_reward_model(options: ModelOptions, tokenizer: Any, *, empty: bool = False) -> Any:
     """A sequence classifier of one label: from a policy with a head of zeros, or from a reward model as it is.
 
-    With a head of zeros every completion is worth the same, and a pair's loss is ln 2. Raises UserError when transformers
-    cannot load the checkpoint, or has no classifier of its architecture.
+    With a head of zeros every completion is worth the same, and a pair's loss is ln 2. With `empty` it is as `without_content` makes it.
+    Raises UserError when transformers cannot load the checkpoint, or has no classifier of its architecture.
     """
-    from transformers import AutoModelForSequenceClassification
+    from transformers import AutoModelForSequenceClassification as Classifier
 
-    padding = padding_token_id(tokenizer, options.path)
+    head: dict[str, Any] = {
+        "num_labels": 1,
+        "pad_token_id": padding_token_id(tokenizer, options.path),
+        # Servers read from this that the number is wanted as it is, and not its sigmoid.
+        "problem_type": "regression",
+    }
+    how: dict[str, Any] = {"dtype": DTYPES[options.dtype], "trust_remote_code": options.trust_remote_code}
     try:
-        with _no_load_report():
-            model, report = AutoModelForSequenceClassification.from_pretrained(
-                options.path,
-                num_labels=1,
-                pad_token_id=padding,
-                # Servers read from this that the number is wanted as it is, and not its sigmoid.
-                problem_type="regression",
-                dtype=DTYPES[options.dtype],
-                trust_remote_code=options.trust_remote_code,
-                output_loading_info=True,
-            )
+        if empty:
+            model = without_content(Classifier, options.path, **how, **head)
+        else:
+            with _no_load_report():
+                model, report = Classifier.from_pretrained(options.path, **how, **head, output_loading_info=True)
+            fill_head(model, set(report["missing_keys"]), options.path)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
             f"model.path: transformers cannot make a reward model of {options.path}: {first_line(error)}"
         ) from None
-    missing = set(report["missing_keys"])
+    use_fast_experts(model)
+    return model
+
+
+def fill_head(model: Any, missing: set[str], path: str) -> None:
+    """Set the head to zero where the checkpoint at `path` has none. Raises UserError where it lacks other tensors, of those `missing`."""
     if missing - {HEAD}:
         raise UserError(
-            f"model.path: {options.path} lacks {len(missing - {HEAD})} of the tensors of {type(model).__name__}, "
+            f"model.path: {path} lacks {len(missing - {HEAD})} of the tensors of {type(model).__name__}, "
             f"{min(missing - {HEAD})} for one; give a checkpoint of that architecture"
         )
     if missing:
         torch.nn.init.zeros_(model.score.weight)
-    use_fast_experts(model)
-    return model
 
 
 def padding_token_id(tokenizer: Any, path: str) -> int:

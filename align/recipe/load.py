@@ -68,6 +68,7 @@ FREE = (
     "rollout.max_restarts",
     "scoring.workers",
     "scoring.timeout_s",
+    "scoring.start_timeout_s",
 )
 
 

@@ -248,7 +248,11 @@ class LearnerOptions(Options):
     resources: dict[str, float] = Field(
         {}, description="custom Ray resources that a rank takes, to say on which nodes of a cluster ranks may be"
     )
-    start_timeout_s: float = Field(600, gt=0, description="longest time a rank may take to load, in seconds")
+    start_timeout_s: float | None = Field(
+        None,
+        gt=0,
+        description="longest time a rank may take to load, in seconds; when not given, 600 and the time to read the files at 100 MB/s",
+    )
     step_timeout_s: float = Field(1800, gt=0, description="longest time the ranks may take for a step, in seconds")
     stop_after_bad_steps: int = Field(
         4, ge=1, description="steps in a row with numbers that are not finite after which the run stops"
@@ -336,6 +340,12 @@ class ScoringOptions(Options):
         0, ge=0, description="GPUs of a worker, for reward models; a share lets workers have one together"
     )
     timeout_s: float = Field(600, gt=0, description="longest time a group may take to be judged, in seconds")
+    start_timeout_s: float | None = Field(
+        None,
+        gt=0,
+        description="longest time a worker may take to load its reward models, in seconds; when not given, 300 and the time to read their "
+        "files at 100 MB/s",
+    )
     infra_error_limit: float = Field(
         0.05, ge=0, le=1, description="share of samples that nobody could judge above which the run stops"
     )

@@ -29,6 +29,7 @@ from align.session.ray import local_ray
 from align.session.run import Run, open_run
 from align.session.steps import Steps
 from reward import Mixture, RewardError, RewardTerm, ScoringPool
+from reward.pool import START_S
 from rollout import (
     AdapterSync,
     BroadcastSync,
@@ -39,6 +40,7 @@ from rollout import (
     WeightOptions,
     WeightSync,
 )
+from rollout.processes import start_limit_s
 from rollout.sync.base import MIB
 
 RESTARTS = 3
@@ -196,7 +198,11 @@ def weight_sync_of(options: WeightOptions, directory: Path) -> WeightSync:
 def scoring_pool(rewards: Sequence[RewardTerm], options: ScoringOptions) -> Iterator[ScoringPool]:
     """Start what scores trajectories, and end it afterwards. Raises UserError where a reward cannot run here."""
     mixture = Mixture(rewards, infra_error_limit=options.infra_error_limit)
-    pool = ScoringPool(mixture, workers=options.workers, timeout_s=options.timeout_s, gpus=options.gpus)
+    models = [str(term.params["path"]) for term in rewards if term.name == "reward_model" and "path" in term.params]
+    start = start_limit_s(options.start_timeout_s, START_S, *models)
+    pool = ScoringPool(
+        mixture, workers=options.workers, timeout_s=options.timeout_s, gpus=options.gpus, start_timeout_s=start
+    )
     try:
         try:
             pool.wait_until_ready()

@@ -5,6 +5,8 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from align.data.cards import load_card
 from align.data.loader import load_split
 from align.data.own import read_user_file
@@ -12,15 +14,17 @@ from align.data.types import Example, Message, SplitName
 from align.errors import UserError
 from align.evaluate.accuracy import evaluate, mean_of, short_problems
 from align.evaluate.agreement import AgreementGate
-from align.evaluate.doctor import Check, examine, examine_engines, verdict
+from align.evaluate.doctor import Check, examine, examine_engines, sampler_share, skeleton_of, verdict
 from align.evaluate.hooks import PolicyCheckpoint
 from align.experience import encode_problems
 from align.learner.group import LearnerGroup
-from align.model.policy import load_tokenizer, stop_token_ids
-from align.model.sizes import read_config
+from align.learner.policy import FrugalWorker
+from align.model.policy import DTYPES, load_tokenizer, stop_token_ids
+from align.model.sizes import model_sizes, read_config
 from align.recipe import AgreementOptions, LearnerOptions, ModelOptions, OptimizerOptions
 from align.recipe.options import is_on_hub
 from align.run import write_jsonl
+from align.run.machine import gpu_records
 from align.session.checks import check_columns, check_split
 from align.session.ray import local_ray
 from align.tools.score_file import mixture_of, refuse_existing
@@ -124,16 +128,21 @@ def answers_of(
 
 
 def doctor(model: ModelOptions, rollout: FleetOptions) -> str:
-    """Every check of a model, printed line by line; returns the verdict. Raises DoctorError when one failed, before engines start if it can be."""
+    """Every check of a model, printed line by line; returns the verdict. Raises DoctorError when one failed, before engines start if it can be.
+
+    The learner holds the weights alone. On a machine with one GPU it shares that with the worker; raises UserError where both do not fit.
+    """
     read_config(model.path)
     tokenizer = load_tokenizer(model.path, trust_remote_code=model.trust_remote_code)
     checks = examine(model, tokenizer, rollout=rollout)
     show(checks)
     verdict(checks, model.path)
     options = LearnerOptions(ranks=1, threads=2, zero_stage=0, optimizer=OptimizerOptions(learning_rate=1e-3))
+    if torch.cuda.is_available():
+        rollout, options = on_gpus(model, rollout, options)
     with (
         running_fleet(model, rollout, tokenizer) as fleet,
-        closing(LearnerGroup(model, options, seed=0)) as learner,
+        closing(LearnerGroup(model, options, seed=0, kind=FrugalWorker)) as learner,
     ):
         fleet.wait_until_ready()
         learner.wait_until_ready()
@@ -141,6 +150,19 @@ def doctor(model: ModelOptions, rollout: FleetOptions) -> str:
         found = examine_engines(fleet, learner, prompts, AgreementGate(AgreementOptions(), model.dtype, print))
     show(found)
     return verdict([*checks, *found], model.path)
+
+
+def on_gpus(model: ModelOptions, rollout: FleetOptions, learner: LearnerOptions) -> tuple[FleetOptions, LearnerOptions]:
+    """The options with which the doctor's engines fit this machine's GPUs. Raises UserError where they do not."""
+    weights = model_sizes(skeleton_of(model)).total * DTYPES[model.dtype].itemsize
+    cards = [card["memory"] for card in gpu_records() if card["memory"]]
+    if torch.cuda.device_count() > rollout.workers * rollout.tensor_parallel or not cards:
+        return rollout, learner
+    share = sampler_share(weights, min(cards))
+    return (
+        rollout.model_copy(update={"gpus": 0.4, "gpu_memory_share": min(share, rollout.gpu_memory_share)}),
+        learner.model_copy(update={"gpus": 0.6}),
+    )
 
 
 def show(checks: Sequence[Check]) -> None:

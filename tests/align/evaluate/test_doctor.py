@@ -18,6 +18,8 @@ from align.errors import UserError
 from align.evaluate.doctor import (
     CPU_HEADS,
     CPU_LATENTS,
+    LEARNER_ROOM,
+    SAMPLER_ROOM,
     Check,
     CheckStatus,
     DoctorError,
@@ -31,6 +33,7 @@ from align.evaluate.doctor import (
     check_softmax_scale,
     check_template,
     examine,
+    sampler_share,
     verdict,
 )
 from align.model.policy import load_tokenizer
@@ -317,6 +320,23 @@ def test_a_failed_check_ends_in_an_error_that_tells_all() -> None:
     failed = Check("one", CheckStatus.FAILED, "because. Cure: this")
     with pytest.raises(DoctorError, match=r"2 of 3 checks failed\n- one: because\. Cure: this\n- two: because"):
         verdict([failed, Check("fine", CheckStatus.OK, ""), Check("two", CheckStatus.FAILED, failed.detail)], "model")
+
+
+V2_LITE, CARD = 2 * 15_706_484_224, 85_520_809_984
+"""Bytes of DeepSeek-V2-Lite's weights in bfloat16, and of an H100 or A100 of 80 GB."""
+
+
+def test_both_engines_of_v2_lite_fit_a_card_of_80_gb() -> None:
+    share = sampler_share(V2_LITE, CARD)
+    assert (1 - share) * CARD >= V2_LITE + LEARNER_ROOM
+    assert share * CARD >= V2_LITE + SAMPLER_ROOM
+
+
+def test_what_does_not_fit_is_said_with_its_sizes() -> None:
+    with pytest.raises(
+        UserError, match=r"do not fit one GPU of 80 GiB: each holds 58\.5 GiB of weights.*--dtype bfloat16"
+    ):
+        sampler_share(2 * V2_LITE, CARD)
 
 
 def test_deepcopy_of_the_configuration_leaves_the_skeleton_alone(skeleton: Any) -> None:

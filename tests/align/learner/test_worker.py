@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from align.learner.batch import TrainingSequence
 from align.learner.experts import ExpertCounter
 from align.learner.objective import LogProbs, Objective
-from align.learner.policy import LearnerWorker, checkpoint_in_every_mode
+from align.learner.policy import FrugalWorker, LearnerWorker, checkpoint_in_every_mode
 from align.recipe import GrpoOptions, LearnerOptions, ModelOptions, OptimizerOptions
 
 TEMPERATURE = 0.7
@@ -184,3 +184,30 @@ def test_with_gradient_checkpointing_layers_are_computed_again_in_the_backward_p
         passes.clear()
         rank.accumulate([drawn()], objective)
         assert len(passes) == 1 + on
+
+
+def test_a_worker_without_an_optimizer_steps_by_the_signs_of_gradients_that_it_does_not_keep(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As AdamW's first step does."""
+
+    def join(self: Any, *_: Any) -> None:
+        self._device, self._tokenizer = torch.device("cpu"), SimpleNamespace(pad_token_id=0)
+
+    monkeypatch.setattr(FrugalWorker, "_join", join)
+    monkeypatch.setattr("align.learner.policy.load_policy", lambda _: network(0))
+    rank = object.__new__(FrugalWorker)
+    rank._model = ModelOptions(path="a tiny Llama")
+    rank._options = LearnerOptions(ranks=1, optimizer=OptimizerOptions(learning_rate=RATE))
+    trained = rank.setup("127.0.0.1", 0, 0, None)
+    expected = network(0)
+    optimizer = torch.optim.AdamW(expected.parameters(), lr=FrugalWorker.RATE, weight_decay=0.0, eps=1e-30)
+    sequences = drawn()
+    sum(-(s.weight * log_probs(expected, s, 1.0)).sum() for s in sequences).backward()
+    optimizer.step()
+    rank.accumulate([sequences], Objective())
+    rank.apply(RATE)
+    for (name, found), wanted in zip(rank._network.named_parameters(), expected.parameters(), strict=True):
+        assert found.grad is None
+        torch.testing.assert_close(found, wanted, atol=1e-7, rtol=0, msg=name)
+    assert trained.sent_bytes == sum(t.nbytes for bucket in rank.publish(iter, 1e9) for t in bucket.values())

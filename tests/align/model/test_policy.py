@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoTokenizer, Gemma3Config, Gemma3ForConditionalGeneration, LlamaConfig, LlamaForCausalLM
 
 from align.errors import UserError
-from align.model.policy import load_tokenizer, save_policy, stop_token_ids
+from align.model.policy import dtype_here, load_tokenizer, save_policy, stop_token_ids
 from align.recipe import ModelOptions
 
 NANO = Path(__file__).parents[3] / "recipes/nano/policy"
@@ -92,3 +92,19 @@ class TestVocabulary:
         saved(tmp_path, tokenizer, rows=len(tokenizer) - 2)
         loaded = load_tokenizer(tmp_path)
         assert loaded.pad_token_id == loaded.eos_token_id, "padding is read by the embedding too"
+
+
+@pytest.mark.parametrize(
+    ("stored", "on_gpu", "expected"),
+    [
+        ("bfloat16", True, "bfloat16"),
+        ("bfloat16", False, "float32"),
+        ("float32", True, "float32"),
+        (None, True, "float32"),
+    ],
+)
+def test_a_gpu_takes_a_model_in_bfloat16_that_is_stored_so(
+    tmp_path: Path, stored: str | None, on_gpu: bool, expected: str
+) -> None:
+    LlamaConfig(dtype=stored).save_pretrained(tmp_path)
+    assert dtype_here(tmp_path, on_gpu=on_gpu) == expected
