@@ -28,13 +28,22 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from safetensors import safe_open
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from align.experience import training_sequence
 from align.learner import policy, rank
 from align.learner.batch import TrainingSequence, collate, plan_micro_batches, share_out, whole_rows
 from align.learner.objective import LogProbs, Objective
 from align.losses import LossOptions
-from align.model.policy import load_policy, load_tokenizer, save_policy, use_fast_experts
+from align.model.policy import (
+    attention_kernel,
+    attention_sizes,
+    load_policy,
+    load_tokenizer,
+    save_policy,
+    use_fast_experts,
+)
 from align.model.sizes import read_config, sizes_of
 from align.plan.memory import GIB, GPU_PROCESS, Training, learner_memory
 from align.recipe import LearnerOptions, ModelOptions
@@ -321,7 +330,7 @@ def card_rates() -> None:
 
 def vllm_kernels() -> None:
     """vLLM's RMS norm and FlashAttention-3 against PyTorch; it refuses the nano policy's heads of 96 and 32."""
-    from torch.nn.functional import rms_norm, scaled_dot_product_attention
+    from torch.nn.functional import rms_norm
     from vllm.vllm_flash_attn import flash_attn_varlen_func
 
     bf16: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
@@ -424,6 +433,40 @@ def training() -> None:
     send_and_rest(learner)
     train(learner, "SFT step after rest", sft_sequences(*WHOLE, 3), flops)
     emit("expert load", layers=len(learner.take_expert_load()), missing=len(learner.missing_gradients()))
+    emit("attention by itself", kernel=attention_kernel(learner._network, DEVICE))
+    for rows, length in ((8, MICRO_BATCH // 8), (1, MICRO_BATCH)):
+        attention_kernels(attention_sizes(learner._network.config), rows, length)
+
+
+def attention_kernels(sizes: tuple[int, int, int], rows: int, length: int) -> None:
+    """Causal attention, forward and backward, by each kernel of torch that takes the heads; FlashAttention wants values as wide as keys."""
+    heads, keys, values = sizes
+    shapes = [(rows, heads, length, width) for width in (keys, keys, values)]
+    q, k, v = (torch.randn(s, device=DEVICE, dtype=torch.bfloat16).requires_grad_() for s in shapes)
+    given = torch.randn(shapes[2], device=DEVICE, dtype=torch.bfloat16)
+
+    def gradients(kernel: SDPBackend, padding: int) -> Any:
+        with sdpa_kernel(kernel):
+            out = scaled_dot_product_attention(q, k, pad(v, (0, padding)), is_causal=True)[..., :values]
+            return torch.autograd.grad(out, (q, k, v), given)
+
+    wanted = gradients(SDPBackend.MATH, 0)
+    for kernel in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
+        padding = keys - values if kernel is SDPBackend.FLASH_ATTENTION else 0
+        what = {"kernel": kernel.name.lower(), "rows": rows, "length": length, "padding": padding}
+        try:
+            found = gradients(kernel, padding)
+            gradients(kernel, padding)
+        except RuntimeError as error:
+            emit("attention", **what, failed=repr(error)[:200])
+            continue
+        with timed("attention, ten times", **what) as took:
+            for _ in range(10):
+                gradients(kernel, padding)
+        # Forward two products, backward five, half of each under the causal mask.
+        tflops = 10 * 3.5 * rows * heads * length**2 * (keys + values) / took["seconds"] / 1e12
+        apart = max((a - b).abs().max().item() for a, b in zip(found, wanted, strict=True))
+        emit("attention", **what, tflops=tflops, error=apart)
 
 
 def lora() -> None:

@@ -48,7 +48,7 @@ from align.model.lora import (
     write_merge_report,
 )
 from align.model.names import layout_of, to_checkpoint
-from align.model.policy import load_tokenizer, save_policy
+from align.model.policy import attention_kernel, attention_sizes, load_tokenizer, save_policy
 from align.recipe import BFLOAT16_SUMS, MERGED_ADAPTERS, LearnerOptions, ModelOptions
 from align.run.checkpoints import Entry
 from rollout.processes import ProcessId, introduce_this_process, openmp
@@ -268,7 +268,7 @@ class LearnerRank(ABC):
         trained = sum(size(p) for p in network.parameters() if p.requires_grad)
         if lora is None:
             sent = sum(size(p) * p.element_size() for p in network.parameters())
-            return Trained(f"{trained:,} trainable parameters{self._caveat}", None, sent)
+            return Trained(f"{trained:,} trainable parameters{self._caveat}{self._attention}", None, sent)
         plain, modules = plain_parameters(network), adapted_modules(network)
         total = sum(map(size, plain.values()))
         below = tuple(f"{module}." for module in modules)
@@ -276,7 +276,14 @@ class LearnerRank(ABC):
         for name, layer in adapter_layers(network).items():
             sent += sum(size(p) * p.element_size() for p in factors(layer)) if is_sent_apart(name, layer) else 0
         text = describe(network, total, trained, lora) + (f"; {self._left_out}" if self._left_out else "")
-        return Trained(text + self._caveat, modules, sent)
+        return Trained(text + self._caveat + self._attention, modules, sent)
+
+    @property
+    def _attention(self) -> str:
+        if self._device.type == "cpu":
+            return ""
+        _, keys, values = attention_sizes(self._network.config)
+        return f"; attention, with heads of {keys}/{values}, by {attention_kernel(self._network, self._device)}"
 
     @property
     def _caveat(self) -> str:

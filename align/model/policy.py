@@ -206,6 +206,28 @@ def has_fused_experts(model: Any) -> bool:
     return any(name.endswith("experts.gate_up_proj") for name, _ in model.named_parameters())
 
 
+def attention_sizes(config: Any) -> tuple[int, int, int]:
+    """The heads of a model, and the widths of a head's keys and of its values, which differ in latent attention."""
+    config = config.get_text_config()
+    heads = config.num_attention_heads
+    if getattr(config, "kv_lora_rank", None):
+        return heads, config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return heads, width, width
+
+
+def attention_kernel(model: Any, device: torch.device) -> str:
+    """What computes the causal attention of a model's heads in training: of transformers' "sdpa" the kernel that torch takes there."""
+    if model.config._attn_implementation != "sdpa":
+        return str(model.config._attn_implementation)
+    heads, keys, values = attention_sizes(model.config)
+    q, k, v = (
+        torch.empty(1, heads, 256, width, dtype=model.dtype, device=device, requires_grad=True)
+        for width in (keys, keys, values)
+    )
+    return torch.nn.attention.SDPBackend(torch._fused_sdp_choice(q, k, v, None, 0.0, True)).name.lower()
+
+
 def stop_token_ids(model: ModelOptions, tokenizer: Any) -> list[int]:
     """The tokens that end a completion, in ascending order. Raises UserError where a model has none, or names something else.
 

@@ -5,10 +5,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer, Gemma3Config, Gemma3ForConditionalGeneration, LlamaConfig, LlamaForCausalLM
+import torch
+from transformers import (
+    AutoTokenizer,
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from align.errors import UserError
-from align.model.policy import dtype_here, load_tokenizer, save_policy, stop_token_ids
+from align.model.policy import (
+    attention_kernel,
+    attention_sizes,
+    dtype_here,
+    load_tokenizer,
+    save_policy,
+    stop_token_ids,
+)
 from align.recipe import ModelOptions
 
 NANO = Path(__file__).parents[3] / "recipes/nano/policy"
@@ -108,3 +124,19 @@ def test_a_gpu_takes_a_model_in_bfloat16_that_is_stored_so(
 ) -> None:
     LlamaConfig(dtype=stored).save_pretrained(tmp_path)
     assert dtype_here(tmp_path, on_gpu=on_gpu) == expected
+
+
+def test_the_run_says_which_kernel_pytorch_takes_for_the_heads() -> None:
+    """On a CPU its flash kernel wants keys and values of one width, as on a GPU."""
+    narrow = DeepseekV2Config(
+        num_hidden_layers=1, num_attention_heads=2, qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=32
+    )
+    assert attention_sizes(narrow) == (2, 96, 32)
+    with torch.device("meta"):
+        latent = DeepseekV2ForCausalLM(narrow)
+        plain = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, hidden_size=64, num_attention_heads=4))
+        latent.config._attn_implementation = plain.config._attn_implementation = "sdpa"
+    cpu = torch.device("cpu")
+    assert (attention_kernel(latent, cpu), attention_kernel(plain, cpu)) == ("math", "flash_attention")
+    plain.config._attn_implementation = "eager"
+    assert attention_kernel(plain, cpu) == "eager"
