@@ -26,20 +26,20 @@ def load_from_rank_0(load: Callable[..., Any], device: torch.device) -> Any:
         try:
             model = load()
         except Exception as error:
-            dist.broadcast_object_list(
-                [error if isinstance(error, UserError) else RuntimeError("rank 0 cannot load"), None]
-            )
+            told = error if isinstance(error, UserError) else RuntimeError(f"rank 0 cannot load the model: {error!r}")
+            dist.broadcast_object_list([told, None])
             raise
         dist.broadcast_object_list([layout(model), torch.get_rng_state()])
     else:
-        told: list[Any] = [None, None]
-        dist.broadcast_object_list(told)
-        if isinstance(told[0], Exception):
-            raise told[0]
+        received: list[Any] = [None, None]
+        dist.broadcast_object_list(received)
+        found, random_state = received
+        if isinstance(found, Exception):
+            raise found
         model = load(empty=True)
-        follow(model, told[0])
+        follow(model, found)
         # What is drawn from here on, such as dropout, is as if this rank had loaded the model itself.
-        torch.set_rng_state(told[1])
+        torch.set_rng_state(random_state)
     for buffer in model.buffers():
         buffer.data = buffer.data.to(device).contiguous()
         dist.broadcast(buffer.data, 0)

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +219,8 @@ class LearnerRank(ABC):
         deepspeed.init_distributed(
             dist_backend="gloo" if self._device.type == "cpu" else "nccl",
             verbose=False,
+            # Whoever started the ranks ends those that hang; its limits may be longer than PyTorch's, such as while rank 0 reads a checkpoint.
+            timeout=timedelta(days=7),
             auto_mpi_discovery=False,
         )
         self._tokenizer = load_tokenizer(self._model.path, trust_remote_code=self._model.trust_remote_code)

@@ -154,10 +154,12 @@ def doctor(model: ModelOptions, rollout: FleetOptions) -> str:
 
 def on_gpus(model: ModelOptions, rollout: FleetOptions, learner: LearnerOptions) -> tuple[FleetOptions, LearnerOptions]:
     """The options with which the doctor's engines fit this machine's GPUs. Raises UserError where they do not."""
-    weights = model_sizes(skeleton_of(model)).total * DTYPES[model.dtype].itemsize
     cards = [card["memory"] for card in gpu_records() if card["memory"]]
-    if torch.cuda.device_count() > rollout.workers * rollout.tensor_parallel or not cards:
+    if torch.cuda.device_count() > rollout.workers or not cards:
         return rollout, learner
+    if rollout.workers > 1:
+        raise UserError(f"--workers {rollout.workers}: each wants a GPU, and the learner one too; lower it")
+    weights = model_sizes(skeleton_of(model)).total * DTYPES[model.dtype].itemsize
     share = sampler_share(weights, min(cards))
     return (
         rollout.model_copy(update={"gpus": 0.4, "gpu_memory_share": min(share, rollout.gpu_memory_share)}),

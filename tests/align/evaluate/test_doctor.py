@@ -38,8 +38,8 @@ from align.evaluate.doctor import (
 )
 from align.model.policy import load_tokenizer
 from align.model.sizes import read_config
-from align.recipe import ModelOptions
-from align.tools.offline import doctor
+from align.recipe import LearnerOptions, ModelOptions, OptimizerOptions
+from align.tools.offline import doctor, on_gpus
 from rollout import FleetOptions
 
 
@@ -337,6 +337,35 @@ def test_what_does_not_fit_is_said_with_its_sizes() -> None:
         UserError, match=r"do not fit one GPU of 80 GiB: each holds 58\.5 GiB of weights.*--dtype bfloat16"
     ):
         sampler_share(2 * V2_LITE, CARD)
+
+
+@pytest.fixture
+def engines_on(policy: ModelOptions, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A function of the number of cards of 80 GB and of workers: the options of the doctor's sampler and learner there."""
+
+    def options(cards: int, workers: int) -> tuple[FleetOptions, LearnerOptions]:
+        monkeypatch.setattr("torch.cuda.device_count", lambda: cards)
+        monkeypatch.setattr("align.tools.offline.gpu_records", lambda: [{"memory": CARD}] * cards)
+        learner = LearnerOptions(ranks=1, optimizer=OptimizerOptions(learning_rate=1e-3))
+        return on_gpus(policy, FleetOptions(workers=workers), learner)
+
+    return options
+
+
+def test_sampler_and_learner_share_the_only_gpu(engines_on: Any) -> None:
+    rollout, learner = engines_on(cards=1, workers=1)
+    assert rollout.gpus + learner.gpus == 1
+    assert rollout.gpu_memory_share <= (CARD - LEARNER_ROOM) / CARD
+
+
+def test_with_a_gpu_for_each_they_share_none(engines_on: Any) -> None:
+    rollout, learner = engines_on(cards=3, workers=2)
+    assert rollout.gpus == learner.gpus == 1
+
+
+def test_more_workers_than_there_are_gpus_beside_the_learner_are_refused(engines_on: Any) -> None:
+    with pytest.raises(UserError, match="--workers 2"):
+        engines_on(cards=2, workers=2)
 
 
 def test_deepcopy_of_the_configuration_leaves_the_skeleton_alone(skeleton: Any) -> None:

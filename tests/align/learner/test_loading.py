@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DeepseekV2Config
+from transformers import AutoModelForCausalLM, DeepseekV2Config, PreTrainedModel
 
 from align.errors import UserError
 from align.learner.group import LearnerGroup, RankGroup
@@ -35,19 +35,16 @@ def options(**values: Any) -> LearnerOptions:
 
 def without_checkpoints(rank: Any) -> None:
     """Let a rank's process read no checkpoint from here on."""
-    from transformers import PreTrainedModel
 
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("a rank other than 0 reads the checkpoint")
 
-    PreTrainedModel.from_pretrained_as_it_was = PreTrainedModel.from_pretrained
+    PreTrainedModel.as_it_was = vars(PreTrainedModel)["from_pretrained"]
     PreTrainedModel.from_pretrained = refuse
 
 
 def with_checkpoints(rank: Any) -> None:
-    from transformers import PreTrainedModel
-
-    PreTrainedModel.from_pretrained = PreTrainedModel.from_pretrained_as_it_was
+    PreTrainedModel.from_pretrained = vars(PreTrainedModel)["as_it_was"]
 
 
 def content(rank: Any) -> dict[str, Any]:
