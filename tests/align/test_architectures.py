@@ -26,9 +26,10 @@ from transformers import (
 from transformers.core_model_loading import revert_weight_conversion
 
 from align.evaluate.doctor import CheckStatus, examine
+from align.learner.loading import layout
 from align.model.lora import chosen_parts, left_out, parts_of
 from align.model.names import from_checkpoint, layout_of, to_checkpoint
-from align.model.policy import load_tokenizer
+from align.model.policy import load_policy, load_tokenizer
 from align.model.sizes import model_sizes
 from align.plan.memory import adapted_parameters
 from align.recipe import ModelOptions
@@ -136,6 +137,53 @@ def test_the_doctor_finds_nothing_wrong_with_it(name: str, tmp_path: Path) -> No
     write_model(ARCHITECTURES[name](), tmp_path)
     checks = examine(ModelOptions(path=str(tmp_path)), load_tokenizer(tmp_path))
     assert [check for check in checks if check.status is CheckStatus.FAILED] == []
+
+
+def assert_same_without_content(model: ModelOptions) -> None:
+    """A rank that reads no weights makes the same model: names, shapes, dtypes, buffers, and what is tied."""
+    whole, empty = load_policy(model), load_policy(model, empty=True)
+    assert type(whole) is type(empty)
+    assert layout(whole) == layout(empty)
+    buffers = dict(empty.named_buffers())
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in whole.named_buffers())
+    assert whole.training is empty.training is False
+    tied = [[m.get_input_embeddings().weight is m.get_output_embeddings().weight] for m in (whole, empty)]
+    assert tied[0] == tied[1]
+    assert whole.config.to_dict() == empty.config.to_dict()
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES | MORE)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_rank_that_reads_no_weights_makes_the_same_model(name: str, dtype: Any, tmp_path: Path) -> None:
+    write_model((ARCHITECTURES | MORE)[name](), tmp_path)
+    assert_same_without_content(ModelOptions(path=str(tmp_path), dtype=dtype))
+
+
+OWN_CODE = """
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.added = torch.nn.Linear(8, 8)
+        torch.nn.init.ones_(self.added.weight)
+"""
+
+
+def test_so_too_of_a_model_that_brings_its_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    write_model(LlamaConfig(**SIZES), tmp_path)
+    (tmp_path / "modeling_own.py").write_text(OWN_CODE)
+    config = json.loads((tmp_path / "config.json").read_text())
+    code = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": code}))
+    assert_same_without_content(ModelOptions(path=str(tmp_path), trust_remote_code=True))
 
 
 @pytest.mark.slow
