@@ -69,10 +69,8 @@ class LearnerWorker(LearnerRank):
             total.add(sums)
         return total
 
-    def _move_what_deepspeed_leaves(self, device: torch.device) -> None:
-        super()._move_what_deepspeed_leaves(device)
-        if self._reference is not None and not self._shares_reference:
-            self._reference.to(device)
+    def _held(self) -> list[Any]:
+        return [*super()._held(), self._reference]
 
     def take_expert_load(self) -> Loads:
         """Where this rank's tokens went since the last time this was asked."""

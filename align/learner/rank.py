@@ -28,6 +28,7 @@ from align.learner.experts import (
     whole_parameters,
 )
 from align.learner.loading import scatter_experts
+from align.learner.offload import HostMemory
 from align.learner.state import load_state, save_state
 from align.model.lora import (
     ADAPTER_DIRECTORY,
@@ -67,7 +68,9 @@ def environment(rank: int, ranks: int, threads: int) -> dict[str, str]:
     if not torch.cuda.is_available():
         variables |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": str(rank), "LOCAL_SIZE": str(ranks)}
     else:
-        variables |= {"LOCAL_RANK": "0"}
+        # Segments that grow and shrink: what others leave free of a shared GPU is in no two pieces alike.
+        allocator = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+        variables |= {"LOCAL_RANK": "0", "PYTORCH_CUDA_ALLOC_CONF": allocator}
     return variables
 
 
@@ -185,21 +188,20 @@ class LearnerRank(ABC):
             raise UserError(f"checkpoint {directory}: {error}") from None
 
     def offload(self) -> None:
-        """Move the rank's parameters, gradients and optimizer state from its GPU to the CPU's memory."""
-        self._engine.offload_states(pin_memory=self._device.type == "cuda")
-        self._move_what_deepspeed_leaves(torch.device("cpu"))
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+        """Move all that the rank holds on its GPU to the CPU's memory: parameters, gradients, optimizer state, the KL's reference."""
+        self._engine.empty_partition_cache()  # of ZeRO-3: parameters that are still gathered
+        # What gradients pass through on their way to other ranks, 5e8 elements. DeepSpeed keeps it, empty, under ZeRO-1 and -3.
+        buckets = getattr(self._engine.optimizer, "ipg_buckets", {}).values()
+        passed = [bucket.buffer for bucket in buckets if not bucket.elements]
+        self._host_memory.offload(*self._held(), scratch=passed)
 
     def onload(self) -> None:
-        """Move the rank's parameters, gradients and optimizer state back to its GPU."""
-        self._engine.reload_states()
-        self._move_what_deepspeed_leaves(self._device)
+        """Move all that `offload` moved back to the GPU."""
+        self._host_memory.onload()
 
-    def _move_what_deepspeed_leaves(self, device: torch.device) -> None:
-        frozen = (p for p in self._network.parameters() if not p.requires_grad)
-        for tensor in (*frozen, *self._network.buffers()):
-            tensor.data = tensor.data.to(device)
+    def _held(self) -> list[Any]:
+        """What leads to all that is on the rank's device."""
+        return [self._engine, self._inputs]
 
     def close(self) -> None:
         """Leave the process group."""
@@ -216,6 +218,7 @@ class LearnerRank(ABC):
         if self._device.type == "cpu":
             # gloo alone: the shared-memory operator would need a compiler on the user's machine.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        self._host_memory = HostMemory(self._device)
         deepspeed.init_distributed(
             dist_backend="gloo" if self._device.type == "cpu" else "nccl",
             verbose=False,

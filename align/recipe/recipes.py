@@ -217,14 +217,6 @@ class PolicyRecipe(SamplingRecipe, TrainingRecipe):
         learner, rollout = self.learner, self.rollout
         if not self.colocate:
             return self
-        if learner.zero_stage not in (1, 2, 3) or learner.expert_parallel > 1:
-            raise ValueError(
-                "colocate: DeepSpeed moves what it holds under zero_stage 1 and 2, without expert_parallel"
-            )
-        if learner.zero_stage == 1 and self.model.dtype == "bfloat16":
-            raise ValueError(
-                "colocate: DeepSpeed does not move the float32 gradients of a bfloat16 model under zero_stage 1; take zero_stage 2"
-            )
         if learner.gpus + rollout.gpus > 1:
             raise ValueError("colocate: learner.gpus and rollout.gpus are more than one GPU together; leave them out")
         if learner.resources or rollout.resources:

@@ -52,8 +52,6 @@ def test_an_adapter_alone_wants_one() -> None:
     ("overrides", "expected"),
     [
         (["weights.transport=broadcast", "rollout.gpus=0.4"], "a GPU of its own for each process"),
-        (["colocate=true", "learner.zero_stage=3"], "zero_stage 1 and 2"),
-        (["colocate=true", "learner.zero_stage=1", "model.dtype=bfloat16"], "take zero_stage 2"),
         (["colocate=true", "learner.gpus=1"], "more than one GPU together"),
         (["colocate=true", "learner=3"], "learner"),
         (["colocate=true", "rollout.tensor_parallel=2"], "for workers of one process"),

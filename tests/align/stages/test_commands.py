@@ -84,8 +84,10 @@ def test_a_mistake_in_the_first_stage_is_found_before_anything_runs(tmp_path: Pa
     ):
         plan(tmp_path, "init_from=recipes/nano/reward_model.yaml")
     wrong = tmp_path / "sft.yaml"
-    wrong.write_text(SFT.read_text().replace("zero_stage: 1", "zero_stage: 3"))
-    with pytest.raises(UserError, match=r"init_from: .*colocate: DeepSpeed moves what it holds"):
+    wrong.write_text(SFT.read_text().replace("zero_stage: 1", "gpus: 1"))
+    with pytest.raises(
+        UserError, match=r"init_from: .*colocate: learner\.gpus and rollout\.gpus are more than one GPU"
+    ):
         plan(tmp_path, f"init_from={wrong}", "colocate=true")
 
 
