@@ -10,7 +10,7 @@ import torch
 
 from align.learner.batch import Batch, TrainingSequence, collate, collate_after_prompts, sampled_values
 from align.learner.experts import ExpertCounter, Loads
-from align.learner.loading import fill_from_rank_0, load_from_rank_0
+from align.learner.loading import load_from_rank_0
 from align.learner.objective import LogProbs, Objective, Sums, loss_and_sums
 from align.learner.rank import LearnerRank, Trained
 from align.model.policy import load_policy
@@ -42,9 +42,7 @@ class LearnerWorker(LearnerRank):
         if self._shares_reference:
             self._reference = self._engine.module
         elif reference is not None:
-            loaded = load_from_rank_0(partial(load_policy, reference), self._device).to(self._device)
-            fill_from_rank_0(loaded)
-            self._reference = LogProbs(loaded).eval().requires_grad_(False)
+            self._reference = self._frozen(LogProbs(load_from_rank_0(partial(load_policy, reference), self._device)))
         self._expert_counter = ExpertCounter(policy)
         self._settle()
         return trained

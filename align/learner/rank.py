@@ -27,7 +27,7 @@ from align.learner.experts import (
     shape,
     whole_parameters,
 )
-from align.learner.loading import scatter_experts
+from align.learner.loading import fill_from_rank_0, scatter_experts
 from align.learner.offload import HostMemory
 from align.learner.state import load_state, save_state
 from align.model.lora import (
@@ -248,11 +248,7 @@ class LearnerRank(ABC):
             scatter_experts(network, self._options.expert_parallel, self._device)
         config = self._deepspeed_config()
         if self._options.zero_stage == 3:
-            mark_moe_leaves(module)
-            # One parameter after the other: DeepSpeed itself would first move the whole model to every rank's device.
-            deepspeed.zero.Init(module=module, config_dict_or_path=config)
-            for buffer in module.buffers():
-                buffer.data = buffer.data.to(self._device)
+            self._shard(module, config)
         # The optimizer is made when DeepSpeed asks for it: only then are the experts where they stay.
         self._engine, self._optimizer, *_ = deepspeed.initialize(
             model=module, optimizer=lambda _: self._make_optimizer(module), config=config
@@ -268,6 +264,33 @@ class LearnerRank(ABC):
         self._inputs = {} if self._options.lora is None else remember_inputs(network)
         self._trained = self._what_is_trained()
         return self._trained
+
+    def _shard(self, module: torch.nn.Module, config: dict[str, Any]) -> None:
+        """Leave to each rank its share of each of the module's parameters, on its device."""
+        import deepspeed
+
+        mark_moe_leaves(module)
+        # One parameter after the other: DeepSpeed itself would first move the whole model to every rank's device.
+        deepspeed.zero.Init(module=module, config_dict_or_path=config)
+        for buffer in module.buffers():
+            buffer.data = buffer.data.to(self._device)
+
+    def _frozen(self, module: torch.nn.Module) -> Any:
+        """A module that is computed and not trained: whole on the rank's device, or under ZeRO-3 shared out over the ranks.
+
+        Each layer is then gathered when it is reached, so that all ranks must call the module, and equally often.
+        """
+        import deepspeed
+
+        module.eval().requires_grad_(False)
+        if self._options.zero_stage < 3:
+            fill_from_rank_0(module.to(self._device))
+            return module
+        config = self._deepspeed_config()
+        self._shard(module, config)
+        engine, *_ = deepspeed.initialize(model=module, config=config)
+        engine.eval()
+        return engine
 
     def _what_is_trained(self) -> Trained:
         network, lora = self._network, self._options.lora

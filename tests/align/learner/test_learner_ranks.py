@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from align.learner.batch import TrainingSequence, collate
 from align.learner.group import LearnerGroup
 from align.learner.objective import LogProbs, Objective
+from align.learner.offload import storages
 from align.losses import grpo_token_loss
 from align.model.names import from_checkpoint
 from align.model.policy import load_policy
@@ -184,3 +185,25 @@ def test_the_grpo_gradient_is_the_same_under_every_split(
         assert found.keys() == expected.keys()
         apart = torch.sqrt(sum((found[n] - g).square().sum() for n, g in expected.items()))
         assert apart / size < 1e-5, (micro_batch_tokens, calls)
+
+
+def test_the_reference_says_what_a_whole_copy_says_and_is_shared_out_under_zero_3(
+    learner: LearnerGroup, policy: ModelOptions, sequences: Draw
+) -> None:
+    import ray
+
+    def compare(worker: Any, drawn: list[TrainingSequence]) -> tuple[bool, int, int, int]:
+        batch, whole = worker._collate(drawn), LogProbs(load_policy(policy))
+        with torch.no_grad():
+            expected = whole(**batch.inputs, temperature=0.7)[0]
+        # Three times: in the first two passes DeepSpeed sees in which order modules are computed, and then it prefetches.
+        equal = [torch.equal(worker._reference_log_probs(batch, 0.7), expected) for _ in range(3)]
+        # DeepSpeed leaves small parameters whole, which most of nano's are.
+        small = sum(4 * p.ds_numel for p in worker._reference.parameters() if getattr(p, "ds_persist", False))
+        return all(equal), small, *(sum(s.nbytes() for s in storages(held)) for held in (worker._reference, whole))
+
+    # Each rank has sequences of its own, of which the experts of a layer get other tokens.
+    calls = [r.__ray_call__.remote(compare, sequences(n)[n : 3 * n + 4]) for n, r in enumerate(learner._ranks)]
+    for equal, small, held, whole in ray.get(calls):
+        assert equal
+        assert held - small == pytest.approx(whole / (2 if learner._options.zero_stage == 3 else 1), rel=0.01)
