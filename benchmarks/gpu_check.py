@@ -160,20 +160,16 @@ def lite_directory(seed: int = 0) -> Path:
     return directory
 
 
-def new_engine(directory: Path, *, sleeps: bool = False, changed: dict[str, Any] | None = None) -> sampler.Engine:
-    """The project's sampler on the GPU; `changed` are arguments of vLLM in place of the project's own."""
+def new_engine(directory: Path, dtype: str = "bfloat16", **options: Any) -> sampler.Engine:
+    """The project's sampler on the GPU, with these of its options."""
     os.environ |= environment(os.cpu_count() or 1) | {"VLLM_LOGGING_LEVEL": "INFO"}
-    options = EngineOptions(
-        max_length=CONTEXT, batch_sequences=64, kv_cache_gb=CACHE_GB, gpu_memory_share=0.5, sleeps=sleeps
-    )
-    arguments = sampler.engine_arguments
+    given = {"max_length": CONTEXT, "batch_sequences": 64, "kv_cache_gb": CACHE_GB, "gpu_memory_share": 0.5} | options
     with timed("import vllm"):
         importlib.import_module("vllm")
-    with (
-        timed("engine started"),
-        patch.object(sampler, "engine_arguments", lambda *given: arguments(*given) | (changed or {})),
-    ):
-        engine = sampler.Engine(directory, "bfloat16", options, [1])
+    with timed("engine started", dtype=dtype, **options):
+        engine = sampler.Engine(directory, dtype, EngineOptions.model_validate(given), [1])
+    chosen = ("VLLM_MLA_DISABLE", "TRITON_F32_DEFAULT", "VLLM_BATCH_INVARIANT")
+    emit("environment", **{name: os.environ[name] for name in chosen if name in os.environ})
     emit("memory with engine", **memory())
     emit("backends", **backends(engine))
     return engine
@@ -197,15 +193,19 @@ def backends(engine: sampler.Engine) -> dict[str, str]:
     return found
 
 
-def sample(engine: sampler.Engine, what: str, seed: int = 0) -> list[Trajectory]:
-    """The same prompts each time, answered from `seed`."""
-    drawn, vocabulary = random.Random(0), lite_config(LAYERS)["vocab_size"]
+def sample(
+    engine: sampler.Engine, what: str, seed: int = 0, at_once: int = PROMPTS, vocabulary: int = 0
+) -> list[Trajectory]:
+    """The same prompts each time, of ids below `vocabulary`, answered from `seed` in engine batches of `at_once`."""
+    drawn, vocabulary = random.Random(0), vocabulary or lite_config(LAYERS)["vocab_size"]
     ranges = [LONG if i % 8 == 7 else SHORT for i in range(PROMPTS)]
     ids = [[drawn.randrange(2, vocabulary) for _ in range(drawn.randint(*r))] for r in ranges]
     requests = [sampler.Request(Prompt(f"p{i}", row), 0, seed * 1000 + i) for i, row in enumerate(ids)]
     before = engine.steps
+    options = SamplingOptions(temperature=1.0, max_new_tokens=NEW_TOKENS)
     with timed(what) as values:
-        found = engine.sample(requests, SamplingOptions(temperature=1.0, max_new_tokens=NEW_TOKENS))
+        batches = [requests[start : start + at_once] for start in range(0, PROMPTS, at_once)]
+        found = [trajectory for batch in batches for trajectory in engine.sample(batch, options)]
         values |= {"sampled_tokens": sum(len(c.token_ids) for c in found), "engine_steps": engine.steps - before}
     mean = np.concatenate([c.log_probs for c in found]).mean().item()
     emit("sampled", finite=all(c.is_finite for c in found), mean_log_prob=mean)
@@ -410,15 +410,53 @@ def sleep_and_wake(turn: int, working: str, leave: Callable[[], Any], away: str,
 
 
 def graphs() -> None:
-    """h: b with CUDA graphs, which the sampler does not use as it is, before and after an update"""
-    changed = {"enforce_eager": False, "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}}
-    engine = new_engine(lite_directory(), changed=changed)
+    """h: b with CUDA graphs, before and after an update and a sleep"""
+    old, new = lite_directory(0), lite_directory(1)
+    engine = new_engine(old, cuda_graphs=True, sleeps=True)
     sample(engine, "first batch, graphs", seed=1)
-    found = sample(engine, "batch, graphs")
+    first = sample(engine, "batch, graphs")
     emit("memory with graphs", **memory())
-    emit_equal("eager and graphs", kept_samples(), found)
-    engine.load(CheckpointWeights(lite_directory()), 1)
-    emit_equal("graphs, before and after the same weights", found, sample(engine, "batch after an update"))
+    emit_equal("eager and graphs", kept_samples(), first)
+    engine.load(CheckpointWeights(new), 1)
+    second = sample(engine, "batch of the new weights, graphs")
+    emit_equal("graphs: old and new weights (must differ)", first, second)
+    sleep_and_wake(1, "awake", engine.offload, "asleep", engine.onload)
+    engine.load(CheckpointWeights(old), 2)
+    emit_equal("graphs: old weights, before and again", first, sample(engine, "batch of the old weights again"))
+    engine.offload()
+    sampled, learner = [c.log_probs for c in second], learner_log_probs(new, second, "bfloat16")
+    emit_difference("graphs, after the update: vLLM and transformers", learner, sampled)
+
+
+def float32() -> None:
+    """i: b and c in float32, with plain attention"""
+    in_float32(lite_directory())
+
+
+def nano_float32() -> None:
+    """n: the nano policy, sampled in float32 and compared with transformers"""
+    directory = empty_directory("nano", read_config(str(NANO)))
+    if not (directory / "model.safetensors").exists():
+        save_policy(random_model(directory, 0), load_tokenizer(directory), directory)
+    in_float32(directory)
+
+
+def in_float32(directory: Path) -> None:
+    """Answer prompts in float32, and emit how far transformers is from it: the agreement gate stops at 0.001."""
+    engine = new_engine(directory, "float32")
+    vocabulary = read_config(str(directory))["vocab_size"]
+    sample(engine, "first batch, float32 (kernels are compiled)", seed=1, vocabulary=vocabulary)
+    found = sample(engine, "batch, float32", vocabulary=vocabulary)
+    sampled = [c.log_probs for c in found]
+    emit_difference("float32: vLLM and transformers", learner_log_probs(directory, found, "float32"), sampled)
+
+
+def invariance() -> None:
+    """j: rollout.batch_invariant: the same batch, and in parts"""
+    engine = new_engine(lite_directory(), batch_invariant=True)
+    whole = sample(engine, "batch, invariant")
+    for at_once in (16, 3):
+        emit_equal(f"batches of {at_once}", whole, sample(engine, f"in batches of {at_once}", at_once=at_once))
 
 
 def training() -> None:
@@ -620,12 +658,15 @@ SECTIONS: dict[str, tuple[Callable[[], None], float]] = {
     "d": (weight_sync, 170),
     "e": (training, 150),
     "f": (nano_run, 230),
-    "h": (graphs, 130),
+    "h": (graphs, 170),
+    "i": (float32, 130),
+    "n": (nano_float32, 110),
+    "j": (invariance, 130),
     "l": (lora, 170),
     "g": (lite_run, 230),
 }
 """What each letter runs, and how many seconds it may take; six times as many with `--tiny`."""
-NEEDS_GPU = {"h": "needs a GPU: CUDA graphs"}
+NEEDS_GPU = {"h": "needs a GPU: CUDA graphs", "j": "needs a GPU: other kernels"}
 
 
 def main() -> int:

@@ -243,14 +243,16 @@ def floor(task: Task) -> Result:
 def sampling_passes(task: Task, rank: int, processes: int) -> Iterator[None]:
     """Each item drawn samples a step's completions of this process. Neither seeds nor log-probabilities are asked for."""
     from transformers import AutoConfig
-    from vllm import LLM, SamplingParams
 
-    from rollout.engine import engine_arguments
+    from rollout.arguments import prepare
 
     options = EngineOptions(
         max_length=longest_prompt(task) + task.new_tokens, batch_sequences=task.completions // processes
     )
-    llm = LLM(model=task.policy, dtype=task.dtype, **engine_arguments(AutoConfig.from_pretrained(task.policy), options))
+    arguments = prepare(AutoConfig.from_pretrained(task.policy), task.dtype, options)
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(model=task.policy, dtype=task.dtype, **arguments)
     parameters = SamplingParams(max_tokens=task.new_tokens, ignore_eos=True, detokenize=False)
     prompts = share_of_prompts(task, rank, processes)
     while True:

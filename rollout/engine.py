@@ -1,6 +1,7 @@
 """A vLLM engine in this process: token ids in, token ids and log-probabilities out.
 
-The environment that vLLM reads at import is set by whoever starts the process (`rollout.worker.environment`).
+The environment that vLLM reads at import is set by whoever starts the process (`rollout.worker.environment`), and where it depends on the
+model and the device by `rollout.arguments.prepare`.
 """
 
 import gc
@@ -10,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from rollout.arguments import prepare
 from rollout.sync.base import Bucket, WeightSource
 from rollout.types import (
     EngineOptions,
@@ -56,11 +56,14 @@ class Engine:
         """Load `model` (a Hugging Face directory or hub name) in `dtype` ("float32" or "bfloat16").
 
         `stop_token_ids` are the tokens that end a completion; `trust_remote_code` lets the model bring code of its own.
+        Raises RolloutError where vLLM cannot compute the model on this device as the options want it.
         """
         from transformers import AutoConfig
-        from vllm import LLM
 
         config = AutoConfig.from_pretrained(str(model), trust_remote_code=trust_remote_code)
+        arguments = prepare(config, dtype, options)
+        from vllm import LLM
+
         self.weight_version = 0
         self.steps = 0
         self._options = options
@@ -70,7 +73,9 @@ class Engine:
         trusted = {"trust_remote_code": trust_remote_code}
         # vLLM runs several full garbage collections while it loads; they skip what is frozen, such as its modules.
         gc.freeze()
-        self._llm = LLM(model=str(model), dtype=dtype, **trusted, **engine_arguments(config, options))
+        self._llm = LLM(model=str(model), dtype=dtype, **trusted, **arguments)
+        if options.batch_invariant:
+            self._llm.collective_rpc(use_one_router_kernel)
         self._count_steps()
 
     def sample(self, requests: Sequence[Request], sampling: SamplingOptions) -> list[Trajectory]:
@@ -223,52 +228,8 @@ class Engine:
         )
 
 
-def engine_arguments(config: Any, options: EngineOptions) -> dict[str, Any]:
-    """What vLLM's `LLM` is started with on this machine, for a model with this transformers configuration."""
-    arguments: dict[str, Any] = {
-        "max_model_len": options.max_length,
-        "max_num_seqs": options.batch_sequences,
-        "enforce_eager": True,
-        "skip_tokenizer_init": True,
-        "logprobs_mode": "processed_logprobs",
-        "disable_log_stats": True,
-        "seed": 0,
-    }
-    if config.model_type.startswith("deepseek"):
-        arguments["hf_overrides"] = {"moe_router_dtype": "float32"}
-    arguments |= {
-        "tensor_parallel_size": options.tensor_parallel,
-        "distributed_executor_backend": "uni" if options.tensor_parallel == 1 else "mp",
-    }
-    if options.adapter_rank:
-        arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": served_rank(options.adapter_rank)}
-    if torch.cuda.is_available():
-        arguments |= {"gpu_memory_utilization": options.gpu_memory_share, "enable_sleep_mode": options.sleeps}
-        if options.gpus < 1:
-            # What is free of a GPU that others load their models to, at the same time, cannot be measured.
-            arguments["kv_cache_memory_bytes"] = int(options.kv_cache_gb * 2**30)
-        return arguments
-    arguments |= {
-        "kv_cache_memory_bytes": int(options.kv_cache_gb * 2**30),
-        # A seeded request cannot be prefilled in chunks on a CPU: its generator has no offset.
-        "enable_chunked_prefill": False,
-        "max_num_batched_tokens": max(options.max_length, 4096),
-    }
-    if options.native_rotary:
-        arguments["compilation_config"] = {"custom_ops": ["-rotary_embedding"]}
-    if getattr(config, "kv_lora_rank", None):
-        # The backend that vLLM prefers on CPUs with AMX is for bfloat16 only and cannot take new weights.
-        arguments |= {"attention_backend": "CPU_MLA", "enable_prefix_caching": False}
-    else:
-        # A group's prompt is computed once, by whole blocks of the smallest size that there is.
-        arguments |= {"enable_prefix_caching": True, "block_size": 32}
-    return arguments
-
-
-def served_rank(rank: int) -> int:
-    """The smallest rank that vLLM has room for, and that `rank` fits in."""
-    from typing import get_args
-
-    from vllm.config.lora import MaxLoRARanks
-
-    return min((r for r in get_args(MaxLoRARanks) if r >= rank), default=rank)
+def use_one_router_kernel(worker: Any) -> None:
+    """Let routers compute in one way for any number of tokens. For 16 at most vLLM has another, `VLLM_BATCH_INVARIANT` or not."""
+    for module in worker.model_runner.get_model().modules():
+        if hasattr(module, "allow_ll_bf16_gemm"):
+            module.allow_ll_bf16_gemm = False

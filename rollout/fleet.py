@@ -27,8 +27,9 @@ class Fleet:
     """Rollout workers as Ray actors, each with a copy of the policy.
 
     The sequences of a call are cut into engine batches before anything is known of the workers, and each batch is
-    sampled as a whole by one of them. So what comes back is the same, to the last bit, for any number of workers and
-    whichever served a batch, the one that took over from a lost worker included.
+    sampled as a whole by one of them. So what comes back is the same, to the last bit on a CPU, for any number of workers
+    and whichever served a batch, the one that took over from a lost worker included. On GPUs it is with
+    `batch_invariant`, or where the kernels of equal cards compute a batch twice in the same way.
     """
 
     def __init__(

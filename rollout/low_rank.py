@@ -5,6 +5,7 @@ where W x is rounded before the sum. One product of both rounds once, and what i
 by itself, but on CPUs to models without experts only. A layer that vLLM computes out of this module's sight is found by `unused`.
 """
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -225,9 +226,13 @@ class ExpertsUpdate:
                 f"vLLM computes {block} in a way ({backend}) to which no adapter can be added: leave the experts out of "
                 "learner.lora.targets"
             )
+        if os.environ.get("VLLM_BATCH_INVARIANT") == "1":
+            raise WeightUpdateError(
+                f"rollout.batch_invariant: what an adapter adds to {block} depends on the batch: leave the experts out of learner.lora.targets"
+            )
         self._layer, self._method = layers[0], layers[0].quant_method
         self._class = self._method.experts_cls
-        self._method.experts_cls = adapted(self._class)
+        self._use(adapted(self._class))
 
     @property
     def used(self) -> bool:
@@ -256,9 +261,13 @@ class ExpertsUpdate:
 
     def remove(self) -> None:
         """Let vLLM compute by its own kernel, from the next weights on."""
-        self._method.experts_cls = self._class
+        self._use(self._class)
         for weight in (self._layer.w13_weight, self._layer.w2_weight):
             weight.data = weight.data.contiguous()
+
+    def _use(self, kernel: Any) -> None:
+        """Let vLLM make a kernel of this class when it has loaded the next weights."""
+        self._method.experts_cls, self._method.moe_kernel = kernel, None
 
 
 def adapted(kernel: Any) -> Any:

@@ -157,12 +157,23 @@ class EngineOptions(BaseModel):
     batch_sequences: int = Field(
         128,
         ge=1,
-        description="sequences sampled together as one engine batch: the unit of work that is handed to a worker",
+        description="sequences sampled as one engine batch: the unit of work that is handed to a worker, and sampled again when it is lost",
+    )
+    concurrent_sequences: int | None = Field(
+        None,
+        ge=1,
+        description="sequences of an engine batch that are computed at the same time, while the others wait for one of them to end; "
+        "all of them when not given",
     )
     kv_cache_gb: float = Field(
         1.0, gt=0, description="memory for the KV cache of a worker on a CPU, or on a GPU that is not its own, in GiB"
     )
-    gpu_memory_share: float = Field(0.85, gt=0, le=1, description="share of a GPU's memory for a worker on a GPU")
+    gpu_memory_share: float = Field(
+        0.85,
+        gt=0,
+        le=1,
+        description="share of a GPU's memory for a worker on a GPU; where the GPU is not its own, what must be free when it starts",
+    )
     gpus: float = Field(
         1.0,
         gt=0,
@@ -180,11 +191,38 @@ class EngineOptions(BaseModel):
     sleeps: bool = Field(
         False, description="the engine can put what it holds on its GPU into the CPU's memory; `colocate` sets it"
     )
+    cuda_graphs: bool = Field(
+        False,
+        description="a decoding step is one CUDA graph, captured at the start, in place of kernels that are launched one by one: faster "
+        "where a model is small for its GPU. For GPUs",
+    )
+    batch_invariant: bool = Field(
+        False,
+        description="kernels whose results do not depend on the rest of the batch, so that what is sampled is the same to the last bit whichever "
+        "worker draws it; slower. For GPUs, without cuda_graphs",
+    )
     native_rotary: bool = Field(
         True,
         description="rotary embedding in PyTorch. vLLM's own CPU kernel rotates the wrong rows for DeepSeek-V2 without YaRN; "
         "false is there to show that the agreement gate notices",
     )
+
+    @model_validator(mode="after")
+    def _no_more_than_a_batch(self) -> Self:
+        if (self.concurrent_sequences or 0) > self.batch_sequences:
+            raise ValueError(
+                f"concurrent_sequences is {self.concurrent_sequences}, and an engine batch has batch_sequences = {self.batch_sequences}: "
+                "raise batch_sequences, or leave concurrent_sequences out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _not_in_graphs(self) -> Self:
+        if self.batch_invariant and self.cuda_graphs:
+            raise ValueError(
+                "batch_invariant: a graph would keep kernels that depend on the batch; leave cuda_graphs out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _shared_by_one(self) -> Self:

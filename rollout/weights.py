@@ -54,8 +54,9 @@ def has_low_rank_updates(worker: Any) -> bool:
 class WeightUpdate:
     """An update in progress in a vLLM worker process: of the whole model, or of some of its modules.
 
-    From here to `finish` the model has a checkpoint's parameters, without what vLLM derives from them. All methods raise WeightUpdateError where
-    the update does not fit the model.
+    From here to `finish` the model has a checkpoint's parameters, without what vLLM derives from them. What a layer computes with is then where
+    it was before, as CUDA graphs want it: only the copies that kernels for CPUs pack are new. All methods raise WeightUpdateError where the
+    update does not fit the model.
     """
 
     def __init__(self, worker: Any, modules: Sequence[str] | None):
@@ -71,7 +72,7 @@ class WeightUpdate:
         self._low_rank: LowRankUpdates = worker.low_rank
         self._low_rank.remove(self._parts)
         for part in self._parts.values():
-            forget_derived_weights(part)
+            forget_packed_experts(part)
             initialize_layerwise_reload(part)
         below = tuple(self._parts)
         self._expected = {name for name, _ in self._model.named_parameters() if name.startswith(below)}
@@ -82,6 +83,11 @@ class WeightUpdate:
     def take(self, bucket: Bucket) -> None:
         """Write tensors under their checkpoint names; keep LoRA factors for `finish`."""
         weights, updates = split(bucket)
+        if updates and not self._config.enforce_eager:
+            raise WeightUpdateError(
+                "rollout.cuda_graphs: a graph computes without the adapters that come beside the weights; leave it out, or set "
+                "weights.transport: adapter"
+            )
         self._low_rank.take(updates)
         try:
             self._loaded |= self._model.load_weights(iter(weights.items()))
@@ -125,11 +131,11 @@ def check_coverage(expected: set[str], loaded: set[str]) -> None:
         )
 
 
-def forget_derived_weights(model: torch.nn.Module) -> None:
-    """Make the mixture-of-experts layers build their kernels anew: a kept kernel skips its packing on an update."""
+def forget_packed_experts(model: torch.nn.Module) -> None:
+    """Make mixture-of-experts layers on a CPU build their kernels anew: a kept one would compute with weights that are not packed."""
     for module in model.modules():
         method: Any = getattr(module, "quant_method", None)
-        if getattr(method, "moe_kernel", None) is not None:
+        if getattr(getattr(method, "unquantized_backend", None), "name", None) == "CPU":
             method.moe_kernel = None
 
 

@@ -27,6 +27,7 @@ from align.model.names import from_checkpoint, layout_of, to_checkpoint
 from align.model.policy import first_line, has_fused_experts, stop_token_ids, turn_end
 from align.recipe import ModelOptions
 from rollout import Fleet, FleetOptions, Prompt
+from rollout.arguments import Device, refusal
 
 ROUND_TRIP = "  What is 17 + 25?\n\n\tnaïve Größe, 你好，мир, 42,000.5 — \\boxed{-7} 🙂"
 EXPERT_TOLERANCE = 1e-4
@@ -353,12 +354,12 @@ def check_served(skeleton: Any, dtype: str, rollout: FleetOptions) -> Finding:
         takes = ", ".join(map(str, cpu_head_sizes(config)))
         of = "kv_lora_rank + qk_rope_head_dim" if getattr(config, "kv_lora_rank", None) else "a head"
         refused = f"{of} is {size} wide, and vLLM takes {takes} on a CPU. Cure: a model with another head_dim, or a GPU"
-    elif torch.cuda.is_available() and getattr(config, "kv_lora_rank", None) and dtype == "float32":
-        refused = "vLLM takes latent attention in float32 on no GPU. Cure: model.dtype=bfloat16"
     elif positions and not scaled and rollout.max_length > positions:
         refused = f"rollout.max_length is {rollout.max_length}, and the model has {positions} positions. Cure: lower it to {positions}"
     elif heads % rollout.tensor_parallel:
         refused = f"rollout.tensor_parallel is {rollout.tensor_parallel}, and {heads} heads cannot be divided by it. Cure: a divisor of {heads}"
+    else:
+        refused = refusal(dtype, rollout, Device.here())
     return (FAILED, refused) if refused else (OK, f"takes {skeleton.config.architectures[0]} with heads of {size}")
 
 

@@ -21,7 +21,7 @@ from align.evaluate.hooks import EvaluationError, Metrics, PolicyCheckpoint, reg
 from align.model.policy import first_line, load_policy, load_tokenizer
 from align.recipe import ModelOptions
 from rollout import EngineOptions, Fleet
-from rollout.engine import engine_arguments
+from rollout.arguments import prepare
 from rollout.worker import environment
 
 REPORT_TASKS: Mapping[str, int] = {
@@ -257,12 +257,13 @@ def load_model(
         device = "cuda" if torch.cuda.is_available() else "cpu"
         tokenizer = load_tokenizer(model.path, trust_remote_code=model.trust_remote_code)
         return HFLM(load_policy(model).to(device), tokenizer=tokenizer, batch_size=batch_size or 8)
-    name_vllm()
-    from lm_eval.models.vllm_causallms import VLLM
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
-    arguments = engine_arguments(config, options)
+    arguments = prepare(config, model.dtype, options)
+    name_vllm()
+    from lm_eval.models.vllm_causallms import VLLM
+
     for name in ("skip_tokenizer_init", "logprobs_mode", "seed"):
         del arguments[name]
     arguments |= {"dtype": model.dtype, "trust_remote_code": model.trust_remote_code}

@@ -137,7 +137,9 @@ def worker_memory(
     weights = sizes.total * element / (options.tensor_parallel if gpu_memory else 1)
     tokens = max(options.max_length, 4096 if not gpu_memory else 8192)
     widest = max(sizes.activations[0], sizes.hidden)
-    passing = tokens * widest * element + options.batch_sequences * sizes.vocabulary * 12
+    passing = (
+        tokens * widest * element + (options.concurrent_sequences or options.batch_sequences) * sizes.vocabulary * 12
+    )
     parts = {"weights": weights, "forward pass": passing} | ({"adapter": adapter} if adapter else {})
     if not gpu_memory or options.gpus < 1:
         return parts | {"KV cache": options.kv_cache_gb * GIB}

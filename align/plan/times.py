@@ -45,7 +45,7 @@ def step_seconds(work: Work, worker: Parts | None, gpus_per_node: int) -> dict[s
         options, new_tokens = roles.rollout, roles.sampling.max_new_tokens
         each = -(-roles.sampled_sequences // options.workers)
         in_cache = int(worker["KV cache"] // (work.kv_bytes * options.max_length))
-        together = min(each, max(1, min(options.batch_sequences, in_cache)))
+        together = min(each, max(1, min(options.concurrent_sequences or options.batch_sequences, in_cache)))
         # A step of decoding reads the weights and the cache once, or computes all sequences, whichever takes longer.
         read = (worker["weights"] + together * work.kv_bytes * new_tokens / 2) / rates.decode_bytes
         threads = 1 if gpus_per_node else options.threads
