@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from rollout import (
 )
 from rollout.engine import Request
 from rollout.fleet import engine_batches
+from rollout.worker import RolloutWorker
 
 from .publisher import LocalPublisher
 
@@ -121,6 +123,47 @@ def test_new_weights_arrive_whole(fleet: Fleet, weights: dict[str, torch.Tensor]
                 logits = model(input_ids=ids, use_cache=False).logits[0, len(completion.prompt_token_ids) - 1 : -1]
             expected = logits.log_softmax(-1).gather(-1, torch.tensor(completion.token_ids).unsqueeze(-1)).squeeze(-1)
             assert completion.log_probs == pytest.approx(expected.tolist(), abs=2e-5)
+
+
+def addresses(worker: Any) -> dict[str, int]:
+    """Where the tensors are that a vLLM worker's model computes with: parameters, buffers, and what its modules hold besides."""
+    model = worker.model_runner.get_model()
+    found = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+    for name, module in model.named_modules():
+        for holder in (module, getattr(module, "quant_method", None), getattr(module, "impl", None)):
+            found |= {f"{name}.{at}": held for at, held in getattr(holder, "__dict__", {}).items()}
+    return {name: held.data_ptr() for name, held in found.items() if isinstance(held, torch.Tensor)}
+
+
+def note_addresses(worker: Any) -> None:
+    worker.noted = addresses(worker)
+
+
+def compare_addresses(worker: Any) -> None:
+    now = addresses(worker)
+    # Attention has W_UV and W_UK_T from kv_b_proj, and scales of 1 on the CPU, which no kernel reads.
+    assert sum(name.endswith(("W_UV", "W_UK_T", "w13_weight")) for name in now) == 4 + 4 + 3
+    moved = [name for name in now | worker.noted if now.get(name) != worker.noted.get(name)]
+    moved = [name for name in moved if not name.endswith("_scale_cpu")]
+    if moved:
+        raise WeightUpdateError(f"moved: {moved}")
+
+
+@pytest.mark.parametrize("module", [None, "model.layers.1.self_attn", "model.layers.1.mlp"])
+def test_an_update_writes_each_tensor_to_where_it_was(
+    fleet: Fleet, weights: dict[str, torch.Tensor], module: str | None
+) -> None:
+    """A CUDA graph would compute with the new ones. What kernels for CPUs have packed, in a closure `cpu_linear`, is not looked at."""
+    worker = fleet.workers[0].actor
+    assert worker is not None
+    worker.call(RolloutWorker.everywhere, note_addresses).future().result()
+    changed = {n: t * 1.01 for n, t in weights.items() if module is None or n.startswith(f"{module}.")}
+    for version in (1, 2):
+        fleet.load(stored(changed), version, modules=module and [module])
+        worker.call(RolloutWorker.everywhere, compare_addresses).future().result()
 
 
 def test_each_process_of_a_worker_receives_a_broadcast(fleet: Fleet, weights: dict[str, torch.Tensor]) -> None:
