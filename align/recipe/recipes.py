@@ -202,6 +202,11 @@ class PolicyRecipe(SamplingRecipe, TrainingRecipe):
                     "weights.transport: adapter sends the adapter alone, and there is none: set learner.lora"
                 )
             refuse_without_effect(self, "weights.bucket_mb", "an adapter is sent as a whole")
+        elif self.rollout.cuda_graphs and self.learner.lora is not None:
+            raise ValueError(
+                "rollout.cuda_graphs: a graph computes without the adapters that learner.lora sends beside the weights; leave it out, or "
+                "set weights.transport: adapter"
+            )
         return self
 
     @model_validator(mode="before")

@@ -1,5 +1,6 @@
 """What a worker and its engine ask of vLLM, without one: trust in a model's own code, and answers that must not be passed over."""
 
+import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -7,12 +8,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from rollout import AdapterFiles, Fleet, FleetOptions, Prompt, SamplingOptions, WeightUpdateError
-from rollout.engine import Engine, Request
+from rollout.engine import Engine, Request, use_one_router_kernel
+from rollout.low_rank import Factors
 from rollout.sync.object_store import StoredWeights
 from rollout.types import EngineOptions
-from rollout.weights import check_coverage
+from rollout.weights import WeightUpdate, check_coverage
 from rollout.worker import RolloutWorker
 
 ACTIONS: dict[str, Callable[[Engine], object]] = {
@@ -40,6 +43,24 @@ def test_an_update_that_leaves_a_parameter_out_is_refused_by_name() -> None:
     check_coverage({"norm.weight", "head.weight"}, {"norm.weight", "head.weight", "more"})
     with pytest.raises(WeightUpdateError, match=r"1 of the sampler's 2 parameters .*: head\.weight"):
         check_coverage({"norm.weight", "head.weight"}, {"norm.weight"})
+
+
+def test_a_graph_takes_no_adapter_beside_its_weights() -> None:
+    update = object.__new__(WeightUpdate)
+    update._config = SimpleNamespace(enforce_eager=False)
+    with pytest.raises(WeightUpdateError, match=r"rollout\.cuda_graphs: .*weights\.transport: adapter"):
+        update.take(Factors(torch.ones(1, 2), torch.ones(3, 1), 1.0).named("model.layers.0.mlp.up_proj.weight"))
+
+
+def test_routers_have_one_kernel_for_any_number_of_tokens() -> None:
+    gate, head = SimpleNamespace(allow_ll_bf16_gemm=True), SimpleNamespace()
+    model = SimpleNamespace(modules=lambda: [gate, head])
+    use_one_router_kernel(SimpleNamespace(model_runner=SimpleNamespace(get_model=lambda: model)))
+    assert gate.allow_ll_bf16_gemm is False
+    assert not hasattr(head, "allow_ll_bf16_gemm")
+    from vllm.model_executor.layers.fused_moe.router.gate_linear import GateLinear
+
+    assert "if (\n            self.allow_ll_bf16_gemm\n" in inspect.getsource(GateLinear.forward)
 
 
 CODE = """

@@ -52,6 +52,7 @@ def test_an_adapter_alone_wants_one() -> None:
     ("overrides", "expected"),
     [
         (["weights.transport=broadcast", "rollout.gpus=0.4"], "a GPU of its own for each process"),
+        (["rollout.cuda_graphs=true", "learner.lora={rank: 8}"], "set weights.transport: adapter"),
         (["colocate=true", "learner.gpus=1"], "more than one GPU together"),
         (["colocate=true", "learner=3"], "learner"),
         (["colocate=true", "rollout.tensor_parallel=2"], "for workers of one process"),
