@@ -52,7 +52,7 @@ class ScoringPool:
     def __init__(
         self, mixture: Mixture, *, workers: int, timeout_s: float, gpus: float = 0.0, start_timeout_s: float = START_S
     ) -> None:
-        """Start the workers, each with `gpus` GPUs.
+        """Start the workers, each with `gpus` GPUs; with none they see none.
 
         `timeout_s`: how long all of them together may take until one more batch is judged; `start_timeout_s`: how long each may take to load
         what its rewards need.
@@ -119,10 +119,10 @@ class ScoringPool:
     def _start(self) -> Any:
         import ray
 
-        actor = ray.remote(num_cpus=0, num_gpus=self._gpus, max_restarts=0, runtime_env={"env_vars": _ENVIRONMENT})(
-            ScoringWorker
-        )
-        return actor.remote(self.mixture)
+        # An actor without a GPU would see all those of its node.
+        variables = _ENVIRONMENT | ({} if self._gpus else {"CUDA_VISIBLE_DEVICES": ""})
+        actor = ray.remote(num_cpus=0, num_gpus=self._gpus, max_restarts=0, runtime_env={"env_vars": variables})
+        return actor(ScoringWorker).remote(self.mixture)
 
     def _hand_out(self, ticket: Ticket) -> None:
         ticket.result = self._workers[ticket.worker].score.remote(ticket.samples)

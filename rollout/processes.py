@@ -27,6 +27,8 @@ UNSEEN_BYTES = 500 * 10**9
 """What a model on the hub may have: DeepSeek-V2 has 472 GB. It has to come from there first, and for how long nobody knows."""
 WEIGHT_FILES = ("*.safetensors", "*.bin")
 STACKS_SIGNAL = signal.SIGUSR2
+HIDDEN = ("", "-1")
+"""Values of CUDA_VISIBLE_DEVICES that hide all GPUs."""
 
 
 def openmp(threads: int) -> dict[str, str]:
@@ -51,6 +53,24 @@ def start_limit_s(given: float | None, least: float, *models: str) -> float:
         for model in models
     ]
     return least + sum(sizes) // SLOW_READ
+
+
+def usable_gpus() -> float:
+    """GPUs of the Ray cluster, whoever has them now; 0 where this process hides its own on purpose, or torch is built for CPUs alone.
+
+    The driver decides by it what its actors get, wherever they run: it may be on a node without GPUs itself.
+    """
+    import ray
+    import torch
+
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in HIDDEN or not torch.backends.cuda.is_built():
+        return 0.0
+    return float(ray.cluster_resources().get("GPU", 0.0))
+
+
+def visibility(gpus: float) -> dict[str, str]:
+    """The environment of an actor with so many GPUs: of one with none Ray would leave all GPUs of its node to be seen."""
+    return {} if gpus else {"CUDA_VISIBLE_DEVICES": ""}
 
 
 @dataclass(frozen=True, slots=True)

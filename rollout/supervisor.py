@@ -242,7 +242,7 @@ class Supervisor:
         update.replaced = [u for u in self._updates if u not in kept]
         self._updates, self._spent = [*kept, update], None
         actors, size = [worker.actor for worker in self._up], self._options.tensor_parallel
-        update.parts = dict(zip(actors, update.source.for_workers(len(actors), size), strict=True))
+        update.parts = dict(zip(actors, update.source.for_workers(actors, size), strict=True))
         update.late = update.source if update.source.is_kept else None
         update.receiving.put(len(actors) * size)
 

@@ -17,13 +17,14 @@ CONCURRENCY_GROUPS = {"pulse": 1, "watch": 1}
 """Threads of the actor besides the one that the engine runs in."""
 
 
-def environment(threads: int) -> dict[str, str]:
-    """What must be in the environment before the process of a worker starts.
+def environment(threads: int, *, on_gpu: bool | None = None) -> dict[str, str]:
+    """What must be in the environment before the process of a worker starts, on a GPU where this process has one when not given.
 
     vLLM then runs in the actor's own process: it loads in seconds, and no engine process can outlive a killed actor.
     """
     # On a CPU vLLM would compile a single small function, which takes a C++ compiler and seconds at each start.
-    compilation = {} if torch.cuda.is_available() else {"TORCHDYNAMO_DISABLE": "1"}
+    has_gpu = torch.cuda.is_available() if on_gpu is None else on_gpu
+    compilation = {} if has_gpu else {"TORCHDYNAMO_DISABLE": "1"}
     return {
         **compilation,
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

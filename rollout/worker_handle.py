@@ -6,8 +6,6 @@ from enum import StrEnum
 from functools import partial
 from typing import Any, NamedTuple
 
-import torch
-
 from rollout import processes
 from rollout.processes import Actor, Pending, ProcessId
 from rollout.types import FleetOptions
@@ -186,11 +184,12 @@ def new_actor(options: FleetOptions, placement_group: Any, number: int) -> Actor
     """Start the actor of a worker, in the bundle of its number where there is a placement group. Ray does not restart it: it would lack its weights."""
     import ray
 
+    gpus = options.tensor_parallel * options.gpus if processes.usable_gpus() else 0
     actor_class = ray.remote(
         num_cpus=0,
-        num_gpus=options.tensor_parallel * options.gpus if torch.cuda.is_available() else 0,
+        num_gpus=gpus,
         resources=options.resources,
-        runtime_env={"env_vars": environment(options.threads)},
+        runtime_env={"env_vars": environment(options.threads, on_gpu=gpus > 0) | processes.visibility(gpus)},
         max_restarts=0,
         concurrency_groups=CONCURRENCY_GROUPS,
         **processes.in_placement_group(placement_group, number),

@@ -22,6 +22,7 @@ from align.model.policy import first_line, load_policy, load_tokenizer
 from align.recipe import ModelOptions
 from rollout import EngineOptions, Fleet
 from rollout.arguments import prepare
+from rollout.processes import usable_gpus, visibility
 from rollout.worker import environment
 
 REPORT_TASKS: Mapping[str, int] = {
@@ -96,8 +97,8 @@ def lm_eval_tasks(
 ) -> Metrics:
     """Tasks of lm-evaluation-harness, by their names or as {name: shots}; "deepseek_v2_report" stands for the report's.
 
-    The harness loads the checkpoint a second time, with transformers ("hf") or vLLM, in a process of its own beside the
-    rollout workers, and on a GPU needs room there; `engine` sets vLLM up, as `rollout` does the workers. `limit` is the
+    The harness loads the checkpoint a second time, with transformers ("hf") or vLLM, in a process of its own beside learners and
+    rollout workers: where these have GPUs it takes others; `engine` sets vLLM up, as `rollout` does the workers. `limit` is the
     number of examples of a task, `include_path` a folder with task files of one's own. A task that cannot be loaded is
     not run; nor is one that executes what the model writes, unless `unsafe_code`.
 
@@ -106,8 +107,13 @@ def lm_eval_tasks(
     import ray
 
     require_package()
-    variables = environment(os.cpu_count() or 1) | ({"HF_ALLOW_CODE_EVAL": "1"} if unsafe_code else {})
-    harness = ray.remote(num_cpus=0, max_restarts=0, runtime_env={"env_vars": variables})(Harness).remote()
+    gpus = engine.gpus * (engine.tensor_parallel if backend == "vllm" else 1) if usable_gpus() else 0
+    if gpus > (free := ray.available_resources().get("GPU", 0.0)):
+        raise EvaluationError(
+            f"lm_eval: it takes a GPU beside those of learners and rollout workers, {gpus:g} with this engine, and Ray has {free:g} free; "
+            "lower learner.ranks or rollout.workers by so many"
+        )
+    harness = start_harness(gpus, unsafe_code=unsafe_code)
     result = harness.evaluate.remote(
         with_shots(tasks),
         include_path and include_path.absolute(),
@@ -129,6 +135,16 @@ def lm_eval_tasks(
     finally:
         ray.kill(harness)
     return metrics
+
+
+def start_harness(gpus: float, *, unsafe_code: bool) -> Any:
+    """The actor in which the harness runs, on so many GPUs."""
+    import ray
+
+    variables = environment(os.cpu_count() or 1, on_gpu=gpus > 0) | visibility(gpus)
+    variables |= {"HF_ALLOW_CODE_EVAL": "1"} if unsafe_code else {}
+    actor = ray.remote(num_cpus=0, num_gpus=gpus, max_restarts=0, runtime_env={"env_vars": variables})
+    return actor(Harness).remote()
 
 
 class Harness:

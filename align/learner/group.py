@@ -28,7 +28,7 @@ from align.recipe import LearnerOptions, ModelOptions
 from align.run.checkpoints import Entry
 from align.run.files import whole_directory
 from rollout import Colocation, Fleet, ObjectStoreSync, WeightSync
-from rollout.processes import ProcessId, in_placement_group, kill, stacks, start_limit_s
+from rollout.processes import ProcessId, in_placement_group, kill, stacks, start_limit_s, usable_gpus, visibility
 from rollout.sync.base import WriteBuckets
 from rollout.types import PublisherDiedError, PublishError
 
@@ -89,12 +89,14 @@ class RankGroup:
         import ray
 
         options = self._options
+        gpus = options.gpus if usable_gpus() else 0
+        variables = environment(rank, options.ranks, options.threads, on_gpu=gpus > 0) | visibility(gpus)
         return ray.remote(
             num_cpus=0,
-            num_gpus=options.gpus if torch.cuda.is_available() else 0,
+            num_gpus=gpus,
             resources=options.resources,
             max_restarts=0,
-            runtime_env={"env_vars": environment(rank, options.ranks, options.threads)},
+            runtime_env={"env_vars": variables},
             **in_placement_group(placement_group, rank),
         )(kind).remote(model, options)
 

@@ -57,15 +57,15 @@ from rollout.processes import ProcessId, introduce_this_process, openmp
 from rollout.sync.base import WriteBuckets, buckets
 
 
-def environment(rank: int, ranks: int, threads: int) -> dict[str, str]:
-    """What must be in the environment of rank `rank` before its process starts."""
+def environment(rank: int, ranks: int, threads: int, *, on_gpu: bool | None = None) -> dict[str, str]:
+    """What must be in the environment of rank `rank` before its process starts, on a GPU where this process has one when not given."""
     variables = {
         "RANK": str(rank),
         "WORLD_SIZE": str(ranks),
         "TOKENIZERS_PARALLELISM": "false",
         **openmp(threads),
     }
-    if not torch.cuda.is_available():
+    if not (torch.cuda.is_available() if on_gpu is None else on_gpu):
         variables |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": str(rank), "LOCAL_SIZE": str(ranks)}
     else:
         # Segments that grow and shrink: what others leave free of a shared GPU is in no two pieces alike.
@@ -214,6 +214,12 @@ class LearnerRank(ABC):
 
         os.environ |= {"MASTER_ADDR": master, "MASTER_PORT": str(port)}
         torch.manual_seed(seed)
+        if os.environ.get("CUDA_VISIBLE_DEVICES") and not torch.cuda.is_available():
+            raise UserError(
+                f"learner: torch, built for CUDA {torch.version.cuda}, cannot use the GPU of {socket.gethostname()} that this rank was "
+                "given: its driver may be too old for it (nvidia-smi tells both); update the driver, or set CUDA_VISIBLE_DEVICES= in "
+                "front of the command to train on CPUs"
+            )
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if self._device.type == "cpu":
             # gloo alone: the shared-memory operator would need a compiler on the user's machine.

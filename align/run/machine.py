@@ -5,7 +5,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -104,6 +104,29 @@ def gpu_records() -> list[dict[str, Any]]:
         for row in rows
         if len(row) == 3
     ]
+
+
+def check_cuda(built_for: str | None, gpus: Sequence[Mapping[str, Any]], hidden: bool) -> str | None:
+    """Whether a run for which torch finds no GPU may go on, on CPUs. Raises UserError where a torch for CUDA was to use one.
+
+    `built_for` is the CUDA version of torch, None of one for CPUs; `gpus` is what `gpu_records` returns; `hidden`: CUDA_VISIBLE_DEVICES hides
+    them on purpose. Returns a warning where there is a GPU and torch is built for CPUs.
+    """
+    named = f"{gpus[0]['name']}, driver {gpus[0]['driver']}" if gpus else ""
+    if hidden or not (built_for or gpus):
+        return None
+    if built_for is None:
+        return f"torch is built for CPUs and does not use the GPU of this machine ({named}); `make setup ACCELERATOR=cuda` installs one that does"
+    on_purpose = "or set CUDA_VISIBLE_DEVICES= in front of the command to run on CPUs on purpose"
+    if gpus:
+        raise UserError(
+            f"torch is built for CUDA {built_for} and cannot use the GPU of this machine ({named}): the driver is too old for it, or "
+            f"does not work. Update the driver (`nvidia-smi` tells up to which CUDA it goes), {on_purpose}"
+        )
+    raise UserError(
+        f"torch is built for CUDA {built_for} and finds no GPU, nor does nvidia-smi. Run on a machine with one, install what is for CPUs "
+        f"(`make setup ACCELERATOR=cpu`), {on_purpose}"
+    )
 
 
 def git_record(directory: Path) -> dict[str, Any] | None:

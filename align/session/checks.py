@@ -3,6 +3,7 @@
 `align check` and the run itself go through the same list.
 """
 
+import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -193,10 +194,10 @@ def check_model(recipe: Recipe) -> list[str]:
 
 
 def check_adapters_are_served(path: str, sizes: ModelSizes) -> None:
-    """Raise UserError where vLLM cannot add an adapter to a policy on this machine."""
+    """Raise UserError where vLLM cannot add an adapter to a policy on this machine; of a cluster that is joined, nothing is known yet."""
     import torch
 
-    if not torch.cuda.is_available() and sizes.is_mixture:
+    if not torch.cuda.is_available() and "RAY_ADDRESS" not in os.environ and sizes.is_mixture:
         raise UserError(
             f"weights.transport: vLLM adds no adapters to a model with experts ({path}) on a CPU; leave it out, and the workers "
             "get merged weights"

@@ -1,6 +1,7 @@
 """Ray for the time of a run: a cluster of this machine alone that is watched, or one that others have started."""
 
 import ipaddress
+import logging
 import os
 import signal
 import sys
@@ -13,8 +14,10 @@ import torch
 
 from align.errors import RayDiedError, UserError
 from align.model.policy import first_line
+from align.run.machine import check_cuda, gpu_records
 from align.run.watcher import watched
 from align.session.signals import SIGNALS
+from rollout.processes import HIDDEN, usable_gpus
 
 OBJECT_STORE_BYTES = 256 * 2**20
 HEAD = ("gcs_server", "raylet")
@@ -26,14 +29,17 @@ DEAD = "Ray itself died: its process {name} ended with status {status}; `align r
 
 @contextmanager
 def local_ray() -> Iterator[None]:
-    """Ray for the time of a run: the cluster of RAY_ADDRESS where that is set, else one of this machine on loopback."""
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    """Ray for the time of a run: the cluster of RAY_ADDRESS where that is set, else one of this machine on loopback.
+
+    Raises UserError for a cluster that may not be used, and where torch cannot use the GPUs that it is built for.
+    """
     address = os.environ.get("RAY_ADDRESS")
     if address:
         # In a cluster of others Ray itself ends the actors of a driver that is gone.
         with _joined(address):
             yield
     else:
+        check_gpus(torch.cuda.device_count() if torch.cuda.is_available() else 0)
         with watched(), _started():
             yield
 
@@ -49,6 +55,7 @@ def _joined(address: str) -> Iterator[None]:
     except (ConnectionError, ray.exceptions.AuthenticationError) as error:
         raise UserError(f"RAY_ADDRESS={address}: {first_line(error)}") from None
     try:
+        check_gpus(usable_gpus())
         yield
     finally:
         ray.shutdown()
@@ -121,6 +128,14 @@ class _Head:
 
     def _raise(self, *_: object) -> None:
         raise RayDiedError(self._died)
+
+
+def check_gpus(usable: float) -> None:
+    """Raise UserError where a run would go on without the GPUs that torch is built for; `usable` is how many it can have."""
+    if not usable:
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in HIDDEN
+        if told := check_cuda(torch.version.cuda, gpu_records(), hidden):
+            logging.getLogger(__name__).warning(told)
 
 
 def check_address(address: str, auth_mode: str | None) -> None:

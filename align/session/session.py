@@ -1,13 +1,12 @@
 """What a stage runs on, opened and closed in one place: its run, Ray, rollout workers, scoring pool and learner."""
 
+import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
-
-import torch
 
 from align.data.drawing import Source
 from align.errors import UserError
@@ -40,7 +39,7 @@ from rollout import (
     WeightOptions,
     WeightSync,
 )
-from rollout.processes import start_limit_s
+from rollout.processes import start_limit_s, usable_gpus
 from rollout.sync.base import MIB
 
 RESTARTS = 3
@@ -49,6 +48,7 @@ LITTLE_CPU = 0.01
 PLACEMENT_TIMEOUT_S = 60.0
 
 T = TypeVar("T")
+_log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -173,7 +173,7 @@ def shared_gpus(count: int) -> Any:
     """A placement group of `count` bundles with a GPU each. Raises UserError where the cluster has not so many free."""
     import ray
 
-    bundle = {"GPU": 1.0} if torch.cuda.is_available() else {"CPU": LITTLE_CPU}
+    bundle = {"GPU": 1.0} if usable_gpus() else {"CPU": LITTLE_CPU}
     group = ray.util.placement_group([bundle] * count)
     if not group.wait(PLACEMENT_TIMEOUT_S):
         raise UserError(
@@ -198,11 +198,15 @@ def weight_sync_of(options: WeightOptions, directory: Path) -> WeightSync:
 def scoring_pool(rewards: Sequence[RewardTerm], options: ScoringOptions) -> Iterator[ScoringPool]:
     """Start what scores trajectories, and end it afterwards. Raises UserError where a reward cannot run here."""
     mixture = Mixture(rewards, infra_error_limit=options.infra_error_limit)
+    there = usable_gpus()
+    if there and not options.gpus and any(term.name == "reward_model" for term in rewards):
+        _log.warning(
+            "reward models run on the CPU, for scoring.gpus is 0: it gives a scoring worker a GPU, or a share of one"
+        )
+    gpus = options.gpus if there else 0.0
     models = [str(term.params["path"]) for term in rewards if term.name == "reward_model" and "path" in term.params]
     start = start_limit_s(options.start_timeout_s, START_S, *models)
-    pool = ScoringPool(
-        mixture, workers=options.workers, timeout_s=options.timeout_s, gpus=options.gpus, start_timeout_s=start
-    )
+    pool = ScoringPool(mixture, workers=options.workers, timeout_s=options.timeout_s, gpus=gpus, start_timeout_s=start)
     try:
         try:
             pool.wait_until_ready()

@@ -86,9 +86,9 @@ class WeightSource(ABC):
     def load_into(self, engine: Engine, modules: Sequence[str] | None) -> None:
         """Called in a rollout worker: write the weights into its engine. Raises WeightUpdateError, NotReceivedError."""
 
-    def for_workers(self, workers: int, processes: int) -> Sequence[WeightSource]:
-        """What each of the workers that serve now, of so many processes each, is to load."""
-        return [self] * workers
+    def for_workers(self, workers: Sequence[Any], processes: int) -> Sequence[WeightSource]:
+        """What each of the workers that serve now, known by their actors and of so many processes each, is to load."""
+        return [self] * len(workers)
 
     def send(self, processes: int) -> None:  # noqa: B027
         """Called in the driver while the workers, of so many processes together, begin to load."""

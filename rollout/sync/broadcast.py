@@ -1,15 +1,16 @@
 """Weight sync by one broadcast from the learner's device to those of all rollout workers: NCCL between GPUs, gloo between CPUs.
 
-A process group is made for each update and ended after it: rank 0 is the learner's, which sends; then come the processes of the workers. So a
-worker that is lost between two updates blocks nobody, and the group takes no memory while workers sample. Nothing is kept of what was sent: a
-worker that is started later gets the weights in another way (`Broadcast.again`).
+Rank 0 of the process group is the learner's, which sends; then come the processes of the workers. The group stays for the next update while the
+same workers serve, and none of them has missed anything; else the processes meet anew, so that a worker that was lost between two updates blocks
+nobody. Nothing is kept of what was sent: a worker that is started later gets the weights in another way (`Broadcast.again`).
 """
 
 import json
 import logging
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 TIMEOUT = timedelta(seconds=60)
 """How long a process waits for the others, to meet and for each bucket."""
 ALIGNMENT = 16
+BLOCKING_WAIT = "TORCH_NCCL_BLOCKING_WAIT"
 
 
 class Address(NamedTuple):
@@ -37,28 +39,41 @@ class Address(NamedTuple):
     port: int
 
 
-@dataclass(frozen=True, slots=True)
+class Meeting(NamedTuple):
+    """A process group that is whole: where it met, and who is in it."""
+
+    address: Address
+    members: tuple[Any, ...]
+
+
+@dataclass(slots=True)
 class BroadcastSync(WeightSync):
-    """One broadcast to all workers, in buckets of `bucket_bytes`."""
+    """One broadcast to all workers, in buckets of `bucket_bytes`. `last` is the group of the last update, None where the next needs another."""
 
     bucket_bytes: float = 256 * MIB
+    last: Meeting | None = field(default=None, compare=False)
 
     def publish(self, learner: Publisher) -> "Broadcast":
-        return Broadcast(learner, self.bucket_bytes, Address(*learner.free_address()))
+        return Broadcast(learner, self.bucket_bytes, Address(*learner.free_address()), self)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Broadcast(WeightSource):
-    """Weights that the learner sends while the workers receive them, in a group that meets at `address`."""
+    """Weights that the learner sends while the workers receive them, in the group of the last update or one that meets at `address`."""
 
     learner: Publisher
     bucket_bytes: float
     address: Address
+    sync: BroadcastSync = field(default_factory=BroadcastSync)
     is_kept: ClassVar[bool] = False
 
-    def for_workers(self, workers: int, processes: int) -> Sequence[WeightSource]:
-        size = 1 + workers * processes
-        return [Receiver(self.address, size, 1 + processes * place) for place in range(workers)]
+    def for_workers(self, workers: Sequence[Any], processes: int) -> Sequence[WeightSource]:
+        members = (self.learner, processes, *workers)
+        if self.sync.last is None or self.sync.last.members != members:
+            self.sync.last = Meeting(self.address, members)
+        self.address = self.sync.last.address
+        size = 1 + len(workers) * processes
+        return [Receiver(self.address, size, 1 + processes * place) for place in range(len(workers))]
 
     def send(self, processes: int) -> None:
         if not processes:
@@ -70,9 +85,11 @@ class Broadcast(WeightSource):
             raise
         except PublishError as error:
             # The workers notice it too, and get the weights again.
+            self.sync.last = None
             logging.getLogger(__name__).warning("the broadcast of weights broke off: %s", error)
 
     def again(self) -> WeightSource:
+        self.sync.last = None
         try:
             return ObjectStoreSync(self.bucket_bytes).publish(self.learner)
         except PublisherDiedError:
@@ -127,20 +144,52 @@ def send_buckets(address: Address, size: int, buckets: Iterable[Bucket]) -> Iter
 
 @contextmanager
 def meet(address: Address, rank: int, size: int) -> Iterator["Group"]:
-    """A process group for as long as the context. Raises RuntimeError where a process does not come, or goes away."""
+    """The process group of those who meet at `address`, or have met there before. Raises RuntimeError where a process does not come, or goes away.
+
+    It stays open for the next update; where the context fails it is aborted, as is every group of another address: somebody in it is lost.
+    """
+    member = (address, rank, size)
+    for other in [other for other in _groups if other[0] != address]:
+        leave(other)
+    if member not in _groups:
+        _groups[member] = new_group(*member)
+    try:
+        yield _groups[member]
+    except BaseException:
+        leave(member)
+        raise
+
+
+def leave(member: "Member") -> None:
+    """Abort a group of this process, if it is still in it."""
+    if group := _groups.pop(member, None):
+        group.abort()
+
+
+def new_group(address: Address, rank: int, size: int) -> "Group":
+    """Meet the other processes. Raises RuntimeError where one does not come."""
     store = TCPStore(address.host, address.port, size, is_master=rank == 0, timeout=TIMEOUT)
-    if device_type() == "cpu":
-        yield Group(ProcessGroupGloo(store, rank, size, TIMEOUT))
-        return
+    is_cpu = device_type() == "cpu"
+    return Group(ProcessGroupGloo(store, rank, size, TIMEOUT) if is_cpu else nccl_processes(store, rank, size))
+
+
+def nccl_processes(store: TCPStore, rank: int, size: int) -> Any:
+    """NCCL's process group, with waits that block this thread until the GPU is done, and raise what went wrong.
+
+    Otherwise a wait orders streams alone, and torch's watchdog ends the process where a broadcast fails or takes too long.
+    """
     from torch.distributed import ProcessGroupNCCL
 
     options = ProcessGroupNCCL.Options()
     options._timeout = TIMEOUT
-    processes = ProcessGroupNCCL(store, rank, size, options)
+    before = os.environ.get(BLOCKING_WAIT)
+    # It is read here; the groups of DeepSpeed and vLLM in this process are as they were.
+    os.environ[BLOCKING_WAIT] = "1"
     try:
-        yield Group(processes)
+        return ProcessGroupNCCL(store, rank, size, options)
     finally:
-        processes.abort()
+        del os.environ[BLOCKING_WAIT]
+        os.environ |= {} if before is None else {BLOCKING_WAIT: before}
 
 
 class Group:
@@ -188,6 +237,17 @@ class Group:
         options.rootRank = 0
         self._processes.broadcast([tensor], options).wait()
         return tensor
+
+    def abort(self) -> None:
+        """Give up what is under way, and close the connections."""
+        self._processes.abort()
+        del self._processes  # gloo closes them with it alone
+
+
+Member = tuple[Address, int, int]
+"""A group by its address, and a rank and the number of processes in it."""
+_groups: dict[Member, Group] = {}
+"""The groups that this process is in."""
 
 
 def device_type() -> str:

@@ -17,11 +17,13 @@ def free_address() -> Address:
 
 
 class LocalPublisher:
-    """Publishes tensors of this process; `published` tells in which ways. `broadcast` may do something else than send all buckets."""
+    """Publishes tensors of this process; `published` tells in which ways, `meetings` where groups met. `broadcast` may do something else than
+    send all buckets."""
 
     def __init__(self, tensors: dict[str, torch.Tensor], broadcast: Callable[..., Any] | None = None):
-        self._tensors, self._broadcast = tensors, broadcast
+        self._tensors, self.broadcast = tensors, broadcast
         self.published: list[str] = []
+        self.meetings: list[Address] = []
 
     def free_address(self) -> Address:
         return free_address()
@@ -36,8 +38,10 @@ class LocalPublisher:
         if not on_device:
             self.published.append("stored")
             return [ray.put(written) for written in write(made)]
-        self.published.append(f"broadcast to {write.args[1]}")  # type: ignore[attr-defined]
-        if self._broadcast:
-            self._broadcast(*write.args, made)  # type: ignore[attr-defined]
+        address, size = write.args  # type: ignore[attr-defined]
+        self.published.append(f"broadcast to {size}")
+        self.meetings.append(address)
+        if self.broadcast:
+            self.broadcast(address, size, made)
             return []
         return list(write(made))

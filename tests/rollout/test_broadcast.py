@@ -36,18 +36,21 @@ def sampled(witnessed: WitnessedFleet, weights: Weights) -> list[Trajectory]:
 def test_workers_sample_with_what_they_received(witnessed: WitnessedFleet, policy: ModelOptions) -> None:
     learner = LocalPublisher(weights := changed(policy, 1))
     expected = sampled(witnessed, weights)
-    witnessed.fleet.load(stored(changed(policy, 2)), version=6)
-    witnessed.fleet.load(BROADCAST.publish(learner), version=7)
-    assert learner.published == ["broadcast to 3"]
-    assert witnessed.sample() == expected
+    for _ in range(2):
+        witnessed.fleet.load(stored(changed(policy, 2)), version=6)
+        witnessed.fleet.load(BROADCAST.publish(learner), version=7)
+        assert witnessed.sample() == expected
+    assert learner.published == ["broadcast to 3"] * 2
+    assert len(set(learner.meetings)) == 1
 
 
 def test_a_broadcast_that_breaks_off_is_made_up_for_without_a_restart(
     witnessed: WitnessedFleet, policy: ModelOptions
 ) -> None:
     def some_of_it(address: Address, size: int, made: Iterator[Bucket]) -> None:
-        with meet(address, 0, size) as group:
+        with suppress(OSError), meet(address, 0, size) as group:
             group.send(next(made))
+            raise OSError
 
     learner = LocalPublisher(weights := changed(policy, 3), some_of_it)
     expected = sampled(witnessed, weights)
@@ -60,6 +63,10 @@ def test_a_broadcast_that_breaks_off_is_made_up_for_without_a_restart(
     assert all("takes the weights of version 8 by another way" in message for message in told)
     tokens = [completion.token_ids for completion in witnessed.sample()]
     assert tokens == [completion.token_ids for completion in expected]
+    learner.broadcast = None
+    witnessed.fleet.load(BROADCAST.publish(learner), version=9)
+    assert learner.published[2:] == ["broadcast to 3"]
+    assert len(set(learner.meetings)) == 2
 
 
 @pytest.mark.slow

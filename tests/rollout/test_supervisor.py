@@ -9,7 +9,7 @@ import pytest
 
 from rollout import RolloutError, State, WeightUpdateError
 from rollout.supervisor import MOST_LOSSES
-from rollout.sync.broadcast import Address, Broadcast, Receiver
+from rollout.sync.broadcast import Address, Broadcast, BroadcastSync, Receiver
 from rollout.sync.object_store import StoredWeights
 from rollout.types import NotReceivedError, PublisherDiedError
 from rollout.worker import RolloutWorker
@@ -340,6 +340,39 @@ class FakeLearner:
 
 def broadcast(learner: Any) -> Broadcast:
     return Broadcast(learner, 100, Address("host", 1))
+
+
+def test_the_same_members_stay_a_group_and_others_meet_anew() -> None:
+    world, learner, sync = World().started(), FakeLearner(), BroadcastSync()
+    offered = iter(range(1, 100))
+
+    def met(after: Callable[[], Any] = lambda: None) -> list[int]:
+        """Where the workers meet for an update, of which the publisher offers 1, 2, ... in turn; `after` it has begun, something may happen."""
+        source = Broadcast(learner, 100, Address("host", next(offered)), sync)
+        world.update(1, source)
+        parts = [world.source(number) for number, state in enumerate(world.states()) if state is State.STALE]
+        after()
+        for number in range(2):
+            if world.doing(number) == "load":
+                world.end(number)
+        world.supervisor.renew()
+        world.tick()
+        for number in range(2):
+            while world.doing(number) in ("start", "load"):
+                world.end(number)
+        return [part.address.port for part in parts if isinstance(part, Receiver)]
+
+    assert met() == [1, 1]
+    assert met() == [1, 1]
+    assert met(lambda: world.end(0, NotReceivedError("connection closed"))) == [1, 1]
+    assert met() == [4, 4]
+    world.die(1)
+    assert met() == [5]
+    assert met() == [6, 6]
+    learner = FakeLearner()
+    assert met() == [7, 7]
+    assert met(lambda: world.die(0)) == [7, 7]
+    assert met() == [9, 9]
 
 
 def test_the_workers_that_serve_receive_a_broadcast_and_one_that_starts_later_gets_it_again_once() -> None:

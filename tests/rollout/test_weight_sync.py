@@ -1,5 +1,6 @@
 """New weights travel in buckets of bounded size, and arrive in order and unchanged in every way."""
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from itertools import pairwise
@@ -12,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import rollout
-import rollout.sync.broadcast
 from rollout import AdapterSync, BroadcastSync, DirectorySync, Fleet, ObjectStoreSync, Trajectory, WeightSync
-from rollout.sync.base import buckets
-from rollout.sync.broadcast import Receiver, send_buckets
+from rollout.sync import broadcast
+from rollout.sync.base import Bucket, buckets
+from rollout.sync.broadcast import Address, Receiver, send_buckets
 
 from .publisher import LocalPublisher, free_address
 
@@ -56,6 +57,29 @@ def test_every_reader_gets_every_tensor_until_it_is_released(ray_session: None, 
     assert list(tmp_path.rglob("*.safetensors")) == []
 
 
+@pytest.fixture
+def meetings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The ranks that have met the others of their group, each time that they did."""
+    made, ranks = broadcast.new_group, list[int]()
+
+    def new_group(address: Address, rank: int, size: int) -> broadcast.Group:
+        ranks.append(rank)
+        return made(address, rank, size)
+
+    monkeypatch.setattr(broadcast, "new_group", new_group)
+    return ranks
+
+
+def received(where: Address, receivers: int, sent: list[Bucket]) -> list[list[Bucket]]:
+    """What each of the receivers gets of buckets that are sent to a group of them."""
+    with ThreadPoolExecutor(receivers) as threads:
+        found = [
+            threads.submit(lambda n: list(Receiver(where, 1 + receivers, 1).buckets(n)), n) for n in range(receivers)
+        ]
+        assert list(send_buckets(where, 1 + receivers, sent)) == []
+        return [future.result() for future in found]
+
+
 @pytest.mark.parametrize("receivers", [1, 3])
 def test_every_receiver_gets_every_tensor_in_the_buckets_that_were_sent(receivers: int) -> None:
     random = Random(receivers)
@@ -63,19 +87,42 @@ def test_every_receiver_gets_every_tensor_in_the_buckets_that_were_sent(receiver
     dtypes = [random.choice([torch.float32, torch.bfloat16, torch.int64, torch.bool]) for _ in shapes]
     sent = {str(i): torch.randn(shape).to(dtype) for i, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=True))}
     made = list(buckets(sent.items(), 100))
-    where, size = free_address(), 1 + receivers
-    with ThreadPoolExecutor(receivers) as threads:
-        found = [threads.submit(lambda n: list(Receiver(where, size, 1).buckets(n)), n) for n in range(receivers)]
-        assert list(send_buckets(where, size, made)) == []
-        for received in (future.result() for future in found):
-            assert [list(bucket) for bucket in received] == [list(bucket) for bucket in made]
-            for name, tensor in ((name, tensor) for bucket in received for name, tensor in bucket.items()):
-                assert torch.equal(tensor, sent[name])
-                assert tensor.dtype == sent[name].dtype
+    for got in received(free_address(), receivers, made):
+        assert [list(bucket) for bucket in got] == [list(bucket) for bucket in made]
+        for name, tensor in ((name, tensor) for bucket in got for name, tensor in bucket.items()):
+            assert torch.equal(tensor, sent[name])
+            assert tensor.dtype == sent[name].dtype
+
+
+def test_a_group_meets_once_for_many_updates_and_ends_when_another_meets(meetings: list[int]) -> None:
+    where = free_address()
+    for number in range(3):
+        for got in received(where, 2, [{"a": torch.full([2], number)}]):
+            assert got[0]["a"].tolist() == [number, number]
+    assert sorted(meetings) == [0, 1, 2]
+    received(other := free_address(), 1, [])
+    assert {address for address, *_ in broadcast._groups} == {other}
+
+
+@pytest.mark.timeout(30)
+def test_a_group_that_fails_at_one_of_its_members_ends_for_all_and_is_not_used_again(meetings: list[int]) -> None:
+    def breaking() -> Iterator[Bucket]:
+        yield {"a": torch.ones(1)}
+        raise OSError("the learner failed")
+
+    where = free_address()
+    with ThreadPoolExecutor(1) as threads:
+        found = threads.submit(lambda: list(Receiver(where, 2, 1).buckets(0)))
+        with pytest.raises(OSError, match="the learner failed"):
+            list(send_buckets(where, 2, breaking()))
+        with pytest.raises(RuntimeError):
+            found.result()
+    assert where not in {address for address, *_ in broadcast._groups}
+    assert len(received(free_address(), 1, [{"a": torch.ones(1)}])) == 1
 
 
 def test_who_does_not_come_to_the_meeting_is_not_waited_for_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rollout.sync.broadcast, "TIMEOUT", timedelta(seconds=2))
+    monkeypatch.setattr(broadcast, "TIMEOUT", timedelta(seconds=2))
     with pytest.raises(RuntimeError, match=r"(?i)timed? ?out"):
         list(send_buckets(free_address(), 2, [{"a": torch.ones(1)}]))
 
