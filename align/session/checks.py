@@ -18,13 +18,14 @@ from align.evaluate import hooks
 from align.evaluate.doctor import examine, verdict
 from align.learner.experts import check_spreadable
 from align.learner.group import check_port
-from align.model.lora import chosen_parts, left_out, parts_of
+from align.model.lora import block_of, chosen_parts, left_out, parts_of
 from align.model.policy import load_tokenizer
 from align.model.reward_model import is_reward_model
 from align.model.sizes import ModelSizes, empty_model, model_sizes, read_config
-from align.recipe import MachineOptions, PlannedStage, PolicyRecipe, Recipe, Roles, TrainingRecipe
-from align.recipe.options import HookOptions
+from align.recipe import MachineOptions, ModelOptions, PlannedStage, PolicyRecipe, Recipe, Roles, TrainingRecipe
+from align.recipe.options import HookOptions, LoraOptions
 from align.run import check_machine
+from align.run.machine import memory_bytes, object_store_bytes, shared_memory_bytes
 from align.run.trackers import check_trackers
 from reward import Mixture, RewardError, RewardTerm
 from reward.own import columns_of
@@ -188,6 +189,9 @@ def check_model(recipe: Recipe) -> list[str]:
     sizes = model_sizes(skeleton)
     if roles.weights is not None and roles.weights.transport == "adapter":
         check_adapters_are_served(model.path, sizes)
+    if roles.weights is not None and roles.weights.transport == "object_store" and "RAY_ADDRESS" not in os.environ:
+        sent = sent_bytes(model, roles.learner.lora if roles.learner else None)
+        notes += filter(None, [object_store_bytes(sent, shared_memory_bytes(), memory_bytes()[1])[1]])
     if isinstance(recipe, TrainingRecipe) and not any(recipe.directory.glob("checkpoints/step_*")):
         check_space(recipe.directory, bytes_needed(recipe, sizes.total), keep=recipe.keep_checkpoints)
     return notes
@@ -202,6 +206,14 @@ def check_adapters_are_served(path: str, sizes: ModelSizes) -> None:
             f"weights.transport: vLLM adds no adapters to a model with experts ({path}) on a CPU; leave it out, and the workers "
             "get merged weights"
         )
+
+
+def sent_bytes(model: ModelOptions, lora: LoraOptions | None) -> int:
+    """Bytes of the weights that go to the workers after an update: of all modules, or of those that an adapter changes. Raises UserError."""
+    skeleton = empty_model(read_config(model.path))
+    blocks = [""] if lora is None else [f"{block_of(part.parameter)}." for part in chosen_parts(skeleton, lora.targets)]
+    sent = (p.numel() for name, p in skeleton.named_parameters() if name.startswith(tuple(blocks)))
+    return sum(sent) * ELEMENT_BYTES[model.dtype]
 
 
 def check_space(directory: Path, need: int, *, keep: int) -> None:

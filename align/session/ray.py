@@ -6,41 +6,55 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 from urllib.parse import urlsplit
 
 import torch
 
 from align.errors import RayDiedError, UserError
 from align.model.policy import first_line
-from align.run.machine import check_cuda, gpu_records
+from align.run.machine import (
+    GIB,
+    SPILLS_AT,
+    check_cuda,
+    gpu_records,
+    memory_bytes,
+    object_store_bytes,
+    shared_memory_bytes,
+)
 from align.run.watcher import watched
 from align.session.signals import SIGNALS
 from rollout.processes import HIDDEN, usable_gpus
 
-OBJECT_STORE_BYTES = 256 * 2**20
 HEAD = ("gcs_server", "raylet")
 """Ray's processes without which nothing goes on."""
 LOOK_S = 1.0
 PATIENCE_S = 10.0
+_log = logging.getLogger(__name__)
 DEAD = "Ray itself died: its process {name} ended with status {status}; `align resume RUN` goes on from the last checkpoint"
 
 
 @contextmanager
-def local_ray() -> Iterator[None]:
+def local_ray(sent: int = 0) -> Iterator[None]:
     """Ray for the time of a run: the cluster of RAY_ADDRESS where that is set, else one of this machine on loopback.
 
-    Raises UserError for a cluster that may not be used, and where torch cannot use the GPUs that it is built for.
+    So many bytes of weights are `sent` through its object store at a time. Raises UserError for a cluster that may not be used, where torch cannot
+    use the GPUs that it is built for, and where the machine has no room for the object store.
     """
     address = os.environ.get("RAY_ADDRESS")
     if address:
         # In a cluster of others Ray itself ends the actors of a driver that is gone.
         with _joined(address):
+            check_stores(ray_nodes(), sent)
             yield
     else:
         check_gpus(torch.cuda.device_count() if torch.cuda.is_available() else 0)
-        with watched(), _started():
+        store, told = object_store_bytes(sent, shared_memory_bytes(), memory_bytes()[1])
+        if told:
+            _log.warning(told)
+        with watched(), _started(store):
             yield
 
 
@@ -62,7 +76,7 @@ def _joined(address: str) -> Iterator[None]:
 
 
 @contextmanager
-def _started() -> Iterator[None]:
+def _started(store: int) -> Iterator[None]:
     import ray
     from ray._private import ray_constants
 
@@ -71,7 +85,7 @@ def _started() -> Iterator[None]:
     os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
     ray_constants.ENABLE_RAY_CLUSTER = False
     with kept_signal_handlers():
-        start_node()
+        start_node(store)
     head = _Head()
     try:
         with head.watched():
@@ -135,7 +149,28 @@ def check_gpus(usable: float) -> None:
     if not usable:
         hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in HIDDEN
         if told := check_cuda(torch.version.cuda, gpu_records(), hidden):
-            logging.getLogger(__name__).warning(told)
+            _log.warning(told)
+
+
+def ray_nodes() -> list[dict[str, Any]]:
+    """The nodes of the cluster, as Ray describes them."""
+    import ray
+
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
+def check_stores(nodes: Sequence[Mapping[str, Any]], sent: int) -> None:
+    """Warn where learners may be on a node whose object store would write weights of `sent` bytes to the disk."""
+    with_gpus = [node for node in nodes if node["Resources"].get("GPU")]
+    need = 2 * sent / SPILLS_AT
+    for node in with_gpus or nodes:
+        if (store := node["Resources"].get("object_store_memory", 0.0)) < need:
+            _log.warning(
+                f"the object store of node {node['NodeManagerAddress']} has {store / GIB:.1f} GiB, and {sent / GIB:.1f} GiB of weights take one of "
+                f"{need / GIB:.1f} GiB: what is more goes over the disk at each step. Start the node with `ray start "
+                f"--object-store-memory={int(need) + 1}`, or take weights.transport=directory, or =broadcast where each process has a GPU of its own"
+            )
+            return
 
 
 def check_address(address: str, auth_mode: str | None) -> None:
@@ -165,8 +200,8 @@ def kept_signal_handlers() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def start_node(attempts: int = 5) -> None:
-    """Start Ray on this machine. It gives itself 30 seconds, which are too few on a busy one: then it is tried again."""
+def start_node(store: int, attempts: int = 5) -> None:
+    """Start Ray on this machine, with an object store of so many bytes. It gives itself 30 seconds, which are too few on a busy one: then it is tried again."""
     import ray
 
     for attempt in range(1, attempts + 1):
@@ -174,7 +209,7 @@ def start_node(attempts: int = 5) -> None:
             ray.init(
                 num_cpus=os.cpu_count(),
                 num_gpus=torch.cuda.device_count(),
-                object_store_memory=OBJECT_STORE_BYTES,
+                object_store_memory=store,
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level="ERROR",

@@ -24,6 +24,7 @@ from align.recipe import (
     ScoringOptions,
     TrainingRecipe,
 )
+from align.session.checks import sent_bytes
 from align.session.ray import local_ray
 from align.session.run import Run, open_run
 from align.session.steps import Steps
@@ -69,13 +70,15 @@ class Session:
 
         Raises UserError when a reward cannot run here: no sandbox, no server.
         """
-        stops, rollout = stop_token_ids(self.policy, self.tokenizer), recipe.rollout
+        stops, rollout, sent = stop_token_ids(self.policy, self.tokenizer), recipe.rollout, 0
         trains = recipe if isinstance(recipe, PolicyRecipe) else None
         if trains is not None:
             self.weight_sync = weight_sync_of(trains.weights, self.run.directory.weights_directory.absolute())
             if trains.weights.transport == "adapter" and trains.learner.lora:
                 rollout = rollout.model_copy(update={"adapter_rank": trains.learner.lora.rank})
-        self.open.enter_context(local_ray())
+            if trains.weights.transport == "object_store":
+                sent = sent_bytes(self.policy, trains.learner.lora)
+        self.open.enter_context(local_ray(sent))
         if trains is not None and trains.colocate:
             self.colocation = Colocation(shared_gpus(max(trains.learner.ranks, rollout.workers)))
         self.fleet = Fleet(

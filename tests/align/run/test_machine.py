@@ -11,7 +11,7 @@ import align
 from align.errors import UserError
 from align.run import check_machine, environment_record
 from align.run import machine as environment_module
-from align.run.machine import Limits, cgroup_limits, cpu_record, git_record, gpu_records
+from align.run.machine import Limits, cgroup_limits, cpu_record, git_record, gpu_records, object_store_bytes
 
 GIB = 2**30
 
@@ -143,3 +143,28 @@ def test_memory_is_counted_in_gib(monkeypatch: pytest.MonkeyPatch) -> None:
     check_machine(cores=1, memory_gb=7, hint="")
     with pytest.raises(UserError, match=r"7\.4 GiB of free memory, and 7\.0 GiB is free"):
         check_machine(cores=1, memory_gb=7.4, hint="")
+
+
+@pytest.mark.parametrize(
+    ("sent", "store"),
+    [(0, GIB // 4), (8 * 2**20, GIB // 4), (40 * GIB, 100 * GIB + GIB // 8)],
+    ids=["none", "nano", "40 GiB"],
+)
+def test_the_object_store_takes_the_weights_twice_before_it_is_four_fifths_full(sent: int, store: int) -> None:
+    assert object_store_bytes(sent, 101 * GIB, 101 * GIB) == (store, None)
+    assert store >= GIB // 4
+
+
+def test_large_weights_that_would_go_over_the_disk_are_refused_with_the_numbers_and_the_cures() -> None:
+    told = r"40\.0 GiB of weights take a store of 100\.1 GiB .* /dev/shm has 64\.0 GiB free, the memory 101\.0 GiB.*--shm-size=101g.*directory"
+    with pytest.raises(UserError, match=told):
+        object_store_bytes(40 * GIB, 64 * GIB, 101 * GIB)
+    with pytest.raises(UserError, match="the memory 64"):
+        object_store_bytes(40 * GIB, 101 * GIB, 64 * GIB)
+
+
+def test_small_weights_go_over_the_disk_where_they_must_and_it_is_told() -> None:
+    store, told = object_store_bytes(GIB // 2, GIB // 16, 8 * GIB)
+    assert store == GIB // 4
+    assert "go over the disk" in (told or "")
+    assert object_store_bytes(8 * 2**20, GIB // 16, 8 * GIB) == (GIB // 4, None)

@@ -87,10 +87,10 @@ def test_a_run_stops_before_ray_starts_unless_gpus_are_hidden_on_purpose(
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr(session_ray, "gpu_records", lambda: [H100])
 
-    def start() -> None:
+    def start(store: int) -> None:
         raise RuntimeError("Ray starts")
 
     monkeypatch.setattr(session_ray, "start_node", start)
-    with pytest.raises(UserError if refused else RuntimeError, match="the driver" if refused else "Ray starts"):
-        with session_ray.local_ray():
-            pass
+    error, told = (UserError, "the driver") if refused else (RuntimeError, "Ray starts")
+    with pytest.raises(error, match=told), session_ray.local_ray():
+        pass

@@ -1,9 +1,13 @@
-"""Which Ray cluster a run may connect to."""
+"""Which Ray cluster a run may connect to, and whether its nodes have room for the weights."""
+
+from typing import Any
 
 import pytest
 
 from align.errors import UserError
-from align.session.ray import check_address, local_ray
+from align.session.ray import check_address, check_stores, local_ray
+
+GIB = 2**30
 
 
 @pytest.mark.parametrize(
@@ -29,3 +33,22 @@ def test_a_run_is_refused_before_it_connects(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     with pytest.raises(UserError, match="anyone who reaches it"), local_ray():
         pass
+
+
+def node(address: str, store: float, gpus: int) -> dict[str, Any]:
+    return {
+        "NodeManagerAddress": address,
+        "Resources": {"object_store_memory": store * GIB} | ({"GPU": gpus} if gpus else {}),
+    }
+
+
+def test_a_node_whose_object_store_is_too_small_for_weights_twice_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    head, large, small = node("head", 0.1, 0), node("large", 75, 8), node("small", 60, 8)
+    check_stores([head, large], 30 * GIB)
+    assert caplog.messages == []
+    check_stores([head, large, small], 30 * GIB)
+    [told] = caplog.messages
+    assert "node small has 60.0 GiB, and 30.0 GiB of weights take one of 75.0 GiB" in told
+    assert f"--object-store-memory={75 * GIB + 1}" in told
+    check_stores([head], 30 * GIB)
+    assert "node head" in caplog.messages[1]

@@ -9,8 +9,10 @@ import torch
 
 from align.errors import UserError
 from align.model.policy import load_tokenizer
-from align.recipe import GrpoRecipe, load_recipe
-from align.session.checks import check_model
+from align.recipe import GrpoRecipe, ModelOptions, load_recipe
+from align.recipe.options import LoraOptions
+from align.run import machine
+from align.session.checks import check_model, sent_bytes
 from align.session.run import open_run
 from align.session.session import Session, weight_sync_of
 from rollout import AdapterSync, BroadcastSync, DirectorySync, ObjectStoreSync, WeightOptions
@@ -83,7 +85,8 @@ def test_the_workers_trust_the_code_of_a_model_as_the_recipe_does(
         raise Started(named)
 
     monkeypatch.setattr("align.session.session.Fleet", start)
-    monkeypatch.setattr("align.session.session.local_ray", nullcontext)
+    monkeypatch.setattr("align.session.session.local_ray", lambda sent: nullcontext(sizes.append(sent)))
+    sizes: list[int] = []
     made = recipe(f"run.dir={tmp_path / 'run'}", "machine={}", f"model.trust_remote_code={str(trusted).lower()}")
     tokenizer = load_tokenizer("recipes/nano/policy")
     with (
@@ -92,3 +95,19 @@ def test_the_workers_trust_the_code_of_a_model_as_the_recipe_does(
     ):
         Session(run, made.model, tokenizer).start_sampling(made)
     assert started.value.args[0]["trust_remote_code"] is trusted
+    assert sizes == [sent_bytes(made.model, None)]
+
+
+def test_an_object_store_that_the_weights_do_not_fit_is_refused_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "LEAST_STORE", 0)
+    monkeypatch.setattr(machine, "MOST_SPILLED", 0)
+    monkeypatch.setattr("align.session.checks.shared_memory_bytes", lambda: 2**20)
+    with pytest.raises(UserError, match=r"/dev/shm has 0\.0 GiB free"):
+        check_model(recipe())
+    check_model(recipe("weights.transport=broadcast"))
+
+
+def test_of_an_adapter_the_modules_that_it_changes_are_sent() -> None:
+    model = ModelOptions(path="deepseek-ai/DeepSeek-V2-Lite", dtype="bfloat16")
+    assert sent_bytes(model, None) / 2 == pytest.approx(15.7e9, rel=0.01)
+    assert sent_bytes(model, LoraOptions(targets=["attention"])) / 2 == pytest.approx(0.37e9, rel=0.02)
