@@ -38,10 +38,11 @@ class RunOptions(Options):
     allow_changes: bool = Field(
         False, description="go on with an interrupted run although its recipe or data have changed"
     )
-    grace_s: float = Field(
-        8.0,
+    grace_s: float | None = Field(
+        None,
         ge=0,
-        description="seconds that a step may take to end, and its checkpoint to be written, once the run is to stop",
+        description="seconds that a step may take to end, and its checkpoint to be written, once the run is to stop; when not given 8, or what a "
+        "larger checkpoint takes at 500 MB/s",
     )
 
 

@@ -33,6 +33,9 @@ from reward.own import columns_of
 MADE_HERE = {"messages": None, "completion_tokens": None}
 """What `align.experience.reward_sample` adds to the columns of the data."""
 GB = 10**9
+LEAST_GRACE_S = 8.0
+WRITTEN_A_SECOND = 0.5 * GB
+"""Bytes that all learner ranks together are taken to write to the file system of the run directory, at least."""
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
 OPTIMIZER_BYTES = 12
 """Of a trained parameter: Adam's two moments and the copy in float32."""
@@ -229,11 +232,25 @@ def check_space(directory: Path, need: int, *, keep: int) -> None:
         )
 
 
+def state_bytes(recipe: TrainingRecipe, parameters: int) -> int:
+    """What a checkpoint holds beside the model: what the learner ranks need to go on; of an adapter next to nothing."""
+    return 0 if recipe.learner.lora else parameters * (ELEMENT_BYTES[recipe.model.dtype] + OPTIMIZER_BYTES)
+
+
+def default_grace_s(recipe: Recipe) -> float:
+    """Seconds that a run may go on after it is told to stop: what its checkpoint takes to be written, and no less than 8."""
+    try:
+        parameters = model_sizes(empty_model(read_config(recipe.model.path))).total
+    except UserError:  # it is told where the model is loaded
+        return LEAST_GRACE_S
+    model = parameters * ELEMENT_BYTES[recipe.model.dtype]
+    held = model + state_bytes(recipe, parameters) if isinstance(recipe, TrainingRecipe) else 0
+    return max(LEAST_GRACE_S, held / WRITTEN_A_SECOND)
+
+
 def bytes_needed(recipe: TrainingRecipe, parameters: int) -> int:
     """What the stage has on the disk at most; adapters count as nothing."""
-    element = ELEMENT_BYTES[recipe.model.dtype]
-    model = parameters * element
-    state = 0 if recipe.learner.lora else parameters * (element + OPTIMIZER_BYTES)
+    model, state = parameters * ELEMENT_BYTES[recipe.model.dtype], state_bytes(recipe, parameters)
     evaluation = recipe.roles().evaluation
     best = evaluation is not None and evaluation.every is not None
     checkpoints = recipe.keep_checkpoints + 1 + best if recipe.save_every else 1

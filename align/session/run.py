@@ -27,6 +27,7 @@ from align.run import (
 from align.run.checkpoints import Checkpoint, CheckpointDirectory, DamagedCheckpointError
 from align.run.tracker_libraries import Ending
 from align.run.trackers import Trackers
+from align.session.checks import default_grace_s
 from align.session.signals import StopRequest
 from reward.own.file import file_digest, files_of
 from rollout import Fault
@@ -249,7 +250,8 @@ def open_run(recipe: Recipe) -> Iterator[Run]:
     try:
         with ExitStack() as stack:
             progress = stack.enter_context(Progress(log=directory.log_file))
-            stop = stack.enter_context(StopRequest(recipe.run.grace_s))
+            grace_s = default_grace_s(recipe) if recipe.run.grace_s is None else recipe.run.grace_s
+            stop = stack.enter_context(StopRequest(grace_s))
             run = Run(*parts, progress, stop)
             stack.enter_context(run.logged_warnings())
             stack.push(lambda kind, *_: trackers.finish(ending_of(kind)))
