@@ -98,9 +98,9 @@ def lm_eval_tasks(
     """Tasks of lm-evaluation-harness, by their names or as {name: shots}; "deepseek_v2_report" stands for the report's.
 
     The harness loads the checkpoint a second time, with transformers ("hf") or vLLM, in a process of its own beside learners and
-    rollout workers: where these have GPUs it takes others; `engine` sets vLLM up, as `rollout` does the workers. `limit` is the
-    number of examples of a task, `include_path` a folder with task files of one's own. A task that cannot be loaded is
-    not run; nor is one that executes what the model writes, unless `unsafe_code`.
+    rollout workers, on a GPU of its own where these have GPUs, and is not run where none is free; `engine` sets vLLM up, as
+    `rollout` does the workers. `limit` is the number of examples of a task, `include_path` a folder with task files of one's
+    own. A task that cannot be loaded is not run; nor is one that executes what the model writes, unless `unsafe_code`.
 
     Raises UserError where the package is missing or a task is unknown, EvaluationError where the process fails.
     """
@@ -109,10 +109,11 @@ def lm_eval_tasks(
     require_package()
     gpus = engine.gpus * (engine.tensor_parallel if backend == "vllm" else 1) if usable_gpus() else 0
     if gpus > (free := ray.available_resources().get("GPU", 0.0)):
-        raise EvaluationError(
-            f"lm_eval: it takes a GPU beside those of learners and rollout workers, {gpus:g} with this engine, and Ray has {free:g} free; "
-            "lower learner.ranks or rollout.workers by so many"
+        told = (
+            f"the harness takes {gpus:g} GPUs beside those of learners and rollout workers, and Ray has {free:g} free: lower learner.ranks or "
+            "rollout.workers, or give it a share that they leave with engine: {gpus: SHARE}"
         )
+        return Metrics({}, not_run=dict.fromkeys(with_shots(tasks), told))
     harness = start_harness(gpus, unsafe_code=unsafe_code)
     result = harness.evaluate.remote(
         with_shots(tasks),

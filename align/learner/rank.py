@@ -53,7 +53,7 @@ from align.model.names import layout_of, to_checkpoint
 from align.model.policy import attention_kernel, attention_sizes, load_tokenizer, save_policy
 from align.recipe import BFLOAT16_SUMS, MERGED_ADAPTERS, LearnerOptions, ModelOptions
 from align.run.checkpoints import Entry
-from rollout.processes import ProcessId, introduce_this_process, openmp
+from rollout.processes import HIDDEN, ProcessId, introduce_this_process, openmp
 from rollout.sync.base import WriteBuckets, buckets
 
 
@@ -214,13 +214,7 @@ class LearnerRank(ABC):
 
         os.environ |= {"MASTER_ADDR": master, "MASTER_PORT": str(port)}
         torch.manual_seed(seed)
-        if os.environ.get("CUDA_VISIBLE_DEVICES") and not torch.cuda.is_available():
-            raise UserError(
-                f"learner: torch, built for CUDA {torch.version.cuda}, cannot use the GPU of {socket.gethostname()} that this rank was "
-                "given: its driver may be too old for it (nvidia-smi tells both); update the driver, or set CUDA_VISIBLE_DEVICES= in "
-                "front of the command to train on CPUs"
-            )
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._device = device_of_rank()
         if self._device.type == "cpu":
             # gloo alone: the shared-memory operator would need a compiler on the user's machine.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -444,6 +438,19 @@ class LearnerRank(ABC):
             # The sums themselves are reduced, once an update. Under ZeRO-2 and -3 it is each micro-batch's gradient.
             sections["communication_data_type"] = "fp32"
         return sections
+
+
+def device_of_rank() -> torch.device:
+    """The GPU that Ray has given this process, or the CPU where it has given none. Raises UserError for a GPU that torch cannot use."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in (None, *HIDDEN):
+        return torch.device("cpu")
+    raise UserError(
+        f"learner: torch, built for CUDA {torch.version.cuda}, cannot use the GPU of {socket.gethostname()} that a rank was given: the driver "
+        "there is too old for it, or does not work (nvidia-smi tells up to which CUDA it goes). Update it, or set CUDA_VISIBLE_DEVICES= in "
+        "front of the command to train on CPUs"
+    )
 
 
 def size(parameter: torch.nn.Parameter) -> int:

@@ -7,8 +7,8 @@ nobody. Nothing is kept of what was sent: a worker that is started later gets th
 
 import json
 import logging
-import os
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 TIMEOUT = timedelta(seconds=60)
 """How long a process waits for the others, to meet and for each bucket."""
 ALIGNMENT = 16
-BLOCKING_WAIT = "TORCH_NCCL_BLOCKING_WAIT"
+POLL_S = 0.0005
 
 
 class Address(NamedTuple):
@@ -169,35 +169,68 @@ def leave(member: "Member") -> None:
 def new_group(address: Address, rank: int, size: int) -> "Group":
     """Meet the other processes. Raises RuntimeError where one does not come."""
     store = TCPStore(address.host, address.port, size, is_master=rank == 0, timeout=TIMEOUT)
-    is_cpu = device_type() == "cpu"
-    return Group(ProcessGroupGloo(store, rank, size, TIMEOUT) if is_cpu else nccl_processes(store, rank, size))
+    if not torch.cuda.is_available():
+        return Group(Gloo(store, rank, size), torch.device("cpu"))
+    device = torch.device("cuda", torch.cuda.current_device())
+    return Group(Nccl(store, rank, size, device), device)
 
 
-def nccl_processes(store: TCPStore, rank: int, size: int) -> Any:
-    """NCCL's process group, with waits that block this thread until the GPU is done, and raise what went wrong.
+class Gloo:
+    """Processes on CPUs."""
 
-    Otherwise a wait orders streams alone, and torch's watchdog ends the process where a broadcast fails or takes too long.
-    """
-    from torch.distributed import ProcessGroupNCCL
+    def __init__(self, store: TCPStore, rank: int, size: int):
+        self._processes: Any = ProcessGroupGloo(store, rank, size, TIMEOUT)
 
-    options = ProcessGroupNCCL.Options()
-    options._timeout = TIMEOUT
-    before = os.environ.get(BLOCKING_WAIT)
-    # It is read here; the groups of DeepSpeed and vLLM in this process are as they were.
-    os.environ[BLOCKING_WAIT] = "1"
-    try:
-        return ProcessGroupNCCL(store, rank, size, options)
-    finally:
-        del os.environ[BLOCKING_WAIT]
-        os.environ |= {} if before is None else {BLOCKING_WAIT: before}
+    def broadcast(self, tensor: torch.Tensor) -> None:
+        """Send the tensor from rank 0, or receive it. Raises RuntimeError."""
+        options = BroadcastOptions()
+        options.rootRank = 0
+        self._processes.broadcast([tensor], options).wait()
+
+    def abort(self) -> None:
+        """Close the connections."""
+        del self._processes
+
+
+class Nccl:
+    """Processes on GPUs, by vLLM's handle of NCCL: torch's ends the process, in the end, where others are waited for in vain."""
+
+    def __init__(self, store: TCPStore, rank: int, size: int, device: torch.device):
+        from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
+        from vllm.distributed.device_communicators.pynccl_wrapper import NCCLLibrary
+
+        if rank == 0:
+            store.set("id", bytes(NCCLLibrary().ncclGetUniqueId().internal).hex())
+        self._processes = PyNcclCommunicator.from_unique_id_bytes(
+            bytes.fromhex(store.get("id").decode()), rank, size, device
+        )
+
+    def broadcast(self, tensor: torch.Tensor) -> None:
+        """Send the tensor from rank 0, or receive it; returns when this GPU has. Raises RuntimeError."""
+        stream = torch.cuda.current_stream()
+        self._processes.broadcast(tensor, 0, stream)
+        wait_for(stream.record_event().query)
+
+    def abort(self) -> None:
+        """End what is under way on the GPU, and close the connections."""
+        self._processes.destroy()
+
+
+def wait_for(is_done: Callable[[], bool]) -> None:
+    """Return when it is. Raises RuntimeError after TIMEOUT."""
+    end = time.monotonic() + TIMEOUT.total_seconds()
+    while not is_done():
+        if time.monotonic() > end:
+            raise RuntimeError(f"the other processes did not take part within {TIMEOUT.total_seconds():g} s")
+        time.sleep(POLL_S)
 
 
 class Group:
     """The processes that have met, seen from one of them. A bucket is three broadcasts: the length of its table, the table, the tensors."""
 
-    def __init__(self, processes: Any):
-        self._processes = processes
-        self._device = torch.device(device_type())
+    def __init__(self, processes: Gloo | Nccl, device: torch.device):
+        self._processes, self._device = processes, device
+        self.abort = processes.abort
 
     def send(self, bucket: Bucket) -> None:
         """Send a bucket; an empty one marks the end."""
@@ -233,22 +266,11 @@ class Group:
         return memory, {n: memory[at : at + size].view(dtype).view(shape) for n, dtype, shape, at, size in spans}
 
     def _broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
-        options = BroadcastOptions()
-        options.rootRank = 0
-        self._processes.broadcast([tensor], options).wait()
+        self._processes.broadcast(tensor)
         return tensor
-
-    def abort(self) -> None:
-        """Give up what is under way, and close the connections."""
-        self._processes.abort()
-        del self._processes  # gloo closes them with it alone
 
 
 Member = tuple[Address, int, int]
 """A group by its address, and a rank and the number of processes in it."""
 _groups: dict[Member, Group] = {}
 """The groups that this process is in."""
-
-
-def device_type() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"

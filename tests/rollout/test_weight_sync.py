@@ -127,6 +127,14 @@ def test_who_does_not_come_to_the_meeting_is_not_waited_for_without_end(monkeypa
         list(send_buckets(free_address(), 2, [{"a": torch.ones(1)}]))
 
 
+def test_a_gpu_that_is_not_done_is_not_waited_for_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(broadcast, "TIMEOUT", timedelta(seconds=0.05))
+    done = iter([False, False, True])
+    broadcast.wait_for(lambda: next(done))
+    with pytest.raises(RuntimeError, match=r"did not take part within 0\.05 s"):
+        broadcast.wait_for(lambda: False)
+
+
 @pytest.mark.parametrize(
     ("name", "now"),
     [

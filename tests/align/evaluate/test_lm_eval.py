@@ -192,6 +192,17 @@ def test_parameters_are_checked_before_anything_starts(tmp_path: Path) -> None:
     check_params("lm_eval", {"tasks": "deepseek_v2_report", "backend": "vllm", "engine": {"tensor_parallel": 2}})
 
 
+def test_where_every_gpu_is_taken_the_tasks_are_not_run_and_it_is_told(
+    checkpoint: PolicyCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lm_eval, "usable_gpus", lambda: 8.0)
+    monkeypatch.setattr("ray.available_resources", lambda: {"CPU": 4.0, "GPU": 0.3})
+    monkeypatch.setattr(lm_eval, "start_harness", lambda gpus, **_: pytest.fail("a harness starts"))
+    found = run("lm_eval", checkpoint, NO_FLEET, {"tasks": ["piqa"], "engine": {"gpus": 0.4}})
+    assert found.values == {}
+    assert "takes 0.4 GPUs beside those of learners and rollout workers, and Ray has 0.3 free" in found.not_run["piqa"]
+
+
 def test_code_is_found_in_groups_under_tags_and_in_what_a_group_overrides() -> None:
     def entry(kind: str, cfg: dict[str, Any] | None = None, tags: set[str] | None = None) -> Any:
         return SimpleNamespace(kind=SimpleNamespace(name=kind), cfg=cfg, tags=tags or set())

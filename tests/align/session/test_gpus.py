@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from align.errors import UserError
+from align.learner.rank import device_of_rank
 from align.run.machine import check_cuda
 from align.session import ray as session_ray
 
@@ -35,7 +36,7 @@ worker_handle.RolloutWorker = pool.ScoringWorker = lm_eval.Harness = Actor
 ray.init(num_cpus=1, num_gpus={GPUS}, include_dashboard=False, object_store_memory=10**8, logging_level="ERROR")
 
 # All of them are alive at once.
-group = RankGroup(Actor, ModelOptions(path="m"), LearnerOptions(optimizer=dict(learning_rate=1.0)))
+group = RankGroup(Actor, ModelOptions(path="m"), LearnerOptions(ranks=1, optimizer=dict(learning_rate=1.0)))
 worker = worker_handle.new_actor(FleetOptions(tensor_parallel=2), None, 0)
 pools = [pool.ScoringPool(None, workers=1, timeout_s=1, gpus=gpus) for gpus in (0, 1)]
 harnesses = [lm_eval.start_harness(gpus, unsafe_code=False) for gpus in (0, 1)]
@@ -55,6 +56,15 @@ def test_an_actor_with_gpus_sees_its_own_and_one_without_sees_none() -> None:
     assert found["scoring"][0] == found["harness"][0] == ""
     own = [*found["ranks"], *found["worker"].split(","), found["scoring"][1], found["harness"][1]]
     assert sorted(own) == [str(gpu) for gpu in range(GPUS)]
+
+
+def test_a_rank_does_not_train_on_a_cpu_beside_the_gpu_that_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert device_of_rank().type == "cpu"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    with pytest.raises(UserError, match=r"cannot use the GPU of .* Update it"):
+        device_of_rank()
 
 
 @pytest.mark.parametrize(
