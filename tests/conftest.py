@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ settings.register_profile("unhurried", deadline=None)
 settings.load_profile("unhurried")
 
 NANO = Path(__file__).parents[1] / "recipes" / "nano" / "policy"
+COUNTED_GPUS = 5
 COMMANDS = ("test_end_to_end", "test_resume", "test_sandbox_removed", "test_chat")
 
 
@@ -50,9 +52,16 @@ def warm_processes() -> Iterator[WarmProcesses]:
 
 @pytest.fixture(scope="session")
 def ray_session(warm_processes: WarmProcesses) -> Iterator[None]:
+    import torch
+
     from align.session.ray import local_ray
 
-    with local_ray():
+    with ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as patch:
+            if not torch.cuda.is_available():
+                # What Ray is told it counts, and no more: nothing takes a GPU where torch is built for CPUs.
+                patch.setattr(torch.cuda, "device_count", lambda: COUNTED_GPUS)
+            stack.enter_context(local_ray())
         yield
 
 

@@ -71,12 +71,12 @@ def object_store_bytes(sent: int, shared: int, available: int) -> tuple[int, str
     `shared` is what is free of /dev/shm, `available` of the memory, in bytes. Returns a warning too where small weights go over the disk, for want
     of either. Raises UserError where large ones would.
     """
-    need = max(LEAST_STORE, LEAST_STORE // 2 + int(2 * sent / SPILLS_AT))
-    if need == LEAST_STORE or need <= min(shared, available):
+    need, spare = max(LEAST_STORE, LEAST_STORE // 2 + int(2 * sent / SPILLS_AT)), available - LEAST_STORE
+    if need == LEAST_STORE or need <= min(shared, spare):
         return need, None
     told = (
         f"weights.transport: through the object store, {sent / GIB:.1f} GiB of weights take a store of {need / GIB:.1f} GiB (twice as much, "
-        f"which may fill four fifths of it), and /dev/shm has {shared / GIB:.1f} GiB free, the memory {available / GIB:.1f} GiB; enlarge /dev/shm "
+        f"which may fill four fifths of it), and /dev/shm has {shared / GIB:.1f} GiB free, the memory {spare / GIB:.1f} GiB; enlarge /dev/shm "
         f"(docker run --shm-size={math.ceil(need / GIB)}g), or take weights.transport=directory, or =broadcast where each process has a GPU of its own"
     )
     if need > MOST_SPILLED:
@@ -143,7 +143,7 @@ def gpu_records() -> list[dict[str, Any]]:
 def check_cuda(built_for: str | None, gpus: Sequence[Mapping[str, Any]], hidden: bool) -> str | None:
     """Whether a run for which torch finds no GPU may go on, on CPUs. Raises UserError where a torch for CUDA was to use one.
 
-    `built_for` is the CUDA version of torch, None of one for CPUs; `gpus` is what `gpu_records` returns; `hidden`: CUDA_VISIBLE_DEVICES hides
+    `built_for` is the CUDA version of torch, None of one for CPUs; `gpus` are those of the machine, as `gpu_records` has them; `hidden`: CUDA_VISIBLE_DEVICES hides
     them on purpose. Returns a warning where there is a GPU and torch is built for CPUs.
     """
     named = f"{gpus[0]['name']}, driver {gpus[0]['driver']}" if gpus else ""
@@ -158,7 +158,7 @@ def check_cuda(built_for: str | None, gpus: Sequence[Mapping[str, Any]], hidden:
             f"does not work. Update the driver (`nvidia-smi` tells up to which CUDA it goes), {on_purpose}"
         )
     raise UserError(
-        f"torch is built for CUDA {built_for} and finds no GPU, nor does nvidia-smi. Run on a machine with one, install what is for CPUs "
+        f"torch is built for CUDA {built_for}, and there is no GPU. Run on a machine or a cluster with one, install what is for CPUs "
         f"(`make setup ACCELERATOR=cpu`), {on_purpose}"
     )
 

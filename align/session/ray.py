@@ -46,11 +46,10 @@ def local_ray(sent: int = 0) -> Iterator[None]:
     address = os.environ.get("RAY_ADDRESS")
     if address:
         # In a cluster of others Ray itself ends the actors of a driver that is gone.
-        with _joined(address):
-            check_stores(ray_nodes(), sent)
+        with _joined(address, sent):
             yield
     else:
-        check_gpus(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+        check_gpus(has_gpu := torch.cuda.is_available(), [] if has_gpu else gpu_records())
         store, told = object_store_bytes(sent, shared_memory_bytes(), memory_bytes()[1])
         if told:
             _log.warning(told)
@@ -59,7 +58,7 @@ def local_ray(sent: int = 0) -> Iterator[None]:
 
 
 @contextmanager
-def _joined(address: str) -> Iterator[None]:
+def _joined(address: str, sent: int) -> Iterator[None]:
     import ray
 
     check_address(address, os.environ.get("RAY_AUTH_MODE"))
@@ -69,7 +68,8 @@ def _joined(address: str) -> Iterator[None]:
     except (ConnectionError, ray.exceptions.AuthenticationError) as error:
         raise UserError(f"RAY_ADDRESS={address}: {first_line(error)}") from None
     try:
-        check_gpus(usable_gpus())
+        check_gpus(usable_gpus(), [])
+        check_stores([node for node in ray.nodes() if node["Alive"]], sent)
         yield
     finally:
         ray.shutdown()
@@ -144,19 +144,11 @@ class _Head:
         raise RayDiedError(self._died)
 
 
-def check_gpus(usable: float) -> None:
-    """Raise UserError where a run would go on without the GPUs that torch is built for; `usable` is how many it can have."""
-    if not usable:
-        hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in HIDDEN
-        if told := check_cuda(torch.version.cuda, gpu_records(), hidden):
-            _log.warning(told)
-
-
-def ray_nodes() -> list[dict[str, Any]]:
-    """The nodes of the cluster, as Ray describes them."""
-    import ray
-
-    return [node for node in ray.nodes() if node["Alive"]]
+def check_gpus(usable: float, there: Sequence[Mapping[str, Any]]) -> None:
+    """Raise UserError where a run would go on without the GPUs that torch is built for: none of those that are there is usable."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in HIDDEN
+    if not usable and (told := check_cuda(torch.version.cuda, there, hidden)):
+        _log.warning(told)
 
 
 def check_stores(nodes: Sequence[Mapping[str, Any]], sent: int) -> None:

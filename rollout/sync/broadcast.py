@@ -206,7 +206,10 @@ class Nccl:
         )
 
     def broadcast(self, tensor: torch.Tensor) -> None:
-        """Send the tensor from rank 0, or receive it; returns when this GPU has. Raises RuntimeError."""
+        """Send the tensor from rank 0, or receive it; returns when this GPU has. Raises RuntimeError.
+
+        By then no other broadcast or reduction of this process, DeepSpeed's or vLLM's, has begun: NCCL's must not run side by side.
+        """
         stream = torch.cuda.current_stream()
         self._processes.broadcast(tensor, 0, stream)
         wait_for(stream.record_event().query)

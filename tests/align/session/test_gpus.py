@@ -1,61 +1,59 @@
 """Which process sees which GPU, and what becomes of a run that finds none."""
 
-import json
-import subprocess
-import sys
+import os
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
+import ray
 
 from align.errors import UserError
+from align.evaluate import lm_eval
+from align.learner.group import RankGroup
 from align.learner.rank import device_of_rank
+from align.recipe import LearnerOptions, ModelOptions
+from align.recipe.options import OptimizerOptions
 from align.run.machine import check_cuda
 from align.session import ray as session_ray
+from reward import Mixture, RewardTerm, ScoringPool
+from rollout import FleetOptions, worker_handle
 
 H100 = {"name": "NVIDIA H100 80GB HBM3", "memory": 80 * 2**30, "driver": "535.86"}
 
-GPUS = 5
-ACTORS = f"""
-import json
-import ray, torch
-from align.evaluate import lm_eval
-from align.learner.group import RankGroup
-from align.recipe import LearnerOptions, ModelOptions
-from reward import pool
-from rollout import worker_handle
-from rollout.types import FleetOptions
 
-class Actor:
-    def __init__(self, *_): pass
+def test_an_actor_with_gpus_sees_its_own_and_one_without_sees_none(
+    ray_session: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Actor:
+        def __init__(self, *_: Any) -> None:
+            pass
 
-def seen(actor):
-    return ray.get(actor.__ray_call__.remote(lambda _: __import__("os").environ.get("CUDA_VISIBLE_DEVICES")))
+    def seen(actor: Any) -> str:
+        environment: str = ray.get(actor.__ray_call__.remote(lambda _: os.environ.get("CUDA_VISIBLE_DEVICES")))
+        ray.kill(actor)
+        return environment
 
-torch.backends.cuda.is_built = lambda: True
-worker_handle.RolloutWorker = pool.ScoringWorker = lm_eval.Harness = Actor
-ray.init(num_cpus=1, num_gpus={GPUS}, include_dashboard=False, object_store_memory=10**8, logging_level="ERROR")
-
-# All of them are alive at once.
-group = RankGroup(Actor, ModelOptions(path="m"), LearnerOptions(ranks=1, optimizer=dict(learning_rate=1.0)))
-worker = worker_handle.new_actor(FleetOptions(tensor_parallel=2), None, 0)
-pools = [pool.ScoringPool(None, workers=1, timeout_s=1, gpus=gpus) for gpus in (0, 1)]
-harnesses = [lm_eval.start_harness(gpus, unsafe_code=False) for gpus in (0, 1)]
-print(json.dumps(dict(
-    ranks=[seen(rank) for rank in group._ranks],
-    worker=seen(worker.handle),
-    scoring=[seen(one._workers[0]) for one in pools],
-    harness=[seen(one) for one in harnesses],
-)))
-"""
-
-
-def test_an_actor_with_gpus_sees_its_own_and_one_without_sees_none() -> None:
-    done = subprocess.run([sys.executable, "-c", ACTORS], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["scoring"][0] == found["harness"][0] == ""
-    own = [*found["ranks"], *found["worker"].split(","), found["scoring"][1], found["harness"][1]]
-    assert sorted(own) == [str(gpu) for gpu in range(GPUS)]
+    count = int(ray.cluster_resources()["GPU"])
+    monkeypatch.setattr("torch.backends.cuda.is_built", lambda: True)
+    for kind in ("rollout.worker_handle.RolloutWorker", "reward.pool.ScoringWorker", "align.evaluate.lm_eval.Harness"):
+        monkeypatch.setattr(kind, Actor)
+    learner = LearnerOptions(ranks=1, optimizer=OptimizerOptions(learning_rate=1))
+    mixture = Mixture([RewardTerm(name="exact_answer")])
+    # All of them are alive at once.
+    actors = [
+        *RankGroup(Actor, ModelOptions(path=""), learner)._ranks,  # type: ignore[arg-type]
+        worker_handle.new_actor(FleetOptions(tensor_parallel=2), None, 0).handle,
+        *ScoringPool(mixture, workers=1, timeout_s=1, gpus=1)._workers,
+        lm_eval.start_harness(count - 4, unsafe_code=False),
+    ]
+    without = [
+        *ScoringPool(mixture, workers=1, timeout_s=1)._workers,
+        lm_eval.start_harness(0, unsafe_code=False),
+    ]
+    assert [seen(actor) for actor in without] == ["", ""]
+    own = [gpus.split(",") for gpus in map(seen, actors)]
+    assert [len(gpus) for gpus in own] == [1, 2, 1, count - 4]
+    assert sorted(int(gpu) for gpus in own for gpu in gpus) == list(range(count))
 
 
 def test_a_rank_does_not_train_on_a_cpu_beside_the_gpu_that_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,7 +69,7 @@ def test_a_rank_does_not_train_on_a_cpu_beside_the_gpu_that_it_was_given(monkeyp
     ("built_for", "gpus", "expected"),
     [
         ("13.0", [H100], r"CUDA 13\.0 .* H100 80GB HBM3, driver 535\.86.*Update the driver"),
-        ("13.0", [], "finds no GPU"),
+        ("13.0", [], "there is no GPU"),
     ],
 )
 def test_a_torch_for_cuda_that_can_use_no_gpu_ends_the_run(built_for: str, gpus: list[Any], expected: str) -> None:
@@ -101,6 +99,7 @@ def test_a_run_stops_before_ray_starts_unless_gpus_are_hidden_on_purpose(
         raise RuntimeError("Ray starts")
 
     monkeypatch.setattr(session_ray, "start_node", start)
+    monkeypatch.setattr(session_ray, "watched", nullcontext)
     error, told = (UserError, "the driver") if refused else (RuntimeError, "Ray starts")
     with pytest.raises(error, match=told), session_ray.local_ray():
         pass
