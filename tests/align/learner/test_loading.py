@@ -93,11 +93,11 @@ def test_all_ranks_hold_the_bits_of_the_checkpoint(contents: Any, policy: ModelO
         assert torch.equal(second[f"reference.policy.{name}"][0], tensor), name
 
 
-def test_adapters_and_what_is_drawn_for_dropout_are_those_of_rank_0(contents: Any, policy: ModelOptions) -> None:
+def test_adapters_are_those_of_rank_0(contents: Any, policy: ModelOptions) -> None:
     assert_equal(*contents(LearnerGroup(policy, options(lora=LORA), seed=0)))
 
 
-def test_the_head_of_a_reward_model_is_rank_0_s(contents: Any, policy: ModelOptions) -> None:
+def test_the_head_of_a_reward_model_and_what_is_drawn_next_are_rank_0_s(contents: Any, policy: ModelOptions) -> None:
     first, second = contents(RewardModelGroup(policy, options(), seed=0))
     assert_equal(first, second)
     assert not second["score.weight"][0].any()
