@@ -547,7 +547,9 @@ def emit_plan(learner: policy.LearnerWorker, directory: Path, count: int, length
     """Emit what `align plan` foresees for this rank. Returns the parameters that a token is multiplied with."""
     sizes = sizes_of(str(directory))
     trained = sum(p.numel() for p in learner._network.parameters() if p.requires_grad)
-    parts = learner_memory(Training(sizes, learner._options, trained, count * length, length, 2, False))
+    parts = learner_memory(
+        Training(sizes, learner._options, trained, count * length, length, 2, False), on_gpu=not TINY
+    )
     gib = {name: size / GIB for name, size in parts.items()}
     total = (sum(parts.values()) + GPU_PROCESS) / GIB
     emit("align plan", total_gib=total, **gib, active=sizes.active, total=sizes.total)

@@ -68,7 +68,7 @@ def environment(rank: int, ranks: int, threads: int, *, on_gpu: bool | None = No
     if not (torch.cuda.is_available() if on_gpu is None else on_gpu):
         variables |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": str(rank), "LOCAL_SIZE": str(ranks)}
     else:
-        # Segments that grow and shrink: what others leave free of a shared GPU is in no two pieces alike.
+        # Segments that grow, so that memory that was freed is not left in pieces too small to be used.
         allocator = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         variables |= {"LOCAL_RANK": "0", "PYTORCH_CUDA_ALLOC_CONF": allocator}
     return variables

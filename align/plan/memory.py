@@ -17,13 +17,17 @@ from rollout import FleetOptions
 
 GIB = 2**30
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
-# DeepSpeed 0.19's defaults, which this project leaves alone: elements reduced as one, fetched ahead, and updated as one under ZeRO-3.
-REDUCE_BUCKET, PREFETCH, SUB_GROUP = 5 * 10**8, 5 * 10**7, 10**9
+# DeepSpeed 0.19's defaults, which this project leaves alone: elements reduced as one; and under ZeRO-3 those that stay gathered because they are soon
+# needed again, and those updated as one.
+REDUCE_BUCKET, GATHERED, SUB_GROUP = 5 * 10**8, 10**9, 10**9
 # Resident memory of a process that has imported and started everything and holds no model. Measured on x86-64 Linux, Python 3.11 and
 # the versions that this project pins; `benchmarks/plan_memory.py` measures it against a run.
 LEARNER_PROCESS, WORKER_PROCESS, SCORING_PROCESS = 0.75 * GIB, 1.0 * GIB, 0.13 * GIB
 # The same on a GPU: CUDA's context, the kernels' workspaces and NCCL's buffers. Not measured here: what others report for an H100.
 GPU_PROCESS = 2.0 * GIB
+
+# Of the weights, what is resident at most while transformers reads them: 1.0 to 1.24 was measured.
+READING = 1.25
 
 Parts = Mapping[str, float]
 
@@ -81,8 +85,8 @@ class Work:
         return self.sizes.kv_a_token * self.element
 
 
-def learner_memory(job: Training) -> dict[str, float]:
-    """The memory of one learner rank at the peak of a step."""
+def learner_memory(job: Training, *, on_gpu: bool) -> dict[str, float]:
+    """The memory of one learner rank at the peak of a step. What is allocated and never used counts on a GPU alone."""
     zero, ranks = job.options.zero_stage, job.options.ranks
     share = ranks if zero else 1
     elsewhere = job.sizes.routed * (1 - 1 / job.options.expert_parallel)
@@ -91,15 +95,18 @@ def learner_memory(job: Training) -> dict[str, float]:
     # Those of micro-batches add up in float32 where ZeRO takes part, whatever the policy's dtype.
     parts = {"weights": weights * job.element, "gradients": gradients * (4 if zero else job.element)}
     if zero == 3:
-        held = job.sizes.largest_block * (2 if job.trained == job.sizes.total else 1) + min(PREFETCH, job.sizes.total)
-        parts["gathered block"] = held * job.element
+        # And the gradient of a block; the reference's weights are let go before the policy's are gathered.
+        block = job.sizes.largest_block
+        held = min(job.sizes.total, GATHERED + block) + (block if job.trained == job.sizes.total else 0)
+        parts["gathered"] = held * job.element
     # Adam's two moments, and a float32 copy of the weights wherever DeepSpeed wraps the optimizer.
     wrapped = zero > 0 or job.element < 4
     parts["optimiser"] = job.trained / share * (12 if wrapped else 8)
     stepping = min(SUB_GROUP, job.trained / share) if zero == 3 else job.trained / share
     # ZeRO-1 reduces the sums of an update, the others what a micro-batch adds to them.
-    bucket = min(REDUCE_BUCKET, job.trained) * (4 if zero == 1 else job.element) if zero else 0
-    parts["update and reduction"] = max(stepping * 4 if wrapped else 0, bucket)
+    bucket = (REDUCE_BUCKET if on_gpu else min(REDUCE_BUCKET, job.trained)) * (4 if zero == 1 else job.element)
+    parts["update"] = stepping * 4 if wrapped else 0.0
+    parts["reduction"] = float(bucket if zero else 0)
     if job.reference_copy:
         parts["reference"] = job.sizes.total / (ranks if zero == 3 else 1) * job.element
     return parts | activation_memory(job)
@@ -107,7 +114,7 @@ def learner_memory(job: Training) -> dict[str, float]:
 
 def at_rest(job: Training) -> float:
     """Bytes that a learner rank moves to the CPU's memory while the workers have the GPU, its gradients among them."""
-    parts = learner_memory(job)
+    parts = learner_memory(job, on_gpu=True)
     return sum(parts.get(name, 0.0) for name in ("weights", "gradients", "optimiser", "reference"))
 
 

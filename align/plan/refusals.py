@@ -50,7 +50,7 @@ def cure(training: Training, limit: float, ranks_to_add: int) -> str:
     """The least change of the recipe, of those that are tried in order, with which a learner rank fits `limit` bytes of a GPU."""
 
     def needed(training: Training) -> float:
-        return sum(memory.learner_memory(training).values()) + GPU_PROCESS
+        return sum(memory.learner_memory(training, on_gpu=True).values()) + GPU_PROCESS
 
     said: list[str] = []
     if training.reference_copy:

@@ -75,7 +75,7 @@ def host_memory(node: Node, roles: Sequence[Role], work: Work) -> float:
     """
     total = sum(role.host * len(node.held.get(role.name, ())) for role in roles)
     if 0 in node.held.get(LEARNER, ()):
-        total += work.weight_bytes
+        total += work.weight_bytes * memory.READING
     if WORKER in node.held or 0 in node.held.get(LEARNER, ()):
         total += work.stored_bytes
     return total
@@ -91,7 +91,9 @@ def learner_role(work: Work, cluster: Cluster) -> Role | None:
     elif rollout and rollout.gpus < 1:
         limit *= 1 - rollout.gpu_memory_share
     gpus = options.gpus if cluster.gpus else 0
-    parts = memory.learner_memory(work.training) | {"process": GPU_PROCESS if gpus else memory.LEARNER_PROCESS}
+    parts = memory.learner_memory(work.training, on_gpu=bool(gpus)) | {
+        "process": GPU_PROCESS if gpus else memory.LEARNER_PROCESS
+    }
     resting = at_rest(work.training) if work.roles.colocated else 0
     return Role(LEARNER, options.ranks, gpus, parts, limit, memory.LEARNER_PROCESS + resting)
 

@@ -58,7 +58,7 @@ def step_seconds(work: Work, worker: Parts | None, gpus_per_node: int) -> dict[s
     # Operations a parameter and token: two forward and four backward, of which frozen weights save two.
     passes = (6 if job.trained == sizes.total else 4) + 2 * (checkpointing + roles.reference)
     # Under ZeRO-3 every pass of a micro-batch fetches the weights.
-    gathers = (3 if checkpointing else 2) if job.options.zero_stage == 3 else 0
+    gathers = (3 if checkpointing else 2) + job.reference_copy if job.options.zero_stage == 3 else 0
     micro_batches = max(1, round(tokens / job.options.micro_batch_tokens))
     seconds["training"] = tokens * sizes.active * passes / (rates.flops * threads)
     seconds["training"] += micro_batches * gathers * work.weight_bytes / rates.link
