@@ -48,7 +48,7 @@ def test_too_little_space_is_refused_with_what_is_needed(tmp_path: Path, monkeyp
         ({}, 8.0),
         ({"model": {"path": LITE, "dtype": "bfloat16"}}, 502.6),
         ({"model": {"path": LITE, "dtype": "bfloat16"}, "learner": ADAPTERS}, 62.8),
-        ({"model": {"path": "nowhere"}}, 8.0),
+        ({"model": {"path": "/nowhere"}}, 8.0),
     ],
     ids=["nano", "V2-Lite", "its adapters", "no model"],
 )
