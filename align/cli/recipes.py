@@ -145,7 +145,7 @@ def plan(
     for number, (stage, sizes, made) in enumerate(plan_stages(stages, cluster)):
         recipe = stage.recipe
         print(
-            "\n" * (number > 0) + as_text(f"{stage.name}: {recipe.name}", recipe.model.dtype, sizes, cluster, made),
+            "\n" * (number > 0) + as_text(f"{recipe.name} ({stage.name})", recipe.model.dtype, sizes, cluster, made),
             flush=True,
         )
         for refusal in made.refusals:

@@ -17,6 +17,7 @@ from align.plan.roles import LEARNER, SCORING, WORKER, Role, demands, host_memor
 from align.plan.times import step_seconds
 from align.recipe import BFLOAT16_SUMS, MERGED_ADAPTERS, PlannedStage, PolicyRecipe, Recipe
 from align.recipe.load import apply_override
+from align.run.machine import store_size
 
 THROUGH = {
     "broadcast": "one broadcast from the device of rank 0 to theirs",
@@ -132,6 +133,9 @@ def notes(work: Work) -> list[str]:
     if work.roles.weights:
         sent, through = gib(work.sent * work.element), THROUGH[work.roles.weights.transport]
         found.append(f"{sent} of new weights go to the workers after an update, through {through}")
+        if work.stored_bytes:
+            size = store_size(work.sent * work.element)
+            found.append(f"Ray's object store takes {gib(size)} of /dev/shm, so that they do not go over the disk")
     return found
 
 

@@ -71,7 +71,7 @@ def object_store_bytes(sent: int, shared: int, available: int) -> tuple[int, str
     `shared` is what is free of /dev/shm, `available` of the memory, in bytes. Returns a warning too where small weights go over the disk, for want
     of either. Raises UserError where large ones would.
     """
-    need, spare = max(LEAST_STORE, LEAST_STORE // 2 + int(2 * sent / SPILLS_AT)), available - LEAST_STORE
+    need, spare = store_size(sent), available - LEAST_STORE
     if need == LEAST_STORE or need <= min(shared, spare):
         return need, None
     told = (
@@ -82,6 +82,11 @@ def object_store_bytes(sent: int, shared: int, available: int) -> tuple[int, str
     if need > MOST_SPILLED:
         raise UserError(told)
     return LEAST_STORE, f"{told}; until then they go over the disk"
+
+
+def store_size(sent: int) -> int:
+    """The bytes of an object store that holds `sent` bytes of weights twice without going over the disk."""
+    return max(LEAST_STORE, LEAST_STORE // 2 + int(2 * sent / SPILLS_AT))
 
 
 def shared_memory_bytes() -> int:

@@ -156,7 +156,7 @@ def test_overrides_may_come_before_and_after_options(
     for arguments in ([*options, "name=other"], ["name=other", *options], ["seed=1", *options, "name=other"]):
         main(["plan", GRPO, *arguments])
         shown.append(capsys.readouterr().out)
-    assert shown[0].startswith("other (grpo) on one machine without GPUs")
+    assert "\nother (grpo) on one machine without GPUs\n" in shown[0]
     assert len(set(shown)) == 1
 
 
