@@ -135,6 +135,7 @@ def training_sequence(
         advantage=advantage,
         sampler_log_probs=trajectory.log_probs[trajectory.sampled],
         group=group,
+        experts=trajectory.experts,
     )
 
 
@@ -180,13 +181,15 @@ def is_scored_row(row: Mapping[str, Any]) -> bool:
     return row.keys() >= {"id", "index", "prompt", "completion", "answer", "domain", "finish_reason", "verdict"}
 
 
-def token_columns(trajectory: Trajectory, learned: npt.NDArray[np.float32] | None = None) -> dict[str, Any]:
+def token_columns(
+    trajectory: Trajectory, learned: npt.NDArray[np.float32] | None = None, *, with_experts: bool = True
+) -> dict[str, Any]:
     """The rest of a trajectory's record, token by token, for a row beside `row_of`'s; `trajectory_of` reads both.
 
     `learned` [S] are the log-probabilities of its sampled tokens under the learner, where it was trained on; like the sampler's,
     they are written as [T] with 0 for tokens that were not sampled.
     """
-    experts = trajectory.experts
+    experts = trajectory.experts if with_experts else None
     by_token = np.zeros_like(trajectory.log_probs)
     if learned is not None:
         by_token[trajectory.sampled] = learned

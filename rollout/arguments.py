@@ -58,6 +58,11 @@ def refusal(dtype: str, options: EngineOptions, device: Device) -> str:
         key = "model.dtype: bfloat16" if dtype == "bfloat16" else "rollout.batch_invariant"
         cure = "set model.dtype=float32" if dtype == "bfloat16" else "leave it out"
         return f"{key} takes a GPU of compute capability 8.0 or above, and {device.name} has {major}.{minor}; {cure}"
+    if options.record_experts:
+        return (
+            "rollout.record_experts, which grpo.routing_replay: sampler sets, is for CPUs so far: on a GPU vLLM has another engine; leave it out, or "
+            "set grpo.routing_replay=learner"
+        )
     if options.adapter_rank and dtype == "float32":
         return (
             "weights.transport: adapter: vLLM's kernels for adapters compute in half precision on a GPU; leave it out, or set "

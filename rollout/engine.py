@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from rollout.arguments import prepare
+from rollout.routing import forget_routing, start_recording, take_routing
 from rollout.sync.base import Bucket, WeightSource
 from rollout.types import (
     EngineOptions,
+    Experts,
     FinishReason,
     Prompt,
     RolloutError,
@@ -77,6 +79,8 @@ class Engine:
         if options.batch_invariant:
             self._llm.collective_rpc(use_one_router_kernel)
         self._count_steps()
+        if options.record_experts:
+            self._llm.collective_rpc(start_recording)
 
     def sample(self, requests: Sequence[Request], sampling: SamplingOptions) -> list[Trajectory]:
         """Draw one trajectory for each request, in their order, as one engine batch."""
@@ -89,17 +93,23 @@ class Engine:
         # What is cached of an earlier batch would let a trajectory depend, in its last bits, on who sampled that.
         self._clear_prefix_cache()
         parameters = [self._parameters(request, sampling) for request in requests]
+        self._forget_experts()
         outputs = self._llm.generate(
             [{"prompt_token_ids": list(request.prompt.token_ids)} for request in requests],
             parameters,
             use_tqdm=False,
             lora_request=self._adapter,
         )
-        return [self._trajectory(r, output.outputs[0]) for r, output in zip(requests, outputs, strict=True)]
+        experts = self._llm.collective_rpc(take_routing)[0] if self._options.record_experts else {}
+        return [
+            self._trajectory(request, output.outputs[0], experts.get(output.request_id))
+            for request, output in zip(requests, outputs, strict=True)
+        ]
 
     def stream(self, request: Request, sampling: SamplingOptions) -> Generator[Sequence[int]]:
         """Draw one completion, token by token: yields the ids that are new. An abandoned iterator ends the request."""
         engine = self._llm.llm_engine
+        self._forget_experts()
         # vLLM gives ids of its own to requests.
         id_ = engine.add_request(
             request.prompt.id,
@@ -188,6 +198,10 @@ class Engine:
                 "with other weights than those that computed them"
             )
 
+    def _forget_experts(self) -> None:
+        if self._options.record_experts:
+            self._llm.collective_rpc(forget_routing)
+
     def _count_steps(self) -> None:
         engine = self._llm.llm_engine
         step = engine.step
@@ -213,7 +227,7 @@ class Engine:
             skip_special_tokens=False,
         )
 
-    def _trajectory(self, request: Request, output: Any) -> Trajectory:
+    def _trajectory(self, request: Request, output: Any, experts: Experts | None) -> Trajectory:
         token_ids, log_probs = list(output.token_ids), list(output.logprobs.logprobs)
         if token_ids != output.logprobs.token_ids:
             raise RolloutError(f"vLLM's log-probabilities for prompt {request.prompt.id!r} are not those of its tokens")
@@ -225,6 +239,7 @@ class Engine:
             FinishReason(output.finish_reason),
             seed=request.seed,
             weight_version=self.weight_version,
+            experts=experts,
         )
 
 

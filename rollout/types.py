@@ -13,6 +13,19 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from typing_extensions import deprecated
 
+Experts = npt.NDArray[np.uint8 | np.uint16]
+"""Ids of experts that routers chose, [tokens, MoE layers, k]."""
+
+
+def expert_dtype(experts: int) -> type[np.uint8 | np.uint16]:
+    """What holds the id of each of so many experts, and the mark of `not_routed`."""
+    return np.uint8 if experts <= np.iinfo(np.uint8).max else np.uint16
+
+
+def not_routed(dtype: npt.DTypeLike) -> int:
+    """The id that marks a token of which no expert is known, in place of ids of this type: its largest number."""
+    return int(np.iinfo(dtype).max)
+
 
 class RolloutError(Exception):
     """The sampler could not do what was asked; the message says what and what to do.
@@ -86,7 +99,7 @@ class Trajectory:
     weight_versions: Sequence[Versions]  # in order of their starts, the first at 0
     turns: Sequence[Turn]
     finish_reason: FinishReason  # of the last turn
-    experts: npt.NDArray[np.uint8 | np.uint16] | None = None  # [P+T-1, MoE layers, k], what the routers chose
+    experts: Experts | None = None  # [P+T-1, MoE layers, k], what the routers chose; see `not_routed`
 
     @classmethod
     def of_one_turn(
@@ -99,6 +112,7 @@ class Trajectory:
         *,
         seed: int = 0,
         weight_version: int = 0,
+        experts: Experts | None = None,
     ) -> Self:
         """The trajectory of a prompt that the policy answered once, with weights of one version."""
         return cls(
@@ -112,6 +126,7 @@ class Trajectory:
             weight_versions=[Versions(0, weight_version)],
             turns=[Turn(0, len(token_ids), finish_reason)],
             finish_reason=finish_reason,
+            experts=experts,
         )
 
     def __eq__(self, other: object) -> bool:
@@ -187,6 +202,11 @@ class EngineOptions(BaseModel):
         0,
         ge=0,
         description="largest rank of an adapter that vLLM adds to the policy; `weights.transport: adapter` sets it",
+    )
+    record_experts: bool = Field(
+        False,
+        description="note with every token the experts that the sampler's routers chose, and write them with the samples; "
+        "`grpo.routing_replay: sampler` notes them too",
     )
     sleeps: bool = Field(
         False, description="the engine can put what it holds on its GPU into the CPU's memory; `colocate` sets it"

@@ -8,6 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from rollout.types import Experts, not_routed
+
 Floats = Sequence[float] | npt.NDArray[np.float32]
 T = TypeVar("T")
 
@@ -20,7 +22,8 @@ class TrainingSequence:
     to draw: false on the prompt and on what an environment wrote between turns. Each of them counts in the loss with
     `weight`, which carries the denominator of the whole batch (`align.losses.completion_weights`). For GRPO, `advantage` is the
     group-relative one, and `sampler_log_probs` and `old_log_probs` [S] are the log-probabilities that the tokens were drawn
-    with and those of the learner before the step's first update. Sequences with the same `group` have the same prompt, the
+    with and those of the learner before the step's first update. `experts` [T - 1, layers, k] are those that the tokens went
+    through, where they are known. Sequences with the same `group` have the same prompt, the
     tokens before the first sampled one; where it is None, a prompt is shared with no other sequence.
     """
 
@@ -31,6 +34,7 @@ class TrainingSequence:
     sampler_log_probs: Floats | None = None
     old_log_probs: Floats | None = None
     group: int | None = None
+    experts: Experts | None = None
 
     @classmethod
     def of_completion(cls, token_ids: Sequence[int], prompt_length: int, weight: float, **others: Any) -> Self:
@@ -57,6 +61,9 @@ class Batch:
     Where prompts are shared, rows of `token_ids` begin with the last token of a prompt; what is before it, of G different
     prompts, is `prefixes` [G, P] int64, padded on the left, with `prefix_mask` [G, P] bool, and row b goes on from prefix
     `prefix_of[b]`.
+
+    `experts` [B, T, layers, k] int16, and `prefix_experts` [G, P, layers, k], are those that the tokens went through, -1 where they
+    are not known; None where no sequence has any.
     """
 
     token_ids: torch.Tensor
@@ -69,6 +76,13 @@ class Batch:
     prefixes: torch.Tensor | None = None
     prefix_mask: torch.Tensor | None = None
     prefix_of: torch.Tensor | None = None
+    experts: torch.Tensor | None = None
+    prefix_experts: torch.Tensor | None = None
+
+    @property
+    def routes(self) -> list[torch.Tensor]:
+        """The experts that are known, of each pass through the network: before the rows where prompts are shared, then of the rows."""
+        return [experts for experts in (self.prefix_experts, self.experts) if experts is not None]
 
     @property
     def inputs(self) -> dict[str, torch.Tensor]:
@@ -111,11 +125,20 @@ def collate_after_prompts(sequences: Sequence[TrainingSequence], pad_id: int) ->
         padded[row, width - len(prefix) :] = prefix
         mask[row, width - len(prefix) :] = True
     after = [
-        replace(s, token_ids=s.token_ids[s.prompt_length - 1 :], sampled=s.sampled[s.prompt_length - 1 :])
+        replace(
+            s,
+            token_ids=s.token_ids[s.prompt_length - 1 :],
+            sampled=s.sampled[s.prompt_length - 1 :],
+            experts=None if s.experts is None else s.experts[s.prompt_length - 1 :],
+        )
         for s in sequences
+    ]
+    known = [
+        None if s.experts is None else s.experts[: s.prompt_length - 1] for s in first_of_each(sequences, prefix_of)
     ]
     return replace(
         collate(after, pad_id),
+        prefix_experts=padded_experts(known, [width - len(prefix) for prefix in prefixes], width),
         prefixes=torch.from_numpy(padded),
         prefix_mask=torch.from_numpy(mask),
         prefix_of=torch.tensor(prefix_of),
@@ -159,7 +182,39 @@ def collate(sequences: Sequence[TrainingSequence], pad_id: int) -> Batch:
         advantages=torch.tensor([s.advantage for s in sequences], dtype=torch.float32),
         sampler_log_probs=None if sequences[0].sampler_log_probs is None else torch.from_numpy(sampler),
         old_log_probs=None if sequences[0].old_log_probs is None else torch.from_numpy(old),
+        experts=padded_experts([s.experts for s in sequences], [0] * rows, width),
     )
+
+
+def padded_experts(known: Sequence[Experts | None], starts: Sequence[int], width: int) -> torch.Tensor | None:
+    """The experts [rows, width, layers, k] int16 of rows that begin at these places, -1 where none are known; None where none are known at all."""
+    some = next((experts for experts in known if experts is not None), None)
+    if some is None:
+        return None
+    padded = np.full((len(known), width, *some.shape[1:]), -1, dtype=np.int16)
+    for row, (experts, start) in enumerate(zip(known, starts, strict=True)):
+        if experts is not None:
+            unknown = experts == not_routed(experts.dtype)
+            padded[row, start : start + len(experts)] = np.where(unknown, -1, experts.astype(np.int16))
+    return torch.from_numpy(padded)
+
+
+def experts_of(batch: Batch, passes: Sequence[torch.Tensor]) -> list[Experts]:
+    """The experts [T - 1, layers, k] uint16 of each sequence, up to its last sampled token, of [tokens, layers, k] in each pass of a batch."""
+    rows, places = batch.token_ids.shape
+    *before, after = [experts.cpu().numpy().astype(np.uint16) for experts in passes]
+    after = after.reshape(rows, places, *after.shape[1:])
+    mask = batch.mask.cpu().numpy()
+    ends = places - mask.shape[1] + (mask * np.arange(1, mask.shape[1] + 1)).max(axis=1)
+    found = [experts[: end - 1] for experts, end in zip(after, ends, strict=True)]
+    if batch.prefix_mask is None or batch.prefix_of is None:
+        return found
+    real = batch.prefix_mask.cpu().numpy()
+    prefixes = before[0].reshape(*real.shape, *after.shape[2:])
+    return [
+        np.concatenate([prefixes[prefix][real[prefix]], own])
+        for prefix, own in zip(batch.prefix_of.tolist(), found, strict=True)
+    ]
 
 
 def sampled_values(values: torch.Tensor, batch: Batch) -> list[npt.NDArray[np.float32]]:

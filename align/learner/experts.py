@@ -35,11 +35,8 @@ class ExpertCounter:
         self._counts: dict[int, torch.Tensor] = {}
         self._counted: list[torch.Tensor] = []
         self._passes: dict[int, int] = {}
-        for name, block in network.named_modules():
-            router = getattr(block, "gate", getattr(block, "router", None))
-            layer = re.search(r"layers\.(\d+)", name)
-            if hasattr(block, "experts") and isinstance(router, torch.nn.Module) and layer:
-                router.register_forward_hook(partial(self._count, int(layer[1])))
+        for layer, router in routers_of(network).items():
+            router.register_forward_hook(partial(self._count, layer))
 
     @contextmanager
     def counting(self, *counts: torch.Tensor) -> Iterator[None]:
@@ -73,6 +70,17 @@ class ExpertCounter:
         self._passes[layer] = self._passes.get(layer, 0) + 1
         # No boolean index and no bincount: on a GPU both would wait for it.
         self._counts[layer].scatter_add_(0, chosen.flatten(), times.repeat_interleave(chosen.shape[-1]))
+
+
+def routers_of(network: torch.nn.Module) -> dict[int, torch.nn.Module]:
+    """The routers of a network, by the number of their layer, in order."""
+    found = {}
+    for name, block in network.named_modules():
+        router = getattr(block, "gate", getattr(block, "router", None))
+        layer = re.search(r"layers\.(\d+)", name)
+        if hasattr(block, "experts") and isinstance(router, torch.nn.Module) and layer:
+            found[int(layer[1])] = router
+    return found
 
 
 def add_loads(parts: Sequence[Loads]) -> Loads:

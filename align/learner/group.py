@@ -24,7 +24,8 @@ from align.learner.experts import add_loads, load_metrics
 from align.learner.objective import Objective, Sums
 from align.learner.policy import LearnerWorker
 from align.learner.rank import LearnerRank, Trained, environment
-from align.recipe import LearnerOptions, ModelOptions
+from align.learner.routing import routing_metrics
+from align.recipe import LearnerOptions, ModelOptions, Replay
 from align.run.checkpoints import Entry
 from align.run.files import whole_directory
 from rollout import Colocation, Fleet, ObjectStoreSync, WeightSync
@@ -274,10 +275,16 @@ class LearnerGroup(RankGroup):
         weight_sync: WeightSync | None = None,
         colocation: Colocation | None = None,
         kind: type[LearnerWorker] = LearnerWorker,
+        replay: Replay = "off",
     ):
-        """`weight_sync` is how `sync_weights` sends the weights, by default through Ray's object store; `kind` is what the ranks are."""
+        """`weight_sync` is how `sync_weights` sends the weights, by default through Ray's object store; `kind` is what the ranks are.
+
+        `replay` says whose experts tokens go through in GRPO: those that the sequences have of the sampler, or those of the learner itself
+        before the first of several updates.
+        """
         super().__init__(kind, model, options, seed, reference, colocation=colocation)
         self.weight_sync = weight_sync or self.weight_sync
+        self.replay = replay
 
     def sync_weights(self, fleet: Fleet, version: int) -> int:
         """Give the rollout workers what has been trained; when this returns they sample with it, as weights of `version`.
@@ -292,7 +299,8 @@ class LearnerGroup(RankGroup):
     def accumulate(self, sequences: Sequence[TrainingSequence], objective: Objective) -> Sums:
         """Forward and backward over a batch; its gradient waits for `apply`."""
         work, plan = self._split(sequences)
-        calls = [r.accumulate.remote(part, objective) for r, part in zip(self._at_work(), work, strict=True)]
+        replays = objective.grpo is not None and self.replay != "off"
+        calls = [r.accumulate.remote(part, objective, replays) for r, part in zip(self._at_work(), work, strict=True)]
         found = self._gather(calls, self._options.step_timeout_s, "computing gradients")
         total = Sums()
         for sums in found:
@@ -314,8 +322,8 @@ class LearnerGroup(RankGroup):
         update is left out anyway. The norm is the last one, but NaN or infinite where any was.
         """
         if len(updates) > 1:
-            old = iter(self.log_probs([s for batch in updates for s in batch], objective.temperature))
-            updates = [[replace(s, old_log_probs=next(old)) for s in batch] for batch in updates]
+            before = iter(self._before_updates([s for batch in updates for s in batch], objective.temperature))
+            updates = [[next(before) for _ in batch] for batch in updates]
         total, norm = Sums(), 0.0
         for batch in filter(None, updates):
             sums = self.accumulate(batch, objective)
@@ -327,15 +335,32 @@ class LearnerGroup(RankGroup):
         return total, norm
 
     def expert_load(self) -> dict[str, float]:
-        """How evenly the tokens of all `accumulate` since the last time went to the experts; see `load_metrics`."""
+        """How evenly the tokens of all `accumulate` since the last time went to the experts, and how many the policy would have sent to others
+        than those that were given; see `load_metrics` and `routing_metrics`."""
         calls = [rank.take_expert_load.remote() for rank in self._ranks]
-        return load_metrics(add_loads(self._gather(calls, self._options.step_timeout_s, "counting tokens of experts")))
+        found = self._gather(calls, self._options.step_timeout_s, "counting tokens of experts")
+        return load_metrics(add_loads([loads for loads, _ in found])) | routing_metrics(
+            [changes for _, changes in found]
+        )
 
     def log_probs(self, sequences: Sequence[TrainingSequence], temperature: float) -> list[npt.NDArray[np.float32]]:
-        """The policy's log-probabilities [S] of the sampled tokens of each sequence."""
+        """The policy's log-probabilities [S] of the sampled tokens of each sequence, with the sampler's experts where these are replayed."""
         work, plan = self._split(sequences)
-        calls = [r.log_probs.remote(part, temperature) for r, part in zip(self._at_work(), work, strict=True)]
+        replays = self.replay == "sampler"
+        calls = [r.log_probs.remote(part, temperature, replays) for r, part in zip(self._at_work(), work, strict=True)]
         return in_order(plan, self._gather(calls, self._options.step_timeout_s, "computing log-probabilities"))
+
+    def _before_updates(self, sequences: Sequence[TrainingSequence], temperature: float) -> list[TrainingSequence]:
+        """The sequences with the log-probabilities of the policy before a step's updates, and with its experts where these are replayed."""
+        if self.replay != "learner":
+            values = self.log_probs(sequences, temperature)
+            return [replace(s, old_log_probs=one) for s, one in zip(sequences, values, strict=True)]
+        work, plan = self._split(sequences)
+        calls = [
+            r.log_probs_and_experts.remote(part, temperature) for r, part in zip(self._at_work(), work, strict=True)
+        ]
+        found = in_order(plan, self._gather(calls, self._options.step_timeout_s, "computing log-probabilities"))
+        return [replace(s, old_log_probs=one, experts=own) for s, (one, own) in zip(sequences, found, strict=True)]
 
     def _split(
         self, sequences: Sequence[TrainingSequence]

@@ -8,13 +8,22 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from align.learner.batch import Batch, TrainingSequence, collate, collate_after_prompts, sampled_values
+from align.learner.batch import (
+    Batch,
+    TrainingSequence,
+    collate,
+    collate_after_prompts,
+    experts_of,
+    sampled_values,
+)
 from align.learner.experts import ExpertCounter, Loads
 from align.learner.loading import load_from_rank_0
 from align.learner.objective import LogProbs, Objective, Sums, loss_and_sums
 from align.learner.rank import LearnerRank, Trained
+from align.learner.routing import Changes, RoutingReplay
 from align.model.policy import load_policy
 from align.recipe import ModelOptions
+from rollout.types import Experts
 
 MicroBatches = list[list[TrainingSequence]]
 
@@ -43,14 +52,16 @@ class LearnerWorker(LearnerRank):
             self._reference = self._engine.module
         elif reference is not None:
             self._reference = self._frozen(LogProbs(load_from_rank_0(partial(load_policy, reference), self._device)))
+        self._routing = RoutingReplay(policy)
         self._expert_counter = ExpertCounter(policy)
         self._settle()
         return trained
 
-    def accumulate(self, micro_batches: MicroBatches, objective: Objective) -> Sums:
+    def accumulate(self, micro_batches: MicroBatches, objective: Objective, replays: bool = False) -> Sums:
         """Forward and backward passes of this rank's micro-batches; gradients add up until `apply`.
 
-        For GRPO without dropout, and whatever else is random in training alone: the policy that sampled has none.
+        For GRPO without dropout, and whatever else is random in training alone: the policy that sampled has none. Where it `replays`, tokens go
+        through the experts that their sequences have.
         """
         total = Sums()
         self._engine.train(objective.grpo is None)
@@ -60,19 +71,20 @@ class LearnerWorker(LearnerRank):
             batch = self._collate(sequences)
             # First, for where it shares the policy's modules: backward must find them as the policy's forward left them.
             reference = self._reference_log_probs(batch, objective.temperature)
-            with self._expert_counter.counting(*batch.token_counts()):
-                log_probs, entropy = self._engine(**batch.inputs, temperature=objective.temperature)
-            loss, sums = loss_and_sums(log_probs, entropy, reference, batch, objective)
-            self._backward(loss)
+            with self._routing.given(batch.routes, forced=replays):
+                with self._expert_counter.counting(*batch.token_counts()):
+                    log_probs, entropy = self._engine(**batch.inputs, temperature=objective.temperature)
+                loss, sums = loss_and_sums(log_probs, entropy, reference, batch, objective)
+                self._backward(loss)
             total.add(sums)
         return total
 
     def _held(self) -> list[Any]:
         return [*super()._held(), self._reference]
 
-    def take_expert_load(self) -> Loads:
-        """Where this rank's tokens went since the last time this was asked."""
-        return self._expert_counter.take()
+    def take_expert_load(self) -> tuple[Loads, Changes]:
+        """Where this rank's tokens went since the last time this was asked, and where the policy would have sent them otherwise."""
+        return self._expert_counter.take(), self._routing.take()
 
     def _collate(self, sequences: list[TrainingSequence]) -> Batch:
         together = collate_after_prompts if self._options.share_prompts else collate
@@ -86,16 +98,38 @@ class LearnerWorker(LearnerRank):
             log_probs: torch.Tensor = self._reference(**batch.inputs, temperature=temperature)[0]
         return log_probs
 
-    def log_probs(self, micro_batches: MicroBatches, temperature: float) -> list[list[npt.NDArray[np.float32]]]:
-        """Log-probabilities [S] of the sampled tokens of every sequence, in the shape of the micro-batches."""
-        self._engine.eval()
+    def log_probs(
+        self, micro_batches: MicroBatches, temperature: float, replays: bool = False
+    ) -> list[list[npt.NDArray[np.float32]]]:
+        """Log-probabilities [S] of the sampled tokens of every sequence, in the shape of the micro-batches.
+
+        Where it `replays`, tokens go through the experts that their sequences have.
+        """
         results = []
         for sequences in micro_batches:
             batch = self._collate(sequences)
-            with torch.no_grad():
-                values, _ = self._engine(**batch.inputs, temperature=temperature)
-            results.append(sampled_values(values, batch))
+            with self._routing.given(batch.routes, forced=replays):
+                results.append(sampled_values(self._values(batch, temperature), batch))
         return results
+
+    def log_probs_and_experts(
+        self, micro_batches: MicroBatches, temperature: float
+    ) -> list[list[tuple[npt.NDArray[np.float32], Experts]]]:
+        """The same by the routers' own choice, and with the experts [T - 1, layers, k] that the tokens of every sequence went through."""
+        results = []
+        for sequences in micro_batches:
+            batch = self._collate(sequences)
+            with self._routing.recording() as passes:
+                values = sampled_values(self._values(batch, temperature), batch)
+            results.append(list(zip(values, experts_of(batch, passes), strict=True)))
+        return results
+
+    def _values(self, batch: Batch, temperature: float) -> torch.Tensor:
+        """Log-probabilities [B, K] of a batch's targets, without a gradient."""
+        self._engine.eval()
+        with torch.no_grad():
+            values: torch.Tensor = self._engine(**batch.inputs, temperature=temperature)[0]
+        return values
 
 
 class FrugalWorker(LearnerWorker):
@@ -116,6 +150,7 @@ class FrugalWorker(LearnerWorker):
         for parameter in self._network.parameters():
             parameter.register_post_accumulate_grad_hook(self._change)
         self._reference, self._checkpointed = None, []
+        self._routing = RoutingReplay(self._network)
         self._expert_counter = ExpertCounter(self._network)
         self._lost = self._exact = 0.0
         self._trained = self._what_is_trained()

@@ -30,6 +30,9 @@ def is_on_hub(path: Path | str) -> bool:
     return bool(HUB_FILE.fullmatch(str(path)) or (HUB_NAME.fullmatch(str(path)) and not Path(path).exists()))
 
 
+Replay = Literal["off", "sampler", "learner"]
+
+
 class RunOptions(Options):
     """Where a run's files go."""
 
@@ -320,6 +323,11 @@ class GrpoOptions(LossOptions):
     prompts_per_step: int = Field(ge=1, description="prompts of a step, over all data")
     group_size: int = Field(ge=2, description="completions of a prompt (G)")
     updates_per_step: int = Field(1, ge=1, description="optimizer updates on the samples of one step")
+    routing_replay: Replay = Field(
+        "off",
+        description="experts that tokens go through in training: those that the learner's routers choose; the sampler's (R3); or those of the "
+        "learner before a step's first update (R2)",
+    )
     train_on_truncated: bool = Field(True, description="train on completions cut off at the length limit")
     drop_zero_variance_groups: bool = Field(False, description="leave out groups whose rewards are all equal")
 

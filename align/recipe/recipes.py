@@ -347,6 +347,11 @@ class GrpoRecipe(PolicyRecipe):
                 f"sampling.max_new_tokens ({self.sampling.max_new_tokens}) leaves no room for a prompt in "
                 f"rollout.max_length ({self.rollout.max_length})"
             )
+        if self.grpo.routing_replay == "learner" and self.grpo.updates_per_step == 1:
+            raise ValueError(
+                "grpo.routing_replay: learner has no effect with a single update a step, before which the learner's experts are its own: "
+                "take sampler, or several grpo.updates_per_step"
+            )
         if self.grpo.prompts_per_step % self.grpo.updates_per_step:
             raise ValueError(
                 f"grpo.prompts_per_step ({self.grpo.prompts_per_step}) cannot be split into "

@@ -22,7 +22,17 @@ from align.model.lora import block_of, chosen_parts, left_out, parts_of
 from align.model.policy import load_tokenizer
 from align.model.reward_model import is_reward_model
 from align.model.sizes import ModelSizes, empty_model, model_sizes, read_config
-from align.recipe import MachineOptions, ModelOptions, PlannedStage, PolicyRecipe, Recipe, Roles, TrainingRecipe
+from align.recipe import (
+    GrpoRecipe,
+    MachineOptions,
+    ModelOptions,
+    PlannedStage,
+    PolicyRecipe,
+    Recipe,
+    Roles,
+    SamplingRecipe,
+    TrainingRecipe,
+)
 from align.recipe.options import HookOptions, LoraOptions
 from align.run import check_machine
 from align.run.machine import memory_bytes, object_store_bytes, shared_memory_bytes
@@ -190,6 +200,8 @@ def check_model(recipe: Recipe) -> list[str]:
         chosen_parts(skeleton, roles.learner.lora.targets)
         notes += filter(None, [left_out(parts_of(skeleton), roles.learner.lora.targets)])
     sizes = model_sizes(skeleton)
+    if not sizes.is_mixture:
+        refuse_without_experts(model.path, recipe)
     if roles.weights is not None and roles.weights.transport == "adapter":
         check_adapters_are_served(model.path, sizes)
     if roles.weights is not None and roles.weights.transport == "object_store" and "RAY_ADDRESS" not in os.environ:
@@ -246,6 +258,15 @@ def default_grace_s(recipe: Recipe) -> float:
     model = parameters * ELEMENT_BYTES[recipe.model.dtype]
     held = model + state_bytes(recipe, parameters) if isinstance(recipe, TrainingRecipe) else 0
     return max(LEAST_GRACE_S, held / WRITTEN_A_SECOND)
+
+
+def refuse_without_experts(path: str, recipe: Recipe) -> None:
+    """Raise UserError for options of routing, in a recipe whose model routes nothing."""
+    replayed = isinstance(recipe, GrpoRecipe) and recipe.grpo.routing_replay != "off"
+    recorded = isinstance(recipe, SamplingRecipe) and recipe.rollout.record_experts
+    if replayed or recorded:
+        key = "grpo.routing_replay" if replayed else "rollout.record_experts"
+        raise UserError(f"{key} is for a mixture of experts, and {path} is dense: leave it out")
 
 
 def bytes_needed(recipe: TrainingRecipe, parameters: int) -> int:

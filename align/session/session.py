@@ -15,10 +15,12 @@ from align.learner.group import LearnerDiedError, LearnerGroup, RankGroup
 from align.model.policy import first_line, load_tokenizer, stop_token_ids, write_random_policy
 from align.model.reward_model import is_reward_model
 from align.recipe import (
+    GrpoRecipe,
     LearnerOptions,
     ModelOptions,
     PolicyRecipe,
     Recipe,
+    Replay,
     RewardModelRecipe,
     SamplingRecipe,
     ScoringOptions,
@@ -78,6 +80,8 @@ class Session:
                 rollout = rollout.model_copy(update={"adapter_rank": trains.learner.lora.rank})
             if trains.weights.transport == "object_store":
                 sent = sent_bytes(self.policy, trains.learner.lora)
+        if isinstance(recipe, GrpoRecipe) and recipe.grpo.routing_replay == "sampler":
+            rollout = rollout.model_copy(update={"record_experts": True})
         self.open.enter_context(local_ray(sent))
         if trains is not None and trains.colocate:
             self.colocation = Colocation(shared_gpus(max(trains.learner.ranks, rollout.workers)))
@@ -94,7 +98,9 @@ class Session:
         if recipe.rewards:
             self.pool = self.open.enter_context(scoring_pool(recipe.rewards, recipe.scoring))
 
-    def new_learner(self, options: LearnerOptions, seed: int, reference: ModelOptions | None = None) -> LearnerGroup:
+    def new_learner(
+        self, options: LearnerOptions, seed: int, reference: ModelOptions | None = None, replay: Replay = "off"
+    ) -> LearnerGroup:
         """Start a learner of `policy`, whose weights go to the rollout workers. `learning` waits for it and ends it."""
         return LearnerGroup(
             self.policy,
@@ -103,6 +109,7 @@ class Session:
             reference=reference,
             weight_sync=self.weight_sync,
             colocation=self.colocation,
+            replay=replay,
         )
 
     @contextmanager

@@ -67,7 +67,7 @@ def train_grpo(recipe: GrpoRecipe, data: GrpoData, session: Session) -> tuple[Mo
     objective = Objective(options, recipe.sampling.temperature)
     held_out = HeldOut(recipe, data.held_out, session)
     reference = reference_of(session.policy, recipe.reference, options.kl_coefficient)
-    learner = session.new_learner(recipe.learner, recipe.seed, reference)
+    learner = session.new_learner(recipe.learner, recipe.seed, reference, options.routing_replay)
     # After a stage of `init_from`, the policy to start from is version 1.
     state = {"weight_version": int(recipe.init_from is not None), "learning_steps": 0}
     with session.learning(
@@ -106,7 +106,8 @@ def train_grpo(recipe: GrpoRecipe, data: GrpoData, session: Session) -> tuple[Mo
             state["weight_version"] = fleet.weight_version
             clock.lap("weights")
 
-            run.record_samples("grpo", step + 1, sample_rows(scored, advantages, sums.log_probs))
+            rows = sample_rows(scored, advantages, sums.log_probs, with_experts=recipe.rollout.record_experts)
+            run.record_samples("grpo", step + 1, rows)
             metrics = (
                 step_metrics(scored, advantages, sums, norm, clock) | learner.expert_load() | left_out(data.sources)
             )
@@ -134,7 +135,11 @@ def reference_of(policy: ModelOptions, path: Path | None, kl_coefficient: float)
 
 
 def sample_rows(
-    groups: Sequence[ScoredGroup], advantages: Advantages, log_probs: Sequence[Sequence[npt.NDArray[np.float32]]]
+    groups: Sequence[ScoredGroup],
+    advantages: Advantages,
+    log_probs: Sequence[Sequence[npt.NDArray[np.float32]]],
+    *,
+    with_experts: bool,
 ) -> list[dict[str, Any]]:
     """The samples of a step as rows of the run's table, with all that its update was made of.
 
@@ -146,7 +151,7 @@ def sample_rows(
             kept = bool(advantages.kept[p, g])
             rows.append(
                 row_of(group.problem.example, answer)
-                | token_columns(answer.trajectory, next(learned) if kept else None)
+                | token_columns(answer.trajectory, next(learned) if kept else None, with_experts=with_experts)
                 | {"advantage": float(advantages.values[p, g]), "trained_on": kept}
             )
     return rows

@@ -131,6 +131,13 @@ def test_the_environment_follows_from_device_model_and_dtype(
         (T4, "bfloat16", {}, "and a T4 has 7.5; set model.dtype=float32"),
         (T4, "float32", {"batch_invariant": True}, "rollout.batch_invariant takes a GPU of compute capability 8.0"),
         (H100, "float32", {"adapter_rank": 8}, "weights.transport: adapter: "),
+        (
+            H100,
+            "bfloat16",
+            {"record_experts": True},
+            "rollout.record_experts, which grpo.routing_replay: sampler sets, is for CPUs",
+        ),
+        (CPU, "bfloat16", {"record_experts": True}, ""),
         (CPU, "bfloat16", {}, ""),
         (CPU, "float32", {"adapter_rank": 8}, ""),
         (T4, "float32", {}, ""),

@@ -12,7 +12,7 @@ from align.model.policy import load_tokenizer
 from align.recipe import GrpoRecipe, ModelOptions, load_recipe
 from align.recipe.options import LoraOptions
 from align.run import machine
-from align.session.checks import check_model, sent_bytes
+from align.session.checks import check_model, refuse_without_experts, sent_bytes
 from align.session.run import open_run
 from align.session.session import Session, weight_sync_of
 from rollout import AdapterSync, BroadcastSync, DirectorySync, ObjectStoreSync, WeightOptions
@@ -65,6 +65,15 @@ def test_an_adapter_alone_wants_one() -> None:
 def test_what_shares_a_gpu_does_so_in_a_way_that_is_possible(overrides: list[str], expected: str) -> None:
     with pytest.raises(UserError, match=expected):
         recipe(*overrides)
+
+
+def test_routing_is_replayed_where_there_is_any_and_something_to_replay() -> None:
+    with pytest.raises(UserError, match="no effect with a single update a step"):
+        recipe("grpo.routing_replay=learner")
+    refuse_without_experts("dense", recipe())
+    for changed in ("grpo.routing_replay=sampler", "rollout.record_experts=true"):
+        with pytest.raises(UserError, match="is for a mixture of experts, and dense is dense"):
+            refuse_without_experts("dense", recipe(changed))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU it can be served")
