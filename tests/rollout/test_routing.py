@@ -1,10 +1,13 @@
 """The experts that the sampler records are those that its routers chose: transformers' routers choose the same for the same tokens."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -15,7 +18,9 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from rollout import SamplingOptions, Trajectory
+from align.model.policy import load_tokenizer, write_random_policy
+from align.recipe import ModelOptions
+from rollout import Fleet, FleetOptions, Prompt, SamplingOptions, Trajectory
 from rollout.types import expert_dtype, not_routed
 
 NANO = Path(__file__).parents[2] / "recipes" / "nano" / "policy"
@@ -27,6 +32,7 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2,
     "intermediate_size": 96,
     "max_position_embeddings": 512,
+    "eos_token_id": 1,
 }
 EIGHT = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 MODELS: dict[str, PretrainedConfig] = {
@@ -35,7 +41,20 @@ MODELS: dict[str, PretrainedConfig] = {
     "OLMoE": OlmoeConfig(**SIZES, num_experts=8, num_experts_per_tok=2),
     "Mixtral": MixtralConfig(**SIZES, num_local_experts=8, num_experts_per_tok=2),
 }
+V2 = {
+    "topk_method": "group_limited_greedy",
+    "n_group": 4,
+    "topk_group": 2,
+    "norm_topk_prob": False,
+    "routed_scaling_factor": 16.0,
+    "num_experts_per_tok": 3,
+    "n_routed_experts": 16,
+}
 SAMPLING = SamplingOptions(max_new_tokens=48)
+# Of each group one prompt, longer than two blocks of the prefix cache.
+PROMPTS = [Prompt(f"p{i}", [0, *((7 * i + 3 * j) % 90 + 5 for j in range(70))]) for i in range(12)]
+LITTLE = 0.012
+"""GiB of KV cache that do not hold all sequences at once: some are preempted."""
 
 
 class Routers:
@@ -59,3 +78,58 @@ class Routers:
 def test_ids_have_room_for_every_expert_and_for_a_mark() -> None:
     assert (expert_dtype(255), not_routed(expert_dtype(255))) == (np.uint8, 255)
     assert (expert_dtype(256), not_routed(expert_dtype(256))) == (np.uint16, 65535)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """A function of a name: the directory of that model, with random weights."""
+
+    def written(name: str) -> str:
+        directory = tmp_path_factory.mktemp("routed")
+        if name == "DeepSeek-V2":
+            for file in NANO.iterdir():
+                (directory / file.name).write_bytes(file.read_bytes())
+            config = json.loads((NANO / "config.json").read_text())
+            (directory / "config.json").write_text(json.dumps(config | V2))
+            write_random_policy(ModelOptions(path=str(directory), init="random"), directory / "drawn", seed=0)
+            return str(directory / "drawn")
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(MODELS[name], dtype=torch.float32).save_pretrained(directory)
+        load_tokenizer(str(NANO)).save_pretrained(directory)
+        return str(directory)
+
+    return written
+
+
+@pytest.mark.parametrize(
+    ("name", "cache_gb", "prompts"),
+    [
+        ("DeepSeek-V2", LITTLE, 6),
+        ("Qwen3-MoE", 0.5, 6),
+        *(
+            pytest.param(name, gb, 12, marks=pytest.mark.slow)
+            for name in ("DeepSeek-V2", *MODELS)
+            for gb in (0.5, LITTLE if name == "DeepSeek-V2" else LITTLE / 3)
+        ),
+    ],
+)
+def test_every_token_has_the_experts_that_its_routers_chose(
+    name: str, cache_gb: float, prompts: int, models: Callable[[str], str], ray_session: None
+) -> None:
+    """Also those of requests that were preempted, and of prompts that are in the cache of another request."""
+    path = models(name)
+    options = FleetOptions(workers=1, threads=2, max_length=128, kv_cache_gb=cache_gb, record_experts=True)
+    fleet = Fleet(path, "float32", options, stop_token_ids=[1])
+    try:
+        fleet.wait_until_ready()
+        groups = list(fleet.sample(PROMPTS[:prompts], 5, SAMPLING, seed=0, step=0))
+    finally:
+        fleet.close()
+    routers, compared = Routers(path), 0
+    for trajectory in (trajectory for group in groups for trajectory in group.trajectories):
+        assert trajectory.experts is not None
+        assert trajectory.experts.dtype == np.uint8
+        expected = routers.choose(trajectory)
+        assert np.array_equal(np.sort(trajectory.experts), expected)
+        compared += expected.shape[0] * expected.shape[1]
+    assert compared > 1_000 * prompts

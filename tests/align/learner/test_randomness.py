@@ -22,6 +22,7 @@ from align.learner.batch import TrainingSequence, collate, collate_after_prompts
 from align.learner.experts import ExpertCounter
 from align.learner.objective import LogProbs, Objective
 from align.learner.policy import LearnerWorker, checkpoint_in_every_mode
+from align.learner.routing import RoutingReplay
 from align.recipe import GrpoOptions, LearnerOptions, ModelOptions, OptimizerOptions
 
 SIZES: dict[str, Any] = {
@@ -67,7 +68,7 @@ def rank_of(network: Any, *, checkpointing: bool = False) -> LearnerWorker:
     rank._checkpointed = checkpoint_in_every_mode(network)
     rank._device, rank._pad_id = torch.device("cpu"), 0
     rank._reference, rank._shares_reference = None, False
-    rank._expert_counter = ExpertCounter(network)
+    rank._routing, rank._expert_counter = RoutingReplay(network), ExpertCounter(network)
     return rank
 
 

@@ -15,6 +15,7 @@ from align.learner.batch import TrainingSequence
 from align.learner.experts import ExpertCounter
 from align.learner.objective import LogProbs, Objective
 from align.learner.policy import FrugalWorker, LearnerWorker, checkpoint_in_every_mode
+from align.learner.routing import RoutingReplay
 from align.recipe import GrpoOptions, LearnerOptions, ModelOptions, OptimizerOptions
 
 TEMPERATURE = 0.7
@@ -65,7 +66,7 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> Callable[..., LearnerWorker]:
         made._checkpointed = checkpoint_in_every_mode(policy)
         made._reference = LogProbs(network(1)).eval().requires_grad_(False)
         made._shares_reference = False
-        made._expert_counter = ExpertCounter(policy)
+        made._routing, made._expert_counter = RoutingReplay(policy), ExpertCounter(policy)
         return made
 
     return make
