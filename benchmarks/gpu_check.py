@@ -12,15 +12,18 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -57,6 +60,8 @@ NANO = ROOT / "recipes/nano/policy"
 OUT = Path(os.environ.get("OUT", ROOT / "runs/gpu_check"))
 # Where models and runs are kept for the sections to share: on a machine with a GPU in memory, 24 GB of it.
 WORK = Path(os.environ.get("GPU_CHECK_WORK", "/dev/shm/gpu_check" if torch.cuda.is_available() else OUT / "work"))
+PARTS = re.compile(r"model\.(embed_tokens|layers\.\d+\.(self_attn|mlp(\.gate)?)|norm)")
+"""The modules of a model that `note_parts` looks at: the same names in vLLM and in transformers."""
 PEAK_FLOPS = 989e12  # dense bfloat16 of an H100 SXM, by its data sheet
 # For a machine without a network: where processes meet, and that no hub is asked.
 ENVIRONMENT = {"VLLM_HOST_IP": "127.0.0.1", "HF_HUB_OFFLINE": "1", "NO_COLOR": "1"}
@@ -235,8 +240,32 @@ def training_sequences(trajectories: Sequence[Trajectory]) -> list[TrainingSeque
     return [training_sequence(t, weight, 1.0 if i % 2 else -1.0) for i, t in enumerate(trajectories)]
 
 
-def learner_log_probs(directory: Path, trajectories: Sequence[Trajectory], dtype: str) -> list[Any]:
-    """The trajectories' log-probabilities by transformers, loaded as in the learner."""
+def note_parts(model: Any) -> dict[str, torch.Tensor]:
+    """A mapping that gets, at each forward pass, what PARTS of a model of vLLM or transformers give: [tokens, hidden] float32 by their names."""
+    noted: dict[str, torch.Tensor] = {}
+
+    def note(name: str, _: Any, __: Any, output: Any) -> None:
+        first = output[0] if isinstance(output, tuple) else output
+        noted[name] = first.detach().float().flatten(0, -2).cpu()
+
+    for name, module in model.named_modules():
+        if PARTS.fullmatch(name):
+            module.register_forward_hook(partial(note, name))
+    return noted
+
+
+def emit_parts(of: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+    """How far the parts of two runs of one prompt are apart, relative to float32's, in the order in which they are computed."""
+    for name in of["float32"]:
+        size = of["float32"][name].norm()
+        pairs = {f"{a}, {b}": (of[a][name] - of[b][name]).norm() / size for a, b in combinations(of, 2)}
+        emit("part", name=name, **{pair: distance.item() for pair, distance in pairs.items()})
+
+
+def learner_log_probs(
+    directory: Path, trajectories: Sequence[Trajectory], dtype: str, parts: dict[str, torch.Tensor] | None = None
+) -> list[Any]:
+    """The trajectories' log-probabilities by transformers, loaded as in the learner; `parts` gets what PARTS give for the first prompt."""
     with timed("transformers loaded", dtype=dtype):
         model = load_policy(ModelOptions.model_validate({"path": str(directory), "dtype": dtype})).to(DEVICE).eval()
     if dtype == "float32" and GPU:
@@ -249,6 +278,11 @@ def learner_log_probs(directory: Path, trajectories: Sequence[Trajectory], dtype
                 values, _ = module(**batch.inputs, temperature=1.0)
             rows += [row[mask].float().cpu() for row, mask in zip(values, batch.mask, strict=True)]
     emit("memory", dtype=dtype, **memory())
+    if parts is not None:
+        noted = note_parts(model)
+        with torch.no_grad():
+            model(torch.tensor([trajectories[0].prompt_token_ids], device=DEVICE))
+        parts |= noted
     del model, module
     torch.cuda.empty_cache()
     return rows
@@ -358,17 +392,25 @@ def sampling() -> None:
     (WORK / "samples.pickle").write_bytes(pickle.dumps(found))
     emit_equal("the same batch again", found, sample(engine, "the same batch"))
     emit("memory at the end", **memory())
+    parts = note_parts(engine._llm.collective_rpc(lambda worker: worker.model_runner.get_model())[0])
+    engine.sample(
+        [sampler.Request(Prompt("parts", found[0].prompt_token_ids), 0, 0)], SamplingOptions(max_new_tokens=1)
+    )
+    (WORK / "parts.pickle").write_bytes(pickle.dumps(parts))
 
 
 def agreement() -> None:
     """c: transformers computes the log-probabilities of b, and both beside float32"""
     trajectories, directory = kept_samples(), lite_directory()
     sampled = [c.log_probs for c in trajectories]
-    learner = learner_log_probs(directory, trajectories, "bfloat16")
-    exact = learner_log_probs(directory, trajectories, "float32")
+    parts: dict[str, dict[str, torch.Tensor]] = {"transformers": {}, "float32": {}}
+    learner = learner_log_probs(directory, trajectories, "bfloat16", parts["transformers"])
+    exact = learner_log_probs(directory, trajectories, "float32", parts["float32"])
     emit_difference("vLLM and transformers, bfloat16", learner, sampled)
     emit_difference("transformers bfloat16 and float32", learner, exact)
     emit_difference("vLLM bfloat16 and float32", sampled, exact)
+    kept = WORK / "parts.pickle"
+    emit_parts(({"vLLM": pickle.loads(kept.read_bytes())} if kept.exists() else {}) | parts)
 
 
 def weight_sync() -> None:
@@ -470,7 +512,7 @@ def training() -> None:
         train(learner, f"SFT step {turn}", sft_sequences(*WHOLE, turn), flops)
     send_and_rest(learner)
     train(learner, "SFT step after rest", sft_sequences(*WHOLE, 3), flops)
-    emit("expert load", layers=len(learner.take_expert_load()), missing=len(learner.missing_gradients()))
+    emit("expert load", layers=len(learner.take_expert_load()[0]), missing=len(learner.missing_gradients()))
     emit("attention by itself", kernel=attention_kernel(learner._network, DEVICE))
     for rows, length in ((8, MICRO_BATCH // 8), (1, MICRO_BATCH)):
         attention_kernels(attention_sizes(learner._network.config), rows, length)
