@@ -119,6 +119,7 @@ class FakeLearner:
     trained: Any = field(default_factory=lambda: SimpleNamespace(description="fake", modules=None))
     bad_updates: int = 0
     reference: ModelOptions | None = None
+    replay: str = "off"
     asked_for_missing: int = 0
 
     def wait_until_ready(self) -> None: ...
@@ -141,7 +142,7 @@ class FakeLearner:
         self.asked.append((len(sequences), temperature, len(self.batches)))
         return [-(n + 1) / np.arange(1, s.sampled_tokens + 1, dtype=np.float32) for n, s in enumerate(sequences)]
 
-    update = LearnerGroup.update
+    update, _before_updates = LearnerGroup.update, LearnerGroup._before_updates
 
     def expert_load(self) -> dict[str, float]:
         return {}
@@ -219,8 +220,10 @@ def train(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Stag
         )
         assert isinstance(recipe, PolicyRecipe)
 
-        def start(self: Session, options: Any, seed: int, reference: ModelOptions | None = None) -> Any:
-            learner.reference = reference
+        def start(
+            self: Session, options: Any, seed: int, reference: ModelOptions | None = None, replay: str = "off"
+        ) -> Any:
+            learner.reference, learner.replay = reference, replay
             return learner
 
         monkeypatch.setattr(Session, "new_learner", start)

@@ -147,6 +147,11 @@ def test_the_kl_is_to_the_reference_that_the_recipe_names(
     assert (reference and reference.path) == expected
 
 
+@pytest.mark.parametrize("given", [[], ["grpo.routing_replay=sampler"]])
+def test_experts_are_replayed_where_the_recipe_says_so(train: Any, given: list[str]) -> None:
+    assert train("grpo", *SMALL, *given).learner.replay == ("sampler" if given else "off")
+
+
 def test_each_step_is_drawn_with_the_seed_the_step_and_the_weights_of_the_step_before(train: Any) -> None:
     stage = train("grpo", *SMALL, "seed=3", "grpo.steps=3", "sampling.temperature=0.7")
     assert [(call["seed"], call["step"], call["version"]) for call in stage.fleet.calls] == [
