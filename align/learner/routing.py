@@ -80,7 +80,7 @@ class RoutingReplay:
         given = self._given[call % len(self._given)][:, :, place].flatten(0, 1).long()
         # transformers' routers return (logits [T, E], weights, chosen), AutoEP's (weights, chosen, tokens of each expert [E]).
         spread = output[-1].dim() == 1
-        logits = router.gate(*inputs) if spread else output[0]
+        logits = router.gate(inputs[0]) if spread else output[0]
         weights, own = output[:2] if spread else output[1:]
         if layer in self._unchecked:
             self._check(router, logits, weights, own)
