@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from align.errors import UserError, nearest
+from align.recipe.dtype import with_dtype_chosen
 from align.recipe.options import ModelOptions, is_on_hub
 from align.recipe.recipes import STAGES, Recipe
 from align.shipped import found
@@ -93,7 +94,7 @@ def recipe_of(
     pending: Path | None = None,
 ) -> Recipe:
     """The recipe that has these values in the file at `path`. Raises UserError as `load_recipe` does."""
-    values = with_inputs_found(values, "", path.parent)
+    values = with_dtype_chosen(with_inputs_found(values, "", path.parent), path, in_pipeline=pending is not None)
     stage = values.get("stage")
     if stage not in STAGES:
         raise UserError(f"{path}: stage must be one of {', '.join(STAGES)}, but is {stage!r}")

@@ -12,6 +12,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from align.errors import UserError
 from align.options import Options
+from align.recipe.dtype import FASTEST
 from align.recipe.load import FREE, apply_override, explain, load_recipe, read_yaml
 from align.recipe.options import RunOptions
 from align.recipe.recipes import GrpoRecipe, Recipe, RewardModelRecipe
@@ -157,7 +158,7 @@ def _stage_before(path: Path, init_from: Path, shared: dict[str, Any], pending: 
     replaced = [
         f"{key} ({theirs[key]!r} before, {value!r} now)"
         for key, value in leaves(shared)
-        if key in theirs and theirs[key] != value and not key.startswith(FREE)
+        if key in theirs and theirs[key] not in (value, FASTEST) and not key.startswith(FREE)
     ]
     return PlannedStage(FIRST, file, overrides, first, replaced=replaced)
 

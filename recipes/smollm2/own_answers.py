@@ -11,6 +11,7 @@ from pathlib import Path
 
 from align.errors import UserError
 from align.recipe import ModelOptions, check_model_directory
+from align.recipe.dtype import dtype_of_machine
 from align.run.files import read_jsonl, write_jsonl
 from align.tasks.instructions import plain_requests
 from align.tools.offline import answers_of
@@ -23,7 +24,7 @@ TEMPERATURE = 0.7
 
 def own_answers(model: str, file: Path) -> str:
     """Sample and write; returns a line on what is there. Raises UserError for a model that cannot be used."""
-    options = ModelOptions(path=model, dtype="bfloat16")
+    options = ModelOptions(path=model, dtype=dtype_of_machine()[0])
     check_model_directory(Path(model), options)
     if file.exists() and {row.get("model") for row in read_jsonl(file)} == {model}:
         return f"{model}'s own answers are in {file} already"
