@@ -13,7 +13,8 @@ from align.data.loader import NOTHING, HeldOutPrompts, held_together
 from align.data.own import CURE, Rows, own_card, refusal, stream_of
 from align.data.types import Item, LoadedSplit, SplitName
 from align.errors import UserError
-from align.recipe import DataOptions, PolicyRecipe
+from align.recipe import DataOptions
+from align.recipe.options import EvaluationOptions
 
 T = TypeVar("T")
 TOKENISED_BEFORE = 20_000
@@ -103,22 +104,21 @@ def card_of(data: DataOptions) -> DataCard:
     )
 
 
-def evaluated(recipe: PolicyRecipe) -> list[Entry]:
-    """What the policy is evaluated on: the cards of `evaluation.cards`, the file of `evaluation.path`, or else the recipe's data, each once.
+def evaluated(options: EvaluationOptions, data: Sequence[DataOptions]) -> list[Entry]:
+    """What a policy that is trained on `data` is evaluated on: the cards of `evaluation.cards`, the file of `evaluation.path`, or else these data, each once.
 
     The entries' `path` is that of the evaluation. Raises UserError where something cannot be read.
     """
-    options = recipe.evaluation
-    if options.cards or any(data.card for data in recipe.data):
-        named = options.cards or [data.card for data in recipe.data if data.card]
+    if options.cards or any(each.card for each in data):
+        named = options.cards or [each.card for each in data if each.card]
         entries = [DataOptions(card=name, path=options.path) for name in dict.fromkeys(named)]
-        own = [] if options.cards else [data for data in recipe.data if not data.card]
+        own = [] if options.cards else [each for each in data if not each.card]
     elif options.path is not None:
         source = OwnSource(kind="own", path=str(options.path), splits=(options.split,))
         return [Entry(DataOptions(path=options.path), own_card(source))]
     else:
-        entries, own = [], recipe.data
-    entries += {data.path: data for data in own}.values()
+        entries, own = [], list(data)
+    entries += {each.path: each for each in own}.values()
     return [Entry(one, card_of(one)) for one in entries]
 
 

@@ -18,6 +18,7 @@ from align.plan.times import step_seconds
 from align.recipe import BFLOAT16_SUMS, MERGED_ADAPTERS, PlannedStage, PolicyRecipe, Recipe
 from align.recipe.load import apply_override
 from align.run.machine import store_size
+from reward import RewardTerm
 
 THROUGH = {
     "broadcast": "one broadcast from the device of rank 0 to theirs",
@@ -50,18 +51,18 @@ def plan_stages(stages: Sequence[PlannedStage], cluster: Cluster) -> Iterator[tu
     """
     made: dict[str, ModelSizes] = {}
     for stage in stages:
-        for path in models_of(stage.recipe):
-            if path not in made and (path == stage.recipe.model.path or path in KNOWN_NAMES or Path(path).is_dir()):
+        policy = stage.recipe.model.path
+        for path in [policy, *judges_of(stage.recipe.roles().rewards)]:
+            if path not in made and (path == policy or path in KNOWN_NAMES or Path(path).is_dir()):
                 made[path] = sizes_of(path)
-        sizes = made[stage.recipe.model.path]
+        sizes = made[policy]
         yield stage, sizes, make_plan(stage.recipe, sizes, cluster, made)
         made[str(stage.directory.absolute() / "final")] = sizes
 
 
-def models_of(recipe: Recipe) -> list[str]:
-    """The paths of the policy and of the reward models of a recipe."""
-    judges = [str(term.params.get("path")) for term in recipe.roles().rewards if term.name == "reward_model"]
-    return [recipe.model.path, *judges]
+def judges_of(rewards: Sequence[RewardTerm]) -> list[str]:
+    """The paths of the reward models among the rewards."""
+    return [str(term.params.get("path")) for term in rewards if term.name == "reward_model"]
 
 
 def make_plan(

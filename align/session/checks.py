@@ -33,7 +33,7 @@ from align.recipe import (
     SamplingRecipe,
     TrainingRecipe,
 )
-from align.recipe.options import HookOptions, LoraOptions
+from align.recipe.options import HookOptions, LearnerOptions, LoraOptions
 from align.run import check_machine
 from align.run.machine import memory_bytes, object_store_bytes, shared_memory_bytes
 from align.run.trackers import check_trackers
@@ -86,7 +86,7 @@ def engines_of(roles: Roles) -> list[str]:
 def check_names(recipe: Recipe) -> None:
     """Raise UserError for a reward, hook or data card that is not there, or not meant for the stage; and for data without a card that cannot be read."""
     roles = recipe.roles()
-    asked = evaluated(recipe) if isinstance(recipe, PolicyRecipe) else []
+    asked = evaluated(recipe.evaluation, recipe.data) if isinstance(recipe, PolicyRecipe) else []
     trained = [card_of(data) for data in recipe.data]
     if roles.rewards:
         check_rewards(roles.rewards, [*trained, *(entry.card for entry in asked)])
@@ -244,19 +244,20 @@ def check_space(directory: Path, need: int, *, keep: int) -> None:
         )
 
 
-def state_bytes(recipe: TrainingRecipe, parameters: int) -> int:
+def state_bytes(dtype: str, learner: LearnerOptions, parameters: int) -> int:
     """What a checkpoint holds beside the model: what the learner ranks need to go on; of an adapter next to nothing."""
-    return 0 if recipe.learner.lora else parameters * (ELEMENT_BYTES[recipe.model.dtype] + OPTIMIZER_BYTES)
+    return 0 if learner.lora else parameters * (ELEMENT_BYTES[dtype] + OPTIMIZER_BYTES)
 
 
-def default_grace_s(recipe: Recipe) -> float:
+def default_grace_s(model: ModelOptions, learner: LearnerOptions | None) -> float:
     """Seconds that a run may go on after it is told to stop: what its checkpoint takes to be written, and no less than 8."""
+    if learner is None:
+        return LEAST_GRACE_S
     try:
-        parameters = model_sizes(empty_model(read_config(recipe.model.path))).total
+        parameters = model_sizes(empty_model(read_config(model.path))).total
     except UserError:  # it is told where the model is loaded
         return LEAST_GRACE_S
-    model = parameters * ELEMENT_BYTES[recipe.model.dtype]
-    held = model + state_bytes(recipe, parameters) if isinstance(recipe, TrainingRecipe) else 0
+    held = parameters * ELEMENT_BYTES[model.dtype] + state_bytes(model.dtype, learner, parameters)
     return max(LEAST_GRACE_S, held / WRITTEN_A_SECOND)
 
 
@@ -271,7 +272,8 @@ def refuse_without_experts(path: str, recipe: Recipe) -> None:
 
 def bytes_needed(recipe: TrainingRecipe, parameters: int) -> int:
     """What the stage has on the disk at most; adapters count as nothing."""
-    model, state = parameters * ELEMENT_BYTES[recipe.model.dtype], state_bytes(recipe, parameters)
+    dtype = recipe.model.dtype
+    model, state = parameters * ELEMENT_BYTES[dtype], state_bytes(dtype, recipe.learner, parameters)
     evaluation = recipe.roles().evaluation
     best = evaluation is not None and evaluation.every is not None
     checkpoints = recipe.keep_checkpoints + 1 + best if recipe.save_every else 1

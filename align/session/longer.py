@@ -22,7 +22,7 @@ def make_longer(path: Path, recipe: Recipe) -> list[str]:
     before = load_recipe(directory.recipe_file, pending=directory.path)
     if not isinstance(before, TrainingRecipe) or not isinstance(recipe, TrainingRecipe):
         raise UserError(f"{path} has finished, so there is nothing to go on with; `align report {path}` shows it")
-    check_more_steps(directory, before.steps, recipe)
+    check_more_steps(directory, f"{recipe.stage}.steps", before.steps, recipe.steps)
     later = stages_after(directory)
     given = [f"{recipe.stage}.steps={recipe.steps}"]
     refuse_changes(directory, recipe, given)
@@ -38,12 +38,12 @@ def make_longer(path: Path, recipe: Recipe) -> list[str]:
     return later
 
 
-def check_more_steps(directory: RunDirectory, done: int, recipe: TrainingRecipe) -> None:
-    """Raise UserError where `recipe` adds no steps to those that are done, and where the checkpoint of the last is gone."""
-    path, key = directory.path, f"{recipe.stage}.steps"
-    if recipe.steps <= done:
+def check_more_steps(directory: RunDirectory, key: str, done: int, steps: int) -> None:
+    """Raise UserError where `steps`, from the recipe's `key`, are no more than those that are done, and where the checkpoint of the last is gone."""
+    path = directory.path
+    if steps <= done:
         raise UserError(
-            f"{path} has finished: all of its {done} steps are done, and {key} is {recipe.steps}. More make it longer, such as "
+            f"{path} has finished: all of its {done} steps are done, and {key} is {steps}. More make it longer, such as "
             f"`align resume {path} {key}={2 * done}`; `align report {path}` shows it"
         )
     checkpoint = directory.checkpoints_directory / f"{PREFIX}{done:05d}"

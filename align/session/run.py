@@ -29,6 +29,7 @@ from align.run.tracker_libraries import Ending
 from align.run.trackers import Trackers
 from align.session.checks import default_grace_s
 from align.session.signals import StopRequest
+from reward import RewardTerm
 from reward.own.file import file_digest, files_of
 from rollout import Fault
 
@@ -241,7 +242,7 @@ def open_run(recipe: Recipe) -> Iterator[Run]:
     directory, changed = own_directory(recipe, recipe.directory)
     goes_on = changed is not None
     directory.save_recipe(dump_recipe(recipe))
-    directory.save_environment(environment_record() | {"rewards_sha256": reward_digests(recipe)})
+    directory.save_environment(environment_record() | {"rewards_sha256": reward_digests(recipe.roles().rewards)})
     directory.enter(recipe.stage)
     keep = recipe.keep_checkpoints if isinstance(recipe, TrainingRecipe) else 1
     trackers = Trackers.of(recipe, directory)
@@ -250,14 +251,19 @@ def open_run(recipe: Recipe) -> Iterator[Run]:
     try:
         with ExitStack() as stack:
             progress = stack.enter_context(Progress(log=directory.log_file))
-            grace_s = default_grace_s(recipe) if recipe.run.grace_s is None else recipe.run.grace_s
+            grace_s = (
+                default_grace_s(recipe.model, recipe.roles().learner)
+                if recipe.run.grace_s is None
+                else recipe.run.grace_s
+            )
             stop = stack.enter_context(StopRequest(grace_s))
             run = Run(*parts, progress, stop)
             stack.enter_context(run.logged_warnings())
             stack.push(lambda kind, *_: trackers.finish(ending_of(kind)))
             if goes_on:
                 run.rewind()
-                refuse_fewer_steps(recipe, run.resume)
+                if isinstance(recipe, TrainingRecipe):
+                    refuse_fewer_steps(f"{recipe.stage}.steps", recipe.steps, run.resume)
                 for key in changed or ():
                     run.warn(f"going on with another recipe: {key}")
             for term in recipe.rewards if isinstance(recipe, SamplingRecipe) else ():
@@ -308,12 +314,10 @@ def own_directory(recipe: Recipe, path: Path) -> tuple[RunDirectory, list[str] |
     return RunDirectory.reopen(path), changed
 
 
-def refuse_fewer_steps(recipe: Recipe, checkpoint: Checkpoint | None) -> None:
-    """Raise UserError where a stage is to make fewer steps than it had made when the checkpoint was written."""
-    if checkpoint is not None and isinstance(recipe, TrainingRecipe) and checkpoint.step > recipe.steps:
-        raise UserError(
-            f"{recipe.stage}.steps is {recipe.steps}, and {checkpoint.path} is of step {checkpoint.step}: give as many or more"
-        )
+def refuse_fewer_steps(key: str, steps: int, checkpoint: Checkpoint | None) -> None:
+    """Raise UserError where `steps`, from the recipe's `key`, are fewer than had been made when the checkpoint was written."""
+    if checkpoint is not None and checkpoint.step > steps:
+        raise UserError(f"{key} is {steps}, and {checkpoint.path} is of step {checkpoint.step}: give as many or more")
 
 
 def refuse_changes(directory: RunDirectory, recipe: Recipe, allowed: Sequence[str] = ()) -> list[str]:
@@ -336,12 +340,13 @@ def changes(directory: RunDirectory, recipe: Recipe, *, pending: Path, allowed: 
     before: Mapping[str, str] = {}
     if directory.environment_file.exists():
         before = json.loads(directory.environment_file.read_text(encoding="utf-8")).get("rewards_sha256", {})
-    files = [file for file, digest in reward_digests(recipe).items() if before.get(file, digest) != digest]
+    digests = reward_digests(recipe.roles().rewards)
+    files = [file for file, digest in digests.items() if before.get(file, digest) != digest]
     keys = differences(load_recipe(directory.recipe_file, allowed, pending=pending), recipe)
     return [*keys, *(f"rewards (the content of {file} has changed)" for file in files)]
 
 
-def reward_digests(recipe: Recipe) -> dict[str, str]:
-    """The SHA-256 of every file that has a reward of the recipe, and of those beside it that it imports, by its path."""
-    named = [term.file for term in recipe.rewards] if isinstance(recipe, SamplingRecipe) else []
-    return {str(each): file_digest(each) for file in named if file is not None for each in files_of(file)}
+def reward_digests(rewards: Sequence[RewardTerm]) -> dict[str, str]:
+    """The SHA-256 of every file that has one of the rewards, and of those beside it that it imports, by its path."""
+    named = [term.file for term in rewards if term.file is not None]
+    return {str(each): file_digest(each) for file in named for each in files_of(file)}

@@ -21,7 +21,6 @@ from align.recipe import (
     PolicyRecipe,
     Recipe,
     Replay,
-    RewardModelRecipe,
     SamplingRecipe,
     ScoringOptions,
     TrainingRecipe,
@@ -160,22 +159,25 @@ class Session:
 def open_session(recipe: Recipe) -> Iterator[Session]:
     """Open the run of a recipe and its policy, which has passed the doctor; close everything that is started afterwards."""
     with open_run(recipe) as run, ExitStack() as stack:
-        policy, tokenizer = prepare_policy(recipe, run)
+        trained = recipe.roles().trained
+        policy, tokenizer = prepare_policy(recipe.model, recipe.seed, run, of_reward_model=trained == "reward_model")
         yield Session(run, policy, tokenizer, open=stack)
 
 
-def prepare_policy(recipe: Recipe, run: Run) -> tuple[ModelOptions, Any]:
-    """The policy to start from, initialised where the recipe says so, and its tokenizer; both have passed the doctor.
+def prepare_policy(
+    model: ModelOptions, seed: int, run: Run, *, of_reward_model: bool = False
+) -> tuple[ModelOptions, Any]:
+    """The policy to start from, initialised by the seed where its options say so, and its tokenizer; both have passed the doctor.
 
     For a reward model it may be a reward model too, which is then trained on.
     """
-    policy = recipe.model
+    policy = model
     if policy.init == "random":
-        write_random_policy(policy, run.directory.initial_directory, recipe.seed)
+        write_random_policy(policy, run.directory.initial_directory, seed)
         policy = policy.model_copy(update={"path": str(run.directory.initial_directory), "init": "pretrained"})
     tokenizer = load_tokenizer(policy.path, trust_remote_code=policy.trust_remote_code)
-    trained_before = isinstance(recipe, RewardModelRecipe) and is_reward_model(policy)
-    run.progress.note(f"doctor: {verdict(examine(policy, tokenizer, reward_model=trained_before), recipe.model.path)}")
+    trained_before = of_reward_model and is_reward_model(policy)
+    run.progress.note(f"doctor: {verdict(examine(policy, tokenizer, reward_model=trained_before), model.path)}")
     return policy, tokenizer
 
 

@@ -84,7 +84,7 @@ def check_data(recipe: Recipe, rows: int | None, found: Findings) -> list[str]:
     """
     entries = [(data.path, card_of(data)) for data in recipe.data]
     if isinstance(recipe, PolicyRecipe):
-        entries += [(entry.path, entry.card) for entry in evaluated(recipe)]
+        entries += [(entry.path, entry.card) for entry in evaluated(recipe.evaluation, recipe.data)]
     hub = dict.fromkeys(
         card.called
         for path, card in entries
@@ -198,7 +198,11 @@ def policy_of(
                 "init_from", f"SFT takes over what it shares with this recipe: {'; '.join(before.replaced)}"
             )
         run_sft(recipe, held_out)
-    domains = list(dict.fromkeys(domain for entry in evaluated(recipe) for domain in domains_of(entry.card)))
+    domains = list(
+        dict.fromkeys(
+            domain for entry in evaluated(recipe.evaluation, recipe.data) for domain in domains_of(entry.card)
+        )
+    )
     trained = session.policy.model_copy(update={"path": str(directory.final_directory)})
     return trained, recorded_evaluations(directory, domains)
 

@@ -51,7 +51,7 @@ class Problems:
 def load_problems(recipe: PolicyRecipe, tokenizer: Any) -> Problems:
     """The problems that the recipe evaluates on. Raises UserError for those that cannot be used, and where every prompt is too long."""
     options = recipe.evaluation
-    entries = evaluated(recipe)
+    entries = evaluated(options, recipe.data)
     examples: dict[SplitName, list[Example]] = {options.split: []}
     if options.every is not None:
         examples.setdefault("validation", [])

@@ -319,7 +319,7 @@ def test_an_evaluation_of_a_file_of_its_own_asks_all_of_it(tmp_path: Path) -> No
 def test_data_with_a_card_and_without_one_stand_side_by_side(tmp_path: Path) -> None:
     file = written(tmp_path / "mine.jsonl", problems(60))
     made = recipe("grpo", tmp_path, data=[{"card": "nano_math"}, {"path": file}, {"path": file, "levels": [1]}])
-    assert [entry.name for entry in evaluated(made)] == ["nano_math", "mine"]
+    assert [entry.name for entry in evaluated(made.evaluation, made.data)] == ["nano_math", "mine"]
     assert made.evaluation_cards == ["nano_math", str(file)]
 
 

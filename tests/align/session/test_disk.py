@@ -53,4 +53,5 @@ def test_too_little_space_is_refused_with_what_is_needed(tmp_path: Path, monkeyp
     ids=["nano", "V2-Lite", "its adapters", "no model"],
 )
 def test_a_run_that_is_told_to_stop_has_the_time_to_write_its_checkpoint(keys: dict[str, Any], seconds: float) -> None:
-    assert default_grace_s(recipe(**keys)) == pytest.approx(seconds, abs=0.1)
+    made = recipe(**keys)
+    assert default_grace_s(made.model, made.learner) == pytest.approx(seconds, abs=0.1)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from align.learner.group import LearnerError, LearnerGroup
-from align.recipe import ModelOptions, Recipe, RunOptions
+from align.recipe import ModelOptions, Recipe, Roles, RunOptions
 from align.session.run import Run, open_run
 from rollout import BroadcastSync
 
@@ -19,6 +19,9 @@ class Plain(Recipe):
     @property
     def data_stage(self) -> Any:
         return "sft"
+
+    def roles(self) -> Roles:
+        return Roles()
 
 
 def recipe(directory: Path) -> Recipe:
