@@ -1,0 +1,523 @@
+"""What the answers of a policy took up or lost between two sets of them: features whose shares differ, each habit told once.
+
+A feature is tested by the score statistic of the difference of its two shares: D over the root of the sum over prompts of u^2, where u sums what the answers
+to a prompt add to D, with the common share taken away. Answers to one prompt are alike, so that prompts are what is counted. Where both sets answer the same
+prompts, their differences cancel (of one answer each, this is McNemar's statistic), and the tails are below 2 exp(-z^2 / 2) however few prompts there are (B. Efron, JASA
+64:1278-1302, 1969). Prompts of one set alone count at least as much as the common share and the likeness of answers to a prompt let expect (the
+design effect 1 + (n - 1) rho of L. Kish, Survey Sampling, 1965). Levels are corrected for the number of different features by Bonferroni, weighted by kind (Genovese, Roeder &
+Wasserman, Biometrika 93:509-524, 2006): the chance that any habit is told of two samples of one policy is about `LEVEL`.
+
+The size of a change is the log-odds ratio with an informative prior (Monroe, Colaresi & Quinn, "Fightin' Words", Political Analysis 16:372-403, 2008),
+whose variance is that of the counts times the design effect that the statistic found.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import log, sqrt
+from statistics import NormalDist
+
+import numpy as np
+import numpy.typing as npt
+
+from align.habits.features import RANK, SLOTS, Answer, Feature, excerpt, features_of, names_of, phrase, tokens_of, was
+from align.statistics import Interval, Z
+
+LEVEL = 0.01
+"""Family-wise error of a comparison."""
+LEAST_CHANGE = 0.05
+"""A change of a share that is worth telling."""
+PHRASES_PART = 0.5
+"""The part of the level that goes to phrases, of which there are most; the other kinds have equal parts of the rest."""
+PRIOR = 10.0
+"""Answers that the prior of the log-odds is worth, with the share that the feature has in both sets."""
+MOST_ANSWERS = 2000
+"""Of larger sets so many answers are looked at, evenly chosen."""
+LOOKED_AT = 2000
+"""Characters at the beginning and at the end of a longer answer that are looked at."""
+LENGTHS = (0.02, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.98)
+"""Quantiles of the number of words that become features."""
+LONGEST_PHRASE = 5
+LEAST_RATIO = 1.15
+"""A change of the mean number of words that is worth telling."""
+SAME, RELATED = 0.95, 0.8
+"""Overlaps (intersection over union) from which on two features are of the same answers."""
+LIFT, LIFT_Z, MOST_WORDS = 0.25, 4.0, 400
+"""What of a prompt makes an answer so much likelier to have a feature asks for it; and how many words of prompts are tried."""
+UNASKED_Z = 3.5
+"""The least statistic of a change where nothing asked for it, and of a change of the length."""
+LEFT_Z = 4.0
+"""The same, of all answers, among those that have no other habit; of a part it is the less by the root of that part."""
+FEW_GROUPS = 8
+SHOWN = 12
+
+Matrix = npt.NDArray[np.float32]
+Flags = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class Habit:
+    """A feature whose share changed; `before` and `after` are its shares where nothing asked for it, `interval` the 95 % interval of the change.
+
+    `asked` are the shares where something in the prompt asked for it, None where nothing did; with `only_asked`, the change is in those
+    alone. `log_odds` is the log-odds ratio with its 95 % interval. `also` are other features of the same answers, `examples`
+    two answers that have it: of `after` where it was taken up, of `before` where it was lost. `by_domain` has its shares in each of several domains.
+    """
+
+    feature: Feature
+    before: float
+    after: float
+    interval: Interval
+    log_odds: tuple[float, float, float]
+    examples: tuple[str, ...]
+    asked: tuple[float, float] | None = None
+    only_asked: bool = False
+    domain: str = ""
+    by_domain: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    also: tuple[Feature, ...] = ()
+
+    @property
+    def taken_up(self) -> bool:
+        return self.after > self.before
+
+    @property
+    def sentence(self) -> str:
+        """Such as: 81 % of answers begin with “"” (quotation mark); 4 % did at the start."""
+        which = (
+            f"answers{' that were asked to' if self.only_asked else ''}{f' in {self.domain}' if self.domain else ''}"
+        )
+        text = f"{percent(self.after)} of {which} {phrase(self.feature)}; {percent(self.before)} {was(self.feature)} at the start"
+        more = {"where it was asked for": self.asked} if self.asked and not self.only_asked else {}
+        told = [
+            f"{where} {percent(now)} and {percent(then)}" for where, (then, now) in {**more, **self.by_domain}.items()
+        ]
+        return f"{text} ({', '.join(told)})" if told else text
+
+
+@dataclass(frozen=True, slots=True)
+class Length:
+    """The mean number of words of an answer; `changed` says whether the difference is more than chance, and worth telling."""
+
+    before: float
+    after: float
+    changed: bool
+
+    @property
+    def sentence(self) -> str:
+        return f"answers have {self.after:.0f} words on average; they had {self.before:.0f} at the start"
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What `compare` found; `before` and `after` are numbers of answers, `prompts` how many different prompts they answer, `features` how many different
+    features were tested."""
+
+    habits: Sequence[Habit]
+    length: Length
+    before: int
+    after: int
+    prompts: int
+    features: int
+
+    @property
+    def sentences(self) -> list[str]:
+        """All that is told, the length first."""
+        return [*([self.length.sentence] if self.length.changed else []), *(habit.sentence for habit in self.habits)]
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The answers of a set with the features, tokens and number of words of each, so that they need not be found twice."""
+
+    answers: Sequence[Answer]
+    features: Sequence[frozenset[Feature]]
+    tokens: Sequence[Sequence[str]]
+    words: Sequence[float]
+
+    @classmethod
+    def of(cls, answers: Sequence[Answer], most: int = MOST_ANSWERS) -> "Found":
+        """Look at the answers: of more than `most` at so many, evenly chosen; of long ones at the beginning and the end."""
+        count = min(len(answers), most)
+        chosen = [answers[i * len(answers) // count] for i in range(count)]
+        seen = [
+            replace(a, text=f"{a.text[:LOOKED_AT]} {a.text[-LOOKED_AT:]}") if len(a.text) > 2 * LOOKED_AT else a
+            for a in chosen
+        ]
+        tokens = [tokens_of(answer.text) for answer in seen]
+        words = [
+            sum(token[0].isalnum() for token in its) * len(whole.text) / max(1, len(part.text))
+            for its, whole, part in zip(tokens, chosen, seen, strict=True)
+        ]
+        return cls(seen, [frozenset(features_of(answer)) for answer in seen], tokens, words)
+
+    @classmethod
+    def together(cls, parts: Iterable["Found"]) -> "Found":
+        found = list(parts)
+        return cls(*([each for part in found for each in getattr(part, name)] for name in cls.__slots__))
+
+    def some(self, places: Iterable[int]) -> "Found":
+        """Those at these places."""
+        kept = list(places)
+        return Found(*([getattr(self, name)[place] for place in kept] for name in self.__slots__))
+
+    def of_domain(self, domain: str) -> "Found":
+        return self.some(place for place, answer in enumerate(self.answers) if answer.domain == domain)
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def compare(start: Found, now: Found, *, level: float = LEVEL) -> Comparison:
+    """What is in the answers `now` and was not at the `start`, or the other way round; all together, and by domain where there are several."""
+    common = [d for d in dict.fromkeys(a.domain for a in start.answers) if any(b.domain == d for b in now.answers)]
+    domains = common if len(common) > 1 else []
+    part = level / (1 + len(domains))
+    whole = _Sets(start, now)
+    length = whole.length()
+    habits, told = whole.habits(part), set[Feature]()
+    for habit in habits:
+        told |= {habit.feature, *habit.also}
+    apart = {domain: _Sets(start.of_domain(domain), now.of_domain(domain)) for domain in domains}
+    if domains:
+        habits = [replace(h, by_domain={d: sets.shares(h.feature) for d, sets in apart.items()}) for h in habits]
+    for domain, sets in apart.items():
+        new = [h for h in sets.habits(part) if not told & {h.feature, *h.also}]
+        habits += [replace(habit, domain=domain) for habit in new]
+    return Comparison(habits, length, len(start.answers), len(now.answers), whole.prompts, whole.tested)
+
+
+class _Sets:
+    """Two sets of answers as a matrix of features: `has` [N, F], `later` [N] of the second set, `prompt` [N] numbers the prompts."""
+
+    def __init__(self, start: Found, now: Found) -> None:
+        both = Found.together([start, now])
+        self.answers, sizes = both.answers, (len(start.answers), len(now.answers))
+        self.later = np.repeat([False, True], sizes)
+        numbers: dict[object, int] = {}
+        keys = [answer.prompt or place for place, answer in enumerate(self.answers)]
+        self.prompt = np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)
+        self.prompts, self.sizes, self.tested = len(numbers), sizes, 0
+        self.words = np.array(both.words, dtype=np.float32)
+        least = max(3, int(np.ceil(LEAST_CHANGE * min(sizes))))
+        counts = Counter(feature for found in both.features for feature in found)
+        kept = {feature: place for place, feature in enumerate(sorted(f for f, n in counts.items() if n >= least))}
+        has = np.zeros((len(self.answers), len(kept)), dtype=np.float32)
+        for row, found in enumerate(both.features):
+            has[row, [kept[f] for f in found if f in kept]] = 1.0
+        phrases, says = common_phrases(both.tokens, least)
+        lengths = sorted({int(q) for q in np.quantile(self.words, LENGTHS)}) if self.answers else []
+        shorter = [(self.words <= n)[:, None].astype(np.float32) for n in lengths]
+        self.features: list[Feature] = [*kept, *(("says", p) for p in phrases), *(("short", str(n)) for n in lengths)]
+        self.has = np.concatenate([has, says, *shorter], axis=1)
+
+    def shares(self, feature: Feature) -> tuple[float, float]:
+        """Of a feature, before and after."""
+        if feature not in self.features:
+            return 0.0, 0.0
+        column = self.has[:, self.features.index(feature)]
+        return _mean(column[~self.later]), _mean(column[self.later])
+
+    def length(self) -> Length:
+        before, after = _mean(self.words[~self.later]), _mean(self.words[self.later])
+        if 0 in self.sizes:
+            return Length(before, after, False)
+        _, score = self._score(np.log1p(self.words)[:, None], np.ones(len(self.words), dtype=bool))
+        ratio = (1 + after) / (1 + before)
+        changed = abs(score[0]) > UNASKED_Z and max(ratio, 1 / ratio) > LEAST_RATIO
+        return Length(before, after, bool(changed))
+
+    def habits(self, level: float) -> list[Habit]:
+        if 0 in self.sizes or not self.features:
+            return []
+        everything = np.ones(len(self.answers), dtype=bool)
+        change, score = self._score(self.has, everything)
+        limits = self._limits(level)
+        passed = [
+            place
+            for place, (kind, _) in enumerate(self.features)
+            if abs(score[place]) > limits[kind] and abs(change[place]) >= LEAST_CHANGE
+        ]
+        # From here on a column says whether an answer is as answers have become: with what was taken up, without what was lost.
+        become = {place: self.has[:, place] > 0 if change[place] > 0 else self.has[:, place] == 0 for place in passed}
+        order = sorted(
+            passed, key=lambda place: (-abs(score[place]), RANK[self.features[place][0]], self.features[place])
+        )
+        groups = self._groups(order, become, {place: abs(change[place]) for place in passed})
+        asks = _Prompts(self)
+        return [self._habit(group, become, change, asks) for group in groups][:SHOWN]
+
+    def _limits(self, level: float) -> dict[str, float]:
+        """How large a statistic must be, by kind of feature; equal columns are one test."""
+        different: dict[str, set[bytes]] = defaultdict(set)
+        for (kind, _), column in zip(self.features, np.packbits(self.has > 0, axis=0).T, strict=True):
+            different[kind].add(column.tobytes())
+        self.tested = sum(map(len, different.values()))
+        others = max(1, len(different) - ("says" in different))
+        limits = {}
+        for kind, columns in different.items():
+            part = PHRASES_PART if kind == "says" else (1 - PHRASES_PART) / others
+            limits[kind] = NormalDist().inv_cdf(1 - level * part / len(columns) / 2)
+        return limits
+
+    def _score(self, columns: Matrix, rows: Flags) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """The difference of the two shares [F] in some of the answers, and its score statistic."""
+        values, later, prompt = columns[rows].astype(np.float64), self.later[rows], self.prompt[rows]
+        if later.all() or not later.any():
+            return np.zeros(columns.shape[1]), np.zeros(columns.shape[1])
+        own = np.where(later[:, None], values[later].mean(axis=0), values[~later].mean(axis=0))
+        change, common = values[later].mean(axis=0) - values[~later].mean(axis=0), values.mean(axis=0)
+        # By prompt and side: how many answers there are, and what their sums weigh in the difference.
+        group = 2 * prompt + later
+        groups, size = np.unique(group, return_counts=True)
+        weight = np.where(groups % 2 == 1, 1 / later.sum(), -1 / (~later).sum())
+        parts = weight[:, None] * (_sum_by(group, values) - size[:, None] * common)
+        seen = _sum_by(groups // 2, parts) ** 2
+        expected = (
+            (weight**2 * size)[:, None] * (1 + (size[:, None] - 1) * _alike(group, values - own)) * values.var(axis=0)
+        )
+        # A prompt is in both sets where it weighs about as much in one as in the other.
+        weighs = np.bincount(groups // 2, weight * size)
+        lone = (np.abs(weighs) > np.bincount(groups // 2, np.abs(weight * size)) / 3)[groups // 2]
+        paired = seen[~lone[np.flatnonzero(np.diff(groups // 2, prepend=-1))]].sum(axis=0)
+        error = np.sqrt(np.maximum(seen.sum(axis=0), paired + expected[lone].sum(axis=0)))
+        return change, np.divide(change, error, out=np.zeros_like(change), where=error > 1e-9)
+
+    def _groups(
+        self, order: Sequence[int], become: Mapping[int, Flags], change: Mapping[int, float]
+    ) -> list[list[int]]:
+        """The features that passed in groups, each of which the first explains: without that, little of their change is left."""
+        groups: list[list[int]] = []
+        for place in order:
+            rest = np.ones(len(self.answers), dtype=bool)
+            for group in groups:
+                rest &= ~become[group[0]]
+            is_left = self._is_left(become[place], rest, change[place])
+            if groups and is_left is False:
+                max(groups, key=lambda group: _overlap(become[group[0]], become[place])).append(place)
+            elif (
+                groups and is_left is None and RANK[self.features[place][0]] >= RANK["letters"] and self._is_lost(place)
+            ):
+                # Nearly all answers are others now: what these lack in words and characters is told by what they have.
+                groups[0].append(place)
+            elif related := [group for group in groups if is_left is None and self._related(group, place, become)]:
+                related[0].append(place)
+            else:
+                groups.append([place])
+        return groups
+
+    def _is_left(self, become: Flags, rest: Flags, change: float) -> bool | None:
+        """Whether a change is there among the answers that have none of the habits so far, too; None where they are too few to tell."""
+        sides = [rest & self.later, rest & ~self.later]
+        if any(side.sum() < 10 or len(np.unique(self.prompt[side])) < 5 for side in sides):
+            return None
+        left, score = self._score(become[:, None].astype(np.float32), rest)
+        fewer = sqrt(min(rest[self.later].mean(), rest[~self.later].mean()))
+        return bool(left[0] >= change / 2 and score[0] >= LEFT_Z * fewer)
+
+    def _is_lost(self, place: int) -> bool:
+        before, after = self.shares(self.features[place])
+        return after < before
+
+    def _related(self, group: Sequence[int], place: int, become: Mapping[int, Flags]) -> bool:
+        """Whether a feature is of the same part, text or answers as one of a group."""
+        kind, about = self.features[place]
+        for other in group:
+            its_kind, its_about = self.features[other]
+            texts = [text.casefold() for text in (about, its_about) if text]
+            if SLOTS.get(kind, frozenset()) & SLOTS.get(its_kind, frozenset()):
+                return True
+            if len(texts) == 2 and (texts[0] in texts[1] or texts[1] in texts[0]):
+                return True
+            if _overlap(become[other], become[place]) >= RELATED:
+                return True
+        return False
+
+    def _habit(
+        self,
+        group: Sequence[int],
+        become: Mapping[int, Flags],
+        change: Sequence[float] | npt.NDArray[np.float64],
+        asks: "_Prompts",
+    ) -> Habit:
+        """A group of features as a habit, called by the one that says most of the answers that the first is of."""
+        first = group[0]
+        same = [p for p in group if change[p] * change[first] > 0 and _overlap(become[first], become[p]) >= SAME]
+        place = min(same, key=lambda p: (RANK[self.features[p][0]], -len(self.features[p][1]), self.features[p]))
+        feature, column = self.features[place], self.has[:, [place]]
+        asked = asks.ask_for(feature, become[place], change[place] > 0)
+        rest = ~asked
+        gap, score = self._score(column, rest)
+        only_asked = bool(abs(score[0]) < UNASKED_Z or abs(gap[0]) < LEAST_CHANGE or gap[0] * change[place] < 0)
+        rows = asked if only_asked else rest
+        if not (rows & self.later).any() or not (rows & ~self.later).any():
+            rows, only_asked = np.ones_like(asked), False
+        shares = [_mean(column[rows & side, 0]) for side in (~self.later, self.later)]
+        where_asked = [column[asked & side, 0] for side in (~self.later, self.later)]
+        return Habit(
+            feature,
+            *shares,
+            self._interval(column[:, 0], rows),
+            self._log_odds(column[:, 0], rows),
+            self._examples(feature, column[:, 0] > 0, rows, later=change[place] > 0),
+            (_mean(where_asked[0]), _mean(where_asked[1])) if all(map(len, where_asked)) else None,
+            only_asked,
+            also=tuple(self.features[p] for p in group if p != place),
+        )
+
+    def _interval(self, column: Matrix, rows: Flags) -> Interval:
+        chosen, later = column[rows].astype(np.float64), self.later[rows]
+        own = np.where(later, chosen[later].mean(), chosen[~later].mean())
+        parts = _sum_by(
+            self.prompt[rows], (np.where(later, 1 / later.sum(), -1 / (~later).sum()) * (chosen - own))[:, None]
+        )
+        change, half = chosen[later].mean() - chosen[~later].mean(), Z * sqrt((parts**2).sum())
+        return float(max(-1.0, change - half)), float(min(1.0, change + half))
+
+    def _log_odds(self, column: Matrix, rows: Flags) -> tuple[float, float, float]:
+        """Monroe et al. (2008), equations 15, 16 and 22, for the two counts of answers with and without a feature."""
+        later = self.later[rows]
+        chosen = column[rows]
+        pooled = min(max(_mean(chosen), 1e-6), 1 - 1e-6)
+        logits, variance, plain = [], 0.0, 0.0
+        for side in (~later, later):
+            with_it, without = (
+                float(chosen[side].sum()) + PRIOR * pooled,
+                float((1 - chosen[side]).sum()) + PRIOR * (1 - pooled),
+            )
+            logits.append(log(with_it / without))
+            variance += 1 / with_it + 1 / without
+            plain += pooled * (1 - pooled) / side.sum()
+        change, score = self._score(column[:, None], rows)
+        effect = (change[0] / score[0]) ** 2 / plain if score[0] else 1.0
+        half = Z * sqrt(variance * effect)
+        delta = logits[1] - logits[0]
+        return delta, delta - half, delta + half
+
+    def _examples(self, feature: Feature, has: Flags, rows: Flags, *, later: bool) -> tuple[str, ...]:
+        """Two answers, to different prompts where there are such."""
+        places = np.flatnonzero(has & rows & (self.later if later else ~self.later))
+        chosen = {int(self.prompt[place]): int(place) for place in places[::-1]}
+        return tuple(excerpt(self.answers[place], feature) for place in sorted(chosen.values())[:2])
+
+
+class _Prompts:
+    """What in the prompts asks for a feature: what the data say that they ask for, and their words."""
+
+    def __init__(self, sets: _Sets) -> None:
+        self._sets = sets
+        self._words = [frozenset(tokens_of(answer.prompt)) for answer in sets.answers]
+        self._texts = [answer.prompt.casefold() for answer in sets.answers]
+        total = len(sets.answers)
+        kinds = Counter(kind for answer in sets.answers for kind in answer.asked)
+        words = Counter(word for found in self._words for word in found if word[0].isalnum())
+        usual = [word for word, count in words.most_common(MOST_WORDS * 2) if 0.03 * total <= count <= 0.9 * total][
+            :MOST_WORDS
+        ]
+        self._kinds, self._usual = list(kinds), usual
+        self._given = np.array(
+            [
+                [k in a.asked for k in self._kinds] + [w in found for w in usual]
+                for a, found in zip(sets.answers, self._words, strict=True)
+            ],
+            dtype=np.float32,
+        ).reshape(total, -1)
+
+    def ask_for(self, feature: Feature, become: Flags, taken_up: bool) -> Flags:
+        """Which answers [N] were asked to have a feature (or, if it was lost, not to): the prompt names it, or has something with which answers
+        are far likelier to have it: a kind of instruction, or a word with which they were at the start."""
+        lifted = self._lifted(become)
+        named = self._named(feature)
+        both = lifted | named
+        for asked in (both, lifted):
+            if all((~asked & side).sum() >= 0.25 * side.sum() for side in (self._sets.later, ~self._sets.later)):
+                return asked
+        return lifted if not lifted.all() else np.zeros_like(lifted)
+
+    def _lifted(self, become: Flags) -> Flags:
+        asked = np.zeros(len(become), dtype=bool)
+        for side, is_start in ((~self._sets.later, True), (self._sets.later, False)):
+            given, found = self._given[side], become[side].astype(np.float32)
+            if not given.size:
+                continue
+            with_it, without = given.sum(axis=0), (1 - given).sum(axis=0)
+            lift = found @ given / np.maximum(with_it, 1) - found @ (1 - given) / np.maximum(without, 1)
+            parts = _sum_by(self._sets.prompt[side], (found - found.mean())[:, None] * (given - given.mean(axis=0)))
+            score = parts.sum(axis=0) / np.sqrt(np.maximum((parts**2).sum(axis=0), 1e-12))
+            asks = (lift >= LIFT) & (score >= LIFT_Z) & (with_it > 0) & (without > 0)
+            asks[len(self._kinds) :] &= is_start
+            asked |= (self._given[:, asks] > 0).any(axis=1)
+        return asked
+
+    def _named(self, feature: Feature) -> Flags:
+        stems = tuple(name[:6] for name in names_of(feature))
+        text = (
+            feature[1].casefold()
+            if any(map(str.isalpha, feature[1])) and feature[0] in ("says", "begins", "ends", "line")
+            else ""
+        )
+        return np.array(
+            [
+                bool(stems and any(word.startswith(stems) for word in found)) or bool(text and text in whole)
+                for found, whole in zip(self._words, self._texts, strict=True)
+            ]
+        )
+
+
+def common_phrases(answers: Sequence[Sequence[str]], least: int) -> tuple[list[str], Matrix]:
+    """The phrases [P] of up to `LONGEST_PHRASE` tokens, in a row, that at least so many answers have, and which answers have them [N, P].
+
+    `answers` are their tokens. A phrase is only looked at where its beginning is common (Agrawal & Srikant 1994: Apriori). Phrases of marks alone are left out.
+    """
+    vocabulary: dict[str, int] = {}
+    ids = np.array([vocabulary.setdefault(t, len(vocabulary)) for tokens in answers for t in tokens], dtype=np.int64)
+    owner = np.repeat(np.arange(len(answers)), [len(tokens) for tokens in answers])
+    names = texts = list(vocabulary)
+    places, phrases = np.arange(len(ids)), ids
+    """Where a phrase begins, and which it is: its place in `texts`."""
+    found: list[str] = []
+    columns = [np.zeros((len(answers), 0), dtype=np.float32)]
+    for length in range(1, LONGEST_PHRASE + 1):
+        pairs = np.unique(phrases * len(answers) + owner[places]) if len(places) else phrases
+        kinds, counts = np.unique(pairs // max(1, len(answers)), return_counts=True)
+        common = kinds[counts >= least]
+        told = np.array([kind for kind in common.tolist() if any(map(str.isalnum, texts[kind]))], dtype=np.int64)
+        pairs = pairs[np.isin(pairs // max(1, len(answers)), told)]
+        columns.append(np.zeros((len(answers), len(told)), dtype=np.float32))
+        columns[-1][pairs % len(answers), np.searchsorted(told, pairs // len(answers))] = 1.0
+        found += [texts[kind] for kind in told.tolist()]
+        ends = np.minimum(places + length, len(ids) - 1)
+        goes_on = np.isin(phrases, common) & (places + length < len(ids)) & (owner[places] == owner[ends])
+        places, ends = places[goes_on], ends[goes_on]
+        longer, phrases = np.unique(phrases[goes_on] * len(names) + ids[ends], return_inverse=True)
+        texts = [f"{texts[key // len(names)]} {names[key % len(names)]}" for key in longer.tolist()]
+    return found, np.concatenate(columns, axis=1)
+
+
+def _sum_by(group: npt.NDArray[np.int64], values: Matrix) -> Matrix:
+    """The sums of rows [N, F] by group, [G, F]."""
+    order = np.argsort(group, kind="stable")
+    starts = np.flatnonzero(np.diff(group[order], prepend=-1))
+    sums: Matrix = np.add.reduceat(values[order], starts, axis=0)
+    return sums
+
+
+def _alike(group: npt.NDArray[np.int64], residuals: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """The correlation [F] of the residuals [N, F] of answers of one group, taken for 1 as far as there are few groups."""
+    several = (np.bincount(group) > 1)[group]
+    group, residuals = group[several], residuals[several]
+    sizes = np.unique(group, return_counts=True)[1]
+    if not len(sizes):
+        return np.ones(residuals.shape[1])
+    squares = (residuals**2).sum(axis=0)
+    together = ((_sum_by(group, residuals) ** 2).sum(axis=0) - squares) / (sizes * (sizes - 1)).sum()
+    alike = np.divide(together * len(group), squares, out=np.ones_like(squares), where=squares > 1e-9)
+    return np.asarray((np.clip(alike, 0.0, 1.0) * len(sizes) + FEW_GROUPS) / (len(sizes) + FEW_GROUPS))
+
+
+def _overlap(one: Flags, other: Flags) -> float:
+    return float((one & other).sum() / max(1, (one | other).sum()))
+
+
+def _mean(values: Matrix) -> float:
+    return float(values.mean()) if len(values) else 0.0
