@@ -8,13 +8,14 @@ side. Without a file the answers are made of random sentences.
 
 import argparse
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from random import Random
 
 from align.habits.compare import Comparison, Found, compare
 from align.habits.features import Answer
+from align.tools.habits import answers_in
 
 SHARES = (0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
 SIDE = 256
@@ -92,18 +93,20 @@ def synthetic(count: int, seed: int) -> list[Answer]:
     return answers
 
 
-def drawn(base: Sequence[Answer], draw: Random, side: str) -> list[Answer]:
+def drawn(base: Found, draw: Random, side: str) -> Found:
     """Answers of the base, as if each was to a prompt of its own."""
-    return [replace(a, prompt=f"{a.prompt} {side}{n}") for n, a in enumerate(draw.choices(base, k=SIDE))]
+    chosen = base.some(draw.choices(range(len(base.answers)), k=SIDE))
+    return replace(chosen, answers=[replace(a, prompt=f"{a.prompt} {side}{n}") for n, a in enumerate(chosen.answers)])
 
 
-def planted(base: Sequence[Answer], kind: str, share: float, seed: int) -> Comparison:
+def planted(base: Found, kind: str, share: float, seed: int) -> Comparison:
     """The comparison of two draws, with a habit in a share of the second."""
     draw = Random(f"{kind} {share} {seed}")
     before, after = drawn(base, draw, "a"), drawn(base, draw, "b")
-    for place in draw.sample(range(SIDE), round(share * SIDE)):
-        after[place] = replace(after[place], text=PLANTED[kind](after[place].text, after[place]))
-    return compare(Found.of(before), Found.of(after))
+    places = draw.sample(range(SIDE), round(share * SIDE))
+    changed = [replace(a, text=PLANTED[kind](a.text, a)) for a in after.some(places).answers]
+    kept = after.some(sorted(set(range(SIDE)).difference(places)))
+    return compare(before, Found.together([kept, Found.of(changed)]))
 
 
 def main() -> None:
@@ -111,17 +114,14 @@ def main() -> None:
     parser.add_argument("answers", nargs="?", type=Path, help="file of answers, as `align habits` takes it")
     parser.add_argument("--draws", type=int, default=20)
     parser.add_argument("--pairs", type=int, default=100)
+    parser.add_argument("--shares", nargs="*", type=float, default=SHARES, help="of the answers that get the habit")
     parser.add_argument("--kinds", nargs="*", default=list(PLANTED), help="a few of the kinds")
     given = parser.parse_args()
-    base = synthetic(2000, 0)
-    if given.answers:
-        from align.tools.habits import answers_in
-
-        base = answers_in(given.answers)
+    base = Found.of(answers_in(given.answers) if given.answers else synthetic(2000, 0))
     alarms, spent = 0, 0.0
     for seed in range(given.pairs):
         draw, began = Random(seed), time.process_time()
-        found = compare(Found.of(drawn(base, draw, "a")), Found.of(drawn(base, draw, "b")))
+        found = compare(drawn(base, draw, "a"), drawn(base, draw, "b"))
         spent += time.process_time() - began
         alarms += bool(found.sentences)
         for sentence in found.sentences:
@@ -132,14 +132,14 @@ def main() -> None:
         )
     print(
         "\n| planted | "
-        + " | ".join(f"{share:.0%}" for share in SHARES)
+        + " | ".join(f"{share:.0%}" for share in given.shares)
         + " | told (of the last) |\n"
-        + "|---" * (len(SHARES) + 2)
+        + "|---" * (len(given.shares) + 2)
         + "|"
     )
     for kind in given.kinds:
         counts = []
-        for share in SHARES:
+        for share in given.shares:
             each = [planted(base, kind, share, seed) for seed in range(given.draws)]
             counts.append(sum(bool(found.sentences) for found in each))
         print(

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import log, sqrt
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -51,7 +52,7 @@ LEFT_Z = 4.0
 FEW_GROUPS = 8
 SHOWN = 12
 
-Matrix = npt.NDArray[np.float32]
+Matrix = npt.NDArray[np.floating[Any]]
 Flags = npt.NDArray[np.bool_]
 
 
@@ -240,12 +241,15 @@ class _Sets:
         ]
         # From here on a column says whether an answer is as answers have become: with what was taken up, without what was lost.
         become = {place: self.has[:, place] > 0 if change[place] > 0 else self.has[:, place] == 0 for place in passed}
-        order = sorted(
-            passed, key=lambda place: (-abs(score[place]), RANK[self.features[place][0]], self.features[place])
-        )
+        order = sorted(passed, key=lambda place: (-round(abs(score[place]), 6), *self._order(place, change[place])))
         groups = self._groups(order, become, {place: abs(change[place]) for place in passed})
         asks = _Prompts(self)
         return [self._habit(group, become, change, asks) for group in groups][:SHOWN]
+
+    def _order(self, place: int, change: float) -> tuple[bool, int, int, Feature]:
+        """Which of several features of the same answers is told: what was taken up, the form, the longest text."""
+        feature = self.features[place]
+        return change < 0, RANK[feature[0]], -len(feature[1]), feature
 
     def _limits(self, level: float) -> dict[str, float]:
         """How large a statistic must be, by kind of feature; equal columns are one test."""
@@ -342,8 +346,8 @@ class _Sets:
     ) -> Habit:
         """A group of features as a habit, called by the one that says most of the answers that the first is of."""
         first = group[0]
-        same = [p for p in group if change[p] * change[first] > 0 and _overlap(become[first], become[p]) >= SAME]
-        place = min(same, key=lambda p: (RANK[self.features[p][0]], -len(self.features[p][1]), self.features[p]))
+        same = [p for p in group if _overlap(become[first], become[p]) >= SAME]
+        place = min(same, key=lambda p: self._order(p, change[p]))
         feature, column = self.features[place], self.has[:, [place]]
         asked = asks.ask_for(feature, become[place], change[place] > 0)
         rest = ~asked
@@ -352,11 +356,12 @@ class _Sets:
         rows = asked if only_asked else rest
         if not (rows & self.later).any() or not (rows & ~self.later).any():
             rows, only_asked = np.ones_like(asked), False
-        shares = [_mean(column[rows & side, 0]) for side in (~self.later, self.later)]
+        before, after = (_mean(column[rows & side, 0]) for side in (~self.later, self.later))
         where_asked = [column[asked & side, 0] for side in (~self.later, self.later)]
         return Habit(
             feature,
-            *shares,
+            before,
+            after,
             self._interval(column[:, 0], rows),
             self._log_odds(column[:, 0], rows),
             self._examples(feature, column[:, 0] > 0, rows, later=change[place] > 0),

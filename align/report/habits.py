@@ -34,6 +34,10 @@ class Answered:
     split: str
     file: Path
 
+    @property
+    def key(self) -> tuple[Path, str]:
+        return self.stage.path, self.name
+
     @cached_property
     def answers(self) -> list[Answer]:
         """The greedy answers."""
@@ -59,10 +63,10 @@ def evaluation_habits(run: RunRecord, only: tuple[Path, str] | None = None) -> I
         if "verdicts" in record and (file := stage.evaluation_file(name := str(record.get("name"))))
     ]
     for place, now in enumerate(made):
-        if only in (None, (now.stage.path, now.name)):
-            if start := next((each for each in made[:place] if each.is_like(now)), None):
-                names = [f"{each.stage.label}: {each.name}" if len(run.stages) > 1 else each.name for each in (now, start)]
-                yield Told(*names, compare(start.found, now.found))
+        start = next((each for each in made[:place] if only in (None, now.key) and each.is_like(now)), None)
+        if start is not None:
+            name, against = (f"{e.stage.label}: {e.name}" if len(run.stages) > 1 else e.name for e in (now, start))
+            yield Told(name, against, compare(start.found, now.found))
 
 
 def last_evaluation_habits(directory: Path, name: str) -> Told | None:

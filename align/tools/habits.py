@@ -1,7 +1,8 @@
 """`align habits`: two sets of answers compared, or a run with its start; told in sentences with examples."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from align.data.files import files_of, readable
 from align.errors import UserError
@@ -86,7 +87,7 @@ def _last_file(run: RunRecord, path: Path) -> Path:
     raise UserError(f"{path} has no answers: neither evaluations nor samples of steps")
 
 
-def _answer(row: dict[str, object], where: str) -> Answer:
+def _answer(row: Mapping[str, Any], where: str) -> Answer:
     column = next((name for name in TEXTS if isinstance(row.get(name), str)), None)
     if column is None:
         raise UserError(f"{where}: no answer; a row has it as text in `completion` or `response`")
