@@ -232,7 +232,7 @@ class _Sets:
         if 0 in self.sizes or not self.features:
             return []
         everything = np.ones(len(self.answers), dtype=bool)
-        change, score = self._score(self.has, everything)
+        change, score = ([float(value) for value in each] for each in self._score(self.has, everything))
         limits = self._limits(level)
         passed = [
             place
@@ -341,7 +341,7 @@ class _Sets:
         self,
         group: Sequence[int],
         become: Mapping[int, Flags],
-        change: Sequence[float] | npt.NDArray[np.float64],
+        change: Sequence[float],
         asks: "_Prompts",
     ) -> Habit:
         """A group of features as a habit, called by the one that says most of the answers that the first is of."""
