@@ -236,8 +236,8 @@ class _Sets:
         limits = self._limits(level)
         passed = [
             place
-            for place, (kind, _) in enumerate(self.features)
-            if abs(score[place]) > limits[kind] and abs(change[place]) >= LEAST_CHANGE
+            for place, limit in enumerate(limits)
+            if abs(score[place]) > limit and abs(change[place]) >= LEAST_CHANGE
         ]
         # From here on a column says whether an answer is as answers have become: with what was taken up, without what was lost.
         become = {place: self.has[:, place] > 0 if change[place] > 0 else self.has[:, place] == 0 for place in passed}
@@ -251,18 +251,20 @@ class _Sets:
         feature = self.features[place]
         return change < 0, RANK[feature[0]], -len(feature[1]), feature
 
-    def _limits(self, level: float) -> dict[str, float]:
-        """How large a statistic must be, by kind of feature; equal columns are one test."""
+    def _limits(self, level: float) -> list[float]:
+        """How large the statistic of each feature must be; features of the same answers are one test, with the least limit of their kinds."""
+        columns = [column.tobytes() for column in np.packbits(self.has > 0, axis=0).T]
         different: dict[str, set[bytes]] = defaultdict(set)
-        for (kind, _), column in zip(self.features, np.packbits(self.has > 0, axis=0).T, strict=True):
-            different[kind].add(column.tobytes())
-        self.tested = sum(map(len, different.values()))
-        others = max(1, len(different) - ("says" in different))
-        limits = {}
-        for kind, columns in different.items():
-            part = PHRASES_PART if kind == "says" else (1 - PHRASES_PART) / others
-            limits[kind] = NormalDist().inv_cdf(1 - level * part / len(columns) / 2)
-        return limits
+        for (kind, _), column in zip(self.features, columns, strict=True):
+            different[kind].add(column)
+        self.tested = len(set(columns))
+        part = {kind: (1 - PHRASES_PART) / max(1, len(different) - ("says" in different)) for kind in different}
+        part["says"] = PHRASES_PART
+        limits: dict[bytes, float] = {}
+        for kind, its in different.items():
+            limit = NormalDist().inv_cdf(1 - level * part[kind] / len(its) / 2)
+            limits |= {column: min(limit, limits.get(column, limit)) for column in its}
+        return [limits[column] for column in columns]
 
     def _score(self, columns: Matrix, rows: Flags) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
         """The difference of the two shares [F] in some of the answers, and its score statistic."""

@@ -10,7 +10,7 @@ from align.report.read import RunRecord, Stage, read_run, read_table
 from align.run import RunDirectory, read_status
 
 COLUMNS = ("id", "domain", "prompt", "completion", "metadata", "finish_reason", "greedy")
-START_PROMPTS, PROMPTS = 32, 48
+START_PROMPTS, PROMPTS = 24, 36
 """Prompts that the steps at the start, and the last steps, have together at least."""
 STEP_ANSWERS = 512
 """Answers of a step that are looked at."""
@@ -77,18 +77,13 @@ def last_evaluation_habits(directory: Path, name: str) -> Told | None:
 
 def step_habits(stage: Stage, *, start: Found | None = None, last: bool = False) -> Iterator[Told]:
     """The samples of the last steps, step by step, against those of the first (or against `start`); or only those of the `last` steps."""
-    windows = StepWindows()
-    steps = list(stage.samples.items())
-    for place, (step, file) in enumerate(steps):
+    windows = StepWindows(start)
+    for step, file in stage.samples.items():
         windows.add(found_in(file))
         before, now = windows.start, windows.now
-        if start is not None:
-            before, now = start, windows.now or windows.start
-        if before and now and (place == len(steps) - 1 or not last):
-            name = f"{stage.label}, step {step}"
-            yield Told(
-                name, "the start given" if start else f"the first {windows.first_steps} steps", compare(before, now)
-            )
+        if before and now and (step == max(stage.samples) or not last):
+            against = "the start given" if start else f"the first {windows.first_steps} steps"
+            yield Told(f"{stage.label}, step {step}", against, compare(before, now))
 
 
 def step_found(run: RunDirectory, step: int) -> Found:
@@ -103,14 +98,18 @@ def found_in(file: Path) -> Found:
 
 
 class StepWindows:
-    """Of the steps that were added: the first ones, until they have `START_PROMPTS`, and the last ones after these, with `PROMPTS`."""
+    """Of the steps that were added: the first ones, until they have `START_PROMPTS`, and the last ones after these, with `PROMPTS`.
 
-    def __init__(self) -> None:
-        self._first: list[Found] = []
+    With a `start`, this is in the place of the first ones.
+    """
+
+    def __init__(self, start: Found | None = None) -> None:
+        self._given = start is not None
+        self._first: list[Found] = [start] if start is not None else []
         self._last: list[Found] = []
 
     def add(self, step: Found) -> None:
-        if _prompts(self._first) < START_PROMPTS:
+        if not self._given and _prompts(self._first) < START_PROMPTS:
             self._first.append(step)
             return
         self._last.append(step)

@@ -59,17 +59,17 @@ def test_a_stage_is_compared_with_the_start_of_the_run_around_it(write_run: Writ
 
 
 def test_the_last_steps_are_compared_with_the_first(write_run: WriteRun) -> None:
-    """12 prompts a step: three steps are the start, and the others are looked at four at a time."""
+    """12 prompts a step: two steps are the start, and the others are looked at three at a time."""
     samples = {
         step: rows(12, range(12 * step, 12 * step + 12) if step > 5 else (), first=12 * step) for step in range(1, 11)
     }
     run = read_run(write_run(samples=samples))
     found = {told.name: told.found for told in step_habits(run.whole)}
-    assert list(found) == [f"grpo, step {step}" for step in range(4, 11)]
+    assert list(found) == [f"grpo, step {step}" for step in range(3, 11)]
     assert found["grpo, step 5"].sentences == []
     assert "quotation mark" in found["grpo, step 8"].sentences[0]
-    assert found["grpo, step 10"].before == 36
-    assert found["grpo, step 10"].after == 48
+    assert found["grpo, step 10"].before == 24
+    assert found["grpo, step 10"].after == 36
     [last] = step_habits(run.whole, last=True)
     assert last.name == "grpo, step 10"
 

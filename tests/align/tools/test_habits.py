@@ -48,7 +48,7 @@ def test_a_run_is_compared_with_its_start_step_by_step_and_a_habit_told_once(
     assert main(["habits", str(run.path)]) == 0
     out = capsys.readouterr().out
     assert out.count("begin with “Sure!") == 1
-    assert "run, step 6, against the first 3 steps: 33 % of answers begin with" in out
+    assert "run, step 6, against the first 2 steps: 33 % of answers begin with" in out
     start = lines(tmp_path / "start.jsonl", [{**row, "completion": f"Sure! {row['completion']}"} for row in rows(60)])
     assert main(["habits", str(run.path), "--start", str(start)]) == 0
     out = capsys.readouterr().out
