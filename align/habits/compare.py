@@ -1,28 +1,23 @@
 """What the answers of a policy took up or lost between two sets of them: features whose shares differ, each habit told once.
 
-A feature is tested by the score statistic of the difference of its two shares: D over the root of the sum over prompts of u^2, where u sums what the answers
-to a prompt add to D, with the common share taken away. Answers to one prompt are alike, so that prompts are what is counted. Where both sets answer the same
-prompts, their differences cancel (of one answer each, this is McNemar's statistic), and the tails are below 2 exp(-z^2 / 2) however few prompts there are (B. Efron, JASA
-64:1278-1302, 1969). Prompts of one set alone count at least as much as the common share and the likeness of answers to a prompt let expect (the
-design effect 1 + (n - 1) rho of L. Kish, Survey Sampling, 1965). Levels are corrected for the number of different features by Bonferroni, weighted by kind (Genovese, Roeder &
-Wasserman, Biometrika 93:509-524, 2006): the chance that any habit is told of two samples of one policy is about `LEVEL`.
-
-The size of a change is the log-odds ratio with an informative prior (Monroe, Colaresi & Quinn, "Fightin' Words", Political Analysis 16:372-403, 2008),
-whose variance is that of the counts times the design effect that the statistic found.
+A feature is tested by the statistic of `align.habits.score`. Levels are corrected for the number of different features by Bonferroni, weighted by kind (Genovese, Roeder &
+Wasserman, Biometrika 93:509-524, 2006): the chance that any habit is told of two samples of one policy is about `LEVEL`. Of the features that differ, the one that differs most is
+told first; another is told too where its change is also there among the answers that have none of the habits so far.
 """
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import log, sqrt
+from math import sqrt
 from statistics import NormalDist
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from align.habits.features import RANK, SLOTS, Answer, Feature, excerpt, features_of, names_of, phrase, tokens_of, was
-from align.statistics import Interval, Z
+from align.habits.asked import Prompts
+from align.habits.features import RANK, SLOTS, Answer, Feature, excerpt, features_of, phrase, tokens_of, was
+from align.habits.score import Flags, Matrix, change_interval, log_odds, score
+from align.statistics import Interval
 
 LEVEL = 0.01
 """Family-wise error of a comparison."""
@@ -30,8 +25,6 @@ LEAST_CHANGE = 0.05
 """A change of a share that is worth telling."""
 PHRASES_PART = 0.5
 """The part of the level that goes to phrases, of which there are most; the other kinds have equal parts of the rest."""
-PRIOR = 10.0
-"""Answers that the prior of the log-odds is worth, with the share that the feature has in both sets."""
 MOST_ANSWERS = 2000
 """Of larger sets so many answers are looked at, evenly chosen."""
 LOOKED_AT = 2000
@@ -43,17 +36,11 @@ LEAST_RATIO = 1.15
 """A change of the mean number of words that is worth telling."""
 SAME, RELATED = 0.95, 0.8
 """Overlaps (intersection over union) from which on two features are of the same answers."""
-LIFT, LIFT_Z, MOST_WORDS = 0.25, 4.0, 400
-"""What of a prompt makes an answer so much likelier to have a feature asks for it; and how many words of prompts are tried."""
 UNASKED_Z = 3.5
 """The least statistic of a change where nothing asked for it, and of a change of the length."""
 LEFT_Z = 4.0
 """The same, of all answers, among those that have no other habit; of a part it is the less by the root of that part."""
-FEW_GROUPS = 8
 SHOWN = 12
-
-Matrix = npt.NDArray[np.floating[Any]]
-Flags = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,27 +210,27 @@ class _Sets:
         before, after = _mean(self.words[~self.later]), _mean(self.words[self.later])
         if 0 in self.sizes:
             return Length(before, after, False)
-        _, score = self._score(np.log1p(self.words)[:, None], np.ones(len(self.words), dtype=bool))
+        _, surely = self._score(np.log1p(self.words)[:, None], np.ones(len(self.words), dtype=bool))
         ratio = (1 + after) / (1 + before)
-        changed = abs(score[0]) > UNASKED_Z and max(ratio, 1 / ratio) > LEAST_RATIO
+        changed = abs(surely[0]) > UNASKED_Z and max(ratio, 1 / ratio) > LEAST_RATIO
         return Length(before, after, bool(changed))
 
     def habits(self, level: float) -> list[Habit]:
         if 0 in self.sizes or not self.features:
             return []
         everything = np.ones(len(self.answers), dtype=bool)
-        change, score = ([float(value) for value in each] for each in self._score(self.has, everything))
+        change, surely = ([float(value) for value in each] for each in self._score(self.has, everything))
         limits = self._limits(level)
         passed = [
             place
             for place, limit in enumerate(limits)
-            if abs(score[place]) > limit and abs(change[place]) >= LEAST_CHANGE
+            if abs(surely[place]) > limit and abs(change[place]) >= LEAST_CHANGE
         ]
         # From here on a column says whether an answer is as answers have become: with what was taken up, without what was lost.
         become = {place: self.has[:, place] > 0 if change[place] > 0 else self.has[:, place] == 0 for place in passed}
-        order = sorted(passed, key=lambda place: (-round(abs(score[place]), 6), *self._order(place, change[place])))
+        order = sorted(passed, key=lambda place: (-round(abs(surely[place]), 6), *self._order(place, change[place])))
         groups = self._groups(order, become, {place: abs(change[place]) for place in passed})
-        asks = _Prompts(self)
+        asks = Prompts(self.answers, self.later, self.prompt)
         return [self._habit(group, become, change, asks) for group in groups][:SHOWN]
 
     def _order(self, place: int, change: float) -> tuple[bool, int, int, Feature]:
@@ -267,27 +254,8 @@ class _Sets:
         return [limits[column] for column in columns]
 
     def _score(self, columns: Matrix, rows: Flags) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-        """The difference of the two shares [F] in some of the answers, and its score statistic."""
-        values, later, prompt = columns[rows].astype(np.float64), self.later[rows], self.prompt[rows]
-        if later.all() or not later.any():
-            return np.zeros(columns.shape[1]), np.zeros(columns.shape[1])
-        own = np.where(later[:, None], values[later].mean(axis=0), values[~later].mean(axis=0))
-        change, common = values[later].mean(axis=0) - values[~later].mean(axis=0), values.mean(axis=0)
-        # By prompt and side: how many answers there are, and what their sums weigh in the difference.
-        group = 2 * prompt + later
-        groups, size = np.unique(group, return_counts=True)
-        weight = np.where(groups % 2 == 1, 1 / later.sum(), -1 / (~later).sum())
-        parts = weight[:, None] * (_sum_by(group, values) - size[:, None] * common)
-        seen = _sum_by(groups // 2, parts) ** 2
-        expected = (
-            (weight**2 * size)[:, None] * (1 + (size[:, None] - 1) * _alike(group, values - own)) * values.var(axis=0)
-        )
-        # A prompt is in both sets where it weighs about as much in one as in the other.
-        weighs = np.bincount(groups // 2, weight * size)
-        lone = (np.abs(weighs) > np.bincount(groups // 2, np.abs(weight * size)) / 3)[groups // 2]
-        paired = seen[~lone[np.flatnonzero(np.diff(groups // 2, prepend=-1))]].sum(axis=0)
-        error = np.sqrt(np.maximum(seen.sum(axis=0), paired + expected[lone].sum(axis=0)))
-        return change, np.divide(change, error, out=np.zeros_like(change), where=error > 1e-9)
+        """The change [F] of columns [N, F] in some of the answers, and its statistic."""
+        return score(columns[rows], self.later[rows], self.prompt[rows])
 
     def _groups(
         self, order: Sequence[int], become: Mapping[int, Flags], change: Mapping[int, float]
@@ -317,9 +285,9 @@ class _Sets:
         sides = [rest & self.later, rest & ~self.later]
         if any(side.sum() < 10 or len(np.unique(self.prompt[side])) < 5 for side in sides):
             return None
-        left, score = self._score(become[:, None].astype(np.float32), rest)
+        left, surely = self._score(become[:, None].astype(np.float32), rest)
         fewer = sqrt(min(rest[self.later].mean(), rest[~self.later].mean()))
-        return bool(left[0] >= change / 2 and score[0] >= LEFT_Z * fewer)
+        return bool(left[0] >= change / 2 and surely[0] >= LEFT_Z * fewer)
 
     def _is_lost(self, place: int) -> bool:
         before, after = self.shares(self.features[place])
@@ -344,17 +312,17 @@ class _Sets:
         group: Sequence[int],
         become: Mapping[int, Flags],
         change: Sequence[float],
-        asks: "_Prompts",
+        asks: Prompts,
     ) -> Habit:
         """A group of features as a habit, called by the one that says most of the answers that the first is of."""
         first = group[0]
         same = [p for p in group if _overlap(become[first], become[p]) >= SAME]
         place = min(same, key=lambda p: self._order(p, change[p]))
         feature, column = self.features[place], self.has[:, [place]]
-        asked = asks.ask_for(feature, become[place], change[place] > 0)
+        asked = asks.ask_for(feature, become[place])
         rest = ~asked
-        gap, score = self._score(column, rest)
-        only_asked = bool(abs(score[0]) < UNASKED_Z or abs(gap[0]) < LEAST_CHANGE or gap[0] * change[place] < 0)
+        gap, surely = self._score(column, rest)
+        only_asked = bool(abs(surely[0]) < UNASKED_Z or abs(gap[0]) < LEAST_CHANGE or gap[0] * change[place] < 0)
         rows = asked if only_asked else rest
         if not (rows & self.later).any() or not (rows & ~self.later).any():
             rows, only_asked = np.ones_like(asked), False
@@ -364,111 +332,19 @@ class _Sets:
             feature,
             before,
             after,
-            self._interval(column[:, 0], rows),
-            self._log_odds(column[:, 0], rows),
+            change_interval(column[rows], self.later[rows], self.prompt[rows]),
+            log_odds(column[rows], self.later[rows], self.prompt[rows]),
             self._examples(feature, column[:, 0] > 0, rows, later=change[place] > 0),
             (_mean(where_asked[0]), _mean(where_asked[1])) if all(map(len, where_asked)) else None,
             only_asked,
             also=tuple(self.features[p] for p in group if p != place),
         )
 
-    def _interval(self, column: Matrix, rows: Flags) -> Interval:
-        chosen, later = column[rows].astype(np.float64), self.later[rows]
-        own = np.where(later, chosen[later].mean(), chosen[~later].mean())
-        parts = _sum_by(
-            self.prompt[rows], (np.where(later, 1 / later.sum(), -1 / (~later).sum()) * (chosen - own))[:, None]
-        )
-        change, half = chosen[later].mean() - chosen[~later].mean(), Z * sqrt((parts**2).sum())
-        return float(max(-1.0, change - half)), float(min(1.0, change + half))
-
-    def _log_odds(self, column: Matrix, rows: Flags) -> tuple[float, float, float]:
-        """Monroe et al. (2008), equations 15, 16 and 22, for the two counts of answers with and without a feature."""
-        later = self.later[rows]
-        chosen = column[rows]
-        pooled = min(max(_mean(chosen), 1e-6), 1 - 1e-6)
-        logits, variance, plain = [], 0.0, 0.0
-        for side in (~later, later):
-            with_it, without = (
-                float(chosen[side].sum()) + PRIOR * pooled,
-                float((1 - chosen[side]).sum()) + PRIOR * (1 - pooled),
-            )
-            logits.append(log(with_it / without))
-            variance += 1 / with_it + 1 / without
-            plain += pooled * (1 - pooled) / side.sum()
-        change, score = self._score(column[:, None], rows)
-        effect = (change[0] / score[0]) ** 2 / plain if score[0] else 1.0
-        half = Z * sqrt(variance * effect)
-        delta = logits[1] - logits[0]
-        return delta, delta - half, delta + half
-
     def _examples(self, feature: Feature, has: Flags, rows: Flags, *, later: bool) -> tuple[str, ...]:
         """Two answers, to different prompts where there are such."""
         places = np.flatnonzero(has & rows & (self.later if later else ~self.later))
         chosen = {int(self.prompt[place]): int(place) for place in places[::-1]}
         return tuple(excerpt(self.answers[place], feature) for place in sorted(chosen.values())[:2])
-
-
-class _Prompts:
-    """What in the prompts asks for a feature: what the data say that they ask for, and their words."""
-
-    def __init__(self, sets: _Sets) -> None:
-        self._sets = sets
-        self._words = [frozenset(tokens_of(answer.prompt)) for answer in sets.answers]
-        self._texts = [answer.prompt.casefold() for answer in sets.answers]
-        total = len(sets.answers)
-        kinds = Counter(kind for answer in sets.answers for kind in answer.asked)
-        words = Counter(word for found in self._words for word in found if word[0].isalnum())
-        usual = [word for word, count in words.most_common(MOST_WORDS * 2) if 0.03 * total <= count <= 0.9 * total][
-            :MOST_WORDS
-        ]
-        self._kinds, self._usual = list(kinds), usual
-        self._given = np.array(
-            [
-                [k in a.asked for k in self._kinds] + [w in found for w in usual]
-                for a, found in zip(sets.answers, self._words, strict=True)
-            ],
-            dtype=np.float32,
-        ).reshape(total, -1)
-
-    def ask_for(self, feature: Feature, become: Flags, taken_up: bool) -> Flags:
-        """Which answers [N] were asked to have a feature (or, if it was lost, not to): the prompt names it, or has something with which answers
-        are far likelier to have it: a kind of instruction, or a word with which they were at the start."""
-        lifted = self._lifted(become)
-        named = self._named(feature)
-        both = lifted | named
-        for asked in (both, lifted):
-            if all((~asked & side).sum() >= 0.25 * side.sum() for side in (self._sets.later, ~self._sets.later)):
-                return asked
-        return lifted if not lifted.all() else np.zeros_like(lifted)
-
-    def _lifted(self, become: Flags) -> Flags:
-        asked = np.zeros(len(become), dtype=bool)
-        for side, is_start in ((~self._sets.later, True), (self._sets.later, False)):
-            given, found = self._given[side], become[side].astype(np.float32)
-            if not given.size:
-                continue
-            with_it, without = given.sum(axis=0), (1 - given).sum(axis=0)
-            lift = found @ given / np.maximum(with_it, 1) - found @ (1 - given) / np.maximum(without, 1)
-            parts = _sum_by(self._sets.prompt[side], (found - found.mean())[:, None] * (given - given.mean(axis=0)))
-            score = parts.sum(axis=0) / np.sqrt(np.maximum((parts**2).sum(axis=0), 1e-12))
-            asks = (lift >= LIFT) & (score >= LIFT_Z) & (with_it > 0) & (without > 0)
-            asks[len(self._kinds) :] &= is_start
-            asked |= (self._given[:, asks] > 0).any(axis=1)
-        return asked
-
-    def _named(self, feature: Feature) -> Flags:
-        stems = tuple(name[:6] for name in names_of(feature))
-        text = (
-            feature[1].casefold()
-            if any(map(str.isalpha, feature[1])) and feature[0] in ("says", "begins", "ends", "line")
-            else ""
-        )
-        return np.array(
-            [
-                bool(stems and any(word.startswith(stems) for word in found)) or bool(text and text in whole)
-                for found, whole in zip(self._words, self._texts, strict=True)
-            ]
-        )
 
 
 def common_phrases(answers: Sequence[Sequence[str]], least: int) -> tuple[list[str], Matrix]:
@@ -499,27 +375,6 @@ def common_phrases(answers: Sequence[Sequence[str]], least: int) -> tuple[list[s
         longer, phrases = np.unique(phrases[goes_on] * len(names) + ids[ends], return_inverse=True)
         texts = [f"{texts[key // len(names)]} {names[key % len(names)]}" for key in longer.tolist()]
     return found, np.concatenate(columns, axis=1)
-
-
-def _sum_by(group: npt.NDArray[np.int64], values: Matrix) -> Matrix:
-    """The sums of rows [N, F] by group, [G, F]."""
-    order = np.argsort(group, kind="stable")
-    starts = np.flatnonzero(np.diff(group[order], prepend=-1))
-    sums: Matrix = np.add.reduceat(values[order], starts, axis=0)
-    return sums
-
-
-def _alike(group: npt.NDArray[np.int64], residuals: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """The correlation [F] of the residuals [N, F] of answers of one group, taken for 1 as far as there are few groups."""
-    several = (np.bincount(group) > 1)[group]
-    group, residuals = group[several], residuals[several]
-    sizes = np.unique(group, return_counts=True)[1]
-    if not len(sizes):
-        return np.ones(residuals.shape[1])
-    squares = (residuals**2).sum(axis=0)
-    together = ((_sum_by(group, residuals) ** 2).sum(axis=0) - squares) / (sizes * (sizes - 1)).sum()
-    alike = np.divide(together * len(group), squares, out=np.ones_like(squares), where=squares > 1e-9)
-    return np.asarray((np.clip(alike, 0.0, 1.0) * len(sizes) + FEW_GROUPS) / (len(sizes) + FEW_GROUPS))
 
 
 def _overlap(one: Flags, other: Flags) -> float:
