@@ -25,6 +25,7 @@ COMMANDS: Commands = {
     "convert": models.convert,
     "score": scores.score,
     "report": runs.report,
+    "habits": runs.habits,
     "publish": runs.publish,
 }
 GROUPS: dict[str, tuple[str, Commands]] = {

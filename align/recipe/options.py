@@ -451,6 +451,16 @@ class AlarmOptions(Options):
     zero_variance_groups: float = Field(0.95, gt=0, description="share of groups whose rewards are all equal")
     reward_jump: float = Field(1.0, gt=0, description="change of the mean reward, in standard deviations of a sample's")
     dead_experts: float = Field(0.5, gt=0, description="share of a layer's experts that no token goes to")
+    habit_share: float = Field(
+        0.3, gt=0, le=1, description="share of the answers with a habit that at most a third as many had at the start"
+    )
+    length_ratio: float = Field(
+        2.0, gt=1, description="how many times longer or shorter answers are than at the start, in words"
+    )
+    drift: float = Field(1.0, gt=0, description="`difference` of the evaluation `drift`, in nats a token")
+    stop: list[Literal["entropy", "variance", "reward", "experts", "habit", "length"]] = Field(
+        [], description="alarms that end the run; after a warning alone it goes on"
+    )
 
 
 class GuardOptions(Options):

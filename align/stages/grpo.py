@@ -23,6 +23,7 @@ from align.evaluate.accuracy import Evaluation
 from align.experience import Problem, ScoredGroup, encode_problems, gather, row_of, submit, token_columns
 from align.learner.objective import Objective, learning_rate
 from align.recipe import GrpoRecipe, ModelOptions
+from align.report.habits import step_found
 from align.session.checks import check_columns
 from align.session.session import Session
 from align.session.steps import CENSUS_STEP
@@ -74,7 +75,10 @@ def train_grpo(recipe: GrpoRecipe, data: GrpoData, session: Session) -> tuple[Mo
         "GRPO", recipe, learner, options.steps, data.sources, reference=reference, state=state
     ) as steps:
         limit, state = recipe.learner.stop_after_bad_steps, steps.state
-        guards = Guards(recipe.alarms, recipe.guard, non_finite_limit=limit, warn=run.warn, state=state)
+        samples = partial(step_found, run.directory)
+        guards = Guards(
+            recipe.alarms, recipe.guard, non_finite_limit=limit, samples=samples, warn=run.warn, state=state
+        )
         if fleet.weight_version != state["weight_version"]:
             learner.sync_weights(fleet, state["weight_version"])
         held_out.check_agreement(learner, "before GRPO")

@@ -6,9 +6,11 @@ from math import isfinite, sqrt
 from statistics import fmean, variance
 from typing import Any, TypedDict
 
-from align.errors import NonFiniteError
+from align.errors import AlarmError, NonFiniteError
 from align.experience import ScoredGroup, ScoredTrajectory
+from align.habits import Comparison, Found, compare
 from align.recipe import AlarmOptions, GuardOptions
+from align.report.habits import StepWindows
 from align.stages.advantages import Advantages
 
 SHOWN = 4
@@ -29,10 +31,13 @@ class Guards:
         over_optimisation: GuardOptions | None,
         *,
         non_finite_limit: int,
+        samples: Callable[[int], Found],
         warn: Warn,
         state: MutableMapping[str, Any],
     ):
+        """`samples` looks at those that the run has stored of a step."""
         self._alarms = Alarms(alarms, warn, state.setdefault("alarms", no_history()))
+        self._habits = HabitGuard(alarms, samples, warn, state.setdefault("habits", []))
         self._guard = over_optimisation and OverOptimisationGuard(over_optimisation, state.setdefault("guard", []))
         self._non_finite = NonFiniteGuard(non_finite_limit, warn, state)
         self._warn = warn
@@ -40,11 +45,15 @@ class Guards:
     def observe(
         self, step: int, groups: Sequence[ScoredGroup], advantages: Advantages, metrics: Mapping[str, float]
     ) -> None:
-        """Look at a step, counted from 1. Raises NonFiniteError after too many steps with numbers that are not finite."""
+        """Look at a step, counted from 1, of which the samples are stored.
+
+        Raises NonFiniteError after too many steps with numbers that are not finite, AlarmError for an alarm of `alarms.stop`.
+        """
         self._non_finite.observe(step, advantages.non_finite)
         self._alarms.observe(step, metrics, samples_to_show(groups, advantages))
         if self._guard and (alarm := self._guard.observe([a for group in groups for a in group.trajectories])):
             self._warn(f"GRPO step {step}: {alarm}")
+        self._habits.observe(step)
 
 
 class NonFiniteGuard:
@@ -130,11 +139,12 @@ class Alarms:
     def observe(self, step: int, metrics: Mapping[str, float], samples: Sequence[SeenSample]) -> None:
         """Take a step's metrics and its judged samples."""
         found = list(self._look(metrics, samples))
-        for alarm in found:
-            if alarm.kind not in self._history["on"]:
-                shown = f" (samples {', '.join(alarm.samples[:SHOWN])})" if alarm.samples else ""
-                self._warn(f"GRPO step {step}: {alarm.message}{shown}", alarm=alarm.kind, samples=list(alarm.samples))
+        new = [alarm for alarm in found if alarm.kind not in self._history["on"]]
+        for alarm in new:
+            shown = f" (samples {', '.join(alarm.samples[:SHOWN])})" if alarm.samples else ""
+            self._warn(f"GRPO step {step}: {alarm.message}{shown}", alarm=alarm.kind, samples=list(alarm.samples))
         self._history["on"] = [alarm.kind for alarm in found]
+        stop_at(new, self._options)
 
     def _look(self, metrics: Mapping[str, float], samples: Sequence[SeenSample]) -> Iterator[Alarm]:
         yield from self._entropy(metrics["entropy"], samples)
@@ -186,6 +196,50 @@ class Alarms:
         if dead:
             layers = ", ".join(f"{share:.0%} in {layer}" for layer, share in dead.items())
             yield Alarm("experts", f"experts without a single token: {layers}")
+
+
+def stop_at(alarms: Iterable[Alarm], options: AlarmOptions) -> None:
+    """Raise AlarmError for the first alarm that is to end the run."""
+    for alarm in alarms:
+        if alarm.kind in options.stop:
+            raise AlarmError(f"{alarm.message} (alarms.stop names {alarm.kind}; without it the run goes on)")
+
+
+def habit_alarms(found: Comparison, options: AlarmOptions) -> Iterator[tuple[str, Alarm]]:
+    """The habits that nobody asked for and nearly no answer had at the start, and a length that is another: what each is called, and its alarm."""
+    ratio = (1 + found.length.after) / (1 + found.length.before)
+    if found.length.changed and max(ratio, 1 / ratio) >= options.length_ratio:
+        yield "length", Alarm("length", found.length.sentence)
+    for habit in found.habits:
+        shares = (habit.before, habit.after) if habit.taken_up else (1 - habit.before, 1 - habit.after)
+        if not habit.only_asked and shares[1] >= options.habit_share and shares[0] <= shares[1] / 3:
+            yield " ".join((*habit.feature, habit.domain)), Alarm("habit", habit.sentence, habit.examples)
+
+
+class HabitGuard:
+    """Compares the answers of the last steps with those of the first (see `StepWindows`), and says which habit reached its share.
+
+    Each is told once; `told`, what they are called, is kept up to date for whoever goes on.
+    """
+
+    def __init__(self, options: AlarmOptions, samples: Callable[[int], Found], warn: Warn, told: list[str]):
+        self._options, self._samples, self._warn, self._told = options, samples, warn, told
+        self._windows, self._seen = StepWindows(), 0
+
+    def observe(self, step: int) -> None:
+        """Take a step, counted from 1; after an interruption those before it too."""
+        for seen in range(self._seen + 1, step + 1):
+            self._windows.add(self._samples(seen))
+        self._seen = step
+        if (now := self._windows.now) is None or (start := self._windows.start) is None:
+            return
+        new = [
+            (name, alarm) for name, alarm in habit_alarms(compare(start, now), self._options) if name not in self._told
+        ]
+        for name, alarm in new:
+            self._told.append(name)
+            self._warn(f"GRPO step {step}: {alarm.message}", alarm=alarm.kind, examples=list(alarm.samples))
+        stop_at((alarm for _, alarm in new), self._options)
 
 
 def no_history() -> History:
