@@ -208,6 +208,15 @@ def _echoes(found: Sequence[str], given: Sequence[str], prompt: str) -> str:
     return "it repeats the request" if echoed > MOST_ECHOED and new < least_new else ""
 
 
+def repeats_request(text: str, prompt: str) -> bool:
+    """Whether a text has most of its request in it, to its end, though it was not asked to repeat anything."""
+    found, given = _grams(_words(text)), _grams(_words(prompt))
+    if not given or given[-1] not in found or _WANTS_REPETITION.search(prompt):
+        return False
+    copied = len(set(given).intersection(found)) / len(set(given))
+    return copied > (MOST_RETURNED if _GIVES_A_TEXT.search(prompt) or len(given) > LONG_REQUEST else MOST_COPIED)
+
+
 def _strays(own: str, found: Sequence[str], topic: Sequence[str]) -> str:
     if not topic or any(word.startswith(_stem(key)) for key in topic for word in found):
         return ""
