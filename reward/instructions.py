@@ -34,7 +34,7 @@ SENTENCES = "length_constraints:exact_sentences"
 JSON = "detectable_format:json_format"
 OPTIONS = "detectable_format:constrained_response"
 PARAGRAPH = "length_constraints:nth_paragraph_first_word"
-FOR_A_MARK = 0.5
+FOR_A_MARK = 0.25
 """What an answer that has a mark of form which nobody asked for keeps of its share, for each such mark."""
 _NEEDED = '"instruction_id_list" and as many "kwargs", or "instructions" with kind and args'
 _JSON_DOCUMENT = re.compile(r"\s*(?:```\w*)?\s*[\[{]")
@@ -84,7 +84,7 @@ def instructions(sample: Sample, *, partial: bool = False) -> Score:
 
     It passes if it follows all. A degenerate answer (see `reward.prose.degenerate`) gets 0 and the verdict NO_ANSWER; one
     that was cut off at its length limit gets 0 and is WRONG, whatever it had said by then. Marks of form that the request did not ask
-    for (see `reward.unasked`) are WRONG too: such an answer gets 0, or with `partial` half of its share for each mark. The detail has a word
+    for (see `reward.unasked`) are WRONG too: such an answer gets 0, or with `partial` a quarter of its share for each mark. The detail has a word
     on each instruction.
 
     UnusableAnswer where the metadata has no instructions, or one with an argument that is missing, superfluous or odd. Raises

@@ -12,31 +12,35 @@ import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-from reward.prose import LEAST_WORDS, repeats_request
+from reward.prose import LEAST_WORDS, breaks_off, repeats_request
 
 LONG_WITHOUT_COMMA = 30
 """Words of English prose from which on the lack of any comma is a mark (GPT-4: only in lists and verses)."""
-LEAST_LETTERS = 30
+LEAST_LETTERS = 60
 """Letters from which on an answer is in capitals, or in lowercase, by intent."""
 MOST_CAPITALS = 0.8
-_LINE_OF_PROSE = re.compile(r"(?!\W*(?:[-*•+]|\d+[.)])\s|[^.!?:]{,40}:).*\w{2}[.!?](?:\s|[\"'”’)*]|\Z)")
+_LINE_OF_PROSE = re.compile(r"(?![^.!?:]{,40}:).*\w{2}[.!?](?:\s|[\"'”’)*]|\Z)")
 _WORD = re.compile(r"\w+(?:['’]\w+)*")
 _QUOTES = '"“”„«»'
 _OPENED = re.compile(rf"(?:^|(?<=[\s(\[—-]))[{_QUOTES}](?=\S)")
-_TITLE = re.compile(r"^\s*<<[^<>\n]+>>", re.MULTILINE)
+_TITLE = re.compile(r"<<[^<>\n]+>>")
 _POSTSCRIPT = re.compile(r"(?:^|(?<=[.!?\"”)]))\W*P\.\s?(?:P\.\s?)?S\b", re.MULTILINE)
 _DIVIDER = re.compile(r"^\s*\*{3,}\s*$", re.MULTILINE)
-_WRAPPED = re.compile(r"\[[^\[\]]*\]|\((?:[^()]*)\)|\{[^{}]*\}|(\*{1,3}|_{1,3}|~~|`+)(?!\s)(?:(?!\1).)+\1", re.DOTALL)
+_WRAPPED = re.compile(
+    r"```\w*\n.*\n```|\[[^\[\]]*\]|\([^()]*\)|\{[^{}]*\}|(\*{1,3}|_{1,3}|~~|`+)(?!\s)(?:(?!\1).)+\1", re.DOTALL
+)
 
 
 def unasked(text: str, prompt: str, kinds: Collection[str]) -> list[str]:
     """What is put on a text that its request did not ask for, neither by the kinds of its instructions nor by a word for it."""
     text = text.strip()
-    return [
-        mark.name
-        for mark in MARKS
-        if not mark.kinds.intersection(kinds) and not mark.asked.search(prompt) and mark.is_on(text)
-    ] + (["the request"] if repeats_request(text, prompt) and "combination:repeat_prompt" not in kinds else [])
+    found = [mark.name for mark in MARKS if not mark.kinds.intersection(kinds) and mark.is_on(text)]
+    wanted = {mark.name for mark in MARKS if mark.asked.search(prompt)}
+    if "combination:repeat_prompt" not in kinds and repeats_request(text, prompt):
+        found.append("the request")
+    if "startend:end_checker" not in kinds and breaks_off(text):
+        found.append("an end in the middle of a sentence")
+    return [name for name in found if name not in wanted]
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,12 @@ MARKS = (
         r"lower|small letters|capital|json|code|script|program",
     ),
     _mark("no commas", lacks_commas, "punctuation:no_comma detectable_format:json_format", r"comma\b|commas|punctuat"),
-    _mark("a title", lambda text: _TITLE.search(text) is not None, "detectable_format:title", r"<<|angular|title"),
+    _mark(
+        "a title",
+        lambda text: _TITLE.search(text) is not None,
+        "detectable_format:title",
+        r"<<|angular|title|code|program|c\+\+",
+    ),
     _mark(
         "a postscript",
         lambda text: _POSTSCRIPT.search(text) is not None,
@@ -133,7 +142,7 @@ MARKS = (
         "brackets or emphasis",
         is_wrapped,
         "detectable_format:number_highlighted_sections detectable_content:number_placeholders detectable_format:json_format",
-        r"bracket|bold|italic|emphas|highlight|markdown|code|format",
+        r"bracket|bold|italic|emphas|highlight|markdown|code|format|program|script|function|html|table|json",
     ),
     _mark("JSON", is_json, "detectable_format:json_format", r"json|format|code|list"),
 )
