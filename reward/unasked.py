@@ -26,9 +26,7 @@ _OPENED = re.compile(rf"(?:^|(?<=[\s(\[—-]))[{_QUOTES}](?=\S)")
 _TITLE = re.compile(r"<<[^<>\n]+>>")
 _POSTSCRIPT = re.compile(r"(?:^|(?<=[.!?\"”)]))\W*P\.\s?(?:P\.\s?)?S\b", re.MULTILINE)
 _DIVIDER = re.compile(r"^\s*\*{3,}\s*$", re.MULTILINE)
-_WRAPPED = re.compile(
-    r"```\w*\n.*\n```|\[[^\[\]]*\]|\([^()]*\)|\{[^{}]*\}|(\*{1,3}|_{1,3}|~~|`+)(?!\s)(?:(?!\1).)+\1", re.DOTALL
-)
+_WRAPPED = re.compile(r"```\w*\n.*\n```|\[[^\[\]]*\]|\([^()]*\)|(\*{1,3}|_{1,3}|~~|`+)(?!\s)(?:(?!\1).)+\1", re.DOTALL)
 
 
 def unasked(text: str, prompt: str, kinds: Collection[str]) -> list[str]:
