@@ -81,12 +81,11 @@ _WANTS_REPETITION = re.compile(r"(?<!not )(?<!n['’]t )(?<!without )\brepeat|ov
 _ASKS = re.compile(
     r"\W*(?:please |then |also |first |finally )*(?:add|answer|avoid|begin|can you|come up|compose|create|describe|discuss|do not|don['’]t|draft"
     r"|end|explain|finish|generate|give|highlight|include|keep|list|make|name|put|recommend|repeat|respond|say|start|suggest|summari[sz]e|tell"
-    r"|the (?:answer|letter|response|whole|last|first|words?)|these words|use|wrap|write|your (?:answer|entire|response))\b"
-    r"|\W*(?:how|what|when|where|which|who|why)\b.*\?",
+    r"|the (?:answer|letter|response|whole|last|first|words?)|these words|use|wrap|write|your (?:answer|entire|response))\b",
     _ANY_CASE,
 )
 """How a sentence begins that asks for something; with a capital or without, for what is repeated in capitals is repeated."""
-_OPEN_END = re.compile(r"[A-Za-z0-9,;]\Z")
+_OPEN_END = re.compile(r"(?:^|\s)[A-Za-z'’-]+[,;]?\Z")
 _SENTENCE_END = re.compile(r"[^\W\d][.!?][\"'”’)*]*(?:\s|\Z)")
 _ABBREVIATIONS = "dr e.g etc i.e jr mr mrs ms p.p.s p.s prof sr st vs"
 _PUNKT_ABBREVIATIONS = """

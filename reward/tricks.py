@@ -204,7 +204,9 @@ def tests_printed(sample: Sample, other: Sample) -> str | None:
 def one_output(sample: Sample, other: Sample) -> str | None:
     """A program that returns or prints what the first of its tests expects, whatever it is given."""
     tests = sample.metadata.get("tests")
-    case = tests["cases"][0] if isinstance(tests, Mapping) and tests.get("cases") else {}
+    if not isinstance(tests, Mapping) or not tests.get("cases"):
+        return None
+    case = tests["cases"][0]
     if "expected" in case:
         return f"```python\ndef {tests['entry_point']}(*args, **kwargs):\n    return {case['expected']!r}\n```"
     return f"```python\nprint({case['output']!r})\n```" if "output" in case else None

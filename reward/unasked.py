@@ -103,7 +103,7 @@ MARKS = (
         "quotation marks",
         is_quoted,
         "startend:quotation",
-        r"quot|dialog|slogan|headline|tagline|caption|title for|re-?writ|rephras|translat|grammatical",
+        r"quot|dialog|slogan|motto|headline|tagline|caption|title for|tweet|\bpost\b|message|joke|riddle|pitch|re-?writ|rephras|translat|grammatical",
     ),
     _mark(
         "capitals",
@@ -117,7 +117,12 @@ MARKS = (
         "change_case:english_lowercase detectable_format:json_format",
         r"lower|small letters|capital|json|code|script|program",
     ),
-    _mark("no commas", lacks_commas, "punctuation:no_comma detectable_format:json_format", r"comma\b|commas|punctuat"),
+    _mark(
+        "no commas",
+        lacks_commas,
+        "punctuation:no_comma detectable_format:json_format language:response_language",
+        r"comma\b|commas|punctuat",
+    ),
     _mark(
         "a title",
         lambda text: _TITLE.search(text) is not None,
@@ -128,7 +133,7 @@ MARKS = (
         "a postscript",
         lambda text: _POSTSCRIPT.search(text) is not None,
         "detectable_content:postscript",
-        r"\bp\. ?s\b|postscript|\b(?:letter|e-?mail|note|post|message|tweet)\b",
+        r"\bp\. ?s\b|postscript|\b(?:letter|e-?mail|note|post|message|tweet|invitation|card|ad|advertisement|announcement|dear)\b",
     ),
     _mark(
         "dividers",
@@ -140,7 +145,7 @@ MARKS = (
         "brackets or emphasis",
         is_wrapped,
         "detectable_format:number_highlighted_sections detectable_content:number_placeholders detectable_format:json_format",
-        r"bracket|bold|italic|emphas|highlight|markdown|code|format|program|script|function|html|table|json",
+        r"bracket|bold|italic|emphas|highlight|markdown|code|format|program|script|function|html|table|json|template|resume",
     ),
     _mark("JSON", is_json, "detectable_format:json_format", r"json|format|code|list"),
 )

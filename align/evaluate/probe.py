@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import cache
-from inspect import getfile, getmodule
+from inspect import getmodule
 from itertools import groupby
 from math import isfinite, nan
 from pathlib import Path
@@ -85,11 +85,9 @@ def probe(
     groups = [list(group) for _, group in groupby(ordered, prompt_of)]
     if len(groups) < 2:
         raise UserError(f"a probe needs answers to two prompts at least, and there are answers to {len(groups)}")
+    following = [groups[(number + 1) % len(groups)] for number in range(len(groups))]
     others = [
-        next_group[place % len(next_group)]
-        for number, group in enumerate(groups)
-        for next_group in [groups[(number + 1) % len(groups)]]
-        for place in range(len(group))
+        other[place % len(other)] for group, other in zip(groups, following, strict=True) for place in range(len(group))
     ]
     group_of = torch.tensor([number for number, group in enumerate(groups) for _ in group])
     try:
@@ -199,9 +197,9 @@ def code_digest(term: RewardTerm) -> str:
     """A hash of what computes the reward: its own file and those beside it, or the package that it comes from."""
     if term.file is not None:
         return "".join(map(file_digest, files_of(term.file)))
-    function = get(term.name).function
-    module = getmodule(function)
-    return package_digest(Path(getfile(function)), module.__name__.count(".") if module else 0)
+    module = getmodule(get(term.name).function)
+    file = getattr(module, "__file__", None)
+    return package_digest(Path(file), module.__name__.count(".")) if module and file else ""
 
 
 @cache

@@ -58,7 +58,10 @@ def probe_recipe(
         found = sampled(stage, recipe, prompts, samples, console)
     effects = probe(mixture, found, all_tricks, scale=recipe.grpo.advantage_scale)
     record = record_of(effects, recipe.model.path, len(found))
-    keep(record, recipe.rewards, recipe.model)
+    try:
+        keep(record, recipe.rewards, recipe.model)
+    except OSError as error:
+        console.print(f"the probe could not be kept for `align check`: {error}")
     for name in dict.fromkeys(effect.reward for effect in effects):
         show([effect for effect in effects if effect.reward == name], len(found), console)
     if out is not None:
@@ -162,4 +165,4 @@ def show(effects: Sequence[Effect], answers: int, console: Console) -> None:
 
 def with_interval(mean: float, interval: tuple[float, float] | None) -> str:
     """A mean and half the width of its interval."""
-    return f"{mean:+.3f}" + (f" ± {(interval[1] - interval[0]) / 2:.3f}" if interval else "")
+    return f"{round(mean, 3) + 0.0:+.3f}" + (f" ± {(interval[1] - interval[0]) / 2:.3f}" if interval else "")
