@@ -20,7 +20,8 @@ from reward import Mixture, RewardTerm, Sample
 from reward.tricks import TRICKS
 
 SMOLLM2 = Path(__file__).parents[1] / "tests/reward/corpus/smollm2_answers.jsonl"
-PROMPTS = 48
+PROMPTS, PROGRAMS = 48, 12
+"""Problems of a card, and of the one whose answers are programs, which take longer."""
 CHANCE = 0.0005
 """A smaller change is written as 0."""
 
@@ -50,24 +51,24 @@ def cell(effect: Effect) -> str:
 
 def cases() -> Iterator[tuple[RewardTerm, list[Sample]]]:
     """The rewards, each with the answers that it is probed on."""
-    sums, words, code, chat = (demonstrated(card) for card in ("nano_math", "gsm_symbolic", "nano_code", "nano_chat"))
+    sums, words, chat = (demonstrated(card, PROMPTS) for card in ("nano_math", "gsm_symbolic", "nano_chat"))
     said = [sample_of(json.loads(line)) for line in SMOLLM2.open(encoding="utf-8")]
     for name in ("exact_answer", "math", "answer_format"):
         yield RewardTerm(name=name), sums
     yield RewardTerm(name="reasoning_gym"), words
-    yield RewardTerm(name="code_tests"), code
     for name in ("chat_quality", "refusal", "nano_chat"):
         yield RewardTerm(name=name), chat
     yield RewardTerm(name="instructions", params={"partial": True}), said
     for name in ("language_consistency", "repetition"):
         yield RewardTerm(name=name), said
     yield RewardTerm(name="soft_overlong", params={"max_length": 600, "cache": 300, "unit": "characters"}), said
+    yield RewardTerm(name="code_tests"), demonstrated("nano_code", PROGRAMS)
 
 
-def demonstrated(card: str) -> list[Sample]:
-    """To each problem of a card's test its demonstration and that of another problem."""
+def demonstrated(card: str, count: int) -> list[Sample]:
+    """To `count` problems of a card's test each its demonstration and that of another problem."""
     examples = [example for example in load_split(load_card(card), "test").examples if example.response is not None]
-    examples = examples[:: max(1, len(examples) // PROMPTS)][:PROMPTS]
+    examples = examples[:: max(1, len(examples) // count)][:count]
     return [sample for pair in zip(examples, shifted(examples), strict=True) for sample in answers(*pair)]
 
 

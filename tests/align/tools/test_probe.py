@@ -1,16 +1,23 @@
 """`align rewards probe` on answers that are there: what it prints, writes, keeps and refuses. No engine starts."""
 
 import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from align.cli import EXIT_USER_ERROR, main
+from align.data.drawing import Source
+from align.data.types import Example
 from align.evaluate.probe import notes_on
-from align.recipe import GrpoRecipe, load_stages
+from align.experience import Problem
+from align.recipe import GrpoRecipe, ModelOptions, load_stages
 from align.stages.commands import check_stages
+from align.tools import probe as tools
 from align.tools.probe import first_problems
+from rollout import FinishReason, Group, Prompt, Trajectory
 
 ROOT = Path(__file__).parents[3]
 GRPO = "recipes/nano/grpo.yaml"
@@ -119,11 +126,6 @@ def test_what_cannot_be_probed_is_refused_before_an_engine_starts(
 
 
 def test_the_prompts_are_those_of_the_first_steps_each_once() -> None:
-    from align.data.drawing import Source
-    from align.data.types import Example
-    from align.experience import Problem
-    from rollout import Prompt
-
     problems = [
         Problem(Example(str(n), ({"role": "user", "content": str(n)},), None, None, "d"), Prompt(str(n), [n]))
         for n in range(5)
@@ -132,3 +134,44 @@ def test_the_prompts_are_those_of_the_first_steps_each_once() -> None:
     assert len({problem.example.id for problem in found}) == 4
     assert found[:2] == first_problems([Source("five", problems, 2)], 0, 2)
     assert len(first_problems([Source("five", problems, 2)], 0, 99)) == 5
+
+
+class ParrotFleet:
+    """A fleet whose answers are the token ids of their prompts."""
+
+    def wait_until_ready(self) -> None: ...
+
+    def sample(self, prompts: Sequence[Prompt], count: int, sampling: object, **seeds: int) -> Iterator[Group]:
+        for prompt in prompts:
+            said = [
+                Trajectory.of_one_turn(
+                    prompt,
+                    index,
+                    prompt.token_ids,
+                    [0.0] * len(prompt.token_ids),
+                    FinishReason.LENGTH,
+                    weight_version=0,
+                )
+                for index in range(count)
+            ]
+            yield Group(prompt, said)
+
+
+def test_without_answers_the_start_policy_is_asked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    asked = []
+
+    @contextmanager
+    def running(policy: ModelOptions, *others: object) -> Iterator[ParrotFleet]:
+        asked.append((policy.path, (Path(policy.path) / "model.safetensors").is_file()))
+        yield ParrotFleet()
+
+    monkeypatch.setattr(tools, "running_fleet", running)
+    given = ["machine={}", f"run.dir={tmp_path / 'run'}", "--prompts", "3", "--samples", "2"]
+    assert main(["rewards", "probe", GRPO, *given]) == 0
+    said = capsys.readouterr().out
+    assert "sft.yaml has not been run yet: the answers are those of the model before it" in " ".join(said.split())
+    assert "exact_answer: 0.000 on average of 3 prompts (6 answers)" in said
+    assert [was_written for _, was_written in asked] == [True]
+    assert not (tmp_path / "run").exists()
