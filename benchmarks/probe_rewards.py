@@ -22,8 +22,6 @@ from reward.tricks import TRICKS
 SMOLLM2 = Path(__file__).parents[1] / "tests/reward/corpus/smollm2_answers.jsonl"
 PROMPTS, PROGRAMS = 48, 12
 """Problems of a card, and of the one whose answers are programs, which take longer."""
-CHANCE = 0.0005
-"""A smaller change is written as 0."""
 
 
 def main() -> int:
@@ -45,7 +43,7 @@ def cell(effect: Effect) -> str:
     """The change, in bold where it pays; nothing where the trick changes no answer."""
     if not effect.changed:
         return ""
-    text = f"{effect.change:+.2f}" if abs(effect.change) > CHANCE else "0"
+    text = f"{effect.change:+.2f}" if abs(effect.change) >= 0.005 else "0"
     return f"**{text}**" if effect.pays else text
 
 
