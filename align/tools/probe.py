@@ -147,7 +147,8 @@ def show(effects: Sequence[Effect], answers: int, console: Console) -> None:
     )
     for column in ("trick", "changed", "mean reward moves by", "advantage", ""):
         table.add_column(column, justify="left" if column in ("trick", "") else "right")
-    for effect in sorted(effects, key=lambda effect: -effect.change):
+    applied = [effect for effect in effects if effect.changed]
+    for effect in sorted(applied, key=lambda effect: -effect.change):
         told = ", ".join(word for word, holds in (("pays", effect.pays), ("reinforced", effect.reinforced)) if holds)
         table.add_row(
             effect.trick,
@@ -157,10 +158,16 @@ def show(effects: Sequence[Effect], answers: int, console: Console) -> None:
             told,
         )
     console.print(table)
-    paid = [effect.trick for effect in effects if effect.pays]
-    console.print(
-        f"{first.reward} pays for {len(paid)} of {len(effects)} tricks{': ' + ', '.join(paid) if paid else ''}\n"
-    )
+    paid = [effect.trick for effect in applied if effect.pays]
+    told = f"{first.reward} pays for {len(paid)} of {len(applied)} tricks{': ' + ', '.join(paid) if paid else ''}"
+    if len(applied) < len(effects):
+        told += f"; {', '.join(effect.trick for effect in effects if not effect.changed)}: no answer to apply to"
+    if not any(effect.change for effect in applied):
+        told += (
+            f"\nNo trick moves {first.reward} at all: the answers are all worth the same to it, which says nothing of better ones. Probe it again "
+            "when the policy has learned something, or on such answers with --answers FILE"
+        )
+    console.print(f"{told}\n")
 
 
 def with_interval(mean: float, interval: tuple[float, float] | None) -> str:

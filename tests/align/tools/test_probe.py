@@ -83,6 +83,8 @@ def test_it_prints_a_table_writes_the_numbers_and_keeps_them(
     said = capsys.readouterr().out
     assert "exact_answer: 0.500 on average of 4 prompts (8 answers)" in said
     assert "exact_answer pays for 1 of" in said
+    assert "one output for all tests" in said.partition("corrected; ")[2].partition("no answer to apply to")[0]
+    assert "No trick moves exact_answer" not in said
     assert said.rstrip().endswith(f"the numbers are in {out}")
 
     effects = {row["trick"]: row for row in json.loads(out.read_text())["effects"] if row["reward"] == "exact_answer"}
@@ -173,5 +175,6 @@ def test_without_answers_the_start_policy_is_asked(
     said = capsys.readouterr().out
     assert "sft.yaml has not been run yet: the answers are those of the model before it" in " ".join(said.split())
     assert "exact_answer: 0.000 on average of 3 prompts (6 answers)" in said
+    assert "No trick moves exact_answer at all: the answers are all worth the same to it" in " ".join(said.split())
     assert [was_written for _, was_written in asked] == [True]
     assert not (tmp_path / "run").exists()
