@@ -79,10 +79,8 @@ def contradiction(name: PresetName, options: Any) -> str | None:
     preset = PRESETS[name]
     for key, value in preset.defining.items():
         if (given := getattr(options, key)) != value:
-            there = "without it" if value is None else f"{key}: {value}"
-            return (
-                f"preset: {name} ({preset.source}) is {there}, which {key}: {given} contradicts: leave one of them out"
-            )
+            there = f"has no {key}" if value is None else f"is {key}: {value}"
+            return f"preset: {name} ({preset.source}) {there}, which {key}: {given} contradicts: leave one of them out"
     return None
 
 
@@ -94,4 +92,4 @@ def expansion(options: Any) -> str:
         given = getattr(options, key)
         if given is not None:
             parts.append(f"{key}: {given}" + (f" (given, for {value})" if given != value else ""))
-    return f"grpo.preset: {options.preset} is {', '.join(parts)}"
+    return f"grpo.preset: {options.preset} is {', '.join(parts)}".replace("True", "true")
