@@ -96,5 +96,5 @@ def option_metrics(options: GrpoOptions, advantages: Advantages, sums: Sums) -> 
             "refill/with_variance": 1 - float(of_step.double().mean()),
         }
     if options.skip_zero_gradient:
-        metrics["skipped"] = 1 - float(advantages.computed.sum()) / (float(advantages.kept.sum()) or nan)
+        metrics["skipped_samples"] = 1 - float(advantages.computed.sum()) / (float(advantages.kept.sum()) or nan)
     return metrics

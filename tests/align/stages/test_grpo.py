@@ -9,8 +9,10 @@ import pytest
 
 from align.data.drawing import items_of_step, refill_of_step
 from align.evaluate.agreement import AgreementError
-from align.learner.objective import learning_rate
+from align.learner.objective import Sums, learning_rate
+from align.recipe import GrpoOptions
 from align.run import read_samples
+from align.stages.step_metrics import option_metrics
 
 SMALL = ("grpo.steps=2", "grpo.prompts_per_step=2", "grpo.group_size=4", "evaluation.before=false")
 REWARDS = ((0.0, 1.0, 1.0, 4.0), (2.0, 2.0, 2.0, 2.0))
@@ -85,6 +87,27 @@ def test_rewards_are_compared_with_the_baseline_that_the_recipe_names(train: Any
     stage = train("grpo", *SMALL, "grpo.advantage_scale=none", "grpo.baseline=leave_one_out", write=write)
     expected = [reward - (sum(REWARDS[0]) - reward) / 3 for reward in REWARDS[0]]
     assert [s.advantage for s in first_batch(stage)] == pytest.approx([*expected, 0, 0, 0, 0])
+
+
+def test_the_metrics_of_a_correction_are_shares_of_the_tokens(train: Any) -> None:
+    weights = [0.0, 0.0, 0.5, 1.0, 1.5, 2.0, 2.0, 2.0]
+    sums = Sums(
+        tokens=8,
+        correction_cut=3,
+        correction_masked=2,
+        correction_weights=sum(weights),
+        correction_squares=sum(w * w for w in weights),
+    )
+    options = GrpoOptions(steps=1, prompts_per_step=1, group_size=2, correction={"kind": "tis"})  # type: ignore[arg-type]
+    assert option_metrics(options, None, sums) == {  # type: ignore[arg-type]
+        "correction/cut": 3 / 8,
+        "correction/masked": 2 / 8,
+        "correction/effective_sample_size": pytest.approx(81 / (8 * 15.5)),
+    }
+    everything_masked = option_metrics(options, None, Sums(tokens=8, correction_masked=8))  # type: ignore[arg-type]
+    assert everything_masked["correction/effective_sample_size"] == 0
+    stage = train("grpo", *SMALL)
+    assert [name for name in stage.steps[0] if name.startswith(("correction/", "refill/", "skipped_samples"))] == []
 
 
 class Teaches:
@@ -184,7 +207,7 @@ def test_samples_that_teach_nothing_are_skipped_but_for_what_the_gate_compares(
         assert [s.weight * s.sampled_tokens for s in batch.sequences] == pytest.approx(
             [updates / 16] * len(batch.sequences)
         )
-    assert stage.steps[0]["skipped"] == pytest.approx(1 - sum(map(len, computed)) / 16)
+    assert stage.steps[0]["skipped_samples"] == pytest.approx(1 - sum(map(len, computed)) / 16)
 
 
 def test_a_sample_that_nobody_could_judge_is_in_no_mean_and_an_event_of_the_run(train: Any) -> None:
