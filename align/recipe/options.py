@@ -1,6 +1,7 @@
 """The options of a recipe, section by section: every key that a YAML file may have, but those of `reward` and `rollout`."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -8,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from align.losses import LossOptions
 from align.options import Options, refuse_without_effect
+from align.recipe.presets import PRESETS, PresetName, contradiction, spelled_out
 from align.shipped import NAMES, found
 
 HUB_FILE = re.compile(r"hf:/+datasets/([^/@]+/[^/@]+)(?:@([^/]+))?/(.+)")
@@ -332,8 +334,45 @@ class GrpoOptions(LossOptions):
         description="experts that tokens go through in training: those that the learner's routers choose; the sampler's (R3); or those of the "
         "learner before a step's first update (R2)",
     )
+    preset: PresetName | None = Field(
+        None,
+        description=f"a method by name ({', '.join(PRESETS)}): it stands for keys of this section, of which given ones win; `align check` shows them",
+    )
     train_on_truncated: bool = Field(True, description="train on completions cut off at the length limit")
     drop_zero_variance_groups: bool = Field(False, description="leave out groups whose rewards are all equal")
+    refill_rounds: int = Field(
+        0,
+        ge=0,
+        description="times that groups whose rewards are all equal are replaced in a step by groups of further prompts (DAPO's dynamic sampling)",
+    )
+    skip_zero_gradient: bool = Field(
+        False,
+        description="do not compute samples whose advantage is 0, but for 256 tokens of an update for the agreement gate: the same gradient for less",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_the_preset(cls, data: Any) -> Any:
+        return spelled_out(data) if isinstance(data, Mapping) else data
+
+    @model_validator(mode="after")
+    def _is_what_the_preset_says(self) -> Self:
+        if self.preset is not None and (found := contradiction(self.preset, self)):
+            raise ValueError(found)
+        return self
+
+    @model_validator(mode="after")
+    def _zero_variance_teaches_nothing(self) -> Self:
+        if self.baseline == "batch" and self.refill_rounds:
+            raise ValueError(
+                "refill_rounds replaces groups whose rewards are all equal, but compared with the step's mean (baseline: batch) these teach "
+                "something: leave one of them out"
+            )
+        if self.skip_zero_gradient and self.kl_coefficient:
+            raise ValueError(
+                "skip_zero_gradient has no effect beside a KL (kl_coefficient), whose gradient every sample has: leave one of them out"
+            )
+        return self
 
 
 class PreferencesOptions(Options):

@@ -34,6 +34,7 @@ from align.recipe import (
     TrainingRecipe,
 )
 from align.recipe.options import HookOptions, LearnerOptions, LoraOptions
+from align.recipe.presets import expansion
 from align.run import check_machine
 from align.run.machine import memory_bytes, object_store_bytes, shared_memory_bytes
 from align.run.trackers import check_trackers
@@ -71,7 +72,8 @@ def check_recipe(recipe: Recipe) -> list[str]:
     check_servers(roles.evaluation.hooks if roles.evaluation else ())
     if roles.learner is not None and roles.learner.port is not None:
         check_port(roles.learner.port)
-    notes = check_model(recipe)
+    notes = [expansion(recipe.grpo)] if isinstance(recipe, GrpoRecipe) and recipe.grpo.preset else []
+    notes += check_model(recipe)
     # Last, so that a machine without engines can tell what else is wrong with a recipe.
     check_installed(engines_of(roles))
     return notes

@@ -151,6 +151,7 @@ class Alarms:
         yield from self._variance(metrics["zero_variance_groups"], samples)
         yield from self._reward(metrics["reward"], metrics["reward_std"], samples)
         yield from self._experts(metrics)
+        yield from self._refill(metrics)
 
     def _entropy(self, entropy: float, samples: Sequence[SeenSample]) -> Iterator[Alarm]:
         """The policy has lost most of the entropy that it had in the first steps."""
@@ -196,6 +197,15 @@ class Alarms:
         if dead:
             layers = ", ".join(f"{share:.0%} in {layer}" for layer, share in dead.items())
             yield Alarm("experts", f"experts without a single token: {layers}")
+
+    def _refill(self, metrics: Mapping[str, float]) -> Iterator[Alarm]:
+        """Groups without variance could not all be replaced."""
+        if (full := metrics.get("refill/with_variance", 1.0)) < 1:
+            yield Alarm(
+                "refill",
+                f"in {1 - full:.0%} of the groups all rewards are still equal when grpo.refill_rounds, or the data, are used up: the step trains on "
+                "what there is",
+            )
 
 
 def stop_at(alarms: Iterable[Alarm], options: AlarmOptions) -> None:

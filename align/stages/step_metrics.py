@@ -10,6 +10,7 @@ from align.evaluate.accuracy import mean_of
 from align.evaluate.agreement import Disagreement
 from align.experience import ScoredGroup
 from align.learner.objective import Sums
+from align.recipe import GrpoOptions
 from align.stages.advantages import Advantages
 
 
@@ -21,9 +22,9 @@ class Clock:
         self._at = time.perf_counter()
 
     def lap(self, part: str) -> None:
-        """Count the time since the last lap as that of `part`."""
+        """Count the time since the last lap as time of `part`."""
         now = time.perf_counter()
-        self.seconds[part] = now - self._at
+        self.seconds[part] = self.seconds.get(part, 0.0) + now - self._at
         self._at = now
 
 
@@ -75,3 +76,25 @@ def step_metrics(
             ]
             metrics[f"accuracy/{domain}"] = mean_of([a.right for a in its if a.reward.value is not None])
     return metrics | {f"seconds/{part}": value for part, value in clock.seconds.items()}
+
+
+def option_metrics(options: GrpoOptions, advantages: Advantages, sums: Sums) -> dict[str, float]:
+    """The metrics of what a recipe may ask for beside: correction, refill, skipping. Shares of tokens, of the step's groups, and of samples."""
+    metrics: dict[str, float] = {}
+    if options.correction.kind != "none":
+        tokens = float(sums.tokens) or nan
+        metrics |= {
+            "correction/cut": sums.correction_cut / tokens,
+            "correction/masked": sums.correction_masked / tokens,
+            # Kish's: of n tokens, the share that as many of equal weight would be.
+            "correction/effective_sample_size": sums.correction_weights**2 / (tokens * (sums.correction_squares or 1)),
+        }
+    if options.refill_rounds:
+        of_step = advantages.zero_variance[: options.prompts_per_step]
+        metrics |= {
+            "refill/replaced": float(len(advantages.zero_variance) - len(of_step)),
+            "refill/with_variance": 1 - float(of_step.double().mean()),
+        }
+    if options.skip_zero_gradient:
+        metrics["skipped_samples"] = 1 - float(advantages.computed.sum()) / (float(advantages.kept.sum()) or nan)
+    return metrics
