@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -216,6 +216,20 @@ class LoraOptions(Options):
         return [targets] if isinstance(targets, str) else targets
 
 
+class BalanceOptions(Options):
+    """Factors of the losses that keep routers from sending most tokens to few experts (DeepSeek-V2 report, eq. 23-31), on top of a stage's own."""
+
+    expert: Annotated[float, Field(ge=0)] | Literal["config"] = Field(
+        0.0,
+        description="of the load of experts (alpha_1); config: the checkpoint's aux_loss_alpha or router_aux_loss_coef",
+    )
+    device: float = Field(0.0, ge=0, description="of the load of the model's groups of experts, n_group (alpha_2)")
+    communication: float = Field(0.0, ge=0, description="of the tokens that are sent to each of these groups (alpha_3)")
+
+
+Freezable = Literal["router", "experts", "shared_experts", "attention", "mlp", "norms", "embeddings", "head"]
+
+
 class LearnerOptions(Options):
     """The DeepSpeed learners."""
 
@@ -249,6 +263,12 @@ class LearnerOptions(Options):
     port: int | None = Field(None, ge=1024, le=65535, description="where the ranks meet; a free port when not given")
     optimizer: OptimizerOptions
     lora: LoraOptions | None = Field(None, description="train adapters alone; all parameters when not given")
+    freeze: list[Freezable] = Field(
+        [],
+        description="parts that stay as they are: router, experts (the routed ones), shared_experts, attention, mlp (of layers without experts), "
+        "norms, embeddings, head",
+    )
+    balance: BalanceOptions = BalanceOptions()
     resources: dict[str, float] = Field(
         {}, description="custom Ray resources that a rank takes, to say on which nodes of a cluster ranks may be"
     )
@@ -261,6 +281,13 @@ class LearnerOptions(Options):
     stop_after_bad_steps: int = Field(
         4, ge=1, description="steps in a row with numbers that are not finite after which the run stops"
     )
+
+    @model_validator(mode="after")
+    def _adapters_freeze_the_rest(self) -> Self:
+        if self.lora is not None:
+            why = "lora trains adapters alone, where lora.targets says, and freezes all else"
+            refuse_without_effect(self, "freeze", why, at="learner.")
+        return self
 
     @model_validator(mode="after")
     def _prompts_can_be_shared(self) -> Self:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from align.learner.balance import BalanceLosses
 from align.learner.batch import TrainingSequence
 from align.learner.experts import ExpertCounter
 from align.learner.objective import LogProbs, Objective
@@ -67,6 +68,7 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> Callable[..., LearnerWorker]:
         made._reference = LogProbs(network(1)).eval().requires_grad_(False)
         made._shares_reference = False
         made._routing, made._expert_counter = RoutingReplay(policy), ExpertCounter(policy)
+        made._balance = BalanceLosses(policy, made._options.balance)
         return made
 
     return make
