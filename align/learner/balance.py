@@ -47,7 +47,7 @@ class BalanceLosses:
 
         The backward pass belongs inside: with gradient checkpointing it computes layers again.
         """
-        self._masks, self._calls, self._sums = [count > 0 for count in counts], {}, {}
+        self._masks, self._calls, self._sums = [count.bool() for count in counts], {}, {}
         try:
             yield
         finally:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     DeepseekV2Config,
     LlamaConfig,
     MixtralConfig,
@@ -23,6 +24,7 @@ from align.learner.batch import TrainingSequence
 from align.learner.experts import ExpertCounter, routers_of
 from align.learner.objective import LogProbs, Objective
 from align.learner.policy import LearnerWorker, Weights, checkpoint_in_every_mode
+from align.learner.reward_model import RewardModelWorker, Rewards, TrainingPair
 from align.learner.routing import RoutingReplay
 from align.recipe import BalanceOptions, LearnerOptions, OptimizerOptions
 
@@ -95,7 +97,8 @@ def some_sequences() -> list[TrainingSequence]:
 
 
 def gradient_of(policy: Any) -> Tensor:
-    found = torch.cat([p.grad.double().flatten() for p in policy.parameters() if p.grad is not None])
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in policy.parameters()]
+    found = torch.cat([gradient.double().flatten() for gradient in gradients])
     policy.zero_grad()
     return found
 
@@ -187,6 +190,38 @@ def test_it_is_for_every_router_that_is_known(name: str) -> None:
     gradient, _ = expected(name, {"expert": 0.3}, sequences)
     rank_of(policy, balance={"expert": 0.3}).accumulate([sequences], Objective(), batch_size=3)
     assert (gradient_of(policy) - gradient).norm() / gradient.norm() < 1e-5
+
+
+def test_both_conversations_of_a_pair_count_for_a_reward_model() -> None:
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(**SIZES, **BANK, head_dim=16, pad_token_id=0, num_labels=1)
+    model: Any = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+    for router in routers_of(model).values():
+        torch.nn.init.normal_(router.weight, std=0.5)
+    logits: list[Tensor] = []
+    for router in routers_of(model).values():
+        router.register_forward_hook(lambda _, __, output: logits.append(output[0].double()))
+    texts = [s.token_ids for s in some_sequences()]
+    pairs = [TrainingPair(texts[0], texts[1], weight=0.5), TrainingPair(texts[2], texts[3])]
+    total = torch.zeros((), dtype=torch.float64)
+    for ids in (texts[0], texts[1]):
+        logits.clear()
+        model(input_ids=torch.tensor([list(ids)]))
+        total = total + sum((0.3 * layer_losses(of_layer, 1)["expert"] / 2 for of_layer in logits), total * 0)
+    total.backward()
+    expected = gradient_of(model)
+    gradients = []
+    for factor in (0.0, 0.3):
+        rank: Any = object.__new__(RewardModelWorker)
+        balance = BalanceOptions(expert=factor)
+        rank._options = LearnerOptions(ranks=1, optimizer=OptimizerOptions(learning_rate=1e-3), balance=balance)
+        rank._engine, rank._device, rank._pad_id = Weights(Rewards(model)), torch.device("cpu"), 0
+        rank._engine.forward = rank._engine.module.forward
+        rank._balance = BalanceLosses(model, balance)
+        rank.accumulate([pairs], "pairwise")
+        gradients.append(gradient_of(model))
+    found = gradients[1] - gradients[0]
+    assert (found - expected).norm() / expected.norm() < 1e-4
 
 
 def test_experts_that_are_replayed_are_those_that_count() -> None:
