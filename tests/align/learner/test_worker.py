@@ -178,6 +178,20 @@ def test_matrices_decay_and_vectors_do_not(worker: Any) -> None:
         torch.testing.assert_close(parameter.detach(), before[name] * share, msg=name)
 
 
+def test_what_is_frozen_stays_and_takes_no_memory_of_the_optimizer(worker: Any) -> None:
+    rank = worker(freeze=["norms", "embeddings"], gradient_checkpointing=True)
+    before = {name: p.detach().clone() for name, p in rank._network.named_parameters()}
+    rank.accumulate([drawn()], Objective())
+    rank.apply(RATE)
+    same = {name for name, p in rank._network.named_parameters() if torch.equal(p, before[name])}
+    assert same == {name for name in before if "norm" in name or "embed" in name}
+    stepped = [p for group in rank._optimizer.param_groups for p in group["params"]]
+    assert len(stepped) == len(rank._optimizer.state) == len(before) - len(same)
+    assert rank.missing_gradients() == []
+    trained = sum(p.numel() for p in stepped)
+    assert rank._trained.description.startswith(f"{trained:,} trainable parameters")
+
+
 @pytest.mark.parametrize("on", [False, True])
 def test_with_gradient_checkpointing_layers_are_computed_again_in_the_backward_pass(worker: Any, on: bool) -> None:
     rank = worker(gradient_checkpointing=on)
