@@ -465,15 +465,22 @@ class AgreementOptions(Options):
 
 
 class AlarmOptions(Options):
-    """When a GRPO run is told to be going wrong; what is compared with earlier steps waits until there are `window` of them."""
+    """When a run is told to be going wrong; what is compared with earlier steps waits until there are `window` of them."""
 
-    window: int = Field(5, ge=1, description="steps that entropy and reward are compared with: the first, and the last")
+    window: int = Field(
+        5, ge=1, description="steps that are compared with: for entropy and experts the first, for the reward the last"
+    )
     entropy_share: float = Field(
         0.1, ge=0, le=1, description="share of the first steps' entropy below which it collapsed"
     )
     zero_variance_groups: float = Field(0.95, gt=0, description="share of groups whose rewards are all equal")
     reward_jump: float = Field(1.0, gt=0, description="change of the mean reward, in standard deviations of a sample's")
     dead_experts: float = Field(0.5, gt=0, description="share of a layer's experts that no token goes to")
+    busiest_expert: float = Field(
+        3.0,
+        gt=1,
+        description="load of a layer's busiest expert over the mean, where it was 1.5 times lower in the first steps",
+    )
 
 
 class GuardOptions(Options):

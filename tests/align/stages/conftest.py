@@ -121,6 +121,7 @@ class FakeLearner:
     reference: ModelOptions | None = None
     replay: str = "off"
     asked_for_missing: int = 0
+    loads: list[dict[str, float]] = field(default_factory=list)
 
     def wait_until_ready(self) -> None: ...
 
@@ -145,7 +146,7 @@ class FakeLearner:
     update, _before_updates = LearnerGroup.update, LearnerGroup._before_updates
 
     def expert_load(self) -> dict[str, float]:
-        return {}
+        return self.loads.pop(0) if self.loads else {}
 
     def missing_gradients(self) -> list[str]:
         self.asked_for_missing += 1
