@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -219,12 +219,19 @@ class LoraOptions(Options):
 class BalanceOptions(Options):
     """Factors of the losses that keep routers from sending most tokens to few experts (DeepSeek-V2 report, eq. 23-31), on top of a stage's own."""
 
-    expert: Annotated[float, Field(ge=0)] | Literal["config"] = Field(
+    expert: float | Literal["config"] = Field(
         0.0,
         description="of the load of experts (alpha_1); config: the checkpoint's aux_loss_alpha or router_aux_loss_coef",
     )
     device: float = Field(0.0, ge=0, description="of the load of the model's groups of experts, n_group (alpha_2)")
     communication: float = Field(0.0, ge=0, description="of the tokens that are sent to each of these groups (alpha_3)")
+
+    @field_validator("expert", mode="before")
+    @classmethod
+    def _number_or_config(cls, expert: Any) -> Any:
+        if expert != "config" and not (isinstance(expert, int | float) and expert >= 0):
+            raise ValueError("should be a number of at least 0, or config")
+        return expert
 
 
 Freezable = Literal["router", "experts", "shared_experts", "attention", "mlp", "norms", "embeddings", "head"]

@@ -171,6 +171,11 @@ class FakeLearner:
     def load_state(self, directory: Path) -> None: ...
 
 
+@pytest.fixture
+def fake_learner() -> type[FakeLearner]:
+    return FakeLearner
+
+
 @dataclass(slots=True)
 class Stage:
     """A stage that has been run, and all that it asked for."""
@@ -207,7 +212,7 @@ def train(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Stag
         write: Callable[[int, int, int], Mapping[str, Any]] = lambda step, place, index: {"worth": float(index % 2)},
         **learns: Any,
     ) -> Stage:
-        learner = FakeLearner(**learns)
+        learner = learns.pop("learner", None) or FakeLearner(**learns)
         fixed = ["init_from=null"] if name == "grpo" else []
         recipe = load_recipe(
             Path(f"recipes/nano/{name}.yaml"),
