@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 
 from align.errors import NonFiniteError, UserError
+from align.learner.balance import balance_metrics
 from align.learner.batch import (
     TrainingSequence,
     in_order,
@@ -300,7 +301,11 @@ class LearnerGroup(RankGroup):
         """Forward and backward over a batch; its gradient waits for `apply`."""
         work, plan = self._split(sequences)
         replays = objective.grpo is not None and self.replay != "off"
-        calls = [r.accumulate.remote(part, objective, replays) for r, part in zip(self._at_work(), work, strict=True)]
+        trained = max(1, sum(s.weight > 0 for s in sequences))
+        calls = [
+            r.accumulate.remote(part, objective, replays, trained)
+            for r, part in zip(self._at_work(), work, strict=True)
+        ]
         found = self._gather(calls, self._options.step_timeout_s, "computing gradients")
         total = Sums()
         for sums in found:
@@ -335,13 +340,12 @@ class LearnerGroup(RankGroup):
         return total, norm
 
     def expert_load(self) -> dict[str, float]:
-        """How evenly the tokens of all `accumulate` since the last time went to the experts, and how many the policy would have sent to others
-        than those that were given; see `load_metrics` and `routing_metrics`."""
+        """How evenly the tokens of all `accumulate` since the last time went to the experts, how many the policy would have sent to others
+        than those that were given, and the balance losses; see `load_metrics`, `routing_metrics` and `balance_metrics`."""
         calls = [rank.take_expert_load.remote() for rank in self._ranks]
         found = self._gather(calls, self._options.step_timeout_s, "counting tokens of experts")
-        return load_metrics(add_loads([loads for loads, _ in found])) | routing_metrics(
-            [changes for _, changes in found]
-        )
+        loads, changes, balance = zip(*found, strict=True)
+        return load_metrics(add_loads(loads)) | routing_metrics(changes) | balance_metrics(balance)
 
     def log_probs(self, sequences: Sequence[TrainingSequence], temperature: float) -> list[npt.NDArray[np.float32]]:
         """The policy's log-probabilities [S] of the sampled tokens of each sequence, with the sampler's experts where these are replayed."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from align.errors import UserError
-from align.learner.experts import routers_of
+from align.learner.experts import chosen_by, is_of_autoep, logits_of, routers_of
 
 TOLERANCE = 1e-5
 Changes = dict[int, tuple[int, int]]
@@ -71,19 +71,17 @@ class RoutingReplay:
 
     def _route(self, place: int, layer: int, router: Any, inputs: Any, output: Any) -> Any:
         if self._recorded is not None:
-            self._recorded[layer].append(output[-2 if output[-1].dim() == 1 else -1].to(torch.int16))
+            self._recorded[layer].append(chosen_by(output).to(torch.int16))
         if not self._given:
             return None
         call = self._calls.get(layer, 0)
         self._calls[layer] = call + 1
         # What is computed again for the backward pass is of a single forward pass.
         given = self._given[call % len(self._given)][:, :, place].flatten(0, 1).long()
-        # transformers' routers return (logits [T, E], weights, chosen), AutoEP's (weights, chosen, tokens of each expert [E]).
-        spread = output[-1].dim() == 1
-        logits = router.gate(inputs[0]) if spread else output[0]
+        spread, logits = is_of_autoep(output), logits_of(router, inputs, output)
         weights, own = output[:2] if spread else output[1:]
         if layer in self._unchecked:
-            self._check(router, logits, weights, own)
+            check_weights(router, logits, output, "grpo.routing_replay")
             self._unchecked.discard(layer)
         known = (given >= 0).all(dim=-1)
         changed = known & (given.sort(dim=-1).values != own.sort(dim=-1).values).any(dim=-1)
@@ -103,13 +101,15 @@ class RoutingReplay:
             tokens.scatter_add_(0, chosen.flatten(), torch.ones_like(chosen.flatten(), dtype=tokens.dtype)),
         )
 
-    def _check(self, router: Any, logits: torch.Tensor, weights: torch.Tensor, own: torch.Tensor) -> None:
-        """Raise UserError for a router whose weights for its own experts are others than those that replay would give them."""
-        ours = weights_of(router, logits.detach(), own).to(weights.dtype)
-        if not torch.allclose(ours, weights.detach(), rtol=TOLERANCE if weights.dtype == torch.float32 else 1e-2):
-            raise UserError(
-                f"grpo.routing_replay: {type(router).__name__} weighs experts in a way that replay does not know; leave it out for this model"
-            )
+
+def check_weights(router: Any, logits: torch.Tensor, output: tuple[torch.Tensor, ...], key: str) -> None:
+    """Raise UserError, naming `key`, for a router whose weights for its own experts are not those of `weights_of`."""
+    weights, own = output[:2] if is_of_autoep(output) else output[1:]
+    ours = weights_of(router, logits.detach(), own).to(weights.dtype)
+    if not torch.allclose(ours, weights.detach(), rtol=TOLERANCE if weights.dtype == torch.float32 else 1e-2):
+        raise UserError(
+            f"{key}: {type(router).__name__} weighs experts in a way that is not known here; leave it out for this model"
+        )
 
 
 def weights_of(router: Any, logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:

@@ -91,13 +91,15 @@ def learner_memory(job: Training, *, on_gpu: bool) -> dict[str, float]:
     share = ranks if zero else 1
     elsewhere = job.sizes.routed * (1 - 1 / job.options.expert_parallel)
     weights = (job.sizes.total - elsewhere) / (ranks if zero == 3 else 1)
-    gradients = job.trained / ranks if zero >= 2 else job.trained - elsewhere
+    gradients = (
+        job.trained / ranks if zero >= 2 else job.trained - (0 if "experts" in job.options.freeze else elsewhere)
+    )
     # Those of micro-batches add up in float32 where ZeRO takes part, whatever the policy's dtype.
     parts = {"weights": weights * job.element, "gradients": gradients * (4 if zero else job.element)}
     if zero == 3:
         # And the gradient of a block; the reference's weights are let go before the policy's are gathered.
         block = job.sizes.largest_block
-        held = min(job.sizes.total, GATHERED + block) + (block if job.trained == job.sizes.total else 0)
+        held = min(job.sizes.total, GATHERED + block) + (block if job.options.lora is None else 0)
         parts["gathered"] = held * job.element
     # Adam's two moments, and a float32 copy of the weights wherever DeepSpeed wraps the optimizer.
     wrapped = zero > 0 or job.element < 4
@@ -128,7 +130,7 @@ def activation_memory(job: Training) -> dict[str, float]:
     parts: dict[str, float] = {"activations": job.tokens * elements * job.element}
     if job.logits:
         # In float32 four times; the head's gradient in float32, and what a tile adds to it.
-        head = job.sizes.vocabulary * job.sizes.hidden * (4 + job.element if job.trained == job.sizes.total else 0)
+        head = job.sizes.vocabulary * job.sizes.hidden * (4 + job.element if job.options.lora is None else 0)
         parts["head"] = max(TILE, job.sizes.vocabulary) * 16 + head
     return parts
 

@@ -1,8 +1,10 @@
 """The processes of a recipe: how many of each kind, on which GPUs, and the memory of each."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from align.model.names import frozen_names
 from align.model.sizes import ModelSizes
 from align.plan import memory
 from align.plan.memory import ELEMENT_BYTES, GPU_PROCESS, Parts, Training, Work, at_rest
@@ -39,10 +41,11 @@ def work_of(roles: Roles, sizes: ModelSizes, element: int) -> Work:
         # In float32 it is in the weights.
         beside = trained if roles.rollout and element != ELEMENT_BYTES["float32"] else 0
         sent = trained if roles.weights and roles.weights.transport == "adapter" else sent + beside
+    frozen = frozen_names(sizes.parameters, roles.learner.freeze)
     training = Training(
         sizes=sizes,
         options=roles.learner,
-        trained=trained,
+        trained=trained - sum(math.prod(sizes.parameters[name]) for name in frozen),
         step_tokens=-(-roles.trained_sequences // roles.learner.ranks) * roles.longest,
         longest=roles.longest,
         element=element,

@@ -222,6 +222,27 @@ class LoraOptions(Options):
         return [targets] if isinstance(targets, str) else targets
 
 
+class BalanceOptions(Options):
+    """Factors of the losses that keep routers from sending most tokens to few experts (DeepSeek-V2 report, eq. 23-31), on top of a stage's own."""
+
+    expert: float | Literal["config"] = Field(
+        0.0,
+        description="of the load of experts (alpha_1); config: the checkpoint's aux_loss_alpha or router_aux_loss_coef",
+    )
+    device: float = Field(0.0, ge=0, description="of the load of the model's groups of experts, n_group (alpha_2)")
+    communication: float = Field(0.0, ge=0, description="of the tokens that are sent to each of these groups (alpha_3)")
+
+    @field_validator("expert", mode="before")
+    @classmethod
+    def _number_or_config(cls, expert: Any) -> Any:
+        if expert != "config" and not (isinstance(expert, int | float) and expert >= 0):
+            raise ValueError("should be a number of at least 0, or config")
+        return expert
+
+
+Freezable = Literal["router", "experts", "shared_experts", "attention", "mlp", "norms", "embeddings", "head"]
+
+
 class LearnerOptions(Options):
     """The DeepSpeed learners."""
 
@@ -255,6 +276,12 @@ class LearnerOptions(Options):
     port: int | None = Field(None, ge=1024, le=65535, description="where the ranks meet; a free port when not given")
     optimizer: OptimizerOptions
     lora: LoraOptions | None = Field(None, description="train adapters alone; all parameters when not given")
+    freeze: list[Freezable] = Field(
+        [],
+        description="parts that stay as they are: router, experts (the routed ones), shared_experts, attention, mlp (of layers without experts), "
+        "norms, embeddings, head",
+    )
+    balance: BalanceOptions = BalanceOptions()
     resources: dict[str, float] = Field(
         {}, description="custom Ray resources that a rank takes, to say on which nodes of a cluster ranks may be"
     )
@@ -267,6 +294,13 @@ class LearnerOptions(Options):
     stop_after_bad_steps: int = Field(
         4, ge=1, description="steps in a row with numbers that are not finite after which the run stops"
     )
+
+    @model_validator(mode="after")
+    def _adapters_freeze_the_rest(self) -> Self:
+        if self.lora is not None:
+            why = "lora trains adapters alone, where lora.targets says, and freezes all else"
+            refuse_without_effect(self, "freeze", why, at="learner.")
+        return self
 
     @model_validator(mode="after")
     def _prompts_can_be_shared(self) -> Self:
@@ -481,15 +515,22 @@ class AgreementOptions(Options):
 
 
 class AlarmOptions(Options):
-    """When a GRPO run is told to be going wrong; what is compared with earlier steps waits until there are `window` of them."""
+    """When a run is told to be going wrong; what is compared with earlier steps waits until there are `window` of them."""
 
-    window: int = Field(5, ge=1, description="steps that entropy and reward are compared with: the first, and the last")
+    window: int = Field(
+        5, ge=1, description="steps that are compared with: for entropy and experts the first, for the reward the last"
+    )
     entropy_share: float = Field(
         0.1, ge=0, le=1, description="share of the first steps' entropy below which it collapsed"
     )
     zero_variance_groups: float = Field(0.95, gt=0, description="share of groups whose rewards are all equal")
     reward_jump: float = Field(1.0, gt=0, description="change of the mean reward, in standard deviations of a sample's")
     dead_experts: float = Field(0.5, gt=0, description="share of a layer's experts that no token goes to")
+    busiest_expert: float = Field(
+        3.0,
+        gt=1,
+        description="load of a layer's busiest expert over the mean, where it was 1.5 times lower in the first steps",
+    )
     habit_share: float = Field(
         0.3, gt=0, le=1, description="share of the answers with a habit that at most a third as many had at the start"
     )
@@ -497,7 +538,7 @@ class AlarmOptions(Options):
         2.0, gt=1, description="how many times longer or shorter answers are than at the start, in words"
     )
     drift: float = Field(1.0, gt=0, description="`difference` of the evaluation `drift`, in nats a token")
-    stop: list[Literal["entropy", "variance", "reward", "experts", "habit", "length"]] = Field(
+    stop: list[Literal["entropy", "variance", "reward", "experts", "collapse", "refill", "habit", "length"]] = Field(
         [], description="alarms that end the run; after a warning alone it goes on"
     )
 

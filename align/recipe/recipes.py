@@ -162,6 +162,7 @@ class PolicyRecipe(SamplingRecipe, TrainingRecipe):
     evaluation: EvaluationOptions = EvaluationOptions()
     agreement: AgreementOptions = AgreementOptions()
     weights: WeightOptions = WeightOptions()
+    alarms: AlarmOptions = AlarmOptions()
     colocate: bool = Field(
         False,
         description="a learner rank and a rollout worker share a GPU, and use it in turn: while one works, what the other holds is in the "
@@ -249,6 +250,9 @@ class SftRecipe(PolicyRecipe):
     no_effect: ClassVar = {
         "evaluation.every": "SFT looks at the validation loss, every sft.validate_every steps",
         "data.split": "the validation split gives the validation loss",
+        **dict.fromkeys(
+            ("alarms.entropy_share", "alarms.zero_variance_groups", "alarms.reward_jump"), "nothing is sampled in SFT"
+        ),
     }
     data_stage: ClassVar = "sft"
 
@@ -313,7 +317,6 @@ class GrpoRecipe(PolicyRecipe):
     sampling: SamplingOptions = SamplingOptions()
     grpo: GrpoOptions
     guard: GuardOptions | None = None
-    alarms: AlarmOptions = AlarmOptions()
 
     def roles(self) -> Roles:
         sequences = self.grpo.prompts_per_step * self.grpo.group_size

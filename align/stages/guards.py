@@ -1,10 +1,10 @@
-"""What a GRPO run is watched for while it trains: each guard says what it saw, and which samples show it."""
+"""What a run is watched for while it trains: each guard says what it saw, and which samples show it."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from math import isfinite, sqrt
 from statistics import fmean, variance
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from align.errors import AlarmError, NonFiniteError
 from align.experience import ScoredGroup, ScoredTrajectory
@@ -17,6 +17,9 @@ SHOWN = 4
 KEPT = 16
 SURE = 2.0
 """Standard errors of a difference of means that count as a change."""
+
+RISE = 1.5
+"""How many times that of the first steps the load of a busiest expert is that counts as a change."""
 
 Warn = Callable[..., None]
 """Called with a sentence, and with facts about it by name."""
@@ -119,10 +122,12 @@ class Alarm:
 class History(TypedDict):
     """What the alarms compare a step with, ready for JSON.
 
-    The entropies of the first steps, mean and standard deviation of the rewards of the last, and the alarms that are on.
+    The entropies of the first steps, and by layer the loads of their busiest experts; mean and standard deviation of the rewards of the last;
+    and the alarms that are on.
     """
 
     entropies: list[float]
+    busiest: NotRequired[dict[str, list[float]]]
     rewards: list[tuple[float, float]]
     on: list[str]
 
@@ -133,24 +138,28 @@ class Alarms:
     `history`, at first `no_history()`, is kept up to date for whoever goes on.
     """
 
-    def __init__(self, options: AlarmOptions, warn: Warn, history: History):
-        self._options, self._warn, self._history = options, warn, history
+    def __init__(self, options: AlarmOptions, warn: Warn, history: History, stage: str = "GRPO"):
+        self._options, self._warn, self._history, self._stage = options, warn, history, stage
 
-    def observe(self, step: int, metrics: Mapping[str, float], samples: Sequence[SeenSample]) -> None:
-        """Take a step's metrics and its judged samples."""
+    def observe(self, step: int, metrics: Mapping[str, float], samples: Sequence[SeenSample] = ()) -> None:
+        """Take a step's metrics and its judged samples, which SFT has none of."""
         found = list(self._look(metrics, samples))
         new = [alarm for alarm in found if alarm.kind not in self._history["on"]]
         for alarm in new:
             shown = f" (samples {', '.join(alarm.samples[:SHOWN])})" if alarm.samples else ""
-            self._warn(f"GRPO step {step}: {alarm.message}{shown}", alarm=alarm.kind, samples=list(alarm.samples))
+            self._warn(
+                f"{self._stage} step {step}: {alarm.message}{shown}", alarm=alarm.kind, samples=list(alarm.samples)
+            )
         self._history["on"] = [alarm.kind for alarm in found]
         stop_at(new, self._options)
 
     def _look(self, metrics: Mapping[str, float], samples: Sequence[SeenSample]) -> Iterator[Alarm]:
-        yield from self._entropy(metrics["entropy"], samples)
-        yield from self._variance(metrics["zero_variance_groups"], samples)
-        yield from self._reward(metrics["reward"], metrics["reward_std"], samples)
+        if "reward" in metrics:
+            yield from self._entropy(metrics["entropy"], samples)
+            yield from self._variance(metrics["zero_variance_groups"], samples)
+            yield from self._reward(metrics["reward"], metrics["reward_std"], samples)
         yield from self._experts(metrics)
+        yield from self._collapse(metrics)
         yield from self._refill(metrics)
 
     def _entropy(self, entropy: float, samples: Sequence[SeenSample]) -> Iterator[Alarm]:
@@ -189,14 +198,23 @@ class Alarms:
 
     def _experts(self, metrics: Mapping[str, float]) -> Iterator[Alarm]:
         """Many experts of a layer get no token."""
-        dead = {
-            name.split("/")[1]: share
-            for name, share in metrics.items()
-            if name.startswith("experts/layer_") and name.endswith("/dead") and share > self._options.dead_experts
-        }
+        dead = {layer: share for layer, share in of_layers(metrics, "dead") if share > self._options.dead_experts}
         if dead:
             layers = ", ".join(f"{share:.0%} in {layer}" for layer, share in dead.items())
             yield Alarm("experts", f"experts without a single token: {layers}")
+
+    def _collapse(self, metrics: Mapping[str, float]) -> Iterator[Alarm]:
+        """A layer's busiest expert gets much more than the mean, and much more than in the first steps."""
+        before, risen = self._history.setdefault("busiest", {}), []
+        for layer, load in of_layers(metrics, "max_over_mean"):
+            first = before.setdefault(layer, [])
+            if len(first) < self._options.window:
+                first.append(load)
+            elif load >= self._options.busiest_expert and load > RISE * fmean(first):
+                risen.append(f"{load:.1f} times the mean in {layer} ({fmean(first):.1f} in the first steps)")
+        if risen:
+            message = f"the router collapses: its busiest expert gets {', '.join(risen)}; learner.balance.expert evens the load"
+            yield Alarm("collapse", message)
 
     def _refill(self, metrics: Mapping[str, float]) -> Iterator[Alarm]:
         """Groups without variance could not all be replaced."""
@@ -206,6 +224,13 @@ class Alarms:
                 f"in {1 - full:.0%} of the groups all rewards are still equal when grpo.refill_rounds, or the data, are used up: the step trains on "
                 "what there is",
             )
+
+
+def of_layers(metrics: Mapping[str, float], measure: str) -> Iterator[tuple[str, float]]:
+    """A measure of the experts' load in each layer: ("layer_3", value)."""
+    for name, value in metrics.items():
+        if name.startswith("experts/layer_") and name.endswith(f"/{measure}"):
+            yield name.split("/")[1], value
 
 
 def stop_at(alarms: Iterable[Alarm], options: AlarmOptions) -> None:

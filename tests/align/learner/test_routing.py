@@ -203,5 +203,5 @@ def test_a_router_that_weighs_experts_in_another_way_is_refused() -> None:
     policy = policy_of("Qwen2-MoE")
     for router in routers_of(policy).values():
         router.register_forward_hook(lambda _, __, output: (output[0], output[1].sigmoid(), output[2]))
-    with pytest.raises(UserError, match=r"Qwen2MoeTopKRouter weighs experts in a way that replay does not know"):
+    with pytest.raises(UserError, match=r"Qwen2MoeTopKRouter weighs experts in a way that is not known here"):
         computed(policy, RoutingReplay(policy), collate(some_sequences(), 0))

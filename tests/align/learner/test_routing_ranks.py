@@ -1,4 +1,4 @@
-"""Experts that are forced give one loss and one load, however the ranks share out the model and however they compute it."""
+"""Experts that are forced, and balance losses, give one loss, norm and load, however the ranks share out the model and however they compute it."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,11 +11,15 @@ from align.learner.batch import TrainingSequence
 from align.learner.group import LearnerGroup
 from align.learner.objective import Objective
 from align.losses import LossOptions
-from align.recipe import LearnerOptions, LoraOptions, ModelOptions, OptimizerOptions
+from align.recipe import BalanceOptions, LearnerOptions, LoraOptions, ModelOptions, OptimizerOptions
 
 EXPERTS, CHOSEN, LAYERS = 8, 2, 3
 ALONE = LearnerOptions(
-    ranks=1, zero_stage=0, micro_batch_tokens=200, optimizer=OptimizerOptions(learning_rate=1e-3, clip_norm=0.5)
+    ranks=1,
+    zero_stage=0,
+    micro_batch_tokens=200,
+    optimizer=OptimizerOptions(learning_rate=1e-3, clip_norm=0.5),
+    balance=BalanceOptions(expert=0.5),
 )
 WAYS: dict[str, dict[str, Any]] = {
     "ZeRO-1": {"ranks": 2, "zero_stage": 1},
@@ -77,6 +81,7 @@ def test_it_is_one_loss(
     expected_losses, expected_norms, expected_load, expected = alone
     assert losses[0] == pytest.approx(expected_losses[0], rel=1e-5)
     assert load["routing/changed"] > 0.5
+    assert load["balance/expert"] == pytest.approx(expected_load["balance/expert"], rel=1e-3)
     if way != "adapters":  # which train other parameters
         assert losses[1] == pytest.approx(expected_losses[1], rel=1e-4)
         assert norms == pytest.approx(expected_norms, rel=1e-3)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from align.learner.balance import BalanceLosses
 from align.learner.batch import TrainingSequence
 from align.learner.experts import ExpertCounter
 from align.learner.objective import LogProbs, Objective
@@ -67,6 +68,7 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> Callable[..., LearnerWorker]:
         made._reference = LogProbs(network(1)).eval().requires_grad_(False)
         made._shares_reference = False
         made._routing, made._expert_counter = RoutingReplay(policy), ExpertCounter(policy)
+        made._balance = BalanceLosses(policy, made._options.balance)
         return made
 
     return make
@@ -254,6 +256,20 @@ def test_matrices_decay_and_vectors_do_not(worker: Any) -> None:
     for name, parameter in rank._network.named_parameters():
         share = 1 - RATE * DECAY if parameter.dim() > 1 else 1.0
         torch.testing.assert_close(parameter.detach(), before[name] * share, msg=name)
+
+
+def test_what_is_frozen_stays_and_takes_no_memory_of_the_optimizer(worker: Any) -> None:
+    rank = worker(freeze=["norms", "embeddings"], gradient_checkpointing=True)
+    before = {name: p.detach().clone() for name, p in rank._network.named_parameters()}
+    rank.accumulate([drawn()], Objective())
+    rank.apply(RATE)
+    same = {name for name, p in rank._network.named_parameters() if torch.equal(p, before[name])}
+    assert same == {name for name in before if "norm" in name or "embed" in name}
+    stepped = [p for group in rank._optimizer.param_groups for p in group["params"]]
+    assert len(stepped) == len(rank._optimizer.state) == len(before) - len(same)
+    assert rank.missing_gradients() == []
+    trained = sum(p.numel() for p in stepped)
+    assert rank._trained.description.startswith(f"{trained:,} trainable parameters")
 
 
 @pytest.mark.parametrize("on", [False, True])

@@ -177,6 +177,14 @@ def test_a_scoring_worker_has_all_reward_models_on_one_gpu() -> None:
     assert make_plan(recipe, sizes_of(V2), cluster, dict.fromkeys(judges, sizes_of(LITE))).refusals == []
 
 
+def test_neither_do_parts_that_are_frozen_take_gradients_or_an_optimiser() -> None:
+    plan = planned("recipes/v2_lite/sft.yaml", LITE, 2, 8, *APART, "learner.freeze=[experts]", "learner.zero_stage=1")
+    parts = plan.roles[-1].parts
+    trained = LITE_SIZE - LITE_ROUTED
+    assert [parts["weights"], parts["gradients"]] == pytest.approx([2 * LITE_SIZE, 4 * trained])
+    assert parts["optimiser"] == pytest.approx(12 * trained / 8)
+
+
 def test_adapters_take_no_optimiser_for_what_they_leave_alone() -> None:
     """Two factors of rank 8 on q_proj [3072, 2048], kv_a [576, 2048] and o_proj [2048, 2048] of 27 layers."""
     attention = adapted_parameters(sizes_of(LITE), ["attention"])

@@ -51,7 +51,13 @@ VALID: dict[str, dict[str, Any]] = {
     "preferences": BASE | REWARDS | {"stage": "preferences"},
 }
 REFUSED: dict[str, dict[str, Any]] = {
-    "sft": {"data.split": "validation", "evaluation.every": 5},
+    "sft": {
+        "data.split": "validation",
+        "evaluation.every": 5,
+        "alarms.entropy_share": 0.5,
+        "alarms.zero_variance_groups": 0.5,
+        "alarms.reward_jump": 2.0,
+    },
     "reward_model": {"data.split": "validation", "data.levels": [1], "learner.share_prompts": True},
     "grpo": {"reference": "somewhere"},
     "preferences": {"data.split": "validation", "data.share": 2.0, "run.allow_changes": True},

@@ -121,6 +121,7 @@ class FakeLearner:
     reference: ModelOptions | None = None
     replay: str = "off"
     asked_for_missing: int = 0
+    loads: list[dict[str, float]] = field(default_factory=list)
 
     def wait_until_ready(self) -> None: ...
 
@@ -145,7 +146,7 @@ class FakeLearner:
     update, _before_updates = LearnerGroup.update, LearnerGroup._before_updates
 
     def expert_load(self) -> dict[str, float]:
-        return {}
+        return self.loads.pop(0) if self.loads else {}
 
     def missing_gradients(self) -> list[str]:
         self.asked_for_missing += 1
@@ -168,6 +169,11 @@ class FakeLearner:
         return {"rank_00000.pt": entry}
 
     def load_state(self, directory: Path) -> None: ...
+
+
+@pytest.fixture
+def fake_learner() -> type[FakeLearner]:
+    return FakeLearner
 
 
 @dataclass(slots=True)
@@ -206,7 +212,7 @@ def train(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Stag
         write: Callable[[int, int, int], Mapping[str, Any]] = lambda step, place, index: {"worth": float(index % 2)},
         **learns: Any,
     ) -> Stage:
-        learner = FakeLearner(**learns)
+        learner = learns.pop("learner", None) or FakeLearner(**learns)
         fixed = ["init_from=null"] if name == "grpo" else []
         recipe = load_recipe(
             Path(f"recipes/nano/{name}.yaml"),

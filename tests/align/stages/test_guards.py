@@ -25,6 +25,7 @@ from reward import SampleReward, Score, Verdict
 from rollout import FinishReason, Prompt, Trajectory
 
 FINE = {"entropy": 1.0, "zero_variance_groups": 0.2, "reward": 0.5, "reward_std": 0.4, "experts/layer_1/dead": 0.0}
+FINE |= {"experts/layer_1/max_over_mean": 1.8, "experts/layer_2/max_over_mean": 3.2}
 PROBLEM = Problem(Example("p", ({"role": "user", "content": "?"},), None, None, "math"), Prompt("p", [1]))
 SAMPLES = [SeenSample("a#0", 0.0, -1.0, False), SeenSample("a#1", 1.0, -0.1, False), SeenSample("b#0", 1.0, -0.5, True)]
 
@@ -54,6 +55,7 @@ def told(run: Run) -> list[dict[str, Any]]:
         ({"reward": 1.0}, "reward", ["a#1", "b#0", "a#0"]),
         ({"reward": 0.0}, "reward", ["a#0", "a#1", "b#0"]),
         ({"experts/layer_1/dead": 0.75}, "experts", []),
+        ({"experts/layer_1/max_over_mean": 3.1}, "collapse", []),
     ],
 )
 def test_an_alarm_is_told_when_it_begins(run: Run, change: dict[str, float], kind: str, samples: Sequence[str]) -> None:
@@ -69,6 +71,22 @@ def test_an_alarm_is_told_when_it_begins(run: Run, change: dict[str, float], kin
     [event] = told(run)
     assert (event["alarm"], event["samples"]) == (kind, samples)
     assert "GRPO step 11" in event["message"]
+
+
+@pytest.mark.parametrize("change", [{"experts/layer_1/max_over_mean": 2.9}, {"experts/layer_2/max_over_mean": 4.5}])
+def test_a_load_that_is_not_large_or_was_about_as_large_at_first_is_no_collapse(
+    run: Run, change: dict[str, float]
+) -> None:
+    alarms = Alarms(AlarmOptions(), run.warn, no_history())
+    for step in range(1, 12):
+        alarms.observe(step, FINE | (change if step == 11 else {}), SAMPLES)
+    assert told(run) == []
+
+
+def test_a_run_that_an_earlier_version_began_goes_on_without_loads_of_its_first_steps(run: Run) -> None:
+    alarms = Alarms(AlarmOptions(), run.warn, {"entropies": [1.0] * 5, "rewards": [(0.5, 0.4)] * 5, "on": []})
+    alarms.observe(11, FINE | {"experts/layer_1/max_over_mean": 3.1}, SAMPLES)
+    assert told(run) == []
 
 
 def answer(index: int, log_prob: float = -1.0, reward: float | None = 1.0) -> ScoredTrajectory:
