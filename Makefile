@@ -66,7 +66,7 @@ drill: $(STAMP) ## faults of every kind on this machine, and whether the promise
 	$(BIN)/python benchmarks/drill.py $(ARGS)
 
 gpu-check: $(STAMP) ## what works on this machine's GPU, and how fast: docs/gpu.md (ARGS="--only e", ARGS=--tiny)
-	$(BIN)/python benchmarks/gpu_check.py $(ARGS)
+	PYTHONPATH=benchmarks $(BIN)/python -m gpu_check $(ARGS)
 
 lint: style ## style, import contract and types
 	$(BIN)/mypy
