@@ -460,6 +460,8 @@ class Agreement(NamedTuple):
     """Mean k3 estimate of KL(sampler || learner), not cut off."""
     tokens: int
     """How many tokens that is, to weight the means of several shards by."""
+    equal: int
+    """Of how many of them both are the same to the last bit."""
 
 
 def agreement(learner_log_probs: Tensor, sampler_log_probs: Tensor, mask: Tensor) -> Agreement:
@@ -470,12 +472,13 @@ def agreement(learner_log_probs: Tensor, sampler_log_probs: Tensor, mask: Tensor
     """
     difference = (learner_log_probs.detach().double() - sampler_log_probs.detach().double())[mask]
     if difference.numel() == 0:
-        return Agreement(mean_abs=float("nan"), max_abs=float("nan"), k3=float("nan"), tokens=0)
+        return Agreement(mean_abs=float("nan"), max_abs=float("nan"), k3=float("nan"), tokens=0, equal=0)
     return Agreement(
         mean_abs=difference.abs().mean().item(),
         max_abs=difference.abs().max().item(),
         k3=(torch.expm1(difference) - difference).mean().item(),
         tokens=difference.numel(),
+        equal=int((difference == 0).sum()),
     )
 
 

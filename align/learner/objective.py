@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 
 from align.learner.batch import Batch, sampled_values
 from align.learner.head import head_is_last, head_log_probs, head_replaced
+from align.learner.routing import Changes
 from align.losses import LossOptions, agreement, correction_weights, grpo_token_loss, token_log_probs
 from align.recipe import OptimizerOptions
 
@@ -99,7 +100,9 @@ class Sums:
 
     `loss` and `kl` are already divided by the batch's denominator (see `TrainingSequence.weight`). Of GRPO, `log_probs`
     [batch][sequence] [S] are those of the sampled tokens under the learner's policy before the step's first update; of its correction
-    there are the tokens whose weight was cut, those whose weight is 0, and the sums of the weights and of their squares.
+    there are the tokens whose weight was cut, those whose weight is 0, and the sums of the weights and of their squares. `routes` has what each
+    rank counted of routes that were given, `prompt_routes` the (token, layer) of shared prompts that were given more than once, and
+    `prompt_routes_changed` how many of these a later completion had with other experts than the first.
     """
 
     loss: float = 0.0
@@ -116,6 +119,10 @@ class Sums:
     difference: float = 0.0
     sampler_kl: float = 0.0
     max_difference: float = 0.0
+    equal: int = 0
+    routes: list[Changes] = field(default_factory=list)
+    prompt_routes: int = 0
+    prompt_routes_changed: int = 0
     log_probs: list[list[npt.NDArray[np.float32]]] = field(default_factory=list)
 
     def add(self, other: "Sums") -> None:
@@ -177,6 +184,7 @@ def loss_and_sums(
         sums.difference = compared.mean_abs * compared.tokens
         sums.sampler_kl = compared.k3 * compared.tokens
         sums.max_difference = compared.max_abs
+        sums.equal = compared.equal
     return loss, sums
 
 

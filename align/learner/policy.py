@@ -1,5 +1,6 @@
 """One learner rank of a policy."""
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -15,6 +16,7 @@ from align.learner.batch import (
     collate,
     collate_after_prompts,
     experts_of,
+    prompts_routed_otherwise,
     sampled_values,
 )
 from align.learner.experts import ExpertCounter, Loads
@@ -24,6 +26,7 @@ from align.learner.rank import LearnerRank, Trained
 from align.learner.routing import Changes, RoutingReplay
 from align.model.policy import load_policy
 from align.recipe import ModelOptions
+from rollout.parts import Distance, compared
 from rollout.types import Experts
 
 MicroBatches = list[list[TrainingSequence]]
@@ -81,15 +84,22 @@ class LearnerWorker(LearnerRank):
                     log_probs, entropy = self._engine(**batch.inputs, temperature=objective.temperature)
                 loss, sums = loss_and_sums(log_probs, entropy, reference, batch, objective)
                 self._backward(loss + self._balance.loss(batch.prefix_of, batch_size))
+            if self._options.share_prompts:
+                sums.prompt_routes_changed, sums.prompt_routes = prompts_routed_otherwise(sequences)
             total.add(sums)
+        total.routes = [self._routing.take()]
         return total
 
     def _held(self) -> list[Any]:
         return [*super()._held(), self._reference]
 
-    def take_expert_load(self) -> tuple[Loads, Changes, Balance]:
-        """Where this rank's tokens went since the last time this was asked, where the policy would have sent them otherwise, and the balance losses."""
-        return self._expert_counter.take(), self._routing.take(), self._balance.take()
+    def take_expert_load(self) -> tuple[Loads, Balance]:
+        """Where this rank's tokens went since the last time this was asked, and the balance losses."""
+        return self._expert_counter.take(), self._balance.take()
+
+    def take_routes(self) -> Changes:
+        """Where the policy would have sent tokens to other experts than those given, since this or `accumulate` last told."""
+        return self._routing.take()
 
     def _collate(self, sequences: list[TrainingSequence]) -> Batch:
         together = collate_after_prompts if self._options.share_prompts else collate
@@ -128,6 +138,19 @@ class LearnerWorker(LearnerRank):
                 values = sampled_values(self._values(batch, temperature), batch)
             results.append(list(zip(values, experts_of(batch, passes), strict=True)))
         return results
+
+    def part_distances(
+        self, sequence: TrainingSequence, noted: Mapping[str, torch.Tensor]
+    ) -> tuple[dict[str, Distance], npt.NDArray[np.float32]]:
+        """How far this rank's parts are from what the sampler's computed for a sequence, and its log-probabilities [S] after these.
+
+        The routers choose for themselves.
+        """
+        network = self._network if self._options.lora is None else self._network.get_base_model()
+        batch = collate([sequence], self._pad_id).to(self._device)
+        with compared(network, noted) as found:
+            (values,) = sampled_values(self._values(batch, 1.0), batch)
+        return found, values
 
     def _values(self, batch: Batch, temperature: float) -> torch.Tensor:
         """Log-probabilities [B, K] of a batch's targets, without a gradient."""

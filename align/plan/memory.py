@@ -80,6 +80,12 @@ class Work:
         return 2 * self.sent * self.element if weights and weights.transport == "object_store" else 0
 
     @property
+    def route_bytes(self) -> int:
+        """Bytes of the experts that a step's tokens went through, on their way from the workers to the ranks."""
+        tokens = self.roles.sampled_sequences * self.roles.longest
+        return tokens * self.sizes.routes_a_token if self.roles.routes else 0
+
+    @property
     def kv_bytes(self) -> int:
         """Bytes of the KV cache that a token takes."""
         return self.sizes.kv_a_token * self.element

@@ -74,13 +74,14 @@ def demands(colocated: bool, roles: Sequence[Role]) -> list[Demand]:
 def host_memory(node: Node, roles: Sequence[Role], work: Work) -> float:
     """Bytes of a node's memory that the processes on it take at most, what is at rest there among them.
 
-    Rank 0 has the whole model at the start and where it is saved; Ray's store has the weights twice wherever they are sent or loaded.
+    Rank 0 has the whole model at the start and where it is saved; Ray's store has the weights twice wherever they are sent or loaded, and the
+    experts of a step's tokens.
     """
     total = sum(role.host * len(node.held.get(role.name, ())) for role in roles)
     if 0 in node.held.get(LEARNER, ()):
         total += work.weight_bytes * memory.READING
     if WORKER in node.held or 0 in node.held.get(LEARNER, ()):
-        total += work.stored_bytes
+        total += work.stored_bytes + work.route_bytes
     return total
 
 

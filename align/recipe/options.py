@@ -3,9 +3,9 @@
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from align.losses import LossOptions
 from align.options import Options, refuse_without_effect
@@ -32,7 +32,10 @@ def is_on_hub(path: Path | str) -> bool:
     return bool(HUB_FILE.fullmatch(str(path)) or (HUB_NAME.fullmatch(str(path)) and not Path(path).exists()))
 
 
-Replay = Literal["off", "sampler", "learner"]
+# YAML takes a bare `off` for false.
+Replay = Annotated[
+    Literal["off", "sampler", "learner"], BeforeValidator(lambda value: "off" if value is False else value)
+]
 
 
 class RunOptions(Options):
@@ -501,10 +504,17 @@ class EvaluationOptions(Options):
 
 
 class AgreementOptions(Options):
-    """How far sampler and learner may differ in the log-probability of a token."""
+    """How far sampler and learner may differ: in the log-probability of a token, and in the experts that it goes through."""
 
     warn_mean: float | None = Field(None, gt=0, description="mean |difference|; by dtype when not given")
     stop_mean: float | None = Field(None, gt=0, description="mean |difference|; by dtype when not given")
+    stop_routing: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="share of the tokens of a layer that the learner sends to other experts than the sampler did, where experts are recorded, "
+        "beyond which the run stops; it warns at half of it. 0 in float32 and 0.2 in bfloat16 when not given",
+    )
 
     def limits(self, dtype: str) -> tuple[float, float]:
         """(warn, stop): mean |difference| in nats a token, as given or as the dtype can hold."""
@@ -512,6 +522,11 @@ class AgreementOptions(Options):
         by_dtype = {"float32": (1e-4, 1e-3), "bfloat16": (0.08, 0.15)}
         warn, stop = by_dtype[dtype]
         return self.warn_mean or warn, self.stop_mean or stop
+
+    def routing_limit(self, dtype: str) -> float:
+        """`stop_routing`, as given or as the dtype can hold: in float32 two routers differ where logits tie, which is not counted."""
+        by_dtype = {"float32": 0.0, "bfloat16": 0.2}
+        return by_dtype[dtype] if self.stop_routing is None else self.stop_routing
 
 
 class AlarmOptions(Options):

@@ -44,7 +44,8 @@ class Roles:
     policy a second time, for the KL. `rollout`: workers that hold the policy and sample `sampled_sequences` of at most
     `sampling.max_new_tokens` (of preference data, all of them; none in SFT, where they only answer evaluations). `scoring`: processes
     that score what was sampled, by `rewards`. `evaluation`: what the policy is asked before and after the stage, by `weights` kept
-    equal to the learner's. `colocated`: a rank and a worker share a GPU and use it in turn.
+    equal to the learner's. `colocated`: a rank and a worker share a GPU and use it in turn. `routes`: the experts of what is sampled go from
+    process to process with it.
     """
 
     learner: LearnerOptions | None = None
@@ -60,6 +61,7 @@ class Roles:
     evaluation: EvaluationOptions | None = None
     weights: WeightOptions | None = None
     colocated: bool = False
+    routes: bool = False
 
 
 class Recipe(Options):
@@ -326,6 +328,7 @@ class GrpoRecipe(PolicyRecipe):
             reference=self.grpo.kl_coefficient > 0,
             sampling=self.sampling,
             sampled_sequences=sequences,
+            routes=self.rollout.record_experts or self.grpo.routing_replay != "off",
         )
 
     @model_validator(mode="after")

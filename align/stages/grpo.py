@@ -102,7 +102,7 @@ def train_grpo(recipe: GrpoRecipe, data: GrpoData, session: Session) -> tuple[Mo
             clock.lap("advantages")
             run.progress.phase("training")
             rate = learning_rate(step, options.steps, recipe.learner.optimizer)
-            sums, norm = learner.update(updates, objective, rate, partial(held_out.gate.check_sums, when=name))
+            sums, norm = learner.update(updates, objective, rate, partial(held_out.check_update, learner, when=name))
             clock.lap("training")
             sent = learner.sync_weights(fleet, fleet.weight_version + 1)
             state["weight_version"] = fleet.weight_version

@@ -1,6 +1,7 @@
 """What a stage asks of the policy besides training it: evaluation, agreement, and whether all of it is being trained."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,10 +15,12 @@ from align.errors import UserError
 from align.evaluate import hooks
 from align.evaluate.accuracy import Evaluation, evaluate, short_problems
 from align.evaluate.agreement import AgreementGate, Disagreement, probe
+from align.evaluate.attribution import attributed
 from align.evaluate.hooks import PolicyCheckpoint
 from align.evaluate.rates import instruction_rates, task_rates, win_rate
 from align.experience import Problem, encode_problems
 from align.learner.group import LearnerGroup
+from align.learner.objective import Sums
 from align.recipe import GrpoRecipe, ModelOptions, PolicyRecipe
 from align.report.habits import last_evaluation_habits
 from align.run import RunDirectory, read_jsonl, read_samples
@@ -166,12 +169,18 @@ class HeldOut:
 
     def check_agreement(self, learner: LearnerGroup, when: str) -> Disagreement:
         """Probe sampler and learner on fixed prompts. Raises AgreementError beyond the recipe's limit."""
-        found = self.gate.check(probe(self._session.fleet, learner, self._problems.probe), when)
-        self._run.progress.note(
-            f"agreement {when}: sampler and learner differ by {found.mean:.1e} nats a token on average, "
-            f"{found.largest:.1e} at most"
-        )
+        with self._attributed(learner):
+            found = self.gate.check(probe(self._session.fleet, learner, self._problems.probe), when)
+        self._run.progress.note(f"agreement {when}: {found}")
         return found
+
+    def check_update(self, learner: LearnerGroup, sums: Sums, when: str) -> None:
+        """Compare what was sampled with what the learner has just computed for it. Raises AgreementError beyond the recipe's limit."""
+        with self._attributed(learner):
+            self.gate.check_sums(sums, when)
+
+    def _attributed(self, learner: LearnerGroup) -> AbstractContextManager[None]:
+        return attributed(self._session.fleet, learner, self._problems.probe, self.gate.dtype)
 
     def run_hooks(self, checkpoint: ModelOptions, step: int) -> None:
         """Run the recipe's evaluation hooks on what the stage wrote, of which the rollout workers hold the weights."""

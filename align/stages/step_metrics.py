@@ -10,6 +10,7 @@ from align.evaluate.accuracy import mean_of
 from align.evaluate.agreement import Disagreement
 from align.experience import ScoredGroup
 from align.learner.objective import Sums
+from align.learner.routing import routing_metrics
 from align.recipe import GrpoOptions
 from align.stages.advantages import Advantages
 
@@ -60,6 +61,7 @@ def step_metrics(
         "agreement/mean": found.mean,
         "agreement/max": found.largest,
         "agreement/k3": found.k3,
+        "agreement/equal": found.equal,
         "step_seconds": seconds,
         "tokens_per_second": float(lengths.sum()) / seconds,
         "sampling_tokens_per_second": float(lengths.sum()) / clock.seconds["sampling"],
@@ -75,7 +77,10 @@ def step_metrics(
                 answer for group in groups if group.problem.example.domain == domain for answer in group.trajectories
             ]
             metrics[f"accuracy/{domain}"] = mean_of([a.right for a in its if a.reward.value is not None])
-    return metrics | {f"seconds/{part}": value for part, value in clock.seconds.items()}
+    if sums.prompt_routes:
+        metrics["routing/prompt_changed"] = sums.prompt_routes_changed / sums.prompt_routes
+    seconds_of = {f"seconds/{part}": value for part, value in clock.seconds.items()}
+    return metrics | routing_metrics(sums.routes) | seconds_of
 
 
 def option_metrics(options: GrpoOptions, advantages: Advantages, sums: Sums) -> dict[str, float]:

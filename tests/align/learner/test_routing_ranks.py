@@ -6,12 +6,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from align.learner.batch import TrainingSequence
+from align.learner.batch import TrainingSequence, collate
 from align.learner.group import LearnerGroup
-from align.learner.objective import Objective
+from align.learner.objective import LogProbs, Objective
+from align.learner.routing import routing_metrics
 from align.losses import LossOptions
+from align.model.policy import load_policy
 from align.recipe import BalanceOptions, LearnerOptions, LoraOptions, ModelOptions, OptimizerOptions
+from rollout.parts import EMBEDDING, LAST_NORM, PartNotes, Parts
 
 EXPERTS, CHOSEN, LAYERS = 8, 2, 3
 ALONE = LearnerOptions(
@@ -51,16 +55,31 @@ def with_experts(sequences: list[TrainingSequence], seed: int) -> list[TrainingS
     return drawn
 
 
+def computed_by_parts(policy: ModelOptions, sequence: TrainingSequence) -> Parts:
+    """What the parts of the model compute in this process."""
+    module = LogProbs(load_policy(policy))
+    notes = PartNotes(module.policy)
+    with torch.no_grad():
+        module(**collate([sequence], 0).inputs, temperature=1.0)
+    return notes.close()
+
+
 def trained(policy: ModelOptions, options: LearnerOptions, sequences: Callable[[int], list[TrainingSequence]]) -> Any:
-    """Two steps of GRPO: losses, norms, load, log-probabilities afterwards."""
+    """Two steps of GRPO: losses, norms, load, log-probabilities afterwards. Before them every part computes what it does in this process."""
     learner = LearnerGroup(policy, options, seed=0, replay="sampler")
+    noted = computed_by_parts(policy, sequences(0)[0])
     try:
         learner.wait_until_ready()
-        losses, norms = [], []
+        found, _ = learner.part_distances(sequences(0)[0], noted)
+        assert list(found) == [name for name in noted if "," in name or name in (EMBEDDING, LAST_NORM)]
+        assert max(distance.relative for distance in found.values()) < 1e-5
+        losses, norms, routes = [], [], []
         for step in range(2):
-            losses.append(learner.accumulate(with_experts(sequences(step), step), Objective(LossOptions())).loss)
+            sums = learner.accumulate(with_experts(sequences(step), step), Objective(LossOptions()))
+            losses.append(sums.loss)
+            routes += sums.routes
             norms.append(learner.apply(1e-3))
-        load = learner.expert_load()
+        load = learner.expert_load() | routing_metrics(routes)
         return losses, norms, load, np.concatenate(learner.log_probs(with_experts(sequences(9), 9), 1.0))
     finally:
         learner.close()

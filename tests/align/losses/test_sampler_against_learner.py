@@ -72,6 +72,7 @@ def test_agreement_matches_plain_loops_and_ignores_padding() -> None:
         learner[i, t].item() - sampler[i, t].item() for i, length in enumerate(lengths) for t in range(length)
     ]
     found = agreement(learner, sampler, mask)
+    assert agreement(learner, torch.where(torch.arange(7) == 1, learner, sampler), mask).equal == int(mask[:, 1].sum())
     assert found.tokens == len(differences)
     assert found.mean_abs == pytest.approx(math.fsum(map(abs, differences)) / len(differences))
     assert found.max_abs == pytest.approx(max(map(abs, differences)))
