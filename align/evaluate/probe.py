@@ -16,12 +16,12 @@ from itertools import groupby
 from math import isfinite, nan
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from align.errors import UserError
-from align.losses import group_advantages
+from align.losses import AdvantageScale, group_advantages
 from align.recipe import ModelOptions
 from align.run.files import write_atomically
 from align.statistics import Interval, mean_interval
@@ -74,7 +74,7 @@ def probe(
     samples: Sequence[Sample],
     tricks: Iterable[Trick],
     *,
-    scale: Literal["std", "none"] = "std",
+    scale: AdvantageScale = "std",
 ) -> list[Effect]:
     """The effect of each trick on each reward of the mixture, and on their weighted sum where there are several.
 
@@ -130,7 +130,7 @@ def effect_of(
     before: torch.Tensor,
     after: torch.Tensor,
     group_of: torch.Tensor,
-    scale: Literal["std", "none"],
+    scale: AdvantageScale,
 ) -> Effect:
     """The effect by the rewards [N] of the same answers without and with the trick, NaN where they have none; `group_of` [N] are their prompts."""
     valid = torch.isfinite(before) & torch.isfinite(after)

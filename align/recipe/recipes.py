@@ -11,6 +11,7 @@ from align.options import Options, refuse_without_effect
 from align.recipe.options import (
     AgreementOptions,
     AlarmOptions,
+    BalanceOptions,
     DataOptions,
     EvaluationOptions,
     GrpoOptions,
@@ -357,6 +358,10 @@ class GrpoRecipe(PolicyRecipe):
             raise ValueError(
                 "grpo.routing_replay: learner has no effect with a single update a step, before which the learner's experts are its own: "
                 "take sampler, or several grpo.updates_per_step"
+            )
+        if self.grpo.skip_zero_gradient and self.learner.balance != BalanceOptions():
+            raise ValueError(
+                "grpo.skip_zero_gradient has no effect beside learner.balance, whose gradient every sample has: leave one of them out"
             )
         if self.grpo.prompts_per_step % self.grpo.updates_per_step:
             raise ValueError(

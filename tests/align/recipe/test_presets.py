@@ -96,6 +96,11 @@ def test_what_contradicts_a_preset_or_itself_is_refused_in_a_sentence(given: lis
     assert "\n" not in str(refused.value).strip()
 
 
+def test_with_a_balance_loss_every_sample_teaches() -> None:
+    with pytest.raises(UserError, match=r"skip_zero_gradient has no effect beside learner\.balance"):
+        load_recipe(NANO, ["grpo.skip_zero_gradient=true", "learner.balance.expert=0.001"])
+
+
 def test_a_corrections_bounds_are_spelled_out() -> None:
     assert options("correction.kind=icepop").correction.model_dump() == {
         "kind": "icepop",
