@@ -34,7 +34,7 @@ LENGTHS = (0.02, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.98)
 LONGEST_PHRASE = 5
 LEAST_RATIO = 1.15
 """A change of the mean number of words that is worth telling."""
-SAME, RELATED = 0.95, 0.8
+SAME, RELATED = 0.9, 0.8
 """Overlaps (intersection over union) from which on two features are of the same answers."""
 UNASKED_Z = 3.5
 """The least statistic of a change where nothing asked for it, and of a change of the length."""

@@ -324,7 +324,10 @@ def _experts(run: RunRecord) -> list[Section]:
 
 def _habits(run: RunRecord) -> list[Section]:
     """What each evaluation has that the first had not, and the last steps of each stage against its first ones."""
-    told = [*evaluation_habits(run), *(each for stage in run.stages for each in step_habits(stage, last=True))]
+    told = [
+        *evaluation_habits(run, last=True),
+        *(each for stage in run.stages for each in step_habits(stage, last=True)),
+    ]
     if not told:
         return []
     note = (

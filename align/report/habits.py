@@ -48,14 +48,21 @@ class Answered:
     def found(self) -> Found:
         return Found.of(self.answers)
 
+    def is_before(self, other: "Answered") -> bool:
+        """Whether both are of one stage and split."""
+        return (self.stage.path, self.split) == (other.stage.path, other.split)
+
     def is_like(self, other: "Answered") -> bool:
         """Whether both are of one split, and half of the prompts in both."""
         mine, others = ({answer.prompt for answer in each.answers} for each in (self, other))
         return self.split == other.split and 2 * len(mine & others) >= max(len(mine), len(others), 1)
 
 
-def evaluation_habits(run: RunRecord, only: tuple[Path, str] | None = None) -> Iterator[Told]:
-    """Each evaluation of a run against the first one of the same problems; or `only` the one of a stage's directory with this name."""
+def evaluation_habits(run: RunRecord, *, only: tuple[Path, str] | None = None, last: bool = False) -> Iterator[Told]:
+    """Each evaluation of a run against the first one of the same problems.
+
+    With `only`, that of a stage's directory with this name; with `last`, the last of each stage and split.
+    """
     made = [
         Answered(stage, name, str(record.get("split") or ""), file)
         for stage in run.stages
@@ -63,7 +70,8 @@ def evaluation_habits(run: RunRecord, only: tuple[Path, str] | None = None) -> I
         if "verdicts" in record and (file := stage.evaluation_file(name := str(record.get("name"))))
     ]
     for place, now in enumerate(made):
-        start = next((each for each in made[:place] if only in (None, now.key) and each.is_like(now)), None)
+        wanted = only in (None, now.key) and not (last and any(now.is_before(each) for each in made[place + 1 :]))
+        start = next((each for each in made[:place] if wanted and each.is_like(now)), None)
         if start is not None:
             name, against = (f"{e.stage.label}: {e.name}" if len(run.stages) > 1 else e.name for e in (now, start))
             yield Told(name, against, compare(start.found, now.found))
@@ -72,13 +80,16 @@ def evaluation_habits(run: RunRecord, only: tuple[Path, str] | None = None) -> I
 def last_evaluation_habits(directory: Path, name: str) -> Told | None:
     """An evaluation of the run in `directory` against the first one, which the run around it may have; None without such a one."""
     around = directory.parent if read_status(directory.parent) is not None else directory
-    return next(evaluation_habits(read_run(around), (directory, name)), None)
+    return next(evaluation_habits(read_run(around), only=(directory, name)), None)
 
 
 def step_habits(stage: Stage, *, start: Found | None = None, last: bool = False) -> Iterator[Told]:
     """The samples of the last steps, step by step, against those of the first (or against `start`); or only those of the `last` steps."""
     windows = StepWindows(start)
-    for step, file in stage.samples.items():
+    steps = list(stage.samples.items())
+    for place, (step, file) in enumerate(steps):
+        if last and windows.can_skip(len(steps) - place):
+            continue
         windows.add(found_in(file))
         before, now = windows.start, windows.now
         if before and now and (step == max(stage.samples) or not last):
@@ -115,6 +126,10 @@ class StepWindows:
         self._last.append(step)
         while _prompts(self._last[1:]) >= PROMPTS:
             del self._last[0]
+
+    def can_skip(self, steps: int) -> bool:
+        """Whether the next step will have left the window when so many more, itself among them, have been added."""
+        return steps > PROMPTS and (self._given or _prompts(self._first) >= START_PROMPTS)
 
     @property
     def first_steps(self) -> int:

@@ -264,7 +264,8 @@ class HabitGuard:
     def observe(self, step: int) -> None:
         """Take a step, counted from 1; after an interruption those before it too."""
         for seen in range(self._seen + 1, step + 1):
-            self._windows.add(self._samples(seen))
+            if not self._windows.can_skip(step - seen + 1):
+                self._windows.add(self._samples(seen))
         self._seen = step
         if (now := self._windows.now) is None or (start := self._windows.start) is None:
             return

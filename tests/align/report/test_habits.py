@@ -4,7 +4,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from align.report import write_report
+import pytest
+
+from align.report import habits, write_report
 from align.report.habits import evaluation_habits, last_evaluation_habits, step_habits
 from align.report.read import read_run
 
@@ -88,3 +90,19 @@ def test_the_page_and_the_markdown_tell_them_with_examples(write_run: WriteRun) 
 def test_a_run_without_two_sets_of_answers_has_no_such_section(write_run: WriteRun) -> None:
     run = write_run(evaluations=[(evaluation("before GRPO"), rows(40))])
     assert "## Habits" not in write_report(run).with_suffix(".md").read_text()
+
+
+def test_of_a_long_run_the_steps_between_are_not_read(write_run: WriteRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    looked_at = habits.found_in
+    monkeypatch.setattr(habits, "found_in", lambda file: (read.append(file.stem), looked_at(file))[1])
+    run = read_run(write_run(samples={step: rows(12, first=12 * step) for step in range(1, 61)}))
+    [last] = step_habits(run.whole, last=True)
+    assert read == [f"step_{step:05d}" for step in (1, 2, *range(25, 61))]
+    assert (last.found.before, last.found.after) == (24, 36)
+
+
+def test_the_page_has_the_last_evaluation_of_a_stage_and_split(write_run: WriteRun) -> None:
+    made = [(evaluation(f"GRPO step {n}", split="validation"), rows(40)) for n in range(4)]
+    told = evaluation_habits(read_run(write_run(evaluations=[*made, (evaluation("after"), rows(40))])), last=True)
+    assert [each.name for each in told] == ["GRPO step 3"]
