@@ -97,9 +97,7 @@ def learner_memory(job: Training, *, on_gpu: bool) -> dict[str, float]:
     share = ranks if zero else 1
     elsewhere = job.sizes.routed * (1 - 1 / job.options.expert_parallel)
     weights = (job.sizes.total - elsewhere) / (ranks if zero == 3 else 1)
-    gradients = (
-        job.trained / ranks if zero >= 2 else job.trained - (0 if "experts" in job.options.freeze else elsewhere)
-    )
+    gradients = job.trained / ranks if zero >= 2 else job.trained - elsewhere
     # Those of micro-batches add up in float32 where ZeRO takes part, whatever the policy's dtype.
     parts = {"weights": weights * job.element, "gradients": gradients * (4 if zero else job.element)}
     if zero == 3:

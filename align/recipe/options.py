@@ -326,6 +326,10 @@ class LearnerOptions(Options):
                 raise ValueError(f"expert_parallel needs zero_stage 1 or 2, not {self.zero_stage}")
             if self.lora is not None:
                 raise ValueError("expert_parallel trains whole experts: leave out lora, or expert_parallel")
+            if "experts" in self.freeze:
+                raise ValueError(
+                    "expert_parallel is for experts that are trained: leave it out, or experts out of freeze"
+                )
         return self
 
 

@@ -175,6 +175,7 @@ def test_sft_and_grpo_sample_and_learn_the_same(tmp_path: Path, align: Any, read
         ({"ranks": 3}, "multiple of expert_parallel"),
         ({"zero_stage": 3}, "zero_stage 1 or 2"),
         ({"lora": LoraOptions()}, "leave out lora"),
+        ({"freeze": ["experts"]}, "experts out of freeze"),
     ],
 )
 def test_what_does_not_go_together_is_refused(changed: dict[str, Any], said: str) -> None:

@@ -35,7 +35,7 @@ WAYS = {
         "bfloat16",
     ),
     "frozen, spread experts": (
-        LearnerOptions(ranks=2, expert_parallel=2, optimizer=OPTIMIZER, freeze=["router", "experts"]),
+        LearnerOptions(ranks=2, expert_parallel=2, optimizer=OPTIMIZER, freeze=["router"]),
         "float32",
     ),
 }

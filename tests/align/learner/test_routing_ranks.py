@@ -100,9 +100,9 @@ def test_it_is_one_loss(
     expected_losses, expected_norms, expected_load, expected = alone
     assert losses[0] == pytest.approx(expected_losses[0], rel=1e-5)
     assert load["routing/changed"] > 0.5
-    assert load["balance/expert"] == pytest.approx(expected_load["balance/expert"], rel=1e-3)
     if way != "adapters":  # which train other parameters
         assert losses[1] == pytest.approx(expected_losses[1], rel=1e-4)
         assert norms == pytest.approx(expected_norms, rel=1e-3)
         assert load == pytest.approx(expected_load, abs=0.02)
+        assert load["balance/expert"] == pytest.approx(expected_load["balance/expert"], rel=1e-3)
         assert np.abs(log_probs - expected).max() < 1e-3
