@@ -30,16 +30,24 @@ from align.losses.grpo import (
     token_log_probs,
 )
 from align.losses.options import (
+    CORRECTIONS,
     AdvantageScale,
+    Aggregation,
     CorrectionOptions,
+    KlEstimator,
+    Level,
     LossOptions,
 )
 from align.losses.preference import pairwise_loss, pointwise_loss
 
 __all__ = [
+    "CORRECTIONS",
     "ZERO_STD",
     "AdvantageScale",
+    "Aggregation",
     "CorrectionOptions",
+    "KlEstimator",
+    "Level",
     "LossOptions",
     "Routing",
     "agreement",

@@ -8,15 +8,14 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from align.options import Options, refuse_without_effect
+from align.recipe.learner import BalanceOptions, LearnerOptions
 from align.recipe.options import (
     AgreementOptions,
     AlarmOptions,
-    BalanceOptions,
     DataOptions,
     EvaluationOptions,
     GrpoOptions,
     GuardOptions,
-    LearnerOptions,
     MachineOptions,
     ModelOptions,
     PreferencesOptions,

@@ -35,7 +35,8 @@ from align.recipe import (
     SamplingRecipe,
     TrainingRecipe,
 )
-from align.recipe.options import HookOptions, LearnerOptions, LoraOptions
+from align.recipe.learner import LearnerOptions, LoraOptions
+from align.recipe.options import HookOptions
 from align.recipe.presets import expansion
 from align.run import check_machine
 from align.run.machine import memory_bytes, object_store_bytes, shared_memory_bytes
