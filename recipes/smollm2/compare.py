@@ -48,7 +48,7 @@ def main() -> None:
     if options.published:
         one = [e for e in read_user_file(options.published) if len(e.metadata["instruction_id_list"]) == 1]
         asked["published"] = one[:PUBLISHED]
-    found = [answers(model, asked, options.before) for model in [options.before, *options.after]]
+    found = [answers(options.before, asked), *(answers(model, asked, options.before) for model in options.after)]
     if options.rows:
         for name, model in zip(["before", *(f"after_{n}" for n in range(len(found) - 1))], found, strict=True):
             for part, rows in model.items():
@@ -67,12 +67,14 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def answers(path: str, asked: Mapping[str, Sequence[Example]], start: str) -> dict[str, list[dict[str, Any]]]:
-    """A row for every greedy answer of the model at `path`, with what is counted of it, by where it was asked; under "drift" how far it is from `start`."""
+def answers(
+    path: str, asked: Mapping[str, Sequence[Example]], start: str | None = None
+) -> dict[str, list[dict[str, Any]]]:
+    """A row for every greedy answer of the model at `path`, with what is counted of it, by where it was asked; under "drift" how far it is from `start`, where that is given."""
     model = ModelOptions(path=path, dtype=dtype_of_machine()[0])
     tokenizer = load_tokenizer(path)
     rollout = FleetOptions(workers=1, threads=2, max_length=1024)
-    found = {}
+    found: dict[str, list[dict[str, Any]]] = {}
     with running_fleet(model, rollout, tokenizer) as fleet:
         fleet.wait_until_ready()
         for part, examples in asked.items():
@@ -84,8 +86,10 @@ def answers(path: str, asked: Mapping[str, Sequence[Example]], start: str) -> di
                 seed=0,
             )
             found[part] = [counted(row, example) for row, example in zip(result.rows, examples, strict=True)]
-        moved = drift(PolicyCheckpoint(model, tokenizer, rollout.max_length, start), fleet)
-    return found | {"drift": [{"difference": moved.values["difference"]}]}
+        if start is not None:
+            moved = drift(PolicyCheckpoint(model, tokenizer, rollout.max_length, start), fleet)
+            found["drift"] = [{"difference": moved.values["difference"]}]
+    return found
 
 
 def counted(row: Row, example: Example) -> dict[str, Any]:
