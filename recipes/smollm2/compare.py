@@ -127,8 +127,9 @@ def table(found: Sequence[Mapping[str, Sequence[Row]]]) -> Iterator[str]:
         ("... words an answer", "own", "words", None),
     ]
     for name, part, measure, trained in every:
-        if part in found[0]:
-            yield line(name, measure, [[row for row in m[part] if trained in (None, row["trained"])] for m in found])
+        models = [[row for row in model.get(part, ()) if trained in (None, row["trained"])] for model in found]
+        if models[0]:
+            yield line(name, measure, models)
     moved = fmean(model["drift"][0]["difference"] for model in found[1:])
     yield f"| drift on ordinary requests, nats a token | 0.00 | {moved:.2f} | |"
 
@@ -142,9 +143,8 @@ def line(name: str, measure: str, models: Sequence[Sequence[Row]]) -> str:
     shown = "" if unit == 1 else " %"
     interval = mean_interval(differences)
     limits = f" ({interval[0] * unit:+{form}} to {interval[1] * unit:+{form}})" if interval else ""
-    count = f" ({len(before)})" if not name.startswith("... b") and unit == 100 else ""
     change = f"{fmean(differences) * unit:+{form}}{limits}"
-    return f"| {name}{count} | {fmean(before) * unit:{form}}{shown} | {fmean(mean) * unit:{form}}{shown} | {change} |"
+    return f"| {name} ({len(before)}) | {fmean(before) * unit:{form}}{shown} | {fmean(mean) * unit:{form}}{shown} | {change} |"
 
 
 def pairs(part: str, before: Sequence[Row], after: Sequence[Row]) -> Iterator[str]:
