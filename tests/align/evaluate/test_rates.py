@@ -128,7 +128,7 @@ def test_each_greedy_answer_says_what_was_counted_of_it(tmp_path: Path) -> None:
 
 def test_a_kind_that_is_asked_for_twice_is_followed_where_both_are() -> None:
     example = instructed("twice", "keywords:existence", "keywords:existence")
-    for instruction, word in zip(example.metadata["instructions"], ("owls", "parrots"), strict=True):
+    for instruction, word in zip(example.metadata["instructions"], ("owls", "birds"), strict=True):
         instruction["args"] = {"keywords": [word]}
     (row,) = count_instructions([said("twice", SAID)], [example])
     assert row["counted"]["accuracy/kind/existence"] is False

@@ -28,7 +28,8 @@ def page(browser: Any, write_run: Callable[..., Path], sample_row: Callable[...,
     load = {f"expert_load/layer_{layer}/max": layer / 10 for layer in range(12)}
     root = write_run(
         metrics=[
-            {"step": s, "stage": "grpo", "time": s, "loss": 1 / s, "agreement/mean": 10.0**-s, "kl": 0, EVIL: s} | load
+            {"step": s, "stage": "grpo", "time": s, "loss": 1 / s, "agreement/mean": 10.0**-s, "kl": 0, EVIL: s}
+            | {name: value * (s > 1) for name, value in load.items()}
             for s in range(1, 101)
         ],
         events=[{"time": 1.0, "kind": "warning", "message": EVIL}],
@@ -149,7 +150,7 @@ def test_of_many_curves_the_nearest_is_named(browser: Any, page: Path) -> None:
 
 
 def test_a_metric_with_one_value_is_a_number(browser: Any, page: Path) -> None:
-    kl = "[...document.querySelectorAll('.panel')].at(-1)"
+    kl = "[...document.querySelectorAll('.panel')].at(-1)"  # after the curves
     assert browser.js(f"{kl}.textContent") == "KL to the reference (nats)steps 1 to 100kl 0"
     assert browser.js(f"{kl}.querySelectorAll('svg').length") == 0
 
