@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,6 +21,16 @@ settings.register_profile("unhurried", deadline=None)
 settings.load_profile("unhurried")
 
 NANO = Path(__file__).parents[1] / "recipes" / "nano" / "policy"
+DEEPSEEK_V2 = {
+    "q_lora_rank": 48,
+    "topk_method": "group_limited_greedy",
+    "n_group": 4,
+    "topk_group": 2,
+    "norm_topk_prob": False,
+    "routed_scaling_factor": 16.0,
+    "num_experts_per_tok": 3,
+    "n_routed_experts": 16,
+}
 COUNTED_GPUS = 5
 COMMANDS = ("test_end_to_end", "test_resume", "test_sandbox_removed", "test_chat")
 
@@ -74,3 +85,18 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> ModelOptions:
     directory = tmp_path_factory.mktemp("policy")
     write_random_policy(ModelOptions(path=str(NANO), init="random"), directory, seed=0)
     return ModelOptions(path=str(directory))
+
+
+@pytest.fixture(scope="session")
+def deepseek_v2(tmp_path_factory: pytest.TempPathFactory) -> ModelOptions:
+    """The nano policy, DeepSeek-V2-Lite in small, with DeepSeek-V2's own options and random weights."""
+    from align.model.policy import write_random_policy
+    from align.recipe import ModelOptions
+
+    configured, drawn = tmp_path_factory.mktemp("configured"), tmp_path_factory.mktemp("drawn")
+    for file in NANO.iterdir():
+        (configured / file.name).write_bytes(file.read_bytes())
+    config = json.loads((NANO / "config.json").read_text())
+    (configured / "config.json").write_text(json.dumps(config | DEEPSEEK_V2))
+    write_random_policy(ModelOptions(path=str(configured), init="random"), drawn, seed=0)
+    return ModelOptions(path=str(drawn))

@@ -60,27 +60,42 @@ def _beats(ours: Sequence[float], theirs: Sequence[float]) -> float:
     return float(np.mean((difference > 0) + 0.5 * (difference == 0)))
 
 
-def instruction_rates(rows: Iterable[Row], examples: Iterable[Example]) -> dict[str, float]:
-    """Shares, of greedy answers to those `examples` that have checkable instructions.
+def count_instructions(rows: Iterable[Row], examples: Iterable[Example]) -> list[dict[str, Any]]:
+    """`rows` with what `instruction_rates` counts of a greedy answer in a column `counted`: whether it is so, by the name of the rate.
 
-    `accuracy/seen_kinds` and `accuracy/unseen_kinds`: right answers, to requests of kinds that are trained on alone, and of
-    others. `accuracy/kind/KIND`: instructions of the kind that are met by an answer that is none of the degenerate ones, of
-    which `degenerate_share` is the share. Left out are examples whose instructions nobody can check; empty where no example has any.
+    `accuracy/seen_kinds` and `accuracy/unseen_kinds`: the answer is right, to a request of kinds that are trained on alone, or of
+    others. `accuracy/kind/KIND`: the instructions of the kind are met by an answer that is none of the degenerate ones, which
+    `degenerate_share` counts. Rows of those `examples` without checkable instructions, or with such as nobody can check, stay as they are.
     """
     asked = {e.id: e for e in examples if {"instructions", "instruction_id_list"} & e.metadata.keys()}
+    return [
+        {**row, "counted": counted}
+        if row.get("greedy", True) and row["id"] in asked and (counted := _counted(row, asked[row["id"]]))
+        else dict(row)
+        for row in rows
+    ]
+
+
+def instruction_rates(rows: Iterable[Row]) -> dict[str, float]:
+    """The shares of what `count_instructions` counted, each of the answers that it was counted of; empty where it was of none."""
     counts: dict[str, list[bool]] = defaultdict(list)
     for row in rows:
-        if (example := asked.get(row["id"])) is None:
-            continue
-        metadata, prompt = example.metadata, example.prompt_text
-        try:
-            found = check(Sample(example.id, prompt, row["completion"], None, example.domain, metadata=metadata))
-        except UnusableAnswer:
-            continue
-        right = found.passes and row["finish_reason"] != FinishReason.LENGTH
-        counts["accuracy/unseen_kinds" if metadata.get("unseen") else "accuracy/seen_kinds"].append(right)
-        counts["degenerate_share"].append(bool(found.degenerate))
-        for kind, met in zip(found.kinds, found.met, strict=True):
-            counts[f"accuracy/kind/{kind.partition(':')[2]}"].append(met and not found.degenerate)
+        for name, value in row.get("counted", {}).items():
+            counts[name].append(value)
     first = ["degenerate_share", "accuracy/seen_kinds", "accuracy/unseen_kinds"]
     return {name: fmean(counts[name]) for name in [*first, *sorted(counts.keys() - set(first))] if counts[name]}
+
+
+def _counted(row: Row, example: Example) -> dict[str, bool]:
+    metadata, prompt = example.metadata, example.prompt_text
+    try:
+        found = check(Sample(example.id, prompt, row["completion"], None, example.domain, metadata=metadata))
+    except UnusableAnswer:
+        return {}
+    right = found.passes and row["finish_reason"] != FinishReason.LENGTH
+    counted = {"degenerate_share": bool(found.degenerate)}
+    counted["accuracy/unseen_kinds" if metadata.get("unseen") else "accuracy/seen_kinds"] = right
+    for kind, met in zip(found.kinds, found.met, strict=True):
+        name = f"accuracy/kind/{kind.partition(':')[2]}"
+        counted[name] = counted.get(name, True) and met and not found.degenerate
+    return counted

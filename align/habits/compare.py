@@ -69,12 +69,15 @@ class Habit:
         return self.after > self.before
 
     @property
+    def what(self) -> str:
+        """Such as: answers begin with “"” (quotation mark)."""
+        which = f"{' that were asked to' if self.only_asked else ''}{f' in {self.domain}' if self.domain else ''}"
+        return f"answers{which} {phrase(self.feature)}"
+
+    @property
     def sentence(self) -> str:
         """Such as: 81 % of answers begin with “"” (quotation mark); 4 % did at the start."""
-        which = (
-            f"answers{' that were asked to' if self.only_asked else ''}{f' in {self.domain}' if self.domain else ''}"
-        )
-        text = f"{percent(self.after)} of {which} {phrase(self.feature)}; {percent(self.before)} {was(self.feature)} at the start"
+        text = f"{percent(self.after)} of {self.what}; {percent(self.before)} {was(self.feature)} at the start"
         more = {"where it was asked for": self.asked} if self.asked and not self.only_asked else {}
         told = [
             f"{where} {percent(now)} and {percent(then)}" for where, (then, now) in {**more, **self.by_domain}.items()

@@ -2,108 +2,35 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import chain, zip_longest
-from math import isfinite
+from itertools import chain
 from textwrap import shorten
-from typing import Any, Literal
+from typing import Any
 
 from align.report import curves, samples
-from align.report.evaluations import Evaluation, column_groups, compared_evaluations, find_pairs, published_figures
+from align.report.evaluations import Evaluation, column_groups, compared_evaluations
+from align.report.figures import answers_section, evaluations_section, figure
 from align.report.habits import Told, evaluation_habits, step_habits
+from align.report.parts import Cell, Report, Section, Table, Value, percent, plain, points
 from align.report.read import Record, RunRecord, Stage, at, finite, number
-from align.run.progress import compact
 
 EVENTS_OF_A_STAGE = 200
 ALARMS = ("warning", "error")
-SHOWN_PAIRS = 16
-# (right before, right after): newly right, newly wrong, wrong both times, right both times.
-OUTCOMES = ((False, True), (True, False), (False, False), (True, True))
-CHARACTERS_OF_AN_ANSWER = 1200
 CHARACTERS_OF_A_NOTE = 120
-VERDICTS = ("pass", "wrong", "no_answer")
-SHARES = re.compile(r"(accuracy|truncated)(/.*)?|pass@.*|.*_(rate|share)|[^/]+/(acc|acc_norm|exact_match)(/.*)?")
 LAYER_METRICS = {"cv": "variation", "max_over_mean": "busiest over mean", "dead": "without tokens"}
 LAYER_METRIC = re.compile(rf"experts/layer_(\d+)/({'|'.join(LAYER_METRICS)})")
-
-Tone = Literal["", "good", "bad"]
-
-
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """A text with a note behind it, which is good or bad news or neither.
-
-    `kind` are CSS classes of the page, `bar` the segments (class, start, width in percent) of a bar over the text.
-    """
-
-    text: str
-    kind: str = ""
-    note: str = ""
-    tone: Tone = ""
-    bar: Sequence[tuple[str, float, float]] = ()
-
-    def __str__(self) -> str:
-        return self.text
-
-
-# What stands in a table: None for a value that is not known.
-Value = Cell | str | int | None
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """`heads` [N], of which those in `numbers` are numeric, over `rows` [M][N]; `note` and `url` stand below.
-
-    `groups` are (name, number of columns) over the heads.
-    """
-
-    heads: Sequence[str]
-    rows: Sequence[Sequence[Value]]
-    title: str = ""
-    note: str = ""
-    url: str = ""
-    kind: str = ""
-    numbers: range = range(0)
-    groups: Sequence[tuple[str, int]] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Section:
-    """A part of the report; `only` names the one medium that has it, if not both."""
-
-    key: str
-    title: str
-    note: str = ""
-    tables: Sequence[Table] = ()
-    only: Literal["", "page", "markdown"] = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """The whole report. `tiles` are the key figures with their labels; `curves` and `samples` are the script's data.
-
-    `live` says how the run is, in a page that follows it; such a page has of the samples only which there are. Else it is empty.
-    """
-
-    name: str
-    path: str
-    live: str
-    tiles: Sequence[tuple[Value, str]]
-    sections: Sequence[Section]
-    curves: Sequence[Mapping[str, Any]]
-    samples: Mapping[str, Any]
 
 
 def build_report(run: RunRecord, *, live: bool = False) -> Report:
     """Everything that the report on a run says."""
     evaluations = compared_evaluations(run)
+    habits = list(evaluation_habits(run, last=True))
     sections = [
         Section("stages", "Stages", tables=[_stages(run)]),
-        _evaluations(run, evaluations),
-        *_habits(run),
+        evaluations_section(run, evaluations, habits),
+        *_habits(run, habits),
         Section("curves", "Learning curves", only="page"),
-        _before_and_after(run, evaluations),
+        answers_section(run, evaluations),
         *_experts(run),
         Section("samples", "Samples", only="page"),
         *([] if live else [Section("metrics", "Last metrics", tables=_last_metrics(run), only="markdown")]),
@@ -115,27 +42,6 @@ def build_report(run: RunRecord, *, live: bool = False) -> Report:
     state = str(run.whole.status["state"])
     told = "" if not live else "Following the run." if state == "running" else f"The run is {state}."
     return Report(run.name, str(run.path), told, tiles, sections, curves.as_data(run.stages), shown)
-
-
-def percent(value: float | None) -> str:
-    """A share of 1 in percent; a dash for None and what is not finite."""
-    return f"{value:.1%}" if value is not None and isfinite(value) else "–"
-
-
-def plain(value: float | None) -> str:
-    """Any other number in a few digits; a dash for None and what is not finite."""
-    return compact(value) if value is not None and isfinite(value) else "–"
-
-
-def signed(value: float, form: str) -> str:
-    """A difference with its sign, a true minus; zero has none."""
-    text = f"{abs(value):{form}}"
-    return text if float(text) == 0 else f"{'+' if value > 0 else '−'}{text}"
-
-
-def points(value: float) -> str:
-    """A difference of shares in percentage points, with its sign."""
-    return signed(100 * value, ".1f")
 
 
 def flatten(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
@@ -162,7 +68,7 @@ def _tiles(run: RunRecord, evaluations: Sequence[Evaluation]) -> list[tuple[Valu
         last = next((each for each in reversed(evaluations) if "accuracy" in each.numbers), evaluations[-1])
         columns = list(chain(*column_groups([last]).values()))
         for column in dict.fromkeys(columns[:1] + [name for name in columns if name.startswith("pass@")][-1:]):
-            tiles.append((_figure(last, column, name_baseline=True), f"{column}, {last.name}"))
+            tiles.append((figure(last, column, name_baseline=True), f"{column}, {last.name}"))
     told = [record["agreement/mean"] for stage in run.stages for record in stage.metrics if "agreement/mean" in record]
     if told:
         tiles.append((plain(number(told[-1])), "nats a token between sampler and learner, mean of the last step"))
@@ -208,102 +114,6 @@ def _state(stage: Stage) -> Cell:
     return Cell(text, f"state-{state}{' long' if len(text) > 40 else ''}")
 
 
-def _evaluations(run: RunRecord, evaluations: Sequence[Evaluation]) -> Section:
-    groups = column_groups(evaluations)
-    columns = list(chain(*groups.values()))
-    note = (
-        "Each number has its change against the last evaluation of the stage before (in the first stage, against its "
-        "first), shares in percentage points, with the 95 % confidence interval in parentheses."
-    )
-    methods = dict.fromkeys(c.method for each in evaluations for c in each.changes.values() if c.method)
-    table = Table(
-        ["stage", "evaluation", "step", "problems", *columns, "verdicts (greedy)"],
-        [
-            [
-                *(each.stage.label, each.name, each.step, each.problems),
-                *(_figure(each, column) for column in columns),
-                _verdicts(each.verdicts),
-            ]
-            for each in evaluations
-        ],
-        note=note + "".join(f" {method[0].upper()}{method[1:]}." for method in methods),
-        kind="facts",
-        numbers=range(2, 4 + len(columns)),
-        groups=[("", 4), *((name, len(group)) for name, group in groups.items()), ("", 1)],
-    )
-    model = published_figures(run)
-    tables = ([table] if evaluations else []) + ([_published(model)] if model else [])
-    return Section("evaluations", "Evaluations", "" if evaluations else "This run has no evaluations.", tables)
-
-
-def _figure(evaluation: Evaluation, column: str, *, name_baseline: bool = False) -> Cell | None:
-    """A number of an evaluation, with its change as the note; `name_baseline` adds what the change is against."""
-    value, change = evaluation.numbers.get(column), evaluation.changes.get(column)
-    if value is None:
-        return None
-    share = SHARES.fullmatch(column) is not None
-    text = percent(value) if share else plain(value)
-    if change is None:
-        return Cell(text)
-    note = points(change.difference) if share else signed(change.difference, ".4g")
-    tone: Tone = ""
-    if change.interval:
-        low, high = change.interval
-        note += f" ({points(low)} to {points(high)})"
-        tone = "good" if low > 0 else "bad" if high < 0 else ""
-    return Cell(text, note=f"{note} against {evaluation.against}" if name_baseline else note, tone=tone)
-
-
-def _verdicts(verdicts: Sequence[tuple[str, int]]) -> Cell:
-    total = sum(count for _, count in verdicts)
-    bar, start = [], 0.0
-    for name, count in sorted(verdicts, key=lambda item: item[0] != "pass") if total > 0 else ():
-        bar.append((name if name in VERDICTS else "other", start, 100 * count / total))
-        start += 100 * count / total
-    return Cell(", ".join(f"{count} {name}" for name, count in verdicts), "wide", bar=bar)
-
-
-def _published(model: Mapping[str, Any]) -> Table:
-    columns: Mapping[str, Mapping[str, float]] = model["figures"]
-    benchmarks = dict.fromkeys(name for figures in reversed(list(columns.values())) for name in figures)
-    return Table(
-        ["benchmark", *columns],
-        [[name, *(plain(figures.get(name)) for figures in columns.values())] for name in benchmarks],
-        title=f"Published for {model['name']}",
-        note=f"{model['source']}. {model['note']}",
-        url=model["url"],
-        kind="narrow",
-        numbers=range(1, 1 + len(columns)),
-    )
-
-
-def _before_and_after(run: RunRecord, evaluations: Sequence[Evaluation]) -> Section:
-    """Problems that were answered twice: newly right, newly wrong, wrong and right both times, in turn."""
-    key, title = "compared", "Before and after"
-    found = find_pairs(evaluations)
-    if found is None:
-        return Section(key, title, "No two evaluations of this run answered the same problems.", only="page")
-    first, last, pairs = found
-    by_outcome: dict[Any, list[tuple[Record, Record]]] = {outcome: [] for outcome in OUTCOMES}
-    for pair in pairs:
-        by_outcome[tuple(answer.get("verdict") == "pass" for answer in pair)].append(pair)
-    chosen = [pair for pair in chain(*zip_longest(*by_outcome.values())) if pair is not None][:SHOWN_PAIRS]
-    gained, lost, _, kept = map(len, by_outcome.values())
-    note = (
-        f"Greedy answers to the same held-out problems. Of {len(pairs)}, {gained} became right and {lost} "
-        f"wrong; {kept} were right both times. Shown are {len(chosen)}, newly right, newly wrong and unchanged ones in turn."
-    )
-    names = [f"{each.stage.label}: {each.name}" if len(run.stages) > 1 else each.name for each in (first, last)]
-    rows = [[Cell(_cut(after.get("prompt")), "text"), _answer(before), _answer(after)] for before, after in chosen]
-    return Section(key, title, note, [Table(["prompt", *names], rows, kind="compared")], only="page")
-
-
-def _answer(row: Record) -> Cell:
-    verdict, detail = str(row.get("verdict") or ""), row.get("detail")
-    note = _cut(f"{verdict}: {detail}" if detail else verdict)
-    return Cell(_cut(row.get("completion")), "text", note, "good" if verdict == "pass" else "bad")
-
-
 def _experts(run: RunRecord) -> list[Section]:
     """The load of the experts at the first and at the last step of each stage, layer by layer, where it was measured."""
     heads = ["layer", *chain(*((f"{told}: first step", "last step") for told in LAYER_METRICS.values()))]
@@ -322,12 +132,9 @@ def _experts(run: RunRecord) -> list[Section]:
     return [Section("experts", "Expert load", note, tables)] if tables else []
 
 
-def _habits(run: RunRecord) -> list[Section]:
+def _habits(run: RunRecord, of_evaluations: Sequence[Told]) -> list[Section]:
     """What each evaluation has that the first had not, and the last steps of each stage against its first ones."""
-    told = [
-        *evaluation_habits(run, last=True),
-        *(each for stage in run.stages for each in step_habits(stage, last=True)),
-    ]
+    told = [*of_evaluations, *(each for stage in run.stages for each in step_habits(stage, last=True))]
     if not told:
         return []
     note = (
@@ -423,8 +230,3 @@ def _time(seconds: float | None) -> str:
     """A time in seconds since 1970 as people write it; "" for none and for one that is no time."""
     known = seconds is not None and abs(seconds) < 1e11
     return f"{datetime.fromtimestamp(seconds or 0.0, UTC):%Y-%m-%d %H:%M:%S} UTC" if known else ""
-
-
-def _cut(text: object) -> str:
-    given = "" if text is None else str(text)
-    return given if len(given) <= CHARACTERS_OF_AN_ANSWER else f"{given[:CHARACTERS_OF_AN_ANSWER]} […]"

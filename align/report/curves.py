@@ -20,7 +20,9 @@ PANELS = (
     ("reward", "", False, r"reward|reward_std"),
     ("reward by component", "", False, r"reward/.*"),
     ("accuracy", "", False, r"accuracy|accuracy/.*"),
+    ("held-out problems by kind", "", False, r"evaluation/accuracy/.*"),
     ("held-out problems", "", False, r"evaluation/(?!mean_length).*"),
+    ("problems by which checkpoints are chosen, by kind", "", False, r"validation/accuracy/.*"),
     ("held-out problems by which checkpoints are chosen", "", False, r"validation/(?!mean_length).*"),
     ("length", "tokens", False, r"length|length_max|(evaluation|validation)/mean_length"),
     ("shares of the samples", "", False, r"truncated|zero_variance_groups|not_judged|trained_on|clip_fraction"),
@@ -61,10 +63,15 @@ class Panel:
 
 
 def panels(stage: Stage) -> list[Panel]:
-    """Every numeric metric of a stage, in panels: those of PANELS first, then the others by their prefix."""
+    """Every numeric metric of a stage, in panels: those of PANELS first, then the others by their prefix.
+
+    What was evaluated only before and after the stage is left out: the report has a table of that.
+    """
     known = {title: Panel(title, unit, log) for title, unit, log, _ in PANELS}
     others: dict[str, Panel] = {}
     for metric, series in metric_series(stage.metrics).items():
+        if metric.startswith("evaluation/") and len(series.steps) <= 2:
+            continue
         title, name = _place(metric)
         panel = known.get(title) or others.setdefault(title, Panel(title))
         panel.series.append(replace(series, name=name))

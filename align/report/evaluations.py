@@ -2,17 +2,19 @@
 
 import json
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import yaml
 
 from align.report.read import Record, RunRecord, Stage, finite, read_table
 from align.run import RunDirectory
-from align.statistics import Interval, mean_interval, paired_interval, pass_at_k, unpaired_interval
+from align.statistics import Interval, mean_interval, paired_interval, pass_at_k, unpaired_interval, wilson_interval
 
 PAIRED = "paired: score interval (Tango 1998, Statistics in Medicine 17:891-908), which agrees with McNemar's test"
 UNPAIRED = "unpaired: Newcombe 1998, Statistics in Medicine 17:873-890, method 10"
@@ -21,7 +23,8 @@ PASS_AT = re.compile(r"pass@(\d+)")
 
 # (group, columns): a column goes to the first group that takes it; of the others, a/b goes to a group a.
 GROUPS = (
-    ("right answers", r"accuracy|accuracy/.*"),
+    ("right answers", r"accuracy(/(?!kind/).*)?"),
+    ("instructions followed, by kind", r"accuracy/kind/.*"),
     ("sampled", r"pass@.*"),
     ("rates", r"[^/]*_(rate|share)"),
     ("answers", r"truncated|[^/]*length[^/]*"),
@@ -41,9 +44,10 @@ class Change:
 
 
 class Evaluation:
-    """One record of evaluations.jsonl; `changes` are against the evaluation called `against`, by column of `numbers`.
+    """One record of evaluations.jsonl; `changes` are against the evaluation `before`, by column of `numbers`.
 
-    `verdicts` are (verdict, how often), the most frequent first; `file` is the table of completions if it still exists.
+    `hook` names the hook that measured it, "" where held-out problems were answered. `verdicts` are (verdict, how often), the
+    most frequent first; `file` is the table of completions if it still exists.
     """
 
     def __init__(self, stage: Stage, record: Record) -> None:
@@ -51,13 +55,14 @@ class Evaluation:
         self.name = str(record.get("name", "?"))
         self.split = record.get("split")
         self.step, self.problems = (_whole(record.get(key)) for key in ("step", "problems"))
+        self.hook = "" if "problems" in record else self.name
         self.file = stage.evaluation_file(self.name)
         told = ((key, finite(value)) for key, value in record.items() if key not in ("step", "problems"))
         self.numbers = {key: value for key, value in told if value is not None}
         verdicts = record.get("verdicts")
         counts = verdicts.items() if isinstance(verdicts, dict) else ()
         self.verdicts = sorted(((str(v), n) for v, n in counts if isinstance(n, int)), key=lambda item: -item[1])
-        self.against: str | None = None
+        self.before: Evaluation | None = None
         self.changes: dict[str, Change] = {}
 
     @property
@@ -72,28 +77,60 @@ class Evaluation:
         return {row["id"]: row for row in self._rows if row.get("greedy") and "id" in row}
 
     @cached_property
-    def sampled(self) -> dict[Any, list[bool]]:
-        """Which sampled answers are right, by the id of their problem."""
-        found: dict[Any, list[bool]] = {}
+    def counted(self) -> dict[str, dict[Any, float]]:
+        """By column, what its number is the mean of: a number for each problem by its id, a bool where that is a share.
+
+        Only of columns of which the table of completions has what was recorded.
+        """
+        found: dict[str, dict[Any, float]] = defaultdict(dict)
+        for id_, row in self.greedy.items():
+            # What could not be scored has no reward; files of others need not have that column.
+            if row.get("reward", 0.0) is not None:
+                found["accuracy"][id_] = found[f"accuracy/{row.get('domain')}"][id_] = is_right(row)
+            # A problem with too long a prompt was not asked.
+            if row.get("tokens"):
+                found["mean_length"][id_] = float(row["tokens"])
+                found["truncated"][id_] = row.get("finish_reason") == "length"
+            for column, value in (row.get("counted") or {}).items():
+                if value is not None:
+                    found[column][id_] = value
+        sampled: dict[Any, list[bool]] = defaultdict(list)
         for row in self._rows:
-            if not row.get("greedy"):
-                found.setdefault(row.get("id"), []).append(is_right(row))
-        return found
+            if not row.get("greedy") and row.get("reward", 0.0) is not None:
+                sampled[row.get("id")].append(is_right(row))
+        for column in self.numbers:
+            if (match := PASS_AT.fullmatch(column)) and (k := int(match[1])):
+                found[column] = {i: pass_at_k(len(r), sum(r), k) for i, r in sampled.items() if len(r) >= k}
+        return {
+            column: found[column]
+            for column, number in self.numbers.items()
+            if found.get(column) and abs(fmean(found[column].values()) - number) < 1e-9
+        }
+
+    def share(self, column: str) -> tuple[int, int] | None:
+        """Of a column that is a share of problems: how many of them, and of how many. None where that is not known."""
+        if values := [value for value in self.counted.get(column, {}).values() if isinstance(value, bool)]:
+            return sum(values), len(values)
+        return (
+            (self.right, self.problems) if column == "accuracy" and self.right is not None and self.problems else None
+        )
+
+    def interval(self, column: str) -> Interval | None:
+        """The 95 % confidence interval of the number in a column, where the answers give one."""
+        if share := self.share(column):
+            return wilson_interval(*share)
+        found = mean_interval([*self.counted.get(column, {}).values()])
+        return (max(found[0], 0.0), min(found[1], 1.0)) if found and PASS_AT.fullmatch(column) else found
 
     @cached_property
     def _rows(self) -> list[Record]:
         columns = ("id", "domain", "greedy", "prompt", "completion", "verdict", "detail")
-        return read_table(self.file, columns).to_pylist() if self.file else []
+        more = ("reward", "tokens", "finish_reason", "counted")
+        return read_table(self.file, (*columns, *more)).to_pylist() if self.file else []
 
     def pairs_with(self, before: "Evaluation") -> bool:
         """Whether both have the greedy answers to the same problems, which are those that their records counted."""
-        return self._is_counted and before._is_counted and self.greedy.keys() == before.greedy.keys()
-
-    @cached_property
-    def _is_counted(self) -> bool:
-        if "accuracy" not in self.numbers or not self.greedy or len(self.greedy) != self.problems:
-            return False
-        return abs(sum(map(is_right, self.greedy.values())) / self.problems - self.numbers["accuracy"]) < 1e-9
+        return bool(self.counted and before.counted) and self.greedy.keys() == before.greedy.keys()
 
 
 def is_right(row: Record) -> bool:
@@ -106,8 +143,8 @@ def compared_evaluations(run: RunRecord) -> list[Evaluation]:
 
     Each is compared with the last one of the stage that made the policy, else of the stage before, on the same problems
     where there is such a one; in the first stage, with that stage's first one. Evaluations by which checkpoints are
-    chosen are compared with one another alone. Accuracy has a 95 % interval: paired where both tables of completions
-    hold the same problems, else unpaired. That of a domain, and pass@k, have one where they can be paired.
+    chosen are compared with one another alone, and so is what a hook measured. What the tables of completions count has a
+    95 % interval: paired where both hold the same problems; else shares have an unpaired one.
     """
     evaluations: list[Evaluation] = []
     before: list[Evaluation] = []
@@ -117,11 +154,11 @@ def compared_evaluations(run: RunRecord) -> list[Evaluation]:
         before = by_product.get(Path(stage.model_path).absolute(), before)
         for position, evaluation in enumerate(made):
             earlier = before or made[:position]
-            candidates = [each for each in earlier if each.split == evaluation.split]
+            candidates = [e for e in earlier if (e.split, e.hook) == (evaluation.split, evaluation.hook)]
             candidates = candidates if before else candidates[:1]
             alike = [each for each in candidates if evaluation.pairs_with(each)] or candidates
             if alike:
-                evaluation.against = alike[-1].name
+                evaluation.before = alike[-1]
                 shared = [column for column in evaluation.numbers if column in alike[-1].numbers]
                 evaluation.changes = {column: _change(column, alike[-1], evaluation) for column in shared}
         by_product[RunDirectory(stage.path).final_directory.absolute()] = made
@@ -179,29 +216,18 @@ def _whole(value: Any) -> int | None:
 
 def _change(column: str, before: Evaluation, after: Evaluation) -> Change:
     difference = after.numbers[column] - before.numbers[column]
-    paired = after.pairs_with(before)
-    name, _, domain = column.partition("/")
-    shared = [id_ for id_, row in after.greedy.items() if paired and domain in ("", row.get("domain"))]
-    if name == "accuracy" and shared:
-        right = [(is_right(before.greedy[id_]), is_right(after.greedy[id_])) for id_ in shared]
-        return Change(
-            difference, paired_interval(right.count((False, True)), right.count((True, False)), len(right)), PAIRED
-        )
-    was, is_ = before.right, after.right
-    if column == "accuracy" and was is not None and is_ is not None and before.problems and after.problems:
-        return Change(difference, unpaired_interval(was, before.problems, is_, after.problems), UNPAIRED)
-    match = PASS_AT.fullmatch(column)
-    interval = mean_interval(_solved(before, after, int(match[1]))) if match and paired else None
-    return Change(difference, interval, MEANS if interval else "")
-
-
-def _solved(old: Evaluation, new: Evaluation, k: int) -> list[float]:
-    """By problem, how much pass@k changed; empty where a problem has fewer than k samples."""
-    counts = [len(right) for each in (old, new) for right in each.sampled.values()]
-    if new.sampled.keys() != old.sampled.keys() or k > min(counts, default=0):
-        return []
-    was, now = ({id_: pass_at_k(len(r), sum(r), k) for id_, r in each.sampled.items()} for each in (old, new))
-    return [now[id_] - rate for id_, rate in was.items()]
+    was, now = before.counted.get(column, {}), after.counted.get(column, {})
+    shares = before.share(column), after.share(column)
+    if now and was.keys() == now.keys():
+        pairs = [(was[id_], value) for id_, value in now.items()]
+        if shares[0] and shares[1]:
+            interval = paired_interval(pairs.count((False, True)), pairs.count((True, False)), len(pairs))
+            return Change(difference, interval, PAIRED)
+        means = mean_interval([new - old for old, new in pairs])
+        return Change(difference, means, MEANS if means else "")
+    if shares[0] and shares[1]:
+        return Change(difference, unpaired_interval(*shares[0], *shares[1]), UNPAIRED)
+    return Change(difference)
 
 
 def _config(stage: Stage, whole_run: Path) -> Record:

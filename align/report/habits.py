@@ -73,7 +73,7 @@ def evaluation_habits(run: RunRecord, *, only: tuple[Path, str] | None = None, l
         wanted = only in (None, now.key) and not (last and any(now.is_before(each) for each in made[place + 1 :]))
         start = next((each for each in made[:place] if wanted and each.is_like(now)), None)
         if start is not None:
-            name, against = (f"{e.stage.label}: {e.name}" if len(run.stages) > 1 else e.name for e in (now, start))
+            name, against = (run.title_of(e.stage, e.name) for e in (now, start))
             yield Told(name, against, compare(start.found, now.found))
 
 

@@ -6,7 +6,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import yaml
@@ -20,7 +19,7 @@ from align.report.evaluations import Evaluation, column_groups, compared_evaluat
 from align.report.read import RunRecord, Stage, read_run
 from align.run import RunDirectory, read_status
 from align.run.files import without_secrets_in
-from align.statistics import Interval, mean_interval, pass_at_k, wilson_interval
+from align.statistics import wilson_interval
 
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 UNKNOWN = "unknown"
@@ -242,18 +241,10 @@ def _card_licence(card: Path | str) -> str:
 
 
 def _figure(evaluation: Evaluation, column: str) -> str:
-    value = evaluation.numbers.get(column)
+    value, interval = evaluation.numbers.get(column), evaluation.interval(column)
     if value is None:
         return ""
-    interval: Interval | None = None
-    if column == "accuracy" and evaluation.right is not None and evaluation.problems:
-        interval = wilson_interval(evaluation.right, evaluation.problems)
-    elif column.startswith("pass@") and evaluation.sampled:
-        k = int(column.removeprefix("pass@"))
-        if k <= min(len(right) for right in evaluation.sampled.values()):
-            solved = [pass_at_k(len(right), sum(right), k) for right in evaluation.sampled.values()]
-            interval = mean_interval(solved) if abs(fmean(solved) - value) < 1e-9 else None
-    return f"{value:.1%}" + (f" ({max(interval[0], 0):.1%} to {min(interval[1], 1):.1%})" if interval else "")
+    return f"{value:.1%}" + (f" ({interval[0]:.1%} to {interval[1]:.1%})" if interval else "")
 
 
 def _at(series: Series, step: int) -> str:

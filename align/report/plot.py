@@ -6,8 +6,8 @@ from itertools import pairwise
 from math import ceil, floor, log10
 
 from align.errors import UserError
-from align.report.content import plain
 from align.report.curves import Series, metric_series, thin
+from align.report.parts import plain
 from align.report.read import RunRecord
 
 WIDTH, HEIGHT = 232, 150

@@ -77,6 +77,10 @@ class RunRecord:
         """The run's own stage."""
         return self.stages[-1]
 
+    def title_of(self, stage: Stage, evaluation: str) -> str:
+        """What an evaluation is called: with its stage where there are several."""
+        return f"{stage.label}: {evaluation}" if len(self.stages) > 1 else evaluation
+
 
 def read_run(path: Path) -> RunRecord:
     """Read the run in `path` and the runs inside it.

@@ -10,7 +10,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from align.errors import UserError
-from align.report.content import Report, build_report
+from align.report.content import build_report
+from align.report.parts import Report
 from align.report.plot import build_plot
 from align.report.read import read_run
 from align.report.samples import JSON_STYLE

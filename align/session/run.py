@@ -35,6 +35,8 @@ from rollout import Fault
 
 RESUMABLE = ("running", "interrupted", "failed")
 PACKAGES = ("align", "rollout", "reward")
+DOMAINS_OF_A_LINE = 4
+"""More are not told one by one on the console: the report has them."""
 
 
 @dataclass(slots=True)
@@ -194,8 +196,11 @@ def recorded_evaluations(directory: RunDirectory, domains: Sequence[str]) -> dic
 
 def describe(evaluation: Evaluation) -> str:
     """An evaluation in a line."""
-    domains = ", ".join(f"{name} {value:.1%}" for name, value in evaluation.by_domain.items())
-    by_domain = f" ({domains})" if len(evaluation.by_domain) > 1 else ""
+    domains = evaluation.by_domain
+    told = ", ".join(f"{name} {value:.1%}" for name, value in domains.items())
+    if len(domains) > DOMAINS_OF_A_LINE:
+        told = f"{min(domains.values()):.1%} to {max(domains.values()):.1%} in {len(domains)} domains"
+    by_domain = f" ({told})" if len(domains) > 1 else ""
     sampled = "".join(f", pass@{k} {value:.1%}" for k, value in evaluation.pass_at.items())
     rates = "".join(f", {name} {value:.1%}" for name, value in main_rates(evaluation).items())
     too_long = evaluation.too_long
@@ -214,7 +219,8 @@ def main_rates(evaluation: Evaluation) -> dict[str, float]:
 
 def compare_stages(progress: Progress, evaluations: Mapping[str, Evaluation]) -> None:
     """Print the evaluations of a run one below the other."""
-    domains = list(dict.fromkeys(name for e in evaluations.values() for name in e.by_domain if len(e.by_domain) > 1))
+    shown = [e.by_domain for e in evaluations.values() if 1 < len(e.by_domain) <= DOMAINS_OF_A_LINE]
+    domains = list(dict.fromkeys(name for by_domain in shown for name in by_domain))
     ks: Sequence[int] = sorted({k for evaluation in evaluations.values() for k in evaluation.pass_at})
     rates = list(dict.fromkeys(name for e in evaluations.values() for name in main_rates(e)))
     rows = [

@@ -17,7 +17,7 @@ from align.evaluate.accuracy import Evaluation, evaluate, short_problems
 from align.evaluate.agreement import AgreementGate, Disagreement, probe
 from align.evaluate.attribution import attributed
 from align.evaluate.hooks import PolicyCheckpoint
-from align.evaluate.rates import instruction_rates, task_rates, win_rate
+from align.evaluate.rates import count_instructions, instruction_rates, task_rates, win_rate
 from align.experience import Problem, encode_problems
 from align.learner.group import LearnerGroup
 from align.learner.objective import Sums
@@ -131,7 +131,9 @@ class HeldOut:
             longest=self._longest,
             seed=self._seed,
         )
-        evaluation = replace(evaluation, rates=self._rates(evaluation))
+        examples = [problem.example for problem in self._problems.problems]
+        evaluation = replace(evaluation, rows=count_instructions(evaluation.rows, examples))
+        evaluation = replace(evaluation, rates=self._rates(evaluation, examples))
         self._run.record_evaluation(self._stage, step, name, evaluation, self._split)
         self._tell_habits(name)
         return evaluation
@@ -151,12 +153,11 @@ class HeldOut:
         for _, alarm in habit_alarms(told.found, self._alarms) if self._alarms else ():
             self._run.warn(f"{name}: {alarm.message}", alarm=alarm.kind, examples=list(alarm.samples))
 
-    def _rates(self, evaluation: Evaluation) -> dict[str, float]:
+    def _rates(self, evaluation: Evaluation, examples: Sequence[Example]) -> dict[str, float]:
         """What the tasks count of the greedy answers, what instructions these follow, and how often they are better than
         another run's; and how often the sampled ones are."""
         greedy = [answer for answer in evaluation.rows if answer["greedy"]]
-        examples = [problem.example for problem in self._problems.problems]
-        rates = task_rates(self._problems.cards, greedy, examples) | instruction_rates(greedy, examples)
+        rates = task_rates(self._problems.cards, greedy, examples) | instruction_rates(greedy)
         if (against := self._options.against) is not None and not self._split:
             for name, is_greedy in (("win_rate", True), ("win_rate_sampled", False)):
                 ours, theirs = (

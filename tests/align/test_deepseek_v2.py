@@ -3,7 +3,6 @@
 The nano recipes' policy is DeepSeek-V2-Lite in small, which has none of the three.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,35 +16,12 @@ from align.experience import training_sequence
 from align.learner.batch import TrainingSequence
 from align.learner.group import LearnerGroup
 from align.learner.objective import Objective
-from align.model.policy import load_tokenizer, write_random_policy
+from align.model.policy import load_tokenizer
 from align.recipe import AgreementOptions, GrpoOptions, LearnerOptions, ModelOptions, OptimizerOptions
 from rollout import Fleet, FleetOptions, Prompt, SamplingOptions
 
-NANO = Path(__file__).parents[2] / "recipes" / "nano" / "policy"
-OWN = {
-    "q_lora_rank": 48,
-    "topk_method": "group_limited_greedy",
-    "n_group": 4,
-    "topk_group": 2,
-    "norm_topk_prob": False,
-    "routed_scaling_factor": 16.0,
-    "num_experts_per_tok": 3,
-    "n_routed_experts": 16,
-}
 PROMPTS = [Prompt(f"p{i}", [0, 40 + i, 60 + 3 * i, 17]) for i in range(8)]
 GRPO = GrpoOptions(steps=1, prompts_per_step=8, group_size=2, kl_coefficient=0.1)
-
-
-@pytest.fixture(scope="module")
-def deepseek_v2(tmp_path_factory: pytest.TempPathFactory) -> ModelOptions:
-    """It with random weights."""
-    configured, drawn = tmp_path_factory.mktemp("configured"), tmp_path_factory.mktemp("drawn")
-    for file in NANO.iterdir():
-        (configured / file.name).write_bytes(file.read_bytes())
-    config = json.loads((NANO / "config.json").read_text())
-    (configured / "config.json").write_text(json.dumps(config | OWN))
-    write_random_policy(ModelOptions(path=str(configured), init="random"), drawn, seed=0)
-    return ModelOptions(path=str(drawn))
 
 
 def test_the_doctor_finds_nothing_wrong_with_it(deepseek_v2: ModelOptions) -> None:

@@ -1,6 +1,5 @@
 """The experts that the sampler records are those that its routers chose: transformers' routers choose the same for the same tokens."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from align.model.policy import load_tokenizer, write_random_policy
+from align.model.policy import load_tokenizer
 from align.recipe import ModelOptions
 from rollout import Fleet, FleetOptions, Prompt, SamplingOptions, Trajectory
 from rollout.types import expert_dtype, not_routed
@@ -40,15 +39,6 @@ MODELS: dict[str, PretrainedConfig] = {
     "Qwen2-MoE": Qwen2MoeConfig(**SIZES, **EIGHT, shared_expert_intermediate_size=64),
     "OLMoE": OlmoeConfig(**SIZES, num_experts=8, num_experts_per_tok=2),
     "Mixtral": MixtralConfig(**SIZES, num_local_experts=8, num_experts_per_tok=2),
-}
-V2 = {
-    "topk_method": "group_limited_greedy",
-    "n_group": 4,
-    "topk_group": 2,
-    "norm_topk_prob": False,
-    "routed_scaling_factor": 16.0,
-    "num_experts_per_tok": 3,
-    "n_routed_experts": 16,
 }
 SAMPLING = SamplingOptions(max_new_tokens=48)
 # Of each group one prompt, longer than two blocks of the prefix cache.
@@ -81,18 +71,13 @@ def test_ids_have_room_for_every_expert_and_for_a_mark() -> None:
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+def models(tmp_path_factory: pytest.TempPathFactory, deepseek_v2: ModelOptions) -> Callable[[str], str]:
     """A function of a name: the directory of that model, with random weights."""
 
     def written(name: str) -> str:
-        directory = tmp_path_factory.mktemp("routed")
         if name == "DeepSeek-V2":
-            for file in NANO.iterdir():
-                (directory / file.name).write_bytes(file.read_bytes())
-            config = json.loads((NANO / "config.json").read_text())
-            (directory / "config.json").write_text(json.dumps(config | V2))
-            write_random_policy(ModelOptions(path=str(directory), init="random"), directory / "drawn", seed=0)
-            return str(directory / "drawn")
+            return deepseek_v2.path
+        directory = tmp_path_factory.mktemp("routed")
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(MODELS[name], dtype=torch.float32).save_pretrained(directory)
         load_tokenizer(str(NANO)).save_pretrained(directory)

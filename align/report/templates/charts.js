@@ -16,9 +16,10 @@ class StageCharts {
   constructor(root, stage) {
     const steps = stage.panels.flatMap((panel) => panel.series.flatMap((series) => [series.steps[0], series.steps.at(-1)]));
     this.range = [steps.reduce((a, b) => Math.min(a, b)), steps.reduce((a, b) => Math.max(a, b))];
-    this.panels = stage.panels.map((panel) => new Panel(panel, this));
+    this.panels = stage.panels.filter(varies).map((panel) => new Panel(panel, this));
     this.shown = null;
-    const grid = element("div", { class: "panels" }, ...this.panels.map((panel) => panel.figure));
+    const rest = stage.panels.filter((panel) => !varies(panel)).map(numbers);
+    const grid = element("div", { class: "panels" }, ...this.panels.map((panel) => panel.figure), ...rest);
     root.append(element("h3", {}, stage.label), grid);
   }
 
@@ -51,11 +52,10 @@ class Panel {
     this.values = data.series.map(() => element("b"));
     this.nearest = element("li");
     const names = data.series.map((series, i) => element("li", {}, element("i", { class: `swatch c${i % COLOURS}` }), `${series.name} `, this.values[i]));
-    const unit = data.unit ? ` (${data.unit})` : "";
     const scale = data.log ? "log scale, " : "";
     this.scale = scale;
     this.figure = element("figure", { class: "panel" },
-      element("figcaption", {}, data.title + unit, this.where), this.svg,
+      element("figcaption", {}, titleOf(data), this.where), this.svg,
       element("ul", { class: "legend" }, ...(this.many ? [this.nearest] : names)));
     this.listen();
     this.draw(0);
@@ -150,6 +150,25 @@ class Panel {
     this.paths[i].classList.add("near");
     this.nearest.replaceChildren(`${this.data.series[i].name} `, element("b", {}, brief(values[i])));
   }
+}
+
+/** Whether a chart would show more than a number: some metric has two values. */
+function varies(panel) {
+  return panel.series.some(({ values }) => new Set(values.filter((value) => value !== null)).size > 1);
+}
+
+/** A panel of metrics with one value each. */
+function numbers(panel) {
+  const steps = panel.series.flatMap((series) => series.steps);
+  const [first, last] = [steps.reduce((a, b) => Math.min(a, b)), steps.reduce((a, b) => Math.max(a, b))];
+  const where = first === last ? `step ${first}` : `steps ${first} to ${last}`;
+  const values = panel.series.map((series) => element("li", {}, `${series.name} `, element("b", {}, brief(valueAt(series, null)))));
+  return element("figure", { class: "panel" },
+    element("figcaption", {}, titleOf(panel), element("span", {}, where)), element("ul", { class: "legend" }, ...values));
+}
+
+function titleOf(panel) {
+  return panel.title + (panel.unit ? ` (${panel.unit})` : "");
 }
 
 /** The value at the last step up to `step`; for null, the last value. */

@@ -11,7 +11,7 @@ import pytest
 
 from align.data.types import Example
 from align.errors import UserError
-from align.evaluate.rates import instruction_rates, win_rate
+from align.evaluate.rates import count_instructions, instruction_rates, win_rate
 from align.run.files import read_samples, write_samples
 
 
@@ -84,7 +84,7 @@ def test_shares_by_kind_and_of_what_was_and_was_not_trained_on() -> None:
         said("cut off", SAID, "length"),
         said("json", f'{{"answer": "{SAID}"}}'),
     ]
-    assert instruction_rates(answers, examples) == {
+    assert instruction_rates(count_instructions(answers, examples)) == {
         "degenerate_share": 1 / 5,
         "accuracy/seen_kinds": 1 / 4,
         "accuracy/unseen_kinds": 1.0,
@@ -102,10 +102,33 @@ def test_published_rows_count_and_what_nobody_can_judge_does_not() -> None:
         Example("good", messages, None, None, "user", metadata=published),  # type: ignore[arg-type]
         Example("odd", messages, None, None, "user", metadata={**published, "kwargs": []}),  # type: ignore[arg-type]
     ]
-    rates = instruction_rates([said("good", SAID), said("odd", SAID)], examples)
+    rates = instruction_rates(count_instructions([said("good", SAID), said("odd", SAID)], examples))
     assert rates == {"degenerate_share": 0.0, "accuracy/seen_kinds": 1.0, "accuracy/kind/no_comma": 1.0}
 
 
 def test_other_problems_have_none() -> None:
     other = Example("sum", ({"role": "user", "content": "1 + 1?"},), None, "2", "arithmetic")
-    assert instruction_rates([said("sum", "2")], [other]) == {}
+    assert instruction_rates(count_instructions([said("sum", "2")], [other])) == {}
+
+
+def test_each_greedy_answer_says_what_was_counted_of_it(tmp_path: Path) -> None:
+    examples = [instructed("both", "punctuation:no_comma", "change_case:english_lowercase"), instructed("none")]
+    answers = [said("both", SAID.upper()), {**said("both", SAID), "greedy": False}, said("none", SAID)]
+    first, *others = count_instructions(answers, examples)
+    assert first["counted"] == {
+        "degenerate_share": False,
+        "accuracy/seen_kinds": False,
+        "accuracy/kind/no_comma": True,
+        "accuracy/kind/english_lowercase": False,
+    }
+    assert others == answers[1:]
+    write_samples(tmp_path / "rows.parquet", [first, *others])
+    assert read_samples(tmp_path / "rows.parquet")[0]["counted"] == first["counted"]
+
+
+def test_a_kind_that_is_asked_for_twice_is_followed_where_both_are() -> None:
+    example = instructed("twice", "keywords:existence", "keywords:existence")
+    for instruction, word in zip(example.metadata["instructions"], ("owls", "birds"), strict=True):
+        instruction["args"] = {"keywords": [word]}
+    (row,) = count_instructions([said("twice", SAID)], [example])
+    assert row["counted"]["accuracy/kind/existence"] is False

@@ -7,16 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    DeepseekV2Config,
-    LlamaConfig,
-    MixtralConfig,
-    OlmoeConfig,
-    Qwen2MoeConfig,
-    Qwen3MoeConfig,
-)
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from align.errors import UserError
 from align.learner.balance import BalanceLosses, balance_metrics, factors_of
@@ -28,44 +19,14 @@ from align.learner.reward_model import RewardModelWorker, Rewards, TrainingPair
 from align.learner.routing import RoutingReplay
 from align.recipe import BalanceOptions, LearnerOptions, OptimizerOptions
 
-EXPERTS, CHOSEN, GROUPS, GROUPS_A_TOKEN = 8, 3, 4, 2
-SIZES: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "intermediate_size": 48,
-    "num_experts_per_tok": CHOSEN,
-}
-BANK: dict[str, Any] = {"num_experts": EXPERTS, "moe_intermediate_size": 16}
-V2 = DeepseekV2Config(
-    **SIZES,
-    moe_intermediate_size=16,
-    n_routed_experts=EXPERTS,
-    first_k_dense_replace=0,
-    topk_method="group_limited_greedy",
-    n_group=GROUPS,
-    topk_group=GROUPS_A_TOKEN,
-    q_lora_rank=8,
-    kv_lora_rank=8,
-    qk_rope_head_dim=8,
-    qk_nope_head_dim=8,
-    v_head_dim=8,
-)
-CONFIGS: dict[str, Any] = {
-    "DeepSeek-V2": V2,
-    "Mixtral": MixtralConfig(**SIZES, num_local_experts=EXPERTS),
-    "Qwen2-MoE": Qwen2MoeConfig(**SIZES, **BANK, shared_expert_intermediate_size=16),
-    "Qwen3-MoE": Qwen3MoeConfig(**SIZES, **BANK, head_dim=16, norm_topk_prob=True),
-    "OLMoE": OlmoeConfig(**SIZES, num_experts=EXPERTS),
-}
+from ..small_models import CHOSEN, EXPERTS, GROUPS, GROUPS_A_TOKEN, WITH_EXPERTS, small_config
+
 FACTORS = {"expert": 0.3, "device": 0.5, "communication": 0.2}
 
 
 def policy_of(name: str) -> Any:
     torch.manual_seed(0)
-    policy = AutoModelForCausalLM.from_config(CONFIGS[name], dtype=torch.float32, attn_implementation="eager")
+    policy = AutoModelForCausalLM.from_config(small_config(name), dtype=torch.float32, attn_implementation="eager")
     # With flat routers every loss would be 1.
     for router in routers_of(policy).values():
         torch.nn.init.normal_(router.weight, std=0.5)
@@ -184,7 +145,7 @@ def test_a_prompt_that_is_computed_once_counts_in_each_of_its_sequences(of_v2: A
     assert (gradient_of(policy) - of_v2[0]).norm() / of_v2[0].norm() < 1e-5
 
 
-@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "DeepSeek-V2"])
+@pytest.mark.parametrize("name", [name for name in WITH_EXPERTS if name != "DeepSeek-V2"])
 def test_it_is_for_every_router_that_is_known(name: str) -> None:
     policy, sequences = policy_of(name), some_sequences()
     gradient, _ = expected(name, {"expert": 0.3}, sequences)
@@ -194,7 +155,7 @@ def test_it_is_for_every_router_that_is_known(name: str) -> None:
 
 def test_both_conversations_of_a_pair_count_for_a_reward_model() -> None:
     torch.manual_seed(0)
-    config = Qwen3MoeConfig(**SIZES, **BANK, head_dim=16, pad_token_id=0, num_labels=1)
+    config = small_config("Qwen3-MoE", pad_token_id=0, num_labels=1)
     model: Any = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
     for router in routers_of(model).values():
         torch.nn.init.normal_(router.weight, std=0.5)
@@ -249,20 +210,20 @@ def test_without_factors_nothing_is_computed_and_no_bit_changes(monkeypatch: pyt
 
 def test_the_factor_of_the_checkpoint_is_taken_where_it_is_asked_for() -> None:
     asked = BalanceOptions(expert="config")
-    assert factors_of(asked, DeepseekV2Config(num_experts_per_tok=2, aux_loss_alpha=0.002)) == (0.002, 0.0, 0.0)
-    assert factors_of(asked, MixtralConfig(router_aux_loss_coef=0.02)) == (0.02, 0.0, 0.0)
+    assert factors_of(asked, small_config("DeepSeek-V2", aux_loss_alpha=0.002)) == (0.002, 0.0, 0.0)
+    assert factors_of(asked, small_config("Mixtral", router_aux_loss_coef=0.02)) == (0.02, 0.0, 0.0)
     with pytest.raises(
         UserError, match=r"learner.balance.expert: config takes the factor of the checkpoint.*give a number"
     ):
-        factors_of(asked, MixtralConfig(router_aux_loss_coef=0.0))
+        factors_of(asked, small_config("Mixtral", router_aux_loss_coef=0.0))
 
 
 @pytest.mark.parametrize(
     ("options", "config", "said"),
     [
-        ({"device": 0.1}, CONFIGS["OLMoE"], r"names no groups \(n_group\)"),
-        ({"communication": 0.1}, DeepseekV2Config(num_experts_per_tok=2, n_group=1), r"names no groups \(n_group\)"),
-        ({"expert": 0.1}, LlamaConfig(), "a llama has none"),
+        ({"device": 0.1}, small_config("OLMoE"), r"names no groups \(n_group\)"),
+        ({"communication": 0.1}, small_config("DeepSeek-V2", n_group=1), r"names no groups \(n_group\)"),
+        ({"expert": 0.1}, small_config("Llama"), "a llama has none"),
     ],
 )
 def test_what_a_model_has_nothing_for_is_refused(options: Any, config: Any, said: str) -> None:

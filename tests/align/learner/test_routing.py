@@ -7,15 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    DeepseekV2Config,
-    MixtralConfig,
-    OlmoeConfig,
-    PretrainedConfig,
-    Qwen2MoeConfig,
-    Qwen3MoeConfig,
-)
+from transformers import AutoModelForCausalLM
 
 from align.errors import UserError
 from align.learner.batch import (
@@ -32,43 +24,12 @@ from align.learner.objective import LogProbs
 from align.learner.policy import checkpoint_in_every_mode
 from align.learner.routing import TIE, Routes, RoutingReplay, is_tie, routing_metrics
 
-EXPERTS, CHOSEN, LAYERS = 8, 3, 2
-SIZES: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "intermediate_size": 48,
-    "num_experts_per_tok": CHOSEN,
-}
-BANK: dict[str, Any] = {"num_experts": EXPERTS, "moe_intermediate_size": 16}
-CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
-    "DeepSeek-V2": lambda: DeepseekV2Config(
-        **SIZES,
-        moe_intermediate_size=16,
-        n_routed_experts=EXPERTS,
-        first_k_dense_replace=0,
-        topk_method="group_limited_greedy",
-        n_group=4,
-        topk_group=2,
-        routed_scaling_factor=16.0,
-        q_lora_rank=8,
-        kv_lora_rank=8,
-        qk_rope_head_dim=8,
-        qk_nope_head_dim=8,
-        v_head_dim=8,
-    ),
-    "Mixtral": lambda: MixtralConfig(**SIZES, num_local_experts=EXPERTS),
-    "Qwen2-MoE": lambda: Qwen2MoeConfig(**SIZES, **BANK, shared_expert_intermediate_size=16),
-    "Qwen3-MoE, normalised": lambda: Qwen3MoeConfig(**SIZES, **BANK, head_dim=16, norm_topk_prob=True),
-    "OLMoE": lambda: OlmoeConfig(**SIZES, num_experts=EXPERTS),
-}
+from ..small_models import CHOSEN, EXPERTS, LAYERS, WITH_EXPERTS, small_config
 
 
 def policy_of(name: str) -> LogProbs:
     torch.manual_seed(0)
-    policy = AutoModelForCausalLM.from_config(CONFIGS[name](), dtype=torch.float32, attn_implementation="eager")
+    policy = AutoModelForCausalLM.from_config(small_config(name), dtype=torch.float32, attn_implementation="eager")
     # Flat routers would weigh all experts alike.
     for router in routers_of(policy).values():
         torch.nn.init.normal_(router.weight, std=0.5)
@@ -100,7 +61,7 @@ def computed(policy: LogProbs, replay: RoutingReplay, batch: Batch, **how: Any) 
     return values.detach()[batch.mask], gradients
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", WITH_EXPERTS)
 def test_the_own_choice_replayed_changes_no_bit(name: str) -> None:
     policy, batch = policy_of(name), collate(some_sequences(), 0)
     replay = RoutingReplay(policy)
@@ -117,7 +78,7 @@ def test_the_own_choice_replayed_changes_no_bit(name: str) -> None:
     assert routing_metrics([replay.take()])["routing/changed"] == 0
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", WITH_EXPERTS)
 def test_other_experts_get_the_weights_that_the_model_gives_to_its_own(name: str) -> None:
     """Beside a model whose routers are forced by other means: affinities that are infinitely small but for the experts given."""
     policy, sequences = policy_of(name), some_sequences()

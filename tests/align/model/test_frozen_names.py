@@ -4,43 +4,18 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    DeepseekV2Config,
-    LlamaConfig,
-    MixtralConfig,
-    OlmoeConfig,
-    Qwen2MoeConfig,
-    Qwen3MoeConfig,
-)
+from transformers import AutoModelForCausalLM
 
 from align.errors import UserError
 from align.model.lora import without_layers
 from align.model.names import PARTS, frozen_names
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "intermediate_size": 48,
-}
-BANK: dict[str, Any] = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-CONFIGS: dict[str, Any] = {
-    "DeepSeek-V2": DeepseekV2Config(
-        **SIZES, n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=16, first_k_dense_replace=1
-    ),
-    "Mixtral": MixtralConfig(**SIZES, num_local_experts=8),
-    "Qwen2-MoE": Qwen2MoeConfig(**SIZES, **BANK, shared_expert_intermediate_size=16),
-    "Qwen3-MoE": Qwen3MoeConfig(**SIZES, **BANK, head_dim=16),
-    "OLMoE": OlmoeConfig(**SIZES, num_experts=8),
-    "Llama": LlamaConfig(**SIZES),
-}
+from ..small_models import MODELS, small_config
 
 
 def names_of(name: str, **changed: Any) -> list[str]:
-    config = CONFIGS[name].__class__(**CONFIGS[name].to_dict() | changed)
+    dense_first = {"first_k_dense_replace": 1} if name == "DeepSeek-V2" else {}
+    config = small_config(name, **dense_first, **changed)
     with torch.device("meta"):
         return [parameter for parameter, _ in AutoModelForCausalLM.from_config(config).named_parameters()]
 
@@ -49,7 +24,7 @@ def short(names: set[str]) -> set[str]:
     return {without_layers(name) for name in names}
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", MODELS)
 def test_every_parameter_is_of_a_part_and_routers_are_one_in_each_layer(name: str) -> None:
     names, experts = names_of(name), name != "Llama"
     parts = [part for part in PARTS if experts or part not in ("router", "experts", "shared_experts")]

@@ -25,12 +25,16 @@ def test_metrics_go_where_they_are_compared(write_run: WriteRun) -> None:
     names = ["loss", "validation_loss", "reward", "reward/exact", "accuracy", "accuracy/code", "agreement/mean"]
     names += ["agreement/max", "seconds/sampling", "evaluation/pass@4", "evaluation/mean_length", "length"]
     names += ["uniform_groups", "expert_load/layer_1/max", "expert_load/layer_2/max", "expert_load/violation", "other"]
-    found = drawn(write_run, {"step": 1, "stage": "grpo", "time": 9.0} | dict.fromkeys(names, 1.0))
+    names += ["evaluation/accuracy/kind/title"]
+    found = drawn(
+        write_run, *({"step": s, "stage": "grpo", "time": 9.0} | dict.fromkeys(names, 1.0) for s in (1, 2, 3))
+    )
     assert {title: [series.name for series in panel.series] for title, panel in found.items()} == {
         "loss": ["loss", "validation_loss"],
         "reward": ["reward"],
         "reward by component": ["exact"],
         "accuracy": ["accuracy", "accuracy/code"],
+        "held-out problems by kind": ["accuracy/kind/title"],
         "held-out problems": ["pass@4"],
         "length": ["mean_length", "length"],
         "shares of the samples": ["zero_variance_groups"],
@@ -41,6 +45,11 @@ def test_metrics_go_where_they_are_compared(write_run: WriteRun) -> None:
         "other": ["other"],
     }
     assert found["agreement of sampler and learner"].log
+
+
+def test_what_was_evaluated_only_before_and_after_has_no_curve(write_run: WriteRun) -> None:
+    records = [{"step": s, "loss": 1.0 / (s + 1), "evaluation/accuracy": s / 9} for s in (0, 9)]
+    assert drawn(write_run, *records).keys() == {"loss"}
 
 
 def test_what_is_no_finite_number_is_a_gap_and_a_step_written_again_counts_anew(write_run: WriteRun) -> None:

@@ -3,11 +3,13 @@
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
 
-from align.report.content import SHOWN_PAIRS, Cell, Section, build_report
+from align.report import write_report
+from align.report.content import build_report
 from align.report.evaluations import (
     MEANS,
     PAIRED,
@@ -17,6 +19,8 @@ from align.report.evaluations import (
     compared_evaluations,
     published_figures,
 )
+from align.report.figures import SHOWN_PAIRS
+from align.report.parts import Cell, Section, Table
 from align.report.read import read_run
 from align.statistics import mean_interval, paired_interval, unpaired_interval
 
@@ -54,13 +58,13 @@ def test_the_same_problems_are_compared_in_pairs(tmp_path: Path, write_run: Writ
     before, after = evaluated("after SFT", "rrwwwwww"), evaluated("after GRPO", "rwrrrwrr")
     made = compared(write_run, [before], [after])
     change = made[1].changes["accuracy"]
-    assert made[1].against == "after SFT"
+    assert made[1].before is made[0]
     assert change.difference == pytest.approx(4 / 8)
     assert change.interval == paired_interval(5, 1, 8)
     assert change.method == PAIRED
-    (table,) = section(tmp_path / "run", "evaluations").tables
+    overview, _, table = section(tmp_path / "run", "evaluations").tables
     assert table.note.endswith(f" P{PAIRED[1:]}.")
-    figure = table.rows[1][4]
+    figure = overview.rows[1][4]
     assert (str(figure), figure.note, figure.tone) == ("75.0%", "+50.0 (−10.3 to +82.1)", "")
 
 
@@ -90,7 +94,7 @@ def test_what_an_evaluation_is_compared_with(
         return [evaluated(*each.split(":"), **split[each[0] == "v"]) for each in names]
 
     rows = compared(write_run, made(sft), made(grpo))
-    assert " ".join(row.against or "-" for row in rows) == against
+    assert " ".join(row.before.name if row.before else "-" for row in rows) == against
 
 
 @pytest.mark.parametrize("is_gone", [True, False])
@@ -133,23 +137,117 @@ def test_a_policy_is_compared_with_the_one_that_it_was_made_of(tmp_path: Path, w
         status.write_text(status.read_text().replace("03:04:05", f"03:04:1{place}"))
     rows = compared_evaluations(read_run(root))
     assert [row.name for row in rows] == ["after SFT", "after first", "after second"]
-    assert [row.against for row in rows] == [None, "after SFT", "after SFT"]
+    assert [row.before and row.before.name for row in rows] == [None, "after SFT", "after SFT"]
 
 
-def test_every_number_of_a_record_is_a_column_in_its_group(tmp_path: Path, write_run: WriteRun) -> None:
-    more = {"accuracy/code": 0.5, "pass@16": 0.9, "pass@4": 0.8, "refusal_rate": 0.1, "win_rate": 0.4, "judge": 7.5}
-    more |= {"mean_length": 20.5, "truncated": 0.25, "needle/recall": 0.3, "sums/exact_match/boxed": 0.75}
-    compared(write_run, [evaluated("after SFT", "rw", **more)], [])
-    (table,) = section(tmp_path / "run", "evaluations").tables
-    assert table.heads[4:-1] == [
-        *("accuracy", "accuracy/code", "pass@4", "pass@16", "refusal_rate", "win_rate", "mean_length", "truncated"),
-        *("judge", "needle/recall", "sums/exact_match/boxed"),
+def rows_of(root: Path) -> list[list[str]]:
+    """The rows of the last table of figures, each value with its note."""
+    told = [
+        [f"{value} | {value.note}" if getattr(value, "note", "") else str(value) for value in row]
+        for row in figures(root).rows
     ]
-    names = ("right answers", "sampled", "rates", "answers", "other", "needle", "sums")
-    assert table.groups == [("", 4), *zip(names, (2, 2, 2, 2, 1, 1, 1), strict=True), ("", 1)]
-    told = ["50.0%", "50.0%", "80.0%", "90.0%", "10.0%", "40.0%", "20.5", "25.0%", "7.5", "0.3", "75.0%"]
-    assert [str(figure) for figure in table.rows[0][4:-1]] == told
-    assert table.rows[0][-1] == Cell("1 pass, 1 wrong", "wide", bar=[("pass", 0.0, 50.0), ("wrong", 50.0, 50.0)])
+    return [[value.replace("None", "–") for value in row] for row in told]
+
+
+def figures(root: Path) -> Table:
+    return [table for table in section(root, "evaluations").tables if table.kind == "figures"][-1]
+
+
+def test_every_number_of_a_record_is_a_row_in_its_group(tmp_path: Path, write_run: WriteRun) -> None:
+    more = {"accuracy/code": 0.5, "pass@16": 0.9, "pass@4": 0.8, "refusal_rate": 0.1, "win_rate": 0.4, "judge": 7.5}
+    more |= {"mean_length": 20.5, "truncated": 0.25, "needle/recall": 0.3, "accuracy/kind/title": 0.75}
+    compared(write_run, [evaluated("after SFT", "rw", **more)], [])
+    overview, table = section(tmp_path / "run", "evaluations").tables
+    assert overview.heads == [
+        "stage",
+        "evaluation",
+        "step",
+        "problems",
+        "accuracy",
+        "pass@4",
+        "pass@16",
+        "verdicts (greedy)",
+    ]
+    assert overview.rows[0][-1] == Cell("1 pass, 1 wrong", "wide", bar=[("pass", 0.0, 50.0), ("wrong", 50.0, 50.0)])
+    assert (table.title, table.heads) == ("sft: after SFT", ["", "n", "after SFT"])
+    assert rows_of(tmp_path / "run") == [
+        ["right answers"],
+        ["all problems", "2", "50.0% | 9.5 to 90.5"],
+        ["code", "–", "50.0%"],
+        ["instructions followed, by kind"],
+        ["title", "–", "75.0%"],
+        ["sampled"],
+        ["pass@4", "–", "80.0%"],
+        ["pass@16", "–", "90.0%"],
+        ["rates"],
+        ["refusal_rate", "–", "10.0%"],
+        ["win_rate", "–", "40.0%"],
+        ["answers"],
+        ["mean_length", "–", "20.5"],
+        ["truncated", "–", "25.0%"],
+        ["other"],
+        ["judge", "–", "7.5"],
+        ["needle"],
+        ["needle/recall", "–", "0.3"],
+    ]
+
+
+def by_kind(name: str, *titles: bool, tokens: int) -> Evaluated:
+    """An evaluation of problems that ask for a title; the last asks for no commas, and has none."""
+    rows = [answer(str(i), "r" if met else "w", greedy=True) for i, met in enumerate(titles)]
+    for i, (row, met) in enumerate(zip(rows, titles, strict=True)):
+        row |= {"tokens": tokens + i, "finish_reason": "stop", "completion": "x " * tokens, "prompt": str(i)}
+        row["counted"] = {"accuracy/kind/title": met, "degenerate_share": not met}
+    rows[-1]["counted"] = {"accuracy/kind/no_comma": True, "degenerate_share": False}
+    shares = {"accuracy/kind/title": fmean(titles[:-1]), "accuracy/kind/no_comma": 1.0}
+    shares |= {"degenerate_share": 1 - (sum(titles[:-1]) + 1) / len(titles)}
+    shares |= {"mean_length": tokens + (len(titles) - 1) / 2, "truncated": 0.0}
+    right = sum(titles)
+    record = {"name": name, "step": 0, "problems": len(titles), "accuracy": right / len(titles), **shares}
+    return record | {"verdicts": {"pass": right, "wrong": len(titles) - right}}, rows
+
+
+def test_each_kind_has_a_row_with_before_after_and_change(tmp_path: Path, write_run: WriteRun) -> None:
+    before = by_kind("before", *[False] * 10, True, tokens=40)
+    after = by_kind("after", *[True] * 9, False, True, tokens=20)
+    # What hooks measured has been measured before by the same hook alone.
+    drift = ({"name": "drift", "step": 9, "start": 2.0, "policy": 2.25, "difference": 0.25}, [])
+    root = write_run(evaluations=[before, after, drift])
+    assert figures(root).heads == ["", "n", "before", "after", "change"]
+    rows = {row[0]: row[1:] for row in rows_of(root)}
+    gain = " to ".join(f"+{100 * end:.1f}" for end in paired_interval(9, 0, 10))
+    assert rows["title"] == ["10", "0.0% | 0.0 to 27.8", "90.0% | 59.6 to 98.2", f"+90.0 | {gain}"]
+    assert rows["no_comma"][0] == "1"
+    assert list(rows)[:2] == ["right answers", "all problems"]
+    assert rows["mean_length"] == ["11", "45 | 43.04 to 46.96", "25 | 23.04 to 26.96", "−20"]
+    assert rows["difference"] == ["–", "–", "0.25", "–"]
+    tones = {str(row[0]): row[-1].tone for row in figures(root).rows if isinstance(row[-1], Cell) and len(row) > 1}
+    assert tones["title"] == tones["degenerate_share"] == "good"
+    assert rows["words an answer"][1:] == ["40", "20", "−20"]
+    assert list(rows).index("drift") < list(rows).index("habits, against before") < list(rows).index("words an answer")
+    page = write_report(root).read_text(encoding="utf-8")
+    assert '<th class="over" colspan="5" scope="rowgroup"><span>right answers</span></th>' in page
+    assert "<td>no_<wbr>comma</td>" in page
+
+
+def test_a_kind_on_other_problems_is_compared_as_two_samples(write_run: WriteRun) -> None:
+    before, after = by_kind("before", *[False] * 10, True, tokens=40), by_kind("after", *[True] * 8, True, tokens=40)
+    change = compared(write_run, [before], [after])[1].changes["accuracy/kind/title"]
+    assert change == Change(1.0, unpaired_interval(0, 10, 8, 8), UNPAIRED)
+
+
+def test_what_the_answers_do_not_add_up_to_has_no_interval(write_run: WriteRun) -> None:
+    record, rows = by_kind("before", False, True, True, tokens=40)
+    (evaluation,) = compared(write_run, [(record | {"accuracy/kind/title": 0.75}, rows)], [])
+    assert (evaluation.interval("accuracy/kind/title"), evaluation.share("accuracy/kind/no_comma")) == (None, (1, 1))
+
+
+def test_a_hook_is_compared_with_itself_in_the_stage_before(write_run: WriteRun) -> None:
+    first, second = (({"name": "drift", "step": 1, "difference": value}, []) for value in (0.1, 0.3))
+    needle = ({"name": "needle", "step": 1, "difference": 0.9}, [])
+    made = compared(write_run, [first, needle], [second])
+    assert made[2].before is made[0]
+    assert made[2].changes["difference"].difference == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize(

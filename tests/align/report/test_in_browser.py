@@ -28,7 +28,8 @@ def page(browser: Any, write_run: Callable[..., Path], sample_row: Callable[...,
     load = {f"expert_load/layer_{layer}/max": layer / 10 for layer in range(12)}
     root = write_run(
         metrics=[
-            {"step": s, "stage": "grpo", "time": s, "loss": 1 / s, "agreement/mean": 10.0**-s, EVIL: s} | load
+            {"step": s, "stage": "grpo", "time": s, "loss": 1 / s, "agreement/mean": 10.0**-s, "kl": 0, EVIL: s}
+            | {name: value * (s > 1) for name, value in load.items()}
             for s in range(1, 101)
         ],
         events=[{"time": 1.0, "kind": "warning", "message": EVIL}],
@@ -148,6 +149,12 @@ def test_of_many_curves_the_nearest_is_named(browser: Any, page: Path) -> None:
     assert browser.js(f"{last}.querySelectorAll('.near').length") == 1
 
 
+def test_a_metric_with_one_value_is_a_number(browser: Any, page: Path) -> None:
+    kl = "[...document.querySelectorAll('.panel')].at(-1)"  # after the curves
+    assert browser.js(f"{kl}.textContent") == "KL to the reference (nats)steps 1 to 100kl 0"
+    assert browser.js(f"{kl}.querySelectorAll('svg').length") == 0
+
+
 def test_smoothing_draws_the_raw_curve_behind_the_smooth_one(browser: Any, page: Path) -> None:
     assert browser.js("document.querySelectorAll('.panel .raw').length") == 0
     browser.enter("smoothing", "0.9")
@@ -158,6 +165,7 @@ def test_smoothing_draws_the_raw_curve_behind_the_smooth_one(browser: Any, page:
 def test_a_telephone_needs_no_sideways_scrolling(browser: Any, page: Path) -> None:
     browser.open(page, width=400)
     assert browser.js("document.documentElement.scrollWidth") <= 400
+    assert browser.js("[...document.querySelectorAll('table')].every((table) => table.closest('.scroll'))")
     assert browser.js("document.querySelector('.panel').getBoundingClientRect().width") > 300
 
 

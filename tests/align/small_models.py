@@ -1,0 +1,54 @@
+"""A very small model of each architecture, for tests of what the learner does to their layers."""
+
+from typing import Any
+
+from transformers import (
+    DeepseekV2Config,
+    LlamaConfig,
+    MixtralConfig,
+    OlmoeConfig,
+    PretrainedConfig,
+    Qwen2MoeConfig,
+    Qwen3MoeConfig,
+)
+
+EXPERTS, CHOSEN, LAYERS, GROUPS, GROUPS_A_TOKEN = 8, 3, 2, 4, 2
+SIZES: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+}
+BANK: dict[str, Any] = {"num_experts": EXPERTS, "num_experts_per_tok": CHOSEN, "moe_intermediate_size": 16}
+V2: dict[str, Any] = {
+    "n_routed_experts": EXPERTS,
+    "num_experts_per_tok": CHOSEN,
+    "moe_intermediate_size": 16,
+    "first_k_dense_replace": 0,
+    "topk_method": "group_limited_greedy",
+    "n_group": GROUPS,
+    "topk_group": GROUPS_A_TOKEN,
+    "routed_scaling_factor": 16.0,
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+}
+MODELS: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
+    "DeepSeek-V2": (DeepseekV2Config, V2),
+    "Mixtral": (MixtralConfig, {"num_local_experts": EXPERTS, "num_experts_per_tok": CHOSEN}),
+    "Qwen2-MoE": (Qwen2MoeConfig, {**BANK, "shared_expert_intermediate_size": 16}),
+    "Qwen3-MoE": (Qwen3MoeConfig, {**BANK, "head_dim": 16, "norm_topk_prob": True}),
+    "OLMoE": (OlmoeConfig, {"num_experts": EXPERTS, "num_experts_per_tok": CHOSEN}),
+    "Llama": (LlamaConfig, {}),
+}
+WITH_EXPERTS = [name for name in MODELS if name != "Llama"]
+
+
+def small_config(name: str, **changed: Any) -> PretrainedConfig:
+    """The configuration of an architecture, with some values of its own."""
+    kind, own = MODELS[name]
+    return kind(**{**SIZES, **own, **changed})
