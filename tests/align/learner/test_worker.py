@@ -66,7 +66,7 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> Callable[..., LearnerWorker]:
         made._start_engine(LogProbs(policy), policy)
         made._checkpointed = checkpoint_in_every_mode(policy)
         made._reference = LogProbs(network(1)).eval().requires_grad_(False)
-        made._shares_reference = False
+        made._teacher = None
         made._routing, made._expert_counter = RoutingReplay(policy), ExpertCounter(policy)
         made._balance = BalanceLosses(policy, made._options.balance)
         return made
