@@ -100,10 +100,10 @@ def option_metrics(options: GrpoOptions, advantages: Advantages, sums: Sums) -> 
     """The metrics of what a recipe may ask for beside: distillation, in nats a token; correction, refill, skipping: shares of tokens, of the step's
     groups, and of samples."""
     metrics: dict[str, float] = {}
+    tokens = float(sums.tokens) or nan
     if options.distill is not None:
-        metrics["distill/kl"] = sums.teacher_kl / (sums.tokens or nan)
+        metrics["distill/kl"] = sums.teacher_kl / tokens
     if options.correction.kind != "none":
-        tokens = float(sums.tokens) or nan
         metrics |= {
             "correction/cut": sums.correction_cut / tokens,
             "correction/masked": sums.correction_masked / tokens,
