@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from align.data.drawing import items_of_step, refill_of_step
+from align.errors import UserError
 from align.evaluate.agreement import AgreementError
 from align.learner.objective import Sums, learning_rate
 from align.learner.routing import Routes
@@ -250,6 +251,27 @@ def test_beside_rewards_a_teacher_leaves_advantages_as_they_are(train: Any) -> N
     assert [s.advantage for s in first_batch(stage)] == pytest.approx([*z_scores(REWARDS[0]), 0, 0, 0, 0])
     assert (stage.steps[0]["distill/kl"], stage.steps[0]["reward"]) == (0.25, pytest.approx(14 / 8))
     assert train("grpo", *SMALL, "run.overwrite=true").learner.teacher is None
+
+
+@pytest.mark.usefixtures("any_teacher")
+def test_a_run_does_not_go_on_with_another_teacher(train: Any, tmp_path: Path) -> None:
+    weights = tmp_path / "teacher" / "model.safetensors"
+    weights.parent.mkdir()
+    weights.write_text("of the teacher")
+    given = (*ALONE, "rewards=[]", "grpo.steps=3", "save_every=1", f"grpo.distill.teacher={weights.parent}")
+
+    def stopped(step: int, place: int, index: int) -> Mapping[str, Any]:
+        if step == 2:
+            raise KeyboardInterrupt
+        return {}
+
+    with pytest.raises(KeyboardInterrupt):
+        train("grpo", *given, write=stopped)
+    weights.write_text("of another one")
+    with pytest.raises(UserError, match="the weights of the teacher"):
+        train("grpo", *given)
+    weights.write_text("of the teacher")
+    assert [call["step"] for call in train("grpo", *given).fleet.calls] == [2]
 
 
 def test_a_sample_that_nobody_could_judge_is_in_no_mean_and_an_event_of_the_run(train: Any) -> None:
