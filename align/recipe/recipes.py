@@ -41,8 +41,8 @@ class Roles:
     """The processes that a recipe needs, each with its options (None where there are none of the kind), and their work in a step.
 
     `learner`: ranks that train `trained`, on `trained_sequences` of at most `longest` tokens; with a `reference` they hold the
-    policy a second time, for the KL, and of a distillation the model at the path `teacher`. `rollout`: workers that hold the policy and sample `sampled_sequences` of at most
-    `sampling.max_new_tokens` (of preference data, all of them; none in SFT, where they only answer evaluations). `scoring`: processes
+    policy a second time, for the KL, and of a distillation the model at the path `teacher`. `rollout`: workers that hold the policy and
+    sample `sampled_sequences` of at most `sampling.max_new_tokens` (of preference data, all of them; none in SFT, where they only answer evaluations). `scoring`: processes
     that score what was sampled, by `rewards`. `evaluation`: what the policy is asked before and after the stage, by `weights` kept
     equal to the learner's. `colocated`: a rank and a worker share a GPU and use it in turn. `routes`: the experts of what is sampled go from
     process to process with it.

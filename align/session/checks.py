@@ -95,8 +95,7 @@ def check_names(recipe: Recipe) -> None:
     asked = evaluated(recipe.evaluation, recipe.data) if isinstance(recipe, PolicyRecipe) else []
     trained = [card_of(data) for data in recipe.data]
     if roles.rewards:
-        measured_alone = isinstance(recipe, GrpoRecipe) and not recipe.is_rewarded
-        check_rewards(roles.rewards, [] if measured_alone else [*trained, *(entry.card for entry in asked)])
+        check_rewards(roles.rewards, [*trained, *(entry.card for entry in asked)])
     for data, card in zip(recipe.data, trained, strict=True):
         check_split(card, data.split, recipe.data_stage, "data.split")
     if roles.evaluation is not None:
@@ -108,15 +107,16 @@ def check_names(recipe: Recipe) -> None:
 
 
 def check_rewards(rewards: Sequence[RewardTerm], cards: Sequence[DataCard]) -> None:
-    """Raise UserError for a reward that cannot be made, and for a domain of the cards that none with a weight is for."""
+    """Raise UserError for a reward that cannot be made, and for a domain of the cards that none with a weight is for; where all weights are 0, none at all."""
     try:
         Mixture(rewards)
     except RewardError as error:
         raise UserError(f"rewards: {error}") from None
+    measures = not any(term.weight for term in rewards)
     for domain in sorted({domain for card in cards for domain in domains_of(card)}):
-        if not any(term.weight and term.applies_to(domain) for term in rewards):
+        if not any((term.weight or measures) and term.applies_to(domain) for term in rewards):
             raise UserError(
-                f"rewards: none with a weight is for the domain {domain!r} of the recipe's data or evaluation; "
+                f"rewards: none {'' if measures else 'with a weight '}is for the domain {domain!r} of the recipe's data or evaluation; "
                 f"add one such as {{name: NAME, domains: [{domain}]}}"
             )
 

@@ -40,7 +40,8 @@ def step_metrics(
 ) -> dict[str, float]:
     """The metrics of a step by name; NaN where there was nothing to take a mean of.
 
-    Not `rewarded`, it has none of the reward that is trained on; and no accuracy where nothing was scored at all. Lengths in tokens, log-probabilities and entropy in nats, times in seconds.
+    Not `rewarded`, it has none of the reward that is trained on; and no accuracy where nothing was scored at all. Lengths in tokens,
+    log-probabilities and entropy in nats, times in seconds.
     """
     answers = [answer for group in groups for answer in group.trajectories]
     scored = [answer for answer in answers if answer.reward.value is not None]
@@ -74,12 +75,8 @@ def step_metrics(
         "training_tokens_per_second": sums.padded_tokens / clock.seconds["training"],
     }
     if not rewarded:
-        unknown = (
-            ("reward", "reward_std", "zero_variance_groups")
-            if scored
-            else ("reward", "reward_std", "zero_variance_groups", "accuracy")
-        )
-        metrics = {name: value for name, value in metrics.items() if name not in unknown}
+        for name in ("reward", "reward_std", "zero_variance_groups", *(() if scored else ("accuracy",))):
+            del metrics[name]
     for name in dict.fromkeys(name for answer in scored for name in answer.reward.components):
         parts = [answer.reward.components.get(name) for answer in scored]
         metrics[f"reward/{name}"] = mean_of([part.value for part in parts if part is not None])
