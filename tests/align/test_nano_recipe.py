@@ -65,7 +65,7 @@ def test_grpo_on_adapters_learns_nearly_all_and_leaves_the_base_alone(tmp_path: 
 @pytest.mark.timeout(3600)
 def test_a_student_closes_most_of_the_gap_to_its_teacher(tmp_path: Path, align: Any) -> None:
     align("pipeline", "recipes/nano/pipeline_distill.yaml", f"run.dir={tmp_path / 'run'}").ends(0, 3600)
-    answers = {"start": "after SFT", "teacher": "after SFT", "student": "after GRPO"}
+    answers = {"sft": "after SFT", "teacher": "after GRPO", "student": "after GRPO"}
     right = [
         {
             row["id"]: row["verdict"] == "pass"
