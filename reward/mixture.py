@@ -150,12 +150,13 @@ class Mixture:
         """The rewards of the samples, in their order, however many could not be scored.
 
         A component that answers INFRA_ERROR, or with a value that is not finite, is asked once more; if it still does, or finds the ground truth
-        unusable, and its weight is not 0, then the sample's value is None.
+        unusable, and its weight is not 0, then the sample's value is None. Where all weights are 0, so are all values.
 
         Raises DomainError or RewardContractError.
         """
+        measures = not any(term.weight for term in self.terms)
         for sample in samples:
-            if not any(term.weight and term.applies_to(sample.domain) for term in self.terms):
+            if not any((term.weight or measures) and term.applies_to(sample.domain) for term in self.terms):
                 raise DomainError(sample.domain, sample.id, [str(term) for term in self.terms])
         judged: list[list[tuple[RewardTerm, Score]]] = [[] for _ in samples]
         for term, reward in zip(self.terms, self._rewards, strict=True):

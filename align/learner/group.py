@@ -278,14 +278,15 @@ class LearnerGroup(RankGroup):
         colocation: Colocation | None = None,
         kind: type[LearnerWorker] = LearnerWorker,
         replay: Replay = "off",
+        teacher: ModelOptions | None = None,
     ):
-        """`weight_sync` is how `sync_weights` sends the weights, by default through Ray's object store; `kind` is what the ranks are.
+        """`reference` is what the KL is measured to, `teacher` what a distillation learns from. `weight_sync` is how `sync_weights` sends the weights, by default through Ray's object store; `kind` is what the ranks are.
 
         `replay` says whose experts tokens go through in GRPO: those that the sequences have of the sampler, or those of the learner itself
         before the first of several updates. `has_moved` is true after the first of a step's updates until its last: the rollout workers then
         hold other weights.
         """
-        super().__init__(kind, model, options, seed, reference, colocation=colocation)
+        super().__init__(kind, model, options, seed, reference, teacher, colocation=colocation)
         self.weight_sync = weight_sync or self.weight_sync
         self.replay = replay
         self.has_moved = False

@@ -13,7 +13,14 @@ from torch.nn.functional import pad
 from align.learner.batch import Batch, sampled_values
 from align.learner.head import head_is_last, head_log_probs, head_replaced
 from align.learner.routing import Changes
-from align.losses import LossOptions, agreement, correction_weights, grpo_token_loss, token_log_probs
+from align.losses import (
+    LossOptions,
+    agreement,
+    correction_weights,
+    distillation_loss,
+    grpo_token_loss,
+    token_log_probs,
+)
 from align.recipe import OptimizerOptions
 
 
@@ -100,7 +107,8 @@ class Sums:
 
     `loss` and `kl` are already divided by the batch's denominator (see `TrainingSequence.weight`). Of GRPO, `log_probs`
     [batch][sequence] [S] are those of the sampled tokens under the learner's policy before the step's first update; of its correction
-    there are the tokens whose weight was cut, those whose weight is 0, and the sums of the weights and of their squares. `routes` has what each
+    there are the tokens whose weight was cut, those whose weight is 0, and the sums of the weights and of their squares. `teacher_kl` is the
+    estimated KL to the teacher of a distillation. `routes` has what each
     rank counted of routes that were given, `prompt_routes` the (token, layer) of shared prompts that were given more than once, and
     `prompt_routes_changed` how many of these a later completion had with other experts than the first.
     """
@@ -115,6 +123,7 @@ class Sums:
     correction_masked: int = 0
     correction_weights: float = 0.0
     correction_squares: float = 0.0
+    teacher_kl: float = 0.0
     compared: int = 0
     difference: float = 0.0
     sampler_kl: float = 0.0
@@ -138,8 +147,9 @@ def loss_and_sums(
     reference_log_probs: torch.Tensor | None,
     batch: Batch,
     objective: Objective,
+    teacher_log_probs: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, Sums]:
-    """The micro-batch's part of the loss, a scalar with gradient, and its sums."""
+    """The micro-batch's part of the loss, a scalar with gradient, and its sums. All log-probabilities and `entropy` are [B, K]."""
     counted = batch.mask & (batch.weights > 0)
     sums = Sums(tokens=int(counted.sum()), padded_tokens=batch.padded_tokens)
     sums.entropy = float(entropy[counted].sum())
@@ -174,6 +184,13 @@ def loss_and_sums(
         importance=importance,
     )
     loss = (terms.loss * batch.weights).sum()
+    if options.distill is not None:
+        if teacher_log_probs is None:
+            raise ValueError("grpo.distill needs the teacher's log-probabilities")
+        teacher_kl = distillation_loss(log_probs, batch.old_log_probs, teacher_log_probs, batch.mask)
+        weights = batch.weights if importance is None else batch.weights * importance
+        loss = loss + options.distill.weight * (teacher_kl * weights).sum()
+        sums.teacher_kl = float(teacher_kl.detach()[counted].sum())
     sums.loss = float(loss.detach())
     sums.kl = float((terms.kl * batch.weights).sum())
     sums.clipped = int((terms.clipped & counted).sum())

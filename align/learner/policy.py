@@ -39,23 +39,17 @@ class LearnerWorker(LearnerRank):
     def _network(self) -> Any:
         return self._engine.module.policy
 
-    def setup(self, master: str, port: int, seed: int, reference: ModelOptions | None) -> Trained:
-        """Join the other ranks and load the policy, and the frozen reference where there is one.
-
-        Where the policy is an adapter on the reference, the reference is the policy without it, and not a second copy.
-        """
+    def setup(
+        self, master: str, port: int, seed: int, reference: ModelOptions | None, teacher: ModelOptions | None = None
+    ) -> Trained:
+        """Join the other ranks and load the policy, and the frozen reference and the teacher of a distillation where there are any."""
         self._join(master, port, seed)
         pad = self._tokenizer.pad_token_id
         self._pad_id = self._tokenizer.eos_token_id if pad is None else pad
         policy = self._with_adapter(load_from_rank_0(partial(load_policy, self._model), self._device), "CAUSAL_LM")
         trained = self._start_engine(LogProbs(policy), policy)
         self._checkpointed = checkpoint_in_every_mode(policy)
-        self._reference: Any = None
-        self._shares_reference = self._options.lora is not None and reference == self._model
-        if self._shares_reference:
-            self._reference = self._engine.module
-        elif reference is not None:
-            self._reference = self._frozen(LogProbs(load_from_rank_0(partial(load_policy, reference), self._device)))
+        self._reference, self._teacher = self._frozen_policy(reference), self._frozen_policy(teacher)
         self._routing = RoutingReplay(policy)
         self._expert_counter = ExpertCounter(policy)
         self._balance = BalanceLosses(policy, self._options.balance)
@@ -77,12 +71,13 @@ class LearnerWorker(LearnerRank):
         for sequences in micro_batches:
             batch = self._collate(sequences)
             # First, for where it shares the policy's modules: backward must find them as the policy's forward left them.
-            reference = self._reference_log_probs(batch, objective.temperature)
+            reference = self._frozen_log_probs(self._reference, batch, objective.temperature)
+            teacher = self._frozen_log_probs(self._teacher, batch, objective.temperature)
             counts = batch.token_counts()
             with self._routing.given(batch.routes, forced=replays), self._balance.watching(counts):
                 with self._expert_counter.counting(*counts):
                     log_probs, entropy = self._engine(**batch.inputs, temperature=objective.temperature)
-                loss, sums = loss_and_sums(log_probs, entropy, reference, batch, objective)
+                loss, sums = loss_and_sums(log_probs, entropy, reference, batch, objective, teacher)
                 self._backward(loss + self._balance.loss(batch.prefix_of, batch_size))
             if self._options.share_prompts:
                 sums.prompt_routes_changed, sums.prompt_routes = prompts_routed_otherwise(sequences)
@@ -91,7 +86,7 @@ class LearnerWorker(LearnerRank):
         return total
 
     def _held(self) -> list[Any]:
-        return [*super()._held(), self._reference]
+        return [*super()._held(), self._reference, self._teacher]
 
     def take_expert_load(self) -> tuple[Loads, Balance]:
         """Where this rank's tokens went since the last time this was asked, and the balance losses."""
@@ -105,12 +100,22 @@ class LearnerWorker(LearnerRank):
         together = collate_after_prompts if self._options.share_prompts else collate
         return together(sequences, self._pad_id).to(self._device)
 
-    def _reference_log_probs(self, batch: Batch, temperature: float) -> torch.Tensor | None:
-        if self._reference is None:
+    def _frozen_policy(self, model: ModelOptions | None) -> Any:
+        """A policy that is computed and not trained; where this rank's is an adapter on it, the same module, and not a second copy."""
+        if model is None:
             return None
-        off: AbstractContextManager[Any] = self._network.disable_adapter() if self._shares_reference else nullcontext()
+        if self._options.lora is not None and model == self._model:
+            return self._engine.module
+        return self._frozen(LogProbs(load_from_rank_0(partial(load_policy, model), self._device)))
+
+    def _frozen_log_probs(self, policy: Any, batch: Batch, temperature: float) -> torch.Tensor | None:
+        """Log-probabilities [B, K] of a batch's targets under what `_frozen_policy` returned."""
+        if policy is None:
+            return None
+        is_own = policy is self._engine.module
+        off: AbstractContextManager[Any] = self._network.disable_adapter() if is_own else nullcontext()
         with torch.no_grad(), off:
-            log_probs: torch.Tensor = self._reference(**batch.inputs, temperature=temperature)[0]
+            log_probs: torch.Tensor = policy(**batch.inputs, temperature=temperature)[0]
         return log_probs
 
     def log_probs(
@@ -169,15 +174,18 @@ class FrugalWorker(LearnerWorker):
 
     RATE = 1e-3
 
-    def setup(self, master: str, port: int, seed: int, reference: ModelOptions | None) -> Trained:
-        """Load the policy. A reference would be a second one: there is none."""
+    def setup(
+        self, master: str, port: int, seed: int, reference: ModelOptions | None, teacher: ModelOptions | None = None
+    ) -> Trained:
+        """Load the policy. A reference or a teacher would be a second one: there is none."""
         self._join(master, port, seed)
         pad = self._tokenizer.pad_token_id
         self._pad_id = self._tokenizer.eos_token_id if pad is None else pad
         self._engine = Weights(LogProbs(load_policy(self._model).to(self._device)))
         for parameter in self._network.parameters():
             parameter.register_post_accumulate_grad_hook(self._change)
-        self._reference, self._checkpointed = None, []
+        self._reference = self._teacher = None
+        self._checkpointed = []
         self._routing = RoutingReplay(self._network)
         self._expert_counter = ExpertCounter(self._network)
         self._balance = BalanceLosses(self._network, self._options.balance)

@@ -188,7 +188,7 @@ class LearnerRank(ABC):
             raise UserError(f"checkpoint {directory}: {error}") from None
 
     def offload(self) -> None:
-        """Move all that the rank holds on its GPU to the CPU's memory: parameters, gradients, optimizer state, the KL's reference."""
+        """Move all that the rank holds on its GPU to the CPU's memory: parameters, gradients, optimizer state, frozen policies."""
         self._engine.empty_partition_cache()  # of ZeRO-3: parameters that are still gathered
         # What gradients pass through on their way to other ranks, 5e8 elements. DeepSpeed keeps it, empty, under ZeRO-1 and -3.
         buckets = getattr(self._engine.optimizer, "ipg_buckets", {}).values()

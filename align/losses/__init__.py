@@ -12,7 +12,7 @@ model has a value for every pair of completions, and the weight is one over thei
 
 Sources: DeepSeek-V2 report (arXiv 2405.04434), DeepSeekMath (arXiv 2402.03300), DAPO (arXiv 2503.14476),
 Dr. GRPO (arXiv 2503.20783), GSPO (arXiv 2507.18071), CISPO (MiniMax-M1, arXiv 2506.13585), RLOO (arXiv 2402.14740),
-REINFORCE++ (arXiv 2501.03262), DeepSeek-V3.2 (arXiv 2512.02556). In shapes, N is the completions of a global
+REINFORCE++ (arXiv 2501.03262), DeepSeek-V3.2 (arXiv 2512.02556), GKD (arXiv 2306.13649). In shapes, N is the completions of a global
 batch, B the rows of a micro-batch, T their padded length; ``mask [B, T]`` is True on the tokens that are trained
 on. Where it is False the other arguments may hold anything, NaN and infinities included: that reaches neither
 values nor gradients.
@@ -24,6 +24,7 @@ from align.losses.grpo import (
     agreement,
     completion_weights,
     correction_weights,
+    distillation_loss,
     group_advantages,
     grpo_token_loss,
     kl_estimate,
@@ -34,6 +35,7 @@ from align.losses.options import (
     AdvantageScale,
     Aggregation,
     CorrectionOptions,
+    DistillOptions,
     KlEstimator,
     Level,
     LossOptions,
@@ -46,6 +48,7 @@ __all__ = [
     "AdvantageScale",
     "Aggregation",
     "CorrectionOptions",
+    "DistillOptions",
     "KlEstimator",
     "Level",
     "LossOptions",
@@ -54,6 +57,7 @@ __all__ = [
     "balance_losses",
     "completion_weights",
     "correction_weights",
+    "distillation_loss",
     "group_advantages",
     "grpo_token_loss",
     "kl_estimate",

@@ -259,6 +259,28 @@ def grpo_token_loss(
     )
 
 
+def distillation_loss(
+    log_probs: Tensor, old_log_probs: Tensor | None, teacher_log_probs: Tensor, mask: Tensor
+) -> Tensor:
+    """KL(policy || teacher) estimated on every token that the policy sampled, in nats, still without its weight.
+
+    Its expected gradient is that of the exact ``sum_a pi(a) log(pi(a) / pi_teacher(a))`` of the next token, averaged over the prefixes that
+    the policy samples; through the sampling of these there is none. That is on-policy distillation with the reverse KL (GKD, Agarwal et al.,
+    arXiv:2306.13649, eq. 4 with lambda = 1; reverse as in MiniLLM, arXiv:2306.08543), on sampled tokens in place of whole distributions::
+
+        gradient_t = rho_t log(pi(o_t) / pi_teacher(o_t)) grad log pi(o_t),    rho_t = pi(o_t) / pi_old(o_t)
+
+    which is REINFORCE with the advantage ``log pi_teacher - log pi`` of each token. The value is ``rho k3`` of :func:`kl_estimate`, unbiased
+    like the gradient. All arguments are ``[B, T]``, as is the result: floating, with the gradient of ``log_probs``, 0 outside the ``mask``.
+    ``old_log_probs`` are those of the policy that sampled; None: it is the policy itself, and rho is 1. Log-ratios are cut off at +20 where
+    they are exponents.
+    """
+    old = log_probs if old_log_probs is None else old_log_probs
+    log_ratio = torch.where(mask, (log_probs - old).detach(), 0.0)
+    teacher_log_ratio = torch.where(mask, teacher_log_probs - log_probs, 0.0)
+    return log_ratio.clamp(max=MAX_LOG_RATIO).exp() * kl_estimate(teacher_log_ratio, log_ratio, "k3+")
+
+
 class Correction(NamedTuple):
     """What :func:`correction_weights` returns, each ``[B, T]``."""
 

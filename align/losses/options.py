@@ -68,6 +68,16 @@ class CorrectionOptions(Options):
         return self
 
 
+class DistillOptions(Options):
+    """On-policy distillation: on what the policy samples, the gradient of KL(policy || teacher), token by token."""
+
+    teacher: str = Field(
+        min_length=1,
+        description="Hugging Face directory or hub name of a policy with the same tokenizer; it stays as it is",
+    )
+    weight: float = Field(1.0, gt=0, description="weight of that KL in the loss, beside the rewards or alone")
+
+
 class LossOptions(Options):
     """What of a recipe's `grpo` decides about the loss."""
 
@@ -102,6 +112,9 @@ class LossOptions(Options):
         description="divide by the group's standard deviation, by that of all advantages of the step, or only centre",
     )
     correction: CorrectionOptions = CorrectionOptions()
+    distill: DistillOptions | None = Field(
+        None, description="learn from a teacher's probabilities of the tokens that the policy samples"
+    )
 
     @model_validator(mode="after")
     def _one_mean_over_a_completion(self) -> Self:

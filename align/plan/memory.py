@@ -36,7 +36,7 @@ Parts = Mapping[str, float]
 class Training:
     """What a learner rank trains: `trained` of the parameters, in `element` bytes a number.
 
-    A step gives it `step_tokens` in sequences of `longest` tokens at most.
+    A step gives it `step_tokens` in sequences of `longest` tokens at most. `reference_copy`, and the `teacher` of a distillation, are beside it.
     """
 
     sizes: ModelSizes
@@ -46,6 +46,7 @@ class Training:
     longest: int
     element: int
     reference_copy: bool
+    teacher: ModelSizes | None = None
     logits: bool = True
 
     @property
@@ -72,6 +73,12 @@ class Work:
     @property
     def weight_bytes(self) -> int:
         return self.sizes.total * self.element
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes of the largest model that learner rank 0 reads, one after the other."""
+        teacher = self.training.teacher if self.training else None
+        return max(self.sizes.total, teacher.total if teacher else 0) * self.element
 
     @property
     def stored_bytes(self) -> int:
@@ -115,13 +122,15 @@ def learner_memory(job: Training, *, on_gpu: bool) -> dict[str, float]:
     parts["reduction"] = float(bucket if zero else 0)
     if job.reference_copy:
         parts["reference"] = job.sizes.total / (ranks if zero == 3 else 1) * job.element
+    if job.teacher is not None:
+        parts["teacher"] = job.teacher.total / (ranks if zero == 3 else 1) * job.element
     return parts | activation_memory(job)
 
 
 def at_rest(job: Training) -> float:
     """Bytes that a learner rank moves to the CPU's memory while the workers have the GPU, its gradients among them."""
     parts = learner_memory(job, on_gpu=True)
-    return sum(parts.get(name, 0.0) for name in ("weights", "gradients", "optimiser", "reference"))
+    return sum(parts.get(name, 0.0) for name in ("weights", "gradients", "optimiser", "reference", "teacher"))
 
 
 def activation_memory(job: Training) -> dict[str, float]:

@@ -51,9 +51,10 @@ def plan_stages(stages: Sequence[PlannedStage], cluster: Cluster) -> Iterator[tu
     """
     made: dict[str, ModelSizes] = {}
     for stage in stages:
-        policy = stage.recipe.model.path
-        for path in [policy, *judges_of(stage.recipe.roles().rewards)]:
-            if path not in made and (path == policy or path in KNOWN_NAMES or Path(path).is_dir()):
+        policy, roles = stage.recipe.model.path, stage.recipe.roles()
+        needed = [policy, roles.teacher] if roles.teacher else [policy]
+        for path in [*needed, *judges_of(roles.rewards)]:
+            if path not in made and (path in needed or path in KNOWN_NAMES or Path(path).is_dir()):
                 made[path] = sizes_of(path)
         sizes = made[policy]
         yield stage, sizes, make_plan(stage.recipe, sizes, cluster, made)
@@ -66,11 +67,11 @@ def judges_of(rewards: Sequence[RewardTerm]) -> list[str]:
 
 
 def make_plan(
-    recipe: Recipe, sizes: ModelSizes, cluster: Cluster, judges: Mapping[str, ModelSizes] = MappingProxyType({})
+    recipe: Recipe, sizes: ModelSizes, cluster: Cluster, others: Mapping[str, ModelSizes] = MappingProxyType({})
 ) -> Plan:
-    """Plan a recipe of any stage, of whose reward models `judges` has the sizes by their paths. Raises UserError for LoRA targets that the model does not have."""
-    work = work_of(recipe.roles(), sizes, ELEMENT_BYTES[recipe.model.dtype])
-    roles = roles_of(work, cluster, judges)
+    """Plan a recipe of any stage, of whose reward models and teacher `others` has the sizes by their paths. Raises UserError for LoRA targets that the model does not have."""
+    work = work_of(recipe.roles(), sizes, ELEMENT_BYTES[recipe.model.dtype], others)
+    roles = roles_of(work, cluster, others)
     nodes, unplaced = place(cluster, demands(work.roles.colocated, roles))
     host = [host_memory(node, roles, work) for node in nodes]
     named = {role.name: role for role in roles}
@@ -86,12 +87,12 @@ def make_plan(
     else:
         found += refusals.too_much_for_the_machine(recipe.machine.memory_gb, roles)
     seconds = step_seconds(work, named[WORKER].parts if WORKER in named else None, cluster.gpus_per_node)
-    advice = way_to_share(recipe, sizes, cluster, judges) if found and cluster.gpus else ""
+    advice = way_to_share(recipe, sizes, cluster, others) if found and cluster.gpus else ""
     places = [(str(node), size) for node, size in zip(nodes, host, strict=True)]
     return Plan(roles, places, seconds, notes(work), found, advice)
 
 
-def way_to_share(recipe: Recipe, sizes: ModelSizes, cluster: Cluster, judges: Mapping[str, ModelSizes]) -> str:
+def way_to_share(recipe: Recipe, sizes: ModelSizes, cluster: Cluster, others: Mapping[str, ModelSizes]) -> str:
     """Overrides by which a recipe fits that does not, with a learner rank and a rollout worker on each GPU; "" where none of ours helps."""
     if not isinstance(recipe, PolicyRecipe) or recipe.colocate or min(recipe.learner.gpus, recipe.rollout.gpus) < 1:
         return ""
@@ -109,7 +110,7 @@ def way_to_share(recipe: Recipe, sizes: ModelSizes, cluster: Cluster, judges: Ma
             changed = type(recipe).model_validate(values)
         except ValidationError:
             continue
-        if not make_plan(changed, sizes, cluster, judges).refusals:
+        if not make_plan(changed, sizes, cluster, others).refusals:
             return changes
     return ""
 

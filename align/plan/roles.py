@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from align.model.names import frozen_names
 from align.model.sizes import ModelSizes
@@ -30,8 +31,11 @@ class Role:
         return sum(self.parts.values())
 
 
-def work_of(roles: Roles, sizes: ModelSizes, element: int) -> Work:
-    """What the processes of a recipe do. Raises UserError for LoRA targets that the model does not have."""
+def work_of(
+    roles: Roles, sizes: ModelSizes, element: int, others: Mapping[str, ModelSizes] = MappingProxyType({})
+) -> Work:
+    """What the processes of a recipe do. `others` has the teacher of a distillation by its path; one that is not known is taken to be as large as the
+    policy. Raises UserError for LoRA targets that the model does not have."""
     if roles.learner is None:
         return Work(roles, sizes, element, None, 0, 0)
     lora, trained, sent, beside = roles.learner.lora, sizes.total, sizes.total, 0
@@ -50,6 +54,7 @@ def work_of(roles: Roles, sizes: ModelSizes, element: int) -> Work:
         longest=roles.longest,
         element=element,
         reference_copy=roles.reference and lora is None,
+        teacher=others.get(roles.teacher, sizes) if roles.teacher else None,
         # A reward model has a number where a policy has logits.
         logits=roles.trained == "policy",
     )
@@ -79,7 +84,7 @@ def host_memory(node: Node, roles: Sequence[Role], work: Work) -> float:
     """
     total = sum(role.host * len(node.held.get(role.name, ())) for role in roles)
     if 0 in node.held.get(LEARNER, ()):
-        total += work.weight_bytes * memory.READING
+        total += work.read_bytes * memory.READING
     if WORKER in node.held or 0 in node.held.get(LEARNER, ()):
         total += work.stored_bytes + work.route_bytes
     return total

@@ -61,8 +61,12 @@ def step_seconds(work: Work, worker: Parts | None, gpus_per_node: int) -> dict[s
     # Under ZeRO-3 every pass of a micro-batch fetches the weights.
     gathers = (3 if checkpointing else 2) + job.reference_copy if job.options.zero_stage == 3 else 0
     micro_batches = max(1, round(tokens / job.options.micro_batch_tokens))
-    seconds["training"] = tokens * sizes.active * passes / (rates.flops * threads)
-    seconds["training"] += micro_batches * gathers * work.weight_bytes / rates.link
+    operations = sizes.active * passes + (2 * job.teacher.active if job.teacher else 0)
+    seconds["training"] = tokens * operations / (rates.flops * threads)
+    fetched = gathers * work.weight_bytes
+    if job.teacher and job.options.zero_stage == 3:
+        fetched += job.teacher.total * work.element
+    seconds["training"] += micro_batches * fetched / rates.link
     if roles.sampling and roles.weights:
         sent = work.sent * work.element
         # Over a link; or to the CPU, into Ray's store, and out of it into the engines.

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from align.errors import UserError, nearest
 from align.recipe.dtype import with_dtype_chosen
 from align.recipe.options import ModelOptions, is_on_hub
-from align.recipe.recipes import STAGES, Recipe
+from align.recipe.recipes import STAGES, GrpoRecipe, Recipe
 from align.shipped import found
 from reward.own.file import split as split_name
 
@@ -37,6 +37,7 @@ INPUTS = (
     "evaluation.hooks.params.questions",
     "evaluation.hooks.params.template",
     "evaluation.path",
+    "grpo.distill.teacher",
     "init_from",
     "model.path",
     "reference",
@@ -308,10 +309,10 @@ def check_files(recipe: Recipe, path: Path, lines: Mapping[tuple[str, ...], int]
     named = {key: file for key, file in paths_in(recipe, ()) if key[0] != "run"}
     if len(recipe.data) == 1:
         named = {("data", *key[2:]) if key[0] == "data" else key: file for key, file in named.items()}
-    model = Path(recipe.model.path)
-    local = model.is_absolute() or recipe.model.path.startswith((".", "~"))
-    if local or (model.parent.is_dir() and len(model.parts) > 2):
-        named[("model", "path")] = model  # and not a name on the hub
+    models: dict[tuple[str, ...], ModelOptions] = {("model", "path"): recipe.model}
+    if isinstance(recipe, GrpoRecipe) and recipe.grpo.distill is not None:
+        models["grpo", "distill", "teacher"] = ModelOptions(path=recipe.grpo.distill.teacher)
+    named |= {key: Path(model.path) for key, model in models.items() if is_local(model.path)}
     for key, file in named.items():
         if pending is not None and file.is_relative_to(pending):
             continue
@@ -320,8 +321,16 @@ def check_files(recipe: Recipe, path: Path, lines: Mapping[tuple[str, ...], int]
         if not file.exists() and not any(glob(str(file), recursive=True)):
             line = f", line {lines[key]}" if key in lines else ""
             raise UserError(f"{path}{line}: {'.'.join(key)} names {file}, which does not exist")
-    if model.is_dir() and not (pending is not None and model.is_relative_to(pending)):
-        check_model_directory(model, recipe.model)
+    for key, model in models.items():
+        directory = Path(model.path)
+        if directory.is_dir() and not (pending is not None and directory.is_relative_to(pending)):
+            check_model_directory(directory, model, ".".join(key))
+
+
+def is_local(path: str) -> bool:
+    """Whether a model's path is a directory of this machine, there or not, and not a name on the hub."""
+    model = Path(path)
+    return model.is_absolute() or path.startswith((".", "~")) or (model.parent.is_dir() and len(model.parts) > 2)
 
 
 def paths_in(options: Any, at: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Path]]:
@@ -336,24 +345,24 @@ def paths_in(options: Any, at: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...
             yield from paths_in(getattr(options, name), (*at, name))
 
 
-def check_model_directory(directory: Path, options: ModelOptions) -> None:
-    """Refuse a model directory that lacks its configuration, tokenizer or weights."""
+def check_model_directory(directory: Path, options: ModelOptions, key: str = "model.path") -> None:
+    """Refuse a model directory, named by `key`, that lacks its configuration, tokenizer or weights."""
     if (directory / "adapter_config.json").is_file():
         raise UserError(
-            f"model.path: {directory} is an adapter, not a model; give the checkpoint that it lies in, into which it is merged "
+            f"{key}: {directory} is an adapter, not a model; give the checkpoint that it lies in, into which it is merged "
             "already, or make one with `align merge ADAPTER OUT`"
         )
     if not (directory / "config.json").is_file():
-        raise UserError(f"model.path: {directory} has no config.json; give a Hugging Face model directory")
+        raise UserError(f"{key}: {directory} has no config.json; give a Hugging Face model directory")
     if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise UserError(
-            f"model.path: {directory} has no tokenizer (tokenizer.json); copy the tokenizer files of the model beside "
+            f"{key}: {directory} has no tokenizer (tokenizer.json); copy the tokenizer files of the model beside "
             "its weights"
         )
     if options.init == "pretrained" and not any(directory.glob("*.safetensors")):
         raise UserError(
-            f"model.path: {directory} has no weights (*.safetensors); give a trained model, "
-            "or set model.init=random to draw new weights from the seed"
+            f"{key}: {directory} has no weights (*.safetensors); give a trained model"
+            + (", or set model.init=random to draw new weights from the seed" if key == "model.path" else "")
         )
 
 

@@ -209,7 +209,7 @@ class GrpoOptions(LossOptions):
 
     steps: int = Field(ge=1, description="exploration steps: sample, score, train, send weights")
     prompts_per_step: int = Field(ge=1, description="prompts of a step, over all data")
-    group_size: int = Field(ge=2, description="completions of a prompt (G)")
+    group_size: int = Field(ge=1, description="completions of a prompt (G); 1 where nothing but grpo.distill teaches")
     updates_per_step: int = Field(1, ge=1, description="optimizer updates on the samples of one step")
     routing_replay: Replay = Field(
         "off",
@@ -250,9 +250,10 @@ class GrpoOptions(LossOptions):
                 "refill_rounds replaces groups whose rewards are all equal, but compared with the step's mean (baseline: batch) these teach "
                 "something: leave one of them out"
             )
-        if self.skip_zero_gradient and self.kl_coefficient:
+        if self.skip_zero_gradient and (self.kl_coefficient or self.distill):
+            beside = "a KL (kl_coefficient)" if self.kl_coefficient else "distillation (distill)"
             raise ValueError(
-                "skip_zero_gradient has no effect beside a KL (kl_coefficient), whose gradient every sample has: leave one of them out"
+                f"skip_zero_gradient has no effect beside {beside}, whose gradient every sample has: leave one of them out"
             )
         return self
 

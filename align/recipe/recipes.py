@@ -41,8 +41,8 @@ class Roles:
     """The processes that a recipe needs, each with its options (None where there are none of the kind), and their work in a step.
 
     `learner`: ranks that train `trained`, on `trained_sequences` of at most `longest` tokens; with a `reference` they hold the
-    policy a second time, for the KL. `rollout`: workers that hold the policy and sample `sampled_sequences` of at most
-    `sampling.max_new_tokens` (of preference data, all of them; none in SFT, where they only answer evaluations). `scoring`: processes
+    policy a second time, for the KL, and of a distillation the model at the path `teacher`. `rollout`: workers that hold the policy and
+    sample `sampled_sequences` of at most `sampling.max_new_tokens` (of preference data, all of them; none in SFT, where they only answer evaluations). `scoring`: processes
     that score what was sampled, by `rewards`. `evaluation`: what the policy is asked before and after the stage, by `weights` kept
     equal to the learner's. `colocated`: a rank and a worker share a GPU and use it in turn. `routes`: the experts of what is sampled go from
     process to process with it.
@@ -53,6 +53,7 @@ class Roles:
     trained_sequences: int = 0
     longest: int = 0
     reference: bool = False
+    teacher: str | None = None
     rollout: FleetOptions | None = None
     sampling: SamplingOptions | None = None
     sampled_sequences: int = 0
@@ -198,6 +199,13 @@ class PolicyRecipe(SamplingRecipe, TrainingRecipe):
         return self
 
     @model_validator(mode="after")
+    def _nothing_is_scored_without_rewards(self) -> Self:
+        if not self.rewards:
+            for key in ("scoring", "evaluation.samples", "evaluation.against", "evaluation.every"):
+                refuse_without_effect(self, key, "there are no rewards to score answers by")
+        return self
+
+    @model_validator(mode="after")
     def _an_adapter_to_send(self) -> Self:
         if self.weights.transport == "adapter":
             if self.learner.lora is None:
@@ -265,13 +273,6 @@ class SftRecipe(PolicyRecipe):
         description="what scores the answers to held-out prompts; without any there are a validation loss and answers to read",
     )
 
-    @model_validator(mode="after")
-    def _nothing_is_scored_without_rewards(self) -> Self:
-        if not self.rewards:
-            for key in ("scoring", "evaluation.samples", "evaluation.against"):
-                refuse_without_effect(self, key, "there are no rewards to score answers by")
-        return self
-
     def roles(self) -> Roles:
         return replace(super().roles(), trained_sequences=self.sft.sequences_per_step)
 
@@ -316,9 +317,19 @@ class GrpoRecipe(PolicyRecipe):
     reference: Path | None = Field(
         None, description="checkpoint of the KL's reference; the policy at the start of the stage when not given"
     )
+    rewards: list[RewardTerm] = Field(
+        [],
+        description="what an answer is worth: a list, whose weighted sum counts; beside grpo.distill there may be none, or all of weight 0, "
+        "which are measured and not trained on",
+    )
     sampling: SamplingOptions = SamplingOptions()
     grpo: GrpoOptions
     guard: GuardOptions | None = None
+
+    @property
+    def is_rewarded(self) -> bool:
+        """Whether rewards are trained on: otherwise a teacher alone is."""
+        return any(term.weight for term in self.rewards)
 
     def roles(self) -> Roles:
         sequences = self.grpo.prompts_per_step * self.grpo.group_size
@@ -326,10 +337,42 @@ class GrpoRecipe(PolicyRecipe):
             super().roles(),
             trained_sequences=sequences,
             reference=self.grpo.kl_coefficient > 0,
+            teacher=self.grpo.distill.teacher if self.grpo.distill else None,
             sampling=self.sampling,
             sampled_sequences=sequences,
             routes=self.rollout.record_experts or self.grpo.routing_replay != "off",
         )
+
+    @model_validator(mode="after")
+    def _something_teaches(self) -> Self:
+        if self.is_rewarded:
+            if self.grpo.group_size == 1:
+                raise ValueError(
+                    "grpo.group_size: 1 leaves a completion nothing that its reward is compared with: take 2 or more, or learn from "
+                    "grpo.distill alone, with rewards of weight 0 or none"
+                )
+            return self
+        if self.grpo.distill is None:
+            raise ValueError(
+                "rewards: none has a weight, so there is nothing to learn from: say what an answer is worth, or name a teacher (grpo.distill)"
+            )
+        surrogate = (
+            "preset",
+            "clip_low",
+            "clip_high",
+            "cispo_max",
+            "baseline",
+            "advantage_scale",
+            "drop_zero_variance_groups",
+            "refill_rounds",
+        )
+        level = () if self.grpo.kl_coefficient else ("level",)
+        of_rewards = ("guard", "alarms.zero_variance_groups", "alarms.reward_jump")
+        for key in (*(f"grpo.{name}" for name in (*surrogate, *level)), *of_rewards):
+            refuse_without_effect(
+                self, key, "the teacher of grpo.distill is learned from alone, as no reward has a weight"
+            )
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -30,6 +30,7 @@ PANELS = (
     ("agreement: k3", "nats", True, r"agreement/k3"),
     ("agreement: share of tokens equal to the last bit", "", False, r"agreement/equal"),
     ("KL to the reference", "nats", False, r"kl|kl/.*"),
+    ("KL to the teacher", "nats a token", False, r"distill/kl"),
     ("entropy", "nats", False, r"entropy"),
     ("expert load", "", False, r"experts/[^/]*"),
     ("gradient norm", "", False, r"gradient_norm"),

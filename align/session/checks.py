@@ -8,6 +8,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from align.data.cards import DataCard, Stage, require_stage
 from align.data.entries import card_of, evaluated
@@ -21,7 +22,7 @@ from align.learner.experts import check_spreadable
 from align.learner.group import check_port
 from align.model.lora import block_of, chosen_parts, left_out, parts_of
 from align.model.names import frozen_names
-from align.model.policy import load_tokenizer
+from align.model.policy import find_config, load_tokenizer
 from align.model.reward_model import is_reward_model
 from align.model.sizes import ModelSizes, empty_model, model_sizes, read_config
 from align.recipe import (
@@ -106,15 +107,16 @@ def check_names(recipe: Recipe) -> None:
 
 
 def check_rewards(rewards: Sequence[RewardTerm], cards: Sequence[DataCard]) -> None:
-    """Raise UserError for a reward that cannot be made, and for a domain of the cards that none with a weight is for."""
+    """Raise UserError for a reward that cannot be made, and for a domain of the cards that none with a weight is for; where all weights are 0, none at all."""
     try:
         Mixture(rewards)
     except RewardError as error:
         raise UserError(f"rewards: {error}") from None
+    measures = not any(term.weight for term in rewards)
     for domain in sorted({domain for card in cards for domain in domains_of(card)}):
-        if not any(term.weight and term.applies_to(domain) for term in rewards):
+        if not any((term.weight or measures) and term.applies_to(domain) for term in rewards):
             raise UserError(
-                f"rewards: none with a weight is for the domain {domain!r} of the recipe's data or evaluation; "
+                f"rewards: none {'' if measures else 'with a weight '}is for the domain {domain!r} of the recipe's data or evaluation; "
                 f"add one such as {{name: NAME, domains: [{domain}]}}"
             )
 
@@ -198,12 +200,14 @@ def check_model(recipe: Recipe) -> list[str]:
     goes_on = roles.trained == "reward_model" and is_reward_model(model)
     verdict(examine(model, tokenizer, reward_model=goes_on, rollout=roles.rollout), model.path)
     skeleton = empty_model(config)
+    notes: list[str] = []
+    if roles.teacher is not None:
+        notes += check_teacher(roles.teacher, model.path, tokenizer, skeleton.get_input_embeddings().weight.shape[0])
     if roles.learner is not None and roles.learner.expert_parallel > 1:
         check_spreadable(skeleton.config, roles.learner.expert_parallel)
     if roles.learner is not None:
         factors_of(roles.learner.balance, skeleton.config)
         frozen_names((name for name, _ in skeleton.named_parameters()), roles.learner.freeze)
-    notes: list[str] = []
     if roles.learner is not None and roles.learner.lora is not None and roles.trained == "policy":
         chosen_parts(skeleton, roles.learner.lora.targets)
         notes += filter(None, [left_out(parts_of(skeleton), roles.learner.lora.targets)])
@@ -218,6 +222,35 @@ def check_model(recipe: Recipe) -> list[str]:
     if isinstance(recipe, TrainingRecipe) and not any(recipe.directory.glob("checkpoints/step_*")):
         check_space(recipe.directory, bytes_needed(recipe, sizes.total), keep=recipe.keep_checkpoints)
     return notes
+
+
+def check_teacher(path: str, policy: str, tokenizer: Any, rows: int) -> list[str]:
+    """Raise UserError unless the teacher at `path` has the token ids of the policy, whose embedding has `rows` rows.
+
+    Returns a note where the teacher is still to be made.
+    """
+    if Path(path).is_absolute() and not Path(path).exists():
+        return [f"not looked at: grpo.distill.teacher: {path} is still to be made"]
+    try:
+        config, theirs = find_config(path), load_tokenizer(path).get_vocab()
+    except UserError as error:
+        raise UserError(f"grpo.distill.teacher: {str(error).removeprefix('model.path: ')}") from None
+    if config is None:
+        raise UserError(
+            f"grpo.distill.teacher: {path} has no configuration that transformers reads without running code of the model's own"
+        )
+    if different := tokenizer.get_vocab().items() ^ theirs.items():
+        token, id_ = min(different, key=lambda pair: (pair[1], pair[0]))
+        whose = "the teacher" if theirs.get(token) == id_ else f"the policy {policy}"
+        raise UserError(
+            f"grpo.distill.teacher: {path} has other token ids than {policy}: {id_} is {token!r} of {whose} alone, one of {len(different)} "
+            "differences. A teacher reads what the policy sampled as ids: take one with the same tokenizer"
+        )
+    if (known := config.get_text_config().vocab_size) < rows:
+        raise UserError(
+            f"grpo.distill.teacher: {path} has probabilities of {known} token ids, and {policy} can sample {rows}: take a teacher with as many"
+        )
+    return []
 
 
 def check_adapters_are_served(path: str, sizes: ModelSizes) -> None:

@@ -98,7 +98,12 @@ class Session:
             self.pool = self.open.enter_context(scoring_pool(recipe.rewards, recipe.scoring))
 
     def new_learner(
-        self, options: LearnerOptions, seed: int, reference: ModelOptions | None = None, replay: Replay = "off"
+        self,
+        options: LearnerOptions,
+        seed: int,
+        reference: ModelOptions | None = None,
+        replay: Replay = "off",
+        teacher: ModelOptions | None = None,
     ) -> LearnerGroup:
         """Start a learner of `policy`, whose weights go to the rollout workers. `learning` waits for it and ends it."""
         return LearnerGroup(
@@ -109,6 +114,7 @@ class Session:
             weight_sync=self.weight_sync,
             colocation=self.colocation,
             replay=replay,
+            teacher=teacher,
         )
 
     @contextmanager
@@ -121,6 +127,7 @@ class Session:
         sources: Sequence[Source[Any]],
         *,
         reference: ModelOptions | None = None,
+        teacher: ModelOptions | None = None,
         state: dict[str, Any] | None = None,
     ) -> Iterator[Steps]:
         """Wait for the engines, restore the last checkpoint, and yield the steps still to be made. Ends the learner.
@@ -129,7 +136,8 @@ class Session:
         """
         progress = self.run.progress
         base = self.policy if recipe.learner.lora or recipe.learner.freeze else None
-        with Steps(recipe, self.run, learner, steps, sources, base=base, reference=reference, state=state) as remaining:
+        frozen = {"base": base, "reference": reference, "teacher": teacher}
+        with Steps(recipe, self.run, learner, steps, sources, **frozen, state=state) as remaining:
             progress.stage(title, steps, completed=remaining.done)
             remaining.tell_length()
             progress.phase("starting engines")

@@ -27,6 +27,7 @@ FAILURES = 3
 COMPARED = {
     "data_sha256": "the training data",
     "reference": "the weights of the KL's reference",
+    "teacher": "the weights of the teacher (grpo.distill)",
     "base": "the weights of what is not trained",
 }
 CENSUS_STEP = 10
@@ -55,6 +56,7 @@ class Steps:
         *,
         base: ModelOptions | None = None,
         reference: ModelOptions | None = None,
+        teacher: ModelOptions | None = None,
         state: dict[str, Any] | None = None,
     ):
         """`base` is the model whose frozen parameters checkpoints do not hold: that which adapters are trained on."""
@@ -65,6 +67,7 @@ class Steps:
             "learner.expert_parallel": recipe.learner.expert_parallel,
             "data_sha256": {source.card: source.digest or data_digest(source.items) for source in data},
             "reference": None if reference is None else weights_digest(reference.path),
+            "teacher": None if teacher is None else weights_digest(teacher.path),
             "base": None if base is None else weights_digest(base.path),
         }
         self.done = run.resume.step if run.resume else 0

@@ -10,6 +10,7 @@ from align.experience import ScoredGroup, ScoredTrajectory, training_sequence
 from align.learner.batch import TrainingSequence
 from align.losses import ZERO_STD, completion_weights, group_advantages
 from align.recipe import GrpoOptions
+from reward import Verdict
 
 GATE_TOKENS = 256
 """So many tokens of an update are compared with the sampler at least, where there are as many, however little teaches something."""
@@ -46,8 +47,9 @@ def compare(groups: Sequence[ScoredGroup], options: GrpoOptions) -> Advantages:
         "log-probability": torch.tensor([[a.trajectory.is_finite for a in row] for row in answers]),
         "reward": torch.tensor([[a.reward.value is None or isfinite(a.reward.value) for a in row] for row in answers]),
     }
-    has_reward = torch.tensor([[a.reward.value is not None for a in row] for row in answers])
-    valid = has_reward & numbers["log-probability"] & numbers["reward"]
+    # Where there are no rewards at all, as in distillation alone, none is missing.
+    judged = [[a.reward.value is not None or a.reward.verdict is Verdict.UNSCORED for a in row] for row in answers]
+    valid = torch.tensor(judged) & numbers["log-probability"] & numbers["reward"]
     rewards = torch.tensor([[a.reward.value or 0.0 for a in row] for row in answers], dtype=torch.float64)
     group_of = torch.arange(shape[0]).repeat_interleave(shape[1])
     in_step = valid & (torch.arange(shape[0]) < options.prompts_per_step)[:, None]

@@ -22,6 +22,7 @@ from align.data.loader import load_split
 from align.evaluate.accuracy import Evaluation
 from align.experience import Problem, ScoredGroup, encode_problems, gather, row_of, submit, token_columns
 from align.learner.objective import Objective, learning_rate
+from align.losses import DistillOptions
 from align.recipe import GrpoOptions, GrpoRecipe, ModelOptions
 from align.report.habits import step_found
 from align.session.checks import check_columns
@@ -33,7 +34,7 @@ from align.stages.held_out import HeldOut, Problems, load_problems
 from align.stages.step_metrics import Clock, option_metrics, step_metrics
 from rollout import SamplingOptions
 
-SHOWN = ("reward", "accuracy", "length", "agreement/mean", "step_seconds")
+SHOWN = ("reward", "accuracy", "distill/kl", "length", "agreement/mean", "step_seconds")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +70,12 @@ def train_grpo(recipe: GrpoRecipe, data: GrpoData, session: Session) -> tuple[Mo
     objective = Objective(options, recipe.sampling.temperature)
     held_out = HeldOut(recipe, data.held_out, session)
     reference = reference_of(session.policy, recipe.reference, options.kl_coefficient)
-    learner = session.new_learner(recipe.learner, recipe.seed, reference, options.routing_replay)
+    teacher = teacher_of(session.policy, options.distill)
+    learner = session.new_learner(recipe.learner, recipe.seed, reference, options.routing_replay, teacher)
     # After a stage of `init_from`, the policy to start from is version 1.
     state = {"weight_version": int(recipe.init_from is not None), "learning_steps": 0}
     with session.learning(
-        "GRPO", recipe, learner, options.steps, data.sources, reference=reference, state=state
+        "GRPO", recipe, learner, options.steps, data.sources, reference=reference, teacher=teacher, state=state
     ) as steps:
         limit, state = recipe.learner.stop_after_bad_steps, steps.state
         samples = partial(step_found, run.directory)
@@ -111,7 +113,7 @@ def train_grpo(recipe: GrpoRecipe, data: GrpoData, session: Session) -> tuple[Mo
             rows = sample_rows(scored, advantages, sums.log_probs, with_experts=recipe.rollout.record_experts)
             run.record_samples("grpo", step + 1, rows)
             metrics = (
-                step_metrics(scored, advantages, sums, norm, clock)
+                step_metrics(scored, advantages, sums, norm, clock, rewarded=recipe.is_rewarded)
                 | option_metrics(options, advantages, sums)
                 | learner.expert_load()
                 | left_out(data.sources)
@@ -137,6 +139,13 @@ def reference_of(policy: ModelOptions, path: Path | None, kl_coefficient: float)
     if not kl_coefficient:
         return None
     return policy if path is None else policy.model_copy(update={"path": str(path)})
+
+
+def teacher_of(policy: ModelOptions, distill: DistillOptions | None) -> ModelOptions | None:
+    """The model that is learned from, computed in the policy's dtype; None without distillation. Code that comes with it is not run."""
+    if distill is None:
+        return None
+    return policy.model_copy(update={"path": distill.teacher, "trust_remote_code": False})
 
 
 def sampled(

@@ -142,7 +142,7 @@ class Alarms:
         self._options, self._warn, self._history, self._stage = options, warn, history, stage
 
     def observe(self, step: int, metrics: Mapping[str, float], samples: Sequence[SeenSample] = ()) -> None:
-        """Take a step's metrics and its judged samples, which SFT has none of."""
+        """Take a step's metrics and its judged samples, which SFT has none of. A reward is among the metrics where one is trained on."""
         found = list(self._look(metrics, samples))
         new = [alarm for alarm in found if alarm.kind not in self._history["on"]]
         for alarm in new:
@@ -154,8 +154,9 @@ class Alarms:
         stop_at(new, self._options)
 
     def _look(self, metrics: Mapping[str, float], samples: Sequence[SeenSample]) -> Iterator[Alarm]:
-        if "reward" in metrics:
+        if "entropy" in metrics:
             yield from self._entropy(metrics["entropy"], samples)
+        if "reward" in metrics:
             yield from self._variance(metrics["zero_variance_groups"], samples)
             yield from self._reward(metrics["reward"], metrics["reward_std"], samples)
         yield from self._experts(metrics)

@@ -30,11 +30,18 @@ class Clock:
 
 
 def step_metrics(
-    groups: Sequence[ScoredGroup], advantages: Advantages, sums: Sums, norm: float, clock: Clock
+    groups: Sequence[ScoredGroup],
+    advantages: Advantages,
+    sums: Sums,
+    norm: float,
+    clock: Clock,
+    *,
+    rewarded: bool = True,
 ) -> dict[str, float]:
     """The metrics of a step by name; NaN where there was nothing to take a mean of.
 
-    Lengths in tokens, log-probabilities and entropy in nats, times in seconds.
+    Not `rewarded`, it has none of the reward that is trained on; and no accuracy where nothing was scored at all. Lengths in tokens,
+    log-probabilities and entropy in nats, times in seconds.
     """
     answers = [answer for group in groups for answer in group.trajectories]
     scored = [answer for answer in answers if answer.reward.value is not None]
@@ -67,6 +74,9 @@ def step_metrics(
         "sampling_tokens_per_second": float(lengths.sum()) / clock.seconds["sampling"],
         "training_tokens_per_second": sums.padded_tokens / clock.seconds["training"],
     }
+    if not rewarded:
+        for name in ("reward", "reward_std", "zero_variance_groups", *(() if scored else ("accuracy",))):
+            del metrics[name]
     for name in dict.fromkeys(name for answer in scored for name in answer.reward.components):
         parts = [answer.reward.components.get(name) for answer in scored]
         metrics[f"reward/{name}"] = mean_of([part.value for part in parts if part is not None])
@@ -84,10 +94,13 @@ def step_metrics(
 
 
 def option_metrics(options: GrpoOptions, advantages: Advantages, sums: Sums) -> dict[str, float]:
-    """The metrics of what a recipe may ask for beside: correction, refill, skipping. Shares of tokens, of the step's groups, and of samples."""
+    """The metrics of what a recipe may ask for beside: distillation, in nats a token; correction, refill, skipping: shares of tokens, of the step's
+    groups, and of samples."""
     metrics: dict[str, float] = {}
+    tokens = float(sums.tokens) or nan
+    if options.distill is not None:
+        metrics["distill/kl"] = sums.teacher_kl / tokens
     if options.correction.kind != "none":
-        tokens = float(sums.tokens) or nan
         metrics |= {
             "correction/cut": sums.correction_cut / tokens,
             "correction/masked": sums.correction_masked / tokens,

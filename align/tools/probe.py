@@ -42,9 +42,9 @@ def probe_recipe(
     training. `tricks` are of one's own, in files. Raises UserError before an engine starts for what cannot be probed.
     """
     recipe = stage.recipe
-    if not isinstance(recipe, GrpoRecipe):
+    if not isinstance(recipe, GrpoRecipe) or not recipe.is_rewarded:
         raise UserError(
-            f"{stage.file}: stage {recipe.stage} trains on no rewards; a probe is for recipes of the stage grpo"
+            f"{stage.file}: stage {recipe.stage} trains on no rewards; a probe is for recipes of the stage grpo that do"
         )
     if out is not None:
         refuse_existing(out)

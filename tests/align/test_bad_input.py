@@ -114,6 +114,45 @@ def test_what_a_run_refuses_before_it_starts_check_refuses_in_the_same_words(
     assert refusal("check", *arguments) == expected
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("tokens", "has other token ids than"),
+        ("rows", "has probabilities of 912 token ids, and"),
+        ("weights", "has no weights (*.safetensors); give a trained model"),
+        ("gone", "grpo.distill.teacher names"),
+    ],
+)
+def test_a_teacher_that_cannot_teach_this_policy_is_refused_before_an_engine_starts(
+    change: str, message: str, refusal: Refusal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ray.init", lambda *_, **__: pytest.fail("an engine starts"))
+    teacher, policy = tmp_path / "teacher", tmp_path / "policy"
+    for directory in (teacher, policy):
+        shutil.copytree(ROOT / "recipes/nano/policy", directory)
+    (teacher / "model.safetensors").touch()
+    if change == "tokens":
+        file = teacher / "tokenizer.json"
+        tokens = json.loads(file.read_text())
+        vocabulary = tokens["model"]["vocab"]
+        (one, first), (other, second) = list(vocabulary.items())[-2:]
+        vocabulary[one], vocabulary[other] = second, first
+        tokens["model"]["merges"] = []
+        file.write_text(json.dumps(tokens))
+    elif change == "rows":
+        file = policy / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"vocab_size": 1024}))
+    elif change == "weights":
+        (teacher / "model.safetensors").unlink()
+    else:
+        shutil.rmtree(teacher)
+    arguments = grpo(tmp_path, f"model.path={policy}", f"grpo.distill={{teacher: {teacher}}}")
+    error = refusal(*arguments)
+    assert message in error
+    assert "grpo.distill.teacher" in error
+    assert refusal("check", *arguments[1:]) == error
+
+
 def test_every_stage_of_a_file_is_checked(refusal: Refusal, tmp_path: Path) -> None:
     machine = ["machine={}"]
     file = tmp_path / "pipeline.yaml"

@@ -5,9 +5,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from align.run import read_samples
 
 GB = 10**9
 
@@ -56,6 +59,29 @@ def test_grpo_on_adapters_learns_nearly_all_and_leaves_the_base_alone(tmp_path: 
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     adapted = re.compile(r"(q_proj|kv_a_proj_with_mqa|o_proj|shared_experts\.\w+|layers\.0\.mlp\.\w+)\.weight$")
     assert changed == {name for name in before if adapted.search(name)}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_a_student_closes_most_of_the_gap_to_its_teacher(tmp_path: Path, align: Any) -> None:
+    align("pipeline", "recipes/nano/pipeline_distill.yaml", f"run.dir={tmp_path / 'run'}").ends(0, 3600)
+    answers = {"sft": "after SFT", "teacher": "after GRPO", "student": "after GRPO"}
+    right = [
+        {
+            row["id"]: row["verdict"] == "pass"
+            for row in read_samples(tmp_path / "run" / stage / "evaluations" / f"{name}.parquet")
+        }
+        for stage, name in answers.items()
+    ]
+    start, teacher, student = (np.array([found[id_] for id_ in right[0]]) for found in right)
+    drawn = np.random.default_rng(0).integers(0, len(start), (10_000, len(start)))
+    closed = (student[drawn].mean(1) - start[drawn].mean(1)) / (teacher[drawn].mean(1) - start[drawn].mean(1))
+    low, high = np.quantile(closed, [0.025, 0.975])
+    shares = f"{start.mean():.1%} before, {student.mean():.1%} after, {teacher.mean():.1%} the teacher"
+    print(f"of {len(start)} problems {shares}: {low:.0%} to {high:.0%} of the gap is closed")
+    assert len(start) >= 950
+    assert teacher.mean() - start.mean() >= 0.25
+    assert low >= 0.5
 
 
 def grpo(recipe: str, run: Path, seed: int) -> list[str]:

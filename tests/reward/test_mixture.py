@@ -105,10 +105,16 @@ def test_each_domain_gets_its_own_terms() -> None:
 
 @pytest.mark.parametrize("weight", [1.0, 0.0])
 def test_a_domain_that_nothing_rewards_is_an_error(weight: float) -> None:
-    domains = ["math"] if weight else None
-    mixture = Mixture([RewardTerm(name="exact_answer", domains=domains, weight=weight)])
+    measured = [] if weight else [RewardTerm(name="answer_format", weight=0)]
+    mixture = Mixture([*measured, RewardTerm(name="exact_answer", domains=["math"])])
     with pytest.raises(DomainError, match=r"domain 'code' \(sample 's'\).*exact_answer"):
         mixture.score([sample(domain="code")])
+
+
+def test_rewards_of_weight_0_alone_measure_and_are_worth_nothing() -> None:
+    [right, wrong] = Mixture([RewardTerm(name="exact_answer", weight=0)]).score([sample(), sample(completion="6")])
+    assert (right.value, right.verdict, right.components["exact_answer"].value) == (0.0, Verdict.PASS, 1.0)
+    assert (wrong.value, wrong.verdict) == (0.0, Verdict.NO_ANSWER)
 
 
 def test_a_component_that_cannot_judge_is_asked_once_more() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from align.learner.batch import TrainingSequence, collate
 from align.learner.group import LearnerGroup
@@ -91,6 +92,16 @@ def gradient_of_last_step(learner: LearnerGroup) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
+def teacher(policy: ModelOptions, tmp_path_factory: pytest.TempPathFactory) -> ModelOptions:
+    """Of another architecture, and with the policy's tokens."""
+    directory, vocabulary = tmp_path_factory.mktemp("teacher"), load_policy(policy).config.vocab_size
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 96, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, num_key_value_heads=2, **sizes)).save_pretrained(directory)
+    return ModelOptions(path=str(directory))
+
+
+@pytest.fixture(scope="module")
 def expected(policy: ModelOptions, sequences: Draw) -> tuple[list[float], dict[str, torch.Tensor]]:
     return plain_steps(policy, sequences)
 
@@ -104,7 +115,9 @@ def expected(policy: ModelOptions, sequences: Draw) -> tuple[list[float], dict[s
     ],
     ids=lambda p: f"{p[0]} rank{'s' * (p[0] > 1)}, ZeRO-{p[1]}{', checkpointing' * p[2]}",
 )
-def learner(request: pytest.FixtureRequest, policy: ModelOptions, ray_session: None) -> Iterator[LearnerGroup]:
+def learner(
+    request: pytest.FixtureRequest, policy: ModelOptions, teacher: ModelOptions, ray_session: None
+) -> Iterator[LearnerGroup]:
     ranks, zero_stage, checkpointing = request.param
     options = LearnerOptions(
         ranks=ranks,
@@ -113,7 +126,7 @@ def learner(request: pytest.FixtureRequest, policy: ModelOptions, ray_session: N
         micro_batch_tokens=200,
         optimizer=OPTIMIZER,
     )
-    group = LearnerGroup(policy, options, seed=0, reference=policy)
+    group = LearnerGroup(policy, options, seed=0, reference=policy, teacher=teacher)
     group.wait_until_ready()
     yield group
     group.close()
@@ -187,20 +200,23 @@ def test_the_grpo_gradient_is_the_same_under_every_split(
         assert apart / size < 1e-5, (micro_batch_tokens, calls)
 
 
-def test_the_reference_says_what_a_whole_copy_says_and_is_shared_out_under_zero_3(
-    learner: LearnerGroup, policy: ModelOptions, sequences: Draw
+@pytest.mark.parametrize("which", ["_reference", "_teacher"])
+def test_what_is_frozen_says_what_a_whole_copy_says_and_is_shared_out_under_zero_3(
+    learner: LearnerGroup, policy: ModelOptions, teacher: ModelOptions, sequences: Draw, which: str
 ) -> None:
     import ray
 
+    copied = policy if which == "_reference" else teacher
+
     def compare(worker: Any, drawn: list[TrainingSequence]) -> tuple[bool, int, int, int]:
-        batch, whole = worker._collate(drawn), LogProbs(load_policy(policy))
+        frozen, batch, whole = getattr(worker, which), worker._collate(drawn), LogProbs(load_policy(copied))
         with torch.no_grad():
             expected = whole(**batch.inputs, temperature=0.7)[0]
         # Three times: in the first two passes DeepSpeed sees in which order modules are computed, and then it prefetches.
-        equal = [torch.equal(worker._reference_log_probs(batch, 0.7), expected) for _ in range(3)]
+        equal = [torch.equal(worker._frozen_log_probs(frozen, batch, 0.7), expected) for _ in range(3)]
         # DeepSpeed leaves small parameters whole, which most of nano's are.
-        small = sum(4 * p.ds_numel for p in worker._reference.parameters() if getattr(p, "ds_persist", False))
-        return all(equal), small, *(sum(s.nbytes() for s in storages(held)) for held in (worker._reference, whole))
+        small = sum(4 * p.ds_numel for p in frozen.parameters() if getattr(p, "ds_persist", False))
+        return all(equal), small, *(sum(s.nbytes() for s in storages(held)) for held in (frozen, whole))
 
     # Each rank has sequences of its own, of which the experts of a layer get other tokens.
     calls = [r.__ray_call__.remote(compare, sequences(n)[n : 3 * n + 4]) for n, r in enumerate(learner._ranks)]

@@ -68,7 +68,7 @@ def rank_of(network: Any, *, checkpointing: bool = False) -> LearnerWorker:
     rank._engine = Engine(LogProbs(network))
     rank._checkpointed = checkpoint_in_every_mode(network)
     rank._device, rank._pad_id = torch.device("cpu"), 0
-    rank._reference, rank._shares_reference = None, False
+    rank._reference = rank._teacher = None
     rank._routing, rank._expert_counter = RoutingReplay(network), ExpertCounter(network)
     rank._balance = BalanceLosses(network, BalanceOptions())
     return rank

@@ -66,7 +66,7 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> Callable[..., LearnerWorker]:
         made._start_engine(LogProbs(policy), policy)
         made._checkpointed = checkpoint_in_every_mode(policy)
         made._reference = LogProbs(network(1)).eval().requires_grad_(False)
-        made._shares_reference = False
+        made._teacher = None
         made._routing, made._expert_counter = RoutingReplay(policy), ExpertCounter(policy)
         made._balance = BalanceLosses(policy, made._options.balance)
         return made
@@ -218,6 +218,63 @@ def test_what_a_recipe_chooses_of_the_loss_is_what_is_computed(worker: Any, give
     apart = [np.abs(s.old_log_probs - s.sampler_log_probs) for s in sequences]
     assert sums.difference == pytest.approx(float(np.concatenate(apart).sum()), rel=1e-5)
     assert sums.compared == len(all_weights)
+
+
+@pytest.mark.parametrize(
+    ("given", "rewarded", "share"),
+    [
+        ({}, False, False),
+        ({}, True, True),
+        ({"correction": {"kind": "tis", "high": 1.05}}, False, False),
+        ({"kl_coefficient": 0.3}, True, False),
+    ],
+    ids=["alone", "beside rewards, prompts shared", "corrected", "beside a reference"],
+)
+def test_a_teacher_adds_the_gradient_of_the_kl_to_it_alone_or_beside_rewards(
+    worker: Any, given: dict[str, Any], rewarded: bool, share: bool
+) -> None:
+    """rho log(pi / pi_teacher) grad log pi of every token, times what corrects the sampler; the reference is another model."""
+    options = GrpoOptions(
+        steps=1,
+        prompts_per_step=1,
+        group_size=2,
+        clip_low=0.9,
+        clip_high=9,
+        distill={"teacher": "t", "weight": 0.7},
+        **given,
+    )
+    random = np.random.default_rng(1)
+    sequences = [
+        replace(
+            s,
+            advantage=s.advantage * rewarded,
+            sampler_log_probs=s.old_log_probs + random.normal(0, 0.2, s.sampled_tokens).astype(np.float32),
+        )
+        for s in drawn()
+    ]
+    policy, reference, teacher = network(0), network(1), network(2)
+    total, apart = torch.zeros(()), 0.0
+    for sequence in sequences:
+        old = torch.as_tensor(sequence.old_log_probs)
+        now, then, wanted = (log_probs(model, sequence, TEMPERATURE) for model in (policy, reference, teacher))
+        rho, far = (now - old).exp(), (now - wanted).detach()
+        weight = plain_weights(
+            {"kind": "none", **given.get("correction", {})}, old, torch.as_tensor(sequence.sampler_log_probs)
+        )
+        k3 = (then.detach() - now).exp() - (then.detach() - now) - 1
+        learned = weight * (0.7 * rho.detach() * far * now - rho * sequence.advantage) + options.kl_coefficient * k3
+        total = total + sequence.weight * learned.sum()
+        apart += float((rho.detach() * ((-far).exp() + far - 1)).sum())
+    total.backward()
+    expected = torch.cat([p.grad.flatten() for p in policy.parameters()])
+
+    rank = worker(share_prompts=share)
+    rank._teacher = LogProbs(network(2)).eval().requires_grad_(False)
+    sums = rank.accumulate([sequences[:3], sequences[3:]], Objective(options, TEMPERATURE))
+    found = torch.cat([p.grad.flatten() for p in rank._network.parameters()])
+    assert (found - expected).norm() / expected.norm() < 1e-4
+    assert sums.teacher_kl == pytest.approx(apart, rel=1e-4)
+    assert sums.tokens == sum(s.sampled_tokens for s in sequences)
 
 
 def test_a_sample_without_advantage_adds_nothing_to_the_gradient(worker: Any) -> None:

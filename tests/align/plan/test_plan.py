@@ -279,3 +279,21 @@ def test_experts_on_their_way_are_counted_where_they_are_replayed_or_recorded() 
     assert sizes_of(LITE).routes_a_token == 26 * 6
     noted = make_plan(read[1], sizes_of(V2), cluster_of(20, 8, 80, NODE_MEMORY_GIB)).notes
     assert any("354 bytes a token, take 0.34 GiB of Ray's object store" in note for note in noted)
+
+
+@pytest.mark.parametrize("zero", [1, 3])
+def test_a_teacher_is_counted_in_memory_and_time(zero: int) -> None:
+    """A rank holds all of it, or its share under ZeRO-3, in the policy's dtype; two operations a parameter and token."""
+    plans = []
+    for more in ([], [f"grpo.distill={{teacher: {V2}}}"]):
+        recipe = load_recipe(
+            Path("recipes/v2_lite/grpo_reasoning.yaml"),
+            [f"model.path={LITE}", *APART, f"learner.zero_stage={zero}", *more],
+        )
+        plans.append(make_plan(recipe, sizes_of(LITE), cluster_of(2, 8, 80, NODE_MEMORY_GIB), {V2: sizes_of(V2)}))
+    (without, taught), v2 = plans, sizes_of(V2)
+    held = 2 * v2.total / (without.roles[-1].count if zero == 3 else 1)
+    assert taught.roles[-1].parts["teacher"] == pytest.approx(held)
+    assert taught.roles[-1].total - without.roles[-1].total == pytest.approx(held)
+    assert taught.seconds["training"] > without.seconds["training"]
+    assert taught.refusals

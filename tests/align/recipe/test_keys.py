@@ -64,6 +64,7 @@ REFUSED: dict[str, dict[str, Any]] = {
 }
 """Keys that do nothing in a stage (or without another key), each with a value that is not its default."""
 EVERYWHERE = {"data.split": "test"}
+TAUGHT: dict[str, Any] = {"rewards": [], "grpo.distill.teacher": "t"}
 ALONE: list[tuple[str, str, dict[str, Any]]] = [
     (
         "grpo",
@@ -81,6 +82,17 @@ ALONE: list[tuple[str, str, dict[str, Any]]] = [
     ("grpo", "grpo.correction.level", {"grpo.correction.kind": "sequence_mask", "grpo.correction.level": "token"}),
     ("grpo", "grpo.correction.level", {"grpo.correction.kind": "geometric_mask", "grpo.correction.level": "sequence"}),
     ("grpo", "data.split", {"data.split": "validation", "evaluation.every": 5}),
+    ("grpo", "skip_zero_gradient", {"grpo.distill.teacher": "t", "grpo.skip_zero_gradient": True}),
+    ("grpo", "rewards", {"rewards": []}),
+    ("grpo", "rewards", {"rewards": [{"name": "exact_answer", "weight": 0}]}),
+    ("grpo", "grpo.group_size", {"grpo.distill.teacher": "t", "grpo.group_size": 1}),
+    ("grpo", "grpo.preset", {**TAUGHT, "grpo.preset": "dapo"}),
+    ("grpo", "grpo.clip_high", {**TAUGHT, "grpo.clip_high": 0.3}),
+    ("grpo", "grpo.level", {**TAUGHT, "grpo.level": "geometric"}),
+    ("grpo", "grpo.refill_rounds", {**TAUGHT, "grpo.refill_rounds": 1}),
+    ("grpo", "alarms.reward_jump", {**TAUGHT, "alarms.reward_jump": 2}),
+    ("grpo", "evaluation.every", {**TAUGHT, "evaluation.every": 5}),
+    ("grpo", "scoring", {**TAUGHT, "scoring.workers": 2}),
     ("sft", "evaluation.samples", {"rewards": [], "evaluation.samples": 8}),
     ("sft", "scoring", {"rewards": [], "scoring.workers": 2}),
 ]
@@ -246,3 +258,11 @@ def test_a_key_that_another_one_makes_useless_is_refused_by_its_name(
 ) -> None:
     with pytest.raises(ValidationError, match=key.replace(".", r"\.")):
         STAGES[stage].model_validate(with_keys(stage, values))
+
+
+@pytest.mark.parametrize("rewards", [[], [{"name": "exact_answer", "weight": 0}]])
+def test_a_teacher_may_be_all_that_is_learned_from(rewards: list[Any]) -> None:
+    given = {**TAUGHT, "rewards": rewards, "grpo.group_size": 1, "grpo.kl_coefficient": 0.1, "grpo.level": "geometric"}
+    recipe = STAGES["grpo"].model_validate(with_keys("grpo", given))
+    assert recipe.roles().teacher == "t"
+    assert (recipe.roles().scoring is None) == (rewards == [])

@@ -123,6 +123,7 @@ class FakeLearner:
     trained: Any = field(default_factory=lambda: SimpleNamespace(description="fake", modules=None))
     bad_updates: int = 0
     reference: ModelOptions | None = None
+    teacher: ModelOptions | None = None
     replay: str = "off"
     has_moved: bool = False
     routes: list[Changes] = field(default_factory=list)  # of one batch after the other
@@ -138,6 +139,7 @@ class FakeLearner:
         tokens = sum(s.sampled_tokens for s in sequences)
         apart = self.difference * tokens
         sums = Sums(tokens=tokens, padded_tokens=tokens, entropy=tokens, compared=tokens, difference=apart, loss=0.5)
+        sums.teacher_kl = 0.25 * tokens
         sums.routes = self.routes[len(self.batches) - 1 :][:1]
         sums.log_probs = [[np.full(s.sampled_tokens, -s.weight, dtype=np.float32) for s in sequences]]
         return sums
@@ -234,9 +236,14 @@ def train(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Stag
         assert isinstance(recipe, PolicyRecipe)
 
         def start(
-            self: Session, options: Any, seed: int, reference: ModelOptions | None = None, replay: str = "off"
+            self: Session,
+            options: Any,
+            seed: int,
+            reference: ModelOptions | None = None,
+            replay: str = "off",
+            teacher: ModelOptions | None = None,
         ) -> Any:
-            learner.reference, learner.replay = reference, replay
+            learner.reference, learner.replay, learner.teacher = reference, replay, teacher
             return learner
 
         monkeypatch.setattr(Session, "new_learner", start)
@@ -252,7 +259,8 @@ def train(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Stag
         with open_run(recipe) as run:
             stage = Stage(recipe, run, fleet, learner)
             session = Session(run, recipe.model, tokenizer)
-            session.fleet, session.pool = fleet, FakePool(fleet)  # type: ignore[assignment]
+            session.fleet = fleet  # type: ignore[assignment]
+            session.pool = FakePool(fleet) if recipe.rewards else None  # type: ignore[assignment]
             if name == "grpo":
                 stage.data = grpo.load_grpo_data(recipe, tokenizer, run)  # type: ignore[arg-type]
                 grpo.train_grpo(recipe, stage.data, session)  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from align.data.drawing import items_of_step, refill_of_step
+from align.errors import UserError
 from align.evaluate.agreement import AgreementError
 from align.learner.objective import Sums, learning_rate
 from align.learner.routing import Routes
@@ -209,6 +210,68 @@ def test_samples_that_teach_nothing_are_skipped_but_for_what_the_gate_compares(
             [updates / 16] * len(batch.sequences)
         )
     assert stage.steps[0]["skipped_samples"] == pytest.approx(1 - sum(map(len, computed)) / 16)
+
+
+TEACHER = "grpo.distill={teacher: recipes/nano, weight: 0.5}"
+ALONE = ("grpo.steps=1", "grpo.prompts_per_step=4", "grpo.group_size=1", "evaluation.before=false", TEACHER)
+
+
+@pytest.fixture
+def any_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("align.recipe.load.check_model_directory", lambda *_: None)
+
+
+@pytest.mark.usefixtures("any_teacher")
+def test_a_teacher_is_learned_from_without_rewards(train: Any) -> None:
+    stage = train("grpo", *ALONE, "rewards=[]", "evaluation.samples=4", "evaluation.limit=4")
+    assert stage.learner.teacher.path == str(NANO)
+    batch = first_batch(stage)
+    assert [(s.advantage, s.weight * s.sampled_tokens) for s in batch] == [(0, pytest.approx(1 / 4))] * 4
+    [line] = stage.steps
+    assert (line["distill/kl"], line["trained_on"], line["bad_samples"]) == (0.25, 1, 0)
+    assert line.keys() & {"reward", "reward_std", "accuracy", "zero_variance_groups"} == set()
+    assert stage.warnings == []
+    rows = read_samples(stage.run.directory.samples_file(1))
+    assert [(row["trained_on"], row["reward"], row["verdict"]) for row in rows] == [(True, None, "unscored")] * 4
+
+
+@pytest.mark.usefixtures("any_teacher")
+def test_rewards_of_weight_0_measure_what_a_teacher_alone_teaches(train: Any) -> None:
+    measured = "rewards=[{name: exact_answer, weight: 0}]"
+    stage = train("grpo", *ALONE, measured, "grpo.group_size=2", write=lambda *_: {"worth": 1.0})
+    [line] = stage.steps
+    assert (line["accuracy"], line["reward/exact_answer"], line["trained_on"]) == (1, 1, 1)
+    assert line.keys() & {"reward", "reward_std", "zero_variance_groups"} == set()
+    assert stage.warnings == []
+
+
+@pytest.mark.usefixtures("any_teacher")
+def test_beside_rewards_a_teacher_leaves_advantages_as_they_are(train: Any) -> None:
+    stage = train("grpo", *SMALL, TEACHER, write=write)
+    assert [s.advantage for s in first_batch(stage)] == pytest.approx([*z_scores(REWARDS[0]), 0, 0, 0, 0])
+    assert (stage.steps[0]["distill/kl"], stage.steps[0]["reward"]) == (0.25, pytest.approx(14 / 8))
+    assert train("grpo", *SMALL, "run.overwrite=true").learner.teacher is None
+
+
+@pytest.mark.usefixtures("any_teacher")
+def test_a_run_does_not_go_on_with_another_teacher(train: Any, tmp_path: Path) -> None:
+    weights = tmp_path / "teacher" / "model.safetensors"
+    weights.parent.mkdir()
+    weights.write_text("of the teacher")
+    given = (*ALONE, "rewards=[]", "grpo.steps=3", "save_every=1", f"grpo.distill.teacher={weights.parent}")
+
+    def stopped(step: int, place: int, index: int) -> Mapping[str, Any]:
+        if step == 2:
+            raise KeyboardInterrupt
+        return {}
+
+    with pytest.raises(KeyboardInterrupt):
+        train("grpo", *given, write=stopped)
+    weights.write_text("of another one")
+    with pytest.raises(UserError, match="the weights of the teacher"):
+        train("grpo", *given)
+    weights.write_text("of the teacher")
+    assert [call["step"] for call in train("grpo", *given).fleet.calls] == [2]
 
 
 def test_a_sample_that_nobody_could_judge_is_in_no_mean_and_an_event_of_the_run(train: Any) -> None:

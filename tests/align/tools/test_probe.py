@@ -103,6 +103,7 @@ def test_it_prints_a_table_writes_the_numbers_and_keeps_them(
     ("arguments", "why"),
     [
         (["recipes/nano/sft.yaml", "--answers", "{answers}"], "stage sft trains on no rewards"),
+        (["recipes/nano/distill.yaml", "--answers", "{answers}"], "stage grpo trains on no rewards"),
         ([GRPO, "--answers", "{other}"], "no reward with a weight is for answers of the domain 'poetry'"),
         ([GRPO, "--answers", "nowhere.jsonl"], "nowhere.jsonl"),
         ([GRPO, "--answers", "{answers}", "--trick", "corrected"], "--trick: a trick of your own is named by its file"),
