@@ -19,7 +19,7 @@ from mismatch import CORRECTIONS, SAMPLERS, measure
 
 from align.recipe import ModelOptions
 from align.run import read_jsonl, read_status
-from align.run.files import json_line, write_atomically
+from align.run.files import write_atomically, write_jsonl
 from align.statistics import wilson_interval
 
 NANO = Path(__file__).resolve().parents[1] / "recipes" / "nano"
@@ -141,8 +141,7 @@ class Results:
     def add(self, name: str, found: Mapping[str, Any]) -> None:
         """Keep a row."""
         self.rows[name] = {"name": name, **found}
-        with self._file.open("a", encoding="utf-8") as file:
-            file.write(json_line(self.rows[name]) + "\n")
+        write_jsonl(self._file, self.rows.values())
 
 
 def trained_policy(out: Path, *, tiny: bool) -> Path:
@@ -236,7 +235,8 @@ def table_2(rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 def mismatch_of(row: Mapping[str, Any]) -> list[str]:
     """Mean, largest difference and k3 in nats, and the share of routes that changed."""
-    return [f"{row['mean']:.1e}", f"{row['max']:.2g}", f"{row['k3']:.1e}", f"{row['changed']:.2%}"]
+    mean, largest, k3, changed = (float(row[name]) for name in ("mean", "max", "k3", "changed"))
+    return [f"{mean:.1e}", f"{largest:.2g}", f"{k3:.1e}", f"{changed:.2%}"]
 
 
 def corrected_of(share: float, size: float) -> str:
