@@ -90,7 +90,13 @@ def sample(fleet: Fleet, problems: Sequence[Problem], group_size: int) -> list[T
 def sampling(policy: ModelOptions, sampler: str, tokenizer: Any) -> Iterator[Fleet]:
     """A worker that computes in the sampler's dtype with the policy's weights, on the sampler's grid where it has one."""
     options = FleetOptions(
-        workers=1, threads=2, max_length=128, kv_cache_gb=0.5, batch_sequences=256, record_experts=True
+        workers=1,
+        threads=2,
+        max_length=128,
+        kv_cache_gb=0.5,
+        batch_sequences=256,
+        record_experts=True,
+        start_timeout_s=1800,
     )
     dtype = "bfloat16" if sampler == "bfloat16" else "float32"
     fleet = Fleet(policy.path, dtype, options, stop_token_ids(policy, tokenizer))

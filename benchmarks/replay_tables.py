@@ -47,12 +47,13 @@ REMEDIES = {
     "R3 + icepop": ["grpo.routing_replay=sampler", "grpo.correction={kind: icepop}"],
     "frozen router": ["learner.freeze=[router]"],
 }
+# On a busy machine engines take minutes to start.
+PATIENT = ["trackers=[]", "rollout.start_timeout_s=1800", "learner.start_timeout_s=1800"]
 # Two policies that are meant to differ: no limit ends a run that is to be measured.
 ROUNDED = ["weights.precision=int8", "agreement={warn_mean: 100, stop_mean: 100, stop_routing: 1}"]
 COMMON = [
     "init_from=null",
     "model.init=pretrained",
-    "trackers=[]",
     "rollout.record_experts=true",
     "agreement.stop_routing=1",
     "grpo={steps: 20, prompts_per_step: 32, group_size: 16}",
@@ -118,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if cell.name in results.rows:
             continue
         directory = out / cell.name.replace(", ", "-").replace(" ", "_")
-        keys = [f"model.path={policy}", *COMMON, *(TINY_GRPO if options.tiny else []), *cell.overrides]
+        keys = [f"model.path={policy}", *PATIENT, *COMMON, *(TINY_GRPO if options.tiny else []), *cell.overrides]
         if align("grpo", NANO / "grpo.yaml", directory, keys):
             results.add(cell.name, measured(directory))
         else:
@@ -154,7 +155,7 @@ def trained_policy(out: Path, *, tiny: bool) -> Path:
         config = json.loads((NANO / "policy" / "config.json").read_text())
         config |= ROUTING | {"routed_scaling_factor": scaling}
         write_atomically(drawn / "config.json", json.dumps(config, indent=2))
-        keys = [f"model.path={drawn}", "trackers=[]", *(TINY_SFT if tiny else [])]
+        keys = [f"model.path={drawn}", *PATIENT, *(TINY_SFT if tiny else [])]
         if not align("sft", NANO / "sft.yaml", directory, keys):
             raise SystemExit(f"SFT with scaling {scaling:g} failed: {directory}.log")
         accuracy = float(read_jsonl(directory / "evaluations.jsonl")[-1]["accuracy"])

@@ -25,7 +25,13 @@ def tables(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 def test_each_run_is_named_once_and_has_a_recipe_that_says_what_its_row_says(tables: Any, tmp_path: Path) -> None:
     assert len({cell.name for cell in tables.CELLS}) == len(tables.CELLS) == 18
     for cell in tables.CELLS:
-        keys = [*tables.COMMON, f"model.path={tables.NANO / 'policy'}", "model.init=random", f"run.dir={tmp_path}"]
+        keys = [
+            *tables.PATIENT,
+            *tables.COMMON,
+            f"model.path={tables.NANO / 'policy'}",
+            "model.init=random",
+            f"run.dir={tmp_path}",
+        ]
         recipe = load_recipe(tables.NANO / "grpo.yaml", [*keys, *cell.overrides])
         assert isinstance(recipe, GrpoRecipe)
         assert (recipe.grpo.steps, recipe.grpo.updates_per_step, recipe.seed) == (20, cell.updates, cell.seed)
