@@ -15,7 +15,7 @@ STAMP := $(VENV)/.installed-$(ACCELERATOR)
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock sft grpo smol reward-models pipeline bench bench-rewards bench-routing probe-rewards drill gpu-check lint test test-slow test-architectures test-instruction-sets test-transformers4 mutations format clean
+.PHONY: help setup lock sft grpo smol reward-models pipeline bench bench-rewards bench-routing replay-tables probe-rewards drill gpu-check lint test test-slow test-architectures test-instruction-sets test-transformers4 mutations format clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -64,6 +64,9 @@ bench-rewards: $(STAMP) ## math answers and sandboxed programs per second
 
 bench-routing: $(STAMP) ## what recording and replaying experts costs
 	$(BIN)/python benchmarks/routing.py
+
+replay-tables: $(STAMP) ## what replay and corrections do to a mismatched policy: the tables of docs/moe.md, about an hour (ARGS=--tiny)
+	$(BIN)/python benchmarks/replay_tables.py $(ARGS)
 
 probe-rewards: $(STAMP) ## what cheap tricks do to the rewards that ship: the table of docs/rewards.md
 	$(BIN)/python benchmarks/probe_rewards.py

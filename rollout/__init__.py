@@ -17,7 +17,7 @@ from typing import Any
 
 from rollout.colocation import Colocation
 from rollout.fleet import Fleet, sample_seed
-from rollout.sync.base import WeightOptions, WeightSource, WeightSync
+from rollout.sync.base import Precision, WeightOptions, WeightSource, WeightSync
 from rollout.sync.broadcast import BroadcastSync
 from rollout.sync.files import AdapterFiles, AdapterSync, DirectorySync
 from rollout.sync.object_store import ObjectStoreSync, stored
@@ -49,6 +49,7 @@ __all__ = [
     "FleetOptions",
     "Group",
     "ObjectStoreSync",
+    "Precision",
     "Prompt",
     "RolloutError",
     "SamplingOptions",

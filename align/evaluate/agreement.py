@@ -11,7 +11,7 @@ from align.learner.group import LearnerGroup
 from align.learner.objective import Sums
 from align.learner.routing import Changes, add_changes
 from align.recipe import AgreementOptions
-from rollout import Fleet, Prompt, SamplingOptions, Trajectory
+from rollout import Fleet, Precision, Prompt, SamplingOptions, Trajectory
 
 PROBE_TOKENS = 16
 
@@ -58,9 +58,13 @@ class Disagreement:
 class AgreementGate:
     """Warns, and beyond the limit raises, when sampler and learner part."""
 
-    def __init__(self, options: AgreementOptions, dtype: str, warn: Callable[[str], None]):
-        self._warn_mean, self._stop_mean = options.limits(dtype)
-        self._stop_routing = options.routing_limit(dtype)
+    def __init__(
+        self, options: AgreementOptions, dtype: str, warn: Callable[[str], None], precision: Precision = "model"
+    ):
+        """Both compute in `dtype`; `precision` is the grid that the sampler's weights alone are rounded to."""
+        grid = dtype if precision == "model" else precision
+        self._warn_mean, self._stop_mean = options.limits(grid)
+        self._stop_routing = options.routing_limit(grid)
         self.dtype = dtype
         self._warn = warn
 
@@ -110,8 +114,8 @@ def probe(fleet: Fleet, learner: LearnerGroup, prompts: Sequence[Prompt]) -> Dis
 
 
 def compare(trajectories: Sequence[Trajectory], learner: LearnerGroup) -> Disagreement:
-    """The disagreement on trajectories drawn at temperature 1."""
-    learned = learner.log_probs([training_sequence(trajectory) for trajectory in trajectories], 1.0)
+    """The disagreement on trajectories drawn at temperature 1, the learner's weights rounded where they are sent so."""
+    learned = learner.log_probs([training_sequence(trajectory) for trajectory in trajectories], 1.0, as_sent=True)
     sampled = [trajectory.log_probs[trajectory.sampled] for trajectory in trajectories]
     differences = np.concatenate(learned).astype(np.float64) - np.concatenate(sampled)
     size = np.abs(differences)

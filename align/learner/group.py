@@ -29,7 +29,7 @@ from align.learner.routing import Changes
 from align.recipe import LearnerOptions, ModelOptions, Replay
 from align.run.checkpoints import Entry
 from align.run.files import whole_directory
-from rollout import Colocation, Fleet, ObjectStoreSync, WeightSync
+from rollout import Colocation, Fleet, ObjectStoreSync, Precision, WeightSync
 from rollout.parts import Distance
 from rollout.processes import ProcessId, in_placement_group, kill, stacks, start_limit_s, usable_gpus, visibility
 from rollout.sync.base import WriteBuckets
@@ -84,6 +84,7 @@ class RankGroup:
         self.bad_updates = 0
         self.trained = Trained("", None)
         self.weight_sync: WeightSync = ObjectStoreSync()
+        self.precision: Precision = "model"
         self._colocation = colocation
         self._is_ready = self._is_offloaded = False
 
@@ -149,7 +150,7 @@ class RankGroup:
 
     def publish(self, write: WriteBuckets, bucket_bytes: float, *, on_device: bool = False) -> list[Any]:
         """Have rank 0 write the trained weights; see `rollout.sync.base.Publisher`. Raises LearnerError, OSError."""
-        arguments = write, bucket_bytes, on_device
+        arguments = write, bucket_bytes, on_device, self.precision
         calls = [rank.publish.options(num_returns="streaming").remote(*arguments) for rank in self._at_work()]
         self._gather([call.completed() for call in calls], self._options.step_timeout_s, "gathering the weights")
         return list(calls[0])
@@ -279,15 +280,17 @@ class LearnerGroup(RankGroup):
         kind: type[LearnerWorker] = LearnerWorker,
         replay: Replay = "off",
         teacher: ModelOptions | None = None,
+        precision: Precision = "model",
     ):
         """`reference` is what the KL is measured to, `teacher` what a distillation learns from. `weight_sync` is how `sync_weights` sends the weights, by default through Ray's object store; `kind` is what the ranks are.
 
         `replay` says whose experts tokens go through in GRPO: those that the sequences have of the sampler, or those of the learner itself
         before the first of several updates. `has_moved` is true after the first of a step's updates until its last: the rollout workers then
-        hold other weights.
+        hold other weights. `precision` is the grid that weights are rounded to before they are sent.
         """
         super().__init__(kind, model, options, seed, reference, teacher, colocation=colocation)
         self.weight_sync = weight_sync or self.weight_sync
+        self.precision = precision
         self.replay = replay
         self.has_moved = False
 
@@ -359,18 +362,24 @@ class LearnerGroup(RankGroup):
         calls = [rank.take_routes.remote() for rank in self._ranks]
         return self._gather(calls, self._options.step_timeout_s, "counting routes")
 
-    def log_probs(self, sequences: Sequence[TrainingSequence], temperature: float) -> list[npt.NDArray[np.float32]]:
-        """The policy's log-probabilities [S] of the sampled tokens of each sequence, with the sampler's experts where these are replayed."""
+    def log_probs(
+        self, sequences: Sequence[TrainingSequence], temperature: float, *, as_sent: bool = False
+    ) -> list[npt.NDArray[np.float32]]:
+        """The policy's log-probabilities [S] of the sampled tokens of each sequence, with the sampler's experts where these are replayed.
+
+        With `as_sent` under weights that are rounded as those of the rollout workers are.
+        """
         work, plan = self._split(sequences)
-        replays = self.replay == "sampler"
-        calls = [r.log_probs.remote(part, temperature, replays) for r, part in zip(self._at_work(), work, strict=True)]
+        how = temperature, self.replay == "sampler", self.precision if as_sent else "model"
+        calls = [r.log_probs.remote(part, *how) for r, part in zip(self._at_work(), work, strict=True)]
         return in_order(plan, self._gather(calls, self._options.step_timeout_s, "computing log-probabilities"))
 
     def part_distances(
         self, sequence: TrainingSequence, noted: Mapping[str, torch.Tensor]
     ) -> tuple[dict[str, Distance], npt.NDArray[np.float32]]:
-        """How far the learner's parts are from what the sampler's computed for a sequence; see `LearnerWorker.part_distances`."""
-        calls = [rank.part_distances.remote(sequence, noted) for rank in self._at_work()]
+        """How far the learner's parts are from what the sampler's computed for a sequence, under the same rounded weights where they are sent so;
+        see `LearnerWorker.part_distances`."""
+        calls = [rank.part_distances.remote(sequence, noted, self.precision) for rank in self._at_work()]
         return self._gather(calls, self._options.step_timeout_s, "comparing parts of the model")[0]
 
     def _before_updates(self, sequences: Sequence[TrainingSequence], temperature: float) -> list[TrainingSequence]:

@@ -26,6 +26,7 @@ from align.learner.rank import LearnerRank, Trained
 from align.learner.routing import Changes, RoutingReplay
 from align.model.policy import load_policy
 from align.recipe import ModelOptions
+from rollout import Precision
 from rollout.parts import Distance, compared
 from rollout.types import Experts
 
@@ -119,17 +120,18 @@ class LearnerWorker(LearnerRank):
         return log_probs
 
     def log_probs(
-        self, micro_batches: MicroBatches, temperature: float, replays: bool = False
+        self, micro_batches: MicroBatches, temperature: float, replays: bool = False, precision: Precision = "model"
     ) -> list[list[npt.NDArray[np.float32]]]:
         """Log-probabilities [S] of the sampled tokens of every sequence, in the shape of the micro-batches.
 
-        Where it `replays`, tokens go through the experts that their sequences have.
+        Where it `replays`, tokens go through the experts that their sequences have. The weights are those that are sent at `precision`.
         """
         results = []
-        for sequences in micro_batches:
-            batch = self._collate(sequences)
-            with self._routing.given(batch.routes, forced=replays):
-                results.append(sampled_values(self._values(batch, temperature), batch))
+        with self._as_sent(precision):
+            for sequences in micro_batches:
+                batch = self._collate(sequences)
+                with self._routing.given(batch.routes, forced=replays):
+                    results.append(sampled_values(self._values(batch, temperature), batch))
         return results
 
     def log_probs_and_experts(
@@ -145,15 +147,15 @@ class LearnerWorker(LearnerRank):
         return results
 
     def part_distances(
-        self, sequence: TrainingSequence, noted: Mapping[str, torch.Tensor]
+        self, sequence: TrainingSequence, noted: Mapping[str, torch.Tensor], precision: Precision = "model"
     ) -> tuple[dict[str, Distance], npt.NDArray[np.float32]]:
         """How far this rank's parts are from what the sampler's computed for a sequence, and its log-probabilities [S] after these.
 
-        The routers choose for themselves.
+        The routers choose for themselves; the weights are those that are sent at `precision`.
         """
         network = self._network if self._options.lora is None else self._network.get_base_model()
         batch = collate([sequence], self._pad_id).to(self._device)
-        with compared(network, noted) as found:
+        with self._as_sent(precision), compared(network, noted) as found:
             (values,) = sampled_values(self._values(batch, 1.0), batch)
         return found, values
 

@@ -8,7 +8,7 @@ import socket
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -51,8 +51,10 @@ from align.model.lora import (
 )
 from align.model.names import frozen_names, layout_of, to_checkpoint
 from align.model.policy import attention_kernel, attention_sizes, load_tokenizer, save_policy
+from align.model.rounding import round_parameter, rounded
 from align.recipe import BFLOAT16_SUMS, MERGED_ADAPTERS, LearnerOptions, ModelOptions
 from align.run.checkpoints import Entry
+from rollout import Precision
 from rollout.processes import HIDDEN, ProcessId, introduce_this_process, openmp
 from rollout.sync.base import WriteBuckets, buckets
 
@@ -131,7 +133,9 @@ class LearnerRank(ABC):
         """Parameters and experts of this rank that have had no gradient yet."""
         return self._census.missing()
 
-    def publish(self, write: WriteBuckets, bucket_bytes: float, on_device: bool = False) -> Iterator[Any]:
+    def publish(
+        self, write: WriteBuckets, bucket_bytes: float, on_device: bool = False, precision: Precision = "model"
+    ) -> Iterator[Any]:
         """Have `write` take the weights of what is trained, under checkpoint names, in buckets of so many bytes; on rank 0 only.
 
         They are on the rank's own device with `on_device`, else on the CPU. A LoRA adapter goes beside the weights where the sampler can add
@@ -141,7 +145,7 @@ class LearnerRank(ABC):
         try:
             if self._engine.global_rank == 0:
                 layout = layout_of(self._network.config.model_type)
-                yield from write(buckets(to_checkpoint(weights, layout), bucket_bytes))
+                yield from write(buckets(rounded(to_checkpoint(weights, layout), precision), bucket_bytes))
         finally:
             # Also where writing fails, or the other ranks would wait for this one at the next parameter.
             deque(weights, maxlen=0)
@@ -383,12 +387,35 @@ class LearnerRank(ABC):
                         state[name] = parameter.detach().cpu().clone()
         return state
 
-    def _whole(self, parameters: Sequence[torch.Tensor]) -> AbstractContextManager[Any]:
+    @contextmanager
+    def _as_sent(self, precision: Precision) -> Iterator[None]:
+        """Within the context the network has the weights that `publish` sends at `precision`, and after it its own, to the bit.
+
+        All ranks must go through it. The original weights wait in the CPU's memory, under ZeRO-3 in that of rank 0.
+        """
+        parameters = {} if precision == "model" else dict(self._network.named_parameters())
+        changes = self._options.zero_stage < 3 or self._engine.global_rank == 0
+        own: dict[str, torch.Tensor | None] = {}
+        for name, parameter in parameters.items():
+            with self._whole([parameter], changed=True):
+                own[name] = round_parameter(name, parameter.data, precision) if changes else None
+        try:
+            yield
+        finally:
+            for name, parameter in parameters.items():
+                with self._whole([parameter], changed=True):
+                    if (before := own[name]) is not None:
+                        parameter.data.copy_(before)
+
+    def _whole(self, parameters: Sequence[torch.Tensor], *, changed: bool = False) -> AbstractContextManager[Any]:
+        """Within the context ZeRO-3's parameters are whole; what rank 0 changes of them is kept where they are `changed`."""
         if self._options.zero_stage < 3:
             return nullcontext()
         import deepspeed
 
-        context: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(list(parameters))
+        context: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(
+            list(parameters), modifier_rank=0 if changed else None
+        )
         return context
 
     @property

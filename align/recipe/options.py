@@ -352,27 +352,32 @@ class EvaluationOptions(Options):
 class AgreementOptions(Options):
     """How far sampler and learner may differ: in the log-probability of a token, and in the experts that it goes through."""
 
-    warn_mean: float | None = Field(None, gt=0, description="mean |difference|; by dtype when not given")
-    stop_mean: float | None = Field(None, gt=0, description="mean |difference|; by dtype when not given")
+    warn_mean: float | None = Field(
+        None, gt=0, description="mean |difference|; by dtype, or a coarser weights.precision, when not given"
+    )
+    stop_mean: float | None = Field(
+        None, gt=0, description="mean |difference|; by dtype, or a coarser weights.precision, when not given"
+    )
     stop_routing: float | None = Field(
         None,
         ge=0,
         le=1,
         description="share of the tokens of a layer that the learner sends to other experts than the sampler did, where experts are recorded, "
-        "beyond which the run stops; it warns at half of it. 0 in float32 and 0.2 in bfloat16 when not given",
+        "beyond which the run stops; it warns at half of it. 0 in float32, 0.2 in bfloat16, 0.4 and 0.8 with weights rounded to int8 and fp8 when not "
+        "given",
     )
 
-    def limits(self, dtype: str) -> tuple[float, float]:
-        """(warn, stop): mean |difference| in nats a token, as given or as the dtype can hold."""
+    def limits(self, grid: str) -> tuple[float, float]:
+        """(warn, stop): mean |difference| in nats a token, as given or as the dtype, or the grid that weights are rounded to, can hold."""
         # In float32 a token whose router was undecided can go to another expert: 0.1 nats of one token, 2e-5 of a step's mean.
-        by_dtype = {"float32": (1e-4, 1e-3), "bfloat16": (0.08, 0.15)}
-        warn, stop = by_dtype[dtype]
+        by_grid = {"float32": (1e-4, 1e-3), "bfloat16": (0.08, 0.15), "int8": (0.15, 0.3), "fp8": (0.3, 0.6)}
+        warn, stop = by_grid[grid]
         return self.warn_mean or warn, self.stop_mean or stop
 
-    def routing_limit(self, dtype: str) -> float:
-        """`stop_routing`, as given or as the dtype can hold: in float32 two routers differ where logits tie, which is not counted."""
-        by_dtype = {"float32": 0.0, "bfloat16": 0.2}
-        return by_dtype[dtype] if self.stop_routing is None else self.stop_routing
+    def routing_limit(self, grid: str) -> float:
+        """`stop_routing`, as given or as the dtype or grid can hold: in float32 two routers differ where logits tie, which is not counted."""
+        by_grid = {"float32": 0.0, "bfloat16": 0.2, "int8": 0.4, "fp8": 0.8}
+        return by_grid[grid] if self.stop_routing is None else self.stop_routing
 
 
 class AlarmOptions(Options):

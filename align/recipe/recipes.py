@@ -260,6 +260,7 @@ class SftRecipe(PolicyRecipe):
     no_effect: ClassVar = {
         "evaluation.every": "SFT looks at the validation loss, every sft.validate_every steps",
         "data.split": "the validation split gives the validation loss",
+        "weights.precision": "nothing is sampled to be trained on in SFT",
         **dict.fromkeys(
             ("alarms.entropy_share", "alarms.zero_variance_groups", "alarms.reward_jump"), "nothing is sampled in SFT"
         ),
@@ -391,6 +392,14 @@ class GrpoRecipe(PolicyRecipe):
             raise ValueError(
                 "learner.lora.dropout must be 0: with it the learner would judge another policy than the one that sampled"
             )
+        precision = self.weights.precision
+        if precision != "model" and self.learner.lora is not None:
+            raise ValueError(
+                f"weights.precision: {precision} rounds what is sent, and beside learner.lora the weights without an adapter are never sent: leave one "
+                "of them out"
+            )
+        if precision == self.model.dtype:
+            raise ValueError(f"weights.precision: {precision} has no effect on a model of that dtype: leave it out")
         if self.sampling.max_new_tokens >= self.rollout.max_length:
             raise ValueError(
                 f"sampling.max_new_tokens ({self.sampling.max_new_tokens}) leaves no room for a prompt in "

@@ -80,6 +80,7 @@ def model_card(run: RunRecord, name: str) -> str:
         **licence,
     )
     final = RunDirectory(run.path).final_directory
+    precision = (run.whole.recipe.get("weights") or {}).get("precision", "model")
     text = ModelCard.from_template(
         about,
         template_str=TEMPLATE.read_text(encoding="utf-8"),
@@ -89,6 +90,7 @@ def model_card(run: RunRecord, name: str) -> str:
         licence=licence["license"],
         stages=[(stage.recipe.get("stage"), recipe_text(stage), curve_rows(stage)) for stage in stages],
         evaluations=evaluation_rows(evaluations),
+        rounded_to=precision if precision != "model" else None,
         has_adapter=(final / "adapter").is_dir(),
         usage=usage_of(final, name) if is_reward_model else None,
         packages=run.whole.environment.get("packages") or {},

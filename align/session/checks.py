@@ -26,6 +26,7 @@ from align.model.policy import find_config, load_tokenizer
 from align.model.reward_model import is_reward_model
 from align.model.sizes import ModelSizes, empty_model, model_sizes, read_config
 from align.recipe import (
+    AgreementOptions,
     GrpoRecipe,
     MachineOptions,
     ModelOptions,
@@ -77,10 +78,22 @@ def check_recipe(recipe: Recipe) -> list[str]:
     if roles.learner is not None and roles.learner.port is not None:
         check_port(roles.learner.port)
     notes = [expansion(recipe.grpo)] if isinstance(recipe, GrpoRecipe) and recipe.grpo.preset else []
+    if isinstance(recipe, GrpoRecipe) and recipe.weights.precision != "model":
+        notes.append(rounding_note(recipe))
     notes += check_model(recipe)
     # Last, so that a machine without engines can tell what else is wrong with a recipe.
     check_installed(engines_of(roles))
     return notes
+
+
+def rounding_note(recipe: GrpoRecipe) -> str:
+    """What rounded weights mean for a recipe that sends them."""
+    precision, dtype, given = recipe.weights.precision, recipe.model.dtype, recipe.agreement
+    return (
+        f"weights.precision: workers sample, and answer evaluations, with weights rounded to {precision}, and the learner's are not rounded: a step "
+        f"stops the run where they differ by {given.limits(precision)[1]:g} nats a token, and a probe after each weight sync, in which both have the "
+        f"rounded weights, by {AgreementOptions().limits(dtype)[1]:g}"
+    )
 
 
 def engines_of(roles: Roles) -> list[str]:

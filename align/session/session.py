@@ -38,6 +38,7 @@ from rollout import (
     DirectorySync,
     Fleet,
     ObjectStoreSync,
+    Precision,
     WeightOptions,
     WeightSync,
 )
@@ -63,6 +64,7 @@ class Session:
     fleet: Fleet = field(init=False)
     pool: ScoringPool | None = None
     weight_sync: WeightSync = field(default_factory=ObjectStoreSync)
+    precision: Precision = "model"
     colocation: Colocation | None = None
     open: ExitStack = field(default_factory=ExitStack)
 
@@ -75,6 +77,7 @@ class Session:
         trains = recipe if isinstance(recipe, PolicyRecipe) else None
         if trains is not None:
             self.weight_sync = weight_sync_of(trains.weights, self.run.directory.weights_directory.absolute())
+            self.precision = trains.weights.precision
             if trains.weights.transport == "adapter" and trains.learner.lora:
                 rollout = rollout.model_copy(update={"adapter_rank": trains.learner.lora.rank})
             if trains.weights.transport == "object_store":
@@ -115,6 +118,7 @@ class Session:
             colocation=self.colocation,
             replay=replay,
             teacher=teacher,
+            precision=self.precision,
         )
 
     @contextmanager

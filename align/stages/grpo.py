@@ -82,7 +82,7 @@ def train_grpo(recipe: GrpoRecipe, data: GrpoData, session: Session) -> tuple[Mo
         guards = Guards(
             recipe.alarms, recipe.guard, non_finite_limit=limit, samples=samples, warn=run.warn, state=state
         )
-        if fleet.weight_version != state["weight_version"]:
+        if fleet.weight_version != state["weight_version"] or recipe.weights.precision != "model":
             learner.sync_weights(fleet, state["weight_version"])
         held_out.check_agreement(learner, "before GRPO")
         evaluations: dict[str, Evaluation] = {}
@@ -108,6 +108,7 @@ def train_grpo(recipe: GrpoRecipe, data: GrpoData, session: Session) -> tuple[Mo
             clock.lap("training")
             sent = learner.sync_weights(fleet, fleet.weight_version + 1)
             state["weight_version"] = fleet.weight_version
+            synced = held_out.check_sync(learner, name)
             clock.lap("weights")
 
             rows = sample_rows(scored, advantages, sums.log_probs, with_experts=recipe.rollout.record_experts)
@@ -115,6 +116,7 @@ def train_grpo(recipe: GrpoRecipe, data: GrpoData, session: Session) -> tuple[Mo
             metrics = (
                 step_metrics(scored, advantages, sums, norm, clock, rewarded=recipe.is_rewarded)
                 | option_metrics(options, advantages, sums)
+                | synced
                 | learner.expert_load()
                 | left_out(data.sources)
             )

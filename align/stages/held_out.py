@@ -21,7 +21,7 @@ from align.evaluate.rates import count_instructions, instruction_rates, task_rat
 from align.experience import Problem, encode_problems
 from align.learner.group import LearnerGroup
 from align.learner.objective import Sums
-from align.recipe import GrpoRecipe, ModelOptions, PolicyRecipe
+from align.recipe import AgreementOptions, GrpoRecipe, ModelOptions, PolicyRecipe
 from align.report.habits import last_evaluation_habits
 from align.run import RunDirectory, read_jsonl, read_samples
 from align.session.checks import check_columns
@@ -101,7 +101,10 @@ class HeldOut:
                 "as not right",
                 too_long=problems.too_long,
             )
-        self.gate = AgreementGate(recipe.agreement, session.policy.dtype, run.warn)
+        dtype, precision = session.policy.dtype, recipe.weights.precision
+        self.gate = AgreementGate(recipe.agreement, dtype, run.warn, precision)
+        self._rounds = precision != "model"
+        self._probe_gate = AgreementGate(AgreementOptions(), dtype, run.warn) if self._rounds else self.gate
 
     def to_choose_by(self) -> "HeldOut":
         """The same questions, asked of the problems by which checkpoints are chosen."""
@@ -170,10 +173,25 @@ class HeldOut:
 
     def check_agreement(self, learner: LearnerGroup, when: str) -> Disagreement:
         """Probe sampler and learner on fixed prompts. Raises AgreementError beyond the recipe's limit."""
-        with self._attributed(learner):
-            found = self.gate.check(probe(self._session.fleet, learner, self._problems.probe), when)
+        found = self._probe(learner, when)
         self._run.progress.note(f"agreement {when}: {found}")
         return found
+
+    def check_sync(self, learner: LearnerGroup, when: str) -> dict[str, float]:
+        """Probe whether rounded weights arrived, which a step's limit is too wide to tell. Returns metrics; none where weights are not rounded.
+
+        Raises AgreementError.
+        """
+        if not self._rounds:
+            return {}
+        found = self._probe(learner, f"{when}, after the weight sync")
+        return {"sync/mean": found.mean, "sync/max": found.largest, "sync/k3": found.k3}
+
+    def _probe(self, learner: LearnerGroup, when: str) -> Disagreement:
+        """Compare both on fixed prompts. Where weights are rounded the learner's are too, and the limit is that of the dtype alone."""
+        when = f"{when}, both with rounded weights" if self._rounds else when
+        with self._attributed(learner):
+            return self._probe_gate.check(probe(self._session.fleet, learner, self._problems.probe), when)
 
     def check_update(self, learner: LearnerGroup, sums: Sums, when: str) -> None:
         """Compare what was sampled with what the learner has just computed for it. Raises AgreementError beyond the recipe's limit."""

@@ -21,6 +21,7 @@ Bucket = dict[str, torch.Tensor]
 WriteBuckets = Callable[[Iterator[Bucket]], Iterable[Any]]
 """Takes all buckets in the process of learner rank 0; what it yields goes to Ray's object store, for the driver."""
 MIB = 2**20
+Precision = Literal["model", "bfloat16", "int8", "fp8"]
 
 
 class WeightOptions(BaseModel):
@@ -37,6 +38,11 @@ class WeightOptions(BaseModel):
     )
     bucket_mb: float = Field(
         256, gt=0, description="MiB that are in the memory of a process at a time; a larger tensor goes alone"
+    )
+    precision: Precision = Field(
+        "model",
+        description="GRPO: grid that weights are rounded to before they are sent, as ordinary tensors of model.dtype: none; bfloat16; int8 by output "
+        "channel, or fp8 (e4m3) by blocks of 128 x 128, of all matrices but routers, embeddings and head",
     )
 
 

@@ -59,7 +59,9 @@ class PlainLearner:
     def __init__(self, policy: ModelOptions):
         self._module = LogProbs(load_policy(policy))
 
-    def log_probs(self, sequences: Sequence[TrainingSequence], temperature: float) -> list[Any]:
+    def log_probs(
+        self, sequences: Sequence[TrainingSequence], temperature: float, *, as_sent: bool = False
+    ) -> list[Any]:
         batch = collate(sequences, pad_id=0)
         with torch.no_grad():
             values, _ = self._module(batch.token_ids, batch.targets, temperature)
@@ -81,6 +83,31 @@ def test_a_skipped_weight_update_is_caught_and_a_made_one_is_not(engines: tuple[
     assert gate().check(probe(fleet, learner, PROMPTS), "step 1").largest < 1e-4
     checks = examine_engines(fleet, learner, PROMPTS, gate())
     assert [check.status for check in checks] == [CheckStatus.OK] * 4
+
+
+def test_rounded_weights_are_compared_with_the_same_rounded_weights(engines: tuple[Fleet, LearnerGroup]) -> None:
+    """The probe is as near as without rounding, and stays so strict that weights on another grid, or none, are caught."""
+    fleet, learner = engines
+    version = fleet.weight_version
+    try:
+        for precision in ("int8", "fp8"):
+            learner.precision = precision  # type: ignore[assignment]
+            with pytest.raises(AgreementError):
+                gate().check(probe(fleet, learner, PROMPTS), "before the sync")
+            version += 1
+            learner.sync_weights(fleet, version)
+            assert gate().check(probe(fleet, learner, PROMPTS), "after it").largest < 1e-4
+    finally:
+        learner.precision = "model"
+        learner.sync_weights(fleet, version + 1)
+
+
+def test_the_limit_of_a_step_follows_the_grid_of_the_samplers_weights() -> None:
+    far = Disagreement(mean=0.1, largest=0.5, k3=0.0, tokens=10)
+    for dtype in ("float32", "bfloat16"):
+        AgreementGate(AgreementOptions(), dtype, pytest.fail, "int8").check(far, "step 1")
+        with pytest.raises(AgreementError, match=r"agreement\.stop_mean"):
+            AgreementGate(AgreementOptions(stop_mean=0.05), dtype, [].append, "int8").check(far, "step 1")
 
 
 @pytest.mark.parametrize(("shift", "temperature", "caught"), [(0.0, 1.0, False), (0.2, 1.0, True), (0.0, 0.8, True)])

@@ -12,7 +12,7 @@ from align.model.policy import load_tokenizer
 from align.recipe import GrpoRecipe, ModelOptions, load_recipe
 from align.recipe.learner import LoraOptions
 from align.run import machine
-from align.session.checks import check_model, refuse_without_experts, sent_bytes
+from align.session.checks import check_model, check_recipe, refuse_without_experts, sent_bytes
 from align.session.run import open_run
 from align.session.session import Session, weight_sync_of
 from rollout import AdapterSync, BroadcastSync, DirectorySync, ObjectStoreSync, WeightOptions
@@ -65,6 +65,15 @@ def test_an_adapter_alone_wants_one() -> None:
 def test_what_shares_a_gpu_does_so_in_a_way_that_is_possible(overrides: list[str], expected: str) -> None:
     with pytest.raises(UserError, match=expected):
         recipe(*overrides)
+
+
+def test_rounded_weights_are_refused_beside_an_adapter_and_told_of_by_check() -> None:
+    with pytest.raises(UserError, match="the weights without an adapter are never sent"):
+        recipe("weights.precision=int8", "learner.lora={rank: 8}")
+    told = [note for note in check_recipe(recipe("weights.precision=int8")) if "weights.precision" in note]
+    assert [note for note in told if "by 0.3 nats a token" in note and note.endswith("by 0.001")] == told
+    assert len(told) == 1
+    assert [note for note in check_recipe(recipe()) if "weights.precision" in note] == []
 
 
 def test_routing_is_replayed_where_there_is_any_and_something_to_replay() -> None:

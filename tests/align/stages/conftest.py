@@ -148,7 +148,9 @@ class FakeLearner:
         self.batches[-1].rate = learning_rate
         return 1.0
 
-    def log_probs(self, sequences: Sequence[TrainingSequence], temperature: float) -> list[Any]:
+    def log_probs(
+        self, sequences: Sequence[TrainingSequence], temperature: float, *, as_sent: bool = False
+    ) -> list[Any]:
         self.asked.append((len(sequences), temperature, len(self.batches)))
         return [-(n + 1) / np.arange(1, s.sampled_tokens + 1, dtype=np.float32) for n, s in enumerate(sequences)]
 

@@ -9,7 +9,7 @@ import pytest
 
 from align.data.drawing import items_of_step, refill_of_step
 from align.errors import UserError
-from align.evaluate.agreement import AgreementError
+from align.evaluate.agreement import AgreementError, Disagreement
 from align.learner.objective import Sums, learning_rate
 from align.learner.routing import Routes
 from align.recipe import GrpoOptions
@@ -366,6 +366,36 @@ def test_the_learning_rate_follows_the_schedule(train: Any) -> None:
     expected = [learning_rate(step, 4, stage.recipe.learner.optimizer) for step in range(4)]
     assert [batch.rate for batch in stage.learner.batches] == expected
     assert len(set(expected)) == 3
+
+
+def test_rounded_weights_are_sent_before_anything_is_sampled_and_probed_after_each_sync(
+    train: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The workers have loaded the policy as it is. A step is judged by the limit of the grid, a probe by that of the dtype."""
+    probes: list[int] = []
+
+    def probed(fleet: Any, learner: Any, prompts: Any) -> Disagreement:
+        probes.append(fleet.weight_version)
+        return Disagreement(mean=2e-3 if len(probes) == 3 else 1e-7, largest=1.0, k3=0.0, tokens=10)
+
+    monkeypatch.setattr("align.stages.held_out.probe", probed)
+    with pytest.raises(
+        AgreementError, match=r"GRPO step 3, after the weight sync, both with rounded weights: .*1\.0e-03"
+    ):
+        train("grpo", *SMALL, "grpo.steps=4", "weights.precision=int8", "agreement.stop_mean=0.5", difference=0.2)
+    assert probes == [1, 2, 3]
+
+
+def test_without_rounding_nothing_more_is_sent_or_probed(train: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for precision, sent in (("model", 2), ("int8", 3)):
+        monkeypatch.setattr(
+            "align.stages.held_out.probe",
+            (lambda *_: Disagreement(1e-7, 1.0, 0.0, 10)) if precision == "int8" else None,
+        )
+        stage = train("grpo", *SMALL, f"weights.precision={precision}", "run.overwrite=true")
+        assert stage.learner.sent == sent
+        assert ["sync/mean" in line for line in stage.steps] == [precision == "int8"] * 2
+        assert [call["version"] for call in stage.fleet.calls] == [0, 1]
 
 
 def test_an_alarm_of_a_step_is_an_event_of_the_run(train: Any) -> None:

@@ -112,6 +112,12 @@ def test_the_text_has_data_evaluations_curves_and_how_to_load_it(run: Path) -> N
     assert "PeftModel" not in text
 
 
+def test_it_says_where_another_policy_than_these_weights_was_evaluated(run: Path, tmp_path: Path) -> None:
+    rounded = make_run(tmp_path / "rounded", weights={"precision": "int8"})
+    assert "weights rounded to int8, as in training; the weights here are not rounded." in card(rounded)[1]
+    assert "rounded" not in card(run)[1]
+
+
 def test_of_an_adapter_it_says_how_peft_loads_it(run: Path) -> None:
     (run / "final" / "adapter").mkdir()
     assert 'PeftModel.from_pretrained(base_model, "sums", subfolder="adapter")' in card(run)[1]
