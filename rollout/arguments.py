@@ -58,10 +58,10 @@ def refusal(dtype: str, options: EngineOptions, device: Device) -> str:
         key = "model.dtype: bfloat16" if dtype == "bfloat16" else "rollout.batch_invariant"
         cure = "set model.dtype=float32" if dtype == "bfloat16" else "leave it out"
         return f"{key} takes a GPU of compute capability 8.0 or above, and {device.name} has {major}.{minor}; {cure}"
-    if options.record_experts:
+    if options.record_experts and options.batch_invariant:
         return (
-            "rollout.record_experts, which grpo.routing_replay: sampler sets, is for CPUs so far: on a GPU vLLM has another engine; leave it out, or "
-            "set grpo.routing_replay=learner"
+            "rollout.record_experts, which grpo.routing_replay: sampler sets: on a GPU vLLM tells experts from its prefix cache, which "
+            "rollout.batch_invariant turns off; leave one of them out, or set grpo.routing_replay=learner"
         )
     if options.adapter_rank and dtype == "float32":
         return (
@@ -84,6 +84,9 @@ def engine_environment(config: Any, dtype: str, options: EngineOptions, device: 
         variables["TRITON_F32_DEFAULT"] = "ieee"
     if options.batch_invariant:
         variables["VLLM_BATCH_INVARIANT"] = "1"
+    if options.record_experts:
+        # The engine that returns them.
+        variables["VLLM_USE_V2_MODEL_RUNNER"] = "1"
     return variables
 
 
@@ -123,6 +126,8 @@ def gpu_arguments(options: EngineOptions) -> dict[str, Any]:
     if options.cuda_graphs:
         # Without torch.compile: the kernels are those of the eager engine, and the start takes seconds more, not minutes.
         arguments["compilation_config"] = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
+    if options.record_experts:
+        arguments |= {"enable_return_routed_experts": True, "enable_prefix_caching": True}
     if options.batch_invariant:
         # A prompt that is computed in parts, or whose beginning is cached, is computed by other kernels.
         arguments |= {"enable_prefix_caching": False, "enable_chunked_prefill": False}

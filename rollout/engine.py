@@ -5,7 +5,7 @@ model and the device by `rollout.arguments.prepare`.
 """
 
 import gc
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 
 from rollout.arguments import prepare
 from rollout.parts import NotedTrajectory, start_noting, take_parts
-from rollout.routing import forget_routing, start_recording, take_routing
+from rollout.routing import forget_routing, returned_experts, routed_layers, start_recording, take_routing
 from rollout.sync.base import Bucket, WeightSource
 from rollout.types import (
     EngineOptions,
@@ -80,7 +80,11 @@ class Engine:
         if options.batch_invariant:
             self._llm.collective_rpc(use_one_router_kernel)
         self._count_steps()
-        if options.record_experts:
+        # The layers and number of experts that vLLM returns with each output, where it does.
+        self._returned: tuple[Sequence[int], int] | None = None
+        if "enable_return_routed_experts" in arguments:
+            self._returned = self._llm.collective_rpc(routed_layers)[0]
+        if options.record_experts and self._returned is None:
             self._llm.collective_rpc(start_recording)
 
     def sample(self, requests: Sequence[Request], sampling: SamplingOptions) -> list[Trajectory]:
@@ -101,7 +105,7 @@ class Engine:
             use_tqdm=False,
             lora_request=self._adapter,
         )
-        experts = self._llm.collective_rpc(take_routing)[0] if self._options.record_experts else {}
+        experts = self._experts(outputs)
         return [
             self._trajectory(request, output.outputs[0], experts.get(output.request_id))
             for request, output in zip(requests, outputs, strict=True)
@@ -216,8 +220,19 @@ class Engine:
                 "with other weights than those that computed them"
             )
 
+    def _experts(self, outputs: Sequence[Any]) -> Mapping[str, Experts]:
+        """The experts of the outputs' tokens, by request, where they are recorded."""
+        if self._returned is None:
+            return self._llm.collective_rpc(take_routing)[0] if self._options.record_experts else {}
+        found = {}
+        for output in outputs:
+            (completion,) = output.outputs
+            tokens = len(output.prompt_token_ids) + len(completion.token_ids) - 1
+            found[output.request_id] = returned_experts(completion.routed_experts, *self._returned, tokens)
+        return found
+
     def _forget_experts(self) -> None:
-        if self._options.record_experts:
+        if self._options.record_experts and self._returned is None:
             self._llm.collective_rpc(forget_routing)
 
     def _count_steps(self) -> None:

@@ -1,8 +1,8 @@
 """The experts that the routers of a vLLM engine choose, token by token.
 
-vLLM's own `enable_return_routed_experts` needs Triton, which its build for CPUs does not have. What it rests on does not: every router
-passes the chosen experts to a function of ours. A step of the engine computes tokens of many requests; which token of which request a row is,
-vLLM's batch says.
+On a GPU vLLM returns them with a request's output (`enable_return_routed_experts`). That needs Triton, which its build for CPUs does not have.
+What it rests on does not: every router passes the chosen experts to a function of ours. A step of the engine computes tokens of many
+requests; which token of which request a row is, vLLM's batch says.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,6 +32,36 @@ def take_routing(worker: Any) -> Mapping[str, Experts]:
     return taken
 
 
+def routed_layers(worker: Any) -> tuple[list[int], int]:
+    """The indices of the layers with routed experts in the model of a vLLM worker process, and how many experts each has."""
+    layers = moe_layers(worker.model_runner)
+    return [layer.layer_id for layer in layers], layers[0].router.global_num_experts
+
+
+def moe_layers(runner: Any) -> list[Any]:
+    """vLLM's modules with routed experts, in the order of the layers. Raises RolloutError where there are none that tell what they choose."""
+    from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+
+    layers = [module for module in runner.get_model().modules() if isinstance(module, MoERunner)]
+    if not layers or not all(hasattr(layer.router, "top_k") for layer in layers):
+        raise RolloutError(
+            "rollout.record_experts: the model has no routed experts, or vLLM does not tell what its routers choose"
+        )
+    return layers
+
+
+def returned_experts(returned: Any, layers: Sequence[int], experts: int, tokens: int) -> Experts:
+    """What vLLM returned with a request [tokens, all layers, k], of the `layers` with routed experts alone.
+
+    Raises RolloutError unless there is a row for each of `tokens`.
+    """
+    rows = len(returned) if returned is not None else 0
+    if rows != tokens:
+        raise RolloutError(f"rollout.record_experts: vLLM returned the experts of {rows} tokens, not of {tokens}")
+    found: Experts = np.ascontiguousarray(returned[:, list(layers)]).astype(expert_dtype(experts))
+    return found
+
+
 class RoutingRecorder:
     """Keeps a note of every step of the engine: the requests in it, where their tokens begin, and the experts of all tokens.
 
@@ -40,13 +70,7 @@ class RoutingRecorder:
     """
 
     def __init__(self, runner: Any):
-        from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
-
-        layers = [module for module in runner.get_model().modules() if isinstance(module, MoERunner)]
-        if not layers or not all(hasattr(layer.router, "top_k") for layer in layers):
-            raise RolloutError(
-                "rollout.record_experts: the model has no routed experts, or vLLM does not tell what its routers choose"
-            )
+        layers = moe_layers(runner)
         self._runner, self._execute = runner, runner.execute_model
         sizes = len(layers), layers[0].router.top_k
         self._dtype: Any = expert_dtype(layers[0].router.global_num_experts)

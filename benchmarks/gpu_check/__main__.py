@@ -21,7 +21,7 @@ from gpu_check import results
 from gpu_check.machine import machine
 from gpu_check.results import OUT, ROOT, TINY, WORK, emit, section_command, timed
 from gpu_check.runs import lite_run, nano_run
-from gpu_check.sampling import agreement, float32, graphs, invariance, nano_float32, sampling, weight_sync
+from gpu_check.sampling import agreement, experts, float32, graphs, invariance, nano_float32, sampling, weight_sync
 from gpu_check.training import lora, training
 
 # For a machine without a network: where processes meet, and that no hub is asked.
@@ -31,6 +31,7 @@ SECTIONS: dict[str, tuple[Callable[[], None], float]] = {
     "a": (machine, 100),
     "b": (sampling, 170),
     "c": (agreement, 110),
+    "r": (experts, 150),
     "d": (weight_sync, 170),
     "e": (training, 150),
     "f": (nano_run, 230),

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from align.experience import training_sequence
 from align.learner.batch import TrainingSequence, collate
 from align.learner.objective import LogProbs
+from align.learner.routing import RoutingReplay, routing_metrics
 from align.model.policy import (
     load_policy,
     load_tokenizer,
@@ -197,6 +198,17 @@ def learner_log_probs(
     del model, module
     torch.cuda.empty_cache()
     return rows
+
+
+def changed_routes(directory: Path, trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """The shares of the trajectories' tokens that transformers sends to other experts than the sampler did."""
+    model = load_policy(ModelOptions.model_validate({"path": str(directory), "dtype": "bfloat16"})).to(DEVICE).eval()
+    module = LogProbs(model)
+    routing = RoutingReplay(model)
+    batch = collate(training_sequences(trajectories), 1).to(DEVICE)
+    with torch.no_grad(), routing.given(batch.routes, forced=False):
+        module(**batch.inputs, temperature=1.0)
+    return routing_metrics([routing.take()])
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Sections b, c, d, h, i, n and j: the sampler, by itself and beside transformers."""
+"""Sections b, c, r, d, h, i, n and j: the sampler, by itself and beside transformers."""
 
 import pickle
 from pathlib import Path
@@ -11,6 +11,7 @@ from align.model.sizes import read_config
 from gpu_check.models import (
     CheckpointWeights,
     PartsProbe,
+    changed_routes,
     empty_directory,
     kept_samples,
     learner_log_probs,
@@ -53,6 +54,25 @@ def agreement() -> None:
     emit_difference("transformers bfloat16 and float32", learner, exact)
     emit_difference("vLLM bfloat16 and float32", sampled, exact)
     probe.emit()
+
+
+def experts() -> None:
+    """r: the sampler tells the experts of every token, before and after new weights; transformers chooses its own for the same tokens"""
+    for turn in range(2):
+        directory = lite_directory(turn)
+        if turn == 0:
+            engine = new_engine(directory, record_experts=True)
+        else:
+            engine.load(CheckpointWeights(directory), 1)
+        found = sample(engine, f"batch with experts, weights {turn}")
+        recorded = [(t, t.experts) for t in found if t.experts is not None]
+        shapes = {(len(t.prompt_token_ids) + len(t.token_ids) - 1 == len(e), e.shape[1:]) for t, e in recorded}
+        emit(
+            "experts",
+            trajectories=len(recorded),
+            rows_are_right_layers_k=sorted(shapes),
+            **changed_routes(directory, found[:8]),
+        )
 
 
 def weight_sync() -> None:

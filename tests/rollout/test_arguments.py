@@ -134,8 +134,8 @@ def test_the_environment_follows_from_device_model_and_dtype(
         (
             H100,
             "bfloat16",
-            {"record_experts": True},
-            "rollout.record_experts, which grpo.routing_replay: sampler sets, is for CPUs",
+            {"record_experts": True, "batch_invariant": True},
+            "rollout.record_experts, which grpo.routing_replay: sampler sets: on a GPU vLLM tells experts from its prefix cache",
         ),
         (CPU, "bfloat16", {"record_experts": True}, ""),
         (CPU, "bfloat16", {}, ""),
@@ -143,6 +143,7 @@ def test_the_environment_follows_from_device_model_and_dtype(
         (T4, "float32", {}, ""),
         (A100, "bfloat16", {"batch_invariant": True, "adapter_rank": 8}, ""),
         (H100, "float32", {"cuda_graphs": True}, ""),
+        (H100, "bfloat16", {"record_experts": True}, ""),
     ],
 )
 def test_what_a_device_cannot_do_is_refused_with_its_key(

@@ -20,7 +20,8 @@ from transformers import (
 from align.model.policy import load_tokenizer
 from align.recipe import ModelOptions
 from rollout import Fleet, FleetOptions, Prompt, SamplingOptions, Trajectory
-from rollout.types import expert_dtype, not_routed
+from rollout.routing import returned_experts
+from rollout.types import RolloutError, expert_dtype, not_routed
 
 NANO = Path(__file__).parents[2] / "recipes" / "nano" / "policy"
 SIZES: dict[str, Any] = {
@@ -68,6 +69,17 @@ class Routers:
 def test_ids_have_room_for_every_expert_and_for_a_mark() -> None:
     assert (expert_dtype(255), not_routed(expert_dtype(255))) == (np.uint8, 255)
     assert (expert_dtype(256), not_routed(expert_dtype(256))) == (np.uint16, 65535)
+
+
+def test_what_vllm_returns_on_a_gpu_loses_the_layers_without_experts() -> None:
+    returned = np.arange(3 * 4 * 2, dtype=np.uint8).reshape(3, 4, 2)  # 3 tokens, 4 layers, the first of which is dense
+    found = returned_experts(returned, [1, 2, 3], 256, tokens=3)
+    assert found.dtype == np.uint16, "255 marks a token without experts in uint8"
+    assert found.tolist() == returned[:, 1:].tolist()
+    assert returned_experts(returned, [1, 2, 3], 64, tokens=3).dtype == np.uint8
+    for wrong in (returned, None):
+        with pytest.raises(RolloutError, match="not of 4"):
+            returned_experts(wrong, [1, 2, 3], 64, tokens=4)
 
 
 @pytest.fixture(scope="module")
