@@ -119,7 +119,7 @@ def test_every_token_has_the_experts_that_its_routers_chose(
     fleet = Fleet(path, "float32", options, stop_token_ids=[1])
     try:
         fleet.wait_until_ready()
-        groups = list(fleet.sample(PROMPTS[:prompts], 5, SAMPLING, seed=0, step=0))
+        groups = list(fleet.sample(PROMPTS[:prompts], 7, SAMPLING, seed=0, step=0))
     finally:
         fleet.close()
     routers, compared = Routers(path), 0
@@ -129,4 +129,4 @@ def test_every_token_has_the_experts_that_its_routers_chose(
         expected = routers.choose(trajectory)
         assert np.array_equal(np.sort(trajectory.experts), expected)
         compared += expected.shape[0] * expected.shape[1]
-    assert compared > 1_000 * prompts
+    assert compared >= 1_250 * prompts
