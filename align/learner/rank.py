@@ -17,14 +17,12 @@ from typing import Any
 import torch
 
 from align.errors import UserError
+from align.learner.engine import clips_itself, deepspeed_config, mark_moe_leaves, new_optimizer
 from align.learner.experts import (
     GradientCensus,
-    autoep_section,
     check_spreadable,
-    moe_groups,
     placement,
     route_in_float32,
-    shape,
     whole_parameters,
 )
 from align.learner.loading import fill_from_rank_0, scatter_experts
@@ -125,7 +123,9 @@ class LearnerRank(ABC):
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         self._engine.step()
-        norm = self._norm if self._clips_itself else float(self._engine.get_global_grad_norm())
+        norm = (
+            self._norm if clips_itself(self._options, self._model.dtype) else float(self._engine.get_global_grad_norm())
+        )
         # A norm below zero is DeepSpeed's word for one that is not finite.
         return norm if norm >= 0 else float("nan")
 
@@ -254,18 +254,18 @@ class LearnerRank(ABC):
             check_spreadable(network.config, self._options.expert_parallel)
             module.config = network.config  # where AutoEP looks for the experts' sizes
             scatter_experts(network, self._options.expert_parallel, self._device)
-        config = self._deepspeed_config()
+        config = deepspeed_config(self._options, self._model.dtype)
         if self._options.zero_stage == 3:
             self._shard(module, config)
         # The optimizer is made when DeepSpeed asks for it: only then are the experts where they stay.
         self._engine, self._optimizer, *_ = deepspeed.initialize(
-            model=module, optimizer=lambda _: self._make_optimizer(module), config=config
+            model=module, optimizer=lambda _: new_optimizer(module, self._options), config=config
         )
         # Without ZeRO in bfloat16 DeepSpeed has taken an empty step, by which Adam would correct its moments wrongly.
         self._engine.basic_optimizer.state.clear()
         route_in_float32(module)
         self._norm = 0.0
-        if self._clips_itself:
+        if clips_itself(self._options, self._model.dtype):
             self._optimizer.register_step_pre_hook(self._clip)
         self._census = GradientCensus(self._network)
         self._lost = self._exact = 0.0
@@ -294,7 +294,7 @@ class LearnerRank(ABC):
         if self._options.zero_stage < 3:
             fill_from_rank_0(module.to(self._device))
             return module
-        config = self._deepspeed_config()
+        config = deepspeed_config(self._options, self._model.dtype)
         self._shard(module, config)
         engine, *_ = deepspeed.initialize(model=module, config=config)
         engine.eval()
@@ -418,57 +418,12 @@ class LearnerRank(ABC):
         )
         return context
 
-    @property
-    def _clips_itself(self) -> bool:
-        """Without ZeRO and in float32, DeepSpeed does not tell the gradient's norm: then this rank clips."""
-        return self._options.zero_stage == 0 and self._model.dtype == "float32"
-
     def _clip(self, *_: Any) -> None:
         limit = self._options.optimizer.clip_norm or float("inf")
         self._norm = float(torch.nn.utils.clip_grad_norm_(self._engine.module.parameters(), limit))
         if not math.isfinite(self._norm):
             # What has no gradient is left as it is, its moments too.
             self._optimizer.zero_grad(set_to_none=True)
-
-    def _make_optimizer(self, module: torch.nn.Module) -> torch.optim.Optimizer:
-        options = self._options.optimizer
-        trained = [p for p in module.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in trained if len(shape(p)) > 1], "weight_decay": options.weight_decay},
-            {"params": [p for p in trained if len(shape(p)) <= 1], "weight_decay": 0.0},
-        ]
-        groups = [group for group in groups if group["params"]]
-        return torch.optim.AdamW(
-            moe_groups(groups) if self._options.expert_parallel > 1 else groups,
-            lr=0.0,  # until `apply` sets it: DeepSpeed's empty step must not decay
-            betas=options.betas,
-            eps=options.eps,
-        )
-
-    def _deepspeed_config(self) -> dict[str, Any]:
-        spread = self._options.expert_parallel
-        return {
-            **({"expert_parallel": autoep_section(spread)} if spread > 1 else {}),
-            "train_micro_batch_size_per_gpu": 1,
-            "gradient_accumulation_steps": 1,
-            "managed_gradient_accumulation": False,
-            "gradient_clipping": 0.0 if self._clips_itself else self._options.optimizer.clip_norm,
-            "zero_optimization": {"stage": self._options.zero_stage},
-            **(self._bfloat16_sections() if self._model.dtype == "bfloat16" else {}),
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,
-            "steps_per_print": 2**31,
-        }
-
-    def _bfloat16_sections(self) -> dict[str, Any]:
-        """Weights and gradients in bfloat16, and the gradients of micro-batches added up in float32, but for ZeRO-0."""
-        sections: dict[str, Any] = {"bf16": {"enabled": True, "immediate_grad_update": True}}
-        if self._options.zero_stage:
-            sections["data_types"] = {"grad_accum_dtype": "fp32"}
-        if self._options.zero_stage == 1:
-            # The sums themselves are reduced, once an update. Under ZeRO-2 and -3 it is each micro-batch's gradient.
-            sections["communication_data_type"] = "fp32"
-        return sections
 
 
 def device_of_rank() -> torch.device:
@@ -489,24 +444,3 @@ def size(parameter: torch.nn.Parameter) -> int:
     elements = int(getattr(parameter, "ds_numel", parameter.numel()))
     spread = placement(parameter)
     return elements if spread is None else elements * spread[0] // (spread[1].stop - spread[1].start)
-
-
-def mark_moe_leaves(module: torch.nn.Module) -> None:
-    """Make ZeRO-3 fetch a mixture-of-experts block as one: ranks use different experts, collectives must not differ.
-
-    So too a layer whose weight PEFT replaces by its sum with the adapter's, for which it needs all three at once.
-    """
-    from deepspeed.utils import set_z3_leaf_modules
-    from peft.tuners.lora.layer import ParamWrapper
-
-    blocks = {
-        type(m)
-        for m in module.modules()
-        if (hasattr(m, "experts") and hasattr(m, "gate")) or isinstance(m, ParamWrapper)
-    }
-    if not blocks:
-        return
-    wanted = [m for m in module.modules() if type(m) in blocks]
-    marked = set_z3_leaf_modules(module, list(blocks))
-    if {id(m) for m in marked} != {id(m) for m in wanted}:
-        raise RuntimeError(f"ZeRO-3 marked {len(marked)} leaf modules where the model has {len(wanted)} expert blocks")
