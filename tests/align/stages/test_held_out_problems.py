@@ -151,7 +151,7 @@ def test_what_grpo_rates_its_checkpoints_by_are_those_problems(monkeypatch: pyte
     monkeypatch.setattr(grpo, "HeldOut", lambda *_: held_out)
     for name in ("submit", "gather", "compare", "updates_of", "sample_rows", "Guards"):
         monkeypatch.setattr(grpo, name, MagicMock())
-    monkeypatch.setattr(grpo, "step_metrics", lambda *_: {})
+    monkeypatch.setattr(grpo, "step_metrics", lambda *_, **__: {})
     opened.new_learner.return_value.expert_load.return_value = {}
     monkeypatch.setattr(grpo, "items_of_step", lambda *_, **__: [])
     grpo.train_grpo(made, MagicMock(), opened)
