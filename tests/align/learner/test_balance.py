@@ -37,7 +37,8 @@ def rank_of(policy: Any, **options: Any) -> LearnerWorker:
     """A learner rank without DeepSpeed."""
     rank = object.__new__(LearnerWorker)
     rank._options = LearnerOptions(ranks=1, optimizer=OptimizerOptions(learning_rate=1e-3), **options)
-    rank._engine, rank._device, rank._pad_id, rank._reference = Weights(LogProbs(policy)), torch.device("cpu"), 0, None
+    rank._engine, rank._device, rank._pad_id = Weights(LogProbs(policy)), torch.device("cpu"), 0
+    rank._reference = rank._teacher = None
     if rank._options.gradient_checkpointing:
         policy.gradient_checkpointing_enable()
     rank._checkpointed = checkpoint_in_every_mode(policy)
