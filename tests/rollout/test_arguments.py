@@ -96,6 +96,8 @@ def test_without_options_the_arguments_are_those_of_the_device_and_the_model(
             {"enforce_eager": False, "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}},
         ),
         (H100, {"batch_invariant": True}, {"enable_prefix_caching": False, "enable_chunked_prefill": False}),
+        (H100, {"record_experts": True}, {"enable_return_routed_experts": True, "enable_prefix_caching": True}),
+        (CPU, {"record_experts": True}, {}),
     ],
 )
 def test_an_option_changes_its_own_arguments_alone(
@@ -115,6 +117,8 @@ def test_an_option_changes_its_own_arguments_alone(
         (A100, "V2-Lite", "float32", {}, {"TRITON_F32_DEFAULT": "ieee", "VLLM_MLA_DISABLE": "1"}),
         (H100, "nano", "bfloat16", {}, {"VLLM_MLA_DISABLE": "1"}),
         (H100, "V2-Lite", "bfloat16", {"batch_invariant": True}, {"VLLM_BATCH_INVARIANT": "1"}),
+        (H100, "V2-Lite", "bfloat16", {"record_experts": True}, {"VLLM_USE_V2_MODEL_RUNNER": "1"}),
+        (CPU, "V2-Lite", "bfloat16", {"record_experts": True}, {}),
     ],
 )
 def test_the_environment_follows_from_device_model_and_dtype(
