@@ -133,7 +133,7 @@ def _asked(sample: Sample) -> list[Asked]:
         pairs = _pairs(sample)
     except (LookupError, AttributeError, TypeError, ValueError, SyntaxError) as error:
         raise ValueError(f"its metadata needs {_NEEDED}: {error!r}") from error
-    if not pairs:
+    if not pairs and "instructions" not in sample.metadata:
         raise ValueError(f"its metadata needs {_NEEDED}; it has no instruction")
     return [(kind, {name: _whole(value) for name, value in args.items() if not _null(value)}) for kind, args in pairs]
 
