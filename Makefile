@@ -15,7 +15,7 @@ STAMP := $(VENV)/.installed-$(ACCELERATOR)
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock sft grpo smol reward-models pipeline bench bench-rewards drill gpu-check lint test test-slow test-architectures test-instruction-sets test-transformers4 mutations format clean
+.PHONY: help setup lock sft grpo smol reward-models pipeline bench bench-rewards bench-routing probe-rewards drill gpu-check lint test test-slow test-architectures test-instruction-sets test-transformers4 mutations format clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -61,11 +61,17 @@ bench: $(STAMP) ## a GRPO step against TRL and the bare engines (ARGS="--setting
 bench-rewards: $(STAMP) ## math answers and sandboxed programs per second
 	$(BIN)/python benchmarks/rewards.py
 
+bench-routing: $(STAMP) ## what recording and replaying experts costs
+	$(BIN)/python benchmarks/routing.py
+
+probe-rewards: $(STAMP) ## what cheap tricks do to the rewards that ship: the table of docs/rewards.md
+	$(BIN)/python benchmarks/probe_rewards.py
+
 drill: $(STAMP) ## faults of every kind on this machine, and whether the promises hold (ARGS="--random-kills 300")
 	$(BIN)/python benchmarks/drill.py $(ARGS)
 
 gpu-check: $(STAMP) ## what works on this machine's GPU, and how fast: docs/gpu.md (ARGS="--only e", ARGS=--tiny)
-	$(BIN)/python benchmarks/gpu_check.py $(ARGS)
+	PYTHONPATH=benchmarks $(BIN)/python -m gpu_check $(ARGS)
 
 lint: style ## style, import contract and types
 	$(BIN)/mypy

@@ -39,6 +39,10 @@ class Terminated(KeyboardInterrupt):
     """The run was asked to stop by SIGTERM, as batch systems and clusters do."""
 
 
+class AlarmError(Exception):
+    """An alarm that the recipe says ends the run."""
+
+
 class NonFiniteError(Exception):
     """Rewards, log-probabilities, losses or gradients were not finite for several steps in a row."""
 

@@ -27,12 +27,15 @@ from reward import older_names
 from reward.prose import capital_words, degenerate, punkt_sentences, sentences
 from reward.registry import register
 from reward.types import RewardError, Sample, Score, UnusableAnswer, Verdict
+from reward.unasked import unasked
 
 SENTENCES = "length_constraints:exact_sentences"
 """Our one kind that IFEval does not have: exactly `num_sentences` sentences."""
 JSON = "detectable_format:json_format"
 OPTIONS = "detectable_format:constrained_response"
 PARAGRAPH = "length_constraints:nth_paragraph_first_word"
+FOR_A_MARK = 0.25
+"""What an answer that has a mark of form which nobody asked for keeps of its share, for each such mark."""
 _NEEDED = '"instruction_id_list" and as many "kwargs", or "instructions" with kind and args'
 _JSON_DOCUMENT = re.compile(r"\s*(?:```\w*)?\s*[\[{]")
 
@@ -62,16 +65,17 @@ Check = Callable[[str], bool]
 
 @dataclass(frozen=True)
 class Checked:
-    """What was found in an answer: for each instruction, in order, whether it is met; and why it is degenerate, or ""."""
+    """What was found in an answer: for each instruction, in order, whether it is met; why it is degenerate, or ""; and what was not asked for."""
 
     kinds: tuple[str, ...]
     met: tuple[bool, ...]
     degenerate: str
+    unasked: tuple[str, ...] = ()
 
     @property
     def passes(self) -> bool:
-        """Every instruction is met by an answer that is one."""
-        return all(self.met) and not self.degenerate
+        """Every instruction is met by an answer that is one, and has no mark of form that was not asked for."""
+        return all(self.met) and not self.degenerate and not self.unasked
 
 
 @register("instructions")
@@ -79,8 +83,9 @@ def instructions(sample: Sample, *, partial: bool = False) -> Score:
     """Whether an answer follows all checkable instructions of its request: 1 or 0; with `partial`, the share that it follows.
 
     It passes if it follows all. A degenerate answer (see `reward.prose.degenerate`) gets 0 and the verdict NO_ANSWER; one
-    that was cut off at its length limit gets 0 and is WRONG, whatever it had said by then. The detail has a word on each
-    instruction.
+    that was cut off at its length limit gets 0 and is WRONG, whatever it had said by then. Marks of form that the request did not ask
+    for (see `reward.unasked`) are WRONG too: such an answer gets 0, or with `partial` a quarter of its share for each mark. The detail has a word
+    on each instruction.
 
     UnusableAnswer where the metadata has no instructions, or one with an argument that is missing, superfluous or odd. Raises
     RewardError where lm_eval is not installed.
@@ -92,7 +97,9 @@ def instructions(sample: Sample, *, partial: bool = False) -> Score:
         return Score(0.0, Verdict.WRONG, f"cut off; {_told(checked)}")
     if checked.passes:
         return Score(1.0, Verdict.PASS, _told(checked))
-    return Score(sum(checked.met) / len(checked.met) if partial else 0.0, Verdict.WRONG, _told(checked))
+    share = (sum(checked.met) / len(checked.met) if checked.met else 1.0) * FOR_A_MARK ** len(checked.unasked)
+    told = f"nobody asked for {', '.join(checked.unasked)}; " if checked.unasked else ""
+    return Score(share if partial else 0.0, Verdict.WRONG, told + _told(checked))
 
 
 def check(sample: Sample, *, loose: bool = False) -> Checked:
@@ -111,7 +118,8 @@ def check(sample: Sample, *, loose: bool = False) -> Checked:
         raise UnusableAnswer(sample.id, str(error)) from error
     kinds = tuple(kind for kind, _ in asked)
     arguments = [args for _, args in asked]
-    return Checked(kinds, met, degenerate(text, sample.prompt, topic, arguments, can_be_short=OPTIONS in kinds))
+    why = degenerate(text, sample.prompt, topic, arguments, can_be_short=OPTIONS in kinds)
+    return Checked(kinds, met, why, tuple(unasked(text, sample.prompt, kinds)))
 
 
 def _loose_variants(text: str) -> list[str]:

@@ -78,6 +78,15 @@ _GIVES_A_TEXT = re.compile(
 )
 _ONLY_REPEAT = re.compile(r"\b(?:just|only) repeat|(?:\bnot|n['’]t|\bwithout) (?:\w+ )?(?:answer|respond)", _ANY_CASE)
 _WANTS_REPETITION = re.compile(r"(?<!not )(?<!n['’]t )(?<!without )\brepeat|over and over|again and again", _ANY_CASE)
+_ASKS = re.compile(
+    r"\W*(?:please |then |also |first |finally )*(?:add|answer|avoid|begin|can you|come up|compose|create|describe|discuss|do not|don['’]t|draft"
+    r"|end|explain|finish|generate|give|highlight|include|keep|list|make|name|put|recommend|repeat|respond|say|start|suggest|summari[sz]e|tell"
+    r"|the (?:answer|letter|response|whole|last|first|words?)|these words|use|wrap|write|your (?:answer|entire|response))\b",
+    _ANY_CASE,
+)
+"""How a sentence begins that asks for something; with a capital or without, for what is repeated in capitals is repeated."""
+_OPEN_END = re.compile(r"(?:^|\s)[A-Za-z'’-]+[,;]?\Z")
+_SENTENCE_END = re.compile(r"[^\W\d][.!?][\"'”’)*]*(?:\s|\Z)")
 _ABBREVIATIONS = "dr e.g etc i.e jr mr mrs ms p.p.s p.s prof sr st vs"
 _PUNKT_ABBREVIATIONS = """
 adm ala ariz aug ave bros calif co col colo conn corp cos ct dec dr feb fla fri ft ga gen ill inc jan jr kan ky lt ltd maj messrs
@@ -206,6 +215,32 @@ def _echoes(found: Sequence[str], given: Sequence[str], prompt: str) -> str:
     new = sum(word not in _FUNCTION_WORDS for word in set(found) - set(given)) / len(found)
     least_new = LEAST_NEW_TO_A_COPY if copied > MOST_COPIED and tuple(given[-_GRAM:]) in grams else LEAST_NEW
     return "it repeats the request" if echoed > MOST_ECHOED and new < least_new else ""
+
+
+def repeats_request(text: str, prompt: str) -> bool:
+    """Whether a text says again, though it was not asked to, a whole sentence that asks for something, or most of the request to its end."""
+    if _WANTS_REPETITION.search(prompt):
+        return False
+    asking = {tuple(_words(part)) for part in sentences(prompt) if _ASKS.match(part)}
+    if any(len(part) > 2 and part in asking for part in (tuple(_words(one)) for one in sentences(text))):
+        return True
+    found, given = _grams(_words(text)), _grams(_words(prompt))
+    copied = len(set(given).intersection(found)) / max(1, len(set(given)))
+    most = MOST_RETURNED if _GIVES_A_TEXT.search(prompt) or len(given) > LONG_REQUEST else MOST_COPIED
+    return copied > most and given[-1] in found
+
+
+def breaks_off(text: str) -> bool:
+    """Whether a text of sentences ends in the middle of one. A line of fewer words need not end like a sentence, nor an item among such items."""
+    *before, last = text.strip().split("\n")
+    parts = sentences(last)
+    if not parts or not _OPEN_END.search(last) or parts[-1].startswith("#"):
+        return False
+    if _ITEM.match(last):
+        items = [line for line in before if _ITEM.match(line)]
+        return len(items) > 1 and all(_SENTENCE_END.search(line.strip()[-4:]) for line in items)
+    begun = _SENTENCE_END.search("\n".join(before)) if before else last[0].isupper()
+    return len(parts) > 1 or (len(_words(last)) >= LEAST_WORDS and bool(begun))
 
 
 def _strays(own: str, found: Sequence[str], topic: Sequence[str]) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rollout.arguments import prepare
+from rollout.parts import NotedTrajectory, start_noting, take_parts
 from rollout.routing import forget_routing, start_recording, take_routing
 from rollout.sync.base import Bucket, WeightSource
 from rollout.types import (
@@ -105,6 +106,23 @@ class Engine:
             self._trajectory(request, output.outputs[0], experts.get(output.request_id))
             for request, output in zip(requests, outputs, strict=True)
         ]
+
+    def sample_parts(self, requests: Sequence[Request], sampling: SamplingOptions) -> list[NotedTrajectory]:
+        """Draw one trajectory for each request, one after the other, noting what the parts of the model compute for its tokens.
+
+        What a CUDA graph computes cannot be noted: with graphs one token is drawn.
+        """
+        if self._options.cuda_graphs:
+            sampling = sampling.model_copy(update={"max_new_tokens": 1})
+        found = []
+        for request in requests:
+            self._llm.collective_rpc(start_noting)
+            try:
+                (trajectory,) = self.sample([request], sampling)
+            finally:
+                parts = self._llm.collective_rpc(take_parts)[0]
+            found.append(NotedTrajectory(trajectory, parts))
+        return found
 
     def stream(self, request: Request, sampling: SamplingOptions) -> Generator[Sequence[int]]:
         """Draw one completion, token by token: yields the ids that are new. An abandoned iterator ends the request."""

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from rollout.colocation import Colocation
 from rollout.engine import Request
+from rollout.parts import NotedTrajectory
 from rollout.processes import start_limit_s
 from rollout.supervisor import Batch, Job, Supervisor, Update
 from rollout.sync.base import WeightSource
 from rollout.types import FleetOptions, Group, Prompt, RolloutError, SamplingOptions, Trajectory
-from rollout.worker import WorkerSetup
+from rollout.worker import RolloutWorker, WorkerSetup
 from rollout.worker_handle import Fault, WorkerHandle, new_actor
 
 T = TypeVar("T")
@@ -115,7 +116,8 @@ class Fleet:
         if len(waiting) != len(prompts):
             raise RolloutError("two prompts of one call have the same id")
         by_id = {prompt.id: prompt for prompt in prompts}
-        for trajectories in self._run(engine_batches(requests, self._options.batch_sequences), sampling):
+        batches = engine_batches(requests, self._options.batch_sequences)
+        for trajectories in self._run(batches, sampling, RolloutWorker.sample):
             for drawn in trajectories:
                 if not (keep_bad or drawn.is_finite):
                     raise RolloutError(
@@ -126,6 +128,14 @@ class Fleet:
                 if len(waiting[drawn.prompt_id]) == group_size:
                     group = waiting.pop(drawn.prompt_id)
                     yield Group(by_id[drawn.prompt_id], [group[index] for index in range(group_size)])
+
+    def sample_parts(self, prompts: Sequence[Prompt], max_new_tokens: int) -> Iterator[NotedTrajectory]:
+        """Draw one trajectory of each prompt, at temperature 1, with what the parts of the model computed for it. Raises RolloutError."""
+        self._claim_gpus()
+        requests = [Request(prompt, 0, sample_seed(0, 0, prompt.id, 0)) for prompt in prompts]
+        sampling = SamplingOptions(max_new_tokens=max_new_tokens)
+        for noted in self._run([[request] for request in requests], sampling, RolloutWorker.sample_parts):
+            yield from noted
 
     def load(self, source: WeightSource, version: int, modules: Sequence[str] | None = None) -> None:
         """Give every worker new weights; trajectories drawn from now on carry `version`. Raises WeightUpdateError, RolloutError.
@@ -158,8 +168,13 @@ class Fleet:
             self._answer(self._supervisor.set_offloaded(offloaded))
             self._is_offloaded = offloaded
 
-    def _run(self, batches: Sequence[Sequence[Request]], sampling: SamplingOptions) -> Iterator[list[Trajectory]]:
-        job = Job(sampling, self.weight_version)
+    def _run(
+        self,
+        batches: Sequence[Sequence[Request]],
+        sampling: SamplingOptions,
+        draw: Callable[[RolloutWorker, Sequence[Request], SamplingOptions], list[T]],
+    ) -> Iterator[list[T]]:
+        job = Job(sampling, self.weight_version, draw)
         self._supervisor.submit([Batch(job, requests) for requests in batches])
         try:
             for _ in batches:

@@ -13,7 +13,7 @@ from rollout import processes
 from rollout.engine import Request
 from rollout.processes import Actor
 from rollout.sync.base import WeightSource
-from rollout.types import FleetOptions, NotReceivedError, RolloutError, SamplingOptions, Trajectory
+from rollout.types import FleetOptions, NotReceivedError, RolloutError, SamplingOptions
 from rollout.worker import RolloutWorker, WorkerSetup
 from rollout.worker_handle import Doing, Fault, State, Task, WorkerHandle
 
@@ -27,11 +27,12 @@ MOST_LOSSES = 4
 
 @dataclass(eq=False, slots=True)
 class Job:
-    """A call that wants trajectories, drawn with the weights of `version`. They, or the error that ends it, go to `answers`."""
+    """A call that wants trajectories, drawn by `draw` with the weights of `version`. They, or the error that ends it, go to `answers`."""
 
     sampling: SamplingOptions
     version: int
-    answers: SimpleQueue[list[Trajectory] | RolloutError] = field(default_factory=SimpleQueue)
+    draw: Callable[..., Any] = RolloutWorker.sample
+    answers: SimpleQueue[list[Any] | RolloutError] = field(default_factory=SimpleQueue)
     is_over: bool = False
 
     def fail(self, error: RolloutError) -> None:
@@ -203,7 +204,7 @@ class Supervisor:
             if worker.state is State.STALE:
                 self._serve(worker)
             if worker.state is State.HEALTHY and (batch := self._next_batch()):
-                drawn = actor.call(RolloutWorker.sample, batch.requests, batch.job.sampling)
+                drawn = actor.call(batch.job.draw, batch.requests, batch.job.sampling)
                 worker.do(Doing.SAMPLING, drawn, self._finished, batch)
             elif now - worker.idle_since > self._options.probe_interval_s:
                 worker.do(Doing.PROBING, actor.call(RolloutWorker.probe), self._finished)

@@ -11,13 +11,13 @@ import pytest
 
 from rollout import FinishReason, Prompt, Trajectory
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu_check.py"
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
 def dry_run(out: Path, *arguments: str) -> list[str]:
-    """The lines of the table at the end of `gpu_check.py --tiny`."""
-    command = [sys.executable, str(SCRIPT), "--tiny", *arguments]
-    variables = os.environ | {"OUT": str(out), "GPU_CHECK_WORK": str(out)}
+    """The lines of the table at the end of `make gpu-check ARGS=--tiny`."""
+    command = [sys.executable, "-m", "gpu_check", "--tiny", *arguments]
+    variables = os.environ | {"OUT": str(out), "GPU_CHECK_WORK": str(out), "PYTHONPATH": str(BENCHMARKS)}
     done = subprocess.run(command, env=variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout.partition("seconds  result\n")[2].splitlines()
@@ -30,6 +30,11 @@ def test_the_log_probabilities_of_samples_are_computed_in_two_dtypes_and_compare
     assert "done" in row
     found = {line["what"]: line for line in map(json.loads, (tmp_path / "gpu.jsonl").read_text().splitlines())}
     assert found["transformers bfloat16 and float32"]["tokens"] == 8
+    parts = [
+        line for line in map(json.loads, (tmp_path / "gpu.jsonl").read_text().splitlines()) if line["what"] == "part"
+    ]
+    assert [part["name"] for part in parts][-3:] == ["layer 1, router", "layer 1, experts", "last norm"]
+    assert all(0 <= part["transformers bfloat16, transformers float32"] < 0.05 for part in parts)
     assert 0 < found["transformers bfloat16 and float32"]["mean"] < 0.1 < found["vLLM bfloat16 and float32"]["mean"]
 
 

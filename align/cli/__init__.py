@@ -25,11 +25,12 @@ COMMANDS: Commands = {
     "convert": models.convert,
     "score": scores.score,
     "report": runs.report,
+    "habits": runs.habits,
     "publish": runs.publish,
 }
 GROUPS: dict[str, tuple[str, Commands]] = {
     "sandbox": ("the sandbox that runs a model's code", {"check": listings.check_sandbox}),
-    "rewards": ("the rewards that a recipe can name", {"list": listings.list_rewards}),
+    "rewards": ("the rewards that a recipe can name", {"list": listings.list_rewards, "probe": scores.probe}),
     "init": (
         "write a recipe for one's own data and model, and say what is in them",
         {"sft": init.init_sft, "grpo": init.init_grpo, "reward-model": init.init_reward_model},

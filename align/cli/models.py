@@ -21,6 +21,9 @@ def doctor(
     ] = None,
     max_length: MaxLength = 512,
     workers: Workers = 1,
+    agreement: Annotated[
+        bool, Option("--agreement", help="also say how far both engines are apart in each part of each layer")
+    ] = False,
 ) -> None:
     """check that a model is fit to be trained and that the engines agree on it"""
     check_installed(ENGINES)
@@ -30,7 +33,9 @@ def doctor(
 
     print(
         offline.doctor(
-            model_of(model, dtype or dtype_here(model)), FleetOptions(workers=workers, max_length=max_length)
+            model_of(model, dtype or dtype_here(model)),
+            FleetOptions(workers=workers, max_length=max_length),
+            by_part=agreement,
         )
     )
 

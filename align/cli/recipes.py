@@ -71,6 +71,8 @@ def check(
         print(f"warning: {text}")
     for note in found.notes:
         print(note)
+    for hint in found.hints:
+        print(f"hint: {hint}", file=sys.stderr)
 
 
 def keys(

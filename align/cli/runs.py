@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated
 
-from typer import Option
+from typer import Argument, Option
 
 from align.cli.arguments import RunPath
 from align.errors import UserError
@@ -34,6 +34,27 @@ def report(
     print(f"the report is in {write_report(run, out)}")
     if svg is not None:
         print(f"the plot is in {write_plot(run, svg)}")
+
+
+def habits(
+    before: Annotated[Path, Argument(metavar="RUN|A", help="run directory, or answers: a file of samples or rows")],
+    after: Annotated[Path | None, Argument(metavar="B", help="answers that are compared with those of A")] = None,
+    start: Annotated[
+        Path | None,
+        Option(help="of RUN alone: answers that its steps are compared with, in the place of its own first ones"),
+    ] = None,
+) -> None:
+    """tell what the answers of a run took up or lost against its start, or those of B against those of A
+
+    Of a run directory as A or B, the answers of the last evaluation are taken, or the samples of the last step where it has none. Nothing is told of
+    two samples of the same policy, but in one case of a hundred.
+    """
+    from align.tools.habits import compare_answers, run_habits
+
+    if after is not None and start is not None:
+        raise UserError("--start has no effect beside two sets of answers: leave it out")
+    for line in run_habits(before, start) if after is None else compare_answers(before, after):
+        print(line)
 
 
 def publish(

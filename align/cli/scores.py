@@ -1,11 +1,11 @@
-"""Scoring what was answered before, by any reward."""
+"""Scoring what was answered before, by any reward; and what a recipe's rewards pay for."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
-from align.cli.arguments import A_REWARD, BELOW_RUN, Params
+from align.cli.arguments import A_REWARD, BELOW_RUN, File, Overrides, Params
 from align.errors import UserError
 
 if TYPE_CHECKING:
@@ -38,6 +38,39 @@ def score(
         if out is None and below is None:
             raise UserError(f"--out is missing: {data} is in no run, below which the scores would be written")
         print(score_file(term, data, out or default_out(below or data, f"{data.stem}-{term.component}")))
+
+
+def probe(
+    recipe: File,
+    overrides: Overrides = None,
+    answers: Annotated[
+        Path | None,
+        Option(
+            metavar="FILE",
+            help="answers to change: a file as `align score` reads it; sampled from the start policy when not given",
+        ),
+    ] = None,
+    prompts: Annotated[int, Option(min=2, help="prompts of the recipe that are answered")] = 64,
+    samples: Annotated[int, Option(min=1, help="answers to each")] = 2,
+    trick: Annotated[
+        list[str] | None,
+        Option(metavar="FILE:FUNCTION", help="one more trick: my_tricks.py:with_thanks; can be given several times"),
+    ] = None,
+    out: Annotated[Path | None, Option(metavar="FILE", help="JSON to write the numbers to")] = None,
+) -> None:
+    """which cheap tricks the rewards of a GRPO recipe pay for
+
+    Answers of the policy that the recipe starts from are changed by cheap tricks: wrapped, doubled, cut, put in capitals, the prompt
+    before them, and more. For each trick: how much it moves each reward on average, and the mean advantage that changed answers have in
+    groups beside the unchanged ones, with 95 % intervals by prompt.
+    """
+    from rich.console import Console
+
+    from align.recipe import load_stage
+    from align.tools.probe import probe_recipe
+
+    stage = load_stage(recipe, overrides or [])
+    probe_recipe(stage, Console(), answers=answers, prompts=prompts, samples=samples, tricks=trick or [], out=out)
 
 
 def reward_term(name: str, params: str) -> "RewardTerm":

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain, islice
+from itertools import chain, islice, zip_longest
 from random import Random
 from typing import Any, Generic, TypeVar
 
@@ -131,13 +131,27 @@ def shares(total: int, weights: Sequence[float]) -> list[int]:
 
 def items_of_step(sources: Sequence[Source[T]], *, seed: int, step: int) -> list[T]:
     """What a step takes, the sources evenly mixed. A function of (seed, step): a resumed run goes on where it stopped."""
-    placed = [
-        ((place + 0.5) / source.a_step, number, item)
-        for number, source in enumerate(sources)
-        for place, found in enumerate(_of_step(source, seed, step))
-        for item in found
-    ]
-    return [item for _, _, item in sorted(placed, key=lambda entry: entry[:2])]
+    return [item for found in _mixed(sources, seed, step, 0) for item in found]
+
+
+def refill_of_step(sources: Sequence[Source[T]], *, seed: int, step: int, round: int) -> list[T | None]:
+    """For each item of a step what may take its place in a round of refill, from 1 on: an item of the same source.
+
+    None where the source has no more of them: what a step and its rounds take are different rows. A function of (seed, step, round), for sources of
+    whose rows each gives one item.
+    """
+    return [next(iter(found), None) for found in _mixed(sources, seed, step, round)]
+
+
+def _mixed(sources: Sequence[Source[T]], seed: int, step: int, round: int) -> list[Sequence[T]]:
+    """What each row gives that the sources' parts of a step consist of, evenly mixed; of a later round some may be empty."""
+    placed: list[tuple[float, int, Sequence[T]]] = []
+    for number, source in enumerate(sources):
+        rows = zip_longest(range(source.a_step), _of_step(source, seed, step, round), fillvalue=())
+        placed += [
+            ((place + 0.5) / source.a_step, number, found) for place, found in enumerate(found for _, found in rows)
+        ]
+    return [found for _, _, found in sorted(placed, key=lambda entry: entry[:2])]
 
 
 def left_out(sources: Sequence[Source[Any]]) -> dict[str, int]:
@@ -160,12 +174,12 @@ def order_of(total: int, count: int, *, seed: int, step: int) -> tuple[Sequence[
     return permutation(total, seed, epoch), place * count
 
 
-def _of_step(source: Source[T], seed: int, step: int) -> Iterator[Sequence[T]]:
+def _of_step(source: Source[T], seed: int, step: int, round: int) -> Iterator[Sequence[T]]:
     """What the rows of a step give. In the place of a row that gives nothing comes one of those half an epoch (of a stream, half a block) on, so that what a step takes
-    depends on no other step."""
+    depends on no other step. A later round has as many of the rows that come there next, or fewer at the end."""
     items, count = source.items, source.a_step
     order: Sequence[int]
-    if source.encode is None:
+    if source.encode is None and not round:
         yield from ([item] for item in drawn(items, count, seed=seed, step=step))
         return
     if isinstance(items, Stream):
@@ -176,18 +190,19 @@ def _of_step(source: Source[T], seed: int, step: int) -> Iterator[Sequence[T]]:
     total = len(items)
     others = (order[(start + total // 2 + place) % total] for place in range(total))
     own = order[start : start + count]
-    source.left_out = 0
+    encode = source.encode or (lambda item: [item])
+    source.left_out, taken = 0, 0
     for i in chain(own, (other for other in others if other not in own)):
-        if found := source.encode(items[i]):
-            count -= 1
-            yield found
+        if found := encode(items[i]):
+            if taken >= round * count:
+                yield found
+            taken += 1
         else:
             source.left_out += 1
-        if not count:
+        if taken == (round + 1) * count:
             return
-    raise UserError(
-        f"{source.card}: too few of its rows can be trained on: {source.a_step - count} of {source.a_step} for step {step + 1}"
-    )
+    if not round:
+        raise UserError(f"{source.card}: too few of its rows can be trained on: {taken} of {count} for step {step + 1}")
 
 
 @lru_cache(maxsize=8)

@@ -1,7 +1,7 @@
 """The agreement gate: the sampler and the learner must give the same token the same log-probability."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import nan
 
 import numpy as np
@@ -9,6 +9,7 @@ import numpy as np
 from align.experience import training_sequence
 from align.learner.group import LearnerGroup
 from align.learner.objective import Sums
+from align.learner.routing import Changes, add_changes
 from align.recipe import AgreementOptions
 from rollout import Fleet, Prompt, SamplingOptions, Trajectory
 
@@ -21,20 +22,37 @@ class AgreementError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Disagreement:
-    """|log-probability of the sampler - of the learner| over `tokens` tokens, in nats; `k3` estimates KL(sampler || learner)."""
+    """|log-probability of the sampler - of the learner| over `tokens` tokens, in nats; `k3` estimates KL(sampler || learner).
+
+    Of `equal`, a share of the tokens, both are the same to the last bit. `routes` has what was counted of their routing, by layer; it is empty
+    where no experts were recorded.
+    """
 
     mean: float
     largest: float
     k3: float
     tokens: int
+    equal: float = nan
+    routes: Changes = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return (
+            f"sampler and learner differ by {self.mean:.1e} nats a token on average, {self.largest:.1e} at most (k3 {self.k3:.1e}; "
+            f"{self.equal:.1%} of {self.tokens} tokens equal to the last bit)"
+        )
+
+    @property
+    def routed_otherwise(self) -> tuple[float, int]:
+        """The largest share of a layer's tokens that the learner sends to other experts, and that layer; (0, -1) without any."""
+        return max(((counts.changed / counts.known, layer) for layer, counts in self.routes.items()), default=(0.0, -1))
 
     @classmethod
     def of(cls, sums: Sums) -> "Disagreement":
         """The disagreement that a learner's pass over a batch found; NaN where it compared nothing."""
-        n = sums.compared
+        n, routes = sums.compared, add_changes(sums.routes)
         if not n:
-            return cls(nan, nan, nan, 0)
-        return cls(sums.difference / n, sums.max_difference, sums.sampler_kl / n, sums.compared)
+            return cls(nan, nan, nan, 0, routes=routes)
+        return cls(sums.difference / n, sums.max_difference, sums.sampler_kl / n, n, sums.equal / n, routes)
 
 
 class AgreementGate:
@@ -42,6 +60,8 @@ class AgreementGate:
 
     def __init__(self, options: AgreementOptions, dtype: str, warn: Callable[[str], None]):
         self._warn_mean, self._stop_mean = options.limits(dtype)
+        self._stop_routing = options.routing_limit(dtype)
+        self.dtype = dtype
         self._warn = warn
 
     def check_sums(self, sums: Sums, when: str) -> None:
@@ -49,19 +69,38 @@ class AgreementGate:
         self.check(Disagreement.of(sums), when)
 
     def check(self, found: Disagreement, when: str) -> Disagreement:
-        """Pass on `found`, having warned or raised AgreementError as its mean demands. NaN is beyond every limit."""
-        size = f"sampler and learner differ by {found.mean:.1e} nats a token on average, {found.largest:.1e} at most"
+        """Pass on `found`, having warned or raised AgreementError as its mean and its routes demand. NaN is beyond every limit."""
         if not found.mean <= self._stop_mean:
             raise AgreementError(
-                f"{when}: {size}; the limit (agreement.stop_mean) is {self._stop_mean:.1e}. What to look at:\n"
+                f"{when}: {found}; the limit (agreement.stop_mean) is {self._stop_mean:.1e}. What to look at:\n"
                 "  - does the sampler hold the learner's weights? `align doctor MODEL` sends an update and compares\n"
                 "  - vLLM's CPU rotary kernel is wrong for DeepSeek-V2 without YaRN: rollout.native_rotary must be true\n"
                 "  - do both compute in the same dtype (model.dtype)? In bfloat16 the limit has to be wider\n"
                 "  - is the chat model's softmax scale right (YaRN)? `align doctor MODEL` says"
             )
         if not found.mean <= self._warn_mean:
-            self._warn(f"{when}: {size} (agreement.warn_mean is {self._warn_mean:.1e})")
+            self._warn(f"{when}: {found} (agreement.warn_mean is {self._warn_mean:.1e})")
+        self._check_routes(found, when)
         return found
+
+    def _check_routes(self, found: Disagreement, when: str) -> None:
+        share, layer = found.routed_otherwise
+        counts = found.routes.get(layer)
+        if counts is None or not share > self._stop_routing / 2:
+            return
+        first = next(number for number, of_layer in found.routes.items() if of_layer.changed)
+        told = (
+            f"{when}: the learner sends {counts.changed} of {counts.known} tokens of layer {layer} to other experts than the sampler did "
+            f"({share:.2%}; the first layer that differs is {first}, and {counts.fell_back} tokens have no recorded experts)"
+        )
+        if share > self._stop_routing:
+            raise AgreementError(
+                f"{told}; the limit (agreement.stop_routing) is {self._stop_routing:.2%}. What to look at:\n"
+                "  - is layer "
+                f"{first}'s router the learner's? `align doctor MODEL --agreement` says where the engines part\n"
+                "  - do both compute in the same dtype (model.dtype)? In bfloat16 routers round"
+            )
+        self._warn(f"{told}; the limit (agreement.stop_routing) is {self._stop_routing:.2%}")
 
 
 def probe(fleet: Fleet, learner: LearnerGroup, prompts: Sequence[Prompt]) -> Disagreement:
@@ -77,5 +116,10 @@ def compare(trajectories: Sequence[Trajectory], learner: LearnerGroup) -> Disagr
     differences = np.concatenate(learned).astype(np.float64) - np.concatenate(sampled)
     size = np.abs(differences)
     return Disagreement(
-        float(size.mean()), float(size.max()), float((np.expm1(differences) - differences).mean()), len(size)
+        mean=float(size.mean()),
+        largest=float(size.max()),
+        k3=float((np.expm1(differences) - differences).mean()),
+        tokens=len(size),
+        equal=float((differences == 0).mean()),
+        routes=add_changes(learner.take_routes()),
     )

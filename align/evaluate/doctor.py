@@ -20,6 +20,7 @@ import torch
 from align.data.chat import encode_example, encode_prompt
 from align.errors import UserError
 from align.evaluate.agreement import AgreementError, AgreementGate, probe
+from align.evaluate.attribution import Attribution, attributed
 from align.learner.batch import TrainingSequence
 from align.learner.group import LearnerGroup
 from align.learner.objective import Objective
@@ -411,12 +412,23 @@ def examine_engines(fleet: Fleet, learner: LearnerGroup, prompts: Sequence[Promp
 
 
 def agreement(fleet: Fleet, learner: LearnerGroup, prompts: Sequence[Prompt], gate: AgreementGate) -> Finding:
-    """Sampler and learner give the sampler's tokens the same log-probabilities."""
+    """Sampler and learner give the sampler's tokens the same log-probabilities; where not, the part of the model that differs is named."""
     try:
-        found = gate.check(probe(fleet, learner, prompts), "doctor")
+        with attributed(fleet, learner, prompts, gate.dtype):
+            found = gate.check(probe(fleet, learner, prompts), "doctor")
     except AgreementError as error:
         return FAILED, str(error)
-    return OK, f"differ by {found.mean:.1e} on average, {found.largest:.1e} at most, a token"
+    return OK, str(found).removeprefix("sampler and learner ")
+
+
+def parts(found: Attribution) -> Finding:
+    """Each part of the model computes the same in sampler and learner."""
+    if found.part is None:
+        return OK, f"none differs by more than {max(found.distances.values()):.1e} of its size"
+    return FAILED, (
+        f"sampler and learner: {found}. Cause: other weights there, or an engine that computes it otherwise. Cure: other versions of vLLM and "
+        "transformers (make setup installs those of the lock file), or another model"
+    )
 
 
 def sampler_share(weights: float, card: float) -> float:

@@ -8,9 +8,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from rollout.types import Experts, not_routed
+from rollout.types import Experts, expert_dtype, not_routed
 
 Floats = Sequence[float] | npt.NDArray[np.float32]
+UNKNOWN = -2
+"""In place of a token's experts where the sampler should have recorded them and did not."""
 T = TypeVar("T")
 
 
@@ -62,8 +64,8 @@ class Batch:
     prompts, is `prefixes` [G, P] int64, padded on the left, with `prefix_mask` [G, P] bool, and row b goes on from prefix
     `prefix_of[b]`.
 
-    `experts` [B, T, layers, k] int16, and `prefix_experts` [G, P, layers, k], are those that the tokens went through, -1 where they
-    are not known; None where no sequence has any.
+    `experts` [B, T, layers, k] int16, and `prefix_experts` [G, P, layers, k], are those that the tokens went through, -1 where there are
+    none (padding, the last token) and `UNKNOWN` where they were not recorded; None where no sequence has any.
     """
 
     token_ids: torch.Tensor
@@ -187,7 +189,7 @@ def collate(sequences: Sequence[TrainingSequence], pad_id: int) -> Batch:
 
 
 def padded_experts(known: Sequence[Experts | None], starts: Sequence[int], width: int) -> torch.Tensor | None:
-    """The experts [rows, width, layers, k] int16 of rows that begin at these places, -1 where none are known; None where none are known at all."""
+    """The experts [rows, width, layers, k] int16 of rows that begin at these places, as `Batch` has them; None where none are known at all."""
     some = next((experts for experts in known if experts is not None), None)
     if some is None:
         return None
@@ -195,14 +197,30 @@ def padded_experts(known: Sequence[Experts | None], starts: Sequence[int], width
     for row, (experts, start) in enumerate(zip(known, starts, strict=True)):
         if experts is not None:
             unknown = experts == not_routed(experts.dtype)
-            padded[row, start : start + len(experts)] = np.where(unknown, -1, experts.astype(np.int16))
+            padded[row, start : start + len(experts)] = np.where(unknown, UNKNOWN, experts.astype(np.int16))
     return torch.from_numpy(padded)
 
 
+def prompts_routed_otherwise(sequences: Sequence[TrainingSequence]) -> tuple[int, int]:
+    """How many (token, layer) of prompts went to other experts in a sequence than in the first of its group, and of how many."""
+    changed = compared = 0
+    firsts: dict[int, Experts] = {}
+    for s in sequences:
+        if s.group is None or s.experts is None:
+            continue
+        own = np.sort(s.experts[: s.prompt_length - 1])
+        if s.group in firsts:
+            changed += int((own != firsts[s.group]).any(axis=-1).sum())
+            compared += own.shape[0] * own.shape[1]
+        firsts.setdefault(s.group, own)
+    return changed, compared
+
+
 def experts_of(batch: Batch, passes: Sequence[torch.Tensor]) -> list[Experts]:
-    """The experts [T - 1, layers, k] uint16 of each sequence, up to its last sampled token, of [tokens, layers, k] in each pass of a batch."""
+    """The experts [T - 1, layers, k] of each sequence, up to its last sampled token, of [tokens, layers, k] in each pass of a batch."""
     rows, places = batch.token_ids.shape
-    *before, after = [experts.cpu().numpy().astype(np.uint16) for experts in passes]
+    dtype = expert_dtype(1 + max(int(experts.max()) for experts in passes))
+    *before, after = [experts.cpu().numpy().astype(dtype) for experts in passes]
     after = after.reshape(rows, places, *after.shape[1:])
     mask = batch.mask.cpu().numpy()
     ends = places - mask.shape[1] + (mask * np.arange(1, mask.shape[1] + 1)).max(axis=1)

@@ -1,7 +1,7 @@
 """Routed experts in a learner: how evenly tokens go to them, how ranks share them, and which of them are trained at all.
 
 Load: a router that sends most tokens to few experts leaves the others untrained: the load is what balance losses (DeepSeek-V2
-report, arXiv 2405.04434, section 2.2.3) hold even, and neither Chat SFT nor GRPO has such a loss here.
+report, arXiv 2405.04434, section 2.2.3; align/learner/balance.py) hold even.
 
 Parallelism: DeepSpeed's AutoEP gives each rank some experts of each layer, which it computes for all ranks' tokens. It puts a block of its
 own in the place of each mixture-of-experts block, with this rank's experts stacked as `w1` (gate), `w2` (down) and `w3` (up),
@@ -59,9 +59,7 @@ class ExpertCounter:
     def _count(self, layer: int, router: torch.nn.Module, inputs: Any, output: Any) -> None:
         if not self._counted or not isinstance(output, tuple):
             return
-        # transformers' routers return (logits [T, E], weights, chosen), AutoEP's (weights, chosen, tokens of each expert [E]).
-        spread = output[-1].dim() == 1
-        chosen, experts = (output[1], len(output[-1])) if spread else (output[-1], output[0].shape[-1])
+        chosen, experts = chosen_by(output), len(output[-1]) if is_of_autoep(output) else output[0].shape[-1]
         if chosen.is_floating_point():
             return
         if layer not in self._counts:
@@ -81,6 +79,22 @@ def routers_of(network: torch.nn.Module) -> dict[int, torch.nn.Module]:
         if hasattr(block, "experts") and isinstance(router, torch.nn.Module) and layer:
             found[int(layer[1])] = router
     return found
+
+
+def is_of_autoep(output: tuple[torch.Tensor, ...]) -> bool:
+    """Whether a router's output is AutoEP's, (weights, chosen, tokens of each expert [E]): transformers' is (logits [T, E], weights, chosen)."""
+    return output[-1].dim() == 1
+
+
+def chosen_by(output: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """The experts [T, k] that a router chose, of its output."""
+    return output[-2 if is_of_autoep(output) else -1]
+
+
+def logits_of(router: Any, inputs: tuple[torch.Tensor, ...], output: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """The logits [T, E] behind a router's output, with gradient: AutoEP's does not tell them, so that its gate computes them again."""
+    logits: torch.Tensor = router.gate(inputs[0]) if is_of_autoep(output) else output[0]
+    return logits
 
 
 def add_loads(parts: Sequence[Loads]) -> Loads:

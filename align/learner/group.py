@@ -2,7 +2,7 @@
 
 import math
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 
 from align.errors import NonFiniteError, UserError
+from align.learner.balance import balance_metrics
 from align.learner.batch import (
     TrainingSequence,
     in_order,
@@ -24,11 +25,12 @@ from align.learner.experts import add_loads, load_metrics
 from align.learner.objective import Objective, Sums
 from align.learner.policy import LearnerWorker
 from align.learner.rank import LearnerRank, Trained, environment
-from align.learner.routing import routing_metrics
+from align.learner.routing import Changes
 from align.recipe import LearnerOptions, ModelOptions, Replay
 from align.run.checkpoints import Entry
 from align.run.files import whole_directory
 from rollout import Colocation, Fleet, ObjectStoreSync, WeightSync
+from rollout.parts import Distance
 from rollout.processes import ProcessId, in_placement_group, kill, stacks, start_limit_s, usable_gpus, visibility
 from rollout.sync.base import WriteBuckets
 from rollout.types import PublisherDiedError, PublishError
@@ -280,11 +282,13 @@ class LearnerGroup(RankGroup):
         """`weight_sync` is how `sync_weights` sends the weights, by default through Ray's object store; `kind` is what the ranks are.
 
         `replay` says whose experts tokens go through in GRPO: those that the sequences have of the sampler, or those of the learner itself
-        before the first of several updates.
+        before the first of several updates. `has_moved` is true after the first of a step's updates until its last: the rollout workers then
+        hold other weights.
         """
         super().__init__(kind, model, options, seed, reference, colocation=colocation)
         self.weight_sync = weight_sync or self.weight_sync
         self.replay = replay
+        self.has_moved = False
 
     def sync_weights(self, fleet: Fleet, version: int) -> int:
         """Give the rollout workers what has been trained; when this returns they sample with it, as weights of `version`.
@@ -300,7 +304,11 @@ class LearnerGroup(RankGroup):
         """Forward and backward over a batch; its gradient waits for `apply`."""
         work, plan = self._split(sequences)
         replays = objective.grpo is not None and self.replay != "off"
-        calls = [r.accumulate.remote(part, objective, replays) for r, part in zip(self._at_work(), work, strict=True)]
+        trained = max(1, sum(s.weight > 0 for s in sequences))
+        calls = [
+            r.accumulate.remote(part, objective, replays, trained)
+            for r, part in zip(self._at_work(), work, strict=True)
+        ]
         found = self._gather(calls, self._options.step_timeout_s, "computing gradients")
         total = Sums()
         for sums in found:
@@ -325,23 +333,30 @@ class LearnerGroup(RankGroup):
             before = iter(self._before_updates([s for batch in updates for s in batch], objective.temperature))
             updates = [[next(before) for _ in batch] for batch in updates]
         total, norm = Sums(), 0.0
-        for batch in filter(None, updates):
+        for number, batch in enumerate(filter(None, updates)):
             sums = self.accumulate(batch, objective)
+            self.has_moved = number > 0
             if math.isfinite(sums.loss):
-                check(sums)
+                # Routers that have moved may choose otherwise.
+                check(replace(sums, routes=[]) if self.has_moved else sums)
             applied = self.apply(learning_rate)
             norm = applied if math.isfinite(norm) else norm
             total.add(sums)
+        self.has_moved = False
         return total, norm
 
     def expert_load(self) -> dict[str, float]:
-        """How evenly the tokens of all `accumulate` since the last time went to the experts, and how many the policy would have sent to others
-        than those that were given; see `load_metrics` and `routing_metrics`."""
+        """How evenly the tokens of all `accumulate` since the last time went to the experts, and the balance losses; see `load_metrics`, `balance_metrics`."""
         calls = [rank.take_expert_load.remote() for rank in self._ranks]
-        found = self._gather(calls, self._options.step_timeout_s, "counting tokens of experts")
-        return load_metrics(add_loads([loads for loads, _ in found])) | routing_metrics(
-            [changes for _, changes in found]
+        loads, balance = zip(
+            *self._gather(calls, self._options.step_timeout_s, "counting tokens of experts"), strict=True
         )
+        return load_metrics(add_loads(loads)) | balance_metrics(balance)
+
+    def take_routes(self) -> list[Changes]:
+        """What each rank has counted in `log_probs` of routes that were given, since this or `accumulate` last told."""
+        calls = [rank.take_routes.remote() for rank in self._ranks]
+        return self._gather(calls, self._options.step_timeout_s, "counting routes")
 
     def log_probs(self, sequences: Sequence[TrainingSequence], temperature: float) -> list[npt.NDArray[np.float32]]:
         """The policy's log-probabilities [S] of the sampled tokens of each sequence, with the sampler's experts where these are replayed."""
@@ -349,6 +364,13 @@ class LearnerGroup(RankGroup):
         replays = self.replay == "sampler"
         calls = [r.log_probs.remote(part, temperature, replays) for r, part in zip(self._at_work(), work, strict=True)]
         return in_order(plan, self._gather(calls, self._options.step_timeout_s, "computing log-probabilities"))
+
+    def part_distances(
+        self, sequence: TrainingSequence, noted: Mapping[str, torch.Tensor]
+    ) -> tuple[dict[str, Distance], npt.NDArray[np.float32]]:
+        """How far the learner's parts are from what the sampler's computed for a sequence; see `LearnerWorker.part_distances`."""
+        calls = [rank.part_distances.remote(sequence, noted) for rank in self._at_work()]
+        return self._gather(calls, self._options.step_timeout_s, "comparing parts of the model")[0]
 
     def _before_updates(self, sequences: Sequence[TrainingSequence], temperature: float) -> list[TrainingSequence]:
         """The sequences with the log-probabilities of the policy before a step's updates, and with its experts where these are replayed."""

@@ -12,7 +12,8 @@ from torch.nn.functional import pad
 
 from align.learner.batch import Batch, sampled_values
 from align.learner.head import head_is_last, head_log_probs, head_replaced
-from align.losses import LossOptions, agreement, grpo_token_loss, token_log_probs
+from align.learner.routing import Changes
+from align.losses import LossOptions, agreement, correction_weights, grpo_token_loss, token_log_probs
 from align.recipe import OptimizerOptions
 
 
@@ -98,7 +99,10 @@ class Sums:
     """Sums over the completion tokens of a batch; add those of all micro-batches and ranks, then divide.
 
     `loss` and `kl` are already divided by the batch's denominator (see `TrainingSequence.weight`). Of GRPO, `log_probs`
-    [batch][sequence] [S] are those of the sampled tokens under the learner's policy before the step's first update.
+    [batch][sequence] [S] are those of the sampled tokens under the learner's policy before the step's first update; of its correction
+    there are the tokens whose weight was cut, those whose weight is 0, and the sums of the weights and of their squares. `routes` has what each
+    rank counted of routes that were given, `prompt_routes` the (token, layer) of shared prompts that were given more than once, and
+    `prompt_routes_changed` how many of these a later completion had with other experts than the first.
     """
 
     loss: float = 0.0
@@ -107,10 +111,18 @@ class Sums:
     padded_tokens: int = 0
     entropy: float = 0.0
     clipped: int = 0
+    correction_cut: int = 0
+    correction_masked: int = 0
+    correction_weights: float = 0.0
+    correction_squares: float = 0.0
     compared: int = 0
     difference: float = 0.0
     sampler_kl: float = 0.0
     max_difference: float = 0.0
+    equal: int = 0
+    routes: list[Changes] = field(default_factory=list)
+    prompt_routes: int = 0
+    prompt_routes_changed: int = 0
     log_probs: list[list[npt.NDArray[np.float32]]] = field(default_factory=list)
 
     def add(self, other: "Sums") -> None:
@@ -136,6 +148,17 @@ def loss_and_sums(
         sums.loss = float(loss.detach())
         return loss, sums
     options = objective.grpo
+    at_sampling = (log_probs if batch.old_log_probs is None else batch.old_log_probs).detach()
+    importance = None
+    if options.correction.kind != "none":
+        if batch.sampler_log_probs is None:
+            raise ValueError("grpo.correction needs the log-probabilities that tokens were drawn with")
+        importance, cut, masked = correction_weights(
+            at_sampling, batch.sampler_log_probs, batch.mask, options.correction
+        )
+        weights = importance[counted].double()
+        sums.correction_cut, sums.correction_masked = int(cut[counted].sum()), int(masked[counted].sum())
+        sums.correction_weights, sums.correction_squares = float(weights.sum()), float(weights.square().sum())
     terms = grpo_token_loss(
         log_probs,
         batch.old_log_probs,
@@ -146,12 +169,14 @@ def loss_and_sums(
         clip_high=options.clip_high,
         kl_coefficient=options.kl_coefficient,
         level=options.level,
+        kl=options.kl,
+        cispo_max=options.cispo_max,
+        importance=importance,
     )
     loss = (terms.loss * batch.weights).sum()
     sums.loss = float(loss.detach())
     sums.kl = float((terms.kl * batch.weights).sum())
     sums.clipped = int((terms.clipped & counted).sum())
-    at_sampling = (log_probs if batch.old_log_probs is None else batch.old_log_probs).detach()
     sums.log_probs = [sampled_values(at_sampling, batch)]
     if batch.sampler_log_probs is not None and sums.tokens:
         compared = agreement(at_sampling, batch.sampler_log_probs, counted)
@@ -159,6 +184,7 @@ def loss_and_sums(
         sums.difference = compared.mean_abs * compared.tokens
         sums.sampler_kl = compared.k3 * compared.tokens
         sums.max_difference = compared.max_abs
+        sums.equal = compared.equal
     return loss, sums
 
 

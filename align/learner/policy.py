@@ -1,5 +1,6 @@
 """One learner rank of a policy."""
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -8,12 +9,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from align.learner.balance import Balance, BalanceLosses
 from align.learner.batch import (
     Batch,
     TrainingSequence,
     collate,
     collate_after_prompts,
     experts_of,
+    prompts_routed_otherwise,
     sampled_values,
 )
 from align.learner.experts import ExpertCounter, Loads
@@ -23,6 +26,7 @@ from align.learner.rank import LearnerRank, Trained
 from align.learner.routing import Changes, RoutingReplay
 from align.model.policy import load_policy
 from align.recipe import ModelOptions
+from rollout.parts import Distance, compared
 from rollout.types import Experts
 
 MicroBatches = list[list[TrainingSequence]]
@@ -54,11 +58,14 @@ class LearnerWorker(LearnerRank):
             self._reference = self._frozen(LogProbs(load_from_rank_0(partial(load_policy, reference), self._device)))
         self._routing = RoutingReplay(policy)
         self._expert_counter = ExpertCounter(policy)
+        self._balance = BalanceLosses(policy, self._options.balance)
         self._settle()
         return trained
 
-    def accumulate(self, micro_batches: MicroBatches, objective: Objective, replays: bool = False) -> Sums:
-        """Forward and backward passes of this rank's micro-batches; gradients add up until `apply`.
+    def accumulate(
+        self, micro_batches: MicroBatches, objective: Objective, replays: bool = False, batch_size: int = 1
+    ) -> Sums:
+        """Forward and backward passes of this rank's micro-batches, of a batch of `batch_size` sequences on all ranks; gradients add up until `apply`.
 
         For GRPO without dropout, and whatever else is random in training alone: the policy that sampled has none. Where it `replays`, tokens go
         through the experts that their sequences have.
@@ -71,20 +78,28 @@ class LearnerWorker(LearnerRank):
             batch = self._collate(sequences)
             # First, for where it shares the policy's modules: backward must find them as the policy's forward left them.
             reference = self._reference_log_probs(batch, objective.temperature)
-            with self._routing.given(batch.routes, forced=replays):
-                with self._expert_counter.counting(*batch.token_counts()):
+            counts = batch.token_counts()
+            with self._routing.given(batch.routes, forced=replays), self._balance.watching(counts):
+                with self._expert_counter.counting(*counts):
                     log_probs, entropy = self._engine(**batch.inputs, temperature=objective.temperature)
                 loss, sums = loss_and_sums(log_probs, entropy, reference, batch, objective)
-                self._backward(loss)
+                self._backward(loss + self._balance.loss(batch.prefix_of, batch_size))
+            if self._options.share_prompts:
+                sums.prompt_routes_changed, sums.prompt_routes = prompts_routed_otherwise(sequences)
             total.add(sums)
+        total.routes = [self._routing.take()]
         return total
 
     def _held(self) -> list[Any]:
         return [*super()._held(), self._reference]
 
-    def take_expert_load(self) -> tuple[Loads, Changes]:
-        """Where this rank's tokens went since the last time this was asked, and where the policy would have sent them otherwise."""
-        return self._expert_counter.take(), self._routing.take()
+    def take_expert_load(self) -> tuple[Loads, Balance]:
+        """Where this rank's tokens went since the last time this was asked, and the balance losses."""
+        return self._expert_counter.take(), self._balance.take()
+
+    def take_routes(self) -> Changes:
+        """Where the policy would have sent tokens to other experts than those given, since this or `accumulate` last told."""
+        return self._routing.take()
 
     def _collate(self, sequences: list[TrainingSequence]) -> Batch:
         together = collate_after_prompts if self._options.share_prompts else collate
@@ -124,6 +139,19 @@ class LearnerWorker(LearnerRank):
             results.append(list(zip(values, experts_of(batch, passes), strict=True)))
         return results
 
+    def part_distances(
+        self, sequence: TrainingSequence, noted: Mapping[str, torch.Tensor]
+    ) -> tuple[dict[str, Distance], npt.NDArray[np.float32]]:
+        """How far this rank's parts are from what the sampler's computed for a sequence, and its log-probabilities [S] after these.
+
+        The routers choose for themselves.
+        """
+        network = self._network if self._options.lora is None else self._network.get_base_model()
+        batch = collate([sequence], self._pad_id).to(self._device)
+        with compared(network, noted) as found:
+            (values,) = sampled_values(self._values(batch, 1.0), batch)
+        return found, values
+
     def _values(self, batch: Batch, temperature: float) -> torch.Tensor:
         """Log-probabilities [B, K] of a batch's targets, without a gradient."""
         self._engine.eval()
@@ -152,6 +180,7 @@ class FrugalWorker(LearnerWorker):
         self._reference, self._checkpointed = None, []
         self._routing = RoutingReplay(self._network)
         self._expert_counter = ExpertCounter(self._network)
+        self._balance = BalanceLosses(self._network, self._options.balance)
         self._lost = self._exact = 0.0
         self._trained = self._what_is_trained()
         return self._trained

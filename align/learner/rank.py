@@ -49,7 +49,7 @@ from align.model.lora import (
     update_of,
     write_merge_report,
 )
-from align.model.names import layout_of, to_checkpoint
+from align.model.names import frozen_names, layout_of, to_checkpoint
 from align.model.policy import attention_kernel, attention_sizes, load_tokenizer, save_policy
 from align.recipe import BFLOAT16_SUMS, MERGED_ADAPTERS, LearnerOptions, ModelOptions
 from align.run.checkpoints import Entry
@@ -240,6 +240,10 @@ class LearnerRank(ABC):
         """Wrap `module`, which computes something with `network`. Returns what is trained."""
         import deepspeed
 
+        frozen = frozen_names((name for name, _ in network.named_parameters()), self._options.freeze)
+        for name, parameter in network.named_parameters():
+            if name in frozen:
+                parameter.requires_grad_(False)
         if self._options.gradient_checkpointing:
             network.gradient_checkpointing_enable()
         if self._options.expert_parallel > 1:

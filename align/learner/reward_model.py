@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 
+from align.learner.balance import BalanceLosses
 from align.learner.batch import in_order, plan_micro_batches, share_out, whole_rows
 from align.learner.group import RankGroup
 from align.learner.loading import load_from_rank_0
@@ -38,17 +39,24 @@ class TrainingPair:
 
 @dataclass(frozen=True, slots=True)
 class PairBatch:
-    """Padded tensors of B pairs: `token_ids` [2B, T] int64, the chosen ones first; `margins` and `weights` [B] float32."""
+    """Padded tensors of B pairs: `token_ids` [2B, T] int64, the chosen ones first; `margins` and `weights` [B] float32.
+
+    `trained` [2B, T] bool is true on the tokens of pairs that have a weight.
+    """
 
     token_ids: torch.Tensor
+    trained: torch.Tensor
     margins: torch.Tensor
     weights: torch.Tensor
 
 
 def collate_pairs(pairs: Sequence[TrainingPair], pad_id: int, device: torch.device) -> PairBatch:
     """The pairs as a batch on a device."""
+    both = [*(pair.chosen for pair in pairs), *(pair.rejected for pair in pairs)]
+    trained = [[pair.weight > 0] * len(tokens) for pair, tokens in zip([*pairs, *pairs], both, strict=True)]
     return PairBatch(
-        token_ids=pad_right([*(pair.chosen for pair in pairs), *(pair.rejected for pair in pairs)], pad_id, device),
+        token_ids=pad_right(both, pad_id, device),
+        trained=pad_right(trained, False, device).bool(),
         margins=torch.tensor([pair.margin for pair in pairs], dtype=torch.float32, device=device),
         weights=torch.tensor([pair.weight for pair in pairs], dtype=torch.float32, device=device),
     )
@@ -105,22 +113,24 @@ class RewardModelWorker(LearnerRank):
         reward_model = self._with_adapter(loaded, "SEQ_CLS")
         self._pad_id = self._tokenizer.pad_token_id
         trained = self._start_engine(Rewards(reward_model), reward_model)
+        self._balance = BalanceLosses(reward_model, self._options.balance)
         self._settle()
         return trained
 
-    def accumulate(self, micro_batches: list[list[TrainingPair]], loss: PairLoss) -> PairSums:
-        """Forward and backward passes of this rank's micro-batches; gradients add up until `apply`."""
+    def accumulate(self, micro_batches: list[list[TrainingPair]], loss: PairLoss, batch_size: int = 1) -> PairSums:
+        """Forward and backward passes of this rank's micro-batches, of a batch of `batch_size` pairs on all ranks; gradients add up until `apply`."""
         total = PairSums()
         self._engine.train()
         for pairs in micro_batches:
             batch = collate_pairs(pairs, self._pad_id, self._device)
-            chosen, rejected = self._engine(batch.token_ids).chunk(2)
-            if loss == "pairwise":
-                losses = pairwise_loss(chosen, rejected, batch.margins)
-            else:
-                losses = pointwise_loss(chosen, rejected)
-            weighted = (losses * batch.weights).sum()
-            self._backward(weighted)
+            with self._balance.watching([batch.trained]):
+                chosen, rejected = self._engine(batch.token_ids).chunk(2)
+                if loss == "pairwise":
+                    losses = pairwise_loss(chosen, rejected, batch.margins)
+                else:
+                    losses = pointwise_loss(chosen, rejected)
+                weighted = (losses * batch.weights).sum()
+                self._backward(weighted + self._balance.loss(None, 2 * batch_size))
             difference = (chosen - rejected).detach()[batch.weights > 0]
             total.add(
                 PairSums(
@@ -152,7 +162,8 @@ class RewardModelGroup(RankGroup):
     def accumulate(self, pairs: Sequence[TrainingPair], loss: PairLoss) -> PairSums:
         """Forward and backward over a batch; its gradient waits for `apply`."""
         work = share_out(pairs, self._plan([pair.padded_length for pair in pairs]), replace(pairs[0], weight=0.0))
-        calls = [r.accumulate.remote(part, loss) for r, part in zip(self._ranks, work, strict=True)]
+        trained = max(1, sum(pair.weight > 0 for pair in pairs))
+        calls = [r.accumulate.remote(part, loss, trained) for r, part in zip(self._ranks, work, strict=True)]
         total = PairSums()
         for sums in self._gather(calls, self._options.step_timeout_s, "computing gradients"):
             total.add(sums)

@@ -8,16 +8,34 @@ scaled as the model's own router does it.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from align.errors import UserError
-from align.learner.experts import routers_of
+from align.learner.batch import UNKNOWN
+from align.learner.experts import chosen_by, is_of_autoep, logits_of, routers_of
 
 TOLERANCE = 1e-5
-Changes = dict[int, tuple[int, int]]
-"""By layer: how many tokens the learner would have sent to other experts than those given, of how many."""
+TIE = 1e-5
+"""Two logits that are nearer than this are decided by rounding alone, in float32 too."""
+
+
+class Routes(NamedTuple):
+    """What was counted of a layer's tokens whose experts were given."""
+
+    known: int
+    """Tokens with experts."""
+    changed: int
+    """Those of them that the learner would have sent to other experts."""
+    undecided: int
+    """Those besides, where two logits were so near that rounding decided (`TIE`)."""
+    fell_back: int
+    """Tokens of which the sampler recorded no experts: they go where the learner sends them."""
+
+
+Changes = dict[int, Routes]
+"""What was counted, by layer."""
 
 
 class RoutingReplay:
@@ -41,7 +59,7 @@ class RoutingReplay:
 
     @contextmanager
     def given(self, experts: Sequence[torch.Tensor], *, forced: bool) -> Iterator[None]:
-        """Within the context, the tokens of forward pass n are given `experts[n]` [rows, places, layers, k], -1 where none are known.
+        """Within the context, the tokens of forward pass n are given `experts[n]` [rows, places, layers, k], below 0 where none are known.
 
         They go through these where `forced`. The backward pass belongs inside: with gradient checkpointing it computes layers again.
         """
@@ -65,29 +83,36 @@ class RoutingReplay:
 
     def take(self) -> Changes:
         """How much of the routing was changed since this was last asked."""
-        found = {layer: (int(changed), int(known)) for layer, (changed, known) in self._changes.items()}
+        found = {layer: Routes(*counts.tolist()) for layer, counts in self._changes.items()}
         self._changes.clear()
         return found
 
     def _route(self, place: int, layer: int, router: Any, inputs: Any, output: Any) -> Any:
+        if not self._given and self._recorded is None:
+            return None
+        if not isinstance(output, tuple) or len(output) != 3:
+            raise UserError(
+                f"grpo.routing_replay, rollout.record_experts: {type(router).__name__} does not tell which experts it chooses; leave them out "
+                "for this model"
+            )
         if self._recorded is not None:
-            self._recorded[layer].append(output[-2 if output[-1].dim() == 1 else -1].to(torch.int16))
+            self._recorded[layer].append(chosen_by(output).to(torch.int16))
         if not self._given:
             return None
         call = self._calls.get(layer, 0)
         self._calls[layer] = call + 1
         # What is computed again for the backward pass is of a single forward pass.
         given = self._given[call % len(self._given)][:, :, place].flatten(0, 1).long()
-        # transformers' routers return (logits [T, E], weights, chosen), AutoEP's (weights, chosen, tokens of each expert [E]).
-        spread = output[-1].dim() == 1
-        logits = router.gate(inputs[0]) if spread else output[0]
+        spread, logits = is_of_autoep(output), logits_of(router, inputs, output)
         weights, own = output[:2] if spread else output[1:]
-        if layer in self._unchecked:
-            self._check(router, logits, weights, own)
+        if self._forced and layer in self._unchecked:
+            check_weights(router, logits, output, "grpo.routing_replay")
             self._unchecked.discard(layer)
         known = (given >= 0).all(dim=-1)
         changed = known & (given.sort(dim=-1).values != own.sort(dim=-1).values).any(dim=-1)
-        counted = torch.stack([changed.sum(), known.sum()])
+        undecided = changed & is_tie(logits.detach(), own, given)
+        fell_back = (given == UNKNOWN).any(dim=-1)
+        counted = torch.stack([known.sum(), (changed & ~undecided).sum(), undecided.sum(), fell_back.sum()])
         self._changes[layer] = self._changes.get(layer, 0) + counted
         if not self._forced:
             return None
@@ -103,13 +128,15 @@ class RoutingReplay:
             tokens.scatter_add_(0, chosen.flatten(), torch.ones_like(chosen.flatten(), dtype=tokens.dtype)),
         )
 
-    def _check(self, router: Any, logits: torch.Tensor, weights: torch.Tensor, own: torch.Tensor) -> None:
-        """Raise UserError for a router whose weights for its own experts are others than those that replay would give them."""
-        ours = weights_of(router, logits.detach(), own).to(weights.dtype)
-        if not torch.allclose(ours, weights.detach(), rtol=TOLERANCE if weights.dtype == torch.float32 else 1e-2):
-            raise UserError(
-                f"grpo.routing_replay: {type(router).__name__} weighs experts in a way that replay does not know; leave it out for this model"
-            )
+
+def check_weights(router: Any, logits: torch.Tensor, output: tuple[torch.Tensor, ...], key: str) -> None:
+    """Raise UserError, naming `key`, for a router whose weights for its own experts are not those of `weights_of`."""
+    weights, own = output[:2] if is_of_autoep(output) else output[1:]
+    ours = weights_of(router, logits.detach(), own).to(weights.dtype)
+    if not torch.allclose(ours, weights.detach(), rtol=TOLERANCE if weights.dtype == torch.float32 else 1e-2):
+        raise UserError(
+            f"{key}: {type(router).__name__} weighs experts in a way that is not known here; leave it out for this model"
+        )
 
 
 def weights_of(router: Any, logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
@@ -122,12 +149,38 @@ def weights_of(router: Any, logits: torch.Tensor, chosen: torch.Tensor) -> torch
     return picked * scale
 
 
-def routing_metrics(parts: Sequence[Changes]) -> dict[str, float]:
-    """The share of tokens that the learner would have routed otherwise, of each layer and over all; of all ranks' counts, empty without any."""
+def is_tie(logits: torch.Tensor, own: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+    """Where [T] bool an expert of `own` [T, k] that is not `given` [T, k] and one that is given alone have logits [T, E] within `TIE`.
+
+    With groups too: the best experts of two groups then are that near.
+    """
+    same = own[:, :, None] == given[:, None, :]
+    apart = logits.gather(-1, own)[:, :, None] - logits.gather(-1, given.clamp(min=0))[:, None, :]
+    exchanged = ~same.any(dim=2)[:, :, None] & ~same.any(dim=1)[:, None, :]
+    return (exchanged & (apart.abs() <= TIE)).flatten(1).any(dim=-1)
+
+
+def add_changes(parts: Sequence[Changes]) -> Changes:
+    """The counts of several ranks or passes together, without layers of which no token had experts, in order."""
     layers = sorted({layer for part in parts for layer in part})
-    sums = {layer: [sum(part.get(layer, (0, 0))[i] for part in parts) for i in (0, 1)] for layer in layers}
-    shares = {f"routing/layer_{layer}/changed": changed / known for layer, (changed, known) in sums.items() if known}
-    if not shares:
+    sums = {layer: Routes(*map(sum, zip(*(p[layer] for p in parts if layer in p), strict=True))) for layer in layers}
+    return {layer: counts for layer, counts in sums.items() if counts.known}
+
+
+def routing_metrics(parts: Sequence[Changes]) -> dict[str, float]:
+    """The shares of tokens that the learner would have routed otherwise, of each layer and over all, and the first layer where it would.
+
+    Also the shares over all layers that rounding decided and that had no known experts. Of all ranks' counts; empty without any.
+    """
+    by_layer = add_changes(parts)
+    if not by_layer:
         return {}
-    changed, known = (sum(count[i] for count in sums.values()) for i in (0, 1))
-    return {"routing/changed": changed / known} | shares
+    known, changed, undecided, fell_back = map(sum, zip(*by_layer.values(), strict=True))
+    found = {
+        "routing/changed": changed / known,
+        "routing/undecided": undecided / known,
+        "routing/fell_back": fell_back / (known + fell_back),
+    }
+    if changed:
+        found["routing/first_layer"] = next(layer for layer, counts in by_layer.items() if counts.changed)
+    return found | {f"routing/layer_{n}/changed": counts.changed / counts.known for n, counts in by_layer.items()}

@@ -9,12 +9,14 @@ transformers 4.57 refuses the tokenizer ("TokenizersBackend does not exist"), an
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from align.errors import UserError
 
 FUSED = re.compile(r"^(?P<prefix>.*\.experts)\.(?P<kind>gate_up_proj|down_proj)$")
 SPLIT = re.compile(r"^(?P<prefix>.*\.experts)\.(?P<expert>\d+)\.(?P<kind>\w+)\.weight$")
@@ -76,6 +78,36 @@ def from_checkpoint(named_tensors: Mapping[str, torch.Tensor], layout: Layout = 
         fused[f"{prefix}.gate_up_proj"] = torch.stack(gate_up)
         fused[f"{prefix}.down_proj"] = torch.stack([parts[e, layout.down] for e in range(count)])
     return fused
+
+
+PARTS = {
+    "router": r"\.(gate|router)\.",
+    "experts": r"\.experts\.",
+    "shared_experts": r"\.shared_experts?(_gate)?\.",
+    "attention": r"\.(self_attn|attn|attention)\.",
+    "mlp": r"\.(mlp|feed_forward)\.(?!gate\.|router\.|experts\.|shared_expert)",
+    "norms": r"norm[^.]*\.(weight|bias)$",
+    "embeddings": r"\b(embed_tokens|wte)\.",
+    "head": r"\blm_head\.",
+}
+"""By what is in their names, the parameters of the parts that `learner.freeze` can name. Those that are tied to the embeddings have no name of their own."""
+
+
+def frozen_names(names: Iterable[str], freeze: Sequence[str]) -> set[str]:
+    """The parameters, of those with these names, that `freeze` means.
+
+    Raises UserError where one of its parts means none, and where nothing is left to train.
+    """
+    names, frozen = list(names), set[str]()
+    for part in freeze:
+        found = {name for name in names if re.search(PARTS[part], name)}
+        if not found:
+            there = [other for other, pattern in PARTS.items() if any(re.search(pattern, name) for name in names)]
+            raise UserError(f"learner.freeze: the model has no {part} of its own; it has {', '.join(there)}")
+        frozen |= found
+    if len(frozen) == len(names):
+        raise UserError(f"learner.freeze: {', '.join(freeze)} is all that the model has, and nothing would be trained")
+    return frozen
 
 
 NEW_CLASS, OLD_CLASS = "TokenizersBackend", "PreTrainedTokenizerFast"

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from align.errors import UserError
 from align.model.policy import first_line
+from rollout.types import expert_dtype
 
 KNOWN = Path(__file__).parent / "known"
 KNOWN_NAMES = {
@@ -69,6 +71,12 @@ class ModelSizes:
     def is_mixture(self) -> bool:
         """Whether there are routed experts."""
         return any(".experts." in name for name in self.parameters)
+
+    @property
+    def routes_a_token(self) -> int:
+        """Bytes of the experts that a token goes through: the id of each, of one byte or two, in all layers; 0 without routed experts."""
+        banks = {n: s for n, s in self.parameters.items() if n.endswith(".experts.down_proj")}
+        return sum(round(self._uses(n)) * np.dtype(expert_dtype(s[0])).itemsize for n, s in banks.items())
 
     @property
     def activations(self) -> tuple[int, int]:

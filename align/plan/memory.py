@@ -80,6 +80,12 @@ class Work:
         return 2 * self.sent * self.element if weights and weights.transport == "object_store" else 0
 
     @property
+    def route_bytes(self) -> int:
+        """Bytes of the experts that a step's tokens went through, on their way from the workers to the ranks."""
+        tokens = self.roles.sampled_sequences * self.roles.longest
+        return tokens * self.sizes.routes_a_token if self.roles.routes else 0
+
+    @property
     def kv_bytes(self) -> int:
         """Bytes of the KV cache that a token takes."""
         return self.sizes.kv_a_token * self.element
@@ -97,7 +103,7 @@ def learner_memory(job: Training, *, on_gpu: bool) -> dict[str, float]:
     if zero == 3:
         # And the gradient of a block; the reference's weights are let go before the policy's are gathered.
         block = job.sizes.largest_block
-        held = min(job.sizes.total, GATHERED + block) + (block if job.trained == job.sizes.total else 0)
+        held = min(job.sizes.total, GATHERED + block) + (block if job.options.lora is None else 0)
         parts["gathered"] = held * job.element
     # Adam's two moments, and a float32 copy of the weights wherever DeepSpeed wraps the optimizer.
     wrapped = zero > 0 or job.element < 4
@@ -128,7 +134,7 @@ def activation_memory(job: Training) -> dict[str, float]:
     parts: dict[str, float] = {"activations": job.tokens * elements * job.element}
     if job.logits:
         # In float32 four times; the head's gradient in float32, and what a tile adds to it.
-        head = job.sizes.vocabulary * job.sizes.hidden * (4 + job.element if job.trained == job.sizes.total else 0)
+        head = job.sizes.vocabulary * job.sizes.hidden * (4 + job.element if job.options.lora is None else 0)
         parts["head"] = max(TILE, job.sizes.vocabulary) * 16 + head
     return parts
 

@@ -137,6 +137,11 @@ def notes(work: Work) -> list[str]:
         if work.stored_bytes:
             size = store_size(work.sent * work.element)
             found.append(f"Ray's object store takes {gib(size)} of /dev/shm, so that they do not go over the disk")
+    if work.route_bytes:
+        found.append(
+            f"the experts of a step's tokens, {work.sizes.routes_a_token} bytes a token, take {gib(work.route_bytes)} of Ray's object store at "
+            "most, where they are replayed or recorded"
+        )
     return found
 
 

@@ -1,8 +1,10 @@
 """The processes of a recipe: how many of each kind, on which GPUs, and the memory of each."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from align.model.names import frozen_names
 from align.model.sizes import ModelSizes
 from align.plan import memory
 from align.plan.memory import ELEMENT_BYTES, GPU_PROCESS, Parts, Training, Work, at_rest
@@ -39,10 +41,11 @@ def work_of(roles: Roles, sizes: ModelSizes, element: int) -> Work:
         # In float32 it is in the weights.
         beside = trained if roles.rollout and element != ELEMENT_BYTES["float32"] else 0
         sent = trained if roles.weights and roles.weights.transport == "adapter" else sent + beside
+    frozen = frozen_names(sizes.parameters, roles.learner.freeze)
     training = Training(
         sizes=sizes,
         options=roles.learner,
-        trained=trained,
+        trained=trained - sum(math.prod(sizes.parameters[name]) for name in frozen),
         step_tokens=-(-roles.trained_sequences // roles.learner.ranks) * roles.longest,
         longest=roles.longest,
         element=element,
@@ -71,13 +74,14 @@ def demands(colocated: bool, roles: Sequence[Role]) -> list[Demand]:
 def host_memory(node: Node, roles: Sequence[Role], work: Work) -> float:
     """Bytes of a node's memory that the processes on it take at most, what is at rest there among them.
 
-    Rank 0 has the whole model at the start and where it is saved; Ray's store has the weights twice wherever they are sent or loaded.
+    Rank 0 has the whole model at the start and where it is saved; Ray's store has the weights twice wherever they are sent or loaded, and the
+    experts of a step's tokens.
     """
     total = sum(role.host * len(node.held.get(role.name, ())) for role in roles)
     if 0 in node.held.get(LEARNER, ()):
         total += work.weight_bytes * memory.READING
     if WORKER in node.held or 0 in node.held.get(LEARNER, ()):
-        total += work.stored_bytes
+        total += work.stored_bytes + work.route_bytes
     return total
 
 

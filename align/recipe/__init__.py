@@ -1,9 +1,15 @@
 """Recipes: `options` and `recipes` say what they can hold, `load` gets one from a file, `pipeline` puts several in order."""
 
-from align.recipe.load import check_model_directory, differences, dump_recipe, load_recipe, read_yaml
-from align.recipe.options import (
+from align.recipe.learner import (
     BFLOAT16_SUMS,
     MERGED_ADAPTERS,
+    BalanceOptions,
+    LearnerOptions,
+    LoraOptions,
+    OptimizerOptions,
+)
+from align.recipe.load import check_model_directory, differences, dump_recipe, load_recipe, read_yaml
+from align.recipe.options import (
     AgainstOptions,
     AgreementOptions,
     AlarmOptions,
@@ -11,11 +17,8 @@ from align.recipe.options import (
     EvaluationOptions,
     GrpoOptions,
     GuardOptions,
-    LearnerOptions,
-    LoraOptions,
     MachineOptions,
     ModelOptions,
-    OptimizerOptions,
     PreferencesOptions,
     Replay,
     RewardModelOptions,
@@ -45,6 +48,7 @@ __all__ = [
     "AgainstOptions",
     "AgreementOptions",
     "AlarmOptions",
+    "BalanceOptions",
     "DataOptions",
     "EvaluationOptions",
     "GrpoOptions",

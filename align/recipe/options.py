@@ -1,13 +1,15 @@
 """The options of a recipe, section by section: every key that a YAML file may have, but those of `reward` and `rollout`."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from align.losses import LossOptions
 from align.options import Options, refuse_without_effect
+from align.recipe.presets import PRESETS, PresetName, contradiction, spelled_out
 from align.shipped import NAMES, found
 
 HUB_FILE = re.compile(r"hf:/+datasets/([^/@]+/[^/@]+)(?:@([^/]+))?/(.+)")
@@ -15,14 +17,6 @@ HUB_FILE = re.compile(r"hf:/+datasets/([^/@]+/[^/@]+)(?:@([^/]+))?/(.+)")
 HUB_NAME = re.compile(r"(?!.*\.(?:jsonl?|ndjson|parquet|[ct]sv|gz|zst)$)\w[\w.-]*/\w[\w.-]*")
 STAGES_OWN = ("before ", "after ", "grpo step ")
 """How the names of the evaluations begin that a stage makes by itself."""
-BFLOAT16_SUMS = (
-    "gradients of micro-batches add up in bfloat16 under learner.zero_stage 0, off by some percent where there are many; "
-    "under 1, 2 and 3 in float32"
-)
-MERGED_ADAPTERS = (
-    "in bfloat16 under learner.zero_stage 3, learner and workers have adapters merged into the weights, which rounds small ones away "
-    "(adapter/lost); under 0, 1 and 2 they have them beside the weights"
-)
 
 
 def is_on_hub(path: Path | str) -> bool:
@@ -30,7 +24,10 @@ def is_on_hub(path: Path | str) -> bool:
     return bool(HUB_FILE.fullmatch(str(path)) or (HUB_NAME.fullmatch(str(path)) and not Path(path).exists()))
 
 
-Replay = Literal["off", "sampler", "learner"]
+# YAML takes a bare `off` for false.
+Replay = Annotated[
+    Literal["off", "sampler", "learner"], BeforeValidator(lambda value: "off" if value is False else value)
+]
 
 
 class RunOptions(Options):
@@ -177,119 +174,6 @@ class DataOptions(Options):
         return self
 
 
-class OptimizerOptions(Options):
-    """AdamW and its schedule."""
-
-    learning_rate: float = Field(gt=0, description="highest learning rate")
-    betas: tuple[float, float] = Field(
-        (0.9, 0.95), description="decay of the averages of the gradient and of its square"
-    )
-    eps: float = Field(1e-8, gt=0, description="added to the denominator of an update")
-    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay, relative to the learning rate")
-    warmup_steps: int = Field(0, ge=0, description="steps in which the learning rate rises from 0")
-    schedule: Literal["cosine", "constant"] = Field(
-        "cosine", description="course of the learning rate after the warm-up"
-    )
-    final_ratio: float = Field(0.1, ge=0, le=1, description="last learning rate as a share of the highest")
-    clip_norm: float = Field(1.0, ge=0, description="largest gradient norm; 0 does not clip")
-
-    @model_validator(mode="after")
-    def _leave_out_what_has_no_effect(self) -> Self:
-        if self.schedule == "constant":
-            refuse_without_effect(self, "final_ratio", "schedule: constant keeps the rate", at="learner.optimizer.")
-        return self
-
-
-class LoraOptions(Options):
-    """Low-rank adapters (LoRA, arXiv 2106.09685): W + alpha / rank * B A, of which only A and B are trained."""
-
-    rank: int = Field(16, ge=1, description="rank of A and B")
-    alpha: int = Field(32, ge=1, description="the adapter's product is scaled by alpha / rank")
-    dropout: float = Field(0.0, ge=0, lt=1, description="on what goes into attention's adapters; 0 for all others")
-    targets: list[str] = Field(
-        ["attention"],
-        min_length=1,
-        description="presets (attention; all-linear: every linear layer but head, routers and what vLLM cannot serve, also called "
-        "attention+shared; experts: the routed ones, which are no linear layers) "
-        "and names such as q_proj or shared_experts.down_proj, one or a list; the router is frozen unless named (mlp.gate)",
-    )
-
-    @field_validator("targets", mode="before")
-    @classmethod
-    def _one_or_several(cls, targets: Any) -> Any:
-        return [targets] if isinstance(targets, str) else targets
-
-
-class LearnerOptions(Options):
-    """The DeepSpeed learners."""
-
-    ranks: int = Field(2, ge=1, description="learner processes, data parallel")
-    threads: int = Field(1, ge=1, description="CPU threads of a rank")
-    gpus: float = Field(
-        1.0,
-        gt=0.5,
-        le=1,
-        description="GPUs of a rank, where there are any; below 1 (0.6, say) a rollout worker may have the rest of it, in memory too: "
-        "rollout.gpus, rollout.gpu_memory_share",
-    )
-    zero_stage: Literal[0, 1, 2, 3] = Field(
-        1, description="what ranks share out (ZeRO); 0, nothing, adds up a bfloat16 model's gradients in bfloat16"
-    )
-    expert_parallel: int = Field(
-        1,
-        ge=1,
-        description="ranks that share the routed experts of a layer among them (DeepSpeed's AutoEP); 1: each has all",
-    )
-    micro_batch_tokens: int = Field(4096, ge=1, description="tokens of a micro-batch, padding included")
-    gradient_checkpointing: bool = Field(
-        False,
-        description="compute activations again in the backward pass in place of keeping them: less memory, more time",
-    )
-    share_prompts: bool = Field(
-        False,
-        description="GRPO: compute a prompt once for all completions of a group that are in a micro-batch: the same gradient for "
-        "fewer tokens",
-    )
-    port: int | None = Field(None, ge=1024, le=65535, description="where the ranks meet; a free port when not given")
-    optimizer: OptimizerOptions
-    lora: LoraOptions | None = Field(None, description="train adapters alone; all parameters when not given")
-    resources: dict[str, float] = Field(
-        {}, description="custom Ray resources that a rank takes, to say on which nodes of a cluster ranks may be"
-    )
-    start_timeout_s: float | None = Field(
-        None,
-        gt=0,
-        description="longest time a rank may take to load, in seconds; when not given, 600 and the time to read the files at 100 MB/s",
-    )
-    step_timeout_s: float = Field(1800, gt=0, description="longest time the ranks may take for a step, in seconds")
-    stop_after_bad_steps: int = Field(
-        4, ge=1, description="steps in a row with numbers that are not finite after which the run stops"
-    )
-
-    @model_validator(mode="after")
-    def _prompts_can_be_shared(self) -> Self:
-        if self.share_prompts and self.gradient_checkpointing:
-            raise ValueError(
-                "share_prompts: gradient_checkpointing drops the keys and values of prompts; leave one of them out"
-            )
-        if self.share_prompts and self.zero_stage == 3:
-            raise ValueError(
-                "share_prompts: ZeRO-3 cannot use a parameter twice in a step; take zero_stage 2, or leave it out"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _experts_can_be_spread(self) -> Self:
-        if self.expert_parallel > 1:
-            if self.ranks % self.expert_parallel:
-                raise ValueError(f"ranks ({self.ranks}) must be a multiple of expert_parallel ({self.expert_parallel})")
-            if self.zero_stage not in (1, 2):
-                raise ValueError(f"expert_parallel needs zero_stage 1 or 2, not {self.zero_stage}")
-            if self.lora is not None:
-                raise ValueError("expert_parallel trains whole experts: leave out lora, or expert_parallel")
-        return self
-
-
 class SftOptions(Options):
     """Supervised fine-tuning (DeepSeek-V2 report, section 4.1)."""
 
@@ -332,8 +216,45 @@ class GrpoOptions(LossOptions):
         description="experts that tokens go through in training: those that the learner's routers choose; the sampler's (R3); or those of the "
         "learner before a step's first update (R2)",
     )
+    preset: PresetName | None = Field(
+        None,
+        description=f"a method by name ({', '.join(PRESETS)}): it stands for keys of this section, of which given ones win; `align check` shows them",
+    )
     train_on_truncated: bool = Field(True, description="train on completions cut off at the length limit")
     drop_zero_variance_groups: bool = Field(False, description="leave out groups whose rewards are all equal")
+    refill_rounds: int = Field(
+        0,
+        ge=0,
+        description="times that groups whose rewards are all equal are replaced in a step by groups of further prompts (DAPO's dynamic sampling)",
+    )
+    skip_zero_gradient: bool = Field(
+        False,
+        description="do not compute samples whose advantage is 0, but for 256 tokens of an update for the agreement gate: the same gradient for less",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_the_preset(cls, data: Any) -> Any:
+        return spelled_out(data) if isinstance(data, Mapping) else data
+
+    @model_validator(mode="after")
+    def _is_what_the_preset_says(self) -> Self:
+        if self.preset is not None and (found := contradiction(self.preset, self)):
+            raise ValueError(found)
+        return self
+
+    @model_validator(mode="after")
+    def _zero_variance_teaches_nothing(self) -> Self:
+        if self.baseline == "batch" and self.refill_rounds:
+            raise ValueError(
+                "refill_rounds replaces groups whose rewards are all equal, but compared with the step's mean (baseline: batch) these teach "
+                "something: leave one of them out"
+            )
+        if self.skip_zero_gradient and self.kl_coefficient:
+            raise ValueError(
+                "skip_zero_gradient has no effect beside a KL (kl_coefficient), whose gradient every sample has: leave one of them out"
+            )
+        return self
 
 
 class PreferencesOptions(Options):
@@ -428,10 +349,17 @@ class EvaluationOptions(Options):
 
 
 class AgreementOptions(Options):
-    """How far sampler and learner may differ in the log-probability of a token."""
+    """How far sampler and learner may differ: in the log-probability of a token, and in the experts that it goes through."""
 
     warn_mean: float | None = Field(None, gt=0, description="mean |difference|; by dtype when not given")
     stop_mean: float | None = Field(None, gt=0, description="mean |difference|; by dtype when not given")
+    stop_routing: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="share of the tokens of a layer that the learner sends to other experts than the sampler did, where experts are recorded, "
+        "beyond which the run stops; it warns at half of it. 0 in float32 and 0.2 in bfloat16 when not given",
+    )
 
     def limits(self, dtype: str) -> tuple[float, float]:
         """(warn, stop): mean |difference| in nats a token, as given or as the dtype can hold."""
@@ -440,17 +368,39 @@ class AgreementOptions(Options):
         warn, stop = by_dtype[dtype]
         return self.warn_mean or warn, self.stop_mean or stop
 
+    def routing_limit(self, dtype: str) -> float:
+        """`stop_routing`, as given or as the dtype can hold: in float32 two routers differ where logits tie, which is not counted."""
+        by_dtype = {"float32": 0.0, "bfloat16": 0.2}
+        return by_dtype[dtype] if self.stop_routing is None else self.stop_routing
+
 
 class AlarmOptions(Options):
-    """When a GRPO run is told to be going wrong; what is compared with earlier steps waits until there are `window` of them."""
+    """When a run is told to be going wrong; what is compared with earlier steps waits until there are `window` of them."""
 
-    window: int = Field(5, ge=1, description="steps that entropy and reward are compared with: the first, and the last")
+    window: int = Field(
+        5, ge=1, description="steps that are compared with: for entropy and experts the first, for the reward the last"
+    )
     entropy_share: float = Field(
         0.1, ge=0, le=1, description="share of the first steps' entropy below which it collapsed"
     )
     zero_variance_groups: float = Field(0.95, gt=0, description="share of groups whose rewards are all equal")
     reward_jump: float = Field(1.0, gt=0, description="change of the mean reward, in standard deviations of a sample's")
     dead_experts: float = Field(0.5, gt=0, description="share of a layer's experts that no token goes to")
+    busiest_expert: float = Field(
+        3.0,
+        gt=1,
+        description="load of a layer's busiest expert over the mean, where it was 1.5 times lower in the first steps",
+    )
+    habit_share: float = Field(
+        0.3, gt=0, le=1, description="share of the answers with a habit that at most a third as many had at the start"
+    )
+    length_ratio: float = Field(
+        2.0, gt=1, description="how many times longer or shorter answers are than at the start, in words"
+    )
+    drift: float = Field(1.0, gt=0, description="`difference` of the evaluation `drift`, in nats a token")
+    stop: list[Literal["entropy", "variance", "reward", "experts", "collapse", "refill", "habit", "length"]] = Field(
+        [], description="alarms that end the run; after a warning alone it goes on"
+    )
 
 
 class GuardOptions(Options):

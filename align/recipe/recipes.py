@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from align.options import Options, refuse_without_effect
+from align.recipe.learner import BalanceOptions, LearnerOptions
 from align.recipe.options import (
     AgreementOptions,
     AlarmOptions,
@@ -15,7 +16,6 @@ from align.recipe.options import (
     EvaluationOptions,
     GrpoOptions,
     GuardOptions,
-    LearnerOptions,
     MachineOptions,
     ModelOptions,
     PreferencesOptions,
@@ -44,7 +44,8 @@ class Roles:
     policy a second time, for the KL. `rollout`: workers that hold the policy and sample `sampled_sequences` of at most
     `sampling.max_new_tokens` (of preference data, all of them; none in SFT, where they only answer evaluations). `scoring`: processes
     that score what was sampled, by `rewards`. `evaluation`: what the policy is asked before and after the stage, by `weights` kept
-    equal to the learner's. `colocated`: a rank and a worker share a GPU and use it in turn.
+    equal to the learner's. `colocated`: a rank and a worker share a GPU and use it in turn. `routes`: the experts of what is sampled go from
+    process to process with it.
     """
 
     learner: LearnerOptions | None = None
@@ -60,6 +61,7 @@ class Roles:
     evaluation: EvaluationOptions | None = None
     weights: WeightOptions | None = None
     colocated: bool = False
+    routes: bool = False
 
 
 class Recipe(Options):
@@ -162,6 +164,7 @@ class PolicyRecipe(SamplingRecipe, TrainingRecipe):
     evaluation: EvaluationOptions = EvaluationOptions()
     agreement: AgreementOptions = AgreementOptions()
     weights: WeightOptions = WeightOptions()
+    alarms: AlarmOptions = AlarmOptions()
     colocate: bool = Field(
         False,
         description="a learner rank and a rollout worker share a GPU, and use it in turn: while one works, what the other holds is in the "
@@ -249,6 +252,9 @@ class SftRecipe(PolicyRecipe):
     no_effect: ClassVar = {
         "evaluation.every": "SFT looks at the validation loss, every sft.validate_every steps",
         "data.split": "the validation split gives the validation loss",
+        **dict.fromkeys(
+            ("alarms.entropy_share", "alarms.zero_variance_groups", "alarms.reward_jump"), "nothing is sampled in SFT"
+        ),
     }
     data_stage: ClassVar = "sft"
 
@@ -313,7 +319,6 @@ class GrpoRecipe(PolicyRecipe):
     sampling: SamplingOptions = SamplingOptions()
     grpo: GrpoOptions
     guard: GuardOptions | None = None
-    alarms: AlarmOptions = AlarmOptions()
 
     def roles(self) -> Roles:
         sequences = self.grpo.prompts_per_step * self.grpo.group_size
@@ -323,6 +328,7 @@ class GrpoRecipe(PolicyRecipe):
             reference=self.grpo.kl_coefficient > 0,
             sampling=self.sampling,
             sampled_sequences=sequences,
+            routes=self.rollout.record_experts or self.grpo.routing_replay != "off",
         )
 
     @model_validator(mode="after")
@@ -351,6 +357,10 @@ class GrpoRecipe(PolicyRecipe):
             raise ValueError(
                 "grpo.routing_replay: learner has no effect with a single update a step, before which the learner's experts are its own: "
                 "take sampler, or several grpo.updates_per_step"
+            )
+        if self.grpo.skip_zero_gradient and self.learner.balance != BalanceOptions():
+            raise ValueError(
+                "grpo.skip_zero_gradient has no effect beside learner.balance, whose gradient every sample has: leave one of them out"
             )
         if self.grpo.prompts_per_step % self.grpo.updates_per_step:
             raise ValueError(

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from align.report import curves, samples
 from align.report.evaluations import Evaluation, column_groups, compared_evaluations, find_pairs, published_figures
+from align.report.habits import Told, evaluation_habits, step_habits
 from align.report.read import Record, RunRecord, Stage, at, finite, number
 from align.run.progress import compact
 
@@ -100,6 +101,7 @@ def build_report(run: RunRecord, *, live: bool = False) -> Report:
     sections = [
         Section("stages", "Stages", tables=[_stages(run)]),
         _evaluations(run, evaluations),
+        *_habits(run),
         Section("curves", "Learning curves", only="page"),
         _before_and_after(run, evaluations),
         *_experts(run),
@@ -318,6 +320,38 @@ def _experts(run: RunRecord) -> list[Section]:
         "where all experts get the same. Busiest over mean: the load of the busiest expert. Without tokens: share of experts."
     )
     return [Section("experts", "Expert load", note, tables)] if tables else []
+
+
+def _habits(run: RunRecord) -> list[Section]:
+    """What each evaluation has that the first had not, and the last steps of each stage against its first ones."""
+    told = [
+        *evaluation_habits(run, last=True),
+        *(each for stage in run.stages for each in step_habits(stage, last=True)),
+    ]
+    if not told:
+        return []
+    note = (
+        "What the answers took up or lost against the start, found in the texts, with two examples each: of the later answers where it was taken up, of the "
+        "earlier where it was lost. The change of the share is in percentage points, with its 95 % confidence interval."
+    )
+    heads = ["habit", "change", "examples"]
+    return [
+        Section(
+            "habits",
+            "Habits",
+            note,
+            [Table(heads, _habit_rows(each), title=f"{each.name}, against {each.against}") for each in told],
+        )
+    ]
+
+
+def _habit_rows(told: Told) -> list[list[Value]]:
+    length = told.found.length
+    rows: list[list[Value]] = [[length.sentence, None, None]] if length.changed else []
+    for habit in told.found.habits:
+        interval = f"{points(habit.after - habit.before)} ({' to '.join(map(points, habit.interval))})"
+        rows.append([habit.sentence, interval, Cell("\n".join(habit.examples), "text")])
+    return rows or [["no habit taken up or lost", None, None]]
 
 
 def _last_metrics(run: RunRecord) -> list[Table]:

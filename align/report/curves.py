@@ -26,6 +26,7 @@ PANELS = (
     ("shares of the samples", "", False, r"truncated|zero_variance_groups|not_judged|trained_on|clip_fraction"),
     ("agreement of sampler and learner", "nats", True, r"agreement/(mean|max)"),
     ("agreement: k3", "nats", True, r"agreement/k3"),
+    ("agreement: share of tokens equal to the last bit", "", False, r"agreement/equal"),
     ("KL to the reference", "nats", False, r"kl|kl/.*"),
     ("entropy", "nats", False, r"entropy"),
     ("expert load", "", False, r"experts/[^/]*"),

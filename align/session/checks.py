@@ -16,9 +16,11 @@ from align.data.types import Example, SplitName
 from align.errors import UserError, check_installed
 from align.evaluate import hooks
 from align.evaluate.doctor import examine, verdict
+from align.learner.balance import factors_of
 from align.learner.experts import check_spreadable
 from align.learner.group import check_port
 from align.model.lora import block_of, chosen_parts, left_out, parts_of
+from align.model.names import frozen_names
 from align.model.policy import load_tokenizer
 from align.model.reward_model import is_reward_model
 from align.model.sizes import ModelSizes, empty_model, model_sizes, read_config
@@ -33,7 +35,9 @@ from align.recipe import (
     SamplingRecipe,
     TrainingRecipe,
 )
-from align.recipe.options import HookOptions, LearnerOptions, LoraOptions
+from align.recipe.learner import LearnerOptions, LoraOptions
+from align.recipe.options import HookOptions
+from align.recipe.presets import expansion
 from align.run import check_machine
 from align.run.machine import memory_bytes, object_store_bytes, shared_memory_bytes
 from align.run.trackers import check_trackers
@@ -71,7 +75,8 @@ def check_recipe(recipe: Recipe) -> list[str]:
     check_servers(roles.evaluation.hooks if roles.evaluation else ())
     if roles.learner is not None and roles.learner.port is not None:
         check_port(roles.learner.port)
-    notes = check_model(recipe)
+    notes = [expansion(recipe.grpo)] if isinstance(recipe, GrpoRecipe) and recipe.grpo.preset else []
+    notes += check_model(recipe)
     # Last, so that a machine without engines can tell what else is wrong with a recipe.
     check_installed(engines_of(roles))
     return notes
@@ -195,6 +200,9 @@ def check_model(recipe: Recipe) -> list[str]:
     skeleton = empty_model(config)
     if roles.learner is not None and roles.learner.expert_parallel > 1:
         check_spreadable(skeleton.config, roles.learner.expert_parallel)
+    if roles.learner is not None:
+        factors_of(roles.learner.balance, skeleton.config)
+        frozen_names((name for name, _ in skeleton.named_parameters()), roles.learner.freeze)
     notes: list[str] = []
     if roles.learner is not None and roles.learner.lora is not None and roles.trained == "policy":
         chosen_parts(skeleton, roles.learner.lora.targets)

@@ -128,7 +128,7 @@ class Session:
         `state`, ready for JSON, is what the stage itself has to remember; `Steps.state` has it as the checkpoint left it.
         """
         progress = self.run.progress
-        base = self.policy if recipe.learner.lora else None
+        base = self.policy if recipe.learner.lora or recipe.learner.freeze else None
         with Steps(recipe, self.run, learner, steps, sources, base=base, reference=reference, state=state) as remaining:
             progress.stage(title, steps, completed=remaining.done)
             remaining.tell_length()

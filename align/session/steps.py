@@ -27,7 +27,7 @@ FAILURES = 3
 COMPARED = {
     "data_sha256": "the training data",
     "reference": "the weights of the KL's reference",
-    "base": "the weights that the adapters are added to",
+    "base": "the weights of what is not trained",
 }
 CENSUS_STEP = 10
 """After so many steps every parameter should have had a gradient."""
@@ -57,7 +57,7 @@ class Steps:
         reference: ModelOptions | None = None,
         state: dict[str, Any] | None = None,
     ):
-        """`base` is the model that adapters are trained on: checkpoints do not hold it."""
+        """`base` is the model whose frozen parameters checkpoints do not hold: that which adapters are trained on."""
         self._recipe, self._run, self._learner, self._total = recipe, run, learner, total
         self._identity = {
             "learner.ranks": recipe.learner.ranks,

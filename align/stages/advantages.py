@@ -6,10 +6,13 @@ from math import isfinite
 
 import torch
 
-from align.experience import ScoredGroup, training_sequence
+from align.experience import ScoredGroup, ScoredTrajectory, training_sequence
 from align.learner.batch import TrainingSequence
 from align.losses import ZERO_STD, completion_weights, group_advantages
 from align.recipe import GrpoOptions
+
+GATE_TOKENS = 256
+"""So many tokens of an update are compared with the sampler at least, where there are as many, however little teaches something."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +20,8 @@ class Advantages:
     """How the G trajectories of each of P groups compare: tensors in the order of groups and index.
 
     `values` [P, G] float64 are the advantages; `valid` [P, G] is false where there is no reward, or a number that is not
-    finite; `kept` [P, G] is true for what is trained on; `zero_variance` [P] is true where all rewards of a group are equal,
+    finite; `kept` [P, G] is true for what is trained on, `computed` [P, G] for what of it the learner computes: all, or without what teaches
+    nothing (`skip_zero_gradient`); `zero_variance` [P] is true where all rewards of a group are equal,
     and `zero_variance_groups` their share among the groups with two valid rewards (NaN without any). `non_finite` has, by
     the sample's id, which of its numbers is NaN or infinite.
     """
@@ -25,13 +29,17 @@ class Advantages:
     values: torch.Tensor
     valid: torch.Tensor
     kept: torch.Tensor
+    computed: torch.Tensor
     zero_variance: torch.Tensor
     zero_variance_groups: float
     non_finite: Mapping[str, str]
 
 
 def compare(groups: Sequence[ScoredGroup], options: GrpoOptions) -> Advantages:
-    """The advantages of groups of `options.group_size`, and which trajectories `options` lets be trained on."""
+    """The advantages of groups of `options.group_size`, and which trajectories `options` lets be trained on.
+
+    Groups after the first `options.prompts_per_step` were replaced by some of these: they are compared with nothing and not trained on.
+    """
     answers = [list(group.trajectories) for group in groups]
     shape = len(groups), options.group_size
     numbers = {
@@ -42,10 +50,13 @@ def compare(groups: Sequence[ScoredGroup], options: GrpoOptions) -> Advantages:
     valid = has_reward & numbers["log-probability"] & numbers["reward"]
     rewards = torch.tensor([[a.reward.value or 0.0 for a in row] for row in answers], dtype=torch.float64)
     group_of = torch.arange(shape[0]).repeat_interleave(shape[1])
-    values, std = group_advantages(rewards.flatten(), group_of, valid.flatten(), scale=options.advantage_scale)
+    in_step = valid & (torch.arange(shape[0]) < options.prompts_per_step)[:, None]
+    values, std = group_advantages(
+        rewards.flatten(), group_of, in_step.flatten(), scale=options.advantage_scale, baseline=options.baseline
+    )
     values, zero_variance = values.reshape(shape), std <= ZERO_STD
     numbers["advantage"] = torch.isfinite(values)
-    kept = valid & numbers["advantage"]
+    kept = in_step & numbers["advantage"]
     if options.drop_zero_variance_groups:
         kept &= ~zero_variance[:, None]
     if not options.train_on_truncated:
@@ -54,6 +65,7 @@ def compare(groups: Sequence[ScoredGroup], options: GrpoOptions) -> Advantages:
         values=values,
         valid=valid,
         kept=kept,
+        computed=without_zero_gradients(answers, kept, values, options) if options.skip_zero_gradient else kept,
         zero_variance=zero_variance,
         zero_variance_groups=float(zero_variance[valid.sum(dim=1) > 1].double().mean()),
         non_finite={
@@ -66,16 +78,18 @@ def compare(groups: Sequence[ScoredGroup], options: GrpoOptions) -> Advantages:
 
 
 def updates_of(
-    groups: Sequence[ScoredGroup], advantages: Advantages, options: GrpoOptions
+    groups: Sequence[ScoredGroup], advantages: Advantages, options: GrpoOptions, longest: int
 ) -> list[list[TrainingSequence]]:
-    """The kept trajectories as [update][place], the weights of each update adding up to the mean that `aggregation` names."""
-    lengths = torch.tensor([[int(a.trajectory.sampled.sum()) for a in group.trajectories] for group in groups])
-    per_update = len(groups) // options.updates_per_step
+    """What the learner computes, as [update][place]; the weights of all that is kept in an update add up to the mean that `aggregation` names.
+
+    `longest` is the number of tokens that a completion may have.
+    """
+    lengths = sampled_tokens([group.trajectories for group in groups])
     updates = []
-    for start in range(0, len(groups), per_update):
-        part = slice(start, start + per_update)
-        kept = advantages.kept[part]
-        weights = completion_weights(lengths[part].flatten(), kept.flatten(), options.aggregation).reshape(kept.shape)
+    for part in parts_of(options):
+        kept, start = advantages.kept[part], part.start
+        weights = completion_weights(lengths[part].flatten(), kept.flatten(), options.aggregation, longest)
+        weights = weights.reshape(kept.shape)
         updates.append(
             [
                 training_sequence(
@@ -84,7 +98,36 @@ def updates_of(
                     advantage=float(advantages.values[start + p, g]),
                     group=start + p,
                 )
-                for p, g in kept.nonzero().tolist()
+                for p, g in advantages.computed[part].nonzero().tolist()
             ]
         )
     return updates
+
+
+def parts_of(options: GrpoOptions) -> list[slice]:
+    """The groups of each update of a step."""
+    count = options.prompts_per_step // options.updates_per_step
+    return [slice(start, start + count) for start in range(0, options.prompts_per_step, count)]
+
+
+def sampled_tokens(answers: Sequence[Sequence[ScoredTrajectory]]) -> torch.Tensor:
+    """How many tokens the policy drew of each trajectory, [P, G]."""
+    return torch.tensor([[int(answer.trajectory.sampled.sum()) for answer in row] for row in answers])
+
+
+def without_zero_gradients(
+    answers: Sequence[Sequence[ScoredTrajectory]], kept: torch.Tensor, values: torch.Tensor, options: GrpoOptions
+) -> torch.Tensor:
+    """What has an advantage of what is kept, [P, G] bool; in each update also the first without, until the gate has GATE_TOKENS to compare.
+
+    So there is something to compute in each update in which something is kept, and the optimizer makes the step that it would make.
+    """
+    lengths, computed = sampled_tokens(answers), kept & (values != 0)
+    for part in parts_of(options):
+        tokens = int(lengths[part][computed[part]].sum())
+        for p, g in (kept[part] & (values[part] == 0)).nonzero().tolist():
+            if tokens >= GATE_TOKENS:
+                break
+            computed[part.start + p, g] = True
+            tokens += int(lengths[part.start + p, g])
+    return computed

@@ -12,6 +12,7 @@ from align.data.files import first_rows
 from align.data.loader import domains_of
 from align.errors import UserError
 from align.evaluate.accuracy import Evaluation
+from align.evaluate.probe import notes_on
 from align.model.policy import load_tokenizer
 from align.recipe import (
     GrpoRecipe,
@@ -45,10 +46,12 @@ FIRST_ROWS = 1000
 
 @dataclass(slots=True)
 class Findings:
-    """What was found while stages were looked at: `warnings` that their runs will give, and `notes`, such as what was not looked at."""
+    """What was found while stages were looked at: `warnings` that their runs will give, `notes`, such as what was not looked at, and `hints`
+    on what is worth doing before a run."""
 
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    hints: list[str] = field(default_factory=list)
 
     def warn(self, text: str, **data: Any) -> None:
         """Note a warning; see `align.data.entries.Notes`."""
@@ -73,6 +76,9 @@ def check_stages(stages: Sequence[PlannedStage], *, whole: bool) -> Findings:
             except UserError as error:
                 raise UserError(f"{stage.file}: {error}") from None
         found.notes += [f"{stage.file}: not looked at: {what}" for what in unseen]
+        if isinstance(stage.recipe, GrpoRecipe):
+            probed = notes_on(stage.recipe.rewards, stage.recipe.model, stage.file)
+            found.hints += [f"{stage.file}: {note}" for note in probed]
     found.notes = list(dict.fromkeys(found.notes))
     return found
 

@@ -6,7 +6,7 @@ surrogate. It departs from the papers in what they leave open: the standard devi
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -16,20 +16,22 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from align.data.drawing import Source, items_of_step, left_out
+from align.data.drawing import Source, items_of_step, left_out, refill_of_step
 from align.data.entries import Notes, Reader, Room, entries_of
 from align.data.loader import load_split
 from align.evaluate.accuracy import Evaluation
 from align.experience import Problem, ScoredGroup, encode_problems, gather, row_of, submit, token_columns
 from align.learner.objective import Objective, learning_rate
-from align.recipe import GrpoRecipe, ModelOptions
+from align.recipe import GrpoOptions, GrpoRecipe, ModelOptions
+from align.report.habits import step_found
 from align.session.checks import check_columns
 from align.session.session import Session
 from align.session.steps import CENSUS_STEP
 from align.stages.advantages import Advantages, compare, updates_of
 from align.stages.guards import Guards
 from align.stages.held_out import HeldOut, Problems, load_problems
-from align.stages.step_metrics import Clock, step_metrics
+from align.stages.step_metrics import Clock, option_metrics, step_metrics
+from rollout import SamplingOptions
 
 SHOWN = ("reward", "accuracy", "length", "agreement/mean", "step_seconds")
 
@@ -63,7 +65,7 @@ def load_grpo_data(recipe: GrpoRecipe, tokenizer: Any, notes: Notes) -> GrpoData
 
 def train_grpo(recipe: GrpoRecipe, data: GrpoData, session: Session) -> tuple[ModelOptions, dict[str, Evaluation]]:
     """Run the stage from the session's policy. Returns the trained policy and its evaluations."""
-    options, run, fleet, pool = recipe.grpo, session.run, session.fleet, session.pool
+    options, run, fleet = recipe.grpo, session.run, session.fleet
     objective = Objective(options, recipe.sampling.temperature)
     held_out = HeldOut(recipe, data.held_out, session)
     reference = reference_of(session.policy, recipe.reference, options.kl_coefficient)
@@ -74,7 +76,10 @@ def train_grpo(recipe: GrpoRecipe, data: GrpoData, session: Session) -> tuple[Mo
         "GRPO", recipe, learner, options.steps, data.sources, reference=reference, state=state
     ) as steps:
         limit, state = recipe.learner.stop_after_bad_steps, steps.state
-        guards = Guards(recipe.alarms, recipe.guard, non_finite_limit=limit, warn=run.warn, state=state)
+        samples = partial(step_found, run.directory)
+        guards = Guards(
+            recipe.alarms, recipe.guard, non_finite_limit=limit, samples=samples, warn=run.warn, state=state
+        )
         if fleet.weight_version != state["weight_version"]:
             learner.sync_weights(fleet, state["weight_version"])
         held_out.check_agreement(learner, "before GRPO")
@@ -86,21 +91,18 @@ def train_grpo(recipe: GrpoRecipe, data: GrpoData, session: Session) -> tuple[Mo
             clock, name = Clock(), f"GRPO step {step + 1}"
             problems = items_of_step(data.sources, seed=recipe.seed, step=step)
             run.progress.phase("sampling")
-            prompts = [problem.prompt for problem in problems]
-            groups = fleet.sample(
-                prompts, options.group_size, recipe.sampling, seed=recipe.seed, step=step, keep_bad=True
-            )
-            submitted = submit(groups, problems, session.tokenizer, pool)
-            clock.lap("sampling")
-            scored = gather(submitted, problems, pool)
-            clock.lap("scoring")
+            sample = partial(sampled, session, recipe.sampling, options.group_size, recipe.seed, step, clock)
+            scored = sample(problems)
+            if options.refill_rounds:
+                further = partial(refill_of_step, data.sources, seed=recipe.seed, step=step)
+                scored = refilled(scored, options, further, sample)
 
             advantages = compare(scored, options)
-            updates = updates_of(scored, advantages, options)
+            updates = updates_of(scored, advantages, options, recipe.sampling.max_new_tokens)
             clock.lap("advantages")
             run.progress.phase("training")
             rate = learning_rate(step, options.steps, recipe.learner.optimizer)
-            sums, norm = learner.update(updates, objective, rate, partial(held_out.gate.check_sums, when=name))
+            sums, norm = learner.update(updates, objective, rate, partial(held_out.check_update, learner, when=name))
             clock.lap("training")
             sent = learner.sync_weights(fleet, fleet.weight_version + 1)
             state["weight_version"] = fleet.weight_version
@@ -109,7 +111,10 @@ def train_grpo(recipe: GrpoRecipe, data: GrpoData, session: Session) -> tuple[Mo
             rows = sample_rows(scored, advantages, sums.log_probs, with_experts=recipe.rollout.record_experts)
             run.record_samples("grpo", step + 1, rows)
             metrics = (
-                step_metrics(scored, advantages, sums, norm, clock) | learner.expert_load() | left_out(data.sources)
+                step_metrics(scored, advantages, sums, norm, clock)
+                | option_metrics(options, advantages, sums)
+                | learner.expert_load()
+                | left_out(data.sources)
             )
             lost = learner.adapter_lost()
             run.record_step("grpo", step + 1, {**metrics, "weight_bytes": sent, "adapter/lost": lost}, SHOWN)
@@ -134,6 +139,49 @@ def reference_of(policy: ModelOptions, path: Path | None, kl_coefficient: float)
     return policy if path is None else policy.model_copy(update={"path": str(path)})
 
 
+def sampled(
+    session: Session,
+    sampling: SamplingOptions,
+    group_size: int,
+    seed: int,
+    step: int,
+    clock: Clock,
+    problems: Sequence[Problem],
+) -> list[ScoredGroup]:
+    """A group of scored completions of each problem, in their order. Groups are scored while others are sampled."""
+    prompts = [problem.prompt for problem in problems]
+    groups = session.fleet.sample(prompts, group_size, sampling, seed=seed, step=step, keep_bad=True)
+    submitted = submit(groups, problems, session.tokenizer, session.pool)
+    clock.lap("sampling")
+    scored = gather(submitted, problems, session.pool)
+    clock.lap("scoring")
+    return scored
+
+
+def refilled(
+    groups: Sequence[ScoredGroup],
+    options: GrpoOptions,
+    further: Callable[..., list[Problem | None]],
+    sample: Callable[[Sequence[Problem]], list[ScoredGroup]],
+) -> list[ScoredGroup]:
+    """The groups of a step, groups of further problems in the place of those without variance; after them, those that these replaced.
+
+    DAPO's dynamic sampling (arXiv 2503.14476, section 3.2), in `options.refill_rounds` rounds at most. `further(round=n)` has a problem for each
+    place, or None where there are no more.
+    """
+    trained, replaced = list(groups), list[ScoredGroup]()
+    for number in range(1, options.refill_rounds + 1):
+        places = compare(trained, options).zero_variance.nonzero().flatten().tolist()
+        problems = further(round=number) if places else []
+        found = {place: problem for place in places if (problem := problems[place]) is not None}
+        if not found:
+            break
+        for place, group in zip(found, sample(list(found.values())), strict=True):
+            replaced.append(trained[place])
+            trained[place] = group
+    return trained + replaced
+
+
 def sample_rows(
     groups: Sequence[ScoredGroup],
     advantages: Advantages,
@@ -143,15 +191,15 @@ def sample_rows(
 ) -> list[dict[str, Any]]:
     """The samples of a step as rows of the run's table, with all that its update was made of.
 
-    `log_probs` [update][sequence] [S] are the learner's, of what was trained on, in the order of `updates_of`.
+    `log_probs` [update][sequence] [S] are the learner's, of what it computed, in the order of `updates_of`.
     """
     rows, learned = [], chain.from_iterable(log_probs)
     for p, group in enumerate(groups):
         for g, answer in enumerate(group.trajectories):
-            kept = bool(advantages.kept[p, g])
+            found = next(learned) if advantages.computed[p, g] else None
             rows.append(
                 row_of(group.problem.example, answer)
-                | token_columns(answer.trajectory, next(learned) if kept else None, with_experts=with_experts)
-                | {"advantage": float(advantages.values[p, g]), "trained_on": kept}
+                | token_columns(answer.trajectory, found, with_experts=with_experts)
+                | {"advantage": float(advantages.values[p, g]), "trained_on": bool(advantages.kept[p, g])}
             )
     return rows

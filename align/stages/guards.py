@@ -1,20 +1,25 @@
-"""What a GRPO run is watched for while it trains: each guard says what it saw, and which samples show it."""
+"""What a run is watched for while it trains: each guard says what it saw, and which samples show it."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from math import isfinite, sqrt
 from statistics import fmean, variance
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
-from align.errors import NonFiniteError
+from align.errors import AlarmError, NonFiniteError
 from align.experience import ScoredGroup, ScoredTrajectory
+from align.habits import Comparison, Found, compare
 from align.recipe import AlarmOptions, GuardOptions
+from align.report.habits import StepWindows
 from align.stages.advantages import Advantages
 
 SHOWN = 4
 KEPT = 16
 SURE = 2.0
 """Standard errors of a difference of means that count as a change."""
+
+RISE = 1.5
+"""How many times that of the first steps the load of a busiest expert is that counts as a change."""
 
 Warn = Callable[..., None]
 """Called with a sentence, and with facts about it by name."""
@@ -29,10 +34,13 @@ class Guards:
         over_optimisation: GuardOptions | None,
         *,
         non_finite_limit: int,
+        samples: Callable[[int], Found],
         warn: Warn,
         state: MutableMapping[str, Any],
     ):
+        """`samples` looks at those that the run has stored of a step."""
         self._alarms = Alarms(alarms, warn, state.setdefault("alarms", no_history()))
+        self._habits = HabitGuard(alarms, samples, warn, state.setdefault("habits", []))
         self._guard = over_optimisation and OverOptimisationGuard(over_optimisation, state.setdefault("guard", []))
         self._non_finite = NonFiniteGuard(non_finite_limit, warn, state)
         self._warn = warn
@@ -40,11 +48,15 @@ class Guards:
     def observe(
         self, step: int, groups: Sequence[ScoredGroup], advantages: Advantages, metrics: Mapping[str, float]
     ) -> None:
-        """Look at a step, counted from 1. Raises NonFiniteError after too many steps with numbers that are not finite."""
+        """Look at a step, counted from 1, of which the samples are stored.
+
+        Raises NonFiniteError after too many steps with numbers that are not finite, AlarmError for an alarm of `alarms.stop`.
+        """
         self._non_finite.observe(step, advantages.non_finite)
         self._alarms.observe(step, metrics, samples_to_show(groups, advantages))
         if self._guard and (alarm := self._guard.observe([a for group in groups for a in group.trajectories])):
             self._warn(f"GRPO step {step}: {alarm}")
+        self._habits.observe(step)
 
 
 class NonFiniteGuard:
@@ -110,10 +122,12 @@ class Alarm:
 class History(TypedDict):
     """What the alarms compare a step with, ready for JSON.
 
-    The entropies of the first steps, mean and standard deviation of the rewards of the last, and the alarms that are on.
+    The entropies of the first steps, and by layer the loads of their busiest experts; mean and standard deviation of the rewards of the last;
+    and the alarms that are on.
     """
 
     entropies: list[float]
+    busiest: NotRequired[dict[str, list[float]]]
     rewards: list[tuple[float, float]]
     on: list[str]
 
@@ -124,23 +138,29 @@ class Alarms:
     `history`, at first `no_history()`, is kept up to date for whoever goes on.
     """
 
-    def __init__(self, options: AlarmOptions, warn: Warn, history: History):
-        self._options, self._warn, self._history = options, warn, history
+    def __init__(self, options: AlarmOptions, warn: Warn, history: History, stage: str = "GRPO"):
+        self._options, self._warn, self._history, self._stage = options, warn, history, stage
 
-    def observe(self, step: int, metrics: Mapping[str, float], samples: Sequence[SeenSample]) -> None:
-        """Take a step's metrics and its judged samples."""
+    def observe(self, step: int, metrics: Mapping[str, float], samples: Sequence[SeenSample] = ()) -> None:
+        """Take a step's metrics and its judged samples, which SFT has none of."""
         found = list(self._look(metrics, samples))
-        for alarm in found:
-            if alarm.kind not in self._history["on"]:
-                shown = f" (samples {', '.join(alarm.samples[:SHOWN])})" if alarm.samples else ""
-                self._warn(f"GRPO step {step}: {alarm.message}{shown}", alarm=alarm.kind, samples=list(alarm.samples))
+        new = [alarm for alarm in found if alarm.kind not in self._history["on"]]
+        for alarm in new:
+            shown = f" (samples {', '.join(alarm.samples[:SHOWN])})" if alarm.samples else ""
+            self._warn(
+                f"{self._stage} step {step}: {alarm.message}{shown}", alarm=alarm.kind, samples=list(alarm.samples)
+            )
         self._history["on"] = [alarm.kind for alarm in found]
+        stop_at(new, self._options)
 
     def _look(self, metrics: Mapping[str, float], samples: Sequence[SeenSample]) -> Iterator[Alarm]:
-        yield from self._entropy(metrics["entropy"], samples)
-        yield from self._variance(metrics["zero_variance_groups"], samples)
-        yield from self._reward(metrics["reward"], metrics["reward_std"], samples)
+        if "reward" in metrics:
+            yield from self._entropy(metrics["entropy"], samples)
+            yield from self._variance(metrics["zero_variance_groups"], samples)
+            yield from self._reward(metrics["reward"], metrics["reward_std"], samples)
         yield from self._experts(metrics)
+        yield from self._collapse(metrics)
+        yield from self._refill(metrics)
 
     def _entropy(self, entropy: float, samples: Sequence[SeenSample]) -> Iterator[Alarm]:
         """The policy has lost most of the entropy that it had in the first steps."""
@@ -178,14 +198,84 @@ class Alarms:
 
     def _experts(self, metrics: Mapping[str, float]) -> Iterator[Alarm]:
         """Many experts of a layer get no token."""
-        dead = {
-            name.split("/")[1]: share
-            for name, share in metrics.items()
-            if name.startswith("experts/layer_") and name.endswith("/dead") and share > self._options.dead_experts
-        }
+        dead = {layer: share for layer, share in of_layers(metrics, "dead") if share > self._options.dead_experts}
         if dead:
             layers = ", ".join(f"{share:.0%} in {layer}" for layer, share in dead.items())
             yield Alarm("experts", f"experts without a single token: {layers}")
+
+    def _collapse(self, metrics: Mapping[str, float]) -> Iterator[Alarm]:
+        """A layer's busiest expert gets much more than the mean, and much more than in the first steps."""
+        before, risen = self._history.setdefault("busiest", {}), []
+        for layer, load in of_layers(metrics, "max_over_mean"):
+            first = before.setdefault(layer, [])
+            if len(first) < self._options.window:
+                first.append(load)
+            elif load >= self._options.busiest_expert and load > RISE * fmean(first):
+                risen.append(f"{load:.1f} times the mean in {layer} ({fmean(first):.1f} in the first steps)")
+        if risen:
+            message = f"the router collapses: its busiest expert gets {', '.join(risen)}; learner.balance.expert evens the load"
+            yield Alarm("collapse", message)
+
+    def _refill(self, metrics: Mapping[str, float]) -> Iterator[Alarm]:
+        """Groups without variance could not all be replaced."""
+        if (full := metrics.get("refill/with_variance", 1.0)) < 1:
+            yield Alarm(
+                "refill",
+                f"in {1 - full:.0%} of the groups all rewards are still equal when grpo.refill_rounds, or the data, are used up: the step trains on "
+                "what there is",
+            )
+
+
+def of_layers(metrics: Mapping[str, float], measure: str) -> Iterator[tuple[str, float]]:
+    """A measure of the experts' load in each layer: ("layer_3", value)."""
+    for name, value in metrics.items():
+        if name.startswith("experts/layer_") and name.endswith(f"/{measure}"):
+            yield name.split("/")[1], value
+
+
+def stop_at(alarms: Iterable[Alarm], options: AlarmOptions) -> None:
+    """Raise AlarmError for the first alarm that is to end the run."""
+    for alarm in alarms:
+        if alarm.kind in options.stop:
+            raise AlarmError(f"{alarm.message} (alarms.stop names {alarm.kind}; without it the run goes on)")
+
+
+def habit_alarms(found: Comparison, options: AlarmOptions) -> Iterator[tuple[str, Alarm]]:
+    """The habits that nobody asked for and nearly no answer had at the start, and a length that is another: what each is called, and its alarm."""
+    ratio = (1 + found.length.after) / (1 + found.length.before)
+    if found.length.changed and max(ratio, 1 / ratio) >= options.length_ratio:
+        yield "length", Alarm("length", found.length.sentence)
+    for habit in found.habits:
+        shares = (habit.before, habit.after) if habit.taken_up else (1 - habit.before, 1 - habit.after)
+        if not habit.only_asked and shares[1] >= options.habit_share and shares[0] <= shares[1] / 3:
+            yield " ".join((*habit.feature, habit.domain)), Alarm("habit", habit.sentence, habit.examples)
+
+
+class HabitGuard:
+    """Compares the answers of the last steps with those of the first (see `StepWindows`), and says which habit reached its share.
+
+    Each is told once; `told`, what they are called, is kept up to date for whoever goes on.
+    """
+
+    def __init__(self, options: AlarmOptions, samples: Callable[[int], Found], warn: Warn, told: list[str]):
+        self._options, self._samples, self._warn, self._told = options, samples, warn, told
+        self._windows, self._seen = StepWindows(), 0
+
+    def observe(self, step: int) -> None:
+        """Take a step, counted from 1; after an interruption those before it too."""
+        for seen in range(self._seen + 1, step + 1):
+            if not self._windows.can_skip(step - seen + 1):
+                self._windows.add(self._samples(seen))
+        self._seen = step
+        if (now := self._windows.now) is None or (start := self._windows.start) is None:
+            return
+        new = [
+            (name, alarm) for name, alarm in habit_alarms(compare(start, now), self._options) if name not in self._told
+        ]
+        for name, alarm in new:
+            self._told.append(name)
+            self._warn(f"GRPO step {step}: {alarm.message}", alarm=alarm.kind, examples=list(alarm.samples))
+        stop_at((alarm for _, alarm in new), self._options)
 
 
 def no_history() -> History:

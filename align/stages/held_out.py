@@ -1,6 +1,7 @@
 """What a stage asks of the policy besides training it: evaluation, agreement, and whether all of it is being trained."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,14 +15,18 @@ from align.errors import UserError
 from align.evaluate import hooks
 from align.evaluate.accuracy import Evaluation, evaluate, short_problems
 from align.evaluate.agreement import AgreementGate, Disagreement, probe
+from align.evaluate.attribution import attributed
 from align.evaluate.hooks import PolicyCheckpoint
 from align.evaluate.rates import instruction_rates, task_rates, win_rate
 from align.experience import Problem, encode_problems
 from align.learner.group import LearnerGroup
-from align.recipe import ModelOptions, PolicyRecipe
+from align.learner.objective import Sums
+from align.recipe import GrpoRecipe, ModelOptions, PolicyRecipe
+from align.report.habits import last_evaluation_habits
 from align.run import RunDirectory, read_jsonl, read_samples
 from align.session.checks import check_columns
 from align.session.session import Session
+from align.stages.guards import habit_alarms
 from rollout import Prompt
 
 PROBE_PROMPTS = 8
@@ -83,6 +88,7 @@ class HeldOut:
         self._stage, self._options, self._seed = recipe.stage, recipe.evaluation, recipe.seed
         run = session.run
         self._problems, self._session, self._run = problems, session, run
+        self._alarms = recipe.alarms if isinstance(recipe, GrpoRecipe) else None
         self._split = ""
         self._longest = recipe.rollout.max_length - recipe.evaluation.max_new_tokens
         self._others = answers_of(recipe.evaluation.against.run) if recipe.evaluation.against else []
@@ -127,7 +133,23 @@ class HeldOut:
         )
         evaluation = replace(evaluation, rates=self._rates(evaluation))
         self._run.record_evaluation(self._stage, step, name, evaluation, self._split)
+        self._tell_habits(name)
         return evaluation
+
+    def _tell_habits(self, name: str) -> None:
+        """Say what the answers of an evaluation took up or lost against the first one, and which of it is an alarm."""
+        told = last_evaluation_habits(self._run.directory.path, name)
+        if told is None or not told.found.sentences:
+            return
+        shown = [
+            line for habit in told.found.habits for line in (habit.sentence, *(f"    {e}" for e in habit.examples))
+        ]
+        length = [told.found.length.sentence] if told.found.length.changed else []
+        facts = [{"sentence": h.sentence, "examples": list(h.examples)} for h in told.found.habits]
+        text = "\n".join([f"{name}: habits, against {told.against}:", *(f"  {line}" for line in [*length, *shown])])
+        self._run.tell("habits", text, evaluation=name, habits=facts)
+        for _, alarm in habit_alarms(told.found, self._alarms) if self._alarms else ():
+            self._run.warn(f"{name}: {alarm.message}", alarm=alarm.kind, examples=list(alarm.samples))
 
     def _rates(self, evaluation: Evaluation) -> dict[str, float]:
         """What the tasks count of the greedy answers, what instructions these follow, and how often they are better than
@@ -147,12 +169,18 @@ class HeldOut:
 
     def check_agreement(self, learner: LearnerGroup, when: str) -> Disagreement:
         """Probe sampler and learner on fixed prompts. Raises AgreementError beyond the recipe's limit."""
-        found = self.gate.check(probe(self._session.fleet, learner, self._problems.probe), when)
-        self._run.progress.note(
-            f"agreement {when}: sampler and learner differ by {found.mean:.1e} nats a token on average, "
-            f"{found.largest:.1e} at most"
-        )
+        with self._attributed(learner):
+            found = self.gate.check(probe(self._session.fleet, learner, self._problems.probe), when)
+        self._run.progress.note(f"agreement {when}: {found}")
         return found
+
+    def check_update(self, learner: LearnerGroup, sums: Sums, when: str) -> None:
+        """Compare what was sampled with what the learner has just computed for it. Raises AgreementError beyond the recipe's limit."""
+        with self._attributed(learner):
+            self.gate.check_sums(sums, when)
+
+    def _attributed(self, learner: LearnerGroup) -> AbstractContextManager[None]:
+        return attributed(self._session.fleet, learner, self._problems.probe, self.gate.dtype)
 
     def run_hooks(self, checkpoint: ModelOptions, step: int) -> None:
         """Run the recipe's evaluation hooks on what the stage wrote, of which the rollout workers hold the weights."""
@@ -163,6 +191,9 @@ class HeldOut:
             metrics = hooks.run(hook.name, subject, self._session.fleet, hook.params)
             facts = {"not_run": dict(metrics.not_run)} if metrics.not_run else None
             self._run.record_numbers(self._stage, step, name, metrics.values, metrics.rows, facts)
+            if hook.name == "drift" and self._alarms and metrics.values.get("difference", 0.0) >= self._alarms.drift:
+                moved = f"{metrics.values['difference']:.2f} nats a token"
+                self._run.warn(f"{name}: the policy has moved {moved} from the model that it began with", alarm="drift")
             for part, why in metrics.not_run.items():
                 self._run.warn(f"{name}: {part} was not run: {why}")
             shown = ", ".join(f"{key} {value:.4g}" for key, value in list(metrics.values.items())[:6])

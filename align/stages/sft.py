@@ -29,6 +29,7 @@ from align.losses import completion_weights
 from align.recipe import ModelOptions, SftRecipe
 from align.session.session import Session
 from align.session.steps import CENSUS_STEP
+from align.stages.guards import Alarms, no_history
 from align.stages.held_out import HeldOut, Problems, load_problems
 
 
@@ -73,6 +74,7 @@ def train_sft(recipe: SftRecipe, data: SftData, session: Session) -> tuple[Model
     held_out = HeldOut(recipe, data.problems, session)
     learner = session.new_learner(recipe.learner, recipe.seed)
     with session.learning("SFT", recipe, learner, options.steps, data.sources) as steps:
+        alarms = Alarms(recipe.alarms, run.warn, steps.state.setdefault("alarms", no_history()), "SFT")
         evaluations = {}
         if recipe.evaluation.before:
             evaluations["before SFT"] = held_out.evaluate("before SFT", 0)
@@ -98,6 +100,7 @@ def train_sft(recipe: SftRecipe, data: SftData, session: Session) -> tuple[Model
             if (step + 1) % options.validate_every == 0 or step + 1 == options.steps:
                 metrics["validation_loss"] = validation_loss(learner, data.validation)
             run.record_step("sft", step + 1, metrics, ("loss", "validation_loss", "tokens_per_second"))
+            alarms.observe(step + 1, metrics)
             if step + 1 == min(CENSUS_STEP, options.steps):
                 steps.check_gradients(step + 1)
 

@@ -10,6 +10,8 @@ from align.evaluate.accuracy import mean_of
 from align.evaluate.agreement import Disagreement
 from align.experience import ScoredGroup
 from align.learner.objective import Sums
+from align.learner.routing import routing_metrics
+from align.recipe import GrpoOptions
 from align.stages.advantages import Advantages
 
 
@@ -21,9 +23,9 @@ class Clock:
         self._at = time.perf_counter()
 
     def lap(self, part: str) -> None:
-        """Count the time since the last lap as that of `part`."""
+        """Count the time since the last lap as time of `part`."""
         now = time.perf_counter()
-        self.seconds[part] = now - self._at
+        self.seconds[part] = self.seconds.get(part, 0.0) + now - self._at
         self._at = now
 
 
@@ -59,6 +61,7 @@ def step_metrics(
         "agreement/mean": found.mean,
         "agreement/max": found.largest,
         "agreement/k3": found.k3,
+        "agreement/equal": found.equal,
         "step_seconds": seconds,
         "tokens_per_second": float(lengths.sum()) / seconds,
         "sampling_tokens_per_second": float(lengths.sum()) / clock.seconds["sampling"],
@@ -74,4 +77,29 @@ def step_metrics(
                 answer for group in groups if group.problem.example.domain == domain for answer in group.trajectories
             ]
             metrics[f"accuracy/{domain}"] = mean_of([a.right for a in its if a.reward.value is not None])
-    return metrics | {f"seconds/{part}": value for part, value in clock.seconds.items()}
+    if sums.prompt_routes:
+        metrics["routing/prompt_changed"] = sums.prompt_routes_changed / sums.prompt_routes
+    seconds_of = {f"seconds/{part}": value for part, value in clock.seconds.items()}
+    return metrics | routing_metrics(sums.routes) | seconds_of
+
+
+def option_metrics(options: GrpoOptions, advantages: Advantages, sums: Sums) -> dict[str, float]:
+    """The metrics of what a recipe may ask for beside: correction, refill, skipping. Shares of tokens, of the step's groups, and of samples."""
+    metrics: dict[str, float] = {}
+    if options.correction.kind != "none":
+        tokens = float(sums.tokens) or nan
+        metrics |= {
+            "correction/cut": sums.correction_cut / tokens,
+            "correction/masked": sums.correction_masked / tokens,
+            # Kish's: of n tokens, the share that as many of equal weight would be.
+            "correction/effective_sample_size": sums.correction_weights**2 / (tokens * (sums.correction_squares or 1)),
+        }
+    if options.refill_rounds:
+        of_step = advantages.zero_variance[: options.prompts_per_step]
+        metrics |= {
+            "refill/replaced": float(len(advantages.zero_variance) - len(of_step)),
+            "refill/with_variance": 1 - float(of_step.double().mean()),
+        }
+    if options.skip_zero_gradient:
+        metrics["skipped_samples"] = 1 - float(advantages.computed.sum()) / (float(advantages.kept.sum()) or nan)
+    return metrics

@@ -14,7 +14,8 @@ from align.data.types import Example, Message, SplitName
 from align.errors import UserError
 from align.evaluate.accuracy import evaluate, mean_of, short_problems
 from align.evaluate.agreement import AgreementGate
-from align.evaluate.doctor import Check, examine, examine_engines, sampler_share, skeleton_of, verdict
+from align.evaluate.attribution import attribute
+from align.evaluate.doctor import Check, examine, examine_engines, parts, sampler_share, skeleton_of, verdict
 from align.evaluate.hooks import PolicyCheckpoint
 from align.experience import encode_problems
 from align.learner.group import LearnerGroup
@@ -127,8 +128,10 @@ def answers_of(
     return {request: response.text for request, response in responses.items()}
 
 
-def doctor(model: ModelOptions, rollout: FleetOptions) -> str:
+def doctor(model: ModelOptions, rollout: FleetOptions, *, by_part: bool = False) -> str:
     """Every check of a model, printed line by line; returns the verdict. Raises DoctorError when one failed, before engines start if it can be.
+
+    With `by_part` both engines are also compared part by part, and what was found is printed layer by layer.
 
     The learner holds the weights alone. On a machine with one GPU it shares that with the worker; raises UserError where both do not fit.
     """
@@ -147,7 +150,11 @@ def doctor(model: ModelOptions, rollout: FleetOptions) -> str:
         fleet.wait_until_ready()
         learner.wait_until_ready()
         prompts = [Prompt(str(i), tokenizer(text)["input_ids"]) for i, text in enumerate(PROBES)]
+        compared = attribute(fleet, learner, prompts, model.dtype) if by_part else None
         found = examine_engines(fleet, learner, prompts, AgreementGate(AgreementOptions(), model.dtype, print))
+    if compared is not None:
+        print(compared.table)
+        found = [Check("parts of the model", *parts(compared)), *found]
     show(found)
     return verdict([*checks, *found], model.path)
 

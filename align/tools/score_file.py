@@ -31,10 +31,8 @@ def score_file(term: RewardTerm, data: Path, out: Path) -> str:
     Raises UserError with file and row.
     """
     refuse_existing(out)
-    rows = [row for file in files_of(data) for row in readable(file)]
-    samples = [_sample(row) for row in rows]
-    if not samples:
-        raise UserError(f"{data} is empty: each line must be like {EXAMPLE}")
+    rows = rows_of(data)
+    samples = [sample_of_line(row) for row in rows]
     rewards = scored(mixture_of(term), samples)
     greedy = [
         {"greedy": row.values["greedy"]} if is_scored_row(row.values) and "greedy" in row.values else {} for row in rows
@@ -46,6 +44,14 @@ def score_file(term: RewardTerm, data: Path, out: Path) -> str:
     )
     verdicts = ", ".join(f"{number} {name}" for name, number in sorted(Counter(x["verdict"] for x in lines).items()))
     return f"{len(samples)} completions, {mean} ({verdicts}); scores are in {out}"
+
+
+def rows_of(data: Path) -> list[Row]:
+    """The rows of a file of completions. Raises UserError where it has none."""
+    rows = [row for file in files_of(data) for row in readable(file)]
+    if not rows:
+        raise UserError(f"{data} is empty: each line must be like {EXAMPLE}")
+    return rows
 
 
 def score_run(term: RewardTerm, run: Path, out: Path) -> Iterator[str]:
@@ -127,7 +133,8 @@ def mean_value(rewards: Sequence[SampleReward]) -> float:
     return mean_of([reward.value for reward in rewards if reward.value is not None])
 
 
-def _sample(row: Row) -> Sample:
+def sample_of_line(row: Row) -> Sample:
+    """The sample of a row of a file of completions. Raises UserError with file and row."""
     values = row.values
     if is_scored_row(values):
         return sample_of(values)

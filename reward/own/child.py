@@ -97,19 +97,24 @@ def say(connection: Connection, message: Mapping[str, Any]) -> None:
 
 
 def load(path: str, text: str, name: str) -> Loaded:
-    """The function `name` of a file with the text. Raises BadFile, and whatever the file itself raises."""
+    """The function `name` of a file with the text, as a reward. Raises BadFile, and whatever the file itself raises."""
+    return examine(path, function_of(path, text, name))
+
+
+def function_of(path: str, text: str, name: str) -> Callable[..., Any]:
+    """The function `name` of a file with the text, which is run here. Raises BadFile where there is none, and whatever the file itself raises."""
     stem = Path(path).stem
     module = ModuleType(f"own_{stem}" if stem in sys.modules or stem in sys.stdlib_module_names else stem)
     module.__file__ = path
     sys.modules[module.__name__] = module  # where dataclasses and pickle look for it
     sys.path.insert(0, str(Path(path).parent))
     exec(compile(text, path, "exec"), module.__dict__)
-    found = vars(module).get(name)
+    found: Callable[..., Any] | None = vars(module).get(name)
     if not callable(found):
         ours = [key for key, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
         functions = ", ".join(key for key in ours if callable(vars(module)[key])) or "none"
         raise BadFile(f"it has no function {name!r}; its functions: {functions}")
-    return examine(path, found)
+    return found
 
 
 def examine(path: str, function: Callable[..., Any]) -> Loaded:

@@ -27,7 +27,8 @@ SFT = [*POLICY, f"sft={{steps: {SFT_STEPS}, sequences_per_step: 8, validation_li
 GRPO = [
     *POLICY,
     "sampling={max_new_tokens: 16}",
-    f"grpo={{steps: {GRPO_STEPS}, prompts_per_step: 4, group_size: 4, kl_coefficient: 0.04, updates_per_step: 2}}",
+    f"grpo={{steps: {GRPO_STEPS}, prompts_per_step: 4, group_size: 4, kl_coefficient: 0.04, updates_per_step: 2, "
+    "refill_rounds: 1, correction: {kind: icepop}}",
     "rewards=[{name: soft_overlong, params: {max_length: 77, cache: 1, unit: characters}}]",
 ]
 PAIRS = [

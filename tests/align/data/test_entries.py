@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from align.data import load_card, load_split
-from align.data.drawing import Source, drawn, items_of_step, key_hash, shares
+from align.data.drawing import Source, Stream, drawn, items_of_step, key_hash, refill_of_step, shares
 from align.data.entries import entries_of
 from align.data.types import Example, Preference
 from align.errors import UserError
@@ -56,6 +56,45 @@ def test_a_step_has_each_source_s_part_evenly_mixed() -> None:
 def test_the_parts_of_a_single_source_are_what_they_are_alone() -> None:
     items = list(range(50))
     assert items_of_step([Source("math", items, 8)], seed=2, step=5) == drawn(items, 8, seed=2, step=5)
+
+
+def odd(item: str) -> list[str]:
+    """What rows of an uneven number give; the others give nothing."""
+    return [item] if int(item[1:]) % 2 else []
+
+
+def source(name: str, count: int, a_step: int, kind: str) -> Source[str]:
+    items = [f"{name}{i}" for i in range(count)]
+    if kind == "table":
+        return Source(name, items, a_step, odd)
+    return Source(
+        name,
+        Stream(items, lambda: iter(items)) if kind == "stream" else items,
+        a_step,
+        odd if kind == "stream" else None,
+    )
+
+
+@pytest.mark.parametrize("kind", ["list", "table", "stream"])
+@pytest.mark.parametrize("step", [0, 3, 7])
+def test_what_a_step_and_its_rounds_of_refill_take_is_all_different_and_of_the_same_sources(
+    kind: str, step: int
+) -> None:
+    def taken() -> list[list[str | None]]:
+        sources = [source("m", 60, 4, kind), source("c", 40, 2, kind)]
+        return [
+            list(items_of_step(sources, seed=0, step=step)),
+            *(refill_of_step(sources, seed=0, step=step, round=number) for number in range(1, 21)),
+        ]
+
+    rounds = taken()
+    there = [item for items in rounds for item in items if item is not None]
+    assert len(set(there)) == len(there) == (100 if kind == "list" else 50)
+    for items in rounds:
+        assert all(item is None or item[0] == str(first)[0] for item, first in zip(items, rounds[0], strict=True))
+    assert None not in rounds[4]
+    assert rounds[-1] == [None] * 6
+    assert rounds == taken()
 
 
 TOKENIZER = load_tokenizer("recipes/nano/policy")

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from align.evaluate.doctor import CheckStatus, examine_engines
 from align.experience import training_sequence
 from align.learner.batch import TrainingSequence, collate
 from align.learner.group import LearnerGroup
-from align.learner.objective import LogProbs, Objective
+from align.learner.objective import LogProbs, Objective, Sums
+from align.learner.routing import Routes
 from align.model.policy import load_policy
 from align.recipe import AgreementOptions, GrpoOptions, LearnerOptions, ModelOptions, OptimizerOptions
 from rollout import Fleet, FleetOptions, Prompt, SamplingOptions
@@ -62,6 +64,9 @@ class PlainLearner:
         with torch.no_grad():
             values, _ = self._module(batch.token_ids, batch.targets, temperature)
         return [np.asarray(row[mask]) for row, mask in zip(values, batch.mask, strict=True)]
+
+    def take_routes(self) -> list[Any]:
+        return []
 
 
 def test_a_skipped_weight_update_is_caught_and_a_made_one_is_not(engines: tuple[Fleet, LearnerGroup]) -> None:
@@ -127,3 +132,47 @@ def test_it_warns_before_it_stops() -> None:
 def test_what_is_not_a_number_is_beyond_every_limit() -> None:
     with pytest.raises(AgreementError):
         gate().check(Disagreement(mean=float("nan"), largest=float("nan"), k3=0.0, tokens=10), "step 1")
+
+
+def routed(changed: int, dtype: str = "float32", **more: int) -> tuple[Any, list[str]]:
+    """The gate's check of a step whose log-probabilities agree and of whose 200 tokens of layer 3 so many went to other experts."""
+    warnings: list[str] = []
+    counts = Routes(**{"known": 200, "changed": changed, "undecided": 0, "fell_back": 0} | more)
+    sums = Sums(compared=100, equal=25, routes=[{1: Routes(200, 0, 0, 0)}, {3: counts}])
+    checked = AgreementGate(AgreementOptions(), dtype, warnings.append)
+    return partial(checked.check_sums, sums, "step 1"), warnings
+
+
+def test_in_float32_one_changed_route_stops_the_run_and_ties_do_not() -> None:
+    check, _ = routed(1)
+    with pytest.raises(
+        AgreementError, match=r"sends 1 of 200 tokens of layer 3 to other experts .*first.* is 3"
+    ) as error:
+        check()
+    assert "agreement.stop_routing" in str(error.value)
+    check, warnings = routed(0, undecided=5, fell_back=3)
+    check()
+    assert warnings == []
+
+
+def test_in_bfloat16_a_share_of_a_layers_routes_does() -> None:
+    """It warns from a tenth on, and stops from a fifth on."""
+    for changed, warns in ((20, 0), (21, 1), (40, 1)):
+        check, warnings = routed(changed, "bfloat16")
+        check()
+        assert len(warnings) == warns
+    check, _ = routed(41, "bfloat16")
+    with pytest.raises(AgreementError, match=r"sends 41 of 200"):
+        check()
+
+
+def test_a_limit_of_ones_own_replaces_that_of_the_dtype() -> None:
+    assert AgreementOptions(stop_routing=0.5).routing_limit("float32") == 0.5
+    assert AgreementOptions(stop_routing=0.0).routing_limit("bfloat16") == 0
+
+
+def test_the_sentence_has_mean_largest_k3_and_the_share_of_equal_bits() -> None:
+    found = Disagreement.of(Sums(compared=100, difference=1e-4, max_difference=1e-3, sampler_kl=1e-7, equal=25))
+    assert str(found) == (
+        "sampler and learner differ by 1.0e-06 nats a token on average, 1.0e-03 at most (k3 1.0e-09; 25.0% of 100 tokens equal to the last bit)"
+    )

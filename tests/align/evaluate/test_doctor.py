@@ -15,6 +15,7 @@ from tokenizers import AddedToken
 from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV2Config, LlamaConfig
 
 from align.errors import UserError
+from align.evaluate.attribution import Attribution
 from align.evaluate.doctor import (
     CPU_HEADS,
     CPU_LATENTS,
@@ -33,6 +34,7 @@ from align.evaluate.doctor import (
     check_softmax_scale,
     check_template,
     examine,
+    parts,
     sampler_share,
     verdict,
 )
@@ -320,6 +322,17 @@ def test_a_failed_check_ends_in_an_error_that_tells_all() -> None:
     failed = Check("one", CheckStatus.FAILED, "because. Cure: this")
     with pytest.raises(DoctorError, match=r"2 of 3 checks failed\n- one: because\. Cure: this\n- two: because"):
         verdict([failed, Check("fine", CheckStatus.OK, ""), Check("two", CheckStatus.FAILED, failed.detail)], "model")
+
+
+def test_the_first_part_that_differs_fails_the_check_of_parts() -> None:
+    distances = {"embedding": 0.0, "layer 0, attention": 2e-6, "layer 0, router": 0.3, "layer 0, experts": 0.5}
+    assert_failed(
+        parts(Attribution(distances, (1e-4, 1e-4))), "they part in layer 0, router, whose outputs differ by 3.0e-01"
+    )
+    assert parts(Attribution(distances, (0.6, 0.6))) == (
+        CheckStatus.OK,
+        "none differs by more than 5.0e-01 of its size",
+    )
 
 
 V2_LITE, CARD = 2 * 15_706_484_224, 85_520_809_984

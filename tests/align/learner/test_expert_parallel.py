@@ -16,12 +16,14 @@ from align.learner.group import LearnerGroup
 from align.learner.objective import Objective
 from align.learner.reward_model import RewardModelGroup, TrainingPair
 from align.model.policy import load_tokenizer
-from align.recipe import LearnerOptions, LoraOptions, ModelOptions, OptimizerOptions
+from align.recipe import BalanceOptions, LearnerOptions, LoraOptions, ModelOptions, OptimizerOptions
 
 Draw = Callable[[int], list[TrainingSequence]]
 STEPS = 4
 OPTIMIZER = OptimizerOptions(learning_rate=1e-3, weight_decay=0.01, clip_norm=0.5)
-WHOLE = LearnerOptions(ranks=2, micro_batch_tokens=200, optimizer=OPTIMIZER)
+# Large enough to make a twentieth of the gradient's norm.
+BALANCE = BalanceOptions(expert=0.1)
+WHOLE = LearnerOptions(ranks=2, micro_batch_tokens=200, optimizer=OPTIMIZER, balance=BALANCE)
 SPREAD = WHOLE.model_copy(update={"expert_parallel": 2})
 
 
@@ -76,6 +78,7 @@ def test_losses_and_norms_are_those_of_whole_experts(whole: dict[str, Any], spre
 
 def test_each_expert_had_the_same_tokens_and_a_gradient(whole: dict[str, Any], spread: dict[str, Any]) -> None:
     assert spread["load"] == pytest.approx(whole["load"], abs=0.02)
+    assert spread["load"]["balance/expert"] == pytest.approx(whole["load"]["balance/expert"], rel=1e-3)
     assert spread["missing"] == []
 
 
@@ -172,6 +175,7 @@ def test_sft_and_grpo_sample_and_learn_the_same(tmp_path: Path, align: Any, read
         ({"ranks": 3}, "multiple of expert_parallel"),
         ({"zero_stage": 3}, "zero_stage 1 or 2"),
         ({"lora": LoraOptions()}, "leave out lora"),
+        ({"freeze": ["experts"]}, "experts out of freeze"),
     ],
 )
 def test_what_does_not_go_together_is_refused(changed: dict[str, Any], said: str) -> None:

@@ -1,5 +1,6 @@
 """A learner that goes on from a checkpoint is, to the last bit, the one that never stopped, in whatever way it trains."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from align.learner.batch import TrainingSequence
 from align.learner.group import LearnerGroup
 from align.learner.objective import Objective
 from align.learner.state import SHARED, own_file
+from align.model.names import PARTS, to_checkpoint
+from align.model.policy import load_policy
 from align.recipe import LearnerOptions, LoraOptions, ModelOptions, OptimizerOptions
 
 Draw = Callable[[int], list[TrainingSequence]]
@@ -24,6 +27,15 @@ WAYS = {
     "zero-0 in bfloat16": (LearnerOptions(ranks=1, zero_stage=0, optimizer=OPTIMIZER), "bfloat16"),
     "adapters with dropout": (
         LearnerOptions(ranks=1, zero_stage=1, optimizer=OPTIMIZER, lora=LoraOptions(rank=4, dropout=0.1)),
+        "float32",
+    ),
+    "frozen, zero-0": (LearnerOptions(ranks=1, zero_stage=0, optimizer=OPTIMIZER, freeze=["router"]), "float32"),
+    "frozen, zero-3 in bfloat16": (
+        LearnerOptions(ranks=2, zero_stage=3, optimizer=OPTIMIZER, freeze=["router", "embeddings", "norms"]),
+        "bfloat16",
+    ),
+    "frozen, spread experts": (
+        LearnerOptions(ranks=2, expert_parallel=2, optimizer=OPTIMIZER, freeze=["router"]),
         "float32",
     ),
 }
@@ -61,6 +73,10 @@ def test_going_on_from_a_checkpoint_is_the_same_to_the_last_bit(
         weights = other.weights()
         assert {name for name, tensor in weights.items() if not torch.equal(tensor, expected[name])} == set()
         assert other.missing_gradients() == missing
+        base = dict(to_checkpoint(load_policy(model).state_dict().items()))
+        kept = {name for name in weights if any(re.search(PARTS[part], name) for part in options.freeze)}
+        assert all(torch.equal(weights[name], base[name]) for name in kept)
+        assert bool(kept) == bool(options.freeze)
     finally:
         other.close()
 

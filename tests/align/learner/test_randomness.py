@@ -18,12 +18,13 @@ from transformers import (
 from transformers.models.mixtral import modeling_mixtral
 from transformers.models.qwen3_moe import modeling_qwen3_moe
 
+from align.learner.balance import BalanceLosses
 from align.learner.batch import TrainingSequence, collate, collate_after_prompts
 from align.learner.experts import ExpertCounter
 from align.learner.objective import LogProbs, Objective
 from align.learner.policy import LearnerWorker, checkpoint_in_every_mode
 from align.learner.routing import RoutingReplay
-from align.recipe import GrpoOptions, LearnerOptions, ModelOptions, OptimizerOptions
+from align.recipe import BalanceOptions, GrpoOptions, LearnerOptions, ModelOptions, OptimizerOptions
 
 SIZES: dict[str, Any] = {
     "vocab_size": 512,
@@ -69,6 +70,7 @@ def rank_of(network: Any, *, checkpointing: bool = False) -> LearnerWorker:
     rank._device, rank._pad_id = torch.device("cpu"), 0
     rank._reference, rank._shares_reference = None, False
     rank._routing, rank._expert_counter = RoutingReplay(network), ExpertCounter(network)
+    rank._balance = BalanceLosses(network, BalanceOptions())
     return rank
 
 

@@ -18,11 +18,19 @@ from transformers import (
 )
 
 from align.errors import UserError
-from align.learner.batch import Batch, TrainingSequence, collate, collate_after_prompts, experts_of
+from align.learner.batch import (
+    UNKNOWN,
+    Batch,
+    TrainingSequence,
+    collate,
+    collate_after_prompts,
+    experts_of,
+    prompts_routed_otherwise,
+)
 from align.learner.experts import ExpertCounter, routers_of
 from align.learner.objective import LogProbs
 from align.learner.policy import checkpoint_in_every_mode
-from align.learner.routing import RoutingReplay, routing_metrics
+from align.learner.routing import TIE, Routes, RoutingReplay, is_tie, routing_metrics
 
 EXPERTS, CHOSEN, LAYERS = 8, 3, 2
 SIZES: dict[str, Any] = {
@@ -190,6 +198,11 @@ def test_a_token_without_known_experts_and_a_pass_that_only_compares_leave_the_r
     unknown = computed(policy, replay, batch, experts=[torch.full_like(batch.experts, -1)])
     assert torch.equal(unknown[0], free)
     assert routing_metrics([replay.take()]) == {}
+    unknown = batch.experts.clone()
+    unknown[0, :3] = UNKNOWN
+    computed(policy, replay, batch, experts=[unknown])
+    real = sum(len(s.token_ids) - 1 for s in sequences)
+    assert routing_metrics([replay.take()])["routing/fell_back"] == 3 / real
     counter.take()
     with counter.counting(*batch.token_counts()):
         computed(policy, replay, batch)
@@ -199,9 +212,60 @@ def test_a_token_without_known_experts_and_a_pass_that_only_compares_leave_the_r
     assert (loads - np.bincount(forced.flatten(), minlength=EXPERTS) >= 0).all()
 
 
+def test_experts_of_a_tie_are_not_changed_but_undecided_and_the_first_layer_that_differs_is_told() -> None:
+    near, far = TIE / 2, 3 * TIE
+    logits = torch.tensor([[4.0, 3.0, 3.0 + near, 1.0], [4.0, 3.0, 3.0 + far, 1.0], [4.0, 3.0, 2.0, 1.0]])
+    own, given = torch.tensor([[0, 2]] * 2 + [[0, 1]]), torch.tensor([[1, 0]] * 2 + [[1, 0]])
+    assert is_tie(logits, own, given).tolist() == [True, False, False]
+    layers = {1: Routes(10, 0, 1, 0), 4: Routes(10, 3, 0, 2), 2: Routes(10, 1, 0, 2)}
+    found = routing_metrics([layers, {2: Routes(10, 1, 0, 0)}, {}])
+    assert found["routing/first_layer"] == 2
+    assert found["routing/undecided"] == 1 / 40
+    assert found["routing/changed"] == 5 / 40
+    assert found["routing/layer_2/changed"] == 2 / 20
+    assert "routing/first_layer" not in routing_metrics([{1: Routes(10, 0, 1, 0)}])
+
+
+def test_experts_whose_logits_tie_are_undecided() -> None:
+    policy, batch = policy_of("OLMoE"), collate(some_sequences(), 0)
+    for router in routers_of(policy).values():
+        router.weight.data[1] = router.weight.data[0]
+    replay = RoutingReplay(policy)
+    with replay.recording() as passes, torch.no_grad():
+        policy(**batch.inputs, temperature=1.0)
+    (own,) = [chosen.view(*batch.token_ids.shape, LAYERS, CHOSEN) for chosen in passes]
+    computed(policy, replay, batch, experts=[torch.where(own < 2, 1 - own, own)])
+    counts = replay.take()
+    assert sum(layer.undecided for layer in counts.values()) > 0
+    assert sum(layer.changed for layer in counts.values()) == 0
+
+
+def test_of_shared_prompts_what_later_completions_had_otherwise_is_counted() -> None:
+    sequences = some_sequences()
+    assert prompts_routed_otherwise(sequences) == (0, (3 + 6) * LAYERS)
+    other = sequences[1].experts.copy()  # type: ignore[union-attr]
+    other[1, 0] = (other[1, 0] + 1) % EXPERTS
+    other[2, 1] = other[2, 1][::-1]
+    assert prompts_routed_otherwise([sequences[0], replace(sequences[1], experts=other)])[0] == 1
+    assert prompts_routed_otherwise([replace(s, group=None) for s in sequences]) == (0, 0)
+
+
 def test_a_router_that_weighs_experts_in_another_way_is_refused() -> None:
     policy = policy_of("Qwen2-MoE")
     for router in routers_of(policy).values():
         router.register_forward_hook(lambda _, __, output: (output[0], output[1].sigmoid(), output[2]))
-    with pytest.raises(UserError, match=r"Qwen2MoeTopKRouter weighs experts in a way that replay does not know"):
+    with pytest.raises(UserError, match=r"Qwen2MoeTopKRouter weighs experts in a way that is not known here"):
         computed(policy, RoutingReplay(policy), collate(some_sequences(), 0))
+    # What is only compared needs no weights.
+    computed(policy, RoutingReplay(policy), collate(some_sequences(), 0), forced=False)
+
+
+def test_a_router_that_does_not_tell_what_it_chooses_is_refused() -> None:
+    policy, batch = policy_of("OLMoE"), collate(some_sequences(), 0)
+    replay = RoutingReplay(policy)
+    output = torch.zeros(batch.token_ids.numel(), EXPERTS)
+    with (
+        replay.given(batch.routes, forced=False),
+        pytest.raises(UserError, match="OlmoeTopKRouter does not tell which experts"),
+    ):
+        replay._route(0, 0, routers_of(policy)[0], (), output)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from align.learner.balance import BalanceLosses
 from align.learner.batch import TrainingSequence
 from align.learner.experts import ExpertCounter
 from align.learner.objective import LogProbs, Objective
@@ -67,6 +68,7 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> Callable[..., LearnerWorker]:
         made._reference = LogProbs(network(1)).eval().requires_grad_(False)
         made._shares_reference = False
         made._routing, made._expert_counter = RoutingReplay(policy), ExpertCounter(policy)
+        made._balance = BalanceLosses(policy, made._options.balance)
         return made
 
     return make
@@ -149,6 +151,86 @@ def test_the_gradient_is_that_of_the_papers_equation(
     assert (found - expected).norm() / expected.norm() < 1e-4
 
 
+def plain_weights(correction: dict[str, Any], learner: torch.Tensor, sampler: torch.Tensor) -> torch.Tensor:
+    ratio = (learner - sampler).exp()
+    if correction["kind"] == "tis":
+        return ratio.clamp(max=correction["high"])
+    if correction["kind"] == "icepop":
+        return ratio * ((ratio >= correction["low"]) & (ratio <= correction["high"]))
+    return torch.ones_like(ratio)
+
+
+def plain_kl(kl: str, to_reference: torch.Tensor, ratio: torch.Tensor) -> torch.Tensor:
+    """With the gradient of the estimator of this name; of k3+ not its value."""
+    k3 = to_reference.exp() - to_reference - 1
+    return {"k2": to_reference**2 / 2, "k3": k3, "k3+": to_reference**2 / 2, "unbiased": ratio * k3}[kl]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"level": "geometric", "clip_low": 0.02, "clip_high": 0.02},
+        {"cispo_max": 1.1},
+        {"kl": "k2"},
+        {"kl": "k3+"},
+        {"kl": "unbiased"},
+        {"correction": {"kind": "tis", "high": 1.05}},
+        {"correction": {"kind": "icepop", "low": 0.9, "high": 1.1}},
+    ],
+)
+def test_what_a_recipe_chooses_of_the_loss_is_what_is_computed(worker: Any, given: dict[str, Any]) -> None:
+    options = GrpoOptions(steps=1, prompts_per_step=1, group_size=2, kl_coefficient=0.3, **given)
+    correction, random = {"kind": "none", **given.get("correction", {})}, np.random.default_rng(1)
+    sequences = [
+        replace(s, sampler_log_probs=s.old_log_probs + random.normal(0, 0.2, s.sampled_tokens).astype(np.float32))
+        for s in drawn()
+    ]
+    policy, reference = network(0), network(1)
+    total, weights = torch.zeros(()), []
+    for sequence in sequences:
+        old = torch.as_tensor(sequence.old_log_probs)
+        now, before = log_probs(policy, sequence, TEMPERATURE), log_probs(reference, sequence, TEMPERATURE).detach()
+        ratio = (now - old).exp()
+        kl = plain_kl(options.kl, before - now, ratio)
+        if options.level == "geometric":
+            ratio = (now - old).mean().exp().expand_as(now)
+        clipped = ratio.clamp(1 - options.clip_low, 1 + options.clip_high)
+        surrogate = torch.minimum(ratio * sequence.advantage, clipped * sequence.advantage)
+        if options.cispo_max is not None:
+            surrogate = ratio.detach().clamp(max=options.cispo_max) * sequence.advantage * now
+        weights.append(plain_weights(correction, old, torch.as_tensor(sequence.sampler_log_probs)))
+        total = total - sequence.weight * (weights[-1] * surrogate - options.kl_coefficient * kl).sum()
+    total.backward()
+    expected = torch.cat([p.grad.flatten() for p in policy.parameters()])
+
+    rank = worker()
+    sums = rank.accumulate([sequences[:3], sequences[3:]], Objective(options, TEMPERATURE))
+    found = torch.cat([p.grad.flatten() for p in rank._network.parameters()])
+    assert (found - expected).norm() / expected.norm() < 1e-4
+    all_weights = torch.cat(weights)
+    if correction["kind"] != "none":
+        assert sums.correction_masked == int((all_weights == 0).sum())
+        assert sums.correction_cut == (int((all_weights == 1.05).sum()) if correction["kind"] == "tis" else 0)
+        assert max(sums.correction_masked, sums.correction_cut) > 2
+        assert sums.correction_weights == pytest.approx(float(all_weights.sum()), rel=1e-5)
+        assert sums.correction_squares == pytest.approx(float(all_weights.square().sum()), rel=1e-5)
+    # The gate looks at the difference as it is, before it is corrected.
+    apart = [np.abs(s.old_log_probs - s.sampler_log_probs) for s in sequences]
+    assert sums.difference == pytest.approx(float(np.concatenate(apart).sum()), rel=1e-5)
+    assert sums.compared == len(all_weights)
+
+
+def test_a_sample_without_advantage_adds_nothing_to_the_gradient(worker: Any) -> None:
+    options = GrpoOptions(steps=1, prompts_per_step=1, group_size=2)
+    sequences = [replace(s, advantage=0.0 if place in (0, 3) else s.advantage) for place, s in enumerate(drawn())]
+    gradients = []
+    for computed in (sequences, [s for s in sequences if s.advantage]):
+        rank = worker()
+        rank.accumulate([computed], Objective(options, TEMPERATURE))
+        gradients.append(torch.cat([p.grad.flatten() for p in rank._network.parameters()]))
+    assert (gradients[0] - gradients[1]).norm() / gradients[0].norm() < 1e-6
+
+
 @pytest.mark.parametrize(("gaps", "share"), [(False, False), (True, False), (True, True)])
 def test_log_probabilities_are_those_after_the_temperature(worker: Any, gaps: bool, share: bool) -> None:
     sequences = drawn(gaps=gaps)
@@ -174,6 +256,20 @@ def test_matrices_decay_and_vectors_do_not(worker: Any) -> None:
     for name, parameter in rank._network.named_parameters():
         share = 1 - RATE * DECAY if parameter.dim() > 1 else 1.0
         torch.testing.assert_close(parameter.detach(), before[name] * share, msg=name)
+
+
+def test_what_is_frozen_stays_and_takes_no_memory_of_the_optimizer(worker: Any) -> None:
+    rank = worker(freeze=["norms", "embeddings"], gradient_checkpointing=True)
+    before = {name: p.detach().clone() for name, p in rank._network.named_parameters()}
+    rank.accumulate([drawn()], Objective())
+    rank.apply(RATE)
+    same = {name for name, p in rank._network.named_parameters() if torch.equal(p, before[name])}
+    assert same == {name for name in before if "norm" in name or "embed" in name}
+    stepped = [p for group in rank._optimizer.param_groups for p in group["params"]]
+    assert len(stepped) == len(rank._optimizer.state) == len(before) - len(same)
+    assert rank.missing_gradients() == []
+    trained = sum(p.numel() for p in stepped)
+    assert rank._trained.description.startswith(f"{trained:,} trainable parameters")
 
 
 @pytest.mark.parametrize("on", [False, True])

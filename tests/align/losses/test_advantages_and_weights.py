@@ -1,10 +1,11 @@
 """Group-relative advantages and the denominators of a batch, against plain loops."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -14,12 +15,16 @@ from align.losses import (
     group_advantages,
 )
 
-AGGREGATIONS: list[Aggregation] = ["sample_mean", "token_mean", "sequence_sum"]
+AGGREGATIONS: list[Aggregation] = ["sample_mean", "token_mean", "sequence_sum", "constant_length"]
 NAN, INF = float("nan"), float("inf")
 
 
-def plain_advantages(rewards: list[float], groups: list[int], valid: list[bool], scale: str) -> list[float]:
+def plain_advantages(
+    rewards: list[float], groups: list[int], valid: list[bool], scale: str, baseline: str = "group"
+) -> list[float]:
     result = [0.0] * len(rewards)
+    if baseline == "batch":
+        groups = [0] * len(rewards)
     for group in set(groups):
         members = [i for i in range(len(rewards)) if groups[i] == group and valid[i]]
         if len(members) < 2:
@@ -29,7 +34,17 @@ def plain_advantages(rewards: list[float], groups: list[int], valid: list[bool],
         if std <= 1e-6:
             continue
         for i in members:
-            result[i] = (rewards[i] - mean) / (std + 1e-4 if scale == "std" else 1.0)
+            others = [rewards[j] for j in members if j != i]
+            subtracted = math.fsum(others) / len(others) if baseline == "leave_one_out" else mean
+            result[i] = (rewards[i] - subtracted) / (std + 1e-4 if scale == "std" else 1.0)
+    compared = [
+        i
+        for i in range(len(rewards))
+        if valid[i] and sum(groups[i] == g and v for g, v in zip(groups, valid, strict=True)) > 1
+    ]
+    if scale == "batch" and len(compared) > 1:
+        std = math.sqrt(math.fsum(result[i] ** 2 for i in compared) / (len(compared) - 1))
+        result = [value / (std + 1e-4) for value in result]
     return result
 
 
@@ -50,11 +65,13 @@ def columns(batch: list[Sample]) -> tuple[Tensor, Tensor, Tensor]:
     return torch.tensor(rewards, dtype=torch.float64), torch.tensor(groups), torch.tensor(valid)
 
 
-@given(samples, st.sampled_from(["std", "none"]))
-def test_advantages_match_the_plain_z_score(batch: list[Sample], scale: str) -> None:
+@given(samples, st.sampled_from(["std", "batch", "none"]), st.sampled_from(["group", "leave_one_out", "batch"]))
+def test_advantages_match_the_plain_formula(batch: list[Sample], scale: Any, baseline: Any) -> None:
+    assume((scale, baseline) != ("std", "batch"))
     rewards, groups, valid = columns(batch)
-    advantages, _ = group_advantages(rewards, groups, valid, scale=scale)  # type: ignore[arg-type]
-    expected = plain_advantages(rewards.tolist(), groups.tolist(), valid.tolist(), scale)
+    advantages, std = group_advantages(rewards, groups, valid, scale=scale, baseline=baseline)
+    assert std.tolist() == group_advantages(rewards, groups, valid)[1].tolist()
+    expected = plain_advantages(rewards.tolist(), groups.tolist(), valid.tolist(), scale, baseline)
     assert advantages.tolist() == pytest.approx(expected, rel=1e-9, abs=1e-9)
 
 
@@ -130,7 +147,7 @@ completions = st.lists(st.tuples(st.integers(0, 50), st.booleans()), min_size=1,
 @given(completions, st.sampled_from(AGGREGATIONS))
 def test_weights_match_their_definition(batch: list[tuple[int, bool]], aggregation: Aggregation) -> None:
     lengths, kept = torch.tensor([x for x, _ in batch]), torch.tensor([k for _, k in batch])
-    weights = completion_weights(lengths, kept, aggregation)
+    weights = completion_weights(lengths, kept, aggregation, longest=50)
     trained = [length for length, keep in batch if keep and length]
     assert weights.dtype == torch.float64
     for weight, (length, keep) in zip(weights.tolist(), batch, strict=True):
@@ -140,6 +157,8 @@ def test_weights_match_their_definition(batch: list[tuple[int, bool]], aggregati
             assert weight == pytest.approx(1 / len(trained) / length)
         elif aggregation == "token_mean":
             assert weight == pytest.approx(1 / sum(trained))
+        elif aggregation == "constant_length":
+            assert weight == pytest.approx(1 / len(trained) / 50)
         else:
             assert weight == pytest.approx(1 / len(trained))
 
@@ -155,6 +174,6 @@ def test_weights_of_all_tokens_sum_to_one(batch: list[tuple[int, bool]], aggrega
 def test_a_completion_that_is_not_kept_is_in_no_denominator(aggregation: Aggregation) -> None:
     """TRL issue 6369: truncated completions masked in the numerator only."""
     lengths, kept = torch.tensor([3, 9, 5]), torch.tensor([True, False, True])
-    weights = completion_weights(lengths, kept, aggregation)
-    without = completion_weights(lengths[kept], kept[kept], aggregation)
+    weights = completion_weights(lengths, kept, aggregation, longest=9)
+    without = completion_weights(lengths[kept], kept[kept], aggregation, longest=9)
     assert torch.equal(weights[kept], without)

@@ -11,15 +11,16 @@ from torch import Tensor
 
 from align.losses import (
     Aggregation,
+    KlEstimator,
     Level,
     completion_weights,
     group_advantages,
     grpo_token_loss,
-    importance_weights,
 )
 
 AGGREGATIONS: list[Aggregation] = ["sample_mean", "token_mean", "sequence_sum"]
-LEVELS: list[Level] = ["token", "sequence"]
+LEVELS: list[Level] = ["token", "sequence", "geometric"]
+ESTIMATORS: list[KlEstimator] = ["k2", "k3", "k3+", "unbiased"]
 NAN, INF = float("nan"), float("inf")
 
 
@@ -44,7 +45,15 @@ class Batch:
 
 
 def plain_grpo(
-    batch: Batch, level: Level, old: Tensor, beta: float, low: float, high: float, importance: Tensor | None
+    batch: Batch,
+    level: Level,
+    old: Tensor,
+    beta: float,
+    low: float,
+    high: float,
+    importance: Tensor | None,
+    kl: KlEstimator = "k3",
+    cispo_max: float | None = None,
 ) -> tuple[list[list[float]], list[list[bool]]]:
     """Loss and clipping of every token in the mask, 0 elsewhere, straight from the papers' equations."""
     losses, clipped = [], []
@@ -53,15 +62,22 @@ def plain_grpo(
         ref_ratios = (batch.ref[i] - batch.log_probs[i]).tolist()[:length]
         if level == "sequence":
             log_ratios, ref_ratios = [math.fsum(log_ratios)] * length, [math.fsum(ref_ratios)] * length
+        in_kl = log_ratios
+        if level == "geometric":
+            log_ratios = [math.fsum(log_ratios) / length] * length if length else []
         advantage, row, row_clipped = batch.advantages[i].item(), [], []
         for t in range(length):
             rho = math.exp(log_ratios[t])
             surrogate = min(rho * advantage, min(max(rho, 1 - low), 1 + high) * advantage)
             row_clipped.append((advantage > 0 and rho > 1 + high) or (advantage < 0 and rho < 1 - low))
+            if cispo_max is not None:
+                surrogate = min(rho, cispo_max) * advantage * batch.log_probs[i, t].item()
+                row_clipped[-1] = rho > cispo_max
             if importance is not None:
                 surrogate *= importance[i, t].item()
             k3 = math.exp(ref_ratios[t]) - ref_ratios[t] - 1
-            row.append((beta * k3 - surrogate) / (length if level == "sequence" else 1))
+            estimates = {"k2": ref_ratios[t] ** 2 / 2, "k3": k3, "k3+": k3, "unbiased": math.exp(in_kl[t]) * k3}
+            row.append((beta * estimates[kl] - surrogate) / (length if level == "sequence" else 1))
         padding = batch.mask.shape[1] - length
         losses.append(row + [0.0] * padding)
         clipped.append(row_clipped + [False] * padding)
@@ -69,12 +85,18 @@ def plain_grpo(
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(0, 10**6), st.sampled_from(LEVELS), st.booleans(), st.booleans(), st.booleans())
+@given(
+    st.integers(0, 10**6),
+    st.sampled_from([*((level, None) for level in LEVELS), ("token", 1.1)]),
+    st.booleans(),
+    st.sampled_from([None, *ESTIMATORS]),
+    st.booleans(),
+)
 def test_grpo_loss_matches_the_equations(
-    seed: int, level: Level, on_policy: bool, penalised: bool, corrected: bool
+    seed: int, surrogate: tuple[Level, float | None], on_policy: bool, kl: KlEstimator | None, corrected: bool
 ) -> None:
-    batch, beta = Batch(seed), 0.04 if penalised else 0.0
-    importance = importance_weights(batch.old, batch.ref, 1.5) if corrected else None
+    batch, beta, (level, cispo_max) = Batch(seed), 0.04 if kl else 0.0, surrogate
+    importance = (batch.old - batch.ref).exp().clamp(max=1.5) if corrected else None
     terms = grpo_token_loss(
         batch.log_probs,
         None if on_policy else batch.old,
@@ -85,10 +107,12 @@ def test_grpo_loss_matches_the_equations(
         clip_high=0.3,
         kl_coefficient=beta,
         level=level,
+        kl=kl or "k3",
+        cispo_max=cispo_max,
         importance=importance,
     )
     old = batch.log_probs.detach() if on_policy else batch.old
-    losses, clipped = plain_grpo(batch, level, old, beta, 0.1, 0.3, importance)
+    losses, clipped = plain_grpo(batch, level, old, beta, 0.1, 0.3, importance, kl or "k3", cispo_max)
     expected = torch.tensor(losses, dtype=torch.float64)
     torch.testing.assert_close(terms.loss.detach(), expected, rtol=1e-9, atol=1e-12)
     assert terms.clipped.tolist() == clipped
@@ -96,14 +120,14 @@ def test_grpo_loss_matches_the_equations(
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("beta", [0.0, 0.1])
-def test_grpo_gradient_matches_finite_differences(level: Level, beta: float) -> None:
+@pytest.mark.parametrize(("beta", "kl"), [(0.0, "k3"), (0.1, "k3"), (0.1, "k2"), (0.1, "unbiased")])
+def test_grpo_gradient_matches_finite_differences(level: Level, beta: float, kl: KlEstimator) -> None:
     batch = Batch(3, n=4, t=3)
     weights = completion_weights(batch.lengths, batch.kept)[:, None]
 
     def loss(log_probs: Tensor) -> Tensor:
         terms = grpo_token_loss(
-            log_probs, batch.old, batch.ref, batch.advantages, batch.mask, kl_coefficient=beta, level=level
+            log_probs, batch.old, batch.ref, batch.advantages, batch.mask, kl_coefficient=beta, level=level, kl=kl
         )
         return (terms.loss * weights).sum()
 
@@ -137,7 +161,7 @@ def test_sequence_level_with_sequence_sum_is_equation_32_of_the_report_in_value_
     torch.testing.assert_close(batch.gradient(loss), batch.gradient(-objective))
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", ["token", "sequence"])
 def test_on_policy_the_gradient_of_equation_32_weighs_every_token_by_its_advantage_over_k(
     level: Level,
 ) -> None:
@@ -148,6 +172,17 @@ def test_on_policy_the_gradient_of_equation_32_weighs_every_token_by_its_advanta
     k = (batch.kept & (batch.lengths > 0)).sum()
     expected = -batch.advantages[:, None] * batch.mask * (weights > 0) / k
     torch.testing.assert_close(batch.gradient((terms.loss * weights).sum()), expected)
+
+
+def test_with_cispo_every_token_keeps_its_gradient_by_a_weight_of_at_most_the_bound() -> None:
+    """Eq. 4-5 of MiniMax-M1, by tokens whose ratio is beyond a clipped surrogate's trust region too."""
+    batch = Batch(8)
+    terms = grpo_token_loss(batch.log_probs, batch.old, None, batch.advantages, batch.mask, cispo_max=1.1)
+    ratio = (batch.log_probs.detach() - batch.old).exp()
+    assert (ratio[batch.mask] > 1.1).any()
+    expected = -ratio.clamp(max=1.1) * batch.advantages[:, None] * batch.mask
+    torch.testing.assert_close(batch.gradient(terms.loss.sum()), expected)
+    assert torch.equal(terms.clipped, (ratio > 1.1) & batch.mask)
 
 
 def test_on_policy_is_the_same_as_old_log_probs_equal_to_the_present_ones() -> None:
@@ -249,7 +284,15 @@ def test_what_would_silently_do_nothing_is_refused() -> None:
         grpo_token_loss(x, None, None, a, mask, kl_coefficient=0.1)
     with pytest.raises(ValueError, match="level"):
         grpo_token_loss(x, None, None, a, mask, level="word")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="CISPO"):
+        grpo_token_loss(x, None, None, a, mask, level="sequence", cispo_max=5.0)
+    with pytest.raises(ValueError, match="estimator"):
+        grpo_token_loss(x, None, x, a, mask, kl_coefficient=0.1, kl="k1")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="longest"):
+        completion_weights(torch.ones(1), torch.ones(1).bool(), "constant_length")
     with pytest.raises(ValueError, match="aggregation"):
         completion_weights(torch.ones(1), torch.ones(1).bool(), "mean")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="scale"):
-        group_advantages(a, torch.zeros(1, dtype=torch.long), a.bool(), scale="batch")  # type: ignore[arg-type]
+        group_advantages(a, torch.zeros(1, dtype=torch.long), a.bool(), scale="step")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="baseline"):
+        group_advantages(a, torch.zeros(1, dtype=torch.long), a.bool(), baseline="step")  # type: ignore[arg-type]

@@ -8,12 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from align.losses import (
-    kl_k1,
-    kl_k2,
-    kl_k3,
-    token_log_probs,
-)
+from align.losses import KlEstimator, kl_estimate, token_log_probs
 
 INF = float("inf")
 
@@ -59,18 +54,25 @@ def test_token_log_probs_allows_forbidden_tokens_and_refuses_temperature_zero() 
 logs = st.floats(-30, 0)
 
 
-@given(logs, logs)
-def test_kl_estimators_match_their_definitions(log_prob: float, ref: float) -> None:
-    p, r = torch.tensor(log_prob, dtype=torch.float64), torch.tensor(ref, dtype=torch.float64)
-    assert kl_k1(p, r).item() == log_prob - ref
-    assert kl_k2(p, r).item() == pytest.approx((log_prob - ref) ** 2 / 2)
+def kl(log_prob: Tensor, ref: Tensor, estimator: KlEstimator = "k3", old: Tensor | None = None) -> Tensor:
+    return kl_estimate(ref - log_prob, log_prob - (log_prob.detach() if old is None else old), estimator)
+
+
+@given(logs, logs, logs)
+def test_kl_estimators_match_their_definitions(log_prob: float, ref: float, old: float) -> None:
+    p, r, o = (torch.tensor(x, dtype=torch.float64) for x in (log_prob, ref, old))
+    assert kl(p, r, "k2", o).item() == pytest.approx((log_prob - ref) ** 2 / 2)
     if ref - log_prob <= 20:
-        assert kl_k3(p, r).item() == pytest.approx(math.exp(ref - log_prob) - (ref - log_prob) - 1, rel=1e-6, abs=1e-12)
+        k3 = math.exp(ref - log_prob) - (ref - log_prob) - 1
+        assert kl(p, r, "k3", o).item() == kl(p, r, "k3+", o).item() == pytest.approx(k3, rel=1e-6, abs=1e-12)
+        if log_prob - old <= 20:
+            weighted = math.exp(log_prob - old) * k3
+            assert kl(p, r, "unbiased", o).item() == pytest.approx(weighted, rel=1e-6, abs=1e-12)
 
 
 @given(st.floats(-30, 0, width=32), st.floats(-30, 0, width=32))
 def test_k3_is_never_negative_and_zero_only_for_equals(log_prob: float, ref: float) -> None:
-    value = kl_k3(torch.tensor(log_prob), torch.tensor(ref)).item()
+    value = kl(torch.tensor(log_prob), torch.tensor(ref)).item()
     assert value >= 0
     if log_prob == ref:
         assert value == 0
@@ -80,44 +82,46 @@ def test_k3_is_never_negative_and_zero_only_for_equals(log_prob: float, ref: flo
 
 def test_kl_estimators_have_the_mean_of_the_divergence_under_the_policy() -> None:
     torch.manual_seed(0)
-    policy, reference = torch.randn(2, 9, dtype=torch.float64).log_softmax(-1)
+    policy, reference, old = torch.randn(3, 9, dtype=torch.float64).log_softmax(-1)
     exact = (policy.exp() * (policy - reference)).sum()
-    for estimator in (kl_k1, kl_k3):
-        torch.testing.assert_close((policy.exp() * estimator(policy, reference)).sum(), exact)
+    for estimator in ("k3", "k3+", "unbiased"):
+        torch.testing.assert_close((policy.exp() * kl(policy, reference, estimator)).sum(), exact)  # type: ignore[arg-type]
+    torch.testing.assert_close((old.exp() * kl(policy, reference, "unbiased", old)).sum(), exact)
 
 
-def test_kl_gradients_as_losses_are_what_their_docstrings_say() -> None:
-    """Expected over samples of pi: k1 nothing, k2 that of KL(pi || ref), k3 that of KL(ref || pi)."""
+def test_kl_gradients_as_losses_are_what_their_docstring_says() -> None:
+    """Expected over samples of pi: k2, k3+ and unbiased that of KL(pi || ref), k3 that of KL(ref || pi). Of pi_old: unbiased the same."""
     torch.manual_seed(0)
     logits = torch.randn(9, dtype=torch.float64, requires_grad=True)
-    reference = torch.randn(9, dtype=torch.float64).log_softmax(-1)
+    reference, old = torch.randn(2, 9, dtype=torch.float64).log_softmax(-1)
     policy = logits.log_softmax(-1)
 
     def gradient(loss: Tensor) -> Tensor:
         return torch.autograd.grad(loss, logits, retain_graph=True)[0]
 
-    def as_loss(values: Tensor) -> Tensor:
-        return gradient((policy.detach().exp() * values).sum())
+    def as_loss(values: Tensor, sampler: Tensor) -> Tensor:
+        return gradient((sampler.detach().exp() * values).sum())
 
-    zero = torch.zeros(9, dtype=torch.float64)
-    torch.testing.assert_close(as_loss(kl_k1(policy, reference)), zero)
     forward = gradient((policy.exp() * (policy - reference)).sum())
-    torch.testing.assert_close(as_loss(kl_k2(policy, reference)), forward)
+    for estimator in ("k2", "k3+", "unbiased"):
+        torch.testing.assert_close(as_loss(kl(policy, reference, estimator), policy), forward)  # type: ignore[arg-type]
+    torch.testing.assert_close(as_loss(kl(policy, reference, "unbiased", old), old), forward)
     reverse = gradient((reference.exp() * (reference - policy)).sum())
-    torch.testing.assert_close(as_loss(kl_k3(policy, reference)), reverse)
+    torch.testing.assert_close(as_loss(kl(policy, reference), policy), reverse)
 
 
 @pytest.mark.parametrize("difference", [-1e-2, -1e-4, 1e-4, 1e-2])
 def test_k3_of_a_small_difference_does_not_cancel_in_float32(difference: float) -> None:
     """`exp(d) - d - 1` in float32 is all rounding below 1e-3, and an on-policy KL lives there."""
-    value = kl_k3(torch.tensor(0.0), torch.tensor(difference)).item()
+    value = kl(torch.tensor(0.0), torch.tensor(difference)).item()
     assert value == pytest.approx(difference**2 / 2 + difference**3 / 6, rel=2e-3)
 
 
+@pytest.mark.parametrize("estimator", ["k2", "k3", "k3+", "unbiased"])
 @pytest.mark.parametrize("difference", [-1e4, -50.0, 19.0, 50.0, 1e4])
-def test_k3_neither_overflows_nor_has_an_infinite_gradient(difference: float) -> None:
+def test_kl_neither_overflows_nor_has_an_infinite_gradient(difference: float, estimator: KlEstimator) -> None:
     log_prob = torch.tensor(-difference, requires_grad=True)
-    value = kl_k3(log_prob, torch.tensor(0.0))
+    value = kl(log_prob, torch.tensor(0.0), estimator, torch.tensor(0.0))
     value.backward()
     assert value.isfinite()
     assert log_prob.grad is not None

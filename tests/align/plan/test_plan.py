@@ -177,6 +177,14 @@ def test_a_scoring_worker_has_all_reward_models_on_one_gpu() -> None:
     assert make_plan(recipe, sizes_of(V2), cluster, dict.fromkeys(judges, sizes_of(LITE))).refusals == []
 
 
+def test_neither_do_parts_that_are_frozen_take_gradients_or_an_optimiser() -> None:
+    plan = planned("recipes/v2_lite/sft.yaml", LITE, 2, 8, *APART, "learner.freeze=[experts]", "learner.zero_stage=1")
+    parts = plan.roles[-1].parts
+    trained = LITE_SIZE - LITE_ROUTED
+    assert [parts["weights"], parts["gradients"]] == pytest.approx([2 * LITE_SIZE, 4 * trained])
+    assert parts["optimiser"] == pytest.approx(12 * trained / 8)
+
+
 def test_adapters_take_no_optimiser_for_what_they_leave_alone() -> None:
     """Two factors of rank 8 on q_proj [3072, 2048], kv_a [576, 2048] and o_proj [2048, 2048] of 27 layers."""
     attention = adapted_parameters(sizes_of(LITE), ["attention"])
@@ -255,3 +263,19 @@ def test_the_command_says_what_does_not_fit_and_fails(capsys: pytest.CaptureFixt
 def test_a_cluster_that_cannot_be_is_refused(nodes: int, gpus: int, memory: float) -> None:
     with pytest.raises(UserError, match="--"):
         cluster_of(nodes, gpus, memory)
+
+
+def test_experts_on_their_way_are_counted_where_they_are_replayed_or_recorded() -> None:
+    """DeepSeek-V2 has 59 layers with experts, of which a token takes 6, and 160 ids fit a byte."""
+    one_step = ["grpo.prompts_per_step=64", "grpo.group_size=16", "rollout={workers: 4, max_length: 1000}", *APART[:1]]
+    one_step += ["sampling.max_new_tokens=500", "evaluation.max_new_tokens=500"]
+    read = [
+        load_recipe(Path("recipes/v2/grpo_reasoning.yaml"), [*one_step, *more])
+        for more in ([], ["grpo.updates_per_step=2", "grpo.routing_replay=learner"])
+    ]
+    plain, replayed = (work_of(recipe.roles(), sizes_of(V2), 2) for recipe in read)
+    assert plain.sizes.routes_a_token == 59 * 6
+    assert (plain.route_bytes, replayed.route_bytes) == (0, 64 * 16 * 1000 * 354)
+    assert sizes_of(LITE).routes_a_token == 26 * 6
+    noted = make_plan(read[1], sizes_of(V2), cluster_of(20, 8, 80, NODE_MEMORY_GIB)).notes
+    assert any("354 bytes a token, take 0.34 GiB of Ray's object store" in note for note in noted)

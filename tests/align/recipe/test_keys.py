@@ -38,6 +38,9 @@ PLANS = "align.recipe.pipeline.load_stage"
 MACHINE = ("align.session.checks.check_recipe", "align.session.checks.check_size")
 """Read what the machine must have: to refuse a smaller one is the effect."""
 
+PRESET = "align.recipe.options.GrpoOptions._is_what_the_preset_says"
+"""Reads which other keys a preset has been expanded to."""
+
 BASE: dict[str, Any] = {"name": "a", "model": {"path": "p"}, "data": [{"card": "nano_math"}]}
 LEARNER = {"learner": {"optimizer": {"learning_rate": 1e-3}}}
 REWARDS = {"rewards": [{"name": "exact_answer"}]}
@@ -48,7 +51,13 @@ VALID: dict[str, dict[str, Any]] = {
     "preferences": BASE | REWARDS | {"stage": "preferences"},
 }
 REFUSED: dict[str, dict[str, Any]] = {
-    "sft": {"data.split": "validation", "evaluation.every": 5},
+    "sft": {
+        "data.split": "validation",
+        "evaluation.every": 5,
+        "alarms.entropy_share": 0.5,
+        "alarms.zero_variance_groups": 0.5,
+        "alarms.reward_jump": 2.0,
+    },
     "reward_model": {"data.split": "validation", "data.levels": [1], "learner.share_prompts": True},
     "grpo": {"reference": "somewhere"},
     "preferences": {"data.split": "validation", "data.share": 2.0, "run.allow_changes": True},
@@ -62,6 +71,15 @@ ALONE: list[tuple[str, str, dict[str, Any]]] = [
         {"learner.optimizer.schedule": "constant", "learner.optimizer.final_ratio": 0.5},
     ),
     ("grpo", "weights.bucket_mb", {"weights.transport": "adapter", "learner.lora": {}, "weights.bucket_mb": 1}),
+    ("grpo", "grpo.kl", {"grpo.kl": "k2"}),
+    ("grpo", "grpo.clip_low", {"grpo.cispo_max": 5, "grpo.clip_low": 0.1}),
+    ("grpo", "grpo.clip_high", {"grpo.cispo_max": 5, "grpo.clip_high": 0.1}),
+    ("grpo", "grpo.correction.level", {"grpo.correction.level": "token"}),
+    ("grpo", "grpo.correction.low", {"grpo.correction.low": 0.5}),
+    ("grpo", "grpo.correction.high", {"grpo.correction.high": 2}),
+    ("grpo", "grpo.correction.low", {"grpo.correction.kind": "tis", "grpo.correction.low": 0.5}),
+    ("grpo", "grpo.correction.level", {"grpo.correction.kind": "sequence_mask", "grpo.correction.level": "token"}),
+    ("grpo", "grpo.correction.level", {"grpo.correction.kind": "geometric_mask", "grpo.correction.level": "sequence"}),
     ("grpo", "data.split", {"data.split": "validation", "evaluation.every": 5}),
     ("sft", "evaluation.samples", {"rewards": [], "evaluation.samples": 8}),
     ("sft", "scoring", {"rewards": [], "scoring.workers": 2}),
@@ -200,7 +218,7 @@ def code() -> Code:
 def test_every_key_of_a_stage_is_read_by_what_it_runs_or_is_refused(code: Code, stage: str) -> None:
     keys = list(keys_of(STAGES[stage]))
     sections = {name_of(section) for _, section, _ in keys}
-    functions = code.run_by(COMMANDS[stage], (*CHECKS, BEFORE), sections) | {PLANS, *MACHINE}
+    functions = code.run_by(COMMANDS[stage], (*CHECKS, BEFORE), sections) | {PLANS, PRESET, *MACHINE}
     assert "align.session.run.open_run" in functions
     read = set[tuple[str, str]]().union(*(code.reads[function] for function in functions))
     unread = [

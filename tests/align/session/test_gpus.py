@@ -12,7 +12,7 @@ from align.evaluate import lm_eval
 from align.learner.group import RankGroup
 from align.learner.rank import device_of_rank
 from align.recipe import LearnerOptions, ModelOptions
-from align.recipe.options import OptimizerOptions
+from align.recipe.learner import OptimizerOptions
 from align.run.machine import check_cuda
 from align.session import ray as session_ray
 from reward import Mixture, RewardTerm, ScoringPool

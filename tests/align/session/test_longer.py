@@ -199,5 +199,5 @@ def test_an_adapter_does_not_go_on_over_other_weights(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         go_on()
     weights.write_text("two")
-    with pytest.raises(UserError, match="the weights that the adapters are added to are not what they were"):
+    with pytest.raises(UserError, match="the weights of what is not trained are not what they were"):
         go_on()

@@ -10,7 +10,7 @@ import torch
 from align.errors import UserError
 from align.model.policy import load_tokenizer
 from align.recipe import GrpoRecipe, ModelOptions, load_recipe
-from align.recipe.options import LoraOptions
+from align.recipe.learner import LoraOptions
 from align.run import machine
 from align.session.checks import check_model, refuse_without_experts, sent_bytes
 from align.session.run import open_run

@@ -18,6 +18,7 @@ from align.evaluate.accuracy import Evaluation
 from align.learner.batch import TrainingSequence
 from align.learner.group import LearnerGroup
 from align.learner.objective import Objective, Sums
+from align.learner.routing import Changes
 from align.model.policy import load_tokenizer
 from align.recipe import ModelOptions, PolicyRecipe, load_recipe
 from align.run.checkpoints import hashed_file
@@ -26,7 +27,7 @@ from align.session.session import Session
 from align.stages import grpo, sft
 from align.stages.held_out import HeldOut
 from reward import Mixture, RewardTerm, Sample, SampleReward, Score, Verdict
-from rollout import FinishReason, Group, Prompt, SamplingOptions, Trajectory
+from rollout import FinishReason, Group, Prompt, RolloutError, SamplingOptions, Trajectory
 
 MEAN_LOG_PROB = -0.5
 
@@ -75,6 +76,9 @@ class FakeFleet:
             self.worth |= {f"{prompt.id}#{index}": one.worth for index, one in enumerate(written)}
             yield Group(prompt, [self._trajectory(prompt, index, one) for index, one in enumerate(written)])
 
+    def sample_parts(self, prompts: Sequence[Prompt], max_new_tokens: int) -> Any:
+        raise RolloutError("there is no engine")
+
     def _trajectory(self, prompt: Prompt, index: int, written: Written) -> Trajectory:
         reason = FinishReason.LENGTH if written.truncated else FinishReason.STOP
         tokens, log_probs = [5] * written.tokens, [MEAN_LOG_PROB] * written.tokens
@@ -120,7 +124,10 @@ class FakeLearner:
     bad_updates: int = 0
     reference: ModelOptions | None = None
     replay: str = "off"
+    has_moved: bool = False
+    routes: list[Changes] = field(default_factory=list)  # of one batch after the other
     asked_for_missing: int = 0
+    loads: list[dict[str, float]] = field(default_factory=list)
 
     def wait_until_ready(self) -> None: ...
 
@@ -131,6 +138,7 @@ class FakeLearner:
         tokens = sum(s.sampled_tokens for s in sequences)
         apart = self.difference * tokens
         sums = Sums(tokens=tokens, padded_tokens=tokens, entropy=tokens, compared=tokens, difference=apart, loss=0.5)
+        sums.routes = self.routes[len(self.batches) - 1 :][:1]
         sums.log_probs = [[np.full(s.sampled_tokens, -s.weight, dtype=np.float32) for s in sequences]]
         return sums
 
@@ -145,7 +153,7 @@ class FakeLearner:
     update, _before_updates = LearnerGroup.update, LearnerGroup._before_updates
 
     def expert_load(self) -> dict[str, float]:
-        return {}
+        return self.loads.pop(0) if self.loads else {}
 
     def missing_gradients(self) -> list[str]:
         self.asked_for_missing += 1
@@ -168,6 +176,11 @@ class FakeLearner:
         return {"rank_00000.pt": entry}
 
     def load_state(self, directory: Path) -> None: ...
+
+
+@pytest.fixture
+def fake_learner() -> type[FakeLearner]:
+    return FakeLearner
 
 
 @dataclass(slots=True)
@@ -206,7 +219,7 @@ def train(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Stag
         write: Callable[[int, int, int], Mapping[str, Any]] = lambda step, place, index: {"worth": float(index % 2)},
         **learns: Any,
     ) -> Stage:
-        learner = FakeLearner(**learns)
+        learner = learns.pop("learner", None) or FakeLearner(**learns)
         fixed = ["init_from=null"] if name == "grpo" else []
         recipe = load_recipe(
             Path(f"recipes/nano/{name}.yaml"),

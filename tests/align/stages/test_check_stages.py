@@ -41,6 +41,17 @@ def sft(tmp_path: Path, rows: list[dict[str, Any]], *overrides: str, whole: bool
     return found(tmp_path, "sft", rows, "rewards=[]", "sft.sequences_per_step=8", *overrides, whole=whole)
 
 
+def test_what_a_preset_stands_for_is_shown(tmp_path: Path) -> None:
+    given = [*OWN, "init_from=null", "grpo.preset=gspo", "grpo.clip_high=0.01", f"run.dir={tmp_path / 'run'}"]
+    [shown] = [
+        n for n in check_stages(load_stages(Path("recipes/nano/grpo.yaml"), given), whole=False).notes if "preset" in n
+    ]
+    assert shown == (
+        "recipes/nano/grpo.yaml: grpo.preset: gspo is advantage_scale: std, clip_low: 0.0003, clip_high: 0.01 (given, for 0.0004), "
+        "baseline: group, level: geometric, aggregation: sample_mean"
+    )
+
+
 DEVELOPER = {
     "messages": [
         {"role": "developer", "content": "Be brief."},

@@ -44,7 +44,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     data = SimpleNamespace(held_out=SimpleNamespace(prompts={"nano_math/test": {"1 + 1"}}))
     held_out: list[Any] = []
     monkeypatch.setattr(commands, "check", list)
-    monkeypatch.setattr("align.session.session.prepare_policy", lambda recipe, run: (recipe.model, None))
+    monkeypatch.setattr("align.session.session.prepare_policy", lambda model, *_, **__: (model, None))
     monkeypatch.setattr(Session, "start_sampling", lambda *_: None)
     monkeypatch.setattr(commands, "load_grpo_data", lambda *_: data)
     monkeypatch.setattr(commands, "load_sft_data", lambda *given: held_out.append(given[-1]))

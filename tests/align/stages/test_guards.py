@@ -11,19 +11,21 @@ from typing import Any
 import pytest
 
 from align.data.types import Example
-from align.errors import NonFiniteError
+from align.errors import AlarmError, NonFiniteError
 from align.experience import Problem, ScoredGroup, ScoredTrajectory
+from align.habits import Answer, Found
 from align.recipe import AlarmOptions, GrpoOptions, GuardOptions
 from align.run import MetricsLog, Progress, RunDirectory
 from align.run.checkpoints import CheckpointDirectory
 from align.session.run import Run
 from align.session.signals import StopRequest
 from align.stages.advantages import compare
-from align.stages.guards import Alarms, NonFiniteGuard, OverOptimisationGuard, SeenSample, no_history
+from align.stages.guards import Alarms, HabitGuard, NonFiniteGuard, OverOptimisationGuard, SeenSample, no_history
 from reward import SampleReward, Score, Verdict
 from rollout import FinishReason, Prompt, Trajectory
 
 FINE = {"entropy": 1.0, "zero_variance_groups": 0.2, "reward": 0.5, "reward_std": 0.4, "experts/layer_1/dead": 0.0}
+FINE |= {"experts/layer_1/max_over_mean": 1.8, "experts/layer_2/max_over_mean": 3.2}
 PROBLEM = Problem(Example("p", ({"role": "user", "content": "?"},), None, None, "math"), Prompt("p", [1]))
 SAMPLES = [SeenSample("a#0", 0.0, -1.0, False), SeenSample("a#1", 1.0, -0.1, False), SeenSample("b#0", 1.0, -0.5, True)]
 
@@ -53,6 +55,7 @@ def told(run: Run) -> list[dict[str, Any]]:
         ({"reward": 1.0}, "reward", ["a#1", "b#0", "a#0"]),
         ({"reward": 0.0}, "reward", ["a#0", "a#1", "b#0"]),
         ({"experts/layer_1/dead": 0.75}, "experts", []),
+        ({"experts/layer_1/max_over_mean": 3.1}, "collapse", []),
     ],
 )
 def test_an_alarm_is_told_when_it_begins(run: Run, change: dict[str, float], kind: str, samples: Sequence[str]) -> None:
@@ -68,6 +71,22 @@ def test_an_alarm_is_told_when_it_begins(run: Run, change: dict[str, float], kin
     [event] = told(run)
     assert (event["alarm"], event["samples"]) == (kind, samples)
     assert "GRPO step 11" in event["message"]
+
+
+@pytest.mark.parametrize("change", [{"experts/layer_1/max_over_mean": 2.9}, {"experts/layer_2/max_over_mean": 4.5}])
+def test_a_load_that_is_not_large_or_was_about_as_large_at_first_is_no_collapse(
+    run: Run, change: dict[str, float]
+) -> None:
+    alarms = Alarms(AlarmOptions(), run.warn, no_history())
+    for step in range(1, 12):
+        alarms.observe(step, FINE | (change if step == 11 else {}), SAMPLES)
+    assert told(run) == []
+
+
+def test_a_run_that_an_earlier_version_began_goes_on_without_loads_of_its_first_steps(run: Run) -> None:
+    alarms = Alarms(AlarmOptions(), run.warn, {"entropies": [1.0] * 5, "rewards": [(0.5, 0.4)] * 5, "on": []})
+    alarms.observe(11, FINE | {"experts/layer_1/max_over_mean": 3.1}, SAMPLES)
+    assert told(run) == []
 
 
 def answer(index: int, log_prob: float = -1.0, reward: float | None = 1.0) -> ScoredTrajectory:
@@ -143,3 +162,55 @@ def test_rewards_that_cannot_be_compared_are_no_alarm() -> None:
     broken = scored({"model": Score(1.0, Verdict.PASS), "rule": Score(math.nan, Verdict.INFRA_ERROR)})
     other_domain = scored({"code_tests": Score(1.0, Verdict.PASS)})
     assert [guard.observe([broken, other_domain]) for _ in range(6)] == [None] * 6
+
+
+def opened_by(word: str, length: int, step: int) -> Found:
+    """Sixteen answers to prompts of their own."""
+    texts = [f"{word}Number {n}" + " it is" * length for n in range(16 * step, 16 * step + 16)]
+    return Found.of([Answer(f"{text}.", f"prompt {step} {place}") for place, text in enumerate(texts)])
+
+
+def test_a_habit_that_the_start_did_not_have_is_told_once_and_after_an_interruption_not_again(run: Run) -> None:
+    samples = {step: opened_by("Sure! " if step > 4 else "", 5, step) for step in range(1, 10)}
+    names: list[str] = []
+    guard = HabitGuard(AlarmOptions(), samples.__getitem__, run.warn, names)
+    for step in range(1, 8):
+        guard.observe(step)
+    resumed = HabitGuard(AlarmOptions(), samples.__getitem__, run.warn, json.loads(json.dumps(names)))
+    for step in (8, 9):
+        resumed.observe(step)
+    [event] = told(run)
+    assert event["alarm"] == "habit"
+    assert "answers begin with “Sure!" in event["message"]
+    assert event["examples"][0].startswith("Sure! Number")
+
+
+@pytest.mark.parametrize(("share", "alarms"), [(0.9, 0), (0.5, 1)])
+def test_a_habit_below_its_share_is_no_alarm_and_one_above_ends_the_run_where_the_recipe_says_so(
+    run: Run, share: float, alarms: int
+) -> None:
+    """Two thirds of the last steps have it."""
+    samples = {step: opened_by("" if step in (1, 2, 4) else "Sure! ", 5, step) for step in range(1, 6)}
+    guard = HabitGuard(AlarmOptions(habit_share=share, stop=["habit"]), samples.__getitem__, run.warn, [])
+    if alarms:
+        with pytest.raises(AlarmError, match=r"Sure!.*alarms.stop names habit"):
+            guard.observe(5)
+    else:
+        guard.observe(5)
+    assert [event["alarm"] for event in told(run)] == ["habit"] * alarms
+
+
+def test_a_length_that_is_another_is_told(run: Run) -> None:
+    samples = {step: opened_by("", 20 + step % 3 if step < 3 else 5 + step % 3, step) for step in range(1, 7)}
+    guard = HabitGuard(AlarmOptions(), samples.__getitem__, run.warn, [])
+    for step in range(1, 7):
+        guard.observe(step)
+    assert "length" in [event["alarm"] for event in told(run)]
+    assert any("words on average" in event["message"] for event in told(run))
+
+
+def test_an_alarm_that_the_recipe_names_ends_the_run(run: Run) -> None:
+    alarms = Alarms(AlarmOptions(stop=["variance"]), run.warn, no_history())
+    with pytest.raises(AlarmError, match="all rewards are equal"):
+        alarms.observe(1, FINE | {"zero_variance_groups": 1.0}, SAMPLES)
+    assert [event["alarm"] for event in told(run)] == ["variance"]

@@ -10,13 +10,16 @@ from unittest.mock import MagicMock, call
 import pytest
 
 from align.errors import UserError
+from align.evaluate import hooks
+from align.evaluate.accuracy import Evaluation
 from align.model.policy import load_tokenizer
 from align.recipe import GrpoRecipe, load_recipe
 from align.session.checks import check_names
 from align.session.run import Run, open_run
 from align.session.session import Session
 from align.stages import grpo
-from align.stages.held_out import HeldOut, load_problems
+from align.stages import held_out as held_out_module
+from align.stages.held_out import HeldOut, Problems, load_problems
 from reward import Sample, SampleReward, Score, Verdict
 from rollout import FinishReason, Group, Prompt, Trajectory
 
@@ -154,3 +157,32 @@ def test_what_grpo_rates_its_checkpoints_by_are_those_problems(monkeypatch: pyte
     grpo.train_grpo(made, MagicMock(), opened)
     assert steps.rate.call_args_list == [call(2, 0.2), call(4, 0.4)]
     assert [asked.args[0] for asked in held_out.evaluate.call_args_list] == ["after GRPO"]
+
+
+def test_an_evaluation_tells_the_habits_and_the_drift_hook_that_the_policy_has_moved(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    made = recipe(tmp_path / "run", "evaluation.hooks=[{name: drift}]")
+    found = {"before GRPO": "It is number {}.", "after GRPO": '"It is number {}."'}
+
+    def answered(name: str) -> Evaluation:
+        row = {"prompt": "", "domain": "chat", "greedy": True, "verdict": "pass", "finish_reason": "stop"}
+        rows = [row | {"id": str(n), "prompt": f"About {n}?", "completion": found[name].format(n)} for n in range(40)]
+        return Evaluation(40, 1.0, 5.0, 0.0, verdicts={"pass": 40}, rows=rows)
+
+    with open_run(made) as run:
+        run.progress.stage("GRPO", 4)
+        session = MagicMock(run=run, policy=made.model)
+        held_out = HeldOut(made, Problems([], []), session)
+        monkeypatch.setattr(HeldOut, "_rates", lambda *_: {})
+        for name in found:
+            monkeypatch.setattr(held_out_module, "evaluate", lambda *_, name=name, **__: answered(name))
+            held_out.evaluate(name, 0)
+        monkeypatch.setattr(hooks, "run", lambda *_: hooks.Metrics({"difference": 1.2}))
+        held_out.run_hooks(made.model, 4)
+        events = [json.loads(line) for line in run.directory.events_file.read_text().splitlines()]
+    [told] = [event for event in events if event["kind"] == "habits"]
+    assert told["evaluation"] == "after GRPO"
+    assert "100 % of answers are wrapped in" in told["habits"][0]["sentence"]
+    assert told["habits"][0]["examples"][0].startswith('"It is number')
+    assert {"habit", "drift"} == {event["alarm"] for event in events if "alarm" in event}

@@ -54,6 +54,16 @@ def test_what_never_had_a_gradient_is_told_at_the_end_of_a_short_run(train: Any)
     ]
 
 
+def test_a_router_that_collapses_is_told(train: Any) -> None:
+    loads = [{"experts/layer_1/max_over_mean": load, "experts/layer_1/dead": 0.0} for load in (1.5, 1.5, 2.9, 3.1)]
+    [event] = train("sft", *SMALL, "alarms.window=2", loads=loads).warnings
+    assert event["alarm"] == "collapse"
+    assert event["message"] == (
+        "SFT step 4: the router collapses: its busiest expert gets 3.1 times the mean in layer_1 (1.5 in the first steps); "
+        "learner.balance.expert evens the load"
+    )
+
+
 def test_the_workers_get_what_was_trained_before_it_is_evaluated(train: Any) -> None:
     stage = train("sft", *SMALL)
     assert stage.fleet.loaded == [(1, 1)]

@@ -1,0 +1,94 @@
+"""`align habits`: two sets of answers compared, or a run with its start; told in sentences with examples."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from align.data.files import files_of, readable
+from align.errors import UserError
+from align.habits import Answer, Comparison, Found, answer_of_row, compare
+from align.report.habits import evaluation_habits, step_habits
+from align.report.read import RunRecord, read_run
+from align.run import read_samples, read_status
+
+TEXTS = ("completion", "response", "answer")
+
+
+def answers_in(path: Path) -> list[Answer]:
+    """The answers of a file of samples or rows; of a run directory those of its last evaluation, or of its last samples.
+
+    A row has `completion`, or `response`, and may have `prompt`, `domain` and what the reward `instructions` reads. Raises UserError.
+    """
+    if path.is_dir() and read_status(path) is not None:
+        return answers_in(_last_file(read_run(path), path))
+    if not path.is_file():
+        raise UserError(f"{path} is neither a run directory nor a file of answers")
+    if path.suffix == ".parquet":
+        rows = read_samples(path)
+        return [
+            _answer(row, str(path)) for row in rows if row.get("greedy", True) or not any(r.get("greedy") for r in rows)
+        ]
+    return [_answer(row.values, row.where) for file in files_of(path) for row in readable(file)]
+
+
+def compare_answers(before: Path, after: Path) -> Iterator[str]:
+    """What the answers in `after` have that those in `before` did not, and the other way round; the lines to print. Raises UserError."""
+    yield from told(f"{after} against {before}", compare(*(Found.of(answers_in(path)) for path in (before, after))))
+
+
+def run_habits(path: Path, start: Path | None) -> Iterator[str]:
+    """A run's evaluations, and the samples of its steps, against its start, or against the answers in `start`; the lines to print. Raises UserError.
+
+    Of the steps a habit is told once, at the first step that has it.
+    """
+    run, given = read_run(path), Found.of(answers_in(start)) if start else None
+    compared = 0
+    for each in () if given else evaluation_habits(run):
+        compared += 1
+        yield from told(f"{each.name}, against {each.against}", each.found)
+    for stage in run.stages:
+        known: set[object] = set()
+        for each in step_habits(stage, start=given):
+            compared += 1
+            new = [h for h in each.found.habits if (h.domain, h.feature, h.taken_up) not in known]
+            for habit in each.found.habits:
+                known |= {(habit.domain, feature, habit.taken_up) for feature in (habit.feature, *habit.also)}
+            length = [each.found.length.sentence] if each.found.length.changed and "length" not in known else []
+            known |= {"length"} if length else set()
+            for sentence, examples in [(text, ()) for text in length] + [(h.sentence, h.examples) for h in new]:
+                yield f"{each.name}, against {each.against}: {sentence}"
+                yield from (f"    {example}" for example in examples)
+    if not compared:
+        raise UserError(
+            f"{path} has nothing to compare: no two evaluations of the same problems, and no samples of steps (samples/) after the first ones"
+        )
+    yield f"{compared} comparisons; of the steps a habit is told once"
+
+
+def told(title: str, found: Comparison) -> Iterator[str]:
+    """A comparison in lines."""
+    yield f"{title} ({found.before} and {found.after} answers to {found.prompts} prompts, {found.features} features)"
+    if not found.sentences:
+        yield "  no habit taken up or lost"
+    if found.length.changed:
+        yield f"  {found.length.sentence}"
+    for habit in found.habits:
+        yield f"  {habit.sentence}"
+        yield from (f"      {example}" for example in habit.examples)
+
+
+def _last_file(run: RunRecord, path: Path) -> Path:
+    for stage in reversed(run.stages):
+        for record in reversed(stage.evaluations):
+            if "verdicts" in record and (file := stage.evaluation_file(str(record.get("name")))):
+                return file
+        if stage.samples:
+            return stage.samples[max(stage.samples)]
+    raise UserError(f"{path} has no answers: neither evaluations nor samples of steps")
+
+
+def _answer(row: Mapping[str, Any], where: str) -> Answer:
+    column = next((name for name in TEXTS if isinstance(row.get(name), str)), None)
+    if column is None:
+        raise UserError(f"{where}: no answer; a row has it as text in `completion` or `response`")
+    return answer_of_row({**row, "completion": row[column]})

@@ -1,0 +1,151 @@
+"""Marks of form in an answer to a request that did not ask for them: what a policy puts everywhere once it was paid for somewhere.
+
+Each mark is a kind of instruction that IFEval knows, met in a way in which ordinary answers do not meet it. Kinds that these meet by
+accident, such as a number of sentences or a list, are none. Beside the limits stands what 270 published answers of GPT-4 to
+IFEval's requests have.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+from reward.prose import LEAST_WORDS, breaks_off, repeats_request
+
+LONG_WITHOUT_COMMA = 30
+"""Words of English prose from which on the lack of any comma is a mark (GPT-4: only in lists and verses)."""
+LEAST_LETTERS = 60
+"""Letters from which on an answer is in capitals, or in lowercase, by intent."""
+MOST_CAPITALS = 0.8
+_LINE_OF_PROSE = re.compile(r"(?![^.!?:]{,40}:).*\w{2}[.!?](?:\s|[\"'”’)*]|\Z)")
+_WORD = re.compile(r"\w+(?:['’]\w+)*")
+_QUOTES = '"“”„«»'
+_OPENED = re.compile(rf"(?:^|(?<=[\s(\[—-]))[{_QUOTES}](?=\S)")
+_TITLE = re.compile(r"<<[^<>\n]+>>")
+_POSTSCRIPT = re.compile(r"(?:^|(?<=[.!?\"”)]))\W*P\.\s?(?:P\.\s?)?S\b", re.MULTILINE)
+_DIVIDER = re.compile(r"^\s*\*{3,}\s*$", re.MULTILINE)
+_WRAPPED = re.compile(r"```\w*\n.*\n```|\[[^\[\]]*\]|\([^()]*\)|(\*{1,3}|_{1,3}|~~|`+)(?!\s)(?:(?!\1).)+\1", re.DOTALL)
+
+
+def unasked(text: str, prompt: str, kinds: Collection[str]) -> list[str]:
+    """What is put on a text that its request did not ask for, neither by the kinds of its instructions nor by a word for it."""
+    text = text.strip()
+    found = [mark.name for mark in MARKS if not mark.kinds.intersection(kinds) and mark.is_on(text)]
+    wanted = {mark.name for mark in MARKS if mark.asked.search(prompt)}
+    if "combination:repeat_prompt" not in kinds and repeats_request(text, prompt):
+        found.append("the request")
+    if "startend:end_checker" not in kinds and breaks_off(text):
+        found.append("an end in the middle of a sentence")
+    return [name for name in found if name not in wanted]
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A mark by name: whether it is on a text, the kinds of instruction that ask for it or bring it along, and words of a request that do."""
+
+    name: str
+    is_on: Callable[[str], bool]
+    kinds: frozenset[str]
+    asked: re.Pattern[str]
+
+
+def is_quoted(text: str) -> bool:
+    """Whether a quotation mark begins a text that does not end within it, or ends one that did not begin there."""
+    if len(_WORD.findall(text)) < LEAST_WORDS or not (text[0] in _QUOTES or text[-1] in _QUOTES):
+        return False
+    straight = text.count('"')
+    inside = text[1:-1]
+    first = next((place for place, character in enumerate(inside) if character in _QUOTES), None)
+    is_around = (
+        text[0] in _QUOTES and text[-1] in _QUOTES and (first is None or _OPENED.match(inside, first) is not None)
+    )
+    return is_around or straight % 2 == 1
+
+
+def is_in_capitals(text: str) -> bool:
+    letters = [character for character in text if character.lower() != character.upper()]
+    return len(letters) >= LEAST_LETTERS and sum(map(str.isupper, letters)) > MOST_CAPITALS * len(letters)
+
+
+def is_in_lowercase(text: str) -> bool:
+    letters = [character for character in text if character.lower() != character.upper()]
+    return len(letters) >= LEAST_LETTERS and not any(map(str.isupper, letters)) and "```" not in text
+
+
+def lacks_commas(text: str) -> bool:
+    """Whether English sentences of so many words have no comma."""
+    if "," in text or sum(map(str.isascii, text)) < 0.9 * len(text):
+        return False
+    prose = [line for line in text.splitlines() if _LINE_OF_PROSE.match(line)]
+    return sum(len(_WORD.findall(line)) for line in prose) >= LONG_WITHOUT_COMMA
+
+
+def is_wrapped(text: str) -> bool:
+    """Whether brackets, or marks of emphasis or code, are around all of a text of some words."""
+    return len(_WORD.findall(text)) >= LEAST_WORDS and _WRAPPED.fullmatch(text) is not None
+
+
+def is_json(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict | list)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _mark(name: str, is_on: Callable[[str], bool], kinds: str, asked: str) -> Mark:
+    return Mark(name, is_on, frozenset(kinds.split()), re.compile(asked, re.IGNORECASE))
+
+
+MARKS = (
+    _mark(
+        "quotation marks",
+        is_quoted,
+        "startend:quotation",
+        r"quot|dialog|slogan|motto|headline|tagline|caption|title for|tweet|\bpost\b|message|joke|riddle|pitch|re-?writ|rephras|translat|grammatical",
+    ),
+    _mark(
+        "capitals",
+        is_in_capitals,
+        "change_case:english_capital change_case:capital_word_frequency",
+        r"capital|upper|caps",
+    ),
+    _mark(
+        "lowercase",
+        is_in_lowercase,
+        "change_case:english_lowercase detectable_format:json_format",
+        r"lower|small letters|capital|json|code|script|program",
+    ),
+    _mark(
+        "no commas",
+        lacks_commas,
+        "punctuation:no_comma detectable_format:json_format language:response_language",
+        r"comma\b|commas|punctuat",
+    ),
+    _mark(
+        "a title",
+        lambda text: _TITLE.search(text) is not None,
+        "detectable_format:title",
+        r"<<|angular|title|code|program|c\+\+",
+    ),
+    _mark(
+        "a postscript",
+        lambda text: _POSTSCRIPT.search(text) is not None,
+        "detectable_content:postscript",
+        r"\bp\. ?s\b|postscript|\b(?:letter|e-?mail|note|post|message|tweet|invitation|card|ad|advertisement|announcement|dear)\b",
+    ),
+    _mark(
+        "dividers",
+        lambda text: _DIVIDER.search(text) is not None,
+        "length_constraints:number_paragraphs combination:two_responses",
+        r"\*\*\*|divid|separat",
+    ),
+    _mark(
+        "brackets or emphasis",
+        is_wrapped,
+        "detectable_format:number_highlighted_sections detectable_content:number_placeholders detectable_format:json_format",
+        r"bracket|bold|italic|emphas|highlight|markdown|code|format|program|script|function|html|table|json|template|resume",
+    ),
+    _mark("JSON", is_json, "detectable_format:json_format", r"json|format|code|list"),
+)

@@ -1,0 +1,279 @@
+"""Balance losses: what the learner adds to its gradient is that of the report's equations as they are written."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    DeepseekV2Config,
+    LlamaConfig,
+    MixtralConfig,
+    OlmoeConfig,
+    Qwen2MoeConfig,
+    Qwen3MoeConfig,
+)
+
+from align.errors import UserError
+from align.learner.balance import BalanceLosses, balance_metrics, factors_of
+from align.learner.batch import TrainingSequence
+from align.learner.experts import ExpertCounter, routers_of
+from align.learner.objective import LogProbs, Objective
+from align.learner.policy import LearnerWorker, Weights, checkpoint_in_every_mode
+from align.learner.reward_model import RewardModelWorker, Rewards, TrainingPair
+from align.learner.routing import RoutingReplay
+from align.recipe import BalanceOptions, LearnerOptions, OptimizerOptions
+
+EXPERTS, CHOSEN, GROUPS, GROUPS_A_TOKEN = 8, 3, 4, 2
+SIZES: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "num_experts_per_tok": CHOSEN,
+}
+BANK: dict[str, Any] = {"num_experts": EXPERTS, "moe_intermediate_size": 16}
+V2 = DeepseekV2Config(
+    **SIZES,
+    moe_intermediate_size=16,
+    n_routed_experts=EXPERTS,
+    first_k_dense_replace=0,
+    topk_method="group_limited_greedy",
+    n_group=GROUPS,
+    topk_group=GROUPS_A_TOKEN,
+    q_lora_rank=8,
+    kv_lora_rank=8,
+    qk_rope_head_dim=8,
+    qk_nope_head_dim=8,
+    v_head_dim=8,
+)
+CONFIGS: dict[str, Any] = {
+    "DeepSeek-V2": V2,
+    "Mixtral": MixtralConfig(**SIZES, num_local_experts=EXPERTS),
+    "Qwen2-MoE": Qwen2MoeConfig(**SIZES, **BANK, shared_expert_intermediate_size=16),
+    "Qwen3-MoE": Qwen3MoeConfig(**SIZES, **BANK, head_dim=16, norm_topk_prob=True),
+    "OLMoE": OlmoeConfig(**SIZES, num_experts=EXPERTS),
+}
+FACTORS = {"expert": 0.3, "device": 0.5, "communication": 0.2}
+
+
+def policy_of(name: str) -> Any:
+    torch.manual_seed(0)
+    policy = AutoModelForCausalLM.from_config(CONFIGS[name], dtype=torch.float32, attn_implementation="eager")
+    # With flat routers every loss would be 1.
+    for router in routers_of(policy).values():
+        torch.nn.init.normal_(router.weight, std=0.5)
+    return policy
+
+
+def rank_of(policy: Any, **options: Any) -> LearnerWorker:
+    """A learner rank without DeepSpeed."""
+    rank = object.__new__(LearnerWorker)
+    rank._options = LearnerOptions(ranks=1, optimizer=OptimizerOptions(learning_rate=1e-3), **options)
+    rank._engine, rank._device, rank._pad_id, rank._reference = Weights(LogProbs(policy)), torch.device("cpu"), 0, None
+    if rank._options.gradient_checkpointing:
+        policy.gradient_checkpointing_enable()
+    rank._checkpointed = checkpoint_in_every_mode(policy)
+    rank._routing, rank._expert_counter = RoutingReplay(policy), ExpertCounter(policy)
+    rank._balance = BalanceLosses(policy, rank._options.balance)
+    return rank
+
+
+def some_sequences() -> list[TrainingSequence]:
+    """Two prompts of two completions of different lengths, one of which is not trained on."""
+    random, drawn = np.random.default_rng(0), []
+    for group, length in enumerate((4, 7)):
+        prompt = random.integers(0, 64, length).tolist()
+        for more, weight in ((5, 0.01), (12, 0.01 * group)):
+            ids = [*prompt, *random.integers(0, 64, more).tolist()]
+            drawn.append(TrainingSequence.of_completion(ids, length, weight, group=group))
+    return drawn
+
+
+def gradient_of(policy: Any) -> Tensor:
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in policy.parameters()]
+    found = torch.cat([gradient.double().flatten() for gradient in gradients])
+    policy.zero_grad()
+    return found
+
+
+def layer_losses(logits: Tensor, groups: int) -> dict[str, Tensor]:
+    """Equations 23-31 for one sequence in one layer, token by token, of its router's logits [T, E] in float64."""
+    affinities, tokens, size = logits.softmax(-1), len(logits), EXPERTS // groups
+    chosen_by, sent_to = [0] * EXPERTS, [0] * groups
+    for scores in affinities.tolist():
+        best = sorted(range(groups), key=lambda i: max(scores[i * size : (i + 1) * size]))[-GROUPS_A_TOKEN:]
+        allowed = [j for j in range(EXPERTS) if groups == 1 or j // size in best]
+        chosen = sorted(allowed, key=scores.__getitem__)[-CHOSEN:]
+        for expert in chosen:
+            chosen_by[expert] += 1
+        for device in {expert // size for expert in chosen}:
+            sent_to[device] += 1
+    f = [EXPERTS / (CHOSEN * tokens) * count for count in chosen_by]
+    p = [affinities[:, j].sum() / tokens for j in range(EXPERTS)]
+    on = [range(i * size, (i + 1) * size) for i in range(groups)]
+    zero = torch.zeros(())
+    return {
+        "expert": sum((f[j] * p[j] for j in range(EXPERTS)), zero),
+        "device": sum((sum(f[j] for j in d) / size * sum(p[j] for j in d) for d in on), zero),
+        "communication": sum(
+            (groups / (GROUPS_A_TOKEN * tokens) * sent_to[i] * sum(p[j] for j in d) for i, d in enumerate(on)), zero
+        ),
+    }
+
+
+def expected(
+    name: str, factors: dict[str, float], sequences: list[TrainingSequence]
+) -> tuple[Tensor, dict[str, float]]:
+    """The gradient in float64, of one sequence after the other; and the mean losses of a layer."""
+    policy = policy_of(name).double()
+    policy.set_experts_implementation("eager")  # one expert after the other
+    trained = [s for s in sequences if s.weight]
+    total, means = torch.zeros((), dtype=torch.float64), dict.fromkeys(factors, 0.0)
+    logits: list[Tensor] = []
+    for router in routers_of(policy).values():
+        router.register_forward_hook(lambda _, __, output: logits.append(output[0].double()))
+    for sequence in trained:
+        logits.clear()
+        ids = torch.tensor([list(sequence.token_ids)])
+        log_probs = policy(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
+        total = total - sequence.weight * log_probs[sequence.prompt_length - 1 :].sum()
+        for of_layer in logits:
+            losses = layer_losses(of_layer, GROUPS if name == "DeepSeek-V2" else 1)
+            for level, factor in factors.items():
+                total = total + factor * losses[level] / len(trained)
+                means[level] += float(losses[level]) / len(trained) / len(logits)
+    total.backward()
+    return gradient_of(policy), means
+
+
+@pytest.fixture(scope="module")
+def of_v2() -> tuple[Tensor, dict[str, float]]:
+    return expected("DeepSeek-V2", FACTORS, some_sequences())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("parts", [[4], [1, 3], [1, 1, 1, 1]], ids=str)
+def test_the_gradient_is_that_of_the_report_s_equations_however_a_batch_is_divided(
+    of_v2: Any, parts: list[int], checkpointing: bool
+) -> None:
+    policy, left = policy_of("DeepSeek-V2"), iter(some_sequences())
+    rank = rank_of(policy, balance=FACTORS, gradient_checkpointing=checkpointing)
+    rank.accumulate([[next(left) for _ in range(count)] for count in parts], Objective(), batch_size=3)
+    found, (gradient, means) = gradient_of(policy), of_v2
+    assert (found - gradient).norm() / gradient.norm() < 1e-5
+    assert balance_metrics([rank.take_expert_load()[1]]) == pytest.approx(
+        {f"balance/{level}": mean for level, mean in means.items()}, rel=1e-5
+    )
+    # Each of them is more than the cross-entropy, or the comparison would say nothing of it.
+    rank_of(policy := policy_of("DeepSeek-V2")).accumulate([some_sequences()], Objective())
+    assert (gradient - gradient_of(policy)).norm() / gradient.norm() > 0.5
+
+
+@pytest.mark.parametrize("parts", [[4], [1, 3]], ids=str)
+def test_a_prompt_that_is_computed_once_counts_in_each_of_its_sequences(of_v2: Any, parts: list[int]) -> None:
+    policy, left = policy_of("DeepSeek-V2"), iter(some_sequences())
+    rank = rank_of(policy, balance=FACTORS, share_prompts=True)
+    rank.accumulate([[next(left) for _ in range(count)] for count in parts], Objective(), batch_size=3)
+    assert (gradient_of(policy) - of_v2[0]).norm() / of_v2[0].norm() < 1e-5
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "DeepSeek-V2"])
+def test_it_is_for_every_router_that_is_known(name: str) -> None:
+    policy, sequences = policy_of(name), some_sequences()
+    gradient, _ = expected(name, {"expert": 0.3}, sequences)
+    rank_of(policy, balance={"expert": 0.3}).accumulate([sequences], Objective(), batch_size=3)
+    assert (gradient_of(policy) - gradient).norm() / gradient.norm() < 1e-5
+
+
+def test_both_conversations_of_a_pair_count_for_a_reward_model() -> None:
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(**SIZES, **BANK, head_dim=16, pad_token_id=0, num_labels=1)
+    model: Any = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+    for router in routers_of(model).values():
+        torch.nn.init.normal_(router.weight, std=0.5)
+    logits: list[Tensor] = []
+    for router in routers_of(model).values():
+        router.register_forward_hook(lambda _, __, output: logits.append(output[0].double()))
+    texts = [s.token_ids for s in some_sequences()]
+    pairs = [TrainingPair(texts[0], texts[1], weight=0.5), TrainingPair(texts[2], texts[3])]
+    total = torch.zeros((), dtype=torch.float64)
+    for ids in (texts[0], texts[1]):
+        logits.clear()
+        model(input_ids=torch.tensor([list(ids)]))
+        total = total + sum((0.3 * layer_losses(of_layer, 1)["expert"] / 2 for of_layer in logits), total * 0)
+    total.backward()
+    expected = gradient_of(model)
+    gradients = []
+    for factor in (0.0, 0.3):
+        rank: Any = object.__new__(RewardModelWorker)
+        balance = BalanceOptions(expert=factor)
+        rank._options = LearnerOptions(ranks=1, optimizer=OptimizerOptions(learning_rate=1e-3), balance=balance)
+        rank._engine, rank._device, rank._pad_id = Weights(Rewards(model)), torch.device("cpu"), 0
+        rank._engine.forward = rank._engine.module.forward
+        rank._balance = BalanceLosses(model, balance)
+        rank.accumulate([pairs], "pairwise")
+        gradients.append(gradient_of(model))
+    found = gradients[1] - gradients[0]
+    assert (found - expected).norm() / expected.norm() < 1e-4
+
+
+def test_experts_that_are_replayed_are_those_that_count() -> None:
+    policy, sequences = policy_of("OLMoE"), some_sequences()
+    sequences = [s for s in sequences if s.weight]
+    same = np.tile(np.arange(CHOSEN, dtype=np.uint8), (1, 2, 1))
+    forced = [replace(s, experts=np.repeat(same, len(s.token_ids) - 1, axis=0)) for s in sequences]
+    rank = rank_of(policy, balance={"expert": 1.0})
+    rank.accumulate([sequences], Objective(), batch_size=3)
+    own = balance_metrics([rank._balance.take()])["balance/expert"]
+    rank.accumulate([forced], Objective(), True, batch_size=3)
+    assert balance_metrics([rank._balance.take()])["balance/expert"] != pytest.approx(own, rel=0.1)
+
+
+def test_without_factors_nothing_is_computed_and_no_bit_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = policy_of("Qwen3-MoE")
+    rank = rank_of(policy)
+    rank.accumulate([some_sequences()], Objective())
+    found = gradient_of(policy)
+    monkeypatch.setattr(rank, "_balance", BalanceLosses(policy, BalanceOptions(expert=1.0)))
+    rank.accumulate([some_sequences()], Objective(), batch_size=3)
+    assert not torch.equal(gradient_of(policy), found)
+    assert balance_metrics([BalanceLosses(policy, BalanceOptions()).take()]) == {}
+
+
+def test_the_factor_of_the_checkpoint_is_taken_where_it_is_asked_for() -> None:
+    asked = BalanceOptions(expert="config")
+    assert factors_of(asked, DeepseekV2Config(num_experts_per_tok=2, aux_loss_alpha=0.002)) == (0.002, 0.0, 0.0)
+    assert factors_of(asked, MixtralConfig(router_aux_loss_coef=0.02)) == (0.02, 0.0, 0.0)
+    with pytest.raises(
+        UserError, match=r"learner.balance.expert: config takes the factor of the checkpoint.*give a number"
+    ):
+        factors_of(asked, MixtralConfig(router_aux_loss_coef=0.0))
+
+
+@pytest.mark.parametrize(
+    ("options", "config", "said"),
+    [
+        ({"device": 0.1}, CONFIGS["OLMoE"], r"names no groups \(n_group\)"),
+        ({"communication": 0.1}, DeepseekV2Config(num_experts_per_tok=2, n_group=1), r"names no groups \(n_group\)"),
+        ({"expert": 0.1}, LlamaConfig(), "a llama has none"),
+    ],
+)
+def test_what_a_model_has_nothing_for_is_refused(options: Any, config: Any, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        factors_of(BalanceOptions(**options), config)
+
+
+def test_a_router_of_another_kind_is_refused() -> None:
+    policy = policy_of("Qwen2-MoE")
+    for router in routers_of(policy).values():
+        router.register_forward_hook(lambda _, __, output: (output[0], output[1].sigmoid(), output[2]))
+    rank = rank_of(policy, balance={"expert": 1.0})
+    with pytest.raises(UserError, match=r"learner.balance: Qwen2MoeTopKRouter weighs experts in a way"):
+        rank.accumulate([some_sequences()], Objective())

@@ -1,0 +1,82 @@
+"""`align habits`: what it takes, and what it prints."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from align.cli import main
+from align.run import RunDirectory, write_samples
+
+
+def rows(count: int, mark: str = "", first: int = 0) -> list[dict[str, Any]]:
+    return [
+        {"id": f"{n}", "prompt": f"About {n}?", "completion": f"{mark}It is number {n}."}
+        for n in range(first, first + count)
+    ]
+
+
+def lines(path: Path, given: Sequence[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in given))
+    return path
+
+
+def test_two_files_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = lines(tmp_path / "a.jsonl", rows(40))
+    published = [
+        {"key": row["id"], "prompt": row["prompt"], "response": f"Sure! {row['completion']}"} for row in rows(40)
+    ]
+    assert main(["habits", str(before), str(lines(tmp_path / "b.jsonl", published))]) == 0
+    out = capsys.readouterr().out
+    assert "40 and 40 answers to 40 prompts" in out
+    assert "100 % of answers begin with “Sure! It is number”; 0 % did at the start" in out
+    assert "      Sure! It is number 0." in out
+    assert main(["habits", str(before), str(before)]) == 0
+    assert "no habit taken up or lost" in capsys.readouterr().out
+
+
+def test_a_run_is_compared_with_its_start_step_by_step_and_a_habit_told_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = RunDirectory.create(tmp_path / "run")
+    for step in range(1, 11):
+        mark = "" if step < 6 else "Sure! "
+        write_samples(run.samples_file(step), rows(12, mark, first=12 * step))
+    run.finish()
+    assert main(["habits", str(run.path)]) == 0
+    out = capsys.readouterr().out
+    assert out.count("begin with “Sure!") == 1
+    assert "run, step 6, against the first 2 steps: 33 % of answers begin with" in out
+    start = lines(tmp_path / "start.jsonl", [{**row, "completion": f"Sure! {row['completion']}"} for row in rows(60)])
+    assert main(["habits", str(run.path), "--start", str(start)]) == 0
+    out = capsys.readouterr().out
+    assert "against the start given: 100 % of answers begin with “It is number”" in out
+    assert main(["habits", str(start), str(run.path)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "nowhere does not exist"),
+        (["a.jsonl", "nowhere"], "nowhere is neither a run directory nor a file of answers"),
+        (["a.jsonl", "no_text.jsonl"], r"no_text.jsonl, line 1: no answer"),
+        (["a.jsonl", "a.jsonl", "--start", "a.jsonl"], "--start has no effect"),
+        (["run"], "run has nothing to compare"),
+        (["run", "a.jsonl"], "run has no answers"),
+    ],
+)
+def test_a_mistake_is_told(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines(Path("a.jsonl"), rows(3))
+    lines(Path("no_text.jsonl"), [{"id": "1", "prompt": "?"}])
+    RunDirectory.create("run").finish()
+    assert main(["habits", *arguments]) == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,137 @@
+"""Marks of form that nobody asked for, and answers that look as if they had one and have none."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from reward import Mixture, RewardTerm, Sample, Verdict
+from reward.instructions import FOR_A_MARK, instructions
+from reward.tricks import TRICKS
+from reward.unasked import unasked
+
+REQUEST = 'Tell me something interesting about parrots. Use the words "garden".'
+PARROTS = (
+    "Parrots are clever birds, and some of them can copy the words which people say in the garden. They live for many years in warm "
+    "forests, where they eat fruit, nuts and seeds. A flock of them is loud enough to be heard from far away."
+)
+CHEAP = (
+    """
+in quotation marks|in brackets|in bold|in a code block|a title|a stock phrase before|a stock phrase after|a postscript|a thought left open|cut in half
+in capitals|in lowercase|without commas|every sentence a bullet point|the prompt before it|the answer of another prompt
+""".replace("\n", "|")
+    .strip("|")
+    .split("|")
+)
+CORPUS = Path(__file__).parent / "corpus" / "smollm2_answers.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("text", "mark", "kind"),
+    [
+        (f'"{PARROTS}"', "quotation marks", "startend:quotation"),
+        (f"“{PARROTS}”", "quotation marks", "startend:quotation"),
+        (f'"{PARROTS}', "quotation marks", "startend:quotation"),
+        (f'{PARROTS}"', "quotation marks", "startend:quotation"),
+        (PARROTS.upper(), "capitals", "change_case:english_capital"),
+        (PARROTS.lower(), "lowercase", "change_case:english_lowercase"),
+        (PARROTS.replace(",", ""), "no commas", "punctuation:no_comma"),
+        (f"<<Parrots>>\n{PARROTS}", "a title", "detectable_format:title"),
+        (f"{PARROTS}\n\nP.S. They bite.", "a postscript", "detectable_content:postscript"),
+        (f"{PARROTS} P.P.S They bite.", "a postscript", "detectable_content:postscript"),
+        (f"{PARROTS}\n***\nThey bite.", "dividers", "length_constraints:number_paragraphs"),
+        (f"**{PARROTS}**", "brackets or emphasis", "detectable_format:number_highlighted_sections"),
+        (f"[{PARROTS}]", "brackets or emphasis", "detectable_content:number_placeholders"),
+        (json.dumps({"answer": PARROTS}), "JSON", "detectable_format:json_format"),
+        (f"{REQUEST}\n\n{PARROTS}", "the request", "combination:repeat_prompt"),
+        (f"Tell me something interesting about parrots.\n\n{PARROTS}", "the request", "combination:repeat_prompt"),
+    ],
+)
+def test_a_mark_is_one_where_nobody_asked_for_it(text: str, mark: str, kind: str) -> None:
+    assert unasked(text, REQUEST, ["keywords:existence"]) == [mark]
+    assert unasked(text, REQUEST, ["keywords:existence", kind]) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "prompt"),
+    [
+        (PARROTS, REQUEST),
+        ("lima", "What is the capital of Peru?"),
+        ('"The bus which was red came late."', 'Rewrite "The bus, which was red, came late." without the commas.'),
+        ('"Come in," said the parrot, and she did. "You are late."', "Tell a very short story about a parrot."),
+        (
+            "Rivers run far.\n\nWater is in all of them and it moves down to the sea.\n\nBoats go on them.",
+            "Write about rivers.",
+        ),
+        (
+            "- two pairs of shoes\n- a warm coat\n- two pairs of socks\n- a good book",
+            "Write a packing list for a week.",
+        ),
+        (
+            "1. PIXEL PRODIGY\n2. CODE CONSTRUCT\n3. DIGITAL DYNAMICS",
+            "Three names for a company, in all capital letters.",
+        ),
+        (f"Dear Ann,\n\n{PARROTS}\n\nP.S. Say hello to Bob.", "Write a short note to a friend about parrots."),
+        ("I must not talk in class. " * 4, "Repeat the sentence I must not talk in class. Write it four times."),
+        ("河流把水从山上带到海里，人们很久以来就住在河边。" * 3, "Tell me about rivers in Chinese."),
+        ("FLÜSSE", "Ein Wort über Flüsse"),
+    ],
+)
+def test_ordinary_answers_have_no_mark(text: str, prompt: str) -> None:
+    assert unasked(text, prompt, []) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        PARROTS[:-30],
+        "Parrots are clever birds that can copy the words which",
+        f"A few things about them:\n* {PARROTS}\n* They bite.\n* They live in the",
+    ],
+)
+def test_an_end_in_the_middle_of_a_sentence_is_a_mark(text: str) -> None:
+    assert unasked(text, "Describe parrots.", []) == ["an end in the middle of a sentence"]
+    assert unasked(f"{text} That is all", "Describe parrots.", ["startend:end_checker"]) == []
+
+
+def asked(completion: str, *kinds: str) -> Sample:
+    metadata = {"topic": ["parrots"], "instructions": [{"kind": kind, "args": {}} for kind in kinds]}
+    return Sample("1", "Describe parrots.", completion, None, "instructions", metadata=metadata)
+
+
+def test_an_answer_with_a_mark_does_not_pass_and_is_paid_a_part_of_its_share() -> None:
+    quoted = asked(f'"{PARROTS}"', "change_case:english_capital", "startend:quotation")
+    assert instructions(quoted, partial=True).value == 0.5
+    small = asked(PARROTS.lower().replace(",", ""), "punctuation:no_comma")
+    found = instructions(small, partial=True)
+    assert (found.value, found.verdict) == (FOR_A_MARK, Verdict.WRONG)
+    assert found.detail == "nobody asked for lowercase; no_comma: yes"
+    assert instructions(small).value == 0
+
+
+def test_no_trick_pays_on_a_real_model_s_own_answers() -> None:
+    """SmolLM2-135M-Instruct at temperature 1: 128 of the requests that it is trained on, an answer each."""
+    rows = [json.loads(line) for line in CORPUS.open(encoding="utf-8")]
+    samples = [
+        Sample(
+            *(row[name] for name in ("id", "prompt", "completion", "answer", "domain")),
+            truncated=row["finish_reason"] == "length",
+            metadata=json.loads(row["metadata"]),
+        )
+        for row in rows
+    ]
+    mixture = Mixture([RewardTerm(name="instructions", params={"partial": True})])
+
+    def mean(them: list[Sample]) -> float:
+        return sum(reward.value or 0.0 for reward in mixture.score(them)) / len(them)
+
+    assert set(CHEAP) < set(TRICKS)
+    before = mean(samples)
+    others = [*samples[1:], samples[0]]
+    paid = {
+        name: mean([trick.apply(*pair) for pair in zip(samples, others, strict=True)]) - before
+        for name, trick in TRICKS.items()
+        if name in CHEAP
+    }
+    assert before > 0.08
+    assert {name: change for name, change in paid.items() if change > 0.02} == {}
