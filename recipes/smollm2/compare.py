@@ -48,7 +48,7 @@ def main() -> None:
     if options.published:
         one = [e for e in read_user_file(options.published) if len(e.metadata["instruction_id_list"]) == 1]
         asked["published"] = one[:PUBLISHED]
-    found = [answers(model, asked, options.before) for model in [options.before, *options.after]]
+    found = [answers(options.before, asked), *(answers(model, asked, options.before) for model in options.after)]
     if options.rows:
         for name, model in zip(["before", *(f"after_{n}" for n in range(len(found) - 1))], found, strict=True):
             for part, rows in model.items():
@@ -67,12 +67,14 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def answers(path: str, asked: Mapping[str, Sequence[Example]], start: str) -> dict[str, list[dict[str, Any]]]:
-    """A row for every greedy answer of the model at `path`, with what is counted of it, by where it was asked; under "drift" how far it is from `start`."""
+def answers(
+    path: str, asked: Mapping[str, Sequence[Example]], start: str | None = None
+) -> dict[str, list[dict[str, Any]]]:
+    """A row for every greedy answer of the model at `path`, with what is counted of it, by where it was asked; under "drift" how far it is from `start`, where that is given."""
     model = ModelOptions(path=path, dtype=dtype_of_machine()[0])
     tokenizer = load_tokenizer(path)
     rollout = FleetOptions(workers=1, threads=2, max_length=1024)
-    found = {}
+    found: dict[str, list[dict[str, Any]]] = {}
     with running_fleet(model, rollout, tokenizer) as fleet:
         fleet.wait_until_ready()
         for part, examples in asked.items():
@@ -84,8 +86,10 @@ def answers(path: str, asked: Mapping[str, Sequence[Example]], start: str) -> di
                 seed=0,
             )
             found[part] = [counted(row, example) for row, example in zip(result.rows, examples, strict=True)]
-        moved = drift(PolicyCheckpoint(model, tokenizer, rollout.max_length, start), fleet)
-    return found | {"drift": [{"difference": moved.values["difference"]}]}
+        if start is not None:
+            moved = drift(PolicyCheckpoint(model, tokenizer, rollout.max_length, start), fleet)
+            found["drift"] = [{"difference": moved.values["difference"]}]
+    return found
 
 
 def counted(row: Row, example: Example) -> dict[str, Any]:
@@ -123,8 +127,9 @@ def table(found: Sequence[Mapping[str, Sequence[Row]]]) -> Iterator[str]:
         ("... words an answer", "own", "words", None),
     ]
     for name, part, measure, trained in every:
-        if part in found[0]:
-            yield line(name, measure, [[row for row in m[part] if trained in (None, row["trained"])] for m in found])
+        models = [[row for row in model.get(part, ()) if trained in (None, row["trained"])] for model in found]
+        if models[0]:
+            yield line(name, measure, models)
     moved = fmean(model["drift"][0]["difference"] for model in found[1:])
     yield f"| drift on ordinary requests, nats a token | 0.00 | {moved:.2f} | |"
 
@@ -138,9 +143,8 @@ def line(name: str, measure: str, models: Sequence[Sequence[Row]]) -> str:
     shown = "" if unit == 1 else " %"
     interval = mean_interval(differences)
     limits = f" ({interval[0] * unit:+{form}} to {interval[1] * unit:+{form}})" if interval else ""
-    count = f" ({len(before)})" if not name.startswith("... b") and unit == 100 else ""
     change = f"{fmean(differences) * unit:+{form}}{limits}"
-    return f"| {name}{count} | {fmean(before) * unit:{form}}{shown} | {fmean(mean) * unit:{form}}{shown} | {change} |"
+    return f"| {name} ({len(before)}) | {fmean(before) * unit:{form}}{shown} | {fmean(mean) * unit:{form}}{shown} | {change} |"
 
 
 def pairs(part: str, before: Sequence[Row], after: Sequence[Row]) -> Iterator[str]:
