@@ -97,7 +97,7 @@ def instructions(sample: Sample, *, partial: bool = False) -> Score:
         return Score(0.0, Verdict.WRONG, f"cut off; {_told(checked)}")
     if checked.passes:
         return Score(1.0, Verdict.PASS, _told(checked))
-    share = sum(checked.met) / len(checked.met) * FOR_A_MARK ** len(checked.unasked)
+    share = (sum(checked.met) / len(checked.met) if checked.met else 1.0) * FOR_A_MARK ** len(checked.unasked)
     told = f"nobody asked for {', '.join(checked.unasked)}; " if checked.unasked else ""
     return Score(share if partial else 0.0, Verdict.WRONG, told + _told(checked))
 
@@ -141,7 +141,7 @@ def _asked(sample: Sample) -> list[Asked]:
         pairs = _pairs(sample)
     except (LookupError, AttributeError, TypeError, ValueError, SyntaxError) as error:
         raise ValueError(f"its metadata needs {_NEEDED}: {error!r}") from error
-    if not pairs:
+    if not pairs and "instructions" not in sample.metadata:
         raise ValueError(f"its metadata needs {_NEEDED}; it has no instruction")
     return [(kind, {name: _whole(value) for name, value in args.items() if not _null(value)}) for kind, args in pairs]
 

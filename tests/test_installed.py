@@ -132,7 +132,7 @@ def test_the_wheel_brings_all_that_the_repository_has_of_recipes_and_cards(insta
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "file", ["recipes/nano/grpo.yaml", "recipes/nano/reward_model.yaml", "recipes/smollm2/word_problems_sft.yaml"]
+    "file", ["recipes/nano/grpo.yaml", "recipes/nano/reward_model.yaml", "recipes/smollm2/grpo.yaml"]
 )
 def test_a_shipped_recipe_is_checked_in_an_empty_directory(installed: Path, file: str, tmp_path: Path) -> None:
     model = ["model.path=recipes/nano/policy", "model.init=random"] if "smollm2" in file else []

@@ -28,7 +28,7 @@ from align.recipe import ModelOptions
 from align.recipe.dtype import dtype_of_machine
 from align.run.files import write_jsonl
 from align.statistics import mean_interval
-from align.tasks.instructions import QUOTED, SEEN
+from align.tasks.instructions import SEEN
 from align.tools.offline import running_fleet
 from reward import Sample
 from reward.instructions import check
@@ -103,7 +103,7 @@ def counted(row: Row, example: Example) -> dict[str, Any]:
         "right": judged.passes and row["finish_reason"] != "length",
         "trained": set(judged.kinds) <= set(SEEN),
         "degenerate": bool(judged.degenerate),
-        "quoted": QUOTED not in judged.kinds and bool(text) and (text[0] in QUOTES or text[-1] in QUOTES),
+        "quoted": "startend:quotation" not in judged.kinds and bool(text) and (text[0] in QUOTES or text[-1] in QUOTES),
         "lines": "\n" in text,
         "words": len(re.findall(r"\S+", text)),
     }
