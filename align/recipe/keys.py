@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from align.errors import UserError, nearest
-from align.recipe.recipes import STAGES, Recipe
+from align.recipe.recipes import STAGES
 
 WIDTH = 110
 COLUMN = 42
@@ -58,7 +58,7 @@ def prefix_text(prefix: str) -> str:
     return _text([(key, () if len(stages[key]) == len(STAGES) else stages[key]) for key in found])
 
 
-def keys_of(recipe: type[Recipe]) -> list[Key]:
+def keys_of(recipe: type[BaseModel]) -> list[Key]:
     """The keys of a recipe that have an effect in its stage, section by section."""
     return _by_section(key for key in _keys_in(recipe, "") if key.path not in recipe.no_effect)
 

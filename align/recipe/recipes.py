@@ -141,6 +141,13 @@ class TrainingRecipe(Recipe):
         """How many steps the stage makes."""
         return int(getattr(self, self.stage).steps)
 
+    @property
+    def most_checkpoints(self) -> int:
+        """How many checkpoints there are at once at most: the one that is being written among them, and the most accurate one."""
+        evaluation = self.roles().evaluation
+        best = evaluation is not None and evaluation.every is not None
+        return self.keep_checkpoints + 1 + best if self.save_every else 1
+
 
 class SamplingRecipe(Recipe):
     """A stage in which the policy answers prompts and the answers are scored."""
@@ -334,8 +341,10 @@ class GrpoRecipe(PolicyRecipe):
 
     def roles(self) -> Roles:
         sequences = self.grpo.prompts_per_step * self.grpo.group_size
+        recorded = self.rollout.record_experts or self.grpo.routing_replay == "sampler"
         return replace(
             super().roles(),
+            rollout=self.rollout.model_copy(update={"record_experts": recorded}),
             trained_sequences=sequences,
             reference=self.grpo.kl_coefficient > 0,
             teacher=self.grpo.distill.teacher if self.grpo.distill else None,

@@ -31,7 +31,7 @@ RECIPES = sorted(NANO.parent.glob("*/*.yaml"))
 )
 def test_every_recipe_is_valid_and_survives_being_saved(file: Path, tmp_path: Path) -> None:
     recipe = load_recipe(file)
-    check_names(recipe)
+    check_names(recipe.data, recipe.data_stage, recipe.roles())
     saved = tmp_path / "recipe.yaml"
     saved.write_text(dump_recipe(recipe))
     assert load_recipe(saved) == recipe
