@@ -84,6 +84,8 @@ def test_routing_is_replayed_where_there_is_any_and_something_to_replay() -> Non
         made = recipe(changed)
         with pytest.raises(UserError, match=rf"{changed.partition('=')[0]} is for a mixture of experts, and dense is"):
             refuse_without_experts("dense", made.roles().rollout, made.grpo.routing_replay)
+        assert made.roles().rollout.record_experts
+    assert not recipe("grpo.routing_replay=learner", "grpo.updates_per_step=2").roles().rollout.record_experts
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU it can be served")
