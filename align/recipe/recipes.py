@@ -141,13 +141,6 @@ class TrainingRecipe(Recipe):
         """How many steps the stage makes."""
         return int(getattr(self, self.stage).steps)
 
-    @property
-    def most_checkpoints(self) -> int:
-        """How many checkpoints there are at once at most: the one that is being written among them, and the most accurate one."""
-        evaluation = self.roles().evaluation
-        best = evaluation is not None and evaluation.every is not None
-        return self.keep_checkpoints + 1 + best if self.save_every else 1
-
 
 class SamplingRecipe(Recipe):
     """A stage in which the policy answers prompts and the answers are scored."""

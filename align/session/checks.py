@@ -28,6 +28,7 @@ from align.model.sizes import ModelSizes, empty_model, model_sizes, read_config
 from align.recipe import (
     AgreementOptions,
     DataOptions,
+    EvaluationOptions,
     GrpoRecipe,
     MachineOptions,
     ModelOptions,
@@ -233,7 +234,8 @@ def check_model(recipe: Recipe) -> list[str]:
         sent = sent_bytes(model, roles.learner.lora if roles.learner else None)
         notes += filter(None, [object_store_bytes(sent, shared_memory_bytes(), memory_bytes()[1])[1]])
     if isinstance(recipe, TrainingRecipe) and not any(recipe.directory.glob("checkpoints/step_*")):
-        need = bytes_needed(model, recipe.learner, sizes.total, checkpoints=recipe.most_checkpoints)
+        checkpoints = most_checkpoints(recipe.save_every, recipe.keep_checkpoints, roles.evaluation)
+        need = bytes_needed(model, recipe.learner, sizes.total, checkpoints=checkpoints)
         check_space(recipe.directory, need, keep=recipe.keep_checkpoints)
     return notes
 
@@ -321,6 +323,12 @@ def refuse_without_experts(path: str, rollout: FleetOptions | None, replay: Repl
     if replay != "off" or (rollout is not None and rollout.record_experts):
         key = "grpo.routing_replay" if replay != "off" else "rollout.record_experts"
         raise UserError(f"{key} is for a mixture of experts, and {path} is dense: leave it out")
+
+
+def most_checkpoints(save_every: int | None, keep: int, evaluation: EvaluationOptions | None) -> int:
+    """How many checkpoints there are at once: those that stay, the most accurate one, and the one that is being written."""
+    best = evaluation is not None and evaluation.every is not None
+    return keep + 1 + best if save_every else 1
 
 
 def bytes_needed(model: ModelOptions, learner: LearnerOptions, parameters: int, *, checkpoints: int) -> int:

@@ -10,7 +10,7 @@ import pytest
 from align.errors import UserError
 from align.model.sizes import empty_model, model_sizes, read_config
 from align.recipe import RewardModelRecipe
-from align.session.checks import bytes_needed, check_space, default_grace_s
+from align.session.checks import bytes_needed, check_space, default_grace_s, most_checkpoints
 
 from ..tiny import NANO, tiny_recipe
 
@@ -26,7 +26,8 @@ def recipe(**keys: object) -> RewardModelRecipe:
 
 def needed(**keys: object) -> int:
     made = recipe(**keys)
-    return bytes_needed(made.model, made.learner, PARAMETERS, checkpoints=made.most_checkpoints)
+    checkpoints = most_checkpoints(made.save_every, made.keep_checkpoints, made.roles().evaluation)
+    return bytes_needed(made.model, made.learner, PARAMETERS, checkpoints=checkpoints)
 
 
 def test_each_checkpoint_counts_with_its_optimizer_and_the_one_that_is_being_written() -> None:
