@@ -86,17 +86,21 @@ style: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 
-# Three at once: mypy, the tests that share engines, and all others, for each of them leaves a second core idle most of the time.
+# Four at once, for none of them keeps a core busy all the time: mypy, the tests that share engines, those of the rewards, and all others.
+# The engines take longest: left to itself, Ray would have its workers yield to all that runs beside them.
 PYTEST := env -u PYTHONDONTWRITEBYTECODE $(BIN)/pytest
+UNITS := -m "not engines and not slow"
 test: $(if $(ARGS),$(STAMP),style) ## lint and all quick tests (ARGS="tests/reward -k math": these tests alone)
 ifeq ($(ARGS),)
-	@$(BIN)/mypy > .mypy.log 2>&1 & mypy=$$!; \
-	  $(PYTEST) -m "engines and not slow" > .engines.log 2>&1 & engines=$$!; \
-	  trap 'kill $$mypy $$engines 2>/dev/null' EXIT; trap 'exit 130' INT TERM; \
-	  $(PYTEST) -m "not engines and not slow"; status=$$?; \
+	@nice $(BIN)/mypy > .mypy.log 2>&1 & mypy=$$!; \
+	  RAY_worker_niceness=0 $(PYTEST) -m "engines and not slow" > .engines.log 2>&1 & engines=$$!; \
+	  $(PYTEST) $(UNITS) tests/reward > .rewards.log 2>&1 & rewards=$$!; \
+	  trap 'kill $$mypy $$engines $$rewards 2>/dev/null' EXIT; trap 'exit 130' INT TERM; \
+	  nice -n 5 $(PYTEST) $(UNITS) --ignore=tests/reward; status=$$?; \
+	  wait $$rewards || status=$$?; echo "tests of the rewards:"; cat .rewards.log; \
 	  wait $$engines || status=$$?; echo "tests that share engines:"; cat .engines.log; \
 	  wait $$mypy || status=$$?; echo "mypy:"; cat .mypy.log; \
-	  rm -f .mypy.log .engines.log; exit $$status
+	  rm -f .mypy.log .engines.log .rewards.log; exit $$status
 else
 	$(PYTEST) $(ARGS)
 endif

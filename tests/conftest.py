@@ -32,15 +32,16 @@ DEEPSEEK_V2 = {
     "n_routed_experts": 16,
 }
 COUNTED_GPUS = 5
-COMMANDS = ("test_end_to_end", "test_resume", "test_sandbox_removed", "test_chat")
+FIRST = ("test_deepseek_v2", "test_end_to_end", "test_resume", "test_sandbox_removed", "test_chat")
+"""DeepSeek-V2's ranks must be new processes, which all others then use again; the rest start whole commands, which take the longest."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that share engines, and put the files that start whole commands first, for they take the longest."""
+    """Mark the tests that share engines, and put some files first."""
     for item in items:
         if "ray_session" in item.fixturenames:  # type: ignore[attr-defined]
             item.add_marker("engines")
-    items.sort(key=lambda item: item.path.stem not in COMMANDS)
+    items.sort(key=lambda item: FIRST.index(item.path.stem) if item.path.stem in FIRST else len(FIRST))
 
 
 def pytest_collection_finish() -> None:

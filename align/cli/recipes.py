@@ -142,7 +142,7 @@ def plan(
 
     stages = load_stages(file, overrides or [])
     for stage in stages:
-        check_names(stage.recipe)
+        check_names(stage.recipe.data, stage.recipe.data_stage, stage.recipe.roles())
     cluster, status = cluster_of(nodes, gpus_per_node, gpu_memory, node_memory), 0
     for number, (stage, sizes, made) in enumerate(plan_stages(stages, cluster)):
         recipe = stage.recipe

@@ -1,7 +1,7 @@
 """The doctor: what is usually found out too late about a model, checked before anything is trained.
 
-`examine` needs only the files of a model; `examine_engines` needs a running sampler and learner. Each check answers with one
-line, and a failure with its cause and its cure.
+`examine` needs only the files of a model; `doctor_engines` has what needs a running sampler and learner. Each check answers with
+one line, and a failure with its cause and its cure.
 """
 
 import json
@@ -19,15 +19,10 @@ import torch
 
 from align.data.chat import encode_example, encode_prompt
 from align.errors import UserError
-from align.evaluate.agreement import AgreementError, AgreementGate, probe
-from align.evaluate.attribution import Attribution, attributed
-from align.learner.batch import TrainingSequence
-from align.learner.group import LearnerGroup
-from align.learner.objective import Objective
 from align.model.names import from_checkpoint, layout_of, to_checkpoint
 from align.model.policy import first_line, has_fused_experts, stop_token_ids, turn_end
 from align.recipe import ModelOptions
-from rollout import Fleet, FleetOptions, Prompt
+from rollout import FleetOptions
 from rollout.arguments import Device, refusal
 
 ROUND_TRIP = "  What is 17 + 25?\n\n\tnaïve Größe, 你好，мир, 42,000.5 — \\boxed{-7} 🙂"
@@ -35,9 +30,6 @@ EXPERT_TOLERANCE = 1e-4
 CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 CPU_LATENTS = (576,)
 """Those of vLLM's `CPUAttentionBackend` and `CPUMLABackend`, whose import takes seconds."""
-GIB = 2**30
-LEARNER_ROOM, SAMPLER_ROOM = 6 * GIB, 8 * GIB
-"""What the doctor's engines need on a GPU beside the weights: CUDA's context and the largest gradient; context, workspaces and KV cache."""
 
 
 class CheckStatus(StrEnum):
@@ -383,63 +375,6 @@ def head_size(config: Any) -> int:
 def cpu_head_sizes(config: Any) -> Sequence[int]:
     """The head sizes that vLLM's kernels for CPUs are made for."""
     return CPU_LATENTS if getattr(config, "kv_lora_rank", None) else CPU_HEADS
-
-
-def examine_engines(fleet: Fleet, learner: LearnerGroup, prompts: Sequence[Prompt], gate: AgreementGate) -> list[Check]:
-    """Check that sampler and learner agree, that an update changes nothing it should not, and that a changed one arrives.
-
-    It trains the learner by one step on noise: for a learner that is thrown away afterwards, as `FrugalWorker` is.
-    """
-    findings = {"sampler and learner": agreement(fleet, learner, prompts, gate)}
-    learner.sync_weights(fleet, version=1)
-    findings["after an update with the same weights"] = agreement(fleet, learner, prompts, gate)
-    noise = [
-        TrainingSequence.of_completion([*p.token_ids, *reversed(p.token_ids)], len(p.token_ids), 1e-2) for p in prompts
-    ]
-    learner.accumulate(noise, Objective())
-    learner.apply(1e-3)
-    stale = probe(fleet, learner, prompts)
-    try:
-        gate.check(stale, "stale weights")
-    except AgreementError:
-        findings["a skipped update shows"] = OK, f"mean difference {stale.mean:.1e}"
-    else:
-        told = f"with old weights the mean difference is only {stale.mean:.1e}: the gate could not tell"
-        findings["a skipped update shows"] = FAILED, f"{told}. Cure: a lower agreement.stop_mean"
-    learner.sync_weights(fleet, version=2)
-    findings["after an update with changed weights"] = agreement(fleet, learner, prompts, gate)
-    return [Check(name, *finding) for name, finding in findings.items()]
-
-
-def agreement(fleet: Fleet, learner: LearnerGroup, prompts: Sequence[Prompt], gate: AgreementGate) -> Finding:
-    """Sampler and learner give the sampler's tokens the same log-probabilities; where not, the part of the model that differs is named."""
-    try:
-        with attributed(fleet, learner, prompts, gate.dtype):
-            found = gate.check(probe(fleet, learner, prompts), "doctor")
-    except AgreementError as error:
-        return FAILED, str(error)
-    return OK, str(found).removeprefix("sampler and learner ")
-
-
-def parts(found: Attribution) -> Finding:
-    """Each part of the model computes the same in sampler and learner."""
-    if found.part is None:
-        return OK, f"none differs by more than {max(found.distances.values()):.1e} of its size"
-    return FAILED, (
-        f"sampler and learner: {found}. Cause: other weights there, or an engine that computes it otherwise. Cure: other versions of vLLM and "
-        "transformers (make setup installs those of the lock file), or another model"
-    )
-
-
-def sampler_share(weights: float, card: float) -> float:
-    """The share of a GPU of `card` bytes for a sampler beside a learner, where each holds `weights` bytes. Raises UserError where both do not fit."""
-    share = (card - weights - LEARNER_ROOM) / card
-    if share * card < weights + SAMPLER_ROOM:
-        raise UserError(
-            f"sampler and learner do not fit one GPU of {card / GIB:.0f} GiB: each holds {weights / GIB:.1f} GiB of weights, and beside them "
-            f"they need {(LEARNER_ROOM + SAMPLER_ROOM) / GIB:.0f} GiB. Cure: two GPUs, or --dtype bfloat16 where it is float32"
-        )
-    return share
 
 
 def verdict(checks: Sequence[Check], path: str) -> str:

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from align.errors import UserError, nearest
-from align.recipe.recipes import STAGES, Recipe
+from align.recipe.recipes import STAGES
 
 WIDTH = 110
 COLUMN = 42
@@ -39,7 +39,7 @@ class Key:
 
 def stage_text(stage: str) -> str:
     """Every key of a stage's recipe, section by section."""
-    return _text([(key, ()) for key in keys_of(STAGES[stage])])
+    return _text([(key, ()) for key in keys_of(stage)])
 
 
 def prefix_text(prefix: str) -> str:
@@ -48,8 +48,8 @@ def prefix_text(prefix: str) -> str:
     Raises UserError where there are none.
     """
     stages: dict[Key, list[str]] = {}
-    for stage, recipe in STAGES.items():
-        for key in keys_of(recipe):
+    for stage in STAGES:
+        for key in keys_of(stage):
             stages.setdefault(key, []).append(stage)
     found = _by_section(key for key in stages if f"{key.path}{'.' * key.is_section}".startswith(prefix))
     if not found:
@@ -58,8 +58,9 @@ def prefix_text(prefix: str) -> str:
     return _text([(key, () if len(stages[key]) == len(STAGES) else stages[key]) for key in found])
 
 
-def keys_of(recipe: type[Recipe]) -> list[Key]:
-    """The keys of a recipe that have an effect in its stage, section by section."""
+def keys_of(stage: str) -> list[Key]:
+    """The keys that have an effect in a stage, section by section."""
+    recipe = STAGES[stage]
     return _by_section(key for key in _keys_in(recipe, "") if key.path not in recipe.no_effect)
 
 

@@ -334,8 +334,10 @@ class GrpoRecipe(PolicyRecipe):
 
     def roles(self) -> Roles:
         sequences = self.grpo.prompts_per_step * self.grpo.group_size
+        recorded = self.rollout.record_experts or self.grpo.routing_replay == "sampler"
         return replace(
             super().roles(),
+            rollout=self.rollout.model_copy(update={"record_experts": recorded}),
             trained_sequences=sequences,
             reference=self.grpo.kl_coefficient > 0,
             teacher=self.grpo.distill.teacher if self.grpo.distill else None,

@@ -30,7 +30,7 @@ from align.run.tracker_libraries import (
 )
 
 if TYPE_CHECKING:
-    from align.recipe import Recipe, TrackerOptions
+    from align.recipe import TrackerOptions
 
 logger = logging.getLogger(__name__)
 
@@ -76,17 +76,19 @@ class Trackers:
         self._samples = dict(samples or {})
 
     @classmethod
-    def of(cls, recipe: "Recipe", directory: RunDirectory) -> Self:
-        """The trackers that a recipe names, for the run in `directory`. Nothing is started before the first metrics."""
-        run = TrackedRun(recipe.name, without_secrets_in(recipe.model_dump(mode="json")), directory.trackers_directory)
+    def of(
+        cls, trackers: "Sequence[TrackerOptions]", name: str, recipe: Mapping[str, Any], directory: RunDirectory
+    ) -> Self:
+        """The trackers of the run `name` in `directory`, whose `recipe` is ready for JSON. Nothing is started before the first metrics."""
+        run = TrackedRun(name, without_secrets_in(recipe), directory.trackers_directory)
         followers: dict[str, Follower] = {}
-        for options in recipe.trackers:
+        for options in trackers:
             if options.name == "tensorboard":
                 followers[options.name] = TensorBoard(directory.tensorboard_directory, run.recipe)
             else:
                 library = LIBRARIES[options.name](_project(options))
                 followers[options.name] = Background(options.name, library, run, directory.metrics_file)
-        return cls(followers, {options.name: options.samples for options in recipe.trackers})
+        return cls(followers, {options.name: options.samples for options in trackers})
 
     def scalars(self, step: int, values: Mapping[str, float], time: float) -> None:
         """Pass on what was measured in a step, `time` in seconds since 1970."""

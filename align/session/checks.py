@@ -27,14 +27,15 @@ from align.model.reward_model import is_reward_model
 from align.model.sizes import ModelSizes, empty_model, model_sizes, read_config
 from align.recipe import (
     AgreementOptions,
+    DataOptions,
+    EvaluationOptions,
     GrpoRecipe,
     MachineOptions,
     ModelOptions,
     PlannedStage,
-    PolicyRecipe,
     Recipe,
+    Replay,
     Roles,
-    SamplingRecipe,
     TrainingRecipe,
 )
 from align.recipe.learner import LearnerOptions, LoraOptions
@@ -45,6 +46,7 @@ from align.run.machine import memory_bytes, object_store_bytes, shared_memory_by
 from align.run.trackers import check_trackers
 from reward import Mixture, RewardError, RewardTerm
 from reward.own import columns_of
+from rollout import FleetOptions, Precision
 
 MADE_HERE = {"messages": None, "completion_tokens": None}
 """What `align.experience.reward_sample` adds to the columns of the data."""
@@ -71,7 +73,7 @@ def check(stages: Iterable[PlannedStage]) -> list[str]:
 def check_recipe(recipe: Recipe) -> list[str]:
     """Look at one stage. Raises UserError for the first mistake; returns notes, such as what could not be looked at yet."""
     roles = recipe.roles()
-    check_names(recipe)
+    check_names(recipe.data, recipe.data_stage, roles)
     check_trackers(recipe.trackers)
     check_size(recipe.machine)
     check_servers(roles.evaluation.hooks if roles.evaluation else ())
@@ -79,16 +81,15 @@ def check_recipe(recipe: Recipe) -> list[str]:
         check_port(roles.learner.port)
     notes = [expansion(recipe.grpo)] if isinstance(recipe, GrpoRecipe) and recipe.grpo.preset else []
     if isinstance(recipe, GrpoRecipe) and recipe.weights.precision != "model":
-        notes.append(rounding_note(recipe))
+        notes.append(rounding_note(recipe.weights.precision, recipe.model.dtype, recipe.agreement))
     notes += check_model(recipe)
     # Last, so that a machine without engines can tell what else is wrong with a recipe.
     check_installed(engines_of(roles))
     return notes
 
 
-def rounding_note(recipe: GrpoRecipe) -> str:
-    """What rounded weights mean for a recipe that sends them."""
-    precision, dtype, given = recipe.weights.precision, recipe.model.dtype, recipe.agreement
+def rounding_note(precision: Precision, dtype: str, given: AgreementOptions) -> str:
+    """What rounded weights mean for a run that sends them."""
     return (
         f"weights.precision: workers sample, and answer evaluations, with weights rounded to {precision}, and the learner's are not rounded: a step "
         f"stops the run where they differ by {given.limits(precision)[1]:g} nats a token, and a probe after each weight sync, in which both have the "
@@ -102,15 +103,14 @@ def engines_of(roles: Roles) -> list[str]:
     return [name for name, is_used in used.items() if is_used]
 
 
-def check_names(recipe: Recipe) -> None:
+def check_names(data: Sequence[DataOptions], stage: Stage, roles: Roles) -> None:
     """Raise UserError for a reward, hook or data card that is not there, or not meant for the stage; and for data without a card that cannot be read."""
-    roles = recipe.roles()
-    asked = evaluated(recipe.evaluation, recipe.data) if isinstance(recipe, PolicyRecipe) else []
-    trained = [card_of(data) for data in recipe.data]
+    asked = evaluated(roles.evaluation, data) if roles.evaluation is not None else []
+    trained = [card_of(one) for one in data]
     if roles.rewards:
         check_rewards(roles.rewards, [*trained, *(entry.card for entry in asked)])
-    for data, card in zip(recipe.data, trained, strict=True):
-        check_split(card, data.split, recipe.data_stage, "data.split")
+    for one, card in zip(data, trained, strict=True):
+        check_split(card, one.split, stage, "data.split")
     if roles.evaluation is not None:
         for entry in asked:
             check_split(entry.card, roles.evaluation.split, "eval", "evaluation.split")
@@ -226,14 +226,17 @@ def check_model(recipe: Recipe) -> list[str]:
         notes += filter(None, [left_out(parts_of(skeleton), roles.learner.lora.targets)])
     sizes = model_sizes(skeleton)
     if not sizes.is_mixture:
-        refuse_without_experts(model.path, recipe)
+        replay = recipe.grpo.routing_replay if isinstance(recipe, GrpoRecipe) else "off"
+        refuse_without_experts(model.path, roles.rollout, replay)
     if roles.weights is not None and roles.weights.transport == "adapter":
         check_adapters_are_served(model.path, sizes)
     if roles.weights is not None and roles.weights.transport == "object_store" and "RAY_ADDRESS" not in os.environ:
         sent = sent_bytes(model, roles.learner.lora if roles.learner else None)
         notes += filter(None, [object_store_bytes(sent, shared_memory_bytes(), memory_bytes()[1])[1]])
     if isinstance(recipe, TrainingRecipe) and not any(recipe.directory.glob("checkpoints/step_*")):
-        check_space(recipe.directory, bytes_needed(recipe, sizes.total), keep=recipe.keep_checkpoints)
+        checkpoints = most_checkpoints(recipe.save_every, recipe.keep_checkpoints, roles.evaluation)
+        need = bytes_needed(model, recipe.learner, sizes.total, checkpoints=checkpoints)
+        check_space(recipe.directory, need, keep=recipe.keep_checkpoints)
     return notes
 
 
@@ -315,20 +318,21 @@ def default_grace_s(model: ModelOptions, learner: LearnerOptions | None) -> floa
     return max(LEAST_GRACE_S, held / WRITTEN_A_SECOND)
 
 
-def refuse_without_experts(path: str, recipe: Recipe) -> None:
-    """Raise UserError for options of routing, in a recipe whose model routes nothing."""
-    replayed = isinstance(recipe, GrpoRecipe) and recipe.grpo.routing_replay != "off"
-    recorded = isinstance(recipe, SamplingRecipe) and recipe.rollout.record_experts
-    if replayed or recorded:
-        key = "grpo.routing_replay" if replayed else "rollout.record_experts"
+def refuse_without_experts(path: str, rollout: FleetOptions | None, replay: Replay) -> None:
+    """Raise UserError for options of routing, of a model that routes nothing."""
+    if replay != "off" or (rollout is not None and rollout.record_experts):
+        key = "grpo.routing_replay" if replay != "off" else "rollout.record_experts"
         raise UserError(f"{key} is for a mixture of experts, and {path} is dense: leave it out")
 
 
-def bytes_needed(recipe: TrainingRecipe, parameters: int) -> int:
-    """What the stage has on the disk at most; adapters count as nothing."""
-    dtype = recipe.model.dtype
-    model, state = parameters * ELEMENT_BYTES[dtype], state_bytes(dtype, recipe.learner, parameters)
-    evaluation = recipe.roles().evaluation
+def most_checkpoints(save_every: int | None, keep: int, evaluation: EvaluationOptions | None) -> int:
+    """How many checkpoints there are at once: those that stay, the most accurate one, and the one that is being written."""
     best = evaluation is not None and evaluation.every is not None
-    checkpoints = recipe.keep_checkpoints + 1 + best if recipe.save_every else 1
-    return checkpoints * (model + state) + model * (2 if recipe.model.init == "random" else 1)
+    return keep + 1 + best if save_every else 1
+
+
+def bytes_needed(model: ModelOptions, learner: LearnerOptions, parameters: int, *, checkpoints: int) -> int:
+    """What a stage has on the disk at most; adapters count as nothing."""
+    weights = parameters * ELEMENT_BYTES[model.dtype]
+    state = state_bytes(model.dtype, learner, parameters)
+    return checkpoints * (weights + state) + weights * (2 if model.init == "random" else 1)

@@ -251,7 +251,7 @@ def open_run(recipe: Recipe) -> Iterator[Run]:
     directory.save_environment(environment_record() | {"rewards_sha256": reward_digests(recipe.roles().rewards)})
     directory.enter(recipe.stage)
     keep = recipe.keep_checkpoints if isinstance(recipe, TrainingRecipe) else 1
-    trackers = Trackers.of(recipe, directory)
+    trackers = Trackers.of(recipe.trackers, recipe.name, recipe.model_dump(mode="json"), directory)
     parts = directory, MetricsLog(directory, trackers), CheckpointDirectory(directory.checkpoints_directory, keep=keep)
     metrics = parts[1]
     try:

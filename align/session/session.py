@@ -15,16 +15,16 @@ from align.learner.group import LearnerDiedError, LearnerGroup, RankGroup
 from align.model.policy import first_line, load_tokenizer, stop_token_ids, write_random_policy
 from align.model.reward_model import is_reward_model
 from align.recipe import (
-    GrpoRecipe,
     LearnerOptions,
     ModelOptions,
-    PolicyRecipe,
     Recipe,
     Replay,
+    Roles,
     SamplingRecipe,
     ScoringOptions,
     TrainingRecipe,
 )
+from align.run import Progress
 from align.session.checks import sent_bytes
 from align.session.ray import local_ray
 from align.session.run import Run, open_run
@@ -37,6 +37,7 @@ from rollout import (
     Colocation,
     DirectorySync,
     Fleet,
+    FleetOptions,
     ObjectStoreSync,
     Precision,
     WeightOptions,
@@ -68,25 +69,22 @@ class Session:
     colocation: Colocation | None = None
     open: ExitStack = field(default_factory=ExitStack)
 
-    def start_sampling(self, recipe: SamplingRecipe) -> None:
+    def start_sampling(self, roles: Roles) -> None:
         """Start Ray, the rollout workers with `policy`, and the scoring pool. What happens to workers is recorded in the run.
 
         Raises UserError when a reward cannot run here: no sandbox, no server.
         """
-        stops, rollout, sent = stop_token_ids(self.policy, self.tokenizer), recipe.rollout, 0
-        trains = recipe if isinstance(recipe, PolicyRecipe) else None
-        if trains is not None:
-            self.weight_sync = weight_sync_of(trains.weights, self.run.directory.weights_directory.absolute())
-            self.precision = trains.weights.precision
-            if trains.weights.transport == "adapter" and trains.learner.lora:
-                rollout = rollout.model_copy(update={"adapter_rank": trains.learner.lora.rank})
-            if trains.weights.transport == "object_store":
-                sent = sent_bytes(self.policy, trains.learner.lora)
-        if isinstance(recipe, GrpoRecipe) and recipe.grpo.routing_replay == "sampler":
-            rollout = rollout.model_copy(update={"record_experts": True})
+        stops, rollout, sent = stop_token_ids(self.policy, self.tokenizer), roles.rollout or FleetOptions(), 0
+        if roles.weights is not None and roles.learner is not None:
+            self.weight_sync = weight_sync_of(roles.weights, self.run.directory.weights_directory.absolute())
+            self.precision = roles.weights.precision
+            if roles.weights.transport == "adapter" and roles.learner.lora:
+                rollout = rollout.model_copy(update={"adapter_rank": roles.learner.lora.rank})
+            if roles.weights.transport == "object_store":
+                sent = sent_bytes(self.policy, roles.learner.lora)
         self.open.enter_context(local_ray(sent))
-        if trains is not None and trains.colocate:
-            self.colocation = Colocation(shared_gpus(max(trains.learner.ranks, rollout.workers)))
+        if roles.colocated and roles.learner is not None:
+            self.colocation = Colocation(shared_gpus(max(roles.learner.ranks, rollout.workers)))
         self.fleet = Fleet(
             self.policy.path,
             self.policy.dtype,
@@ -97,8 +95,8 @@ class Session:
             trust_remote_code=self.policy.trust_remote_code,
         )
         self.open.callback(self.fleet.close)
-        if recipe.rewards:
-            self.pool = self.open.enter_context(scoring_pool(recipe.rewards, recipe.scoring))
+        if roles.scoring is not None:
+            self.pool = self.open.enter_context(scoring_pool(roles.rewards, roles.scoring))
 
     def new_learner(
         self,
@@ -172,24 +170,27 @@ def open_session(recipe: Recipe) -> Iterator[Session]:
     """Open the run of a recipe and its policy, which has passed the doctor; close everything that is started afterwards."""
     with open_run(recipe) as run, ExitStack() as stack:
         trained = recipe.roles().trained
-        policy, tokenizer = prepare_policy(recipe.model, recipe.seed, run, of_reward_model=trained == "reward_model")
+        place, progress = run.directory.initial_directory, run.progress
+        policy, tokenizer = prepare_policy(
+            recipe.model, recipe.seed, place, progress, of_reward_model=trained == "reward_model"
+        )
         yield Session(run, policy, tokenizer, open=stack)
 
 
 def prepare_policy(
-    model: ModelOptions, seed: int, run: Run, *, of_reward_model: bool = False
+    model: ModelOptions, seed: int, place: Path, progress: Progress, *, of_reward_model: bool = False
 ) -> tuple[ModelOptions, Any]:
-    """The policy to start from, initialised by the seed where its options say so, and its tokenizer; both have passed the doctor.
+    """The policy to start from, initialised by the seed in `place` where its options say so, and its tokenizer; both have passed the doctor.
 
     For a reward model it may be a reward model too, which is then trained on.
     """
     policy = model
     if policy.init == "random":
-        write_random_policy(policy, run.directory.initial_directory, seed)
-        policy = policy.model_copy(update={"path": str(run.directory.initial_directory), "init": "pretrained"})
+        write_random_policy(policy, place, seed)
+        policy = policy.model_copy(update={"path": str(place), "init": "pretrained"})
     tokenizer = load_tokenizer(policy.path, trust_remote_code=policy.trust_remote_code)
     trained_before = of_reward_model and is_reward_model(policy)
-    run.progress.note(f"doctor: {verdict(examine(policy, tokenizer, reward_model=trained_before), model.path)}")
+    progress.note(f"doctor: {verdict(examine(policy, tokenizer, reward_model=trained_before), model.path)}")
     return policy, tokenizer
 
 

@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 from align.data.cards import HubSource
-from align.data.entries import card_of, evaluated
+from align.data.entries import Notes, card_of, evaluated
 from align.data.files import first_rows
 from align.data.loader import domains_of
 from align.errors import UserError
@@ -32,7 +32,7 @@ from align.session.checks import check
 from align.session.longer import make_longer
 from align.session.ray import local_ray
 from align.session.run import compare_stages, recorded_evaluations, refuse_changes
-from align.session.session import Session, open_session
+from align.session.session import open_session
 from align.stages.grpo import load_grpo_data, train_grpo
 from align.stages.preferences import gather_preferences, load_prompts
 from align.stages.reward_model import load_reward_model_data, show, train_reward_model
@@ -145,7 +145,7 @@ def run_sft(recipe: SftRecipe, also_held_out: HeldOutPrompts = NOTHING) -> None:
     """Chat SFT, from its recipe to `final/`. `also_held_out`: prompts of a stage after it that it may not be trained on."""
     with open_session(recipe) as session:
         data = load_sft_data(recipe, session.tokenizer, session.run, also_held_out)
-        session.start_sampling(recipe)
+        session.start_sampling(recipe.roles())
         trained, evaluations = session.restarting(lambda: train_sft(recipe, data, session))
         finish(session.run.progress, trained, evaluations)
 
@@ -156,8 +156,8 @@ def run_grpo(recipe: GrpoRecipe, before: PlannedStage | None) -> None:
         data = load_grpo_data(recipe, session.tokenizer, session.run)
         evaluations: dict[str, Evaluation] = {}
         if before is not None:
-            session.policy, evaluations = policy_of(before, session, data.held_out.prompts)
-        session.start_sampling(recipe)
+            session.policy, evaluations = policy_of(before, session.policy, session.run, data.held_out.prompts)
+        session.start_sampling(recipe.roles())
         trained, after = session.restarting(lambda: train_grpo(recipe, data, session))
         finish(session.run.progress, trained, evaluations | after)
 
@@ -167,7 +167,7 @@ def run_reward_model(recipe: RewardModelRecipe, before: PlannedStage | None) -> 
     with open_session(recipe) as session:
         data = load_reward_model_data(recipe, session.tokenizer, session.run)
         if before is not None:
-            session.policy, _ = policy_of(before, session)
+            session.policy, _ = policy_of(before, session.policy, session.run)
         with local_ray():
             trained, evaluation = session.restarting(lambda: train_reward_model(recipe, data, session))
         show(evaluation, session.run.progress)
@@ -178,14 +178,14 @@ def run_preferences(recipe: PreferencesRecipe) -> None:
     """Preference data from the policy's own answers, into `final/`."""
     with open_session(recipe) as session:
         prompts = load_prompts(recipe, session.tokenizer, session.run)
-        session.start_sampling(recipe)
+        session.start_sampling(recipe.roles())
         gather_preferences(recipe, prompts, session)
 
 
 def policy_of(
-    before: PlannedStage, session: Session, held_out: HeldOutPrompts = NOTHING
+    before: PlannedStage, policy: ModelOptions, notes: Notes, held_out: HeldOutPrompts = NOTHING
 ) -> tuple[ModelOptions, dict[str, Evaluation]]:
-    """What the stage before that of `session` makes of its policy, and its evaluations; it is run where it is not done.
+    """What the stage `before` another makes of that one's policy, and its evaluations; it is run where it is not done.
 
     Raises UserError where it was done with another recipe.
     """
@@ -197,19 +197,17 @@ def policy_of(
         directory.save_recipe(dump_recipe(load_recipe(directory.recipe_file, before.overrides)))
     if status is not None and status["state"] == "finished":
         refuse_changes(directory, recipe)
-        session.run.progress.note("SFT: done before")
+        notes.tell("init_from", "SFT: done before")
     else:
         if before.replaced:
-            session.run.tell(
-                "init_from", f"SFT takes over what it shares with this recipe: {'; '.join(before.replaced)}"
-            )
+            notes.tell("init_from", f"SFT takes over what it shares with this recipe: {'; '.join(before.replaced)}")
         run_sft(recipe, held_out)
     domains = list(
         dict.fromkeys(
             domain for entry in evaluated(recipe.evaluation, recipe.data) for domain in domains_of(entry.card)
         )
     )
-    trained = session.policy.model_copy(update={"path": str(directory.final_directory)})
+    trained = policy.model_copy(update={"path": str(directory.final_directory)})
     return trained, recorded_evaluations(directory, domains)
 
 

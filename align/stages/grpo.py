@@ -47,7 +47,7 @@ class GrpoData:
 
 def load_grpo_data(recipe: GrpoRecipe, tokenizer: Any, notes: Notes) -> GrpoData:
     """Everything the recipe names, read and checked. Raises UserError for what cannot be used."""
-    held_out = load_problems(recipe, tokenizer)
+    held_out = load_problems(recipe.evaluation, recipe.data, recipe.rewards, recipe.rollout.max_length, tokenizer)
     longest = recipe.rollout.max_length - recipe.sampling.max_new_tokens
     reader = Reader(
         load_split,

@@ -21,12 +21,13 @@ from align.evaluate.rates import count_instructions, instruction_rates, task_rat
 from align.experience import Problem, encode_problems
 from align.learner.group import LearnerGroup
 from align.learner.objective import Sums
-from align.recipe import AgreementOptions, GrpoRecipe, ModelOptions, PolicyRecipe
+from align.recipe import AgreementOptions, DataOptions, EvaluationOptions, GrpoRecipe, ModelOptions, PolicyRecipe
 from align.report.habits import last_evaluation_habits
 from align.run import RunDirectory, read_jsonl, read_samples
 from align.session.checks import check_columns
 from align.session.session import Session
 from align.stages.guards import habit_alarms
+from reward import RewardTerm
 from rollout import Prompt
 
 PROBE_PROMPTS = 8
@@ -53,10 +54,18 @@ class Problems:
         return list(dict.fromkeys(problem.example.domain for problem in self.problems))
 
 
-def load_problems(recipe: PolicyRecipe, tokenizer: Any) -> Problems:
-    """The problems that the recipe evaluates on. Raises UserError for those that cannot be used, and where every prompt is too long."""
-    options = recipe.evaluation
-    entries = evaluated(options, recipe.data)
+def load_problems(
+    options: EvaluationOptions,
+    data: Sequence[DataOptions],
+    rewards: Sequence[RewardTerm],
+    max_length: int,
+    tokenizer: Any,
+) -> Problems:
+    """The problems that a run on these data evaluates on, whose prompts and answers have at most `max_length` tokens.
+
+    Raises UserError for those that cannot be used, and where every prompt is too long.
+    """
+    entries = evaluated(options, data)
     examples: dict[SplitName, list[Example]] = {options.split: []}
     if options.every is not None:
         examples.setdefault("validation", [])
@@ -70,12 +79,12 @@ def load_problems(recipe: PolicyRecipe, tokenizer: Any) -> Problems:
             loaded = load_split(card, split, path=entry.path, levels=options.levels)
             found += first(loaded.examples, options.limit, 0)
             prompts[f"{card.name}/{split}"] = loaded.prompts
-    longest = recipe.rollout.max_length - options.max_new_tokens
+    longest = max_length - options.max_new_tokens
     problems = encode_problems(tokenizer, examples.pop(options.split))
     watched = encode_problems(tokenizer, [example for found in examples.values() for example in found])
     fitting = [problem.prompt for problem in short_problems(problems, longest)]
     short_problems(watched, longest)
-    check_columns(recipe.rewards, [problem.example for problem in [*problems, *watched]])
+    check_columns(rewards, [problem.example for problem in [*problems, *watched]])
     too_long = sum(len(problem.prompt.token_ids) > longest for problem in [*problems, *watched])
     probed = fitting[:: max(1, len(fitting) // PROBE_PROMPTS)][:PROBE_PROMPTS]
     return Problems(problems, probed, [entry.card for entry in entries], watched, prompts, too_long)

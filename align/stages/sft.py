@@ -50,7 +50,7 @@ def load_sft_data(
     Raises UserError for what cannot be used.
     """
     options = recipe.sft
-    problems = load_problems(recipe, tokenizer)
+    problems = load_problems(recipe.evaluation, recipe.data, recipe.rewards, recipe.rollout.max_length, tokenizer)
     reader = Reader(
         load_split,
         partial(encode_demonstration, tokenizer, turns=options.turns),

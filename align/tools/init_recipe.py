@@ -20,7 +20,7 @@ from align.model.sizes import ModelSizes, empty_model, model_sizes, read_config
 from align.plan.memory import GIB
 from align.plan.placement import Cluster
 from align.plan.plan import gib, make_plan
-from align.recipe import PlannedStage, Recipe
+from align.recipe import DataOptions, ModelOptions, PlannedStage, Recipe
 from align.recipe.load import apply_override, collect_lines, recipe_of
 from align.run import read_status, write_atomically
 from align.run.machine import cores_available, gpu_records, memory_bytes
@@ -138,7 +138,7 @@ def init_recipe(
     ]
     machine, start = Machine.here(), recipe_of(values_of([*named, *REQUIRED[stage]], overrides), out)
     console.print(f"{data}, by {model}, on {machine}", markup=False, highlight=False, soft_wrap=True)
-    facts = read(start, machine, console)
+    facts = read(start.data[0], start.data_stage, start.model, machine, console)
     recipe, choices = fitting(stage, named, facts, overrides, out, lora)
     found = check_stages([PlannedStage(stage, out, [], recipe)], whole=facts.rows <= ALL_ENCODED)
     command = f"align {stage.replace('_', '-')} {out}"
@@ -172,12 +172,12 @@ def from_(out: Path, name: str) -> str:
     return f"{Path(file).expanduser().absolute()}{colon}{function}"
 
 
-def read(recipe: Recipe, machine: Machine, console: Console) -> Facts:
-    """Read the recipe's data and the model's small files, and print what they are. Raises UserError for what a run refuses."""
-    card = card_of(recipe.data[0])
-    require_stage(card, recipe.data_stage)
-    tokenizer = load_tokenizer(recipe.model.path, trust_remote_code=recipe.model.trust_remote_code)
-    skeleton = empty_model(read_config(recipe.model.path))
+def read(data: DataOptions, stage: Stage, model: ModelOptions, machine: Machine, console: Console) -> Facts:
+    """Read the data and the model's small files, and print what they are. Raises UserError for what a run refuses."""
+    card = card_of(data)
+    require_stage(card, stage)
+    tokenizer = load_tokenizer(model.path, trust_remote_code=model.trust_remote_code)
+    skeleton = empty_model(read_config(model.path))
     items = {split: loaded(card, split) for split in card.splits}
     if isinstance(card.source, OwnSource):
         show_form(card.source, console)
@@ -186,7 +186,7 @@ def read(recipe: Recipe, machine: Machine, console: Console) -> Facts:
         show_refused(bad, "cannot be used, and are left out", console, sum(rows.bad_count for rows in tables))
     show_splits(card, items, console)
     every = [item for found in items.values() for item in some_of(found)]
-    if recipe.data_stage == "grpo":
+    if stage == "grpo":
         every = [replace(item, response=None) for item in every if isinstance(item, Example)]
     if not tokenizer.chat_template:
         encoded(every[0], tokenizer)  # says what to do

@@ -15,7 +15,8 @@ from align.errors import UserError
 from align.evaluate.accuracy import evaluate, mean_of, short_problems
 from align.evaluate.agreement import AgreementGate
 from align.evaluate.attribution import attribute
-from align.evaluate.doctor import Check, examine, examine_engines, parts, sampler_share, skeleton_of, verdict
+from align.evaluate.doctor import Check, examine, skeleton_of, verdict
+from align.evaluate.doctor_engines import examine_engines, parts, sampler_share
 from align.evaluate.hooks import PolicyCheckpoint
 from align.experience import encode_problems
 from align.learner.group import LearnerGroup

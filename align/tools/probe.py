@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from align.tools.offline import running_fleet
 from align.tools.score_file import refuse_existing, rows_of, sample_of_line
 from reward import Mixture, RewardError, Sample
 from reward.tricks import TRICKS, Trick, own_trick
+from rollout import Group
 
 
 def probe_recipe(
@@ -49,13 +50,24 @@ def probe_recipe(
     if out is not None:
         refuse_existing(out)
     all_tricks = tricks_with(tricks)
-    check_names(recipe)
+    check_names(recipe.data, recipe.data_stage, recipe.roles())
     mixture = Mixture(recipe.rewards, infra_error_limit=1.0)
     if answers is not None:
         found = [sample_of_line(row) for row in rows_of(answers)]
         refuse_other_domains(mixture, found, answers)
     else:
-        found = sampled(stage, recipe, prompts, samples, console)
+        check(stage.parts)
+        tokenizer = load_tokenizer(recipe.model.path, trust_remote_code=recipe.model.trust_remote_code)
+        problems = first_problems(load_grpo_data(recipe, tokenizer, Findings()).sources, recipe.seed, prompts)
+        with tempfile.TemporaryDirectory() as place:
+            policy = start_policy(stage.before, recipe.model, recipe.seed, Path(place), console)
+            with (
+                console.status(f"{policy.path} answers {len(problems)} prompts"),
+                running_fleet(policy, recipe.rollout, tokenizer) as fleet,
+            ):
+                fleet.wait_until_ready()
+                drawn = fleet.sample([p.prompt for p in problems], samples, recipe.sampling, seed=recipe.seed, step=0)
+                found = samples_of(drawn, problems, tokenizer)
     effects = probe(mixture, found, all_tricks, scale=recipe.grpo.advantage_scale)
     record = record_of(effects, recipe.model.path, len(found))
     try:
@@ -92,26 +104,15 @@ def refuse_other_domains(mixture: Mixture, samples: Sequence[Sample], answers: P
             )
 
 
-def sampled(stage: PlannedStage, recipe: GrpoRecipe, prompts: int, samples: int, console: Console) -> list[Sample]:
-    """Answers of the policy that the recipe starts from, sampled as its first steps would be. Raises UserError as the run does."""
-    check(stage.parts)
-    tokenizer = load_tokenizer(recipe.model.path, trust_remote_code=recipe.model.trust_remote_code)
-    problems = first_problems(load_grpo_data(recipe, tokenizer, Findings()).sources, recipe.seed, prompts)
-    with tempfile.TemporaryDirectory() as place:
-        policy = start_policy(stage, recipe, Path(place), console)
-        with (
-            console.status(f"{policy.path} answers {len(problems)} prompts"),
-            running_fleet(policy, recipe.rollout, tokenizer) as fleet,
-        ):
-            fleet.wait_until_ready()
-            drawn = fleet.sample([p.prompt for p in problems], samples, recipe.sampling, seed=recipe.seed, step=0)
-            examples = {problem.example.id: problem.example for problem in problems}
-            return [
-                reward_sample(e, t, answer_text(tokenizer, e.messages, t.token_ids, e.tools))
-                for group in drawn
-                for e in [examples[group.prompt.id]]
-                for t in group.trajectories
-            ]
+def samples_of(groups: Iterable[Group], problems: Sequence[Problem], tokenizer: Any) -> list[Sample]:
+    """What was drawn for the problems, as the rewards see it."""
+    examples = {problem.example.id: problem.example for problem in problems}
+    return [
+        reward_sample(e, t, answer_text(tokenizer, e.messages, t.token_ids, e.tools))
+        for group in groups
+        for e in [examples[group.prompt.id]]
+        for t in group.trajectories
+    ]
 
 
 def first_problems(sources: Sequence[Source[Any]], seed: int, count: int) -> list[Problem]:
@@ -125,17 +126,19 @@ def first_problems(sources: Sequence[Source[Any]], seed: int, count: int) -> lis
     return list(found.values())[:count]
 
 
-def start_policy(stage: PlannedStage, recipe: GrpoRecipe, place: Path, console: Console) -> ModelOptions:
-    """The policy that GRPO starts from: what the stage of `init_from` has made where it is done, or else the recipe's model."""
-    final = stage.before.directory.absolute() / "final" if stage.before else None
-    if final is not None and stage.before is not None:
-        if (read_status(stage.before.directory) or {}).get("state") == "finished":
-            return recipe.model.model_copy(update={"path": str(final), "init": "pretrained"})
-        console.print(f"{stage.before.file} has not been run yet: the answers are those of the model before it")
-    if recipe.model.init == "random":
-        write_random_policy(recipe.model, place / "initial", recipe.seed)
-        return recipe.model.model_copy(update={"path": str(place / "initial"), "init": "pretrained"})
-    return recipe.model
+def start_policy(
+    before: PlannedStage | None, model: ModelOptions, seed: int, place: Path, console: Console
+) -> ModelOptions:
+    """The policy that GRPO starts from: what the stage `before` it has made where it is done, or else the recipe's model."""
+    if before is not None:
+        if (read_status(before.directory) or {}).get("state") == "finished":
+            final = before.directory.absolute() / "final"
+            return model.model_copy(update={"path": str(final), "init": "pretrained"})
+        console.print(f"{before.file} has not been run yet: the answers are those of the model before it")
+    if model.init == "random":
+        write_random_policy(model, place / "initial", seed)
+        return model.model_copy(update={"path": str(place / "initial"), "init": "pretrained"})
+    return model
 
 
 def show(effects: Sequence[Effect], answers: int, console: Console) -> None:

@@ -3,9 +3,11 @@
 import json
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import psutil
@@ -106,44 +108,21 @@ OTHERWISE = {
     "weights broadcast": ["weights={transport: broadcast, bucket_mb: 0.5}"],
     "taking turns": ["colocate=true"],
 }
-QUICK = "weights in files"
 
 
-@pytest.mark.parametrize(
-    "way", [name if name == QUICK else pytest.param(name, marks=pytest.mark.slow) for name in OTHERWISE]
-)
-def test_killed_stopped_by_ctrl_c_and_with_one_worker_it_is_the_same_to_the_last_bit(
-    way: str, run: Path, align: Callable[..., Any], here: Callable[..., int], tmp_path: Path
-) -> None:
-    other = tmp_path / "other"
+@pytest.fixture
+def other(run: Path, tmp_path: Path) -> tuple[Path, list[str]]:
+    """Directory and arguments of the GRPO run on its own, with one rollout worker, from the policy that SFT has trained."""
     start = ["init_from=null", f"model={{path: {run / 'sft' / 'final'}}}", "rollout.workers=1", "save_every=1"]
+    return tmp_path / "other", ["grpo", "recipes/nano/grpo.yaml", f"run.dir={tmp_path / 'other'}", *SMALL, *start]
 
-    def until_step(number: int) -> tuple[Any, list[psutil.Process]]:
-        """The command, and all processes that it has started."""
-        command = align("grpo", "recipes/nano/grpo.yaml", f"run.dir={other}", *SMALL, *start, *OTHERWISE[way])
-        command.until((other / "checkpoints" / f"step_{number:05d}").is_dir)
-        return command, command.family()
 
-    stopped_at = 1
-    if way != QUICK:  # what a killed process leaves is also in `test_watcher` and `test_checkpoints`
-        command, children = until_step(1)
-        command.process.kill()
-        assert psutil.wait_procs(children, timeout=30)[1] == []
-        assert json.loads((other / "status.json").read_text())["state"] == "running"
-        stopped_at = 2
+def status_of(run: Path) -> str:
+    return str(json.loads((run / "status.json").read_text())["state"])
 
-    command, children = until_step(stopped_at)
-    assert len(children) > 4
-    os.killpg(command.process.pid, signal.SIGINT)
-    output = command.ends(130)
-    assert ("resuming from step 1" in output) == (way != QUICK)
-    assert output.rstrip().endswith("interrupted: everything was stopped")
-    assert "Traceback" not in output
-    assert psutil.wait_procs(children, timeout=20)[1] == []
-    assert json.loads((other / "status.json").read_text())["state"] == "interrupted"
 
-    assert here("resume", other) == 0
-    assert list((other / "weights").glob("*")) == []
+def assert_same(run: Path, other: Path) -> None:
+    """Samples, measures and weights of both, to the last bit."""
     for step in range(1, STEPS + 1):
         one, two = (pq.read_table(path / "samples" / f"step_{step:05d}.parquet") for path in (run, other))
         counted = ["weight_version", "weight_versions"]  # from the start of SFT there, of GRPO here
@@ -151,6 +130,60 @@ def test_killed_stopped_by_ctrl_c_and_with_one_worker_it_is_the_same_to_the_last
     exact = ("loss", "reward", "entropy", "gradient_norm", "agreement/mean", "agreement/max")
     assert [[s[key] for key in exact] for s in steps_of(run)] == [[s[key] for key in exact] for s in steps_of(other)]
     assert (run / "final/model.safetensors").read_bytes() == (other / "final/model.safetensors").read_bytes()
+
+
+def test_stopped_by_ctrl_c_and_with_one_worker_it_is_the_same_to_the_last_bit(
+    run: Path, other: tuple[Path, list[str]], here: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory, command = other
+
+    def stop_after_step_1() -> None:
+        while not (directory / "checkpoints" / "step_00001").is_dir():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    Thread(target=stop_after_step_1, daemon=True).start()
+    assert here(*command, *OTHERWISE["weights in files"]) == 130
+    assert "interrupted: everything was stopped" in "".join(capsys.readouterr())
+    assert status_of(directory) == "interrupted"
+
+    assert here("resume", directory) == 0
+    assert "resuming from step" in "".join(capsys.readouterr())
+    assert list((directory / "weights").glob("*")) == []
+    assert_same(run, directory)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", OTHERWISE)
+def test_killed_and_stopped_by_ctrl_c_it_leaves_no_process_and_is_the_same_to_the_last_bit(
+    way: str, run: Path, other: tuple[Path, list[str]], align: Callable[..., Any], here: Callable[..., int]
+) -> None:
+    directory, arguments = other
+
+    def until_step(number: int) -> tuple[Any, list[psutil.Process]]:
+        """The command, and all processes that it has started."""
+        command = align(*arguments, *OTHERWISE[way])
+        command.until((directory / "checkpoints" / f"step_{number:05d}").is_dir)
+        return command, command.family()
+
+    command, children = until_step(1)
+    command.process.kill()
+    assert psutil.wait_procs(children, timeout=30)[1] == []
+    assert status_of(directory) == "running"
+
+    command, children = until_step(2)
+    assert len(children) > 4
+    os.killpg(command.process.pid, signal.SIGINT)
+    output = command.ends(130)
+    assert "resuming from step 1" in output
+    assert output.rstrip().endswith("interrupted: everything was stopped")
+    assert "Traceback" not in output
+    assert psutil.wait_procs(children, timeout=20)[1] == []
+    assert status_of(directory) == "interrupted"
+
+    assert here("resume", directory) == 0
+    assert list((directory / "weights").glob("*")) == []
+    assert_same(run, directory)
 
 
 def test_servers_listen_on_loopback_alone(ray_session: None) -> None:

@@ -111,3 +111,18 @@ def rendered(tokenizer: Any, messages: Any, *, answering: bool) -> str:
 def ids_of(tokenizer: Any, text: str) -> list[int]:
     """As a server tokenises a rendering: right where nobody spells out a control token."""
     return list(tokenizer(text, add_special_tokens=False, split_special_tokens=False)["input_ids"])
+
+
+def refused(why: str, *templates: str) -> dict[str, str]:
+    return dict.fromkeys([name for name in TEMPLATES if name.removesuffix("_training") in templates], why)
+
+
+# What is refused, by template, with a part of the reason.
+TAKE_LISTS_ONLY = refused("leaves out what the|has no attribute 'text'", "idefics3", "smolvlm", "llava_next")
+NO_SYSTEM_MESSAGES = refused("System role not supported", "gemma")
+NO_DEMONSTRATIONS = refused("leaves the thoughts .* out", "deepseek_r1_distill", "deepseekv3")
+del NO_DEMONSTRATIONS["deepseek_r1_distill_training"]
+ONLY_WITH_A_THOUGHT = refused("each response needs one", *(name for name in TEMPLATES if name.startswith("nemotron")))
+ONLY_WITH_A_THOUGHT["deepseek_r1_distill_training"] = "each response needs one"
+ONLY_WITHOUT_A_THOUGHT = refused("ends a prompt in .* but writes something else", "qwen3_5_nothink")
+ONLY_WITHOUT_A_THOUGHT |= refused("an empty thought before the thought", "qwen3_8")

@@ -20,7 +20,6 @@ from reward import Mixture, RewardError, RewardTerm, Sample
 from reward.chat import (
     answer_text,
     decode_completion,
-    encode_conversation,
     encode_example,
     encode_prompt,
     end_of_answer,
@@ -32,7 +31,12 @@ from .chat_templates import (
     CONVERSATIONS,
     EOS,
     NANO,
+    NO_DEMONSTRATIONS,
+    NO_SYSTEM_MESSAGES,
+    ONLY_WITH_A_THOUGHT,
+    ONLY_WITHOUT_A_THOUGHT,
     PLAIN,
+    TAKE_LISTS_ONLY,
     TEMPLATES,
     THOUGHTFUL,
     assistant,
@@ -45,21 +49,6 @@ from .chat_templates import (
 )
 
 ANSWERS = [PLAIN, THOUGHTFUL, " \n4 ", "<think>\n\n</think>\n\n4", ""]
-
-
-def refused(why: str, *templates: str) -> dict[str, str]:
-    return dict.fromkeys([name for name in TEMPLATES if name.removesuffix("_training") in templates], why)
-
-
-# What is refused, by template, with a part of the reason.
-TAKE_LISTS_ONLY = refused("leaves out what the|has no attribute 'text'", "idefics3", "smolvlm", "llava_next")
-NO_SYSTEM_MESSAGES = refused("System role not supported", "gemma")
-NO_DEMONSTRATIONS = refused("leaves the thoughts .* out", "deepseek_r1_distill", "deepseekv3")
-del NO_DEMONSTRATIONS["deepseek_r1_distill_training"]
-ONLY_WITH_A_THOUGHT = refused("each response needs one", *(name for name in TEMPLATES if name.startswith("nemotron")))
-ONLY_WITH_A_THOUGHT["deepseek_r1_distill_training"] = "each response needs one"
-ONLY_WITHOUT_A_THOUGHT = refused("ends a prompt in .* but writes something else", "qwen3_5_nothink")
-ONLY_WITHOUT_A_THOUGHT |= refused("an empty thought before the thought", "qwen3_8")
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -402,72 +391,3 @@ def test_encoding_is_fast_enough_for_sft() -> None:
         encode_example(NANO, [user(f"What is {i} + 48?")], r"7+8=15, 3+4+1=8 \boxed{85}")
     # A slow core takes five times as long as a fast one; what is to be seen is a layout made anew for each example.
     assert time.process_time() - started < 10.0
-
-
-TALK = [system("S"), user("a"), assistant("b"), user("c"), assistant(THOUGHTFUL), user("e"), assistant("f\n")]
-
-
-@pytest.mark.parametrize("template", TEMPLATES)
-def test_a_conversation_teaches_each_answer_after_the_prompt_that_it_was_given_to(template: str) -> None:
-    tokenizer = tokenizer_with(template)
-    talk = TALK[1:] if template in NO_SYSTEM_MESSAGES else TALK
-    places = [place for place, turn in enumerate(talk) if turn["role"] == "assistant"]
-    try:
-        alone = [encode_example(tokenizer, talk[:place], talk[place]) for place in places]
-    except RewardError as refusal:
-        with pytest.raises(RewardError, match=re.escape(str(refusal))):
-            encode_conversation(tokenizer, talk, places)
-        return
-    sequences = encode_conversation(tokenizer, talk, places)
-    assert [len(ids) for ids, _ in sequences] == [len(learned) for _, learned in sequences]
-    left = list(alone)
-    for ids, learned in sequences:
-        expected = [False] * len(ids)
-        while left and ids[: len(left[0][0])] == left[0][0]:
-            whole, length = left.pop(0)
-            expected[length : len(whole)] = [True] * (len(whole) - length)
-        assert learned == expected
-        assert learned[-1]
-    assert left == []
-
-
-def test_answers_share_a_sequence_unless_the_template_drops_the_thoughts_of_earlier_turns() -> None:
-    assert len(encode_conversation(tokenizer_with("deepseek_v2"), TALK, [2, 4, 6])) == 1
-    # Qwen3 drops a thought as soon as the user speaks again, and the prompt of the last answer is another one.
-    assert len(encode_conversation(tokenizer_with("qwen3"), TALK, [2, 4, 6])) > 1
-    [(ids, learned)] = encode_conversation(tokenizer_with("deepseek_v2"), TALK, [4])
-    assert (ids, learned.index(True)) == encode_example(tokenizer_with("deepseek_v2"), TALK[:4], TALK[4])
-
-
-WEATHER = {"name": "weather", "description": "What the sky does.", "parameters": {"type": "object", "properties": {}}}
-SCHEMAS = [{"type": "function", "function": WEATHER}]
-CALL = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": {"town": "Köln"}}}
-ERRAND: list[dict[str, Any]] = [
-    user("Rain?"),
-    {"role": "assistant", "content": "", "tool_calls": [CALL]},
-    {"role": "tool", "content": "dry", "name": "weather", "tool_call_id": "1"},
-    assistant("No."),
-]
-
-
-@pytest.mark.parametrize("template", ["qwen2_5", "qwen3"])
-def test_tools_and_their_calls_are_rendered_as_the_template_does(template: str) -> None:
-    tokenizer = tokenizer_with(template)
-    sequences = encode_conversation(tokenizer, ERRAND, [1, 3], SCHEMAS)
-    rendered = tokenizer.apply_chat_template(ERRAND, tools=SCHEMAS, tokenize=False)
-    assert rendered.startswith(tokenizer.decode(sequences[-1][0]))
-    taught = "".join(
-        tokenizer.decode([id_ for id_, is_learned in zip(ids, learned, strict=True) if is_learned])
-        for ids, learned in sequences
-    )
-    assert '"town": "Köln"' in taught
-    assert taught.endswith("No.<|im_end|>")
-    assert "Rain?" not in taught
-    assert "dry" not in taught
-
-
-def test_a_control_token_in_a_call_of_a_tool_is_refused() -> None:
-    forged = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": {"town": "<|im_end|>"}}}
-    messages = [ERRAND[0], ERRAND[1] | {"tool_calls": [forged]}]
-    with pytest.raises(RewardError, match=r"calls spell out the control token <\|im_end\|>"):
-        encode_conversation(tokenizer_with("qwen3"), messages, [1], SCHEMAS)

@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,12 +73,11 @@ def deadly(file: Path, deaths: int) -> Callable[[Sample], Score]:
     return judge
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_the_rewards_are_those_of_the_mixture_in_the_order_of_the_batches(workers: int) -> None:
+def test_the_rewards_are_those_of_the_mixture_in_the_order_of_the_batches() -> None:
     mixture = Mixture([RewardTerm(name="exact_answer"), RewardTerm(name="answer_format", weight=0.1)])
     samples = batches(5, size=3)
     here = [[reward.value for reward in mixture.score(batch)] for batch in samples]
-    there = [[reward.value for reward in batch] for batch in scored(mixture, samples, workers=workers)]
+    there = [[reward.value for reward in batch] for batch in scored(mixture, samples, workers=2)]
     assert there == here
 
 
@@ -88,17 +87,21 @@ def test_a_batch_whose_worker_died_is_judged_by_the_next(tmp_path: Path) -> None
     assert verdicts(rewards) == [[Verdict.PASS] * 2] * 4
 
 
-def test_a_batch_that_killed_two_workers_is_masked_and_no_other(tmp_path: Path) -> None:
+def test_a_batch_that_killed_two_workers_is_masked_and_no_other_and_the_limit_on_such_is_for_all_batches_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     register("deadly")(deadly(tmp_path / "deaths", 2))
-    rewards = scored(Mixture([RewardTerm(name="deadly")], infra_error_limit=0.3), batches(4))
-    assert verdicts(rewards) == [[Verdict.PASS] * 2, [Verdict.INFRA_ERROR] * 2, [Verdict.PASS] * 2, [Verdict.PASS] * 2]
-    assert [reward.value for reward in rewards[1]] == [None, None]
+    refuse, found = Mixture.refuse_too_many_masked, list[SampleReward]()
 
+    def seen(mixture: Mixture, samples: Sequence[Sample], rewards: Sequence[SampleReward]) -> None:
+        found.extend(rewards)
+        refuse(mixture, samples, rewards)
 
-def test_the_limit_on_masked_samples_is_for_all_batches_together(tmp_path: Path) -> None:
-    register("deadly")(deadly(tmp_path / "deaths", 2))
+    monkeypatch.setattr(Mixture, "refuse_too_many_masked", seen)
     with pytest.raises(InfrastructureError, match=r"25.0% of the samples.*limit is 20.0%.*died, twice"):
         scored(Mixture([RewardTerm(name="deadly")], infra_error_limit=0.2), batches(4))
+    assert [reward.verdict for reward in found] == [Verdict.PASS] * 2 + [Verdict.INFRA_ERROR] * 2 + [Verdict.PASS] * 4
+    assert [reward.value for reward in found[2:4]] == [None, None]
 
 
 def test_a_worker_whose_answers_take_long_to_fetch_is_not_taken_for_dead(monkeypatch: pytest.MonkeyPatch) -> None:

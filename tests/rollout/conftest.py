@@ -15,3 +15,12 @@ def witnessed(policy: ModelOptions, ray_session: None) -> Iterator[WitnessedFlee
     witnessed.until_healthy()
     yield witnessed
     witnessed.fleet.close()
+
+
+@pytest.fixture
+def killed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The processes that a supervisor kills, none of which is there."""
+    pids: list[int] = []
+    monkeypatch.setattr("rollout.processes.kill", lambda process, grace_s: pids.append(process.pid))
+    monkeypatch.setattr("rollout.processes.stacks", lambda process: f"stacks of {process.pid}")
+    return pids

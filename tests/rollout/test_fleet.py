@@ -35,7 +35,9 @@ STOP = 2
 OPTIONS = FleetOptions(workers=1, max_length=64, kv_cache_gb=0.25, batch_sequences=8)
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["one process", "two processes"])
+@pytest.fixture(
+    scope="module", params=[1, pytest.param(2, marks=pytest.mark.slow)], ids=["one process", "two processes"]
+)
 def fleet(request: pytest.FixtureRequest, policy: ModelOptions, ray_session: None) -> Iterator[Fleet]:
     """A worker whose engine is one process, then one whose engine is two that have half of each matrix."""
     options = OPTIONS.model_copy(update={"tensor_parallel": request.param})

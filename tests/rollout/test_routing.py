@@ -115,7 +115,7 @@ def test_every_token_has_the_experts_that_its_routers_chose(
 ) -> None:
     """Also those of requests that were preempted, and of prompts that are in the cache of another request."""
     path = models(name)
-    options = FleetOptions(workers=1, threads=2, max_length=128, kv_cache_gb=cache_gb, record_experts=True)
+    options = FleetOptions(workers=1, max_length=128, kv_cache_gb=cache_gb, record_experts=True)
     fleet = Fleet(path, "float32", options, stop_token_ids=[1])
     try:
         fleet.wait_until_ready()

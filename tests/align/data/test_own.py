@@ -265,7 +265,7 @@ def test_every_stage_takes_a_file_without_a_card_and_says_what_was_compared(
     stage: str, rows: Rows, tmp_path: Path
 ) -> None:
     made = recipe(stage, tmp_path, data={"path": written(tmp_path / "mine.jsonl", rows), "held_out": 0.1})
-    check_names(made)
+    check_names(made.data, made.data_stage, made.roles())
     with open_run(made) as run:
         loaded = LOADERS[stage](made, TOKENIZER, run)
     [compared] = events(tmp_path, "held_out")
@@ -305,7 +305,7 @@ def test_columns_of_a_file_are_in_the_metadata_of_training(tmp_path: Path) -> No
 def test_an_evaluation_of_a_file_of_its_own_asks_all_of_it(tmp_path: Path) -> None:
     file, held = written(tmp_path / "mine.jsonl", problems(60)), written(tmp_path / "held.jsonl", problems(7, 58))
     made = recipe("grpo", tmp_path, data={"path": file}, evaluation={"path": held})
-    check_names(made)
+    check_names(made.data, made.data_stage, made.roles())
     with open_run(made) as run:
         loaded = load_grpo_data(made, TOKENIZER, run)
     asked = sorted(problem.example.prompt_text for problem in loaded.held_out.problems)
@@ -329,7 +329,7 @@ def test_domains_are_those_that_rows_say_and_a_reward_must_be_for_each(tmp_path:
     assert domains_of(card_of(DataOptions(path=file))) == ["user", "lengths"]
     made = recipe("grpo", tmp_path, data={"path": file}, rewards=[{"name": "exact_answer", "domains": ["user"]}])
     with pytest.raises(UserError, match="none with a weight is for the domain 'lengths'"):
-        check_names(made)
+        check_names(made.data, made.data_stage, made.roles())
 
 
 @pytest.mark.parametrize(
@@ -346,7 +346,7 @@ def test_what_a_stage_cannot_take_is_refused_before_anything_starts(
 ) -> None:
     made = recipe(stage, tmp_path, data={"path": written(tmp_path / "mine.jsonl", rows)})
     with pytest.raises(UserError, match=message):
-        check_names(made)
+        check_names(made.data, made.data_stage, made.roles())
 
 
 @pytest.mark.parametrize(

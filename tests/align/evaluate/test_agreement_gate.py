@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from align.evaluate.agreement import AgreementError, AgreementGate, Disagreement, compare, probe
-from align.evaluate.doctor import CheckStatus, examine_engines
+from align.evaluate.doctor import CheckStatus
+from align.evaluate.doctor_engines import examine_engines
 from align.experience import training_sequence
 from align.learner.batch import TrainingSequence, collate
 from align.learner.group import LearnerGroup

@@ -15,12 +15,9 @@ from tokenizers import AddedToken
 from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV2Config, LlamaConfig
 
 from align.errors import UserError
-from align.evaluate.attribution import Attribution
 from align.evaluate.doctor import (
     CPU_HEADS,
     CPU_LATENTS,
-    LEARNER_ROOM,
-    SAMPLER_ROOM,
     Check,
     CheckStatus,
     DoctorError,
@@ -34,14 +31,12 @@ from align.evaluate.doctor import (
     check_softmax_scale,
     check_template,
     examine,
-    parts,
-    sampler_share,
     verdict,
 )
 from align.model.policy import load_tokenizer
 from align.model.sizes import read_config
-from align.recipe import LearnerOptions, ModelOptions, OptimizerOptions
-from align.tools.offline import doctor, on_gpus
+from align.recipe import ModelOptions
+from align.tools.offline import doctor
 from rollout import FleetOptions
 
 
@@ -322,63 +317,6 @@ def test_a_failed_check_ends_in_an_error_that_tells_all() -> None:
     failed = Check("one", CheckStatus.FAILED, "because. Cure: this")
     with pytest.raises(DoctorError, match=r"2 of 3 checks failed\n- one: because\. Cure: this\n- two: because"):
         verdict([failed, Check("fine", CheckStatus.OK, ""), Check("two", CheckStatus.FAILED, failed.detail)], "model")
-
-
-def test_the_first_part_that_differs_fails_the_check_of_parts() -> None:
-    distances = {"embedding": 0.0, "layer 0, attention": 2e-6, "layer 0, router": 0.3, "layer 0, experts": 0.5}
-    assert_failed(
-        parts(Attribution(distances, (1e-4, 1e-4))), "they part in layer 0, router, whose outputs differ by 3.0e-01"
-    )
-    assert parts(Attribution(distances, (0.6, 0.6))) == (
-        CheckStatus.OK,
-        "none differs by more than 5.0e-01 of its size",
-    )
-
-
-V2_LITE, CARD = 2 * 15_706_484_224, 85_520_809_984
-"""Bytes of DeepSeek-V2-Lite's weights in bfloat16, and of an H100 or A100 of 80 GB."""
-
-
-def test_both_engines_of_v2_lite_fit_a_card_of_80_gb() -> None:
-    share = sampler_share(V2_LITE, CARD)
-    assert (1 - share) * CARD >= V2_LITE + LEARNER_ROOM
-    assert share * CARD >= V2_LITE + SAMPLER_ROOM
-
-
-def test_what_does_not_fit_is_said_with_its_sizes() -> None:
-    with pytest.raises(
-        UserError, match=r"do not fit one GPU of 80 GiB: each holds 58\.5 GiB of weights.*--dtype bfloat16"
-    ):
-        sampler_share(2 * V2_LITE, CARD)
-
-
-@pytest.fixture
-def engines_on(policy: ModelOptions, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A function of the number of cards of 80 GB and of workers: the options of the doctor's sampler and learner there."""
-
-    def options(cards: int, workers: int) -> tuple[FleetOptions, LearnerOptions]:
-        monkeypatch.setattr("torch.cuda.device_count", lambda: cards)
-        monkeypatch.setattr("align.tools.offline.gpu_records", lambda: [{"memory": CARD}] * cards)
-        learner = LearnerOptions(ranks=1, optimizer=OptimizerOptions(learning_rate=1e-3))
-        return on_gpus(policy, FleetOptions(workers=workers), learner)
-
-    return options
-
-
-def test_sampler_and_learner_share_the_only_gpu(engines_on: Any) -> None:
-    rollout, learner = engines_on(cards=1, workers=1)
-    assert rollout.gpus + learner.gpus == 1
-    assert rollout.gpu_memory_share <= (CARD - LEARNER_ROOM) / CARD
-
-
-def test_with_a_gpu_for_each_they_share_none(engines_on: Any) -> None:
-    rollout, learner = engines_on(cards=3, workers=2)
-    assert rollout.gpus == learner.gpus == 1
-
-
-def test_more_workers_than_there_are_gpus_beside_the_learner_are_refused(engines_on: Any) -> None:
-    with pytest.raises(UserError, match="--workers 2"):
-        engines_on(cards=2, workers=2)
 
 
 def test_deepcopy_of_the_configuration_leaves_the_skeleton_alone(skeleton: Any) -> None:

@@ -32,7 +32,7 @@ def unwrapped(text: str) -> str:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_key_has_a_description(stage: str) -> None:
-    assert [key.path for key in keys_of(STAGES[stage]) if len(key.description) < 5] == []
+    assert [key.path for key in keys_of(stage) if len(key.description) < 5] == []
 
 
 @pytest.mark.parametrize("stage", STAGES)

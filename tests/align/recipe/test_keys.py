@@ -165,6 +165,13 @@ class Code:
         places = dict(lines_of(ast.parse(Path(tree.path).read_text(encoding="utf-8")), module))
         for expression in expressions(tree.defs):
             here = places.get(expression.line, module)
+            if isinstance(expression, nodes.SuperExpr):
+                found = [
+                    base.names[expression.name].node for base in above(expression) if expression.name in base.names
+                ]
+                if found and found[0] is not None:
+                    self._refer(here, found[0])
+                continue
             if expression.node is not None:
                 self._refer(here, expression.node)
             if isinstance(expression, nodes.MemberExpr):
@@ -191,7 +198,12 @@ def lines_of(tree: ast.Module | ast.ClassDef, at: str) -> Iterator[tuple[int, st
             yield from lines_of(node, f"{at}.{node.name}")
 
 
-def expressions(root: Any) -> Iterator[nodes.RefExpr]:
+def above(expression: nodes.SuperExpr) -> list[nodes.TypeInfo]:
+    """The classes in which `super()` looks, in their order."""
+    return expression.info.mro[1:] if expression.info else []
+
+
+def expressions(root: Any) -> Iterator[nodes.RefExpr | nodes.SuperExpr]:
     """Every name and attribute below a node of mypy's."""
     seen: set[int] = set()
     due = [root]
@@ -201,7 +213,7 @@ def expressions(root: Any) -> Iterator[nodes.RefExpr]:
             due += node
         elif isinstance(node, nodes.Node) and not isinstance(node, nodes.TypeInfo | nodes.Var) and id(node) not in seen:
             seen.add(id(node))
-            if isinstance(node, nodes.RefExpr):
+            if isinstance(node, nodes.RefExpr | nodes.SuperExpr):
                 yield node
             due += [getattr(node, name, None) for name in parts_of(type(node))]
 

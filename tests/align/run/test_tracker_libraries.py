@@ -33,8 +33,9 @@ def track(directory: Path, tracker: str) -> None:
     """Log steps 1 and 2; then, as a resumed run, step 2 again and step 3."""
     run = RunDirectory(directory)
     directory.mkdir()
+    made = recipe(tracker)
     for steps in ((1, 2), (2, 3)):
-        log = MetricsLog(run, Trackers.of(recipe(tracker), run))
+        log = MetricsLog(run, Trackers.of(made.trackers, made.name, made.model_dump(mode="json"), run))
         if steps[0] > 1:
             run.metrics_file.write_text(run.metrics_file.read_text().splitlines(keepends=True)[0])
             log.trackers.rewind(2)

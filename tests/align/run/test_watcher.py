@@ -23,12 +23,20 @@ with watched():
 """
 
 
+@pytest.fixture(scope="module")
+def processes() -> Iterator[list["subprocess.Popen[str]"]]:
+    """One for each test, started together, for a watcher looks only every few seconds."""
+    command = [sys.executable, "-c", CODE]
+    started = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    yield started.copy()
+    for process in started:
+        process.kill()
+        process.wait()
+
+
 @pytest.fixture
-def process() -> Iterator["subprocess.Popen[str]"]:
-    started = subprocess.Popen([sys.executable, "-c", CODE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    yield started
-    started.kill()
-    started.wait()
+def process(processes: list["subprocess.Popen[str]"]) -> "subprocess.Popen[str]":
+    return processes.pop()
 
 
 def family_of(process: "subprocess.Popen[str]") -> list[psutil.Process]:

@@ -10,7 +10,7 @@ import pytest
 from align.errors import UserError
 from align.model.sizes import empty_model, model_sizes, read_config
 from align.recipe import RewardModelRecipe
-from align.session.checks import bytes_needed, check_space, default_grace_s
+from align.session.checks import bytes_needed, check_space, default_grace_s, most_checkpoints
 
 from ..tiny import NANO, tiny_recipe
 
@@ -24,17 +24,23 @@ def recipe(**keys: object) -> RewardModelRecipe:
     return tiny_recipe(**{"model": {"path": NANO}, **keys})
 
 
+def needed(**keys: object) -> int:
+    made = recipe(**keys)
+    checkpoints = most_checkpoints(made.save_every, made.keep_checkpoints, made.roles().evaluation)
+    return bytes_needed(made.model, made.learner, PARAMETERS, checkpoints=checkpoints)
+
+
 def test_each_checkpoint_counts_with_its_optimizer_and_the_one_that_is_being_written() -> None:
-    without = bytes_needed(recipe(), PARAMETERS)
+    without = needed()
     assert without == pytest.approx((4 + 4 + 12 + 4) * PARAMETERS, rel=1e-6)
-    three = bytes_needed(recipe(save_every=1), PARAMETERS)
+    three = needed(save_every=1)
     assert three - without == pytest.approx(2 * 20 * PARAMETERS, rel=1e-6)
-    assert bytes_needed(recipe(save_every=1, keep_checkpoints=3), PARAMETERS) > three
+    assert needed(save_every=1, keep_checkpoints=3) > three
 
 
 def test_too_little_space_is_refused_with_what_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = recipe(run={"dir": tmp_path / "not" / "there"})
-    need = bytes_needed(recipe(), PARAMETERS)
+    need = needed()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(need))
     check_space(made.directory, need, keep=made.keep_checkpoints)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(need - 1))

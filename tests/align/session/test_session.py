@@ -15,7 +15,7 @@ from align.run import machine
 from align.session.checks import check_model, check_recipe, refuse_without_experts, sent_bytes
 from align.session.run import open_run
 from align.session.session import Session, weight_sync_of
-from rollout import AdapterSync, BroadcastSync, DirectorySync, ObjectStoreSync, WeightOptions
+from rollout import AdapterSync, BroadcastSync, DirectorySync, FleetOptions, ObjectStoreSync, WeightOptions
 
 
 def recipe(*overrides: str) -> GrpoRecipe:
@@ -79,10 +79,13 @@ def test_rounded_weights_are_refused_beside_an_adapter_and_told_of_by_check() ->
 def test_routing_is_replayed_where_there_is_any_and_something_to_replay() -> None:
     with pytest.raises(UserError, match="no effect with a single update a step"):
         recipe("grpo.routing_replay=learner")
-    refuse_without_experts("dense", recipe())
+    refuse_without_experts("dense", FleetOptions(), "off")
     for changed in ("grpo.routing_replay=sampler", "rollout.record_experts=true"):
-        with pytest.raises(UserError, match="is for a mixture of experts, and dense is dense"):
-            refuse_without_experts("dense", recipe(changed))
+        made = recipe(changed)
+        with pytest.raises(UserError, match=rf"{changed.partition('=')[0]} is for a mixture of experts, and dense is"):
+            refuse_without_experts("dense", made.roles().rollout, made.grpo.routing_replay)
+        assert made.roles().rollout.record_experts
+    assert not recipe("grpo.routing_replay=learner", "grpo.updates_per_step=2").roles().rollout.record_experts
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU it can be served")
@@ -111,7 +114,7 @@ def test_the_workers_trust_the_code_of_a_model_as_the_recipe_does(
         pytest.raises(Started) as started,
         open_run(made) as run,
     ):
-        Session(run, made.model, tokenizer).start_sampling(made)
+        Session(run, made.model, tokenizer).start_sampling(made.roles())
     assert started.value.args[0]["trust_remote_code"] is trusted
     assert sizes == [sent_bytes(made.model, None)]
 

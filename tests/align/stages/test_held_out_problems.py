@@ -57,6 +57,10 @@ def session(run: Run, made: GrpoRecipe, fleet: Fleet) -> Session:
     return opened
 
 
+def problems_of(made: GrpoRecipe) -> Problems:
+    return load_problems(made.evaluation, made.data, made.rewards, made.rollout.max_length, TOKENIZER)
+
+
 def recipe(directory: Path, *overrides: str) -> GrpoRecipe:
     own = [f"run.dir={directory}", "init_from=null", "machine={}", "evaluation.samples=0", "evaluation.limit=20"]
     loaded = load_recipe(NANO, [*own, *overrides])
@@ -68,7 +72,7 @@ def test_checkpoints_are_chosen_by_validation_problems_and_the_test_is_left_for_
     made = recipe(tmp_path / "run", "evaluation.every=5")
     fleet: Any = Fleet()
     with open_run(made) as run:
-        problems = load_problems(made, TOKENIZER)
+        problems = problems_of(made)
         run.progress.stage("GRPO", 40)
         held_out = HeldOut(made, problems, session(run, made, fleet))
         assert held_out.to_choose_by().evaluate("GRPO step 5", 5).accuracy == 1.0
@@ -89,7 +93,7 @@ def test_checkpoints_are_chosen_by_validation_problems_and_the_test_is_left_for_
 def test_everything_that_is_evaluated_on_is_held_out_whatever_the_limit(tmp_path: Path) -> None:
     for every, splits in (("null", {"test"}), ("5", {"test", "validation"})):
         made = recipe(tmp_path / f"run_{every}", f"evaluation.every={every}")
-        problems = load_problems(made, TOKENIZER)
+        problems = problems_of(made)
         assert problems.prompts.keys() == {f"nano_math/{split}" for split in splits}
         assert min(len(prompts) for prompts in problems.prompts.values()) > 500
 
@@ -99,7 +103,7 @@ def test_without_a_validation_split_no_checkpoint_can_be_chosen() -> None:
     with pytest.raises(
         UserError, match=r"evaluation\.every: checkpoints are chosen by the validation split, and humaneval"
     ):
-        check_names(made)
+        check_names(made.data, made.data_stage, made.roles())
 
 
 def test_two_evaluated_cards_of_one_name_are_refused(tmp_path: Path) -> None:
@@ -107,14 +111,14 @@ def test_two_evaluated_cards_of_one_name_are_refused(tmp_path: Path) -> None:
     same.write_text(Path("data_cards/nano_math.md").read_text())
     made = load_recipe(NANO, [f"evaluation.cards=[nano_math, {same}]"])
     with pytest.raises(UserError, match=r"2 cards are named 'nano_math'"):
-        check_names(made)
+        check_names(made.data, made.data_stage, made.roles())
 
 
 def test_prompts_that_are_too_long_to_be_answered_are_on_record(tmp_path: Path) -> None:
     made = recipe(
         tmp_path / "run", "rollout.max_length=62", "evaluation.max_new_tokens=46", "sampling.max_new_tokens=8"
     )
-    problems = load_problems(made, TOKENIZER)
+    problems = problems_of(made)
     with open_run(made) as run:
         HeldOut(made, problems, session(run, made, Fleet()))
         [found] = [

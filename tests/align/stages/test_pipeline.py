@@ -190,7 +190,7 @@ def test_a_round_of_iterative_grpo_goes_on_from_the_policy_and_the_reward_model_
     plan = load_pipeline(Path("recipes/nano/pipeline_iterative.yaml"), [f"run.dir={tmp_path}"])
     made = {stage.name: stage for stage in plan.stages}
     for stage in plan.stages:
-        check_names(stage.recipe)
+        check_names(stage.recipe.data, stage.recipe.data_stage, stage.recipe.roles())
     final = {name: str(tmp_path / name / "final") for name in made}
     pairs, reward, policy = (made[name].recipe for name in ("pairs_2", "reward_2", "policy_2"))
     assert pairs.model.path == policy.model.path == final["policy_1"]

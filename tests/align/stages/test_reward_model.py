@@ -85,7 +85,7 @@ def recipe(directory: Path, **changes: Any) -> RewardModelRecipe:
     file = directory / "recipe.yaml"
     file.write_text(yaml.safe_dump(values))
     loaded = load_recipe(file)
-    check_names(loaded)
+    check_names(loaded.data, loaded.data_stage, loaded.roles())
     assert isinstance(loaded, RewardModelRecipe)
     return loaded
 
@@ -97,7 +97,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> Path
     write_preferences(directory / "pairs")
     polite = recipe(directory)
     with open_run(polite) as run:
-        policy, tokenizer = prepare_policy(polite.model, polite.seed, run, of_reward_model=True)
+        policy, tokenizer = prepare_policy(
+            polite.model, polite.seed, run.directory.initial_directory, run.progress, of_reward_model=True
+        )
         trained, evaluation = train_reward_model(
             polite, load_reward_model_data(polite, tokenizer, run), Session(run, policy, tokenizer)
         )
@@ -194,7 +196,9 @@ def test_a_reward_model_learns_on_from_what_it_was_with_a_tenth_of_earlier_pairs
     options = {"steps": 2, "pairs_per_step": 20, "max_length": 200, "test_limit": 20}
     more = recipe(tmp_path, model={"path": str(trained / "final")}, data=data, reward_model=options)
     with open_run(more) as run:
-        start, tokenizer = prepare_policy(more.model, more.seed, run, of_reward_model=True)
+        start, tokenizer = prepare_policy(
+            more.model, more.seed, run.directory.initial_directory, run.progress, of_reward_model=True
+        )
         pairs = load_reward_model_data(more, tokenizer, run)
         assert [source.a_step for source in pairs.sources] == [18, 2]
         train_reward_model(more, pairs, Session(run, start, tokenizer))

@@ -1,6 +1,7 @@
 """`align eval`: the problems of a file, or of a split of a data card, answered on the engines that tests share, by whatever reward."""
 
 import json
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -8,25 +9,34 @@ import pytest
 
 from align.cli import main
 from align.errors import UserError
+from align.model.policy import load_tokenizer
 from align.recipe import ModelOptions
-from align.tools.offline import problems_of
+from align.tools.offline import problems_of, running_fleet
+from rollout import Fleet, FleetOptions
+
+
+@pytest.fixture(scope="module")
+def fleet(policy: ModelOptions, ray_session: None) -> Iterator[Fleet]:
+    """The rollout workers that a command gets here in place of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("align.tools.offline.local_ray", nullcontext)
+        options = FleetOptions(workers=1, max_length=512)
+        with running_fleet(policy, options, load_tokenizer(policy.path)) as fleet:
+            patch.setattr("align.tools.offline.running_fleet", lambda *of: nullcontext(fleet))
+            yield fleet
 
 
 def test_a_policy_answers_a_users_own_file(
-    policy: ModelOptions,
-    ray_session: None,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    policy: ModelOptions, fleet: Fleet, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("align.tools.offline.local_ray", nullcontext)
     problems = [
         {"id": "a", "prompt": "What is 1 + 1?", "answer": "2"},
         {"id": "b", "messages": [{"role": "user", "content": "What is 2 + 2?"}], "answer": "4"},
     ]
     data, out = tmp_path / "problems.jsonl", tmp_path / "answers.jsonl"
     data.write_text("".join(json.dumps(problem) + "\n" for problem in problems))
-    assert main(["eval", "--model", policy.path, "--data", str(data), "--out", str(out)]) == 0
+    asked = ["eval", "--model", policy.path, "--data", str(data), "--out", str(out)]
+    assert main([*asked, "--max-new-tokens", "8"]) == 0
     answers = [json.loads(line) for line in out.read_text().splitlines()]
     assert [answer["id"] for answer in answers] == ["a", "b"]
     assert all({"completion", "reward", "verdict"} <= answer.keys() for answer in answers)
@@ -34,21 +44,20 @@ def test_a_policy_answers_a_users_own_file(
 
 
 def test_a_function_in_a_file_scores_the_answers_to_a_card_and_their_file_again(
-    policy: ModelOptions, ray_session: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    policy: ModelOptions, fleet: Fleet, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("align.tools.offline.local_ray", nullcontext)
-    monkeypatch.setattr("align.tools.offline.problems_of", lambda data, split: problems_of(data, split)[:24])
+    monkeypatch.setattr("align.tools.offline.problems_of", lambda data, split: problems_of(data, split)[:8])
     file, out, scores = (tmp_path / name for name in ("mine.py", "answers.jsonl", "scores.jsonl"))
     file.write_text(
         "def short(completions, messages): return [len(m) / (1 + len(c)) for c, m in zip(completions, messages)]\n"
     )
     own = ["--reward", f"{file}:short"]
     asked = ["eval", "--model", policy.path, "--data", "nano_math", "--split", "validation", "--samples", "2"]
-    assert main([*asked, "--temperature", "0.7", "--out", str(out), *own, "--max-new-tokens", "16"]) == 0
+    assert main([*asked, "--temperature", "0.7", "--out", str(out), *own, "--max-new-tokens", "8"]) == 0
     assert main(["score", "--data", str(out), "--out", str(scores), *own]) == 0
     answers, again = (list(map(json.loads, path.read_text().splitlines())) for path in (out, scores))
-    assert [row["greedy"] for row in answers].count(True) == 24
-    assert [row["greedy"] for row in answers].count(False) == 2 * 24
+    assert [row["greedy"] for row in answers].count(True) == 8
+    assert [row["greedy"] for row in answers].count(False) == 2 * 8
     assert [row["reward"] for row in answers] == [row["value"] for row in again]
 
 
