@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from align.data.chat import answer_text, encode_prompt
 from align.data.types import Example
-from align.errors import naming
+from align.errors import UserError, naming
 from align.learner.batch import TrainingSequence
 from reward import Sample, SampleReward, ScoringPool, Ticket, Verdict
 from reward.rows import added_metadata
@@ -126,10 +126,19 @@ def reward_sample(example: Example, trajectory: Trajectory, text: str) -> Sample
 def training_sequence(
     trajectory: Trajectory, weight: float = 0.0, advantage: float = 0.0, group: int | None = None
 ) -> TrainingSequence:
-    """A trajectory as the learner takes it: trained on where the policy drew the token."""
+    """A trajectory as the learner takes it: trained on where the policy drew the token.
+
+    Raises UserError where experts were recorded, but not of each token that went through the model: all but the last.
+    """
     prompt = np.zeros(len(trajectory.prompt_token_ids), dtype=bool)
+    token_ids = [*trajectory.prompt_token_ids, *trajectory.token_ids]
+    if trajectory.experts is not None and (known := len(trajectory.experts)) != len(token_ids) - 1:
+        raise UserError(
+            f"grpo.routing_replay, rollout.record_experts: a completion of prompt {trajectory.prompt_id!r} has the experts of {known} tokens, where "
+            f"{len(token_ids) - 1} went through the model"
+        )
     return TrainingSequence(
-        token_ids=[*trajectory.prompt_token_ids, *trajectory.token_ids],
+        token_ids=token_ids,
         sampled=np.concatenate([prompt, trajectory.sampled]),
         weight=weight,
         advantage=advantage,

@@ -16,6 +16,7 @@ from align.errors import UserError
 from align.learner.batch import UNKNOWN
 from align.learner.experts import chosen_by, is_of_autoep, logits_of, routers_of
 
+KEYS = "grpo.routing_replay, rollout.record_experts"
 TOLERANCE = 1e-5
 TIE = 1e-5
 """Two logits that are nearer than this are decided by rounding alone, in float32 too."""
@@ -82,8 +83,16 @@ class RoutingReplay:
         passes += [torch.stack(chosen, dim=1) for chosen in zip(*own.values(), strict=True)]
 
     def take(self) -> Changes:
-        """How much of the routing was changed since this was last asked."""
-        found = {layer: Routes(*counts.tolist()) for layer, counts in self._changes.items()}
+        """How much of the routing was changed since this was last asked. Raises UserError where experts were given that no router can choose."""
+        found: Changes = {}
+        for layer, counts in self._changes.items():
+            *routes, impossible = counts.tolist()
+            if impossible:
+                raise UserError(
+                    f"{KEYS}: {impossible} tokens of layer {layer} are given experts that its router cannot choose, with an id twice or beyond its "
+                    "last: are they of another model?"
+                )
+            found[layer] = Routes(*routes)
         self._changes.clear()
         return found
 
@@ -92,8 +101,7 @@ class RoutingReplay:
             return None
         if not isinstance(output, tuple) or len(output) != 3:
             raise UserError(
-                f"grpo.routing_replay, rollout.record_experts: {type(router).__name__} does not tell which experts it chooses; leave them out "
-                "for this model"
+                f"{KEYS}: {type(router).__name__} does not tell which experts it chooses; leave them out for this model"
             )
         if self._recorded is not None:
             self._recorded[layer].append(chosen_by(output).to(torch.int16))
@@ -102,17 +110,27 @@ class RoutingReplay:
         call = self._calls.get(layer, 0)
         self._calls[layer] = call + 1
         # What is computed again for the backward pass is of a single forward pass.
-        given = self._given[call % len(self._given)][:, :, place].flatten(0, 1).long()
+        passed = self._given[call % len(self._given)].flatten(0, 1)
         spread, logits = is_of_autoep(output), logits_of(router, inputs, output)
         weights, own = output[:2] if spread else output[1:]
+        if passed.shape != (expected := (len(own), len(self.layers), own.shape[1])):
+            raise UserError(
+                f"{KEYS}: the experts that are given have the shape {tuple(passed.shape)}, tokens, layers and experts of a token, where this model's have "
+                f"{expected}: are they of another model?"
+            )
+        given = passed[:, place].long()
+        ordered = given.sort(dim=-1).values
+        impossible = (ordered[:, 1:] == ordered[:, :-1]).any(dim=-1) | (ordered[:, -1] >= logits.shape[-1])
+        given = given.clamp(max=logits.shape[-1] - 1)
         if self._forced and layer in self._unchecked:
             check_weights(router, logits, output, "grpo.routing_replay")
             self._unchecked.discard(layer)
         known = (given >= 0).all(dim=-1)
-        changed = known & (given.sort(dim=-1).values != own.sort(dim=-1).values).any(dim=-1)
+        changed = known & (ordered != own.sort(dim=-1).values).any(dim=-1)
         undecided = changed & is_tie(logits.detach(), own, given)
         fell_back = (given == UNKNOWN).any(dim=-1)
-        counted = torch.stack([known.sum(), (changed & ~undecided).sum(), undecided.sum(), fell_back.sum()])
+        counts = known, changed & ~undecided, undecided, fell_back, known & impossible
+        counted = torch.stack([count.sum() for count in counts])
         self._changes[layer] = self._changes.get(layer, 0) + counted
         if not self._forced:
             return None

@@ -62,8 +62,9 @@ class CorrectionOptions(Options):
         for key, reason in why.items():
             refuse_without_effect(self, key, reason, at="grpo.correction.")
         if self.high is not None and not (self.low or 0) < 1 <= self.high:
+            low = "" if self.low is None else f"low ({self.low}) must be below 1 and "
             raise ValueError(
-                f"low ({self.low}) must be below 1 and high ({self.high}) no lower: 1 is the ratio where sampler and learner agree"
+                f"{low}high ({self.high}) {'no' if low else 'must not be'} lower than 1, the ratio where sampler and learner agree"
             )
         return self
 

@@ -33,6 +33,8 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
+        if len(Path(path).parts) > 2 and not Path(path).exists():
+            raise UserError(f"model.path: {path} does not exist") from None
         raise UserError(
             f"model.path: {path} has no tokenizer that transformers can load: {first_line(error)}"
         ) from None

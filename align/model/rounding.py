@@ -47,11 +47,11 @@ def _on_fp8_grid(block: torch.Tensor) -> torch.Tensor:
     return (block / scale).clamp(-largest, largest).to(torch.float8_e4m3fn).float() * scale
 
 
-def is_rounded(name: str, weight: torch.Tensor, precision: Precision) -> bool:
-    """Whether a tensor with this name, in a checkpoint or in transformers, is one that `precision` rounds."""
+def is_rounded(name: str, dimensions: int, precision: Precision) -> bool:
+    """Whether a tensor with this name, in a checkpoint or in transformers, and so many dimensions is one that `precision` rounds."""
     if precision in ("model", "bfloat16"):
         return precision != "model"
-    return weight.dim() > 1 and LEFT.search(name) is None
+    return dimensions > 1 and LEFT.search(name) is None
 
 
 def rounded(
@@ -59,7 +59,7 @@ def rounded(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """A checkpoint's tensors, those that `precision` rounds on its grid."""
     for name, tensor in named_tensors:
-        yield name, on_grid(tensor, precision) if is_rounded(name, tensor, precision) else tensor
+        yield name, on_grid(tensor, precision) if is_rounded(name, tensor.dim(), precision) else tensor
 
 
 @torch.no_grad()
@@ -68,10 +68,12 @@ def round_parameter(name: str, parameter: torch.Tensor, precision: Precision) ->
 
     Returns what it was, a copy in the CPU's memory; None where it is not rounded.
     """
-    if not is_rounded(name, parameter, precision):
+    if not is_rounded(name, parameter.dim(), precision):
         return None
     before = parameter.detach().to("cpu", copy=True)
     fused = FUSED.match(name)
     for part in parameter.chunk(2, dim=-2) if fused and fused["kind"] == "gate_up_proj" else [parameter]:
-        part.copy_(on_grid(part, precision))
+        # One expert after the other: what the grid is computed with takes several times the memory of what is rounded.
+        for matrix in part if part.dim() > 2 else [part]:
+            matrix.copy_(on_grid(matrix, precision))
     return before

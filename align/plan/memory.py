@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from align.errors import UserError
 from align.learner.head import TILE
 from align.model.lora import ROUTERS, Part, block_of, is_meant, without_layers
+from align.model.rounding import is_rounded
 from align.model.sizes import ModelSizes, Shape
 from align.recipe import LearnerOptions, Roles
 from rollout import FleetOptions
@@ -89,8 +90,22 @@ class Work:
     @property
     def route_bytes(self) -> int:
         """Bytes of the experts that a step's tokens went through, on their way from the workers to the ranks."""
-        tokens = self.roles.sampled_sequences * self.roles.longest
+        tokens = self.roles.sampling_rounds * self.roles.sampled_sequences * self.roles.longest
         return tokens * self.sizes.routes_a_token if self.roles.routes else 0
+
+    @property
+    def unrounded_bytes(self) -> float:
+        """Bytes of a rank's own weights that wait in the CPU's memory while it computes with what `weights.precision` makes of them, after a weight sync.
+
+        Under ZeRO-3 those of the whole model, all on rank 0.
+        """
+        if self.training is None or self.roles.weights is None:
+            return 0.0
+        sizes, precision = self.sizes, self.roles.weights.precision
+        rounded = {n: math.prod(s) for n, s in sizes.parameters.items() if is_rounded(n, len(s), precision)}
+        routed = sum(size for name, size in rounded.items() if ".experts." in name)
+        elsewhere = routed * (1 - 1 / self.training.options.expert_parallel)
+        return (sum(rounded.values()) - elsewhere) * self.element
 
     @property
     def kv_bytes(self) -> int:

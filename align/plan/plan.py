@@ -138,6 +138,17 @@ def notes(work: Work) -> list[str]:
         if work.stored_bytes:
             size = store_size(work.sent * work.element)
             found.append(f"Ray's object store takes {gib(size)} of /dev/shm, so that they do not go over the disk")
+    if (rounds := work.roles.sampling_rounds) > 1:
+        once = work.roles.sampled_sequences
+        found.append(
+            f"grpo.refill_rounds: a step samples {once:,} completions, and {rounds * once:,} where in each round all groups are without variance: its "
+            "seconds of sampling are for that"
+        )
+    if work.unrounded_bytes:
+        found.append(
+            f"weights.precision: while the sync is checked, {gib(work.unrounded_bytes)} of unrounded weights wait in the CPU's memory, "
+            + ("on rank 0" if options.zero_stage == 3 else "on each rank")
+        )
     if work.route_bytes:
         found.append(
             f"the experts of a step's tokens, {work.sizes.routes_a_token} bytes a token, take {gib(work.route_bytes)} of Ray's object store at "

@@ -79,12 +79,13 @@ def demands(colocated: bool, roles: Sequence[Role]) -> list[Demand]:
 def host_memory(node: Node, roles: Sequence[Role], work: Work) -> float:
     """Bytes of a node's memory that the processes on it take at most, what is at rest there among them.
 
-    Rank 0 has the whole model at the start and where it is saved; Ray's store has the weights twice wherever they are sent or loaded, and the
+    Rank 0 has the whole model at the start and where it is saved, and under ZeRO-3 that which rounded weights were made of; Ray's store has the weights twice wherever they are sent or loaded, and the
     experts of a step's tokens.
     """
+    on_rank_0 = work.training is not None and work.training.options.zero_stage == 3
     total = sum(role.host * len(node.held.get(role.name, ())) for role in roles)
     if 0 in node.held.get(LEARNER, ()):
-        total += work.read_bytes * memory.READING
+        total += work.read_bytes * memory.READING + (work.unrounded_bytes if on_rank_0 else 0)
     if WORKER in node.held or 0 in node.held.get(LEARNER, ()):
         total += work.stored_bytes + work.route_bytes
     return total
@@ -103,8 +104,11 @@ def learner_role(work: Work, cluster: Cluster) -> Role | None:
     parts = memory.learner_memory(work.training, on_gpu=bool(gpus)) | {
         "process": GPU_PROCESS if gpus else memory.LEARNER_PROCESS
     }
+    if not gpus:
+        parts["unrounded weights"] = work.unrounded_bytes / (options.ranks if options.zero_stage == 3 else 1)
     resting = at_rest(work.training) if work.roles.colocated else 0
-    return Role(LEARNER, options.ranks, gpus, parts, limit, memory.LEARNER_PROCESS + resting)
+    waiting = work.unrounded_bytes if gpus and options.zero_stage < 3 else 0
+    return Role(LEARNER, options.ranks, gpus, parts, limit, memory.LEARNER_PROCESS + resting + waiting)
 
 
 def rollout_role(work: Work, cluster: Cluster) -> Role | None:

@@ -51,7 +51,8 @@ def step_seconds(work: Work, worker: Parts | None, gpus_per_node: int) -> dict[s
         threads = 1 if gpus_per_node else options.threads
         compute = 2 * sizes.active * together / (rates.decode_flops * threads)
         launching = 0.0 if options.cuda_graphs else sizes.layers * rates.layer_s
-        seconds["sampling"] = -(-each // together) * new_tokens * (max(read, compute) + launching)
+        batches = roles.sampling_rounds * -(-each // together)
+        seconds["sampling"] = batches * new_tokens * (max(read, compute) + launching)
     if job is None:
         return seconds
     checkpointing, threads = job.options.gradient_checkpointing, 1 if gpus_per_node else job.options.threads

@@ -235,13 +235,12 @@ class GrpoOptions(LossOptions):
     @model_validator(mode="before")
     @classmethod
     def _expand_the_preset(cls, data: Any) -> Any:
-        return spelled_out(data) if isinstance(data, Mapping) else data
-
-    @model_validator(mode="after")
-    def _is_what_the_preset_says(self) -> Self:
-        if self.preset is not None and (found := contradiction(self.preset, self)):
+        if not isinstance(data, Mapping):
+            return data
+        # Before anything is said of keys that only the preset has given.
+        if found := contradiction(data):
             raise ValueError(found)
-        return self
+        return spelled_out(data)
 
     @model_validator(mode="after")
     def _zero_variance_teaches_nothing(self) -> Self:

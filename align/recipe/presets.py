@@ -74,11 +74,14 @@ def spelled_out(options: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**options, **{key: value for key, value in stands_for.items() if options.get(key) is None}}
 
 
-def contradiction(name: PresetName, options: Any) -> str | None:
-    """What is wrong with options that have another value for a key that makes the preset what it is."""
+def contradiction(options: Mapping[str, Any]) -> str | None:
+    """What is wrong with given options that have another value for a key that makes their preset what it is."""
+    name: Any = options.get("preset")
+    if name not in list(PRESETS):
+        return None
     preset = PRESETS[name]
     for key, value in preset.defining.items():
-        if (given := getattr(options, key)) != value:
+        if (given := options.get(key)) is not None and given != value:
             there = f"has no {key}" if value is None else f"is {key}: {value}"
             return f"preset: {name} ({preset.source}) {there}, which {key}: {given} contradicts: leave one of them out"
     return None

@@ -42,7 +42,8 @@ class Roles:
 
     `learner`: ranks that train `trained`, on `trained_sequences` of at most `longest` tokens; with a `reference` they hold the
     policy a second time, for the KL, and of a distillation the model at the path `teacher`. `rollout`: workers that hold the policy and
-    sample `sampled_sequences` of at most `sampling.max_new_tokens` (of preference data, all of them; none in SFT, where they only answer evaluations). `scoring`: processes
+    sample `sampled_sequences` of at most `sampling.max_new_tokens`, `sampling_rounds` times at most (of preference data, all of them; none in SFT, where
+    they only answer evaluations). `scoring`: processes
     that score what was sampled, by `rewards`. `evaluation`: what the policy is asked before and after the stage, by `weights` kept
     equal to the learner's. `colocated`: a rank and a worker share a GPU and use it in turn. `routes`: the experts of what is sampled go from
     process to process with it.
@@ -57,6 +58,7 @@ class Roles:
     rollout: FleetOptions | None = None
     sampling: SamplingOptions | None = None
     sampled_sequences: int = 0
+    sampling_rounds: int = 1
     scoring: ScoringOptions | None = None
     rewards: Sequence[RewardTerm] = ()
     evaluation: EvaluationOptions | None = None
@@ -343,6 +345,7 @@ class GrpoRecipe(PolicyRecipe):
             teacher=self.grpo.distill.teacher if self.grpo.distill else None,
             sampling=self.sampling,
             sampled_sequences=sequences,
+            sampling_rounds=1 + self.grpo.refill_rounds,
             routes=self.rollout.record_experts or self.grpo.routing_replay != "off",
         )
 

@@ -67,7 +67,9 @@ def model_card(run: RunRecord, name: str) -> str:
     stages = lineage(run)
     data, base = data_of(stages), base_of(stages[0])
     evaluations = [each for each in compared_evaluations(run) if each.stage is run.whole]
-    licence = licence_of([*([base] if base else []), *data])
+    teachers = teachers_of(stages)
+    made_of = [*([base] if base else []), *teachers, *data]
+    licence = licence_of(made_of)
     is_reward_model = run.whole.recipe.get("stage") == "reward_model"
     about = ModelCardData(
         model_name=name.rpartition("/")[2],
@@ -86,7 +88,9 @@ def model_card(run: RunRecord, name: str) -> str:
         template_str=TEMPLATE.read_text(encoding="utf-8"),
         name=name,
         base=base,
+        teachers=teachers,
         data=data,
+        made_of=made_of,
         licence=licence["license"],
         stages=[(stage.recipe.get("stage"), recipe_text(stage), curve_rows(stage)) for stage in stages],
         evaluations=evaluation_rows(evaluations),
@@ -124,13 +128,13 @@ def lineage(run: RunRecord) -> list[Stage]:
 def base_of(first: Stage) -> Source | None:
     """The model that was trained, by its own card where that is there or on the hub; None where the weights were new."""
     model = first.recipe.get("model") or {}
-    path = Path(first.model_path).expanduser()
-    if model.get("init") == "random":
-        return None
-    if path.is_dir():
-        return Source(path.name, _card_licence(path / "README.md"))
-    is_named = HUB_NAME.fullmatch(first.model_path) is not None
-    return Source(first.model_path, _card_licence(first.model_path), hub=first.model_path if is_named else "")
+    return None if model.get("init") == "random" else _of_model(first.model_path)
+
+
+def teachers_of(stages: Sequence[Stage]) -> list[Source]:
+    """The models whose probabilities stages trained on (`grpo.distill`), each once."""
+    options = [(stage.recipe.get("grpo") or {}).get("distill") for stage in stages]
+    return list(dict.fromkeys(_of_model(each["teacher"], "distillation") for each in options if each))
 
 
 def data_of(stages: Sequence[Stage]) -> list[Source]:
@@ -223,6 +227,15 @@ def _hub_name(data: str) -> str:
         return _of_card(load_card(data), "").hub or data
     except UserError:
         return data
+
+
+def _of_model(model: str, use: str = "") -> Source:
+    """A model on this machine or on the hub. What a run has made is called as the run."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        name = path.absolute().parent.name if path.name == "final" else path.name
+        return Source(name, _card_licence(path / "README.md"), use)
+    return Source(model, _card_licence(model), use, hub=model if HUB_NAME.fullmatch(model) else "")
 
 
 def _of_card(card: DataCard, use: str) -> Source:

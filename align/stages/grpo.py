@@ -94,10 +94,12 @@ def train_grpo(recipe: GrpoRecipe, data: GrpoData, session: Session) -> tuple[Mo
             problems = items_of_step(data.sources, seed=recipe.seed, step=step)
             run.progress.phase("sampling")
             sample = partial(sampled, session, recipe.sampling, options.group_size, recipe.seed, step, clock)
-            scored = sample(problems)
+            scored, refill_seconds = sample(problems), dict[str, float]()
             if options.refill_rounds:
                 further = partial(refill_of_step, data.sources, seed=recipe.seed, step=step)
+                before = clock.total
                 scored = refilled(scored, options, further, sample)
+                refill_seconds = {"refill/seconds": clock.total - before}
 
             advantages = compare(scored, options)
             updates = updates_of(scored, advantages, options, recipe.sampling.max_new_tokens)
@@ -116,6 +118,7 @@ def train_grpo(recipe: GrpoRecipe, data: GrpoData, session: Session) -> tuple[Mo
             metrics = (
                 step_metrics(scored, advantages, sums, norm, clock, rewarded=recipe.is_rewarded)
                 | option_metrics(options, advantages, sums)
+                | refill_seconds
                 | synced
                 | learner.expert_load()
                 | left_out(data.sources)

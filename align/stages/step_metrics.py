@@ -22,6 +22,11 @@ class Clock:
         self.seconds: dict[str, float] = {}
         self._at = time.perf_counter()
 
+    @property
+    def total(self) -> float:
+        """Seconds of all parts."""
+        return sum(self.seconds.values())
+
     def lap(self, part: str) -> None:
         """Count the time since the last lap as time of `part`."""
         now = time.perf_counter()
@@ -47,7 +52,7 @@ def step_metrics(
     scored = [answer for answer in answers if answer.reward.value is not None]
     rewards = [float(answer.reward.value) for answer in scored if answer.reward.value is not None]
     lengths = np.array([len(answer.trajectory.token_ids) for answer in answers])
-    tokens, seconds, found = sums.tokens or nan, sum(clock.seconds.values()), Disagreement.of(sums)
+    tokens, seconds, found = sums.tokens or nan, clock.total, Disagreement.of(sums)
     metrics = {
         "reward": mean_of(rewards),
         "reward_std": float(np.std(rewards)) if rewards else nan,

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from align.data.types import Example
+from align.errors import UserError
 from align.experience import (
     ScoredTrajectory,
     is_scored_row,
@@ -57,6 +58,16 @@ def test_the_learners_log_probabilities_stand_at_the_tokens_that_were_sampled() 
     columns = token_columns(TWO_TURNS, np.array([-1.0, -2.0, -3.0], dtype=np.float32))
     assert columns["learner_log_probs"] == [-1.0, -2.0, 0.0, 0.0, -3.0]
     assert token_columns(TWO_TURNS)["learner_log_probs"] is None
+
+
+@pytest.mark.parametrize("known", [6, 8])
+def test_with_experts_of_fewer_or_more_tokens_than_went_through_the_model_nothing_is_trained_on(known: int) -> None:
+    of = {name: getattr(TWO_TURNS, name) for name in Trajectory.__slots__}
+    assert training_sequence(Trajectory(**of | {"experts": np.zeros((7, 2, 2), np.uint8)})).experts is not None
+    with pytest.raises(
+        UserError, match=f"prompt 'p' has the experts of {known} tokens, where 7 went through the model"
+    ):
+        training_sequence(Trajectory(**of | {"experts": np.zeros((known, 2, 2), np.uint8)}))
 
 
 def test_a_samples_file_from_before_turns_is_read() -> None:

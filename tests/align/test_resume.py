@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from align.recipe import load_recipe
+from align.model.policy import write_random_policy
+from align.recipe import ModelOptions, load_recipe
 
 Lines = Callable[[Path], list[dict[str, Any]]]
 SAVE_EVERY = 2
@@ -29,7 +30,8 @@ GRPO = [
     "sampling={max_new_tokens: 16}",
     f"grpo={{steps: {GRPO_STEPS}, prompts_per_step: 4, group_size: 4, kl_coefficient: 0.04, updates_per_step: 2, "
     "refill_rounds: 1, correction: {kind: icepop}}",
-    "rewards=[{name: soft_overlong, params: {max_length: 77, cache: 1, unit: characters}}]",
+    # Of the answers of a policy with random weights some are longer, in some groups none.
+    "rewards=[{name: soft_overlong, params: {max_length: 61, cache: 1, unit: characters}}]",
 ]
 PAIRS = [
     "data={card: nano_helpful}",
@@ -45,6 +47,9 @@ COMMANDS = {
     "grpo": ["grpo", "recipes/nano/grpo.yaml", "init_from=null", *GRPO],
     "reward_model": ["reward-model", "recipes/nano/reward_model.yaml", *PAIRS],
 }
+# Routing replay, a correction, refill, rounded weights and a teacher beside the reward.
+REMEDIES = [*COMMANDS["grpo"], "grpo.routing_replay=sampler", "weights.precision=int8", "grpo.steps=4"]
+REMEDIES += ["learner.ranks=1", "rollout.batch_sequences=8", "evaluation.before=false"]
 STEPS = {"sft": SFT_STEPS, "grpo": GRPO_STEPS, "reward_model": PAIR_STEPS}
 TIMES = ("time", "seconds", "per_second")
 
@@ -232,3 +237,31 @@ def test_a_learner_that_is_killed_is_started_again_and_the_end_is_the_same(
     assert "the learners were started again (1 of 3 times)" in output
     assert "resuming from step" in output
     assert_same(whole(stage, align), run, read_lines)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_with_all_remedies_a_worker_dead_of_two_and_killed_it_ends_as_undisturbed_with_one(
+    align: Any, read_lines: Lines, tmp_path: Path
+) -> None:
+    whole, run, teacher = (tmp_path / name for name in ("whole", "run", "teacher"))
+    write_random_policy(ModelOptions(path="recipes/nano/policy", init="random"), teacher, seed=1)
+    remedies = [*REMEDIES, f"grpo.distill={{teacher: {teacher}}}"]
+    align(*remedies, f"run.dir={whole}").ends(0)
+
+    line = [*remedies, "rollout.workers=2", f"run.dir={run}"]
+    command = align(*line)
+    command.until(lambda: steps_done(run, "grpo", read_lines) >= 1)
+    next(process for process in command.family() if "RolloutWorker" in "".join(process.cmdline())).kill()
+    command.until(lambda: steps_done(run, "grpo", read_lines) >= 3)
+    family = command.family()
+    command.process.kill()
+    command.process.wait()
+    assert living(family, 30) == []
+    assert "resuming from step 2" in align(*line).ends(0)
+
+    assert_same(whole, run, read_lines)
+    steps = [step for step in read_lines(whole / "metrics.jsonl") if "loss" in step]
+    for name in ("reward_std", "refill/replaced", "routing/changed", "sync/mean", "distill/kl"):
+        assert max(step[name] for step in steps) > 0, f"{name}: without it nothing is proved of it"
+    assert min(step["correction/effective_sample_size"] for step in steps) < 1

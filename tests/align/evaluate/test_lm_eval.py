@@ -165,7 +165,7 @@ def test_the_hook_gives_what_the_harness_says_in_another_process(
     assert metrics.rows == [row for row in outcome.rows if row["task"] == "nano_choice"]
     assert metrics.not_run == {"nano_unsafe": outcome.not_run["nano_unsafe"]}
     nowhere = replace(checkpoint, model=ModelOptions(path=str(folder / "nowhere")))
-    with pytest.raises(UserError, match="has no tokenizer that transformers can load"):
+    with pytest.raises(UserError, match="nowhere does not exist"):
         run("lm_eval", nowhere, NO_FLEET, params)
     with pytest.raises(EvaluationError, match=r"longer than timeout_s = 0\.5"):
         run("lm_eval", checkpoint, NO_FLEET, params | {"timeout_s": 0.5})

@@ -230,3 +230,28 @@ def test_a_router_that_does_not_tell_what_it_chooses_is_refused() -> None:
         pytest.raises(UserError, match="OlmoeTopKRouter does not tell which experts"),
     ):
         replay._route(0, 0, routers_of(policy)[0], (), output)
+
+
+IMPOSSIBLE: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], str]] = {
+    "an id twice": (lambda e: torch.where(e >= 0, 1, e), "with an id twice or beyond its last"),
+    "an id out of range": (lambda e: torch.where(e == EXPERTS - 1, EXPERTS, e), "with an id twice or beyond its last"),
+    "too few experts": (lambda e: e[..., :-1], "where this model's have"),
+    "too few layers": (lambda e: e[:, :, :-1], "where this model's have"),
+    "too few tokens": (lambda e: e[:, :-1], "where this model's have"),
+}
+
+
+@pytest.mark.parametrize("forced", [True, False])
+@pytest.mark.parametrize("what", IMPOSSIBLE)
+def test_experts_that_no_router_can_choose_are_refused(what: str, forced: bool) -> None:
+    policy, batch = policy_of("DeepSeek-V2"), collate(some_sequences(), 0)
+    replay, (spoil, expected) = RoutingReplay(policy), IMPOSSIBLE[what]
+    assert batch.experts is not None
+
+    def counted() -> None:
+        computed(policy, replay, batch, experts=[spoil(batch.experts)], forced=forced)
+        replay.take()
+
+    with pytest.raises(UserError, match=expected) as refused:
+        counted()
+    assert "\n" not in str(refused.value)

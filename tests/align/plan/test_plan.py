@@ -297,3 +297,47 @@ def test_a_teacher_is_counted_in_memory_and_time(zero: int) -> None:
     assert taught.roles[-1].total - without.roles[-1].total == pytest.approx(held)
     assert taught.seconds["training"] > without.seconds["training"]
     assert taught.refusals
+
+
+def test_refill_is_counted_as_if_no_group_of_any_round_had_variance() -> None:
+    """Two rounds are sampled one after the other, and the experts of all three times travel with what was sampled."""
+    step = ["grpo.prompts_per_step=64", "grpo.group_size=16", "rollout.record_experts=true"]
+    read = [
+        load_recipe(Path("recipes/v2/grpo_reasoning.yaml"), [*step, *more]) for more in ([], ["grpo.refill_rounds=2"])
+    ]
+    once, refilled = (make_plan(recipe, sizes_of(V2), cluster_of(20, 8, 80)) for recipe in read)
+    assert refilled.seconds["sampling"] == pytest.approx(3 * once.seconds["sampling"])
+    assert refilled.seconds["training"] == once.seconds["training"]
+    routes = [work_of(recipe.roles(), sizes_of(V2), 2).route_bytes for recipe in read]
+    assert routes[1] == 3 * routes[0] > 0
+    assert any("a step samples 1,024 completions, and 3,072 where" in note for note in refilled.notes)
+    assert not any("refill" in note for note in once.notes)
+
+
+@pytest.mark.parametrize("zero", [1, 3])
+def test_rounded_weights_take_a_copy_of_what_is_rounded_in_the_nodes_memory(zero: int) -> None:
+    """All but embeddings, head [102400, 2048 each], 26 routers [64, 2048] and norms; of each rank, or under ZeRO-3 of rank 0."""
+    options = [*APART, f"learner.zero_stage={zero}"]
+    plain, rounded = (
+        planned("recipes/v2_lite/grpo_reasoning.yaml", LITE, 2, 8, *options, *more)
+        for more in ([], ["weights.precision=int8"])
+    )
+    norms = 27 * (2 * 2048 + 512) + 2048
+    copy = 2 * (LITE_SIZE - 2 * 102_400 * 2048 - 26 * 64 * 2048 - norms)
+    more = [new - old for (_, new), (_, old) in zip(rounded.nodes, plain.nodes, strict=True)]
+    assert more == pytest.approx([copy, 0] if zero == 3 else [4 * copy, 4 * copy])
+    assert [role.parts for role in rounded.roles] == [role.parts for role in plain.roles]
+    assert any("28.5 GiB of unrounded weights wait" in note for note in rounded.notes)
+
+
+def test_without_gpus_that_copy_is_among_the_memory_of_a_rank() -> None:
+    plans = [
+        make_plan(
+            load_recipe(Path("recipes/nano/grpo.yaml"), ["init_from=null", *more]),
+            sizes_of("recipes/nano/policy"),
+            cluster_of(1, 0, 0),
+        )
+        for more in ([], ["weights.precision=bfloat16"])
+    ]
+    plain, rounded = (plan.roles[-1].total for plan in plans)
+    assert rounded - plain == 4 * sizes_of("recipes/nano/policy").total

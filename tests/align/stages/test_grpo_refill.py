@@ -50,6 +50,7 @@ def test_groups_without_variance_are_replaced_by_groups_of_further_prompts(train
         assert line["reward"] == pytest.approx((3 * 0.5 + 4) / 7)
         assert (line["accuracy"], line["zero_variance_groups"]) == pytest.approx(((3 * 0.5 + 4) / 7, 4 / 7))
         assert (line["refill/replaced"], line["refill/with_variance"]) == (3, 0.75)
+        assert 0 < line["refill/seconds"] < line["step_seconds"]
     [told] = [event for event in stage.warnings if event["alarm"] == "refill"]
     assert "in 25% of the groups all rewards are still equal" in told["message"]
 

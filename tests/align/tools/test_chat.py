@@ -86,7 +86,7 @@ def test_the_command_loads_the_model_and_samples_as_its_flags_say(
         (["--max-new-tokens", "0"], "'--max-new-tokens': Input should be greater than or equal to 1"),
         (["--max-length", "8"], "'--max-length': Input should be greater than or equal to 16"),
         (["--max-length", "999999"], "has a context of"),
-        (["--model", "/nowhere/at/all"], "has no tokenizer that transformers can load"),
+        (["--model", "/nowhere/at/all"], "model.path: /nowhere/at/all does not exist"),
     ],
 )
 def test_a_mistake_is_told_before_anything_is_loaded(

@@ -118,6 +118,21 @@ def test_it_says_where_another_policy_than_these_weights_was_evaluated(run: Path
     assert "rounded" not in card(run)[1]
 
 
+def test_it_names_the_teacher_of_a_distillation_and_heeds_its_licence(run: Path, tmp_path: Path) -> None:
+    small = base(tmp_path / "small", "mit")
+    teacher = make_run(tmp_path / "larger", model=base(tmp_path / "large", "cc-by-nc-4.0"))
+    card(teacher)
+    student = make_run(tmp_path / "student", model=small, grpo={"distill": {"teacher": str(teacher / "final")}})
+    about, text = card(student)
+    assert "Trained from `small` (licence: mit) by grpo" in text
+    assert "Distilled from the teacher `larger` (licence: made-of-non-commercial-sources)" in text
+    assert about["license_name"] == "made-of-non-commercial-sources"
+    assert text.count("> **Not for commercial use:** it was made of larger") == 1
+    named = make_run(tmp_path / "named", model=small, grpo={"distill": {"teacher": "org/large"}})
+    assert "the teacher [org/large](https://huggingface.co/org/large) (licence: unknown)" in card(named)[1]
+    assert "teacher" not in card(run)[1]
+
+
 def test_of_an_adapter_it_says_how_peft_loads_it(run: Path) -> None:
     (run / "final" / "adapter").mkdir()
     assert 'PeftModel.from_pretrained(base_model, "sums", subfolder="adapter")' in card(run)[1]
