@@ -15,8 +15,15 @@ PARROTS = (
     "Parrots are clever birds, and some of them can copy the words which people say in the garden. They live for many years in warm "
     "forests, where they eat fruit, nuts and seeds. A flock of them is loud enough to be heard from far away."
 )
+
+
+def written(text: str) -> Trick:
+    """A trick that puts answer and topic into a text."""
+    return Trick(text, lambda sample, _: text.format(sample.completion, " ".join(sample.metadata["topic"])))
+
+
 MORE = [
-    Trick(text, lambda sample, _, text=text: text.format(sample.completion, " ".join(sample.metadata["topic"])))
+    written(text)
     for text in (
         "Here is something about {1} that you may want to know. It is good to know about it.",
         "{1} is a very interesting topic. Many people love {1} and want to know more about it.",
