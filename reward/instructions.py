@@ -24,7 +24,7 @@ from functools import lru_cache, partial
 from typing import Any
 
 from reward import older_names
-from reward.prose import capital_words, degenerate, punkt_sentences, sentences
+from reward.prose import capital_words, degenerate, punkt_sentences, whole_sentences
 from reward.registry import register
 from reward.types import RewardError, Sample, Score, UnusableAnswer, Verdict
 from reward.unasked import unasked
@@ -41,7 +41,7 @@ _JSON_DOCUMENT = re.compile(r"\s*(?:```\w*)?\s*[\[{]")
 
 _RELATIONS = {"less than": operator.lt, "at least": operator.ge}
 _COUNTS: Mapping[str, tuple[Sequence[str], Callable[[str, Mapping[str, Any]], int]]] = {
-    SENTENCES: (["num_sentences"], lambda text, args: len(sentences(text))),
+    SENTENCES: (["num_sentences"], lambda text, args: len(whole_sentences(text))),
     "length_constraints:number_sentences": (
         ["num_sentences", "relation"],
         lambda text, args: len(punkt_sentences(text)),

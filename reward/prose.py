@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -40,6 +40,8 @@ given, both must be larger (GPT-4: 0.26)."""
 _GRAM = 4
 _WORD = re.compile(r"\w+(?:['’]\w+)*|[\U0001f300-\U0001faff]")
 _STUTTER = re.compile(r"\b([^\W\d_]+)(?:\W+\1\b){2,}", re.IGNORECASE)
+_NUMBERS = re.compile(r"(?:\b\d+\b\W*){20,}")
+"""A list of numbers, which counts as one: it would thin out what is said over and over."""
 _ITEM = re.compile(r"(?:[-*•+]|\d+[.)])\s")
 _PAUSE = re.compile(r"[^\w\s'’,]|\d|\n")
 _PHRASES = ("end_phrase", "keyword", "keywords", "postscript_marker", "prompt_to_repeat")
@@ -50,6 +52,17 @@ just like may me more most my no not of on one or our out she so some than that 
 those to up us was we were what when where which while who will with would you your
 """
 _FUNCTION_WORDS = frozenset(_LITTLE.split())
+_VAGUE = """
+answer answers any anything below come comes correct course describe described describes description discuss
+everything explain explained explains explanation fact facts find follow followed following follows get give gives
+glad going good great happy help helps hope important information instruction instructions interesting know known let
+like look lot lots love made make makes many matter much nice nothing now okay other paragraph people piece please
+pleasure question questions really request response right said say says see sentence sentences share short simple
+somebody someone something step steps story subject sure take talk talking tell tells text thing things think topic
+true very want way well wonderful word words world write written yes
+"""
+_SAYS_NOTHING = _FUNCTION_WORDS | frozenset(_VAGUE.split())
+"""Words that sentences about anything are made of."""
 _ANY_CASE = re.IGNORECASE
 _OPEN = re.compile(
     r"\b(?:write|compose|create|generate|draft|tell|describe|explain|discuss|elaborate|expand|summari[sz]e|critique|recommend"
@@ -87,6 +100,7 @@ _ASKS = re.compile(
 """How a sentence begins that asks for something; with a capital or without, for what is repeated in capitals is repeated."""
 _OPEN_END = re.compile(r"(?:^|\s)[A-Za-z'’-]+[,;]?\Z")
 _SENTENCE_END = re.compile(r"[^\W\d][.!?][\"'”’)*]*(?:\s|\Z)")
+_ENDED = re.compile(r"[.!?…。！？][^\w.!?]*\Z")
 _ABBREVIATIONS = "dr e.g etc i.e jr mr mrs ms p.p.s p.s prof sr st vs"
 _PUNKT_ABBREVIATIONS = """
 adm ala ariz aug ave bros calif co col colo conn corp cos ct dec dr feb fla fri ft ga gen ill inc jan jr kan ky lt ltd maj messrs
@@ -105,12 +119,14 @@ def degenerate(
     What the instructions make it repeat (phrases, keywords and the request, as their `arguments` say) is taken away first. Of
     the rest:
 
-    - `LEAST_WORDS` words answer an open request: one with a topic, or that asks for a text. One word answers others, such as
-      questions, and all with `can_be_short`; but not one that is taken from a request without a choice.
+    - `LEAST_WORDS` words answer an open request: one with a topic, or that asks for a text. Sentences that say nothing, such as "This is
+      about parrots.", do not count. One word answers others, such as questions, and all with `can_be_short`; but not one that is taken
+      from a request without a choice.
     - Keywords in a row are no sentences (unless the answer is to be in another language than English).
     - It must not say the same over and over: words, phrases, sentences or lines.
     - It must not be the request. An answer to a question, and what is made of a given text, may consist of the same words.
-    - If there is a topic, one of its words must occur, whatever its ending (unless in another language).
+    - If there is a topic, one of its words must occur, whatever its ending, in a sentence that says something (unless in another
+      language).
 
     All take time that is linear in the text.
     """
@@ -118,6 +134,7 @@ def degenerate(
     only_repeat = to_repeat and _ONLY_REPEAT.search(prompt)
     own, asked = (text, "") if only_repeat else (_without(text, arguments), _without(prompt, arguments))
     english = all(args.get("language", "en") == "en" for args in arguments)
+    own = _NUMBERS.sub(" 1 ", own)
     found, given = _words(own), _words(asked)
     request = f"{asked}\n{to_repeat}"
     is_open = bool(topic) or (_OPEN.search(request) and not _CAN_BE_SHORT.search(request) and not _few_words(arguments))
@@ -131,13 +148,23 @@ def degenerate(
         return why
     if english and _bare(own) > MOST_BARE * len(found):
         return "a list of words, not sentences"
-    return _echoes(found, given, prompt) or (_strays(own, found, topic) if english else "")
+    if (why := _echoes(found, given, prompt)) or not english:
+        return why
+    gives_a_text = len(given) > LONG_REQUEST or _GIVES_A_TEXT.search(prompt)
+    saying = _saying(own, () if gives_a_text else given, topic) if least > 1 else found
+    return "it says nothing" if len(saying) < least else _strays(saying, topic)
 
 
 def sentences(text: str) -> list[str]:
     """The sentences of a text as nltk's Punkt finds them, with a few abbreviations and no trained model; lines too."""
     punkt = _punkt(_ABBREVIATIONS)
     return [part for line in text.splitlines() for part in punkt.tokenize(line) if _WORD.search(part)]
+
+
+def whole_sentences(text: str) -> list[str]:
+    """The sentences that end like one; a heading, a title or a list of values is none. All `sentences` where none ends so."""
+    found = sentences(text)
+    return [part for part in found if _ENDED.search(part)] or found
 
 
 def punkt_sentences(text: str) -> list[str]:
@@ -243,7 +270,14 @@ def breaks_off(text: str) -> bool:
     return len(parts) > 1 or (len(_words(last)) >= LEAST_WORDS and bool(begun))
 
 
-def _strays(own: str, found: Sequence[str], topic: Sequence[str]) -> str:
+def _saying(text: str, given: Collection[str], topic: Sequence[str]) -> list[str]:
+    """The words of the sentences that say something: those with a word that is neither vague nor from the request nor the topic."""
+    nothing, stems = _SAYS_NOTHING.union(given), tuple(map(_stem, topic))
+    parts = (_words(part) for part in sentences(text))
+    return [word for part in parts if any(w not in nothing and not w.startswith(stems) for w in part) for word in part]
+
+
+def _strays(found: Sequence[str], topic: Sequence[str]) -> str:
     if not topic or any(word.startswith(_stem(key)) for key in topic for word in found):
         return ""
     return f"nothing about the topic ({', '.join(topic)})"

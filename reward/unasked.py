@@ -147,5 +147,11 @@ MARKS = (
         "detectable_format:number_highlighted_sections detectable_content:number_placeholders detectable_format:json_format",
         r"bracket|bold|italic|emphas|highlight|markdown|code|format|program|script|function|html|table|json|template|resume",
     ),
+    _mark(
+        "a boxed value",
+        lambda text: r"\boxed{" in text,
+        "",
+        r"box|latex|math|calculat|comput|solv|equation|how (?:many|much)|number",
+    ),
     _mark("JSON", is_json, "detectable_format:json_format", r"json|format|code|list"),
 )

@@ -21,12 +21,12 @@ from align.evaluate.rates import count_instructions, instruction_rates, task_rat
 from align.experience import Problem, encode_problems
 from align.learner.group import LearnerGroup
 from align.learner.objective import Sums
-from align.recipe import AgreementOptions, DataOptions, EvaluationOptions, GrpoRecipe, ModelOptions, PolicyRecipe
+from align.recipe import AgreementOptions, DataOptions, EvaluationOptions, ModelOptions, PolicyRecipe
 from align.report.habits import last_evaluation_habits
 from align.run import RunDirectory, read_jsonl, read_samples
 from align.session.checks import check_columns
 from align.session.session import Session
-from align.stages.guards import habit_alarms
+from align.stages.guards import habit_alarms, stop_at
 from reward import RewardTerm
 from rollout import Prompt
 
@@ -97,7 +97,7 @@ class HeldOut:
         self._stage, self._options, self._seed = recipe.stage, recipe.evaluation, recipe.seed
         run = session.run
         self._problems, self._session, self._run = problems, session, run
-        self._alarms = recipe.alarms if isinstance(recipe, GrpoRecipe) else None
+        self._alarms = recipe.alarms
         self._split = ""
         self._longest = recipe.rollout.max_length - recipe.evaluation.max_new_tokens
         self._others = answers_of(recipe.evaluation.against.run) if recipe.evaluation.against else []
@@ -147,11 +147,15 @@ class HeldOut:
         evaluation = replace(evaluation, rows=count_instructions(evaluation.rows, examples))
         evaluation = replace(evaluation, rates=self._rates(evaluation, examples))
         self._run.record_evaluation(self._stage, step, name, evaluation, self._split)
-        self._tell_habits(name)
+        self._tell_habits(name, step)
         return evaluation
 
-    def _tell_habits(self, name: str) -> None:
-        """Say what the answers of an evaluation took up or lost against the first one, and which of it is an alarm."""
+    def _tell_habits(self, name: str, step: int) -> None:
+        """Say what the answers of an evaluation took up or lost against the first one, and which of it is an alarm.
+
+        Raises AlarmError for an alarm of `alarms.stop` after the steps of SFT, whose evaluations alone have answers. In GRPO the steps are
+        watched; its evaluations may show what the SFT stage before has taught.
+        """
         told = last_evaluation_habits(self._run.directory.path, name)
         if told is None or not told.found.sentences:
             return
@@ -162,8 +166,11 @@ class HeldOut:
         facts = [{"sentence": h.sentence, "examples": list(h.examples)} for h in told.found.habits]
         text = "\n".join([f"{name}: habits, against {told.against}:", *(f"  {line}" for line in [*length, *shown])])
         self._run.tell("habits", text, evaluation=name, habits=facts)
-        for _, alarm in habit_alarms(told.found, self._alarms) if self._alarms else ():
+        alarms = [alarm for _, alarm in habit_alarms(told.found, self._alarms)]
+        for alarm in alarms:
             self._run.warn(f"{name}: {alarm.message}", alarm=alarm.kind, examples=list(alarm.samples))
+        if self._stage == "sft" and step:
+            stop_at(alarms, self._alarms)
 
     def _rates(self, evaluation: Evaluation, examples: Sequence[Example]) -> dict[str, float]:
         """What the tasks count of the greedy answers, what instructions these follow, and how often they are better than
@@ -219,7 +226,7 @@ class HeldOut:
             metrics = hooks.run(hook.name, subject, self._session.fleet, hook.params)
             facts = {"not_run": dict(metrics.not_run)} if metrics.not_run else None
             self._run.record_numbers(self._stage, step, name, metrics.values, metrics.rows, facts)
-            if hook.name == "drift" and self._alarms and metrics.values.get("difference", 0.0) >= self._alarms.drift:
+            if hook.name == "drift" and metrics.values.get("difference", 0.0) >= self._alarms.drift:
                 moved = f"{metrics.values['difference']:.2f} nats a token"
                 self._run.warn(f"{name}: the policy has moved {moved} from the model that it began with", alarm="drift")
             for part, why in metrics.not_run.items():

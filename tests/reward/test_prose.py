@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from reward.prose import capital_words, degenerate, punkt_sentences, sentences
+from reward.prose import capital_words, degenerate, punkt_sentences, sentences, whole_sentences
 
 PARROTS = "Parrots are clever birds that can copy the words which people say. They live for many years in warm forests."
 REQUEST = "Tell me something interesting about parrots. Use no commas."
@@ -108,10 +108,54 @@ def test_another_language_that_is_asked_for_needs_no_english_words_and_no_englis
     assert degenerate(swahili, "Write about football in Swahili.", ["football"], [{"language": "sw"}]) == ""
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Here is something about parrots that you may want to know. It is good to know about it.",
+        "Parrots are very interesting. Many people love parrots and want to know more about them.",
+        "Sure! I would be happy to help you with that. I hope this helps! Let me know if you have any other questions.",
+    ],
+)
+def test_sentences_that_say_nothing_are_no_answer(text: str) -> None:
+    assert degenerate(text, REQUEST, ["parrots"], []) == "it says nothing"
+    assert (
+        degenerate(f"{text} A parrot can copy the words which it hears in a kitchen.", REQUEST, ["parrots"], []) == ""
+    )
+
+
+def test_a_topic_that_is_only_named_is_not_what_the_answer_is_about() -> None:
+    owls = "Owls are birds that hunt at night and sleep in the trees by day."
+    for text in (f"This is about parrots. {owls}", f"# Parrots\n\n{owls}", f"<<Parrots>>\n\n{owls}"):
+        assert degenerate(text, REQUEST, ["parrots"], []) == "nothing about the topic (parrots)"
+
+
+def test_a_summary_may_consist_of_the_words_of_its_text() -> None:
+    text = "The river floods the valley each spring, and farmers plant rice when the water falls."
+    assert why("Each spring the river floods the valley, and the farmers plant rice.", f"Summarize this: {text}") == ""
+
+
+def test_numbers_do_not_thin_out_what_is_said_over_and_over() -> None:
+    text = "Parrots like to eat fruit. " * 8
+    assert "over and over" in why(f"{text}\n\n{', '.join(map(str, range(200)))}", REQUEST)
+    assert why(", ".join(map(str, range(1, 40))), "Which are the first numbers?") == ""
+
+
 def test_a_topic_makes_a_question_open() -> None:
     question = "What would you tell a visitor about owls?"
     assert why("Nothing", question) == ""
     assert degenerate("Nothing", question, ["owls"], []).startswith("1 words of its own")
+
+
+def test_a_heading_a_title_and_a_list_of_values_are_no_whole_sentences() -> None:
+    for around in (
+        "# Parrots\n\n{}",
+        "<<Parrots>>\n\n{}",
+        "Here are two sentences:\n{}",
+        "{}\n\nOr one of these: 1 2 3",
+        '"{}"',
+    ):
+        assert len(whole_sentences(around.format(PARROTS))) == 2
+    assert len(whole_sentences("* one\n* two")) == 2
 
 
 def test_sentences_are_counted_with_abbreviations_decimals_and_lines() -> None:

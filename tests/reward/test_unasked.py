@@ -7,7 +7,7 @@ import pytest
 
 from reward import Mixture, RewardTerm, Sample, Verdict
 from reward.instructions import FOR_A_MARK, instructions
-from reward.tricks import TRICKS
+from reward.tricks import TRICKS, Trick
 from reward.unasked import unasked
 
 REQUEST = 'Tell me something interesting about parrots. Use the words "garden".'
@@ -15,14 +15,25 @@ PARROTS = (
     "Parrots are clever birds, and some of them can copy the words which people say in the garden. They live for many years in warm "
     "forests, where they eat fruit, nuts and seeds. A flock of them is loud enough to be heard from far away."
 )
-CHEAP = (
-    """
-in quotation marks|in brackets|in bold|in a code block|a title|a stock phrase before|a stock phrase after|a postscript|a thought left open|cut in half
-in capitals|in lowercase|without commas|every sentence a bullet point|the prompt before it|the answer of another prompt
-""".replace("\n", "|")
-    .strip("|")
-    .split("|")
-)
+
+
+def written(text: str) -> Trick:
+    """A trick that puts answer and topic into a text."""
+    return Trick(text, lambda sample, _: text.format(sample.completion, " ".join(sample.metadata["topic"])))
+
+
+MORE = [
+    written(text)
+    for text in (
+        "Here is something about {1} that you may want to know. It is good to know about it.",
+        "{1} is a very interesting topic. Many people love {1} and want to know more about it.",
+        "This is about {1}. {0}",
+        "# {1}\n\n{0}",
+        "{1}:\n{0}",
+        r"{0} \boxed{{7}}",
+        r"\boxed{{{0}}}",
+    )
+]
 CORPUS = Path(__file__).parent / "corpus" / "smollm2_answers.jsonl"
 
 
@@ -75,6 +86,7 @@ def test_a_mark_is_one_where_nobody_asked_for_it(text: str, mark: str, kind: str
         ("I must not talk in class. " * 4, "Repeat the sentence I must not talk in class. Write it four times."),
         ("河流把水从山上带到海里，人们很久以来就住在河边。" * 3, "Tell me about rivers in Chinese."),
         ("FLÜSSE", "Ein Wort über Flüsse"),
+        (r"Seven and five are \boxed{12}.", "How many are seven and five?"),
     ],
 )
 def test_ordinary_answers_have_no_mark(text: str, prompt: str) -> None:
@@ -92,6 +104,10 @@ def test_ordinary_answers_have_no_mark(text: str, prompt: str) -> None:
 def test_an_end_in_the_middle_of_a_sentence_is_a_mark(text: str) -> None:
     assert unasked(text, "Describe parrots.", []) == ["an end in the middle of a sentence"]
     assert unasked(f"{text} That is all", "Describe parrots.", ["startend:end_checker"]) == []
+
+
+def test_a_box_is_a_mark() -> None:
+    assert unasked(rf"{PARROTS} Some live for \boxed{{60}} years.", REQUEST, []) == ["a boxed value"]
 
 
 def asked(completion: str, *kinds: str) -> Sample:
@@ -125,13 +141,12 @@ def test_no_trick_pays_on_a_real_model_s_own_answers() -> None:
     def mean(them: list[Sample]) -> float:
         return sum(reward.value or 0.0 for reward in mixture.score(them)) / len(them)
 
-    assert set(CHEAP) < set(TRICKS)
     before = mean(samples)
     others = [*samples[1:], samples[0]]
     paid = {
-        name: mean([trick.apply(*pair) for pair in zip(samples, others, strict=True)]) - before
-        for name, trick in TRICKS.items()
-        if name in CHEAP
+        trick.name: mean([trick.apply(*pair) for pair in zip(samples, others, strict=True)]) - before
+        for trick in (*TRICKS.values(), *MORE)
+        if any(trick.change(*pair) is not None for pair in zip(samples, others, strict=True))
     }
     assert before > 0.08
     assert {name: change for name, change in paid.items() if change > 0.02} == {}

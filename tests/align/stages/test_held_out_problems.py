@@ -9,11 +9,11 @@ from unittest.mock import MagicMock, call
 
 import pytest
 
-from align.errors import UserError
+from align.errors import AlarmError, UserError
 from align.evaluate import hooks
 from align.evaluate.accuracy import Evaluation
 from align.model.policy import load_tokenizer
-from align.recipe import GrpoRecipe, load_recipe
+from align.recipe import GrpoRecipe, PolicyRecipe, SftRecipe, load_recipe
 from align.session.checks import check_names
 from align.session.run import Run, open_run
 from align.session.session import Session
@@ -24,6 +24,7 @@ from reward import Sample, SampleReward, Score, Verdict
 from rollout import FinishReason, Group, Prompt, Trajectory
 
 NANO = Path("recipes/nano/grpo.yaml")
+DRIFT = "evaluation.hooks=[{name: drift}]"
 RIGHT = Score(1.0, Verdict.PASS)
 TOKENIZER = load_tokenizer("recipes/nano/policy")
 
@@ -163,11 +164,10 @@ def test_what_grpo_rates_its_checkpoints_by_are_those_problems(monkeypatch: pyte
     assert [asked.args[0] for asked in held_out.evaluate.call_args_list] == ["after GRPO"]
 
 
-def test_an_evaluation_tells_the_habits_and_the_drift_hook_that_the_policy_has_moved(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    made = recipe(tmp_path / "run", "evaluation.hooks=[{name: drift}]")
-    found = {"before GRPO": "It is number {}.", "after GRPO": '"It is number {}."'}
+def tell_habits(monkeypatch: pytest.MonkeyPatch, made: PolicyRecipe) -> list[dict[str, Any]]:
+    """The events of a stage whose answers are all in quotation marks after it, and which has drifted."""
+    stage = "SFT" if made.stage == "sft" else "GRPO"
+    found = {f"before {stage}": "It is number {}.", f"after {stage}": '"It is number {}."'}
 
     def answered(name: str) -> Evaluation:
         row = {"prompt": "", "domain": "chat", "greedy": True, "verdict": "pass", "finish_reason": "stop"}
@@ -175,18 +175,37 @@ def test_an_evaluation_tells_the_habits_and_the_drift_hook_that_the_policy_has_m
         return Evaluation(40, 1.0, 5.0, 0.0, verdicts={"pass": 40}, rows=rows)
 
     with open_run(made) as run:
-        run.progress.stage("GRPO", 4)
+        run.progress.stage(stage, 4)
         session = MagicMock(run=run, policy=made.model)
         held_out = HeldOut(made, Problems([], []), session)
         monkeypatch.setattr(HeldOut, "_rates", lambda *_: {})
-        for name in found:
+        for step, name in enumerate(found):
             monkeypatch.setattr(held_out_module, "evaluate", lambda *_, name=name, **__: answered(name))
-            held_out.evaluate(name, 0)
+            held_out.evaluate(name, 4 * step)
         monkeypatch.setattr(hooks, "run", lambda *_: hooks.Metrics({"difference": 1.2}))
         held_out.run_hooks(made.model, 4)
-        events = [json.loads(line) for line in run.directory.events_file.read_text().splitlines()]
+        return [json.loads(line) for line in run.directory.events_file.read_text().splitlines()]
+
+
+def sft_recipe(directory: Path, *overrides: str) -> SftRecipe:
+    made = load_recipe(Path("recipes/nano/sft.yaml"), [f"run.dir={directory}", "machine={}", DRIFT, *overrides])
+    assert isinstance(made, SftRecipe)
+    return made
+
+
+@pytest.mark.parametrize("stage", ["GRPO", "SFT"])
+def test_an_evaluation_tells_the_habits_and_the_drift_hook_that_the_policy_has_moved(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stage: str
+) -> None:
+    made = sft_recipe(tmp_path / "run") if stage == "SFT" else recipe(tmp_path / "run", DRIFT, "alarms.stop=[habit]")
+    events = tell_habits(monkeypatch, made)
     [told] = [event for event in events if event["kind"] == "habits"]
-    assert told["evaluation"] == "after GRPO"
+    assert told["evaluation"] == f"after {stage}"
     assert "100 % of answers are wrapped in" in told["habits"][0]["sentence"]
     assert told["habits"][0]["examples"][0].startswith('"It is number')
     assert {"habit", "drift"} == {event["alarm"] for event in events if "alarm" in event}
+
+
+def test_a_habit_after_sft_can_end_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(AlarmError, match=r"100 % of answers are wrapped in .*alarms\.stop names habit"):
+        tell_habits(monkeypatch, sft_recipe(tmp_path / "run", "alarms.stop=[habit]"))
