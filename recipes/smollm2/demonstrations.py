@@ -26,15 +26,13 @@ from reward import Sample
 from reward.instructions import SENTENCES, check
 from rollout import FleetOptions
 
-REQUESTS = 400
-FORMS = 3
-"""Seeds of training prompts that are looked through for the same requests: a request comes with about so many sets of instructions."""
-PLAIN_SHARE = 0.15
-KEPT_WORDS, KEPT_WORDS_IN_CAPITALS = (40, 105), (20, 55)
-"""Words of an answer that a demonstration keeps at most, from and to: whole answers would take twice as long to learn from."""
+EXAMPLES = 900
+PLAIN_SHARE = 0.25
 MAX_NEW_TOKENS = 176
 TEMPERATURE = 0.7
 ATTEMPTS = 20
+MOST_CAPITALS = 320
+"""Characters of a demonstration in capitals, which take twice as many tokens as others."""
 CAPITALS, SMALL = "change_case:english_capital", "change_case:english_lowercase"
 NO_COMMA, QUOTED, ENDING = "punctuation:no_comma", "startend:quotation", "startend:end_checker"
 TITLE, POSTSCRIPT = "detectable_format:title", "detectable_content:postscript"
@@ -56,22 +54,19 @@ def demonstrations(model: str, file: Path) -> str:
     check_model_directory(Path(model), options)
     if file.exists() and {row.get("model") for row in read_jsonl(file)} == {model}:
         return f"demonstrations of {model}'s own words are in {file} already"
-    requests = list(dict.fromkeys(example.metadata["request"] for example in generate("train", seed=0)))[:REQUESTS]
+    examples = generate("train", seed=0, plain_share=PLAIN_SHARE)[:EXAMPLES]
+    requests = list(dict.fromkeys(example.metadata["request"] for example in examples))
     print(f"{model} answers {len(requests)} plain requests: some minutes on two cores", file=sys.stderr)
     rollout = FleetOptions(workers=1, threads=2, max_length=256)
     texts = answers_of(options, requests, rollout, max_new_tokens=MAX_NEW_TOKENS, temperature=TEMPERATURE)
-    examples = [one for seed in range(FORMS) for one in generate("train", seed=seed, plain_share=PLAIN_SHARE)]
-    asked = [example for example in examples if example.metadata["request"] in texts]
-    made = [(example, demonstration(example, texts[example.metadata["request"]])) for example in asked]
+    made = [(example, demonstration(example, texts[example.metadata["request"]])) for example in examples]
     rows = [
         {"model": model, "messages": [*example.messages, {"role": "assistant", "content": text}]}
         for example, text in made
         if text is not None
     ]
     if not rows:
-        raise UserError(
-            f"none of the {len(made)} answers of {model} could be edited into a demonstration: is it a chat model?"
-        )
+        raise UserError(f"none of the {len(made)} answers of {model} could be edited into a demonstration: is it a chat model?")
     file.parent.mkdir(parents=True, exist_ok=True)
     write_jsonl(file, rows)
     return f"{len(rows)} demonstrations of {model}'s own words are in {file}; {len(made) - len(rows)} answers could not be edited into one"
@@ -83,7 +78,7 @@ def demonstration(example: Example, said: str) -> str | None:
     for attempt in range(ATTEMPTS):
         text = edited(said, example.metadata["topic"], asked, Random(f"{example.id}:{attempt}"))
         sample = Sample(example.id, example.prompt_text, text, None, example.domain, metadata=example.metadata)
-        if check(sample).passes:
+        if (len(text) <= MOST_CAPITALS or not text.isupper()) and check(sample).passes:
             return text
     return None
 
@@ -98,11 +93,10 @@ def edited(said: str, topic: Sequence[str], asked: Mapping[str, Mapping[str, Any
     count = asked.get(SENTENCES, {}).get("num_sentences") or asked.get(BULLETS, {}).get("num_bullets")
     if count:
         pieces = [" ".join(_MARKS.sub("", one).split()) + " " for one in pieces][:count]
-    words = draw.randint(*KEPT_WORDS_IN_CAPITALS if CAPITALS in asked else KEPT_WORDS)
-    if (of := asked.get(WORDS)) is not None:
-        few = of["relation"] == "less than"
-        words = int(of["num_words"] * draw.uniform(0.6, 1)) if few else max(words, of["num_words"] + KEPT_WORDS[0])
-    pieces = shortened(pieces, words)
+    if asked.get(WORDS, {}).get("relation") == "less than":
+        pieces = shortened(pieces, int(asked[WORDS]["num_words"] * draw.uniform(0.6, 1)))
+    if CAPITALS in asked:
+        pieces = shortened(pieces, draw.randint(20, 55))
     text = "\n".join(f"* {one.strip()}" for one in pieces) if BULLETS in asked else "".join(pieces).strip()
     if TITLE in asked:
         name = " ".join(topic)

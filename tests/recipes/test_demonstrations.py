@@ -54,7 +54,6 @@ def test_a_plain_request_gets_what_was_said_without_repetitions_and_without_what
         ({"startend__end_checker": {"end_phrase": "So it goes."}}, "love owls."),
         ({"detectable_content__postscript": {"postscript_marker": "P.S."}}, "P.S. Many people love owls."),
         ({"length_constraints__number_words": {"num_words": 20, "relation": "less than"}}, "Owls are"),
-        ({"length_constraints__number_words": {"num_words": 25, "relation": "at least"}}, "very well in the dark"),
         ({"length_constraints__exact_sentences": {"num_sentences": 2}}, "Owls are"),
         ({"detectable_format__number_bullet_lists": {"num_bullets": 2}}, "* Owls are"),
         ({"keywords__existence": {"keywords": ["lantern", "river"]}}, "lantern and river"),
@@ -70,13 +69,6 @@ def test_what_was_said_is_edited_into_what_was_asked_for(script, asked, told):
 
 def test_lines_stay_where_the_form_leaves_them(script):
     assert "\n2. their wings" in script.demonstration(example(change_case__english_lowercase={}), SAID)
-
-
-def test_a_long_answer_is_cut_at_the_end_of_a_sentence(script):
-    said = " ".join(f"Owls number {number} fly by night and they sleep all day, as owls do." for number in range(20))
-    text = script.demonstration(example(), said)
-    assert text.endswith("as owls do.")
-    assert len(text.split()) <= script.KEPT_WORDS[1]
 
 
 def test_what_no_edit_brings_into_the_form_is_left_out(script):
@@ -95,20 +87,16 @@ def test_the_demonstrations_of_the_same_model_are_taken_again_and_those_of_anoth
         return {one: SAID.replace("owls", one.rstrip(".?").rpartition("about ")[2]) for one in requests}
 
     monkeypatch.setattr(script, "answers_of", answers_of)
-    monkeypatch.setattr(script, "REQUESTS", 8)
+    monkeypatch.setattr(script, "EXAMPLES", 20)
     assert "could not be edited" in script.demonstrations(policy.path, file)
     assert "already" in script.demonstrations(policy.path, file)
     rows = read_jsonl(file)
     write_jsonl(file, [{**row, "model": "another"} for row in rows])
     script.demonstrations(policy.path, file)
     assert len(asked) == 2
-    trained = {
-        example.prompt_text
-        for seed in range(script.FORMS)
-        for example in generate("train", seed=seed, plain_share=script.PLAIN_SHARE)
-    }
+    trained = {example.prompt_text for example in generate("train", seed=0, plain_share=script.PLAIN_SHARE)}
+    assert rows
     assert {row["messages"][0]["content"] for row in rows} <= trained
-    assert asked[0] == 8 < len(rows)
 
 
 def test_what_is_no_model_is_refused(script: ModuleType, tmp_path: Path) -> None:
@@ -120,9 +108,9 @@ def test_what_is_no_model_is_refused(script: ModuleType, tmp_path: Path) -> None
 def test_the_model_answers_through_the_rollout_engine(
     script: ModuleType, policy: ModelOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(script, "REQUESTS", 4)
+    monkeypatch.setattr(script, "EXAMPLES", 4)
     monkeypatch.setattr(script, "MAX_NEW_TOKENS", 8)
     file = tmp_path / "demonstrations.jsonl"
-    with pytest.raises(UserError, match="none of the"):  # a random policy says nothing that could be edited
+    with pytest.raises(UserError, match="none of the 4 answers"):  # a random policy says nothing that could be edited
         script.demonstrations(policy.path, file)
     assert not file.exists()
