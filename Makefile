@@ -45,9 +45,8 @@ sft: $(STAMP) ## Chat SFT (RECIPE=recipes/nano/sft.yaml ARGS="key=value ...")
 grpo: $(STAMP) ## Chat SFT, then GRPO (RECIPE=recipes/nano/grpo.yaml ARGS="key=value ...")
 	$(BIN)/align grpo $(or $(RECIPE),recipes/nano/grpo.yaml) $(ARGS)
 
-smol: $(STAMP) ## SFT and GRPO of SmolLM2-135M-Instruct on checkable instructions (MODEL=DIR, else hub or package; ARGS="key=value ...")
+smol: $(STAMP) ## GRPO of SmolLM2-135M-Instruct on checkable instructions (MODEL=DIR, else hub or package; ARGS="key=value ...")
 	model=$$($(BIN)/python recipes/smollm2/find_model.py models/smollm2-135m-instruct $(MODEL)) \
-	  $(if $(RECIPE),,&& $(BIN)/python recipes/smollm2/demonstrations.py $$model models/smollm2-demonstrations.jsonl) \
 	  && $(BIN)/align grpo $(or $(RECIPE),recipes/smollm2/grpo.yaml) model.path=$$model $(ARGS)
 
 reward-models: $(STAMP) ## the nano pipeline up to its reward models: helpful, safety, math, code (ARGS="key=value ...")

@@ -63,7 +63,6 @@ def _example(split: SplitName, number: int, draw: Random, domain: str, *, plain:
         answer=None,
         domain=domain,
         metadata={
-            "request": request,
             "topic": [word for word in topic.split() if word not in LISTS["function_words"]],
             "instructions": [{"kind": kind, "args": args, "text": text} for kind, text, args in made],
             "unseen": any(kind in UNSEEN for kind in chosen),
