@@ -34,9 +34,9 @@ from reward import Sample
 from reward.instructions import check
 from rollout import FleetOptions
 
-OWN, PUBLISHED = 300, 160
+OWN, PUBLISHED = 150, 160
 """So many of the held-out requests of the card are asked, and so many of the published prompts."""
-NEW_TOKENS = {"own": 112, "published": 200}
+NEW_TOKENS = {"own": 192, "published": 200}
 SHOWN = 5
 QUOTES = "\"'“”„«»‘’"
 Row = Mapping[str, Any]
@@ -100,6 +100,7 @@ def counted(row: Row, example: Example) -> dict[str, Any]:
         **{name: row[name] for name in ("id", "prompt", "completion")},
         "kinds": list(judged.kinds),
         "follows": all(judged.met),
+        "answers": all(judged.met) and not judged.degenerate,
         "right": judged.passes and row["finish_reason"] != "length",
         "trained": set(judged.kinds) <= set(SEEN),
         "degenerate": bool(judged.degenerate),
@@ -116,6 +117,9 @@ def table(found: Sequence[Mapping[str, Sequence[Row]]]) -> Iterator[str]:
         ("IFEval's published prompts with one instruction: followed", "published", "follows", None),
         ("... of the kinds that are trained", "published", "follows", True),
         ("... of other kinds", "published", "follows", False),
+        ("... followed by an answer that is not degenerate", "published", "answers", None),
+        ("... of the kinds that are trained", "published", "answers", True),
+        ("... of other kinds", "published", "answers", False),
         ("... begin or end with a quotation mark that nobody asked for", "published", "quoted", None),
         ("... of more than one line", "published", "lines", None),
         ("... words an answer", "published", "words", None),
