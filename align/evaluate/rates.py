@@ -92,6 +92,8 @@ def _counted(row: Row, example: Example) -> dict[str, bool]:
         found = check(Sample(example.id, prompt, row["completion"], None, example.domain, metadata=metadata))
     except UnusableAnswer:
         return {}
+    if not found.kinds:
+        return {}
     right = found.passes and row["finish_reason"] != FinishReason.LENGTH
     counted = {"degenerate_share": bool(found.degenerate)}
     counted["accuracy/unseen_kinds" if metadata.get("unseen") else "accuracy/seen_kinds"] = right

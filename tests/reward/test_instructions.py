@@ -142,7 +142,6 @@ def test_the_topic_may_be_inflected(ending: str) -> None:
         {"instructions": [{"kind": "punctuation:no_coma", "args": {}}]},
         {"instructions": [{"kind": "punctuation:no_comma"}]},
         {"instructions": [{"kind": "punctuation:no_comma", "args": {"most": 3}}]},
-        {"instructions": []},
         {"instruction_id_list": ["punctuation:no_comma", "startend:quotation"], "kwargs": [{}]},
         {"instruction_id_list": ["punctuation:no_comma"]},
         {"ground_truth": "[{'instruction_id': ["},
@@ -151,6 +150,12 @@ def test_the_topic_may_be_inflected(ending: str) -> None:
 def test_data_that_cannot_be_judged_are_the_datas_fault(metadata: dict[str, Any]) -> None:
     with pytest.raises(UnusableAnswer):
         instructions(Sample("1", REQUEST, PARROTS, None, "instructions", metadata=metadata))
+
+
+def test_a_request_without_instructions_wants_an_answer_without_marks() -> None:
+    assert (judged(PARROTS).value, judged("They are great!").value) == (1, 0)
+    quoted = judged(f'"{PARROTS}"', partial=True)
+    assert (quoted.value, quoted.verdict) == (0.25, Verdict.WRONG)
 
 
 def asks(kind: str, **args: Any) -> dict[str, Any]:

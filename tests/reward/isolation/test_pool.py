@@ -127,7 +127,7 @@ def test_what_uses_up_its_time_is_killed_and_the_next_is_served_at_once(workers:
     assert (outcome.end, outcome.phase) == (End.TIMEOUT, "first")
     started = time.monotonic()
     assert ends(workers, "b") == [End.DONE]
-    assert time.monotonic() - started < 1.0
+    assert time.monotonic() - started < 3.0
 
 
 def test_a_bomb_among_others_costs_only_itself(workers: WorkerPool) -> None:
