@@ -93,9 +93,9 @@ test: $(if $(ARGS),$(STAMP),style) ## lint and all quick tests (ARGS="tests/rewa
 ifeq ($(ARGS),)
 	@nice $(BIN)/mypy > .mypy.log 2>&1 & mypy=$$!; \
 	  RAY_worker_niceness=0 $(PYTEST) -m "engines and not slow" > .engines.log 2>&1 & engines=$$!; \
-	  nice -n 5 $(PYTEST) $(UNITS) tests/reward > .rewards.log 2>&1 & rewards=$$!; \
+	  $(PYTEST) $(UNITS) tests/reward > .rewards.log 2>&1 & rewards=$$!; \
 	  trap 'kill $$mypy $$engines $$rewards 2>/dev/null' EXIT; trap 'exit 130' INT TERM; \
-	  $(PYTEST) $(UNITS) --ignore=tests/reward; status=$$?; \
+	  nice -n 5 $(PYTEST) $(UNITS) --ignore=tests/reward; status=$$?; \
 	  wait $$rewards || status=$$?; echo "tests of the rewards:"; cat .rewards.log; \
 	  wait $$engines || status=$$?; echo "tests that share engines:"; cat .engines.log; \
 	  wait $$mypy || status=$$?; echo "mypy:"; cat .mypy.log; \

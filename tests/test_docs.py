@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from align.cli import EXIT_USER_ERROR, main
 from align.model.policy import load_tokenizer, save_policy
+from align.plan.memory import GIB
 from align.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -72,7 +73,8 @@ def write(file: Path, row: Row) -> None:
 
 @pytest.fixture
 def _desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A working directory with what the text calls MODEL, its files, and the reward that it shows."""
+    """A working directory with what the text calls MODEL, its files, and the reward that it shows, on a machine with memory to spare."""
+    monkeypatch.setattr("align.tools.init_recipe.memory_bytes", lambda: (32 * GIB, 16 * GIB))
     tokenizer = load_tokenizer(ROOT / "recipes/nano/policy")
     ends = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
