@@ -85,9 +85,9 @@ def instructions(sample: Sample, *, partial: bool = False) -> Score:
     It passes if it follows all. A degenerate answer (see `reward.prose.degenerate`) gets 0 and the verdict NO_ANSWER; one
     that was cut off at its length limit gets 0 and is WRONG, whatever it had said by then. Marks of form that the request did not ask
     for (see `reward.unasked`) are WRONG too: such an answer gets 0, or with `partial` a quarter of its share for each mark. The detail has a word
-    on each instruction.
+    on each instruction. An answer to a request with an empty list of `instructions` passes if it is neither degenerate, cut off nor marked.
 
-    UnusableAnswer where the metadata has no instructions, or one with an argument that is missing, superfluous or odd. Raises
+    UnusableAnswer where the metadata has no list of instructions, or an instruction with an argument that is missing, superfluous or odd. Raises
     RewardError where lm_eval is not installed.
     """
     checked = check(sample)
@@ -141,7 +141,7 @@ def _asked(sample: Sample) -> list[Asked]:
         pairs = _pairs(sample)
     except (LookupError, AttributeError, TypeError, ValueError, SyntaxError) as error:
         raise ValueError(f"its metadata needs {_NEEDED}: {error!r}") from error
-    if not pairs and "instructions" not in sample.metadata:
+    if not pairs and sample.metadata.get("instructions") is None:
         raise ValueError(f"its metadata needs {_NEEDED}; it has no instruction")
     return [(kind, {name: _whole(value) for name, value in args.items() if not _null(value)}) for kind, args in pairs]
 

@@ -35,11 +35,11 @@ from align.recipe.recipes import (
     PreferencesRecipe,
     Recipe,
     RewardModelRecipe,
-    Roles,
     SamplingRecipe,
     SftRecipe,
     TrainingRecipe,
 )
+from align.recipe.roles import Roles
 
 __all__ = [
     "BFLOAT16_SUMS",

@@ -1,7 +1,7 @@
 """The recipe of each stage: which options it has, which of them go together, and which processes it needs."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -25,6 +25,7 @@ from align.recipe.options import (
     SftOptions,
     TrackerOptions,
 )
+from align.recipe.roles import Roles
 from align.shipped import found
 from reward import RewardTerm
 from rollout import WeightOptions
@@ -34,37 +35,6 @@ DataStage = Literal["sft", "reward_model", "grpo"]
 INIT_FROM = "SFT recipe that trains the policy to start from, run first and with what this recipe shares with it"
 STAGE = "the stage that the recipe is for"
 ALL_ANSWERED = "every prompt of every split is answered once"
-
-
-@dataclass(frozen=True, slots=True)
-class Roles:
-    """The processes that a recipe needs, each with its options (None where there are none of the kind), and their work in a step.
-
-    `learner`: ranks that train `trained`, on `trained_sequences` of at most `longest` tokens; with a `reference` they hold the
-    policy a second time, for the KL, and of a distillation the model at the path `teacher`. `rollout`: workers that hold the policy and
-    sample `sampled_sequences` of at most `sampling.max_new_tokens`, `sampling_rounds` times at most (of preference data, all of them; none in SFT, where
-    they only answer evaluations). `scoring`: processes
-    that score what was sampled, by `rewards`. `evaluation`: what the policy is asked before and after the stage, by `weights` kept
-    equal to the learner's. `colocated`: a rank and a worker share a GPU and use it in turn. `routes`: the experts of what is sampled go from
-    process to process with it.
-    """
-
-    learner: LearnerOptions | None = None
-    trained: Literal["policy", "reward_model"] | None = None
-    trained_sequences: int = 0
-    longest: int = 0
-    reference: bool = False
-    teacher: str | None = None
-    rollout: FleetOptions | None = None
-    sampling: SamplingOptions | None = None
-    sampled_sequences: int = 0
-    sampling_rounds: int = 1
-    scoring: ScoringOptions | None = None
-    rewards: Sequence[RewardTerm] = ()
-    evaluation: EvaluationOptions | None = None
-    weights: WeightOptions | None = None
-    colocated: bool = False
-    routes: bool = False
 
 
 class Recipe(Options):

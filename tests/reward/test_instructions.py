@@ -138,6 +138,7 @@ def test_the_topic_may_be_inflected(ending: str) -> None:
     [
         {},
         {"topic": ["parrots"]},
+        {"topic": ["parrots"], "instructions": None},
         {"topic": "parrots", "instructions": [{"kind": "punctuation:no_comma", "args": {}}]},
         {"instructions": [{"kind": "punctuation:no_coma", "args": {}}]},
         {"instructions": [{"kind": "punctuation:no_comma"}]},

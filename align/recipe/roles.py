@@ -1,0 +1,41 @@
+"""The processes that a recipe needs, and their work in a step."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from align.recipe.learner import LearnerOptions
+from align.recipe.options import EvaluationOptions, ScoringOptions
+from reward import RewardTerm
+from rollout import WeightOptions
+from rollout.types import FleetOptions, SamplingOptions
+
+
+@dataclass(frozen=True, slots=True)
+class Roles:
+    """The processes that a recipe needs, each with its options (None where there are none of the kind), and their work in a step.
+
+    `learner`: ranks that train `trained`, on `trained_sequences` of at most `longest` tokens; with a `reference` they hold the
+    policy a second time, for the KL, and of a distillation the model at the path `teacher`. `rollout`: workers that hold the policy and
+    sample `sampled_sequences` of at most `sampling.max_new_tokens`, `sampling_rounds` times at most (of preference data, all of them;
+    none in SFT, where they only answer evaluations). `scoring`: processes that score what was sampled, by `rewards`. `evaluation`: what
+    the policy is asked before and after the stage, by `weights` kept equal to the learner's. `colocated`: a rank and a worker share a
+    GPU and use it in turn. `routes`: the experts of what is sampled go from process to process with it.
+    """
+
+    learner: LearnerOptions | None = None
+    trained: Literal["policy", "reward_model"] | None = None
+    trained_sequences: int = 0
+    longest: int = 0
+    reference: bool = False
+    teacher: str | None = None
+    rollout: FleetOptions | None = None
+    sampling: SamplingOptions | None = None
+    sampled_sequences: int = 0
+    sampling_rounds: int = 1
+    scoring: ScoringOptions | None = None
+    rewards: Sequence[RewardTerm] = ()
+    evaluation: EvaluationOptions | None = None
+    weights: WeightOptions | None = None
+    colocated: bool = False
+    routes: bool = False
