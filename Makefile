@@ -86,14 +86,15 @@ style: $(STAMP)
 	$(BIN)/lint-imports
 
 # Four at once, for none of them keeps a core busy all the time: mypy, the tests that share engines, those of the rewards, and all others.
-# The engines take longest: left to itself, Ray would have its workers yield to all that runs beside them.
+# The engines take longest: left to itself, Ray would have its workers yield to all that runs beside them. Some of the rewards' tests have limits of
+# time: a session of their own gives them a share of the processors that does not shrink with what the others start.
 PYTEST := env -u PYTHONDONTWRITEBYTECODE $(BIN)/pytest
 UNITS := -m "not engines and not slow"
 test: $(if $(ARGS),$(STAMP),style) ## lint and all quick tests (ARGS="tests/reward -k math": these tests alone)
 ifeq ($(ARGS),)
 	@nice $(BIN)/mypy > .mypy.log 2>&1 & mypy=$$!; \
 	  RAY_worker_niceness=0 $(PYTEST) -m "engines and not slow" > .engines.log 2>&1 & engines=$$!; \
-	  $(PYTEST) $(UNITS) tests/reward > .rewards.log 2>&1 & rewards=$$!; \
+	  setsid $(PYTEST) $(UNITS) tests/reward > .rewards.log 2>&1 & rewards=$$!; \
 	  trap 'kill $$mypy $$engines $$rewards 2>/dev/null' EXIT; trap 'exit 130' INT TERM; \
 	  nice -n 5 $(PYTEST) $(UNITS) --ignore=tests/reward; status=$$?; \
 	  wait $$rewards || status=$$?; echo "tests of the rewards:"; cat .rewards.log; \
