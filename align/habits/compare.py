@@ -5,6 +5,7 @@ Wasserman, Biometrika 93:509-524, 2006): the chance that any habit is told of tw
 told first; another is told too where its change is also there among the answers that have none of the habits so far.
 """
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -41,6 +42,8 @@ UNASKED_Z = 3.5
 LEFT_Z = 4.0
 """The same, of all answers, among those that have no other habit; of a part it is the less by the root of that part."""
 SHOWN = 12
+_WORD = re.compile(r"[^\W\d]|\d\d")
+"""A letter, or a number of more than one digit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -353,7 +356,8 @@ class _Sets:
 def common_phrases(answers: Sequence[Sequence[str]], least: int) -> tuple[list[str], Matrix]:
     """The phrases [P] of up to `LONGEST_PHRASE` tokens, in a row, that at least so many answers have, and which answers have them [N, P].
 
-    `answers` are their tokens. A phrase is only looked at where its beginning is common (Agrawal & Srikant 1994: Apriori). Phrases of marks alone are left out.
+    `answers` are their tokens. A phrase is only looked at where its beginning is common (Agrawal & Srikant 1994: Apriori). Phrases of
+    marks and single digits alone are left out: which digits an answer has, its question says.
     """
     vocabulary: dict[str, int] = {}
     ids = np.array([vocabulary.setdefault(t, len(vocabulary)) for tokens in answers for t in tokens], dtype=np.int64)
@@ -367,7 +371,7 @@ def common_phrases(answers: Sequence[Sequence[str]], least: int) -> tuple[list[s
         pairs = np.unique(phrases * len(answers) + owner[places]) if len(places) else phrases
         kinds, counts = np.unique(pairs // max(1, len(answers)), return_counts=True)
         common = kinds[counts >= least]
-        told = np.array([kind for kind in common.tolist() if any(map(str.isalnum, texts[kind]))], dtype=np.int64)
+        told = np.array([kind for kind in common.tolist() if _WORD.search(texts[kind])], dtype=np.int64)
         pairs = pairs[np.isin(pairs // max(1, len(answers)), told)]
         columns.append(np.zeros((len(answers), len(told)), dtype=np.float32))
         columns[-1][pairs % len(answers), np.searchsorted(told, pairs // len(answers))] = 1.0

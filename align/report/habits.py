@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 
 from align.habits import Answer, Comparison, Found, answer_of_row, compare
-from align.report.read import RunRecord, Stage, read_run, read_table
+from align.report.read import RunRecord, Stage, at, read_run, read_table
 from align.run import RunDirectory, read_status
 
 COLUMNS = ("id", "domain", "prompt", "completion", "metadata", "finish_reason", "greedy")
@@ -59,7 +59,7 @@ class Answered:
 
 
 def evaluation_habits(run: RunRecord, *, only: tuple[Path, str] | None = None, last: bool = False) -> Iterator[Told]:
-    """Each evaluation of a run against the first one of the same problems.
+    """Each evaluation of a run against the first one of the same problems, but for one of weights drawn at random: what these say is no start.
 
     With `only`, that of a stage's directory with this name; with `last`, the last of each stage and split.
     """
@@ -68,6 +68,7 @@ def evaluation_habits(run: RunRecord, *, only: tuple[Path, str] | None = None, l
         for stage in run.stages
         for record in stage.evaluations
         if "verdicts" in record and (file := stage.evaluation_file(name := str(record.get("name"))))
+        if record.get("step") or at(stage.recipe, "model", "init") != "random"
     ]
     for place, now in enumerate(made):
         wanted = only in (None, now.key) and not (last and any(now.is_before(each) for each in made[place + 1 :]))

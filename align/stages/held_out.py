@@ -159,18 +159,18 @@ class HeldOut:
         told = last_evaluation_habits(self._run.directory.path, name)
         if told is None or not told.found.sentences:
             return
-        shown = [
-            line for habit in told.found.habits for line in (habit.sentence, *(f"    {e}" for e in habit.examples))
-        ]
-        length = [told.found.length.sentence] if told.found.length.changed else []
-        facts = [{"sentence": h.sentence, "examples": list(h.examples)} for h in told.found.habits]
-        text = "\n".join([f"{name}: habits, against {told.against}:", *(f"  {line}" for line in [*length, *shown])])
-        self._run.tell("habits", text, evaluation=name, habits=facts)
-        alarms = [alarm for _, alarm in habit_alarms(told.found, self._alarms)]
-        for alarm in alarms:
-            self._run.warn(f"{name}: {alarm.message}", alarm=alarm.kind, examples=list(alarm.samples))
+        alarms = {alarm.message: alarm for _, alarm in habit_alarms(told.found, self._alarms)}
+        examples = {habit.sentence: habit.examples for habit in told.found.habits}
+        lines = [f"{name}: habits, against {told.against}:"]
+        for sentence in told.found.sentences:
+            lines += [f"  {'warning: ' if sentence in alarms else ''}{sentence}"]
+            lines += [f"      {example}" for example in examples.get(sentence, ())]
+        facts = [{"sentence": sentence, "examples": list(its)} for sentence, its in examples.items()]
+        self._run.tell("habits", "\n".join(lines), evaluation=name, habits=facts)
+        for message, alarm in alarms.items():
+            self._run.metrics.event("warning", f"{name}: {message}", alarm=alarm.kind, examples=list(alarm.samples))
         if self._stage == "sft" and step:
-            stop_at(alarms, self._alarms)
+            stop_at(alarms.values(), self._alarms)
 
     def _rates(self, evaluation: Evaluation, examples: Sequence[Example]) -> dict[str, float]:
         """What the tasks count of the greedy answers, what instructions these follow, and how often they are better than

@@ -181,3 +181,12 @@ def test_odd_sets_are_compared_too(answers: list[Answer]) -> None:
 def test_answers_that_became_empty_are_told() -> None:
     after = [replace(a, text="") if n % 2 else a for n, a in enumerate(BASE[256:512])]
     assert "50 % of answers are empty; 0 % were at the start" in found(BASE[:256], after).sentences
+
+
+def test_the_digits_of_sums_are_no_habits_and_an_answer_that_is_always_the_same_number_is() -> None:
+    sums = [(n, n % 7 + 10) for n in range(200)]
+    before = [Answer(f"It is {a + b}.", f"{a} plus {b}?") for a, b in sums]
+    worked = [Answer(f"{' '.join(str(a))} + {' '.join(str(b))}: it is {a + b}.", f"{a} plus {b}?") for a, b in sums]
+    assert not [s for s in found(before, worked).sentences if " say “1”" in s]
+    always = [Answer("It is 42.", answer.prompt) for answer in before]
+    assert any("42" in sentence for sentence in found(before, always).sentences)

@@ -60,6 +60,16 @@ def test_a_stage_is_compared_with_the_start_of_the_run_around_it(write_run: Writ
     assert last_evaluation_habits(run.path / "sft", "before SFT") is None
 
 
+def test_what_weights_drawn_at_random_say_is_no_start(write_run: WriteRun) -> None:
+    write_run("run", evaluations=[(evaluation("after GRPO", step=4), rows(40))])
+    before, after = (evaluation("before SFT"), rows(40, range(40))), (evaluation("after SFT", step=4), rows(40))
+    write_run("run/sft", stage="sft", evaluations=[before, after], recipe={"model": {"init": "random"}})
+    run = read_run(Path(write_run("other")).parent / "run")
+    [told] = evaluation_habits(run)
+    assert (told.name, told.against) == ("grpo: after GRPO", "sft: after SFT")
+    assert told.found.sentences == []
+
+
 def test_the_last_steps_are_compared_with_the_first(write_run: WriteRun) -> None:
     """12 prompts a step: two steps are the start, and the others are looked at three at a time."""
     samples = {

@@ -167,7 +167,7 @@ def test_what_grpo_rates_its_checkpoints_by_are_those_problems(monkeypatch: pyte
 def tell_habits(monkeypatch: pytest.MonkeyPatch, made: PolicyRecipe) -> list[dict[str, Any]]:
     """The events of a stage whose answers are all in quotation marks after it, and which has drifted."""
     stage = "SFT" if made.stage == "sft" else "GRPO"
-    found = {f"before {stage}": "It is number {}.", f"after {stage}": '"It is number {}."'}
+    found = {f"{stage} step 2": "It is number {}.", f"after {stage}": '"It is number {}."'}
 
     def answered(name: str) -> Evaluation:
         row = {"prompt": "", "domain": "chat", "greedy": True, "verdict": "pass", "finish_reason": "stop"}
@@ -179,9 +179,9 @@ def tell_habits(monkeypatch: pytest.MonkeyPatch, made: PolicyRecipe) -> list[dic
         session = MagicMock(run=run, policy=made.model)
         held_out = HeldOut(made, Problems([], []), session)
         monkeypatch.setattr(HeldOut, "_rates", lambda *_: {})
-        for step, name in enumerate(found):
+        for step, name in zip((2, 4), found, strict=True):
             monkeypatch.setattr(held_out_module, "evaluate", lambda *_, name=name, **__: answered(name))
-            held_out.evaluate(name, 4 * step)
+            held_out.evaluate(name, step)
         monkeypatch.setattr(hooks, "run", lambda *_: hooks.Metrics({"difference": 1.2}))
         held_out.run_hooks(made.model, 4)
         return [json.loads(line) for line in run.directory.events_file.read_text().splitlines()]
@@ -204,6 +204,15 @@ def test_an_evaluation_tells_the_habits_and_the_drift_hook_that_the_policy_has_m
     assert "100 % of answers are wrapped in" in told["habits"][0]["sentence"]
     assert told["habits"][0]["examples"][0].startswith('"It is number')
     assert {"habit", "drift"} == {event["alarm"] for event in events if "alarm" in event}
+
+
+def test_a_habit_to_be_warned_of_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tell_habits(monkeypatch, sft_recipe(tmp_path / "run"))
+    said = "".join(capsys.readouterr())
+    assert said.count("are wrapped in") == 1
+    assert "  warning: 100 % of answers are wrapped in" in said
 
 
 def test_a_habit_after_sft_can_end_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
