@@ -18,9 +18,10 @@ import math
 import operator
 import os
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from statistics import fmean
 from typing import Any
 
 from reward import older_names
@@ -58,6 +59,24 @@ _COUNTS: Mapping[str, tuple[Sequence[str], Callable[[str, Mapping[str, Any]], in
 """Kinds that are counted here, with the names of number, relation and letter: IFEval's checkers of the second and the third
 need nltk's data, that of the last draws another letter in place of "#" or "!"."""
 
+_BULLET = re.compile(r"^\s*[*-](?!\*)", re.MULTILINE)
+_TERMS = re.compile(r"\w+(?:['’]\w+)*")
+_NEARNESS: Mapping[str, Callable[[str, Mapping[str, Any]], float]] = {
+    "change_case:english_capital": lambda text, args: _share(map(str.isupper, _TERMS.findall(text))),
+    "change_case:english_lowercase": lambda text, args: _share(map(str.islower, _TERMS.findall(text))),
+    "punctuation:no_comma": lambda text, args: 1 / (1 + text.count(",")),
+    "startend:quotation": lambda text, args: _share([text[:1] == '"', text[-1:] == '"']),
+    "startend:end_checker": lambda text, args: float(args["end_phrase"].lower() in text.lower()),
+    "detectable_format:title": lambda text, args: _share(["<<" in text, ">>" in text]),
+    "detectable_format:number_bullet_lists": lambda text, args: _ratio(len(_BULLET.findall(text)), args["num_bullets"]),
+    "length_constraints:number_words": lambda text, args: _ratio(len(_TERMS.findall(text)), args["num_words"]),
+    "keywords:existence": lambda text, args: _share(word.lower() in text.lower() for word in args["keywords"]),
+    "keywords:forbidden_words": lambda text, args: _share(
+        not re.search(rf"\b{re.escape(word)}\b", text, re.IGNORECASE) for word in args["forbidden_words"]
+    ),
+}
+"""How near a text is to an instruction that it does not meet, in [0, 1], for the kinds that one can come near to; kinds of `_COUNTS` are another."""
+
 Asked = tuple[str, Mapping[str, Any]]
 """A kind of instruction and its arguments."""
 Check = Callable[[str], bool]
@@ -65,12 +84,16 @@ Check = Callable[[str], bool]
 
 @dataclass(frozen=True)
 class Checked:
-    """What was found in an answer: for each instruction, in order, whether it is met; why it is degenerate, or ""; and what was not asked for."""
+    """What was found in an answer: for each instruction, in order, whether it is met; why it is degenerate, or ""; and what was not asked for.
+
+    `near` says how near each instruction is to being met: 1 where it is, at most a half where it is not.
+    """
 
     kinds: tuple[str, ...]
     met: tuple[bool, ...]
     degenerate: str
-    unasked: tuple[str, ...] = ()
+    unasked: tuple[str, ...]
+    near: tuple[float, ...]
 
     @property
     def passes(self) -> bool:
@@ -80,11 +103,14 @@ class Checked:
 
 @register("instructions")
 def instructions(sample: Sample, *, partial: bool = False) -> Score:
-    """Whether an answer follows all checkable instructions of its request: 1 or 0; with `partial`, the share that it follows.
+    """Whether an answer follows all checkable instructions of its request: 1 or 0; with `partial`, how near it is to that.
+
+    With `partial` an instruction that is followed counts 1, and another up to a half: the share of words in capitals, the share of the keywords that
+    are there, 2 of 4 sentences. The value is the mean.
 
     It passes if it follows all. A degenerate answer (see `reward.prose.degenerate`) gets 0 and the verdict NO_ANSWER; one
     that was cut off at its length limit gets 0 and is WRONG, whatever it had said by then. Marks of form that the request did not ask
-    for (see `reward.unasked`) are WRONG too: such an answer gets 0, or with `partial` a quarter of its share for each mark. The detail has a word
+    for (see `reward.unasked`) are WRONG too: such an answer gets 0, or with `partial` a quarter of that for each mark. The detail has a word
     on each instruction. An answer to a request with an empty list of `instructions` passes if it is neither degenerate, cut off nor marked.
 
     UnusableAnswer where the metadata has no list of instructions, or an instruction with an argument that is missing, superfluous or odd. Raises
@@ -97,7 +123,7 @@ def instructions(sample: Sample, *, partial: bool = False) -> Score:
         return Score(0.0, Verdict.WRONG, f"cut off; {_told(checked)}")
     if checked.passes:
         return Score(1.0, Verdict.PASS, _told(checked))
-    share = (sum(checked.met) / len(checked.met) if checked.met else 1.0) * FOR_A_MARK ** len(checked.unasked)
+    share = (fmean(checked.near) if checked.near else 1.0) * FOR_A_MARK ** len(checked.unasked)
     told = f"nobody asked for {', '.join(checked.unasked)}; " if checked.unasked else ""
     return Score(share if partial else 0.0, Verdict.WRONG, told + _told(checked))
 
@@ -116,10 +142,11 @@ def check(sample: Sample, *, loose: bool = False) -> Checked:
         met = tuple(any(bool(one.strip()) and check(one) for one in variants) for check in checks)
     except ValueError as error:
         raise UnusableAnswer(sample.id, str(error)) from error
+    near = tuple(1.0 if is_met else _nearness(text.strip(), *one) / 2 for one, is_met in zip(asked, met, strict=True))
     kinds = tuple(kind for kind, _ in asked)
     arguments = [args for _, args in asked]
     why = degenerate(text, sample.prompt, topic, arguments, can_be_short=OPTIONS in kinds)
-    return Checked(kinds, met, why, tuple(unasked(text, sample.prompt, kinds)))
+    return Checked(kinds, met, why, tuple(unasked(text, sample.prompt, kinds)), near)
 
 
 def _loose_variants(text: str) -> list[str]:
@@ -241,6 +268,22 @@ def _count_check(kind: str, args: Mapping[str, Any]) -> Check:
             f"instruction {kind} needs a number, one of {list(_RELATIONS)} and one character, not {dict(args)}"
         )
     return lambda text: compare(count(text, args), number)
+
+
+def _nearness(text: str, kind: str, args: Mapping[str, Any]) -> float:
+    if kind in _COUNTS:
+        names, count = _COUNTS[kind]
+        return _ratio(count(text, args), args[names[0]])
+    return _NEARNESS[kind](text, args) if kind in _NEARNESS else 0.0
+
+
+def _share(true: Iterable[bool]) -> float:
+    found = list(true)
+    return sum(found) / max(1, len(found))
+
+
+def _ratio(one: int, other: int) -> float:
+    return min(one, other) / max(one, other, 1)
 
 
 def _told(checked: Checked) -> str:

@@ -94,6 +94,47 @@ def test_a_kind_is_met_or_not(kind: str, args: dict[str, Any], good: str, bad: s
     assert "NO" in missed.detail
 
 
+@pytest.mark.parametrize(
+    ("kind", "args", "completion", "near"),
+    [
+        ("change_case:english_capital", {}, "PARROTS ARE BIRDS that can talk", 1 / 2),
+        ("change_case:english_lowercase", {}, "Parrots are birds that can Talk", 4 / 6),
+        ("punctuation:no_comma", {}, "Parrots, which are birds, can talk to you.", 1 / 3),
+        ("startend:quotation", {}, '"Parrots are birds that can talk to you.', 1 / 2),
+        ("startend:end_checker", {"end_phrase": "That is all."}, "That is all. Parrots are birds that can talk.", 1),
+        ("detectable_format:title", {}, "<<Parrots>: birds that can talk to you.", 1 / 2),
+        (
+            "detectable_format:number_bullet_lists",
+            {"num_bullets": 4},
+            "* Parrots are birds.\n* They can talk to you.",
+            1 / 2,
+        ),
+        (
+            "length_constraints:number_words",
+            {"num_words": 4, "relation": "less than"},
+            "Parrots are birds that can talk to you",
+            1 / 2,
+        ),
+        ("length_constraints:exact_sentences", {"num_sentences": 3}, "Parrots are birds that can talk to you.", 1 / 3),
+        ("keywords:existence", {"keywords": ["talk", "honest"]}, "Parrots are birds that can talk to you.", 1 / 2),
+        (
+            "keywords:forbidden_words",
+            {"forbidden_words": ["Can", "par"]},
+            "Parrots are birds that can talk to you.",
+            1 / 2,
+        ),
+        ("keywords:letter_frequency", {"letter": "z", "let_frequency": 4, "let_relation": "at least"}, PARROTS, 0),
+        ("detectable_content:postscript", {"postscript_marker": "P.S."}, PARROTS, 0),
+    ],
+)
+def test_with_partial_what_comes_near_gets_up_to_a_half(
+    kind: str, args: dict[str, Any], completion: str, near: float
+) -> None:
+    assert judged(completion, (kind, args)).value == 0
+    [found] = check(sample(completion, (kind, args))).near
+    assert found == pytest.approx(near / 2)
+
+
 def test_all_instructions_count_and_with_partial_each_of_them() -> None:
     asked = (("punctuation:no_comma", {}), ("startend:quotation", {}))
     assert judged(PARROTS, *asked).value == 0

@@ -116,7 +116,7 @@ def asked(completion: str, *kinds: str) -> Sample:
 
 
 def test_an_answer_with_a_mark_does_not_pass_and_is_paid_a_part_of_its_share() -> None:
-    quoted = asked(f'"{PARROTS}"', "change_case:english_capital", "startend:quotation")
+    quoted = asked(f'"{PARROTS}"', "detectable_format:title", "startend:quotation")
     assert instructions(quoted, partial=True).value == 0.5
     small = asked(PARROTS.lower().replace(",", ""), "punctuation:no_comma")
     found = instructions(small, partial=True)
