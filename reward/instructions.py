@@ -75,7 +75,7 @@ _NEARNESS: Mapping[str, Callable[[str, Mapping[str, Any]], float]] = {
         not re.search(rf"\b{re.escape(word)}\b", text, re.IGNORECASE) for word in args["forbidden_words"]
     ),
 }
-"""How near a text is to an instruction that it does not meet, in [0, 1], for the kinds that one can come near to; kinds of `_COUNTS` are another."""
+"""How near a text comes to an instruction that it does not meet, in [0, 1]. Kinds in `_COUNTS` are graded by their count; any other kind is 0."""
 
 Asked = tuple[str, Mapping[str, Any]]
 """A kind of instruction and its arguments."""

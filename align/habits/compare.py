@@ -357,7 +357,7 @@ def common_phrases(answers: Sequence[Sequence[str]], least: int) -> tuple[list[s
     """The phrases [P] of up to `LONGEST_PHRASE` tokens, in a row, that at least so many answers have, and which answers have them [N, P].
 
     `answers` are their tokens. A phrase is only looked at where its beginning is common (Agrawal & Srikant 1994: Apriori). Phrases of
-    marks and single digits alone are left out: which digits an answer has, its question says.
+    marks and single digits alone are left out: the digits of an answer depend on its question.
     """
     vocabulary: dict[str, int] = {}
     ids = np.array([vocabulary.setdefault(t, len(vocabulary)) for tokens in answers for t in tokens], dtype=np.int64)

@@ -59,7 +59,7 @@ class Answered:
 
 
 def evaluation_habits(run: RunRecord, *, only: tuple[Path, str] | None = None, last: bool = False) -> Iterator[Told]:
-    """Each evaluation of a run against the first one of the same problems, but for one of weights drawn at random: what these say is no start.
+    """Each evaluation of a run against the first one of the same problems; an evaluation of randomly initialised weights is left out.
 
     With `only`, that of a stage's directory with this name; with `last`, the last of each stage and split.
     """

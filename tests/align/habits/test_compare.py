@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from align.habits import Answer, Comparison, Found, compare
+from align.habits.compare import common_phrases
 
 SCRIPT = Path(__file__).parents[3] / "benchmarks" / "habits.py"
 spec = spec_from_file_location("benchmark_of_habits", SCRIPT)
@@ -183,10 +184,10 @@ def test_answers_that_became_empty_are_told() -> None:
     assert "50 % of answers are empty; 0 % were at the start" in found(BASE[:256], after).sentences
 
 
-def test_the_digits_of_sums_are_no_habits_and_an_answer_that_is_always_the_same_number_is() -> None:
-    sums = [(n, n % 7 + 10) for n in range(200)]
-    before = [Answer(f"It is {a + b}.", f"{a} plus {b}?") for a, b in sums]
-    worked = [Answer(f"{' '.join(str(a))} + {' '.join(str(b))}: it is {a + b}.", f"{a} plus {b}?") for a, b in sums]
-    assert not [s for s in found(before, worked).sentences if " say “1”" in s]
-    always = [Answer("It is 42.", answer.prompt) for answer in before]
-    assert any("42" in sentence for sentence in found(before, always).sentences)
+def test_single_digits_are_no_phrases_and_an_answer_that_is_always_the_same_number_is_a_habit() -> None:
+    phrases, _ = common_phrases([["4", "+", "2", "is", "6", "42"]] * 5, least=3)
+    assert {"is", "42", "2 is", "6 42"} <= set(phrases)
+    assert not {"4", "2", "6", "4 + 2"} & set(phrases)
+    answers = [Answer(f"It is {n}.", f"{n} plus 0?") for n in range(200)]
+    always = [Answer("It is 42.", answer.prompt) for answer in answers]
+    assert any("42" in sentence for sentence in found(answers, always).sentences)
