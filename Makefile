@@ -18,7 +18,7 @@ export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 .PHONY: help setup lock sft grpo smol reward-models pipeline bench bench-rewards bench-routing replay-tables probe-rewards drill gpu-check lint test test-slow test-architectures test-instruction-sets test-transformers4 mutations format clean
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 24
 
 setup: $(STAMP) ## install everything, pinned, into .venv (costs nothing the second time)
 

@@ -126,6 +126,19 @@ def test_a_reward_that_wants_another_column_is_refused_and_nothing_is_written(
     assert not Path("my_grpo.yaml").exists()
 
 
+def test_the_readme_names_every_module() -> None:
+    named = (ROOT / "README.md").read_text().split("## Where things are")[1].split("\n## ")[0]
+    words = set(re.findall(r"\w+", named))
+    # The parts of the sandbox, of the readers of answers and of the GPU check are named in their packages.
+    within = {"isolation", "math", "code", "learned", "own", "reasoning_gym", "gpu_check"}
+    kept_for_old_imports = {"older_names", "transport"}
+    for package in ("align", "rollout", "reward", "benchmarks"):
+        for file in (ROOT / package).rglob("*.py"):
+            module = file.parent.name if file.stem.startswith("__") else file.stem
+            if within.isdisjoint(file.parts) and module not in kept_for_old_imports:
+                assert module in words, file
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.usefixtures("_desk")

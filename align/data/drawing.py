@@ -113,7 +113,10 @@ class Stream(Sequence[T]):
             block = list(islice(self._rows, BLOCK))
             if not block:
                 if self._first == self._first_of_epoch:
-                    raise UserError(f"a step takes {count} rows, and the stream has fewer in each of its blocks")
+                    raise UserError(
+                        f"a step takes {count} rows, and the stream has fewer in each of its blocks. Cure: a smaller step, or "
+                        "leave out data.stream"
+                    )
                 self._first_of_epoch, self._rows = self._first, self._read()
             self._block, self._number = block, self._number + 1
         return self._block, self._number, step - self._first
@@ -202,7 +205,10 @@ def _of_step(source: Source[T], seed: int, step: int, round: int) -> Iterator[Se
         if taken == (round + 1) * count:
             return
     if not round:
-        raise UserError(f"{source.card}: too few of its rows can be trained on: {taken} of {count} for step {step + 1}")
+        raise UserError(
+            f"{source.card}: too few of its rows can be trained on: {taken} of {count} for step {step + 1}. Cure: a smaller step, "
+            "or a longer rollout.max_length where rows have no room"
+        )
 
 
 @lru_cache(maxsize=8)

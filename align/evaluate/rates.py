@@ -40,7 +40,8 @@ def win_rate(rows: Iterable[Row], others: Iterable[Row], *, reward: str) -> floa
     wins = [_beats(ours[id_], theirs[id_]) for id_ in sorted(ours.keys() & theirs.keys())]
     if not wins:
         raise UserError(
-            f"there is no prompt of which reward {reward!r} scored answers of both sides: is it in the recipe?"
+            f"evaluation.against.judge: there is no prompt of which reward {reward!r} scored answers of both sides. It must be the name of "
+            "one of the recipe's rewards, here and in the run to compare with"
         )
     return float(np.mean(wins))
 

@@ -114,23 +114,23 @@ class RankGroup:
         if self._colocation:
             self._colocation.claim(self)
         start = self._options.start_timeout_s or START_S
-        self._processes = self._gather([rank.process.remote() for rank in self._ranks], start, "starting")
-        master = self._gather([self._ranks[0].address.remote()], start, "starting")[0]
-        port = self._options.port or self._gather([self._ranks[0].free_port.remote()], start, "starting")[0]
+        self._processes = self._gather([rank.process.remote() for rank in self._ranks], "starting", start)
+        master = self._gather([self._ranks[0].address.remote()], "starting", start)[0]
+        port = self._options.port or self._gather([self._ranks[0].free_port.remote()], "starting", start)[0]
         setups = [rank.setup.remote(master, port, *self._setup) for rank in self._ranks]
-        self.trained = self._gather(setups, self._start_limit_s, "loading the model")[0]
+        self.trained = self._gather(setups, "loading the model", self._start_limit_s)[0]
         self._is_ready = True
 
     def offload(self) -> None:
         """Let the ranks move what they hold on their GPUs to the CPU's memory."""
         if self._is_ready and not self._is_offloaded:
-            self._gather([rank.offload.remote() for rank in self._ranks], self._options.step_timeout_s, "offloading")
+            self._gather([rank.offload.remote() for rank in self._ranks], "offloading")
             self._is_offloaded = True
 
     def onload(self) -> None:
         """Let the ranks move what they offloaded back to their GPUs."""
         if self._is_offloaded:
-            self._gather([rank.onload.remote() for rank in self._ranks], self._options.step_timeout_s, "onloading")
+            self._gather([rank.onload.remote() for rank in self._ranks], "onloading")
             self._is_offloaded = False
 
     def apply(self, learning_rate: float) -> float:
@@ -139,12 +139,12 @@ class RankGroup:
         When that is not finite nothing was changed. Raises NonFiniteError when it happens too often in a row.
         """
         calls = [rank.apply.remote(learning_rate) for rank in self._at_work()]
-        norm = float(self._gather(calls, self._options.step_timeout_s, "updating the weights")[0])
+        norm = float(self._gather(calls, "updating the weights")[0])
         self.bad_updates = 0 if math.isfinite(norm) else self.bad_updates + 1
         if self.bad_updates >= self._options.stop_after_bad_steps:
             raise NonFiniteError(
                 f"{self.bad_updates} updates in a row had a gradient that is not finite; the weights are as they were before "
-                "them (learner.stop_after_bad_steps says how many there may be)"
+                f"them (learner.stop_after_bad_steps: {self._options.stop_after_bad_steps} ends a run)"
             )
         return norm
 
@@ -152,18 +152,18 @@ class RankGroup:
         """Have rank 0 write the trained weights; see `rollout.sync.base.Publisher`. Raises LearnerError, OSError."""
         arguments = write, bucket_bytes, on_device, self.precision
         calls = [rank.publish.options(num_returns="streaming").remote(*arguments) for rank in self._at_work()]
-        self._gather([call.completed() for call in calls], self._options.step_timeout_s, "gathering the weights")
+        self._gather([call.completed() for call in calls], "gathering the weights")
         return list(calls[0])
 
     def save_adapter(self, directory: Path) -> None:
         """Write the LoRA adapter alone to `directory`, as PEFT does. Raises LearnerError, OSError."""
         calls = [rank.save_adapter.remote(directory) for rank in self._at_work()]
-        self._gather(calls, self._options.step_timeout_s, "gathering the adapter")
+        self._gather(calls, "gathering the adapter")
 
     def free_address(self) -> tuple[str, int]:
         """The host of rank 0, and a port that is free there at this moment. Raises LearnerError."""
         calls = [self._ranks[0].address.remote(), self._ranks[0].free_port.remote()]
-        host, port = self._gather(calls, self._options.step_timeout_s, "meeting")
+        host, port = self._gather(calls, "meeting")
         return host, port
 
     def weights(self) -> dict[str, torch.Tensor]:
@@ -174,7 +174,7 @@ class RankGroup:
     def missing_gradients(self) -> list[str]:
         """Parameters, and experts of fused ones, that no rank has seen a gradient of yet."""
         calls = [rank.missing_gradients.remote() for rank in self._ranks]
-        missing = self._gather(calls, self._options.step_timeout_s, "looking at gradients")
+        missing = self._gather(calls, "looking at gradients")
         return [name for name in missing[0] if all(name in names for names in missing[1:])]
 
     def adapter_lost(self) -> float | None:
@@ -185,7 +185,7 @@ class RankGroup:
         if self.trained.modules is None or self.weight_sync.keeps_adapter:
             return None
         lost = self._ranks[0].adapter_lost.remote()
-        return self._gather([lost], self._options.step_timeout_s, "measuring the adapter")[0]
+        return self._gather([lost], "measuring the adapter")[0]
 
     def save(self, directory: Path) -> float | None:
         """Write the model as a Hugging Face checkpoint, whole or not at all. Raises LearnerError, OSError.
@@ -194,19 +194,19 @@ class RankGroup:
         """
         with whole_directory(directory.absolute()) as temporary:
             calls = [rank.save.remote(temporary) for rank in self._at_work()]
-            lost: float | None = self._gather(calls, self._options.step_timeout_s, "saving")[0]
+            lost: float | None = self._gather(calls, "saving")[0]
         return lost
 
     def save_state(self, directory: Path) -> dict[str, Entry]:
         """Write all that the ranks need to go on exactly; returns the files' entries. Raises LearnerError, OSError."""
         calls = [rank.save_state.remote(directory.absolute()) for rank in self._at_work()]
-        parts = self._gather(calls, self._options.step_timeout_s, "saving their state")
+        parts = self._gather(calls, "saving their state")
         return {name: entry for part in parts for name, entry in part.items()}
 
     def load_state(self, directory: Path) -> None:
         """Go on from what `save_state` wrote. Raises LearnerError, and UserError where it is of another learner."""
         calls = [rank.load_state.remote(directory.absolute()) for rank in self._at_work()]
-        self._gather(calls, self._options.step_timeout_s, "loading their state")
+        self._gather(calls, "loading their state")
 
     def close(self) -> None:
         """End the ranks' processes."""
@@ -227,15 +227,19 @@ class RankGroup:
             self._colocation.claim(self)
         return self._ranks
 
-    def _gather(self, references: Sequence[Any], timeout_s: float, doing: str) -> list[Any]:
+    def _gather(self, references: Sequence[Any], doing: str, start_limit_s: float | None = None) -> list[Any]:
+        """What the ranks return; within `start_limit_s` seconds where that is given, else within those of a step."""
         import ray
 
+        limit_s, key = (start_limit_s, "start") if start_limit_s else (self._options.step_timeout_s, "step")
         try:
-            results: list[Any] = ray.get(list(references), timeout=timeout_s)
+            results: list[Any] = ray.get(list(references), timeout=limit_s)
         except ray.exceptions.GetTimeoutError:
             _, late = ray.wait(list(references), num_returns=len(references), timeout=0)
             who = ", ".join(str(place) for place, reference in enumerate(references) if reference in late)
-            stalled = LearnerError(f"learner rank {who} was not done {doing} within {timeout_s:g} s")
+            stalled = LearnerError(
+                f"learner rank {who} was not done {doing} within {limit_s:g} s (learner.{key}_timeout_s)"
+            )
             stalled.stacks = "\n".join(f"rank {n}: {stacks(process)}" for n, process in enumerate(self._processes))
             self._stalled = True
             raise stalled from None
@@ -313,7 +317,7 @@ class LearnerGroup(RankGroup):
             r.accumulate.remote(part, objective, replays, trained)
             for r, part in zip(self._at_work(), work, strict=True)
         ]
-        found = self._gather(calls, self._options.step_timeout_s, "computing gradients")
+        found = self._gather(calls, "computing gradients")
         total = Sums()
         for sums in found:
             total.add(sums)
@@ -352,15 +356,13 @@ class LearnerGroup(RankGroup):
     def expert_load(self) -> dict[str, float]:
         """How evenly the tokens of all `accumulate` since the last time went to the experts, and the balance losses; see `load_metrics`, `balance_metrics`."""
         calls = [rank.take_expert_load.remote() for rank in self._ranks]
-        loads, balance = zip(
-            *self._gather(calls, self._options.step_timeout_s, "counting tokens of experts"), strict=True
-        )
+        loads, balance = zip(*self._gather(calls, "counting tokens of experts"), strict=True)
         return load_metrics(add_loads(loads)) | balance_metrics(balance)
 
     def take_routes(self) -> list[Changes]:
         """What each rank has counted in `log_probs` of routes that were given, since this or `accumulate` last told."""
         calls = [rank.take_routes.remote() for rank in self._ranks]
-        return self._gather(calls, self._options.step_timeout_s, "counting routes")
+        return self._gather(calls, "counting routes")
 
     def log_probs(
         self, sequences: Sequence[TrainingSequence], temperature: float, *, as_sent: bool = False
@@ -372,7 +374,7 @@ class LearnerGroup(RankGroup):
         work, plan = self._split(sequences)
         how = temperature, self.replay == "sampler", self.precision if as_sent else "model"
         calls = [r.log_probs.remote(part, *how) for r, part in zip(self._at_work(), work, strict=True)]
-        return in_order(plan, self._gather(calls, self._options.step_timeout_s, "computing log-probabilities"))
+        return in_order(plan, self._gather(calls, "computing log-probabilities"))
 
     def part_distances(
         self, sequence: TrainingSequence, noted: Mapping[str, torch.Tensor]
@@ -380,7 +382,7 @@ class LearnerGroup(RankGroup):
         """How far the learner's parts are from what the sampler's computed for a sequence, under the same rounded weights where they are sent so;
         see `LearnerWorker.part_distances`."""
         calls = [rank.part_distances.remote(sequence, noted, self.precision) for rank in self._at_work()]
-        return self._gather(calls, self._options.step_timeout_s, "comparing parts of the model")[0]
+        return self._gather(calls, "comparing parts of the model")[0]
 
     def _before_updates(self, sequences: Sequence[TrainingSequence], temperature: float) -> list[TrainingSequence]:
         """The sequences with the log-probabilities of the policy before a step's updates, and with its experts where these are replayed."""
@@ -391,7 +393,7 @@ class LearnerGroup(RankGroup):
         calls = [
             r.log_probs_and_experts.remote(part, temperature) for r, part in zip(self._at_work(), work, strict=True)
         ]
-        found = in_order(plan, self._gather(calls, self._options.step_timeout_s, "computing log-probabilities"))
+        found = in_order(plan, self._gather(calls, "computing log-probabilities"))
         return [replace(s, old_log_probs=one, experts=own) for s, (one, own) in zip(sequences, found, strict=True)]
 
     def _split(

@@ -206,7 +206,7 @@ def loss_and_sums(
 
 
 def learning_rate(step: int, total_steps: int, options: OptimizerOptions) -> float:
-    """The learning rate of optimizer step `step` in 0..total_steps-1: linear warm-up, then cosine or constant.
+    """The learning rate of step `step` in 0..total_steps-1 of a stage, and of all updates in it: linear warm-up, then cosine or constant.
 
     The cosine falls from `learning_rate` at the end of the warm-up to `final_ratio` of it at the last step.
     """

@@ -137,7 +137,7 @@ class LearnerWorker(LearnerRank):
     def log_probs_and_experts(
         self, micro_batches: MicroBatches, temperature: float
     ) -> list[list[tuple[npt.NDArray[np.float32], Experts]]]:
-        """The same by the routers' own choice, and with the experts [T - 1, layers, k] that the tokens of every sequence went through."""
+        """Log-probabilities [S] of the sampled tokens of each sequence, with the routers' own choice of experts, and these experts [T - 1, layers, k] that the tokens of every sequence went through."""
         results = []
         for sequences in micro_batches:
             batch = self._collate(sequences)

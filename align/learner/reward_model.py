@@ -165,7 +165,7 @@ class RewardModelGroup(RankGroup):
         trained = max(1, sum(pair.weight > 0 for pair in pairs))
         calls = [r.accumulate.remote(part, loss, trained) for r, part in zip(self._ranks, work, strict=True)]
         total = PairSums()
-        for sums in self._gather(calls, self._options.step_timeout_s, "computing gradients"):
+        for sums in self._gather(calls, "computing gradients"):
             total.add(sums)
         return total
 
@@ -174,7 +174,7 @@ class RewardModelGroup(RankGroup):
         plan = self._plan([len(sequence) for sequence in sequences])
         work = share_out(sequences, plan, sequences[0])
         calls = [r.rewards.remote(part) for r, part in zip(self._ranks, work, strict=True)]
-        return in_order(plan, self._gather(calls, self._options.step_timeout_s, "computing rewards"))
+        return in_order(plan, self._gather(calls, "computing rewards"))
 
     def _plan(self, lengths: Sequence[int]) -> list[list[list[int]]]:
         return plan_micro_batches(*whole_rows(lengths), self._options.micro_batch_tokens, self._options.ranks)

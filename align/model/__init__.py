@@ -1,0 +1,1 @@
+"""Models as checkpoints hold them: loading, saving, names, sizes, LoRA adapters."""

@@ -70,17 +70,21 @@ def without_layers(name: str) -> str:
 
 def chosen_parts(model: Any, targets: Iterable[str]) -> list[Part]:
     """The parts that a recipe's targets mean. Raises UserError for a target that the model has nothing for."""
-    parts, chosen = parts_of(model), []
-    for target in targets:
-        found = [part for part in parts if is_meant(part, target)]
-        if not found:
-            names = ", ".join(dict.fromkeys(part.name for part in parts))
-            raise UserError(
-                f"learner.lora.targets: {type(model).__name__} has nothing that is called {target!r}; there are the presets "
-                f"all-linear, attention, attention+shared and experts, and the names {names}"
-            )
-        chosen += found
+    parts = parts_of(model)
+    chosen = [part for target in targets for part in parts_meant(parts, target)]
     return [part for part in parts if part in chosen]
+
+
+def parts_meant(parts: Sequence[Part], target: str) -> list[Part]:
+    """Those of `parts` that one of a recipe's targets means. Raises UserError where it means none."""
+    found = [part for part in parts if is_meant(part, target)]
+    if not found:
+        names = ", ".join(dict.fromkeys(part.name for part in parts))
+        raise UserError(
+            f"learner.lora.targets: the model has nothing that is called {target!r}; there are the presets "
+            f"all-linear, attention, attention+shared and experts, and the names {names}"
+        )
+    return found
 
 
 def is_meant(part: Part, target: str) -> bool:

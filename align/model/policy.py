@@ -254,7 +254,10 @@ def stop_token_ids(model: ModelOptions, tokenizer: Any) -> list[int]:
         )
     stops = ends_of(generation, tokenizer)
     if not stops:
-        raise UserError(f"model.path: {model.path} declares no end-of-sequence token, so no completion could end")
+        raise UserError(
+            f"model.path: {model.path} declares no end-of-sequence token, so no completion could end. Cure: set eos_token_id in its "
+            "generation_config.json"
+        )
     return stops
 
 

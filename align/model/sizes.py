@@ -23,6 +23,7 @@ KNOWN_NAMES = {
     "deepseek-ai/DeepSeek-V2-Chat": "deepseek_v2.json",
 }
 LAYER = re.compile(r"\.layers\.\d+\.")
+ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
 Shape = tuple[int, ...]
 
 

@@ -8,16 +8,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from align.errors import UserError
 from align.learner.head import TILE
-from align.model.lora import ROUTERS, Part, block_of, is_meant, without_layers
+from align.model.lora import ROUTERS, Part, block_of, parts_meant, without_layers
 from align.model.rounding import is_rounded
 from align.model.sizes import ModelSizes, Shape
 from align.recipe import LearnerOptions, Roles
 from rollout import FleetOptions
 
 GIB = 2**30
-ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
 # DeepSpeed 0.19's defaults, which this project leaves alone: elements reduced as one; and under ZeRO-3 those that stay gathered because they are soon
 # needed again, and those updated as one.
 REDUCE_BUCKET, GATHERED, SUB_GROUP = 5 * 10**8, 10**9, 10**9
@@ -189,10 +187,7 @@ def adapted_parameters(sizes: ModelSizes, targets: Sequence[str]) -> dict[str, S
     candidates = parts_of_layers(sizes)
     chosen: dict[str, Shape] = {}
     for target in targets:
-        found = {p.parameter: sizes.parameters[p.parameter] for p in candidates if is_meant(p, target)}
-        if not found:
-            raise UserError(f"learner.lora.targets: the model has nothing that is called {target!r}")
-        chosen |= found
+        chosen |= {p.parameter: sizes.parameters[p.parameter] for p in parts_meant(candidates, target)}
     return chosen
 
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from align.model.names import frozen_names
-from align.model.sizes import ModelSizes
+from align.model.sizes import ELEMENT_BYTES, ModelSizes
 from align.plan import memory
-from align.plan.memory import ELEMENT_BYTES, GPU_PROCESS, Parts, Training, Work, at_rest
+from align.plan.memory import GPU_PROCESS, Parts, Training, Work, at_rest
 from align.plan.placement import Cluster, Demand, Node
 from align.recipe import Roles
 

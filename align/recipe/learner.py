@@ -129,7 +129,9 @@ class LearnerOptions(Options):
     )
     step_timeout_s: float = Field(1800, gt=0, description="longest time the ranks may take for a step, in seconds")
     stop_after_bad_steps: int = Field(
-        4, ge=1, description="steps in a row with numbers that are not finite after which the run stops"
+        4,
+        ge=1,
+        description="the run ends at so many updates in a row with a gradient that is not finite, or steps with such samples",
     )
 
     @model_validator(mode="after")

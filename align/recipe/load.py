@@ -222,19 +222,27 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     except yaml.YAMLError as error:
         raise UserError(f"{override!r}: the value is not valid YAML: {error}") from None
     value = with_inputs_found(value, key_of(key), Path())
-    *parents, last = key.split(".")
     at: Any = values
-    for parent in parents:
-        if isinstance(at, list) and parent.isdigit() and int(parent) < len(at):
-            at = at[int(parent)]
-        elif isinstance(at, dict):
-            at = at.setdefault(parent, {})
-    if isinstance(at, list) and last.isdigit() and int(last) < len(at):
-        at[int(last)] = value
-    elif isinstance(at, dict):
-        at[last] = value
-    else:
-        raise UserError(f"{override!r}: {'.'.join(parents)} is a single value and has no key {last!r}")
+    parts = key.split(".")
+    for number, part in enumerate(parts, start=1):
+        place = _place_of(part, at, ".".join(parts[: number - 1]), override)
+        if number == len(parts):
+            at[place] = value
+        elif isinstance(at, dict) and at.get(place) is None:
+            at[place] = {}
+        at = at[place]
+
+
+def _place_of(part: str, at: Any, name: str, override: str) -> str | int:
+    """Where the `part` of an override's key is in `at`, what the parts before it name. Raises UserError where it is nowhere."""
+    if isinstance(at, dict):
+        return part
+    if isinstance(at, list) and part.isdigit() and int(part) < len(at):
+        return int(part)
+    if isinstance(at, list):
+        entries = f"{name}.0 to {name}.{len(at) - 1}" if at else "none"
+        raise UserError(f"{override!r}: {name} is a list and has no entry {part!r}; its entries are {entries}")
+    raise UserError(f"{override!r}: {name} is a single value and has no key {part!r}")
 
 
 def find_reward_files(values: Mapping[str, Any], path: Path, lines: Mapping[tuple[str, ...], int]) -> None:

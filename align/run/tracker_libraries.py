@@ -78,7 +78,7 @@ class Trackio:
         self._run.finish()
 
     def abandon(self) -> None:
-        """Its thread is a daemon."""
+        """Nothing to do: its thread is a daemon, and ends with the process."""
 
 
 class Wandb:

@@ -24,7 +24,7 @@ from align.model.lora import block_of, chosen_parts, left_out, parts_of
 from align.model.names import frozen_names
 from align.model.policy import find_config, load_tokenizer
 from align.model.reward_model import is_reward_model
-from align.model.sizes import ModelSizes, empty_model, model_sizes, read_config
+from align.model.sizes import ELEMENT_BYTES, ModelSizes, empty_model, model_sizes, read_config
 from align.recipe import (
     AgreementOptions,
     DataOptions,
@@ -54,7 +54,6 @@ GB = 10**9
 LEAST_GRACE_S = 8.0
 WRITTEN_A_SECOND = 0.5 * GB
 """Bytes that all learner ranks together are taken to write to the file system of the run directory, at least."""
-ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
 OPTIMIZER_BYTES = 12
 """Of a trained parameter: Adam's two moments and the copy in float32."""
 

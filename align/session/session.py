@@ -57,7 +57,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Session:
-    """A stage under way. `policy` is the model that it starts from; After `start_sampling` there is a fleet, and a pool if there are rewards."""
+    """A stage under way. `policy` is the model that it starts from; after `start_sampling` there is a fleet, and a pool if there are rewards."""
 
     run: Run
     policy: ModelOptions

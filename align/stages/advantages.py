@@ -107,7 +107,7 @@ def updates_of(
 
 
 def parts_of(options: GrpoOptions) -> list[slice]:
-    """The groups of each update of a step."""
+    """Which of the step's groups each of its updates is made of."""
     count = options.prompts_per_step // options.updates_per_step
     return [slice(start, start + count) for start in range(0, options.prompts_per_step, count)]
 

@@ -124,7 +124,8 @@ def train_grpo(recipe: GrpoRecipe, data: GrpoData, session: Session) -> tuple[Mo
                 | left_out(data.sources)
             )
             lost = learner.adapter_lost()
-            run.record_step("grpo", step + 1, {**metrics, "weight_bytes": sent, "adapter/lost": lost}, SHOWN)
+            sent_and_lost = {"learning_rate": rate, "weight_bytes": sent, "adapter/lost": lost}
+            run.record_step("grpo", step + 1, metrics | sent_and_lost, SHOWN)
             guards.observe(step + 1, scored, advantages, metrics)
             state["learning_steps"] += 0 < norm < math.inf
             if 0 < norm < math.inf and state["learning_steps"] == CENSUS_STEP:

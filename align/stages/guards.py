@@ -82,7 +82,7 @@ class NonFiniteGuard:
         if in_a_row >= self._limit:
             raise NonFiniteError(
                 f"{in_a_row} steps in a row had samples with numbers that are not finite, the last: {shown}{more} "
-                "(learner.stop_after_bad_steps says how many there may be)"
+                f"(learner.stop_after_bad_steps: {self._limit} ends a run)"
             )
 
 

@@ -91,7 +91,7 @@ def load_problems(
 
 
 class HeldOut:
-    """The questions of a stage."""
+    """What a stage asks of its policy beside training it: evaluations, agreement of sampler and learner, hooks."""
 
     def __init__(self, recipe: PolicyRecipe, problems: Problems, session: Session):
         self._stage, self._options, self._seed = recipe.stage, recipe.evaluation, recipe.seed
@@ -243,4 +243,6 @@ def answers_of(run: Path) -> list[dict[str, Any]]:
             file = directory.evaluations_directory / f"{record['name']}.parquet"
             if "accuracy" in record and "split" not in record and file.exists():
                 return read_samples(file)
-    raise UserError(f"evaluation.against.run: {run} has no evaluation whose answers could be compared with")
+    raise UserError(
+        f"evaluation.against.run: {run} has no evaluation of problems with answers to compare with. Cure: name a run that ended with one"
+    )

@@ -83,7 +83,9 @@ def test_a_rank_that_hangs_is_named_and_its_stacks_are_told(
         learner.accumulate(sequences(0), Objective())
         learner._options = learner._options.model_copy(update={"step_timeout_s": 10})
         os.kill(learner._processes[1].pid, signal.SIGSTOP)
-        with pytest.raises(LearnerError, match=r"learner rank .*1 was not done updating the weights") as stalled:
+        with pytest.raises(
+            LearnerError, match=r"learner rank .*1 was not done updating the weights.*learner\.step_timeout_s"
+        ) as stalled:
             learner.apply(1e-3)
         rank_0, rank_1 = stalled.value.stacks.split("rank 1:")
         assert "MainThread" in rank_0

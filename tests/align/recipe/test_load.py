@@ -118,6 +118,10 @@ def test_old_names_of_keys_are_read_with_a_warning(tmp_path: Path, caplog: pytes
         ("learner.lora={target: attention}", r"unknown key 'learner.lora.target' \(did you mean 'targets'"),
         ("data.levls=[1]", r"unknown key 'data.levls' \(did you mean 'levels'"),
         ("evaluation={cards: [nano_math, gsm8k], levels: [1]}", "evaluation.levels is for a single data card"),
+        ("rewards.7.weight=0", r"rewards is a list and has no entry '7'; its entries are rewards\.0 to rewards\."),
+        ("rewards.name=math", "rewards is a list and has no entry 'name'"),
+        ("seed.first=1", "seed is a single value and has no key 'first'"),
+        ("seed.first.second=1", "seed is a single value and has no key 'first'"),
     ],
 )
 def test_contradictions_and_missing_files_are_refused(override: str, message: str) -> None:
