@@ -25,8 +25,9 @@ from statistics import fmean
 from typing import Any
 
 from reward import older_names
-from reward.prose import capital_words, degenerate, punkt_sentences, whole_sentences
+from reward.prose import capital_words, degenerate, punkt_sentences, seeded_langdetect, whole_sentences
 from reward.registry import register
+from reward.rows import text_of
 from reward.types import RewardError, Sample, Score, UnusableAnswer, Verdict
 from reward.unasked import unasked
 
@@ -59,7 +60,9 @@ _COUNTS: Mapping[str, tuple[Sequence[str], Callable[[str, Mapping[str, Any]], in
 """Kinds that are counted here, with the names of number, relation and letter: IFEval's checkers of the second and the third
 need nltk's data, that of the last draws another letter in place of "#" or "!"."""
 
-_BULLET = re.compile(r"^\s*[*-](?!\*)", re.MULTILINE)
+_BULLET = re.compile(r"^[^\S\n]*+[*-](?!\*)", re.MULTILINE)
+_LONG_GAP = re.compile(r"(?<!\s)\s{50,}+")
+"""White space that IFEval's own expressions would read in a time that grows with the square of its length."""
 _TERMS = re.compile(r"\w+(?:['’]\w+)*")
 _NEARNESS: Mapping[str, Callable[[str, Mapping[str, Any]], float]] = {
     "change_case:english_capital": lambda text, args: _share(map(str.isupper, _TERMS.findall(text))),
@@ -146,7 +149,13 @@ def check(sample: Sample, *, loose: bool = False) -> Checked:
     kinds = tuple(kind for kind, _ in asked)
     arguments = [args for _, args in asked]
     why = degenerate(text, sample.prompt, topic, arguments, can_be_short=OPTIONS in kinds)
-    return Checked(kinds, met, why, tuple(unasked(text, sample.prompt, kinds)), near)
+    return Checked(kinds, met, why, tuple(unasked(text, sample.prompt, kinds, _before(sample))), near)
+
+
+def _before(sample: Sample) -> str:
+    """What the system and the user said, the request among it; what they ask for there is asked for."""
+    turns = sample.metadata.get("messages") or ()
+    return "\n".join(text_of(turn.get("content")) for turn in turns if turn["role"] != "assistant")
 
 
 def _loose_variants(text: str) -> list[str]:
@@ -175,8 +184,10 @@ def _asked(sample: Sample) -> list[Asked]:
 
 def _pairs(sample: Sample) -> list[Asked]:
     row = sample.metadata
-    if row.get("instruction_id_list") is None and row.get("instructions") is not None:
-        return [(str(one["kind"]), dict(one["args"] or {})) for one in row["instructions"]]
+    if not row.get("instruction_id_list") and (listed := row.get("instructions")) is not None:
+        if isinstance(listed, str | Mapping):
+            raise TypeError(f'"instructions" must be a list, not {listed!r:.60}')
+        return [(str(one["kind"]), dict(one["args"] or {})) for one in listed]
     if row.get("instruction_id_list") is None:
         truth = row.get("ground_truth") or sample.ground_truth
         row = _literal(truth)[0] if truth else {}
@@ -251,6 +262,7 @@ def _follows(kind: str, checker: Any, text: str) -> bool:
     if kind == PARAGRAPH:
         # IFEval's checker takes the empty line in a wider gap for a paragraph when it looks for the n-th one.
         text = re.sub(r"\n{3,}", "\n\n", text.strip())
+    text = _LONG_GAP.sub(lambda gap: "\n\n" if "\n" in gap[0] else " ", text)
     try:
         return bool(checker.check_following(text))
     except RecursionError:  # JSON that is nested a thousandfold
@@ -300,7 +312,7 @@ def checkers() -> Mapping[str, Any]:
     # lm_eval fetches nltk's data from the network when it is imported, on the first rank only. What needs them is counted here.
     os.environ["LOCAL_RANK"] = "1"
     try:
-        import langdetect
+        seeded_langdetect()
         from lm_eval.tasks.ifeval.instructions_registry import INSTRUCTION_DICT
     except ImportError as error:
         raise RewardError(
@@ -311,8 +323,6 @@ def checkers() -> Mapping[str, Any]:
             del os.environ["LOCAL_RANK"]
         else:
             os.environ["LOCAL_RANK"] = rank
-    # The language is guessed by a random walk: without a seed, the same answer is judged now so, now so.
-    langdetect.DetectorFactory.seed = 0
     checkers: Mapping[str, Any] = INSTRUCTION_DICT
     return checkers
 

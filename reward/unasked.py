@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-from reward.prose import LEAST_WORDS, breaks_off, repeats_request
+from reward.prose import LEAST_WORDS, breaks_off, little_share, repeats_request
 
 LONG_WITHOUT_COMMA = 30
 """Words of English prose from which on the lack of any comma is a mark (GPT-4: only in lists and verses)."""
@@ -22,18 +22,26 @@ MOST_CAPITALS = 0.8
 _LINE_OF_PROSE = re.compile(r"(?![^.!?:]{,40}:).*\w{2}[.!?](?:\s|[\"'”’)*]|\Z)")
 _WORD = re.compile(r"\w+(?:['’]\w+)*")
 _QUOTES = '"“”„«»'
-_OPENED = re.compile(rf"(?:^|(?<=[\s(\[—-]))[{_QUOTES}](?=\S)")
+_OPENED = re.compile(rf"(?:^|(?<=[\s(\[—-]))[{_QUOTES}](?=[^\s,.;:!?)\]…])")
 _TITLE = re.compile(r"<<[^<>\n]+>>")
-_POSTSCRIPT = re.compile(r"(?:^|(?<=[.!?\"”)]))\W*P\.\s?(?:P\.\s?)?S\b", re.MULTILINE)
-_DIVIDER = re.compile(r"^\s*\*{3,}\s*$", re.MULTILINE)
-_WRAPPED = re.compile(r"```\w*\n.*\n```|\[[^\[\]]*\]|\([^()]*\)|(\*{1,3}|_{1,3}|~~|`+)(?!\s)(?:(?!\1).)+\1", re.DOTALL)
+# All are linear in a text of whatever characters in a row: possessive, and begun where such a row begins.
+_POSTSCRIPT = re.compile(r"(?<!\W)(?=\A|\W*?[\n.!?\"”)])\W*+P\.\s?(?:P\.\s?)?S\b")
+_DIVIDER = re.compile(r"^[^\S\n]*+\*{3,}+[^\S\n]*+$", re.MULTILINE)
+_WRAPPED = re.compile(
+    r"```\w*\n.*\n```|\[[^\[\]]*\]|\([^()]*\)|(\*{1,3}|_{1,3}|~~|`{1,3}+)(?!\s)(?:(?!\1).)+\1", re.DOTALL
+)
+_WITHOUT_CAPITALS = re.compile("[\u10a0-\u10ff\u1c90-\u1cbf\u2d00-\u2d2f\u13a0-\u13ff\uab70-\uabbf]")
+"""Georgian and Cherokee: letters with another case that prose has no use for."""
+LEAST_LITTLE = 0.15
+"""Share of little words of English from which on a text is English prose (GPT-4: 0.23 and more without commas)."""
 
 
-def unasked(text: str, prompt: str, kinds: Collection[str]) -> list[str]:
-    """What is put on a text that its request did not ask for, neither by the kinds of its instructions nor by a word for it."""
+def unasked(text: str, prompt: str, kinds: Collection[str], before: str = "") -> list[str]:
+    """What is put on a text that its request did not ask for, neither by the kinds of its instructions nor by a word for it, in the request or in
+    what was said `before` it."""
     text = text.strip()
     found = [mark.name for mark in MARKS if not mark.kinds.intersection(kinds) and mark.is_on(text)]
-    wanted = {mark.name for mark in MARKS if mark.asked.search(prompt)}
+    wanted = {mark.name for mark in MARKS if mark.asked.search(f"{before}\n{prompt}")}
     if "combination:repeat_prompt" not in kinds and repeats_request(text, prompt):
         found.append("the request")
     if "startend:end_checker" not in kinds and breaks_off(text):
@@ -65,21 +73,28 @@ def is_quoted(text: str) -> bool:
 
 
 def is_in_capitals(text: str) -> bool:
-    letters = [character for character in text if character.lower() != character.upper()]
+    letters = _letters(text)
     return len(letters) >= LEAST_LETTERS and sum(map(str.isupper, letters)) > MOST_CAPITALS * len(letters)
 
 
 def is_in_lowercase(text: str) -> bool:
-    letters = [character for character in text if character.lower() != character.upper()]
+    letters = _letters(text)
     return len(letters) >= LEAST_LETTERS and not any(map(str.isupper, letters)) and "```" not in text
+
+
+def _letters(text: str) -> list[str]:
+    """The letters that prose writes in capitals here and there."""
+    cased = _WITHOUT_CAPITALS.sub("", text)
+    return [character for character in cased if character.lower() != character.upper()]
 
 
 def lacks_commas(text: str) -> bool:
     """Whether English sentences of so many words have no comma."""
-    if "," in text or sum(map(str.isascii, text)) < 0.9 * len(text):
+    if "," in text:
         return False
     prose = [line for line in text.splitlines() if _LINE_OF_PROSE.match(line)]
-    return sum(len(_WORD.findall(line)) for line in prose) >= LONG_WITHOUT_COMMA
+    found = [word for line in prose for word in _WORD.findall(line.casefold())]
+    return len(found) >= LONG_WITHOUT_COMMA and little_share(found) >= LEAST_LITTLE
 
 
 def is_wrapped(text: str) -> bool:

@@ -17,6 +17,7 @@ from align.data.types import Example
 from align.errors import UserError
 from reward import Sample, UnusableAnswer
 from reward.instructions import check
+from reward.rows import added_metadata
 from rollout import FinishReason
 
 Row = Mapping[str, Any]
@@ -88,9 +89,11 @@ def instruction_rates(rows: Iterable[Row]) -> dict[str, float]:
 
 
 def _counted(row: Row, example: Example) -> dict[str, bool]:
-    metadata, prompt = example.metadata, example.prompt_text
+    metadata = {**example.metadata, **added_metadata(example.messages, None)}
     try:
-        found = check(Sample(example.id, prompt, row["completion"], None, example.domain, metadata=metadata))
+        found = check(
+            Sample(example.id, example.prompt_text, row["completion"], None, example.domain, metadata=metadata)
+        )
     except UnusableAnswer:
         return {}
     if not found.kinds:

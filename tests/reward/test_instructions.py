@@ -187,11 +187,20 @@ def test_the_topic_may_be_inflected(ending: str) -> None:
         {"instruction_id_list": ["punctuation:no_comma", "startend:quotation"], "kwargs": [{}]},
         {"instruction_id_list": ["punctuation:no_comma"]},
         {"ground_truth": "[{'instruction_id': ["},
+        {"instructions": ""},
+        {"instructions": {}},
+        {"instruction_id_list": [], "kwargs": [], "instructions": "Answer politely."},
+        {"instruction_id_list": [], "kwargs": []},
     ],
 )
 def test_data_that_cannot_be_judged_are_the_datas_fault(metadata: dict[str, Any]) -> None:
     with pytest.raises(UnusableAnswer):
         instructions(Sample("1", REQUEST, PARROTS, None, "instructions", metadata=metadata))
+
+
+def test_an_empty_list_of_ids_does_not_hide_instructions() -> None:
+    asked = {"instruction_id_list": [], "kwargs": [], "instructions": [{"kind": "punctuation:no_comma", "args": {}}]}
+    assert check(Sample("1", REQUEST, f"{PARROTS} Yes, yes.", None, metadata=asked)).met == (False,)
 
 
 def test_a_request_without_instructions_wants_an_answer_without_marks() -> None:

@@ -50,6 +50,14 @@ def test_what_games_a_checker_is_no_answer_without_a_topic_too(text: str, told: 
     assert told in why(text, REQUEST)
 
 
+def test_prose_in_another_language_is_no_list_of_words() -> None:
+    text = (
+        "Kopi merupakan minuman populer yang berasal dari biji tanaman kopi. "
+        "Minuman tersebut mengandung kafein sehingga dapat meningkatkan kewaspadaan."
+    )
+    assert why(text, "Jelaskan kopi.") == why(text, "Tell me about coffee.") == ""
+
+
 def test_the_request_is_no_answer_to_a_question_or_to_a_request_with_a_text() -> None:
     for request in (
         "What is it that makes the sea taste of salt? Answer without commas.",

@@ -1,6 +1,7 @@
 """Marks of form that nobody asked for, and answers that look as if they had one and have none."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -86,11 +87,46 @@ def test_a_mark_is_one_where_nobody_asked_for_it(text: str, mark: str, kind: str
         ("I must not talk in class. " * 4, "Repeat the sentence I must not talk in class. Write it four times."),
         ("河流把水从山上带到海里，人们很久以来就住在河边。" * 3, "Tell me about rivers in Chinese."),
         ("FLÜSSE", "Ein Wort über Flüsse"),
+        (
+            "Mto unaanza milimani na kutiririka hadi baharini ambako maji yake huchanganyika na chumvi. Watu wengi hu"
+            "tumia mto huu kwa kilimo na usafiri wa boti kila siku. Samaki wengi huishi ndani ya maji haya safi.",
+            "Eleza kuhusu mto.",
+        ),
+        (
+            "თბილისი საქართველოს დედაქალაქია და მდებარეობს მდინარე მტკვრის ნაპირებზე, სადაც ბევრი ხალხი ცხოვრობს.",
+            "მომიყევი თბილისზე.",
+        ),
+        ("« Bonjour », dit-il en entrant dans la maison, puis il ajouta : « Au revoir »", "Raconte une scène."),
+        ("„Guten Tag“, sagte er beim Eintreten, und nach einer Weile: „Auf Wiedersehen“", "Erzähl eine Szene."),
         (r"Seven and five are \boxed{12}.", "How many are seven and five?"),
     ],
 )
 def test_ordinary_answers_have_no_mark(text: str, prompt: str) -> None:
     assert unasked(text, prompt, []) == []
+
+
+@pytest.mark.parametrize(
+    ("earlier", "text"),
+    [
+        ({"role": "system", "content": "Reply with a JSON object only."}, json.dumps({"answer": PARROTS})),
+        ({"role": "system", "content": [{"type": "text", "text": "Write in capital letters."}]}, PARROTS.upper()),
+        ({"role": "user", "content": "From now on write in lowercase only."}, PARROTS.lower()),
+    ],
+)
+def test_what_an_earlier_turn_asks_for_is_asked_for(earlier: dict[str, object], text: str) -> None:
+    turns = [earlier, {"role": "assistant", "content": None}, {"role": "user", "content": REQUEST}]
+    asked = {"instructions": [], "messages": turns}
+    assert instructions(Sample("1", REQUEST, text, None, metadata=asked)).verdict is Verdict.PASS
+    assert instructions(Sample("1", REQUEST, text, None, metadata={"instructions": []})).verdict is Verdict.WRONG
+
+
+@pytest.mark.parametrize("loop", ["\n", "\n ", "!", "`", "`x", "*", '"', "*\n", ".)", " ", "- \n"])
+def test_a_loop_of_one_character_is_judged_in_linear_time(loop: str) -> None:
+    asked = {"instructions": [{"kind": "detectable_format:number_bullet_lists", "args": {"num_bullets": 3}}]}
+    start = time.process_time()
+    for text in (f"{PARROTS}{loop * 12_000}{PARROTS}", f"{loop * 12_000}{PARROTS}"):
+        instructions(Sample("1", REQUEST, text, None, metadata=asked), partial=True)
+    assert time.process_time() - start < 2.5
 
 
 @pytest.mark.parametrize(
