@@ -35,7 +35,7 @@ def paired_interval(gained: int, lost: int, n: int) -> Interval:
     return lower, upper
 
 
-def unpaired_interval(before: int, before_n: int, after: int, after_n: int) -> Interval:
+def unpaired_interval(before: float, before_n: float, after: float, after_n: float) -> Interval:
     """The 95 % interval of after / after_n - before / before_n, from different problems.
 
     Method 10 (square and add of Wilson's limits) of R. G. Newcombe, Statistics in Medicine 17:873-890 (1998).
@@ -46,7 +46,7 @@ def unpaired_interval(before: int, before_n: int, after: int, after_n: int) -> I
     return change - sqrt((p - p_low) ** 2 + (q_high - q) ** 2), change + sqrt((p_high - p) ** 2 + (q - q_low) ** 2)
 
 
-def wilson_interval(right: float, n: int) -> Interval:
+def wilson_interval(right: float, n: float) -> Interval:
     """The 95 % score interval of the proportion right / n (Wilson, JASA 22:209-212, 1927)."""
     centre = (right + Z * Z / 2) / (n + Z * Z)
     half = Z / (n + Z * Z) * sqrt(right * (n - right) / n + Z * Z / 4)

@@ -26,6 +26,8 @@ STAGES: Mapping[Kind, tuple[Literal["sft", "reward_model", "grpo", "eval"], ...]
 }
 """The stages that rows of a kind are for. GRPO and evaluation ask the prompts of conversations, and take no notice of what was answered."""
 COMPLETIONS = ("completion", "response")
+_MESSAGES = re.compile(r"""\s*\[\s*\{\s*["'](?:role|content|from|value)["']\s*:""")
+"""How text begins that holds messages; other text may begin with brackets too."""
 ASKING_ROLES = {"system", "developer", "user", "human"}
 
 
@@ -165,7 +167,7 @@ def _asking(row: Row) -> Conversation:
 
 
 def _asked_in(row: Row, column: str) -> Conversation:
-    if isinstance(row.values[column], str) and not row.values[column].lstrip().startswith("[{"):
+    if isinstance(row.values[column], str) and not _MESSAGES.match(row.values[column]):
         return Conversation(asked(row.filled(column)), (column,))
     turns = row.conversation(column)
     if turns[-1]["role"] not in ("user", "tool"):

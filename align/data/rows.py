@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ SHAREGPT_ROLES = {
 }
 """ShareGPT's names of roles, where they are others than OpenAI's."""
 _PLAIN = {"role", "content"}
+_NUMBER = re.compile(r"\s*[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?\s*")
 
 
 class NothingToJudgeBy(Exception):  # noqa: N818
@@ -88,8 +90,10 @@ class Row:
         return self.text(column, role, empty=True)
 
     def number(self, column: str) -> float:
-        """A number."""
+        """A number; as text too, for tables such as CSV hold nothing else."""
         value = self.value(column)
+        if isinstance(value, str) and _NUMBER.fullmatch(value):
+            return float(value)
         if not isinstance(value, int | float) or isinstance(value, bool):
             raise self.error(column, f"must hold a number, not {value!r:.40}")
         return float(value)

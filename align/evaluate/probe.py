@@ -26,6 +26,7 @@ from align.recipe import ModelOptions
 from align.run.files import write_atomically
 from align.statistics import Interval, mean_interval
 from reward import Mixture, RewardError, RewardTerm, Sample, SampleReward, get
+from reward.mixture import why_masked
 from reward.own.file import file_digest, files_of
 from reward.tricks import Trick
 
@@ -93,6 +94,9 @@ def probe(
     try:
         mixture.make_ready()
         before = mixture.score_each(ordered)
+        if not any(isfinite(score.value) for reward in before for score in reward.components.values()):
+            why = next(iter(why_masked(ordered, before)), "no reward is for them")
+            raise UserError(f"none of the {len(ordered)} answers could be scored: {why}")
         found = []
         for trick in tricks:
             after = [trick.apply(*pair) for pair in zip(ordered, others, strict=True)]
@@ -166,12 +170,12 @@ def record_of(effects: Sequence[Effect], model: str, answers: int) -> dict[str, 
 
 
 def keep(record: Mapping[str, Any], terms: Sequence[RewardTerm], model: ModelOptions) -> None:
-    """Keep a probe for each of the rewards that were probed."""
+    """Keep a probe for each of the rewards that scored some of the answers."""
     for term in terms:
-        file = kept_file(term, model)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        own = [row for row in record["effects"] if row["reward"] == term.component]
-        write_atomically(file, json.dumps({**record, "effects": own}, indent=1))
+        if own := [row for row in record["effects"] if row["reward"] == term.component and row["prompts"]]:
+            file = kept_file(term, model)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(file, json.dumps({**record, "effects": own}, indent=1))
 
 
 def kept(term: RewardTerm, model: ModelOptions) -> dict[str, Any] | None:
@@ -186,7 +190,8 @@ def kept(term: RewardTerm, model: ModelOptions) -> dict[str, Any] | None:
 def kept_file(term: RewardTerm, model: ModelOptions) -> Path:
     """Where a probe is kept: in $XDG_CACHE_HOME, or else ~/.cache, by what decides the scores and which answers there are."""
     directory = Path(model.path)
-    weights = [(file.name, file.stat().st_size) for pattern in WEIGHTS for file in sorted(directory.glob(pattern))]
+    found = [file for pattern in WEIGHTS for file in sorted(directory.glob(pattern))]
+    weights = [(file.name, (about := file.stat()).st_size, about.st_mtime_ns) for file in found]
     parts = [term.name, term.params, code_digest(term), str(directory.absolute() if weights else directory), weights]
     name = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

@@ -3,6 +3,7 @@
 All of it is computed from rows as `align.experience.row_of` writes them.
 """
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from math import isfinite
@@ -15,12 +16,13 @@ from align.data.cards import DataCard, GeneratorSource
 from align.data.generators import generator
 from align.data.types import Example
 from align.errors import UserError
-from reward import Sample, UnusableAnswer
-from reward.instructions import check
+from reward import RewardError, Sample, UnusableAnswer
+from reward.instructions import check, checkers
 from reward.rows import added_metadata
 from rollout import FinishReason
 
 Row = Mapping[str, Any]
+_log = logging.getLogger(__name__)
 
 
 def task_rates(cards: Iterable[DataCard], rows: Iterable[Row], examples: Iterable[Example]) -> dict[str, float]:
@@ -70,6 +72,11 @@ def count_instructions(rows: Iterable[Row], examples: Iterable[Example]) -> list
     `degenerate_share` counts. Rows of those `examples` without checkable instructions, or with such as nobody can check, stay as they are.
     """
     asked = {e.id: e for e in examples if {"instructions", "instruction_id_list"} & e.metadata.keys()}
+    try:
+        asked and checkers()
+    except RewardError as error:
+        _log.warning("the data have checkable instructions, and which are followed is not counted: %s", error)
+        return [dict(row) for row in rows]
     return [
         {**row, "counted": counted}
         if row.get("greedy", True) and row["id"] in asked and (counted := _counted(row, asked[row["id"]]))

@@ -18,8 +18,9 @@ class Prompts:
 
     def __init__(self, answers: Sequence[Answer], later: Flags, prompt: npt.NDArray[np.int64]) -> None:
         self._later, self._prompt = later, prompt
-        self._words = [frozenset(tokens_of(answer.prompt)) for answer in answers]
-        self._texts = [answer.prompt.casefold() for answer in answers]
+        read = {text: (frozenset(tokens_of(text)), text.casefold()) for text in {answer.prompt for answer in answers}}
+        self._words = [read[answer.prompt][0] for answer in answers]
+        self._texts = [read[answer.prompt][1] for answer in answers]
         total = len(answers)
         kinds = Counter(kind for answer in answers for kind in answer.asked)
         words = Counter(word for found in self._words for word in found if word[0].isalnum())

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from align.habits.asked import Prompts
-from align.habits.features import RANK, SLOTS, Answer, Feature, excerpt, features_of, phrase, tokens_of, was
+from align.habits.features import RANK, SLOTS, Answer, Feature, ends_of, excerpt, features_of, phrase, tokens_of, was
 from align.habits.score import Flags, Matrix, change_interval, log_odds, score
 from align.statistics import Interval
 
@@ -28,8 +28,6 @@ PHRASES_PART = 0.5
 """The part of the level that goes to phrases, of which there are most; the other kinds have equal parts of the rest."""
 MOST_ANSWERS = 2000
 """Of larger sets so many answers are looked at, evenly chosen."""
-LOOKED_AT = 2000
-"""Characters at the beginning and at the end of a longer answer that are looked at."""
 LENGTHS = (0.02, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.98)
 """Quantiles of the number of words that become features."""
 LONGEST_PHRASE = 5
@@ -133,10 +131,7 @@ class Found:
         """Look at the answers: of more than `most` at so many, evenly chosen; of long ones at the beginning and the end."""
         count = min(len(answers), most)
         chosen = [answers[i * len(answers) // count] for i in range(count)]
-        seen = [
-            replace(a, text=f"{a.text[:LOOKED_AT]} {a.text[-LOOKED_AT:]}") if len(a.text) > 2 * LOOKED_AT else a
-            for a in chosen
-        ]
+        seen = [replace(answer, text=ends_of(answer.text)) for answer in chosen]
         tokens = [tokens_of(answer.text) for answer in seen]
         words = [
             sum(token[0].isalnum() for token in its) * len(whole.text) / max(1, len(part.text))

@@ -68,8 +68,10 @@ LONGEST_WORD = 40
 LINE_COUNTS = (1, 2, 4, 9)
 SHORTEST_PART = 12
 """Characters of a sentence or line; shorter ones may well come twice."""
-COPIED = 8
-"""Words in a row that make a copy."""
+ECHOED, COPIED = 4, 8
+"""Words in a row from the prompt that make an echo at the beginning of an answer, and a copy anywhere in it."""
+LOOKED_AT = 2000
+"""Characters of the beginning, and of the end, of a text that are looked at."""
 LONG_WORD = 5
 _SPACELESS = "\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff"
 _TOKEN = re.compile(rf"[{_SPACELESS}]|[^\W{_SPACELESS}]+(?:['’][^\W{_SPACELESS}]+)*|[^\w\s]")
@@ -77,7 +79,7 @@ _LINE = re.compile(r"\d+[.):]|[^\w\s]+|\w+[:.)](?=\s|$)")
 _RUN = re.compile(r"((?:([^\w\s])\2)|(?<=\S)  |\t)")
 _LETTERS = re.compile(r"[^\W\d_]+")
 _MARKS = re.compile(r"[^\w\s]+")
-_PART = re.compile(r"[.!?。！？؟]+[\"'”’)*]*\s+|\n+|(?<=[。！？])")
+_PART = re.compile(r"(?<![.!?。！？؟])[.!?。！？؟]++[\"'”’)*]*+\s+|\n+|(?<=[。！？])")
 _STUTTER = re.compile(r"\b([^\W\d_]+)\W+\1\b")
 _LANGUAGES: Mapping[str, frozenset[str]] = {
     name: frozenset(words.split())
@@ -307,20 +309,31 @@ def _repetitions(text: str) -> Iterator[Feature]:
 
 
 def _beside(tokens: Sequence[str], prompt: str) -> Iterator[Feature]:
-    """What there is of the prompt in the answer."""
-    asked = _words(tokens_of(prompt))
+    """What there is of the prompt in the answer; of a long prompt, its beginning and its end count."""
     words = _words(tokens)
-    said, passages = (
-        f" {' '.join(words)} ",
-        [f" {' '.join(asked[i : i + COPIED])} " for i in range(len(asked) - COPIED + 1)],
-    )
-    if len(words) >= 4 and f" {' '.join(words[:4])} " in f" {' '.join(asked)} ":
+    begins, passages, long = _parts_of_prompt(ends_of(prompt))
+    if _runs(words[:ECHOED], ECHOED) & begins:
         yield "echoes", ""
-    if any(passage in said for passage in passages):
+    if not passages.isdisjoint(_runs(words, COPIED)):
         yield "copies", ""
-    long = {word for word in asked if len(word) >= LONG_WORD}
     if long and long.isdisjoint(words):
         yield "strays", ""
+
+
+@lru_cache(maxsize=64)
+def _parts_of_prompt(prompt: str) -> tuple[set[tuple[str, ...]], set[tuple[str, ...]], set[str]]:
+    """What makes an echo, what makes a copy, and the long words."""
+    asked = _words(tokens_of(prompt))
+    return _runs(asked, ECHOED), _runs(asked, COPIED), {word for word in asked if len(word) >= LONG_WORD}
+
+
+def _runs(words: Sequence[str], count: int) -> set[tuple[str, ...]]:
+    return {tuple(words[i : i + count]) for i in range(len(words) - count + 1)}
+
+
+def ends_of(text: str) -> str:
+    """The text; of a long one its beginning and its end."""
+    return f"{text[:LOOKED_AT]} {text[-LOOKED_AT:]}" if len(text) > 2 * LOOKED_AT else text
 
 
 def _words(tokens: Iterable[str]) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from align.statistics import Interval, Z
+from align.statistics import Interval, Z, unpaired_interval
 
 FEW_GROUPS = 8
 """Groups of answers to one prompt that the correlation 1 counts for beside those that there are."""
@@ -66,13 +66,19 @@ def likeness(group: npt.NDArray[np.int64], residuals: npt.NDArray[np.float64]) -
 
 
 def change_interval(column: Matrix, later: Flags, prompt: npt.NDArray[np.int64]) -> Interval:
-    """The 95 % interval of the change of one column [N, 1], with the variance over prompts."""
+    """The 95 % interval of the change of one column [N, 1] of 0 and 1.
+
+    That of `align.statistics.unpaired_interval`, of so many independent answers as have the variance that there is over prompts; of no more than there
+    are answers, and where all are alike of as many as there are prompts.
+    """
     values = column[:, 0].astype(np.float64)
-    own = np.where(later, values[later].mean(), values[~later].mean())
-    parts = np.where(later, 1 / later.sum(), -1 / (~later).sum()) * (values - own)
-    half = Z * sqrt((sum_by(prompt, parts[:, None]) ** 2).sum())
-    change = values[later].mean() - values[~later].mean()
-    return float(max(-1.0, change - half)), float(min(1.0, change + half))
+    means, counts = [values[side].mean() for side in (~later, later)], [side.sum() for side in (~later, later)]
+    parts = np.where(later, 1 / counts[1], -1 / counts[0]) * (values - np.where(later, means[1], means[0]))
+    simple = sum(mean * (1 - mean) / count for mean, count in zip(means, counts, strict=True))
+    effect = max(1.0, float((sum_by(prompt, parts[:, None]) ** 2).sum() / simple)) if simple else 0.0
+    sides = zip((~later, later), counts, strict=True)
+    before_n, after_n = (float(n / effect) if effect else len(np.unique(prompt[side])) for side, n in sides)
+    return unpaired_interval(means[0] * before_n, before_n, means[1] * after_n, after_n)
 
 
 def log_odds(column: Matrix, later: Flags, prompt: npt.NDArray[np.int64]) -> tuple[float, float, float]:

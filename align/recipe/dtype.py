@@ -27,7 +27,7 @@ def with_dtype_chosen(values: Mapping[str, Any], path: Path, *, in_pipeline: boo
     if not isinstance(model, dict) or model.get("dtype") != FASTEST:
         return values
     run = run if isinstance(run, dict) else {}
-    directory = Path(run.get("dir") or Path("runs") / str(values.get("name"))).expanduser()
+    directory = Path(str(run.get("dir") or Path("runs") / str(values.get("name")))).expanduser()
     if (in_pipeline or not run.get("overwrite")) and (dtype := dtype_of_run(directory / "recipe.yaml")):
         why = "as the run in its directory"
     else:

@@ -11,7 +11,7 @@ from align.run import RunDirectory, read_status
 
 COLUMNS = ("id", "domain", "prompt", "completion", "metadata", "finish_reason", "greedy")
 START_PROMPTS, PROMPTS = 24, 36
-"""Prompts that the steps at the start, and the last steps, have together at least."""
+"""Prompts that the steps at the start, and the last steps, have together at least; one that comes in two steps counts twice."""
 STEP_ANSWERS = 512
 """Answers of a step that are looked at."""
 
@@ -48,7 +48,7 @@ class Answered:
     def found(self) -> Found:
         return Found.of(self.answers)
 
-    def is_before(self, other: "Answered") -> bool:
+    def is_of_one_series(self, other: "Answered") -> bool:
         """Whether both are of one stage and split."""
         return (self.stage.path, self.split) == (other.stage.path, other.split)
 
@@ -71,7 +71,9 @@ def evaluation_habits(run: RunRecord, *, only: tuple[Path, str] | None = None, l
         if record.get("step") or at(stage.recipe, "model", "init") != "random"
     ]
     for place, now in enumerate(made):
-        wanted = only in (None, now.key) and not (last and any(now.is_before(each) for each in made[place + 1 :]))
+        wanted = only in (None, now.key) and not (
+            last and any(now.is_of_one_series(each) for each in made[place + 1 :])
+        )
         start = next((each for each in made[:place] if wanted and each.is_like(now)), None)
         if start is not None:
             name, against = (run.title_of(e.stage, e.name) for e in (now, start))
@@ -146,4 +148,4 @@ class StepWindows:
 
 
 def _prompts(steps: Sequence[Found]) -> int:
-    return len({answer.prompt for step in steps for answer in step.answers})
+    return sum(len({answer.prompt for answer in step.answers}) for step in steps)

@@ -1,15 +1,16 @@
 """`align habits`: two sets of answers compared, or a run with its start; told in sentences with examples."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from align.data.files import files_of, readable
+from align.data.rows import Row
 from align.errors import UserError
 from align.habits import Answer, Comparison, Found, answer_of_row, compare
 from align.report.habits import evaluation_habits, step_habits
 from align.report.read import RunRecord, read_run
 from align.run import read_samples, read_status
+from align.tools.score_file import rows_of
+from reward.rows import as_messages, prompt_column, request_of
 
 TEXTS = ("completion", "response", "answer")
 
@@ -17,18 +18,18 @@ TEXTS = ("completion", "response", "answer")
 def answers_in(path: Path) -> list[Answer]:
     """The answers of a file of samples or rows; of a run directory those of its last evaluation, or of its last samples.
 
-    A row has `completion`, or `response`, and may have `prompt`, `domain` and what the reward `instructions` reads. Raises UserError.
+    A row has the first of `TEXTS` that it names, a text or messages of which the last is the answer; it may have a prompt in one of the columns
+    that `reward.rows` names, a `domain`, and what the reward `instructions` reads. Of rows that `greedy` marks, these alone count. Raises UserError.
     """
     if path.is_dir() and read_status(path) is not None:
         return answers_in(_last_file(read_run(path), path))
     if not path.is_file():
         raise UserError(f"{path} is neither a run directory nor a file of answers")
-    if path.suffix == ".parquet":
-        rows = read_samples(path)
-        return [
-            _answer(row, str(path)) for row in rows if row.get("greedy", True) or not any(r.get("greedy") for r in rows)
-        ]
-    return [_answer(row.values, row.where) for file in files_of(path) for row in readable(file)]
+    rows = [Row(row, str(path)) for row in read_samples(path)] if path.suffix == ".parquet" else rows_of(path)
+    greedy = [row for row in rows if row.values.get("greedy", True)]
+    if not rows:
+        raise UserError(f"{path} has no answers")
+    return [_answer(row) for row in greedy or rows]
 
 
 def compare_answers(before: Path, after: Path) -> Iterator[str]:
@@ -87,8 +88,10 @@ def _last_file(run: RunRecord, path: Path) -> Path:
     raise UserError(f"{path} has no answers: neither evaluations nor samples of steps")
 
 
-def _answer(row: Mapping[str, Any], where: str) -> Answer:
-    column = next((name for name in TEXTS if isinstance(row.get(name), str)), None)
+def _answer(row: Row) -> Answer:
+    column = next((name for name in TEXTS if name in row.values), None)
     if column is None:
-        raise UserError(f"{where}: no answer; a row has it as text in `completion` or `response`")
-    return answer_of_row({**row, "completion": row[column]})
+        raise UserError(f"{row.where}: no answer; a row has it as text in `completion` or `response`")
+    asked = prompt_column(row.values)
+    prompt = request_of(as_messages(row.values[asked])) if asked else None
+    return answer_of_row({**row.values, "completion": row.completion(column), "prompt": prompt})

@@ -144,6 +144,9 @@ def start_policy(
 def show(effects: Sequence[Effect], answers: int, console: Console) -> None:
     """Print the effects on a reward, those first that raise it most, and a line on which pay."""
     first = effects[0]
+    if not first.prompts:
+        console.print(f"{first.reward} is for none of the {answers} answers, or could score none: it is not probed\n")
+        return
     table = Table(
         title=f"{first.reward}: {first.before:.3f} on average of {first.prompts} prompts ({answers} answers)",
         title_justify="left",

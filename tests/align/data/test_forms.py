@@ -149,6 +149,16 @@ def test_a_problem_is_read_of_each_form(form: str, values: dict[str, Any], truth
     assert read.metadata == {k: v for k, v in values.items() if k not in ("prompt", "messages", "problem", "question")}
 
 
+@pytest.mark.parametrize(
+    "text", ['[{"a": 1}] Summarise this JSON.', '[{"a": 1}]', "[{x}] is a set. Which?", "[{", "[]"]
+)
+def test_a_prompt_that_begins_with_brackets_is_text_unless_it_holds_messages(text: str) -> None:
+    assert example({"prompt": text}).messages == ({"role": "user", "content": text},)
+    assert example({"prompt": json.dumps([ASKED])}).messages == (ASKED,)
+    with pytest.raises(UserError, match="is not JSON"):
+        example({"prompt": json.dumps([ASKED])[:-2]})
+
+
 @pytest.mark.parametrize(("level", "read"), [(3, 3), ("Level 5", 5), ("Level ?", None), ("hard", None), (True, None)])
 def test_a_level_is_a_whole_number_or_the_one_that_its_text_ends_in(level: Any, read: int | None) -> None:
     assert example({"prompt": TEXT, "level": level}).level == read
@@ -169,8 +179,9 @@ def test_a_level_is_a_whole_number_or_the_one_that_its_text_ends_in(level: Any, 
 )
 def test_a_pair_is_read_of_each_form(values: dict[str, Any]) -> None:
     assert form_of(Row(values, "")).kind == "pairs"
-    read = preference(values | {"margin": 2})
-    assert (read.messages, read.chosen, read.rejected, read.margin) == ((ASKED,), "4.", "5.", 2.0)
+    for margin in (2, "2", " 2.0e0"):  # a CSV file has text alone
+        read = preference(values | {"margin": margin})
+        assert (read.messages, read.chosen, read.rejected, read.margin) == ((ASKED,), "4.", "5.", 2.0)
 
 
 def test_the_common_prompt_of_two_texts_ends_before_the_word_in_which_they_differ() -> None:

@@ -1,5 +1,6 @@
 """What a trick does to a reward, where it is known by construction."""
 
+import os
 from collections.abc import Callable
 from math import sqrt
 from pathlib import Path
@@ -144,6 +145,29 @@ def test_a_probe_is_kept_for_a_reward_its_parameters_its_code_and_a_model(tmp_pa
     assert kept(term.model_copy(update={"weight": 2.0}), MODEL) == record
     file.write_text(file.read_text() + "\n# changed\n")
     assert kept(term, MODEL) is None
+
+
+def test_what_scored_nothing_is_not_kept() -> None:
+    unknown = answers(("a", "a?"), ("b", "b?"))
+    with pytest.raises(
+        UserError, match="none of the 2 answers could be scored: reward 'begins_quoted' on sample 'a#0'"
+    ):
+        effects("doubled", samples=unknown, reward="begins_quoted")
+    terms = [RewardTerm(name="long_enough"), RewardTerm(name="begins_quoted", domains=["poetry"])]
+    found = probe(Mixture(terms, infra_error_limit=1.0), FOUR, [TRICKS["doubled"]])
+    keep(record_of(found, MODEL.path, 5), terms, MODEL)
+    assert kept(terms[0], MODEL) is not None
+    assert kept(terms[1], MODEL) is None
+
+
+def test_a_model_that_is_trained_anew_in_its_place_is_another_one(tmp_path: Path) -> None:
+    weights, model, term = tmp_path / "x.safetensors", ModelOptions(path=str(tmp_path)), RewardTerm(name="long_enough")
+    weights.write_bytes(b"12")
+    os.utime(weights, (1, 1))
+    keep(record_of(effects("doubled"), model.path, 5), [term], model)
+    assert kept(term, model) is not None
+    weights.write_bytes(b"34")
+    assert kept(term, model) is None
 
 
 def test_a_note_names_the_tricks_that_pay() -> None:

@@ -1,5 +1,6 @@
 """Rates of winning and of instructions followed, against what an enumeration or another formula gives."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from itertools import product
 from math import nan
@@ -13,6 +14,7 @@ from align.data.types import Example
 from align.errors import UserError
 from align.evaluate.rates import count_instructions, instruction_rates, win_rate
 from align.run.files import read_samples, write_samples
+from reward.instructions import checkers
 
 
 def scored(id_: str, *values: float | None, reward: str = "judge") -> list[dict[str, Any]]:
@@ -35,6 +37,17 @@ def test_every_answer_meets_every_other_and_prompts_count_alike() -> None:
     assert found == pytest.approx(fmean([(2.5 + 0.5) / 6, 0.5, 1.0]))
     assert found == win_rate(rows[::-1], others, reward="judge")
     assert win_rate(others, rows, reward="judge") == pytest.approx(1 - found)
+
+
+def test_where_the_checkers_are_not_installed_no_kinds_are_counted_and_it_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "langdetect", None)
+    checkers.cache_clear()
+    example = Example("1", ({"role": "user", "content": "?"},), None, None, "x", metadata={"instructions": []})
+    row = {"id": "1", "completion": "It is.", "finish_reason": "stop"}
+    assert count_instructions([row], [example]) == [row]
+    assert "moe-align[evaluation]" in caplog.text
 
 
 def test_against_itself_it_is_one_half_and_against_worse_answers_one() -> None:

@@ -1,8 +1,10 @@
 """What is seen in a single answer."""
 
+import time
+
 import pytest
 
-from align.habits import Answer, answer_of_row
+from align.habits import Answer, Found, answer_of_row
 from align.habits.features import excerpt, features_of, names_of, phrase
 
 
@@ -82,3 +84,18 @@ def test_a_row_of_a_run_says_what_it_asked_for() -> None:
     assert answer_of_row(row) == Answer("x", "?", "d", frozenset({"startend:quotation"}), truncated=True)
     published = {"completion": "x", "instruction_id_list": ["punctuation:no_comma"], "metadata": None}
     assert answer_of_row(published).asked == {"punctuation:no_comma"}
+
+
+def test_texts_of_any_length_and_loops_take_linear_time() -> None:
+    start = time.process_time()
+    prompt = "What is there in all of this? " + " ".join(f"word{n}" for n in range(40_000))
+    for loop in ("!", "\n", ". ", '"', "a ", "a"):
+        found = Found.of([Answer(f"It is so {loop * 30_000} and so on.", prompt)] * 20)
+        assert ("strays", "") in found.features[0]
+    assert time.process_time() - start < 5
+
+
+def test_a_copy_is_found_in_the_beginning_and_the_end_of_a_long_prompt() -> None:
+    words = [f"word{n}" for n in range(40_000)]
+    assert ("copies", "") in features_of(Answer(" ".join(words[:9]), " ".join(words)))
+    assert ("copies", "") in features_of(Answer(" ".join(words[-9:]), " ".join(words)))

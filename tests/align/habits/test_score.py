@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from align.habits.score import PRIOR, change_interval, log_odds, score
+from align.statistics import unpaired_interval
 
 
 def sets(before: list[float], after: list[float]) -> tuple[np.ndarray, np.ndarray]:
@@ -54,7 +55,13 @@ def test_the_log_odds_are_those_of_the_counts_with_the_prior_added() -> None:
     assert (low, high) == pytest.approx((ratio - half, ratio + half), rel=1e-5)
 
 
-def test_the_interval_of_a_change_is_that_of_wald() -> None:
+def test_the_interval_of_a_change_is_that_of_newcombe_of_independent_answers() -> None:
     column, later = sets([1.0] * 20 + [0.0] * 80, [1.0] * 45 + [0.0] * 55)
-    half = 1.959964 * sqrt(0.2 * 0.8 / 100 + 0.45 * 0.55 / 100)
-    assert change_interval(column, later, np.arange(200)) == pytest.approx((0.25 - half, 0.25 + half), rel=1e-5)
+    assert change_interval(column, later, np.arange(200)) == pytest.approx(unpaired_interval(20, 100, 45, 100))
+    # Each answer four times: the same interval.
+    column, later = sets(([1.0] * 20 + [0.0] * 80) * 4, ([1.0] * 45 + [0.0] * 55) * 4)
+    prompts = np.concatenate([np.tile(np.arange(100), 4), np.tile(np.arange(100, 200), 4)])
+    assert change_interval(column, later, prompts) == pytest.approx(unpaired_interval(20, 100, 45, 100))
+    # All alike: as many as there are prompts.
+    column, later = sets([0.0] * 24, [1.0] * 24)
+    assert change_interval(column, later, np.tile(np.arange(12), 4)) == pytest.approx(unpaired_interval(0, 12, 12, 12))

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from align.errors import UserError
 from align.recipe import dtype, load_recipe, load_stages
 from align.recipe.dtype import cpu_flags, fastest_dtype
 from align.shipped import found
@@ -61,6 +62,10 @@ class TestARecipe:
         assert self.load().model.dtype == "float32"
         assert self.load("run.overwrite=true").model.dtype == "bfloat16"
         assert self.load("run.dir=elsewhere").model.dtype == "bfloat16"
+
+    def test_a_run_directory_that_is_a_number_is_refused_by_its_key(self):
+        with pytest.raises(UserError, match=r"run\.dir"):
+            self.load("run.dir=2024")
 
     def test_the_stage_before_takes_the_same(self):
         self.fastest = "float32"

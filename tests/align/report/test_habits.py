@@ -86,6 +86,14 @@ def test_the_last_steps_are_compared_with_the_first(write_run: WriteRun) -> None
     assert last.name == "grpo, step 10"
 
 
+def test_steps_that_take_the_same_few_prompts_are_compared_as_others_are(write_run: WriteRun) -> None:
+    samples = {step: rows(22, range(22) if step > 5 else ()) for step in range(1, 11)}
+    found = {told.name: told.found for told in step_habits(read_run(write_run(samples=samples)).whole)}
+    assert list(found) == [f"grpo, step {step}" for step in range(3, 11)]
+    assert (found["grpo, step 10"].before, found["grpo, step 10"].after) == (44, 44)
+    assert "quotation mark" in found["grpo, step 10"].sentences[0]
+
+
 def test_the_page_and_the_markdown_tell_them_with_examples(write_run: WriteRun) -> None:
     run = write_run(
         evaluations=[(evaluation("before GRPO"), rows(40)), (evaluation("after GRPO"), rows(40, range(40)))]

@@ -9,6 +9,7 @@ import pytest
 
 from align.cli import main
 from align.run import RunDirectory, write_samples
+from align.tools.habits import answers_in
 
 
 def rows(count: int, mark: str = "", first: int = 0) -> list[dict[str, Any]]:
@@ -37,6 +38,22 @@ def test_two_files_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "no habit taken up or lost" in capsys.readouterr().out
 
 
+def test_an_answer_is_the_last_message_and_never_the_ground_truth(tmp_path: Path) -> None:
+    asked = [{"role": "user", "content": "About 1?"}]
+    said = {"role": "assistant", "content": "It is."}
+    given = [
+        {"prompt": asked, "completion": [said], "answer": "gold"},
+        {"question": "About 1?", "response": "It is.", "answer": "gold"},
+        {"prompt": "About 1?", "answer": "It is."},
+        {"prompt": "About 1?", "completion": "It is.", "greedy": True},
+    ]
+    for row in given:
+        (found,) = answers_in(lines(tmp_path / "rows.jsonl", [row]))
+        assert (found.text, found.prompt) == ("It is.", "About 1?")
+    sampled = {"prompt": "About 1?", "completion": "It may be.", "greedy": False}
+    assert [answer.text for answer in answers_in(lines(tmp_path / "both.jsonl", [given[3], sampled]))] == ["It is."]
+
+
 def test_a_run_is_compared_with_its_start_step_by_step_and_a_habit_told_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -62,6 +79,9 @@ def test_a_run_is_compared_with_its_start_step_by_step_and_a_habit_told_once(
         (["nowhere"], "nowhere does not exist"),
         (["a.jsonl", "nowhere"], "nowhere is neither a run directory nor a file of answers"),
         (["a.jsonl", "no_text.jsonl"], r"no_text.jsonl, line 1: no answer"),
+        (["a.jsonl", "null.jsonl"], "null.jsonl, line 1: column 'completion'"),
+        (["a.jsonl", "empty.jsonl"], "empty.jsonl is empty"),
+        (["run", "--start", "empty.jsonl"], "empty.jsonl is empty"),
         (["a.jsonl", "a.jsonl", "--start", "a.jsonl"], "--start has no effect"),
         (["run"], "run has nothing to compare"),
         (["run", "a.jsonl"], "run has no answers"),
@@ -77,6 +97,8 @@ def test_a_mistake_is_told(
     monkeypatch.chdir(tmp_path)
     lines(Path("a.jsonl"), rows(3))
     lines(Path("no_text.jsonl"), [{"id": "1", "prompt": "?"}])
+    lines(Path("null.jsonl"), [{"id": "1", "completion": None, "answer": "gold"}])
+    lines(Path("empty.jsonl"), [])
     RunDirectory.create("run").finish()
     assert main(["habits", *arguments]) == 2
     assert message in capsys.readouterr().err
