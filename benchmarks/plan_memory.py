@@ -21,7 +21,7 @@ from align.plan.placement import cluster_of
 from align.plan.plan import make_plan
 from align.recipe import load_recipe
 
-ROLES = {"LearnerWorker": "learner rank", "RolloutWorker": "rollout worker"}
+ROLES = {"PolicyRank": "learner rank", "RolloutWorker": "rollout worker"}
 
 
 def foreseen(recipe: Path, overrides: Sequence[str]) -> dict[str, float]:

@@ -19,7 +19,7 @@ LEARNER_ROOM, SAMPLER_ROOM = 6 * GIB, 8 * GIB
 def examine_engines(fleet: Fleet, learner: LearnerGroup, prompts: Sequence[Prompt], gate: AgreementGate) -> list[Check]:
     """Check that sampler and learner agree, that an update changes nothing it should not, and that a changed one arrives.
 
-    It trains the learner by one step on noise: for a learner that is thrown away afterwards, as `FrugalWorker` is.
+    It trains the learner by one step on noise: for a learner that is thrown away afterwards, as `FrugalRank` is.
     """
     findings = {"sampler and learner": agreement(fleet, learner, prompts, gate)}
     learner.sync_weights(fleet, version=1)

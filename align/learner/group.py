@@ -23,7 +23,7 @@ from align.learner.batch import (
 )
 from align.learner.experts import add_loads, load_metrics
 from align.learner.objective import Objective, Sums
-from align.learner.policy import LearnerWorker
+from align.learner.policy import PolicyRank
 from align.learner.rank import LearnerRank, Trained, environment
 from align.learner.routing import Changes
 from align.recipe import LearnerOptions, ModelOptions, Replay
@@ -281,7 +281,7 @@ class LearnerGroup(RankGroup):
         reference: ModelOptions | None = None,
         weight_sync: WeightSync | None = None,
         colocation: Colocation | None = None,
-        kind: type[LearnerWorker] = LearnerWorker,
+        kind: type[PolicyRank] = PolicyRank,
         replay: Replay = "off",
         teacher: ModelOptions | None = None,
         precision: Precision = "model",
@@ -380,7 +380,7 @@ class LearnerGroup(RankGroup):
         self, sequence: TrainingSequence, noted: Mapping[str, torch.Tensor]
     ) -> tuple[dict[str, Distance], npt.NDArray[np.float32]]:
         """How far the learner's parts are from what the sampler's computed for a sequence, under the same rounded weights where they are sent so;
-        see `LearnerWorker.part_distances`."""
+        see `PolicyRank.part_distances`."""
         calls = [rank.part_distances.remote(sequence, noted, self.precision) for rank in self._at_work()]
         return self._gather(calls, "comparing parts of the model")[0]
 

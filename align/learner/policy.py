@@ -33,7 +33,7 @@ from rollout.types import Experts
 MicroBatches = list[list[TrainingSequence]]
 
 
-class LearnerWorker(LearnerRank):
+class PolicyRank(LearnerRank):
     """A rank that trains a policy on the log-probabilities of completions."""
 
     @property
@@ -167,7 +167,7 @@ class LearnerWorker(LearnerRank):
         return values
 
 
-class FrugalWorker(LearnerWorker):
+class FrugalRank(PolicyRank):
     """A rank that holds the weights of a policy and nothing beside them: alone, and for a learner that is thrown away.
 
     There is no optimizer. `accumulate` itself changes each parameter by `RATE` against the sign of its gradient, as AdamW's first step at

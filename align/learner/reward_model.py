@@ -99,7 +99,7 @@ class PairSums:
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
 
-class RewardModelWorker(LearnerRank):
+class RewardModelRank(LearnerRank):
     """A rank that trains a reward model on pairs."""
 
     @property
@@ -157,7 +157,7 @@ class RewardModelGroup(RankGroup):
     """The learner of a reward model."""
 
     def __init__(self, model: ModelOptions, options: LearnerOptions, *, seed: int):
-        super().__init__(RewardModelWorker, model, options, seed)
+        super().__init__(RewardModelRank, model, options, seed)
 
     def accumulate(self, pairs: Sequence[TrainingPair], loss: PairLoss) -> PairSums:
         """Forward and backward over a batch; its gradient waits for `apply`."""

@@ -112,7 +112,7 @@ class Steps:
             step=self.done,
         )
 
-    def rate(self, step: int, accuracy: float) -> None:
+    def note_accuracy(self, step: int, accuracy: float) -> None:
         """Tell how good the policy is after the step that is being made: the checkpoint of the best one stays."""
         if accuracy > self.state.get(BEST, {"accuracy": -1.0})["accuracy"]:
             self.state[BEST] = {"step": step, "accuracy": accuracy}

@@ -93,7 +93,7 @@ def train_grpo(recipe: GrpoRecipe, data: GrpoData, session: Session) -> tuple[Mo
             clock, name = Clock(), f"GRPO step {step + 1}"
             problems = items_of_step(data.sources, seed=recipe.seed, step=step)
             run.progress.phase("sampling")
-            sample = partial(sampled, session, recipe.sampling, options.group_size, recipe.seed, step, clock)
+            sample = partial(sample_and_score, session, recipe.sampling, options.group_size, recipe.seed, step, clock)
             scored, refill_seconds = sample(problems), dict[str, float]()
             if options.refill_rounds:
                 further = partial(refill_of_step, data.sources, seed=recipe.seed, step=step)
@@ -131,7 +131,7 @@ def train_grpo(recipe: GrpoRecipe, data: GrpoData, session: Session) -> tuple[Mo
             if 0 < norm < math.inf and state["learning_steps"] == CENSUS_STEP:
                 steps.check_gradients(step + 1)
             if recipe.evaluation.every and (step + 1) % recipe.evaluation.every == 0 and step + 1 < options.steps:
-                steps.rate(step + 1, held_out.to_choose_by().evaluate(name, step + 1).accuracy)
+                steps.note_accuracy(step + 1, held_out.on_validation().evaluate(name, step + 1).accuracy)
 
         held_out.check_agreement(learner, "after GRPO")
         evaluations["after GRPO"] = held_out.evaluate("after GRPO", options.steps)
@@ -154,7 +154,7 @@ def teacher_of(policy: ModelOptions, distill: DistillOptions | None) -> ModelOpt
     return policy.model_copy(update={"path": distill.teacher, "trust_remote_code": False})
 
 
-def sampled(
+def sample_and_score(
     session: Session,
     sampling: SamplingOptions,
     group_size: int,

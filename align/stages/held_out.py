@@ -115,7 +115,7 @@ class HeldOut:
         self._rounds = precision != "model"
         self._probe_gate = AgreementGate(AgreementOptions(), dtype, run.warn) if self._rounds else self.gate
 
-    def to_choose_by(self) -> "HeldOut":
+    def on_validation(self) -> "HeldOut":
         """The same questions, asked of the problems by which checkpoints are chosen."""
         chosen = copy(self)
         if self._problems.watched:

@@ -20,7 +20,7 @@ from align.evaluate.doctor_engines import examine_engines, parts, sampler_share
 from align.evaluate.hooks import PolicyCheckpoint
 from align.experience import encode_problems
 from align.learner.group import LearnerGroup
-from align.learner.policy import FrugalWorker
+from align.learner.policy import FrugalRank
 from align.model.policy import DTYPES, load_tokenizer, stop_token_ids
 from align.model.sizes import model_sizes, read_config
 from align.recipe import AgreementOptions, LearnerOptions, ModelOptions, OptimizerOptions
@@ -146,7 +146,7 @@ def doctor(model: ModelOptions, rollout: FleetOptions, *, by_part: bool = False)
         rollout, options = on_gpus(model, rollout, options)
     with (
         running_fleet(model, rollout, tokenizer) as fleet,
-        closing(LearnerGroup(model, options, seed=0, kind=FrugalWorker)) as learner,
+        closing(LearnerGroup(model, options, seed=0, kind=FrugalRank)) as learner,
     ):
         fleet.wait_until_ready()
         learner.wait_until_ready()

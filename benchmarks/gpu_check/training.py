@@ -111,7 +111,7 @@ def lora() -> None:
     train(learner, "LoRA step after rest", sft_sequences(*ADAPTED, 2), flops)
 
 
-def new_learner(directory: Path, **options: Any) -> policy.LearnerWorker:
+def new_learner(directory: Path, **options: Any) -> policy.PolicyRank:
     """A learner rank in this process, alone and without Ray; ZeRO-2, since what ZeRO-1 holds in bfloat16 cannot leave the GPU."""
     threads = os.cpu_count() or 1
     os.environ |= rank.environment(0, 1, threads)
@@ -119,14 +119,14 @@ def new_learner(directory: Path, **options: Any) -> policy.LearnerWorker:
     given["optimizer"] = {"learning_rate": 1e-4}
     model = ModelOptions(path=str(directory), dtype="bfloat16")
     with patch.object(rank, "introduce_this_process", lambda: None):
-        learner = policy.LearnerWorker(model, LearnerOptions.model_validate(given))
+        learner = policy.PolicyRank(model, LearnerOptions.model_validate(given))
     with timed("learner started") as values:
         values["trained"] = learner.setup("127.0.0.1", learner.free_port(), 0, None).description
     emit("memory with learner", **memory())
     return learner
 
 
-def emit_plan(learner: policy.LearnerWorker, directory: Path, count: int, length: int) -> int:
+def emit_plan(learner: policy.PolicyRank, directory: Path, count: int, length: int) -> int:
     """Emit what `align plan` foresees for this rank. Returns the parameters that a token is multiplied with."""
     sizes = sizes_of(str(directory))
     trained = sum(p.numel() for p in learner._network.parameters() if p.requires_grad)
@@ -147,7 +147,7 @@ def sft_sequences(count: int, length: int, seed: int) -> list[TrainingSequence]:
 
 
 def train(
-    learner: policy.LearnerWorker,
+    learner: policy.PolicyRank,
     what: str,
     sequences: Sequence[TrainingSequence],
     flops: float,
@@ -172,7 +172,7 @@ def train(
     emit(f"{what}: memory", **memory())
 
 
-def send_and_rest(learner: policy.LearnerWorker) -> None:
+def send_and_rest(learner: policy.PolicyRank) -> None:
     """Twice each: give out the weights for the sampler, leave the GPU and come back."""
     for turn in (1, 2):
         with timed("publish", turn=turn) as values:

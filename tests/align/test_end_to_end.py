@@ -192,7 +192,7 @@ def test_servers_listen_on_loopback_alone(ray_session: None) -> None:
 
     ray.get(ray.remote(lambda: None).remote())
     processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
-    ranks = ("ray::LearnerWorker", "ray::RewardModelWorker")
+    ranks = ("ray::PolicyRank", "ray::RewardModelRank")
     processes = [process for process in processes if not "".join(process.cmdline()).startswith(ranks)]
     listening = {c.laddr.ip for p in processes for c in p.net_connections() if c.status == psutil.CONN_LISTEN}
     assert listening

@@ -127,8 +127,8 @@ def test_a_job_trains_with_learners_on_one_node_and_workers_on_the_other(cluster
     where: dict[str, set[str]] = {}
     for actor in json.loads(listed.stdout):
         where.setdefault(actor["class_name"], set()).add(actor["node_id"])
-    assert len(where["LearnerWorker"]) == len(where["RolloutWorker"]) == 1
-    assert where["LearnerWorker"] != where["RolloutWorker"]
+    assert len(where["PolicyRank"]) == len(where["RolloutWorker"]) == 1
+    assert where["PolicyRank"] != where["RolloutWorker"]
 
 
 @pytest.mark.slow

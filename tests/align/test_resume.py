@@ -230,7 +230,7 @@ def test_a_learner_that_is_killed_is_started_again_and_the_end_is_the_same(
     run = tmp_path / "run"
     command = align(*COMMANDS[stage], f"run.dir={run}")
     command.until(lambda: steps_done(run, stage, read_lines) >= 3)
-    learners = [process for process in command.family() if "LearnerWorker" in "".join(process.cmdline())]
+    learners = [process for process in command.family() if "PolicyRank" in "".join(process.cmdline())]
     assert len(learners) == 2
     learners[1].kill()
     output = command.ends(0)

@@ -14,8 +14,8 @@ from align.learner.balance import BalanceLosses, balance_metrics, factors_of
 from align.learner.batch import TrainingSequence
 from align.learner.experts import ExpertCounter, routers_of
 from align.learner.objective import LogProbs, Objective
-from align.learner.policy import LearnerWorker, Weights, checkpoint_in_every_mode
-from align.learner.reward_model import RewardModelWorker, Rewards, TrainingPair
+from align.learner.policy import PolicyRank, Weights, checkpoint_in_every_mode
+from align.learner.reward_model import RewardModelRank, Rewards, TrainingPair
 from align.learner.routing import RoutingReplay
 from align.recipe import BalanceOptions, LearnerOptions, OptimizerOptions
 
@@ -33,9 +33,9 @@ def policy_of(name: str) -> Any:
     return policy
 
 
-def rank_of(policy: Any, **options: Any) -> LearnerWorker:
+def rank_of(policy: Any, **options: Any) -> PolicyRank:
     """A learner rank without DeepSpeed."""
-    rank = object.__new__(LearnerWorker)
+    rank = object.__new__(PolicyRank)
     rank._options = LearnerOptions(ranks=1, optimizer=OptimizerOptions(learning_rate=1e-3), **options)
     rank._engine, rank._device, rank._pad_id = Weights(LogProbs(policy)), torch.device("cpu"), 0
     rank._reference = rank._teacher = None
@@ -174,7 +174,7 @@ def test_both_conversations_of_a_pair_count_for_a_reward_model() -> None:
     expected = gradient_of(model)
     gradients = []
     for factor in (0.0, 0.3):
-        rank: Any = object.__new__(RewardModelWorker)
+        rank: Any = object.__new__(RewardModelRank)
         balance = BalanceOptions(expert=factor)
         rank._options = LearnerOptions(ranks=1, optimizer=OptimizerOptions(learning_rate=1e-3), balance=balance)
         rank._engine, rank._device, rank._pad_id = Weights(Rewards(model)), torch.device("cpu"), 0

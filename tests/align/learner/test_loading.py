@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM, DeepseekV2Config, PreTrainedModel
 from align.errors import UserError
 from align.learner.group import LearnerGroup, RankGroup
 from align.learner.loading import follow, layout
-from align.learner.policy import LearnerWorker
+from align.learner.policy import PolicyRank
 from align.learner.rank import environment
-from align.learner.reward_model import RewardModelGroup, RewardModelWorker
+from align.learner.reward_model import RewardModelGroup, RewardModelRank
 from align.model.policy import load_policy, load_tokenizer
 from align.recipe import LearnerOptions, LoraOptions, ModelOptions, OptimizerOptions
 
@@ -190,14 +190,14 @@ def start_rank(rank: int, port: int, model: ModelOptions, learner: LearnerOption
         return engine(*module)
 
     worker._start_engine = start_engine
-    worker.setup("127.0.0.1", port, 0, *([None] if kind is LearnerWorker else []))
+    worker.setup("127.0.0.1", port, 0, *([None] if kind is PolicyRank else []))
     found["starting"] = peak.take()
     results.put((rank, found))
     results.close()
     results.join_thread()
 
 
-def measured(model: ModelOptions, learner: LearnerOptions, kind: Any = LearnerWorker) -> list[dict[str, float]]:
+def measured(model: ModelOptions, learner: LearnerOptions, kind: Any = PolicyRank) -> list[dict[str, float]]:
     """What each rank of a learner held at most, in MiB: `loading`, before its engine started, and `starting` that."""
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
@@ -226,7 +226,7 @@ def test_a_rank_holds_nothing_of_the_model_before_its_engine_starts(
 ) -> None:
     """Under ZeRO-3 with adapters, where no optimizer state hides it, no more than its share and a block after that."""
     model, size = large
-    kind = RewardModelWorker if way == "reward model" else LearnerWorker
+    kind = RewardModelRank if way == "reward model" else PolicyRank
     first, *others = measured(model, options(ranks=ranks, **GIVEN.get(way, {})), kind)
     print(f"\n{way}, {ranks} ranks, a model of {size:.0f} MiB:", first, *others)
     assert first["loading"] > 0.9 * size

@@ -22,7 +22,7 @@ from align.learner.balance import BalanceLosses
 from align.learner.batch import TrainingSequence, collate, collate_after_prompts
 from align.learner.experts import ExpertCounter
 from align.learner.objective import LogProbs, Objective
-from align.learner.policy import LearnerWorker, checkpoint_in_every_mode
+from align.learner.policy import PolicyRank, checkpoint_in_every_mode
 from align.learner.routing import RoutingReplay
 from align.recipe import BalanceOptions, GrpoOptions, LearnerOptions, ModelOptions, OptimizerOptions
 
@@ -58,9 +58,9 @@ class Engine(torch.nn.Module):
         loss.backward()
 
 
-def rank_of(network: Any, *, checkpointing: bool = False) -> LearnerWorker:
+def rank_of(network: Any, *, checkpointing: bool = False) -> PolicyRank:
     """A learner rank whose engine is this process."""
-    rank = object.__new__(LearnerWorker)
+    rank = object.__new__(PolicyRank)
     rank._model = ModelOptions(path="made here")
     rank._options = LearnerOptions(ranks=1, optimizer=OptimizerOptions(learning_rate=1e-3))
     if checkpointing:

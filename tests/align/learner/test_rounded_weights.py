@@ -10,7 +10,7 @@ import torch
 from align.learner.batch import TrainingSequence, collate, sampled_values
 from align.learner.group import LearnerGroup
 from align.learner.objective import LogProbs
-from align.learner.policy import LearnerWorker, Weights
+from align.learner.policy import PolicyRank, Weights
 from align.learner.rank import Trained
 from align.learner.routing import RoutingReplay
 from align.model.names import from_checkpoint
@@ -41,7 +41,7 @@ def test_a_rank_computes_with_what_it_sends(
     policy: ModelOptions, sequences: Callable[[int], list[TrainingSequence]], precision: Any
 ) -> None:
     network: Any = load_policy(policy)
-    rank: Any = object.__new__(LearnerWorker)
+    rank: Any = object.__new__(PolicyRank)
     rank._options, rank._engine = OPTIONS, Weights(LogProbs(network))
     rank._device, rank._pad_id, rank._routing = torch.device("cpu"), 1, RoutingReplay(network)
     rank._trained = Trained("", None)

@@ -75,7 +75,7 @@ def count(
             learner.bad_updates = step
             steps.state["seen"].append(step)
             if step + 1 in accuracies:
-                steps.rate(step + 1, accuracies[step + 1])
+                steps.note_accuracy(step + 1, accuracies[step + 1])
             run.record_step("counting", step + 1, {"loss": float(step)}, ())
     assert learner.closed
     assert learner.bad_updates == made.reward_model.steps - 1

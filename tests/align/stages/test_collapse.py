@@ -16,7 +16,7 @@ from align.learner.balance import BalanceLosses, balance_metrics
 from align.learner.batch import TrainingSequence
 from align.learner.experts import ExpertCounter, load_metrics
 from align.learner.objective import LogProbs, Objective, Sums
-from align.learner.policy import LearnerWorker, Weights
+from align.learner.policy import PolicyRank, Weights
 from align.learner.routing import RoutingReplay
 from align.model.policy import load_policy, write_random_policy
 from align.recipe import BalanceOptions, LearnerOptions, ModelOptions, OptimizerOptions
@@ -35,7 +35,7 @@ class PlainLearner:
 
     def __init__(self, policy: Any, balance: BalanceOptions, rest: Any):
         self.policy, self._rest = policy, rest
-        rank: Any = object.__new__(LearnerWorker)
+        rank: Any = object.__new__(PolicyRank)
         rank._options = LearnerOptions(ranks=1, optimizer=OptimizerOptions(learning_rate=1e-3), balance=balance)
         rank._engine, rank._device, rank._pad_id = Weights(LogProbs(policy)), torch.device("cpu"), 1
         rank._reference, rank._checkpointed = None, []

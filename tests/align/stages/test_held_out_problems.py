@@ -76,7 +76,7 @@ def test_checkpoints_are_chosen_by_validation_problems_and_the_test_is_left_for_
         problems = problems_of(made)
         run.progress.stage("GRPO", 40)
         held_out = HeldOut(made, problems, session(run, made, fleet))
-        assert held_out.to_choose_by().evaluate("GRPO step 5", 5).accuracy == 1.0
+        assert held_out.on_validation().evaluate("GRPO step 5", 5).accuracy == 1.0
         chosen_by, fleet.asked = fleet.asked, []
         held_out.evaluate("after GRPO", 40)
     assert len(chosen_by) == len(fleet.asked) == 20
@@ -147,7 +147,7 @@ def test_results_of_hooks_overwrite_nothing(hooks: str, message: str) -> None:
 def test_what_grpo_rates_its_checkpoints_by_are_those_problems(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     made = recipe(tmp_path / "run", "evaluation.every=2", "grpo.steps=5", "evaluation.before=false")
     held_out, steps, opened = MagicMock(), MagicMock(), MagicMock()
-    held_out.to_choose_by.return_value.evaluate.side_effect = lambda name, step: SimpleNamespace(accuracy=step / 10)
+    held_out.on_validation.return_value.evaluate.side_effect = lambda name, step: SimpleNamespace(accuracy=step / 10)
     opened.learning.return_value.__enter__.return_value = steps
     steps.__iter__.return_value = range(5)
     steps.state = {"weight_version": 0, "learning_steps": 0, "guard": [], "alarms": None}
@@ -160,7 +160,7 @@ def test_what_grpo_rates_its_checkpoints_by_are_those_problems(monkeypatch: pyte
     opened.new_learner.return_value.expert_load.return_value = {}
     monkeypatch.setattr(grpo, "items_of_step", lambda *_, **__: [])
     grpo.train_grpo(made, MagicMock(), opened)
-    assert steps.rate.call_args_list == [call(2, 0.2), call(4, 0.4)]
+    assert steps.note_accuracy.call_args_list == [call(2, 0.2), call(4, 0.4)]
     assert [asked.args[0] for asked in held_out.evaluate.call_args_list] == ["after GRPO"]
 
 

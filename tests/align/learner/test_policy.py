@@ -15,7 +15,7 @@ from align.learner.balance import BalanceLosses
 from align.learner.batch import TrainingSequence
 from align.learner.experts import ExpertCounter
 from align.learner.objective import LogProbs, Objective
-from align.learner.policy import FrugalWorker, LearnerWorker, checkpoint_in_every_mode
+from align.learner.policy import FrugalRank, PolicyRank, checkpoint_in_every_mode
 from align.learner.routing import RoutingReplay
 from align.recipe import GrpoOptions, LearnerOptions, ModelOptions, OptimizerOptions
 
@@ -47,7 +47,7 @@ def network(seed: int) -> Any:
 
 
 @pytest.fixture
-def worker(monkeypatch: pytest.MonkeyPatch) -> Callable[..., LearnerWorker]:
+def worker(monkeypatch: pytest.MonkeyPatch) -> Callable[..., PolicyRank]:
     """A rank of a tiny Llama, and of another as the KL's reference."""
 
     def initialize(*, model: Any, optimizer: Any, config: Any) -> Any:
@@ -56,8 +56,8 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> Callable[..., LearnerWorker]:
 
     monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(initialize=initialize))
 
-    def make(**options: Any) -> LearnerWorker:
-        made = object.__new__(LearnerWorker)
+    def make(**options: Any) -> PolicyRank:
+        made = object.__new__(PolicyRank)
         optimizer = OptimizerOptions(learning_rate=RATE, weight_decay=DECAY)
         made._model = ModelOptions(path="a tiny Llama")
         made._options = LearnerOptions(ranks=1, optimizer=optimizer, **options)
@@ -348,14 +348,14 @@ def test_a_worker_without_an_optimizer_steps_by_the_signs_of_gradients_that_it_d
     def join(self: Any, *_: Any) -> None:
         self._device, self._tokenizer = torch.device("cpu"), SimpleNamespace(pad_token_id=0)
 
-    monkeypatch.setattr(FrugalWorker, "_join", join)
+    monkeypatch.setattr(FrugalRank, "_join", join)
     monkeypatch.setattr("align.learner.policy.load_policy", lambda _: network(0))
-    rank = object.__new__(FrugalWorker)
+    rank = object.__new__(FrugalRank)
     rank._model = ModelOptions(path="a tiny Llama")
     rank._options = LearnerOptions(ranks=1, optimizer=OptimizerOptions(learning_rate=RATE))
     trained = rank.setup("127.0.0.1", 0, 0, None)
     expected = network(0)
-    optimizer = torch.optim.AdamW(expected.parameters(), lr=FrugalWorker.RATE, weight_decay=0.0, eps=1e-30)
+    optimizer = torch.optim.AdamW(expected.parameters(), lr=FrugalRank.RATE, weight_decay=0.0, eps=1e-30)
     sequences = drawn()
     sum(-(s.weight * log_probs(expected, s, 1.0)).sum() for s in sequences).backward()
     optimizer.step()
