@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
+from decimal import Decimal
+from math import isfinite
 from typing import Any
 
 from reward.math.final_answer import boxed_answers, normalise
@@ -66,11 +68,19 @@ def ground_truth_of(row: Mapping[str, Any]) -> str | None:
         value = row.get(name)
         if name == "reward_model":
             value = value.get("ground_truth") if isinstance(value, Mapping) else None
-        if isinstance(value, list) and value and all(isinstance(part, str) for part in value):
-            value = ", ".join(value)  # the parts of one answer
-        if isinstance(value, str | int | float) and value == value and value != "" and not isinstance(value, bool):
-            return final_answer(str(value))
+        if isinstance(value, list) and value and all(isinstance(part, str | int | float) for part in value):
+            value = ", ".join(map(_written, value))  # the parts of one answer
+        is_plain = isinstance(value, str | int | float | Decimal) and not isinstance(value, bool)
+        if is_plain and value == value and value != "":
+            return final_answer(_written(value))
     return None
+
+
+def _written(value: Any) -> str:
+    """A value as people write it: numbers with all their digits, and no exponent."""
+    if isinstance(value, float) and isfinite(value):
+        value = Decimal(repr(value))
+    return format(value, "f") if isinstance(value, Decimal) else str(value)
 
 
 def final_answer(text: str) -> str:

@@ -1,5 +1,6 @@
 """Commands on recipes: run one, look at it, say where it would run, go on with its run."""
 
+import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -109,7 +110,7 @@ def resume(run: RunPath, overrides: Overrides = None) -> int | None:
     if status is None:
         raise UserError(f"{run} holds no run; `align resume` takes the directory of one, such as runs/nano-grpo")
     file, finished = RunDirectory(run).recipe_file, status["state"] == "finished"
-    stage, given = read_yaml(file)[0].get("stage"), [f"run.dir={run}", *(overrides or [])]
+    stage, given = read_yaml(file)[0].get("stage"), [f"run.dir={json.dumps(str(run))}", *(overrides or [])]
     if stage == "pipeline":
         if finished:
             raise UserError(

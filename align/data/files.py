@@ -9,6 +9,7 @@ import csv
 import gzip
 import io
 import json
+import re
 import sys
 import zlib
 from collections.abc import Iterator
@@ -17,15 +18,19 @@ from contextvars import ContextVar
 from glob import glob, has_magic
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 from align.data.rows import Row
 from align.errors import UserError
 from align.run.files import parse_json_line
+from reward.rows import PROMPTS
 
 JSON, TABLES = (".jsonl", ".json", ".ndjson"), {".csv": ",", ".tsv": "\t"}
 SUFFIXES = (*JSON, ".parquet", *TABLES)
 COMPRESSED = (".gz", ".zst")
+HALF = re.compile(rb"\\u[dD][89a-fA-F]")
+OBJECTS = {*PROMPTS, "conversations", "completion", "response", "chosen", "rejected", "tools"}
+"""Columns of messages, and of tools."""
 KNOWN = f"{', '.join(SUFFIXES)}, also with {' or '.join(COMPRESSED)} behind it"
 ROWS_READ: ContextVar[int | None] = ContextVar("ROWS_READ", default=None)
 """So many rows of a file are read, the first; None for all. `first_rows` sets it."""
@@ -140,9 +145,21 @@ def _json(file: BinaryIO, path: Path) -> Iterator[Row | UserError]:
         first = False
         where = f"{path}, line {number}"
         try:
-            yield Row(parse_json_line(content, where), where, None if packed else (start, len(line), number))
+            values = parse_json_line(content, where)
+            refuse_half_characters(values, content, where)
+            yield Row(values, where, None if packed else (start, len(line), number))
         except UserError as error:
             yield error
+
+
+def refuse_half_characters(values: dict[str, Any], source: bytes, where: str) -> None:
+    """Raise UserError for a column with half of a surrogate pair, which JSON can write and no file of ours holds; `source` is what they were read from."""
+    for name, value in values.items() if HALF.search(source) else ():
+        try:
+            (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)).encode()
+        except UnicodeEncodeError as error:
+            character = f"character {error.start + 1}" if isinstance(value, str) else "a character in it"
+            raise UserError(f"{where}: column {name!r}: {character} is half of a surrogate pair") from None
 
 
 def _array(content: bytes, path: Path, first_line: int) -> Iterator[Row | UserError]:
@@ -159,10 +176,13 @@ def _array(content: bytes, path: Path, first_line: int) -> Iterator[Row | UserEr
         raise UserError(f"{path}: JSON that cannot be read: {error}") from None
     for number, row in enumerate(rows, start=1):
         where = f"{path}, row {number}"
-        if isinstance(row, dict):
+        try:
+            if not isinstance(row, dict):
+                raise UserError(f"{where}: a JSON {type(row).__name__}, where each row must be an object")
+            refuse_half_characters(row, content, where)
             yield Row(row, where)
-        else:
-            yield UserError(f"{where}: a JSON {type(row).__name__}, where each row must be an object")
+        except UserError as error:
+            yield error
 
 
 def _table(file: BinaryIO, path: Path, delimiter: str) -> Iterator[Row | UserError]:
@@ -191,6 +211,13 @@ def _table(file: BinaryIO, path: Path, delimiter: str) -> Iterator[Row | UserErr
         raise UserError(f"{path}, line {reader.line_num}: {error}") from None
 
 
+def without_fill(value: Any) -> Any:
+    """A value without the nulls in its objects, by which Arrow gives all rows' objects the same keys."""
+    if isinstance(value, dict):
+        return {key: without_fill(item) for key, item in value.items() if item is not None}
+    return [without_fill(item) for item in value] if isinstance(value, list) else value
+
+
 def _parquet(path: Path) -> Iterator[Row | UserError]:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -201,7 +228,8 @@ def _parquet(path: Path) -> Iterator[Row | UserError]:
             for batch in file.iter_batches(batch_size=1000):
                 for values in batch.to_pylist():
                     number += 1
-                    yield Row(values, f"{path}, row {number}")
+                    filled = {name: without_fill(values[name]) for name in OBJECTS.intersection(values)}
+                    yield Row(values | filled, f"{path}, row {number}")
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except (OSError, pa.ArrowException) as error:

@@ -12,7 +12,7 @@ from itertools import takewhile
 from typing import Any, Literal, NamedTuple
 
 from align.data.pair_rows import hh_turns
-from align.data.rows import NothingToJudgeBy, Row, asked
+from align.data.rows import NothingToJudgeBy, Row, asked, message_of
 from align.data.types import Example, Message, Preference
 from align.errors import UserError
 from reward.rows import PROMPTS, TRUTHS, domain_of, ground_truth_of, metadata_of, prompt_column
@@ -26,6 +26,7 @@ STAGES: Mapping[Kind, tuple[Literal["sft", "reward_model", "grpo", "eval"], ...]
 }
 """The stages that rows of a kind are for. GRPO and evaluation ask the prompts of conversations, and take no notice of what was answered."""
 COMPLETIONS = ("completion", "response")
+SYSTEM = ("system", "system_prompt")
 _MESSAGES = re.compile(r"""\s*\[\s*\{\s*["'](?:role|content|from|value)["']\s*:""")
 """How text begins that holds messages; other text may begin with brackets too."""
 ASKING_ROLES = {"system", "developer", "user", "human"}
@@ -75,7 +76,7 @@ def form_of(row: Row) -> Form:
 
 def example_of(form: Form, row: Row, identity: str) -> Example:
     """A row of conversations or problems as an example. Raises UserError where it cannot be used."""
-    turns, columns = form.read(row)
+    turns, columns = conversation_of(form, row)
     demonstrated, last = form.kind == "conversations", len(turns)
     if demonstrated:
         last = max(place for place, turn in enumerate(turns) if turn["role"] == "assistant")
@@ -95,13 +96,23 @@ def example_of(form: Form, row: Row, identity: str) -> Example:
     )
 
 
+def conversation_of(form: Form, row: Row) -> Conversation:
+    """The turns of a row of conversations or problems, a system message of another column before them. Raises UserError where it cannot be used."""
+    turns, columns = form.read(row)
+    return Conversation(with_system(row, turns), columns)
+
+
 def preference_of(form: Form, row: Row, identity: str) -> Preference:
     """A row of pairs as a preference. Raises UserError where it cannot be used."""
     pair: Pair = form.read(row)
+    if _filled(row, "tools"):
+        raise row.error("tools", "has no effect: completions are compared as texts, without tools")
     if pair.chosen == pair.rejected:
         raise UserError(f"{row.where}: the chosen completion is the rejected one too")
     margin = row.number("margin") if row.has("margin") else None
-    return Preference(identity, pair.prompt, pair.chosen, pair.rejected, domain_of(row.values), margin)
+    return Preference(
+        identity, with_system(row, pair.prompt), pair.chosen, pair.rejected, domain_of(row.values), margin
+    )
 
 
 def _has(*columns: str) -> Callable[[Row], bool]:
@@ -137,14 +148,29 @@ def _messages(row: Row) -> Conversation:
 
 
 def _sharegpt(row: Row) -> Conversation:
-    return Conversation(_with_system(row, _answered(row, "conversations")), ("conversations", "system"))
+    return Conversation(_answered(row, "conversations"), ("conversations", "system"))
 
 
 def _alpaca(row: Row) -> Conversation:
     instruction, more = row.filled("instruction"), row.text("input", empty=True) if "input" in row.values else ""
     prompt = f"{instruction}\n\n{more}" if more.strip() else instruction
     answer: Message = {"role": "assistant", "content": row.filled("output")}
-    return Conversation(_with_system(row, (*asked(prompt), answer)), ("instruction", "input", "output", "system"))
+    turns = (*_history(row), *asked(prompt), answer)
+    return Conversation(turns, ("instruction", "input", "output", "system", "history"))
+
+
+def _history(row: Row) -> Turns:
+    """The turns before, in LLaMA-Factory's column `history`: pairs of what was asked and answered."""
+    if not _filled(row, "history"):
+        return ()
+    history = row.json("history")
+    if not isinstance(history, list) or not all(
+        isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(text, str) for text in pair)
+        for pair in history
+    ):
+        raise row.error("history", f"must be a list of pairs of texts, asked and answered, not {history!r:.40}")
+    said = [(role, text) for pair in history for role, text in zip(("user", "assistant"), pair, strict=True)]
+    return tuple(message_of({"role": role, "content": text}, f"{row.where}: column 'history'") for role, text in said)
 
 
 def _completion(row: Row) -> Conversation:
@@ -175,12 +201,12 @@ def _asked_in(row: Row, column: str) -> Conversation:
     return Conversation(turns, (column,))
 
 
-def _with_system(row: Row, turns: Turns) -> Turns:
-    """The turns after the text of a column `system`, where the row has one."""
-    system = row.values.get("system")
-    if not isinstance(system, str) or not system.strip() or turns[0]["role"] == "system":
+def with_system(row: Row, turns: Turns) -> Turns:
+    """The turns after the text of a column `system` or `system_prompt`, where the row has one and the turns do not begin with another."""
+    column = next((name for name in SYSTEM if isinstance(row.values.get(name), str) and row.values[name].strip()), None)
+    if column is None or turns[0]["role"] in ("system", "developer"):
         return turns
-    return ({"role": "system", "content": row.text("system")}, *turns)
+    return ({"role": "system", "content": row.text(column)}, *turns)
 
 
 def _pair(row: Row) -> Pair:
@@ -206,6 +232,8 @@ def _pair_of_messages(row: Row, prompt: Turns) -> Pair:
     for column, turns in (("chosen", chosen), ("rejected", rejected)):
         if [turn["role"] for turn in turns] != ["assistant"]:
             raise row.error(column, "must be one message of the assistant after the prompt that both completions share")
+        if turns[0].get("tool_calls"):
+            raise row.error(column, "calls a tool, and completions are compared as texts")
     if not any(turn["role"] == "user" for turn in prompt):
         raise UserError(
             f"{row.where}: chosen and rejected have no prompt of the user in common, and there is no column prompt"

@@ -16,7 +16,7 @@ from align.data.cards import DataCard, FileSource, GeneratorSource, HubSource, O
 from align.data.drawing import Hashes, key_hash
 from align.data.forms import Kind
 from align.data.generators import GIVEN, generator, reasoning_gym_task
-from align.data.own import Rows, read_source, read_split
+from align.data.own import Rows, opening_of, read_source, read_split
 from align.data.tables import read_examples, read_preferences
 from align.data.types import Example, Item, LoadedSplit, Preference, SplitName
 from align.errors import UserError, naming
@@ -102,6 +102,13 @@ def prompt_hashes(items: Sequence[Example] | Sequence[Preference]) -> Hashes:
     return np.array([key_hash(item.prompt_key) for item in items], dtype=np.uint64)
 
 
+def opening_hashes(items: Sequence[Example] | Sequence[Preference]) -> Hashes:
+    """The hash of what the user says first [N]: a conversation that goes on from a held-out prompt is trained on in its first turn too."""
+    if isinstance(items, Rows):
+        return items.openings
+    return np.array([key_hash(opening_of(item)) for item in items], dtype=np.uint64)
+
+
 def held_together(*held_out: HeldOutPrompts) -> dict[str, set[int]]:
     """Several mappings of what is held out to its prompts as one."""
     together: dict[str, set[int]] = defaultdict(set)
@@ -137,9 +144,9 @@ def _load(
     unchecked = tuple(name for name in own if not _comparable(card, split, name, path))
     others = {f"{card.name}/{name}": prompt_hashes(read(name)).tolist() for name in own if name not in unchecked}
     found = read(split)
-    keys = prompt_hashes(found)
+    keys, openings = prompt_hashes(found), opening_hashes(found)
     occurs: dict[str, npt.NDArray[np.bool_]] = {
-        name: np.isin(keys, np.fromiter(prompts, dtype=np.uint64))
+        name: np.isin(keys, theirs := np.fromiter(prompts, dtype=np.uint64)) | np.isin(openings, theirs)
         for name, prompts in held_together(others, held_out).items()
     }
     compared = {name: int(places.sum()) for name, places in occurs.items()}

@@ -91,6 +91,11 @@ class Rows(Sequence[Any]):
         """The hash of each row's `prompt_key`."""
         return self.source.prompts[self.places]
 
+    @property
+    def openings(self) -> Hashes:
+        """The hash of what each row is split by."""
+        return self.source.openings[self.places]
+
 
 def own_card(source: OwnSource) -> DataCard:
     """The card of files without one: named like the file, for the stages that its rows are for. Raises UserError as `read_source` does."""
@@ -194,7 +199,7 @@ def stream_of(source: OwnSource, head: Rows, held_out: Collection[int]) -> Strea
                 continue
             opening = key_hash(opening_of(item))
             held = fraction_of(opening) >= 1 - shares or opening in openings
-            if not held and key_hash(item.prompt_key) not in held_out:
+            if not held and not {opening, key_hash(item.prompt_key)}.intersection(held_out):
                 yield item
 
     return Stream(head, read)

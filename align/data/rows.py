@@ -20,6 +20,8 @@ SHAREGPT_ROLES = {
     "observation": "tool",
 }
 """ShareGPT's names of roles, where they are others than OpenAI's."""
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+"""Keys beside the content in which messages are published with thoughts."""
 _PLAIN = {"role", "content"}
 _NUMBER = re.compile(r"\s*[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?\s*")
 
@@ -162,7 +164,7 @@ def message_of(item: Any, where: str) -> Message:
     ):
         return {"role": item["role"], "content": check_unicode(item["content"], where)}
     if isinstance(item, Mapping) and {"from", "value"} <= item.keys():
-        item = _of_sharegpt(item["from"], item["value"], where)
+        item = {**item, **_of_sharegpt(item["from"], item["value"], where)}
     if not isinstance(item, Mapping) or "role" not in item or not {"content", "tool_calls"} & item.keys():
         raise UserError(f"{where}: must be an object with role and content")
     role, calls = item["role"], item.get("tool_calls")
@@ -173,6 +175,12 @@ def message_of(item: Any, where: str) -> Message:
     content = _text(item.get("content"), where)
     if not content.strip() and not calls and role in ("user", "assistant"):
         raise UserError(f"{where}: content must be text that is not empty, not {item.get('content')!r:.40}")
+    for thoughts in THOUGHTS:
+        if item.get(thoughts):
+            raise UserError(
+                f"{where}: {thoughts} is not read, for every chat template writes thoughts in its own way. Put them into the content as the "
+                "model's template does, such as <think>...</think> before the answer"
+            )
     message: Message = {"role": role, "content": check_unicode(content, where)}
     if calls:
         message["tool_calls"] = [_call(call, where) for call in calls]

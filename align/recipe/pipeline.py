@@ -120,12 +120,31 @@ def load_stages(path: Path, overrides: Sequence[str] = ()) -> list[PlannedStage]
 
 
 def _planned(entry: StageEntry, options: PipelineOptions, directory: Path, path: Path) -> PlannedStage:
-    given = [PRODUCT.sub(lambda match: str(directory / match[1] / "final"), override) for override in entry.set]
-    overrides = [f"seed={options.seed}", *given, f"run.dir={directory / entry.name}", "run.overwrite=true"]
+    given = [with_products(override, directory) for override in entry.set]
+    overrides = [
+        f"seed={options.seed}",
+        *given,
+        f"run.dir={json.dumps(str(directory / entry.name))}",
+        "run.overwrite=true",
+    ]
     try:
         return load_stage(entry.recipe, overrides, name=entry.name, pending=directory)
     except UserError as error:
         raise UserError(f"{path}: stage {entry.name!r}: {error}") from None
+
+
+def with_products(override: str, directory: Path) -> str:
+    """An override with the directories of what stages make in the places of `${STAGE}` in its value, whatever characters they have."""
+    key, _, text = override.partition("=")
+    if not PRODUCT.search(text):
+        return override
+    try:
+        # YAML reads the marked names as they stand, in a list or object too.
+        value = json.dumps(yaml.safe_load(PRODUCT.sub(r"/@\1@", text)), default=str)
+    except yaml.YAMLError:
+        return override
+    filled = re.sub("/@([^@]*)@", lambda match: json.dumps(str(directory / match[1] / "final"))[1:-1], value)
+    return f"{key}={filled}"
 
 
 def load_stage(

@@ -90,7 +90,8 @@ def _stage_facts(stage: Stage) -> dict[str, Value]:
     done = max((step for record in stage.metrics if isinstance(step := record.get("step"), int)), default=0)
     planned = at(recipe, str(recipe.get("stage")), "steps")
     data = recipe.get("data")
-    cards = [str(card) for entry in (data if isinstance(data, list) else [data]) if (card := at(entry, "card"))]
+    entries = data if isinstance(data, list) else [data]
+    names = [str(name) for entry in entries if (name := at(entry, "card") or at(entry, "path"))]
     return {
         "stage": stage.label,
         "state": _state(stage),
@@ -98,7 +99,7 @@ def _stage_facts(stage: Stage) -> dict[str, Value]:
         "took": _took(stage.status),
         "steps": f"{done} of {planned}" if planned is not None else done,
         "model": stage.model_path or None,
-        "data": ", ".join(cards) or None,
+        "data": ", ".join(names) or None,
         "learning rate": plain(number(at(recipe, "learner", "optimizer", "learning_rate"))),
         "seed": str(recipe.get("seed", "–")),
     }

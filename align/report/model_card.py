@@ -14,6 +14,7 @@ from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from align.data.cards import DataCard, HubSource, load_card
 from align.errors import UserError
 from align.model.reward_model import usage
+from align.recipe.options import HUB_FILE, is_on_hub
 from align.report.curves import Series, metric_series
 from align.report.evaluations import Evaluation, column_groups, compared_evaluations
 from align.report.read import RunRecord, Stage, read_run
@@ -146,12 +147,15 @@ def data_of(stages: Sequence[Stage]) -> list[Source]:
             if entry.get("card"):
                 found.append(_of_card(load_card(entry["card"]), use))
             else:
-                path = str(entry.get("path"))
-                hub = path.removeprefix("hf://").removeprefix("datasets/") if path.startswith("hf://") else ""
-                found.append(
-                    Source(hub or f"the file {Path(path).name}", UNKNOWN, use, hub="/".join(hub.split("/")[:2]))
-                )
+                hub, name = _hub_path(str(entry.get("path"))), Path(str(entry.get("path"))).name
+                found.append(Source(hub or f"the file {name}", UNKNOWN, use, hub=hub))
     return list(dict.fromkeys(found))
+
+
+def _hub_path(path: str) -> str:
+    """The name of the data set on the hub that a path of data is in; "" for one here."""
+    file = HUB_FILE.fullmatch(path)
+    return file[1] if file else path if is_on_hub(path) else ""
 
 
 def licence_of(made_of: Sequence[Source]) -> dict[str, str]:
@@ -165,8 +169,10 @@ def licence_of(made_of: Sequence[Source]) -> dict[str, str]:
 def results(run: RunRecord, evaluations: Sequence[Evaluation]) -> list[EvalResult]:
     """The accuracies after the stage, for the hub's `model-index`."""
     recipe = run.whole.recipe
-    names = (recipe.get("evaluation") or {}).get("cards") or [
-        entry.get("card") or Path(str(entry.get("path"))).name for entry in recipe.get("data") or ()
+    evaluated = recipe.get("evaluation") or {}
+    asked = [evaluated] if evaluated.get("path") else recipe.get("data") or ()
+    names = evaluated.get("cards") or [
+        each.get("card") or _hub_path(str(each.get("path"))) or Path(str(each.get("path"))).name for each in asked
     ]
     last = next((e for e in reversed(evaluations) if e.right is not None and e.split is None), None)
     if last is None or last.step == 0:

@@ -14,7 +14,7 @@ import yaml
 from align.errors import UserError
 from align.run import RunDirectory, read_status
 from align.run.directory import LAYOUT
-from align.run.files import read_jsonl_lines, read_parquet
+from align.run.files import read_jsonl_lines, read_parquet, without_secrets_in
 
 Record = Mapping[str, Any]
 SAMPLES_NAME = re.compile(r"step_(\d+)\.parquet")
@@ -176,7 +176,7 @@ def _stage(directory: Path, root: Path) -> Stage:
         label=str(own) if directory == root else directory.relative_to(root).as_posix(),
         path=directory,
         status=status,
-        recipe=recipe,
+        recipe=without_secrets_in(recipe),
         environment=_read_mapping(run.environment_file),
         metrics=read_records(run.metrics_file, remarks),
         events=read_records(run.events_file, remarks),

@@ -2,12 +2,12 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from itertools import count
+from itertools import count, groupby
 from pathlib import Path
 from typing import Any
 
 from align.data.files import files_of, readable
-from align.data.forms import FORMS
+from align.data.forms import FORMS, conversation_of, with_system
 from align.data.rows import Row
 from align.data.types import Message
 from align.errors import UserError
@@ -16,7 +16,7 @@ from align.experience import is_scored_row, sample_of
 from align.run import RunDirectory, read_status, write_jsonl
 from align.run.files import read_parquet
 from reward import Mixture, RewardError, RewardTerm, Sample, SampleReward
-from reward.rows import prompt_column, sample_of_row
+from reward.rows import as_messages, prompt_column, sample_of_row
 
 EXAMPLE = '{"id": "1", "completion": "It is \\\\boxed{4}.", "ground_truth": "4"}'
 STORED = ("id", "index", "domain", "prompt", "completion", "answer", "metadata", "finish_reason", "verdict", "reward")
@@ -57,7 +57,7 @@ def rows_of(data: Path) -> list[Row]:
 def score_run(term: RewardTerm, run: Path, out: Path) -> Iterator[str]:
     """Score what a run has stored of its steps, and write a line for each sample to `out`; yields the mean of each step, and a summary.
 
-    Raises UserError where the run has stored none, or the reward cannot be used.
+    The answers to a prompt are scored together, as in training. Raises UserError where the run has stored none, or the reward cannot be used.
     """
     refuse_existing(out)
     files = sorted(RunDirectory(run).samples_directory.glob("step_*.parquet"))
@@ -70,7 +70,8 @@ def score_run(term: RewardTerm, run: Path, out: Path) -> Iterator[str]:
         step, rows = int(file.stem.removeprefix("step_")), read_parquet(file, STORED).to_pylist()
         without_metadata |= any("metadata" not in row for row in rows)
         samples = [sample_of(row) for row in rows]
-        rewards = scored(mixture, samples)
+        groups = [list(group) for _, group in groupby(samples, lambda sample: sample.id.rpartition("#")[0])]
+        rewards = [reward for group in groups for reward in scored(mixture, group)]
         found = score_lines(term, samples, rewards)
         lines += [{"step": step, **line, "reward": row["reward"]} for line, row in zip(found, rows, strict=True)]
         before = mean_of([row["reward"] for row in rows if row["reward"] is not None])
@@ -158,6 +159,10 @@ def sample_of_line(row: Row) -> Sample:
     asked, columns = demonstrated_prompt(Row({n: v for n, v in values.items() if n != column}, row.where))
     if isinstance(values.get("prompt"), list):
         asked = row.conversation("prompt")
+    if asked is None and (name := prompt_column(values)):
+        turns: Any = tuple(as_messages(values[name]))
+        if len(whole := with_system(row, turns)) > len(turns):
+            asked, columns = whole, (*columns, name)
     return sample_of_row(values, completion, id=str(values[id_column]), prompt=asked, taken=(column, *columns))
 
 
@@ -171,5 +176,5 @@ def demonstrated_prompt(row: Row) -> tuple[tuple[Message, ...] | None, tuple[str
     form = next((form for form in FORMS if form.fits(row)), None)
     if form is None or form.kind != "conversations":
         return None, ()
-    turns, columns = form.read(row)
+    turns, columns = conversation_of(form, row)
     return (turns[:-1], columns) if turns[-1]["role"] == "assistant" else (None, ())

@@ -228,7 +228,7 @@ def _same(got: Any, expected: Any, tolerance: float) -> bool:
         [(tag, content)] = expected.items()
         found = got[tag]
         if tag == "dict":
-            found, content = _in_order(found), _in_order(content)
+            found, content = _in_order(_keys_as_json(found, content)), _in_order(content)
         return _same(found, content, tolerance)
     kinds = type(got), type(expected)
     if kinds in ((float, float), (int, float), (float, int)):
@@ -274,6 +274,15 @@ def _close(printed: str, expected: str, tolerance: float) -> bool:
     )
     size = Decimal(1) if whole else max(Decimal(1), digits.abs(sought))
     return difference.is_finite() and difference <= digits.multiply(Decimal(tolerance), size)
+
+
+def _keys_as_json(pairs: Any, expected: Any) -> Any:
+    """The pairs of a dictionary with the keys that JSON writes, where all expected ones are texts: JSON has no other, and writes 1 as "1"."""
+    if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+        return pairs
+    if not all(isinstance(key, str) for key, _ in expected):
+        return pairs
+    return [[json.dumps(key) if isinstance(key, int | float | None) else key, value] for key, value in pairs]
 
 
 def _in_order(pairs: Any) -> Any:

@@ -46,11 +46,15 @@ _NO_UNIT = re.compile(
     r"|(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand|million)ths?|choose|remainder|of [a-z])\b",
     re.IGNORECASE,
 )
-_EXCLUSIVE = frozenset(
-    re.findall(r"\w+", "mm cm dm m km in ft yd mi mg g kg oz lb ms s min h ml l am pm j kj w kw v a n k hz pa")
-)
-"""Units of which one is never the other; unknown ones are taken to say the same in other words."""
-_SAME_UNITS = {"sec": "s", "hr": "h", "hrs": "h", "lbs": "lb"}
+_UNITS = """
+mm millimeter millimetre|cm centimeter centimetre|dm decimeter decimetre|m meter metre|km kilometer kilometre|in inch inche
+ft foot feet|yd yard|mi mile|mg milligram|g gram|kg kilogram|oz ounce|lb pound|ton tonne|ms millisecond|s sec second|min minute|h hr hour
+day|week|month|year yr|ml milliliter millilitre|l liter litre|gallon|dollar|cent|euro|am|pm|j joule|kj kilojoule|w watt|kw kilowatt|v volt
+a ampere|n newton|k kelvin|c celsius|f fahrenheit|hz hertz|pa pascal
+"""
+_EXCLUSIVE = {name: names.split()[0] for names in re.split(r"[|\n]", _UNITS.strip()) for name in names.split()}
+"""Units of which one is never the other, by what they are called; unknown ones are taken to say the same in other words."""
+_RATES = {"mph": "mi/h", "kph": "km/h", "kmh": "km/h"}
 
 _BASE = re.compile(r"\(?([0-9A-Fa-f]+(?:\.[0-9A-Fa-f]+)?)\)?_(?:\{(?:\\text\{)?([a-z]+|[0-9]+)\}?\}|([0-9]))")
 _BASES = {
@@ -163,13 +167,17 @@ def quantity(tidied: str) -> Quantity | None:
     return Quantity(value, text, unit)
 
 
+def _known_unit(unit: str) -> str:
+    """A unit in small letters, or the rate of two, by its abbreviation; "" where it is not among those of which one is never the other."""
+    parts = re.split(r"/|(?<=\w)per(?=\w)", _RATES.get(unit, unit))
+    names = [_EXCLUSIVE.get(part) or _EXCLUSIVE.get(part.removesuffix("s")) for part in parts]
+    return "/".join(name for name in names if name) if all(names) else ""
+
+
 def same_quantity(one: Quantity, other: Quantity) -> bool:
     """Whether two quantities are equal; a unit that one of them lacks is taken for granted, and so is a per cent sign."""
     units = [re.sub(r"[.\s{}]", "", each.unit).lower().partition("^") for each in (one, other)]
-    known = {
-        (_SAME_UNITS.get(unit, unit), power) for unit, _, power in units if _SAME_UNITS.get(unit, unit) in _EXCLUSIVE
-    }
-    if len(known) > 1:
+    if len({(known, power) for unit, _, power in units if (known := _known_unit(unit))}) > 1:
         return False
     if same_number(one.value, other.value, one.written, other.written):
         return True

@@ -205,9 +205,15 @@ def together(loaded: Loaded, samples: Sequence[Sample], params: Mapping[str, Any
     if loaded.kind == "batched":
         return loaded.function(list(samples), **params)
     rows = [columns_of_sample(sample) for sample in samples]
-    shared = set.intersection(*(set(row) for row in rows))
-    names = shared if loaded.takes_every_column else shared.intersection(p.name for p in loaded.parameters)
-    given: dict[str, list[Any]] = {name: [row[name] for row in rows] for name in sorted(names)}
+    defaults = {p.name: p.default for p in loaded.parameters}
+    found = set.union(*map(set, rows))
+    names = found if loaded.takes_every_column else found.intersection(defaults)
+    given: dict[str, list[Any]] = {}
+    for name in sorted(names):
+        # What a sample lacks is what it would be if the sample were alone: the default, or None among all other columns.
+        other = defaults.get(name)
+        if other is not inspect.Parameter.empty or all(name in row for row in rows):
+            given[name] = [row.get(name, other) for row in rows]
     taken = inspect.signature(loaded.function).parameters
     if "prompts" in taken or loaded.takes_every_column:
         given["prompts"] = [TextOrMessages(sample.prompt, prompt_messages(sample)) for sample in samples]

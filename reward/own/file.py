@@ -30,6 +30,7 @@ from reward.registry import Parameter, Reward
 from reward.types import RewardError, Sample, Score, Verdict
 
 NAME = re.compile(r"(?P<file>.+\.py):(?P<function>[^\W\d]\w*)")
+_NAMESPACE = object()
 TIMEOUT_S = 30.0
 """How long a call may take where the recipe does not say."""
 IMPORT_S = 120.0
@@ -44,13 +45,31 @@ def split(name: str) -> tuple[Path, str] | None:
     return (Path(found["file"]).expanduser(), found["function"]) if found else None
 
 
+class _Finder(ModuleFinder):
+    """Goes through directories without `__init__.py` too, whose specs have no loader."""
+
+    def find_module(self, name: str, path: Any, parent: Any = None) -> Any:
+        try:
+            return super().find_module(name, path, parent)
+        except AttributeError:
+            places = (Path(place) / name for place in path or self.path)
+            return None, str(next(place for place in places if place.is_dir())), ("", "", _NAMESPACE)
+
+    def load_module(self, fqname: str, fp: Any, pathname: str, file_info: Any) -> Any:
+        if file_info[2] is not _NAMESPACE:
+            return super().load_module(fqname, fp, pathname, file_info)
+        module: Any = self.add_module(fqname)
+        module.__path__ = [pathname]
+        return module
+
+
 def files_of(path: Path) -> list[Path]:
     """A reward file and the modules beside it that it imports, directly or by way of one another. Nothing of them is run.
 
     What cannot be parsed imports nothing; modules of this project are left out.
     """
-    finder = ModuleFinder(path=[str(path.parent)], excludes=["align", "reward", "rollout"])
-    with suppress(SyntaxError):
+    finder = _Finder(path=[str(path.parent)], excludes=["align", "reward", "rollout"])
+    with suppress(SyntaxError, ValueError):
         finder.run_script(str(path))
     found = {Path(file) for module in finder.modules.values() if (file := getattr(module, "__file__", None))}
     return [path, *sorted(found - {path})]

@@ -225,6 +225,16 @@ def test_every_column_reaches_the_rest_of_the_arguments_and_the_ground_truth_is_
     assert scored(f"{file}:f", [sample("1", unit="m")], params={"worth": 3.0})[0].value == 3.0
 
 
+def test_a_column_that_one_sample_lacks_is_there_for_the_others(write: Write) -> None:
+    file = write(
+        "def f(completions, unit='cm'):\n    return [float(u == 'm') for u in unit]\n"
+        "def g(completions, **columns):\n    return [float(u == 'm') for u in columns['unit']]\n"
+    )
+    for name in ("f", "g"):
+        found = scored(f"{file}:{name}", [sample("1", unit="m"), sample("2")])
+        assert [reward.value for reward in found] == [1.0, 0.0]
+
+
 def test_none_is_not_scored_as_in_trl_and_the_reward_goes_back_to_trl(write: Write) -> None:
     file = write("def f(completions, answer):\n    return [None if a == '?' else 1.0 for a in answer]\n")
     reward = trl_reward_func(f"{file}:f")
@@ -323,6 +333,15 @@ def test_helpers_beside_the_file_are_found_and_what_it_prints_is_no_output(
     assert scored(f"{file}:f", [sample("1")])[0].value == 4.0
     said = capfd.readouterr()
     assert (said.out, "called" in said.err) == ("", True)
+
+
+def test_a_module_in_a_directory_without_init_is_a_part_of_the_file(write: Write, tmp_path: Path) -> None:
+    (tmp_path / "helpers").mkdir()
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "helpers" / "units.py").write_text("WORTH = 4\n")
+    file = write("from helpers.units import WORTH\nimport wandb\ndef f(sample):\n    return WORTH\n")
+    assert own_file.files_of(file) == [file, tmp_path / "helpers" / "units.py"]
+    assert scored(f"{file}:f", [sample("1")])[0].value == 4.0
 
 
 def test_its_process_is_not_this_one_and_ends_with_the_reward(write: Write) -> None:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from align.data.files import files_of, read_rows, readable, stem_of
+from align.data.rows import Row
 from align.data.stored import StoredRows
 from align.errors import UserError
 
@@ -69,6 +71,38 @@ def test_the_same_rows_are_read_of_every_format(name: str, content: bytes, tmp_p
     for _ in range(2):
         again = [stored[place] for place in range(len(stored))]
         assert [(row.values, row.where) for row in again] == [(row.values, row.where) for row in readable(file)]
+
+
+def test_objects_of_parquet_have_no_keys_but_their_own(tmp_path: Path) -> None:
+    def called(**arguments: Any) -> dict[str, Any]:
+        call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+        tools = [{"name": "f", "parameters": {name: {"type": "string"} for name in arguments}}]
+        return {"messages": [{"role": "assistant", "tool_calls": [call]}], "tools": tools, "facts": arguments}
+
+    rows = [called(city="Paris"), called(amount="3")]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    read = values(tmp_path / "rows.parquet")
+    assert [{name: row[name] for name in ("messages", "tools")} for row in read] == [
+        {name: row[name] for name in ("messages", "tools")} for row in rows
+    ]
+    assert read[0]["facts"] == {"city": "Paris", "amount": None}
+
+
+@pytest.mark.parametrize("form", ["lines", "array"])
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"note": "cut \ud83d"}, "column 'note': character 5 is half of a surrogate pair"),
+        ({"facts": [{"a": "\udc00"}]}, "column 'facts': a character in it is half of a surrogate pair"),
+    ],
+)
+def test_half_a_character_in_any_column_is_refused(form: str, row: Any, message: str, tmp_path: Path) -> None:
+    whole = {"note": "\U0001f600"}
+    text = json.dumps([whole, row]) if form == "array" else f"{json.dumps(whole)}\n{json.dumps(row)}\n"
+    (tmp_path / "rows.json").write_text(text)
+    first, second = read_rows(tmp_path / "rows.json")
+    assert isinstance(first, Row)
+    assert re.search(rf"(line|row) 2: {message}", str(second))
 
 
 def test_parquet_keeps_its_types_and_counts_rows_from_one(tmp_path: Path) -> None:

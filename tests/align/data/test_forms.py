@@ -55,10 +55,46 @@ def test_alpaca_s_input_follows_its_instruction_after_a_blank_line() -> None:
     assert example({"instruction": "Add.", "input": "2, 2", "output": "4."}).prompt_text == "Add.\n\n2, 2"
 
 
-@pytest.mark.parametrize("values", [{"conversations": [ASKED, SAID]}, {"instruction": TEXT, "output": "4."}])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"conversations": [ASKED, SAID]},
+        {"instruction": TEXT, "output": "4."},
+        {"messages": [ASKED, SAID]},
+        {"question": TEXT, "response": "4."},
+        {"prompt": TEXT, "answer": "4"},
+    ],
+)
 def test_a_column_system_stands_before_the_conversation(values: dict[str, Any]) -> None:
     assert example(values | {"system": "Be brief."}).messages == (SYSTEM, ASKED)
+    assert example(values | {"system_prompt": "Be brief.", "system": ""}).messages == (SYSTEM, ASKED)
     assert example(values | {"system": " "}).messages == (ASKED,)
+
+
+def test_a_pair_has_the_system_prompt_of_its_row() -> None:
+    read = preference({"prompt": TEXT, "chosen": "4.", "rejected": "5.", "system": "Be brief."})
+    assert read.messages == (SYSTEM, ASKED)
+
+
+def test_alpaca_s_history_comes_before_its_instruction() -> None:
+    read = example({"instruction": "And 3?", "output": "6.", "history": [[TEXT, "4."]]})
+    assert read.messages == (ASKED, SAID, {"role": "user", "content": "And 3?"})
+    with pytest.raises(UserError, match="column 'history' must be a list of pairs"):
+        example({"instruction": "And 3?", "output": "6.", "history": ["2 + 2?"]})
+
+
+def test_what_sharegpt_s_turns_say_of_training_is_kept() -> None:
+    said = {"from": "gpt", "value": "4."}
+    turns = [{"from": "human", "value": TEXT}, said | {"weight": 0}, {"from": "human", "value": "And?"}]
+    read = example({"conversations": [*turns, said | {"train": True}]})
+    assert [turn.get("weight") for turn in read.conversation] == [None, 0.0, None, 1.0]
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "thinking"])
+def test_thoughts_beside_the_content_are_refused_and_not_dropped(key: str) -> None:
+    with pytest.raises(UserError, match=rf"line 1: column 'messages', message 2: {key} is not read.*<think>"):
+        example({"messages": [ASKED, SAID | {key: "2 and 2 is 4."}]})
+    assert example({"messages": [ASKED, SAID | {key: ""}]}).response == "4."
 
 
 def test_the_last_turn_of_the_assistant_is_the_response_and_the_whole_conversation_is_kept() -> None:

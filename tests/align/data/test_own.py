@@ -154,6 +154,18 @@ def test_what_is_held_out_of_a_file_of_its_own_is_dropped_from_training_and_coun
     assert (loaded.dropped_contaminated, loaded.compared[f"{tmp_path.name}/test"]) == (3, 3)
 
 
+def test_a_conversation_that_goes_on_from_a_held_out_prompt_is_not_trained_on(tmp_path: Path) -> None:
+    def said(*texts: str) -> dict[str, Any]:
+        return {"messages": [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]}
+
+    longer = said("say 3.", "3.", "Thanks.", "Welcome.")
+    written(tmp_path / "train.jsonl", [*chats(2), longer, said("Hello.", "Hi.", "Say 3.", "3.")])
+    written(tmp_path / "test.jsonl", chats(5)[3:])
+    loaded = load_split(own_card(source(tmp_path)), "train")
+    assert loaded.compared[f"{tmp_path.name}/test"] == 1
+    assert all(example.messages[0]["content"] != "say 3." for example in loaded.examples)
+
+
 @pytest.mark.parametrize(
     ("name", "called"),
     [("chat.jsonl", "chat"), ("chat-*.jsonl.gz", "chat"), ("*.jsonl", "here"), ("chat.v2.json.zst", "chat.v2")],

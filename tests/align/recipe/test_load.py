@@ -249,6 +249,13 @@ def test_files_of_a_pipeline_are_found_beside_it_and_its_own_copy_has_whole_path
         assert recipe.evaluation.hooks[1].params == {"include_path": str(beside), "tasks": ["x"]}
 
 
+def test_a_directory_with_any_name_is_that_of_its_stages(tmp_path: Path) -> None:
+    place = tmp_path / "exp #1: a, [b]"
+    pipeline = load_pipeline(found(Path("recipes/nano/pipeline.yaml")), [f"run.dir={json.dumps(str(place))}"])
+    for stage in pipeline.stages:
+        assert stage.recipe.directory.parent == place
+
+
 def test_the_nano_pipeline_can_be_started_by_its_name_from_anywhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

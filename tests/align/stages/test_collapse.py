@@ -38,7 +38,7 @@ class PlainLearner:
         rank: Any = object.__new__(PolicyRank)
         rank._options = LearnerOptions(ranks=1, optimizer=OptimizerOptions(learning_rate=1e-3), balance=balance)
         rank._engine, rank._device, rank._pad_id = Weights(LogProbs(policy)), torch.device("cpu"), 1
-        rank._reference, rank._checkpointed = None, []
+        rank._reference, rank._teacher, rank._checkpointed = None, None, []
         rank._routing, rank._expert_counter = RoutingReplay(policy), ExpertCounter(policy)
         rank._balance = BalanceLosses(policy, balance)
         self.rank, self.optimizer = rank, torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.95), weight_decay=0.0)

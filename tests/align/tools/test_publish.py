@@ -160,6 +160,15 @@ def test_no_place_of_this_machine_and_no_secret_is_in_it(tmp_path: Path, monkeyp
         assert hidden not in text
 
 
+def test_data_of_the_hub_and_of_an_evaluation_of_its_own_are_called_by_their_names(tmp_path: Path) -> None:
+    data = [{"path": "org/dolly", "card": None}, {"path": "hf:/datasets/org/name@main/a/*.jsonl", "card": None}]
+    front, text = card(make_run(tmp_path / "run", data=data, evaluation={"path": str(tmp_path / "held_out.jsonl")}))
+    assert front["datasets"] == ["org/dolly", "org/name"]
+    assert "file dolly" not in text
+    [result] = front["model-index"][0]["results"]
+    assert result["dataset"]["name"] == "held_out.jsonl"
+
+
 def base(path: Path, licence: str) -> str:
     path.mkdir()
     (path / "README.md").write_text(f"---\nlicense: {licence}\n---\n")

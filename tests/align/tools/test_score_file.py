@@ -156,6 +156,18 @@ def test_a_runs_stored_samples_give_the_curve_of_another_reward(tmp_path: Path, 
     RunDirectory.reopen(run.path)  # what was scored afterwards is no foreign file
 
 
+def test_the_answers_to_a_prompt_are_scored_together_as_in_training(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from reward import batched\n@batched\ndef shortest(samples):\n"
+        "    least = min(len(s.completion) for s in samples)\n    return [len(s.completion) == least for s in samples]\n"
+    )
+    run = RunDirectory.create(tmp_path / "run")
+    rows = [stored(text, n % 2) | {"id": f"p{n // 2}"} for n, text in enumerate(["aa", "a", "aaaa", "aaa"])]
+    write_samples(run.samples_file(1), rows)
+    term = RewardTerm(name=f"{tmp_path / 'mine.py'}:shortest")
+    assert next(iter(score_run(term, run.path, tmp_path / "out.jsonl"))).startswith("step 1: 0.5000 by")
+
+
 def test_samples_of_an_earlier_version_are_scored_as_far_as_they_go(tmp_path: Path, says_unit: RewardTerm) -> None:
     run = RunDirectory.create(tmp_path / "run")
     old = {key: value for key, value in stored("3 m", 0).items() if key != "metadata"}

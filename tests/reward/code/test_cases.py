@@ -135,7 +135,10 @@ def test_integers_of_any_length_are_compared() -> None:
         (math.inf, math.inf, True),
         ({"a": 1, "b": 2}, {"b": 2, "a": 1}, True),
         ({"a": 1}, {"a": 1, "b": 2}, False),
-        ({1: "a"}, {"1": "a"}, False),
+        ({1: "a", 2.5: "b", None: "c"}, {"1": "a", "2.5": "b", "null": "c"}, True),  # JSON has no other keys
+        ({1: "a", "1": "b"}, {"1": "a"}, False),
+        ({2: "a"}, {"1": "a"}, False),
+        ({"1": "a"}, {1: "a"}, False),
         ({1, 2}, [1, 2], False),
         (10**30, 10**30, True),
         (10**30, 10**30 + 1, False),
