@@ -195,6 +195,11 @@ class RankGroup:
         with whole_directory(directory.absolute()) as temporary:
             calls = [rank.save.remote(temporary) for rank in self._at_work()]
             lost: float | None = self._gather(calls, "saving")[0]
+            if not (temporary / "config.json").exists():
+                raise OSError(
+                    f"learner rank 0 wrote the model to {directory} on its own node, where this process does not see it: "
+                    "run.dir must be on a file system that all nodes share"
+                )
         return lost
 
     def save_state(self, directory: Path) -> dict[str, Entry]:
@@ -337,7 +342,7 @@ class LearnerGroup(RankGroup):
         batch before its update is applied, and stops it by what it raises; a loss that is not finite is not checked: its
         update is left out anyway. The norm is the last one, but NaN or infinite where any was.
         """
-        if len(updates) > 1:
+        if len(updates) > 1 and any(updates):
             before = iter(self._before_updates([s for batch in updates for s in batch], objective.temperature))
             updates = [[next(before) for _ in batch] for batch in updates]
         total, norm = Sums(), 0.0

@@ -33,6 +33,13 @@ from rollout.types import Experts
 MicroBatches = list[list[TrainingSequence]]
 
 
+def pad_id_of(tokenizer: Any) -> int:
+    """What rows are filled up with behind their ends, where no token sees it: the tokenizer's padding or end, or else its first token."""
+    pad = tokenizer.pad_token_id
+    end = tokenizer.eos_token_id if pad is None else pad
+    return 0 if end is None else int(end)
+
+
 class PolicyRank(LearnerRank):
     """A rank that trains a policy on the log-probabilities of completions."""
 
@@ -45,8 +52,7 @@ class PolicyRank(LearnerRank):
     ) -> Trained:
         """Join the other ranks and load the policy, and the frozen reference and the teacher of a distillation where there are any."""
         self._join(master, port, seed)
-        pad = self._tokenizer.pad_token_id
-        self._pad_id = self._tokenizer.eos_token_id if pad is None else pad
+        self._pad_id = pad_id_of(self._tokenizer)
         policy = self._with_adapter(load_from_rank_0(partial(load_policy, self._model), self._device), "CAUSAL_LM")
         trained = self._start_engine(LogProbs(policy), policy)
         self._checkpointed = checkpoint_in_every_mode(policy)
@@ -181,8 +187,7 @@ class FrugalRank(PolicyRank):
     ) -> Trained:
         """Load the policy. A reference or a teacher would be a second one: there is none."""
         self._join(master, port, seed)
-        pad = self._tokenizer.pad_token_id
-        self._pad_id = self._tokenizer.eos_token_id if pad is None else pad
+        self._pad_id = pad_id_of(self._tokenizer)
         self._engine = Weights(LogProbs(load_policy(self._model).to(self._device)))
         for parameter in self._network.parameters():
             parameter.register_post_accumulate_grad_hook(self._change)

@@ -48,7 +48,7 @@ from align.model.lora import (
     write_merge_report,
 )
 from align.model.names import frozen_names, layout_of, to_checkpoint
-from align.model.policy import attention_kernel, attention_sizes, load_tokenizer, save_policy
+from align.model.policy import attention_kernel, attention_sizes, load_tokenizer, persistent_buffers, save_policy
 from align.model.rounding import round_parameter, rounded
 from align.recipe import BFLOAT16_SUMS, MERGED_ADAPTERS, LearnerOptions, ModelOptions
 from align.run.checkpoints import Entry
@@ -166,7 +166,8 @@ class LearnerRank(ABC):
         network, lora = self._network, self._options.lora
         state = dict(self._whole_weights())
         if self._engine.global_rank == 0:
-            save_policy(network if lora is None else network.get_base_model(), self._tokenizer, directory, state)
+            whole = network if lora is None else network.get_base_model()
+            save_policy(whole, self._tokenizer, directory, state | dict(persistent_buffers(whole)))
         if lora is None:
             return None
         self.save_adapter(directory / ADAPTER_DIRECTORY)

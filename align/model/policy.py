@@ -1,5 +1,6 @@
 """Building and loading the policy as a transformers model."""
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ from align.model.names import add_older_forms
 from align.recipe import ModelOptions
 from reward import RewardError
 from reward.chat import end_of_answer
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -138,11 +141,40 @@ def save_policy(model: Any, tokenizer: Any, directory: Path, state_dict: dict[st
     if (generation := getattr(model, "generation_config", None)) is not None:
         ends = ends_of(generation, tokenizer)
         generation.eos_token_id = ends[0] if len(ends) == 1 else ends
+        model.generation_config = writable(generation)
     with no_progress_bars():
         model.save_pretrained(directory, state_dict=state_dict)
     tokenizer.save_pretrained(directory)
     add_older_forms(directory, model.config, tokenizer)
     let_weights_be_read_like(directory / "config.json")
+
+
+def writable(generation: Any) -> Any:
+    """A generation config that transformers writes: it reads some that it then refuses to write, such as a temperature without `do_sample`.
+
+    What still cannot be written is left out but for the tokens that begin, end and fill up, and said.
+    """
+    from transformers import GenerationConfig
+
+    try:
+        generation.validate(strict=True)
+    except ValueError:
+        generation.do_sample = True
+        try:
+            generation.validate(strict=True)
+        except ValueError as error:
+            logger.warning("generation_config.json is written with its special tokens alone: %s", first_line(error))
+            names = ("bos_token_id", "eos_token_id", "pad_token_id")
+            return GenerationConfig(**{name: getattr(generation, name) for name in names})
+    return generation
+
+
+def persistent_buffers(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """The buffers that a checkpoint of the model has beside its parameters, such as the bias of a router, by name, on the CPU."""
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(prefix, recurse=False):
+            if name.removeprefix(f"{prefix}.") not in module._non_persistent_buffers_set:
+                yield name, buffer.detach().cpu()
 
 
 def let_weights_be_read_like(file: Path) -> None:

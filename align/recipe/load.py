@@ -46,13 +46,14 @@ INPUTS = (
 )
 """The keys of what is read, in recipes and pipelines, without the places in lists."""
 
-# What changes nothing of what is trained: where it runs, how often it saves, how long it waits.
+# What changes nothing of what is trained: where it runs, how often it saves, how long it waits, what ends it.
 FREE = (
     "run",
     "machine",
     "trackers",
     "save_every",
     "keep_checkpoints",
+    "alarms.stop",
     "weights.transport",
     "weights.bucket_mb",
     "learner.port",

@@ -199,6 +199,7 @@ def start_node(store: int, attempts: int = 5) -> None:
     for attempt in range(1, attempts + 1):
         try:
             ray.init(
+                address="local",  # whatever cluster others have started here
                 num_cpus=os.cpu_count(),
                 num_gpus=torch.cuda.device_count(),
                 object_store_memory=store,

@@ -3,6 +3,7 @@
 import hashlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -11,6 +12,7 @@ import yaml
 
 from align.data.drawing import Source
 from align.errors import UserError
+from align.learner.batch import TrainingSequence
 from align.learner.group import RankGroup
 from align.learner.objective import learning_rate
 from align.recipe import ModelOptions, OptimizerOptions, TrainingRecipe, dump_recipe
@@ -18,6 +20,7 @@ from align.report.model_card import is_edited
 from align.run import write_atomically
 from align.run.checkpoints import Checkpoint, Entry, hash_files
 from align.session.run import Run, positions
+from reward import RewardTerm
 
 MODEL = "model"
 BAD_UPDATES = "bad_updates"
@@ -25,10 +28,11 @@ BEST = "best"
 SAMPLED_BYTES = 2**20
 FAILURES = 3
 COMPARED = {
-    "data_sha256": "the training data",
+    "data": "the training data",
     "reference": "the weights of the KL's reference",
     "teacher": "the weights of the teacher (grpo.distill)",
     "base": "the weights of what is not trained",
+    "reward models": "the weights of reward models among the rewards",
 }
 CENSUS_STEP = 10
 """After so many steps every parameter should have had a gradient."""
@@ -65,10 +69,11 @@ class Steps:
             "learner.ranks": recipe.learner.ranks,
             "learner.zero_stage": recipe.learner.zero_stage,
             "learner.expert_parallel": recipe.learner.expert_parallel,
-            "data_sha256": {source.card: source.digest or data_digest(source.items) for source in data},
+            "data": {source.card: source.digest or data_digest(source.items) for source in data},
             "reference": None if reference is None else weights_digest(reference.path),
             "teacher": None if teacher is None else weights_digest(teacher.path),
             "base": None if base is None else weights_digest(base.path),
+            "reward models": {path: weights_digest(path) for path in reward_models(recipe.roles().rewards)} or None,
         }
         self.done = run.resume.step if run.resume else 0
         self.state = (state or {}) | (dict(run.resume.facts["state"]) if run.resume else {})
@@ -124,7 +129,7 @@ class Steps:
                 yield step
                 self.done, self._between = step + 1, True
                 every = self._recipe.save_every
-                is_due = every and (self.done % every == 0 or self.done in (self._total, self._best))
+                is_due = self.done == self._best or (every and (self.done % every == 0 or self.done == self._total))
                 if self._run.stop.asked or is_due:
                     self._save()
             self._run.stop.check()
@@ -219,8 +224,18 @@ def data_digest(items: Sequence[Any]) -> str:
     digest = hashlib.sha256()
     with np.printoptions(threshold=sys.maxsize):
         for item in items:
-            digest.update(repr(item).encode())
+            rest = item
+            if isinstance(item, TrainingSequence):
+                # As numbers: their text takes minutes where conversations are long.
+                digest.update(np.array(item.token_ids, dtype=np.int64).tobytes() + item.sampled.tobytes())
+                rest = replace(item, token_ids=[], sampled=item.sampled[:0])
+            digest.update(repr(rest).encode())
     return digest.hexdigest()
+
+
+def reward_models(terms: Sequence[RewardTerm]) -> list[str]:
+    """The directories of trained reward models among rewards."""
+    return [str(term.params["path"]) for term in terms if term.name == "reward_model" and "path" in term.params]
 
 
 def weights_digest(path: str) -> str:

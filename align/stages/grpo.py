@@ -133,9 +133,9 @@ def train_grpo(recipe: GrpoRecipe, data: GrpoData, session: Session) -> tuple[Mo
             if recipe.evaluation.every and (step + 1) % recipe.evaluation.every == 0 and step + 1 < options.steps:
                 steps.note_accuracy(step + 1, held_out.on_validation().evaluate(name, step + 1).accuracy)
 
+        trained = steps.save_final(session.policy)
         held_out.check_agreement(learner, "after GRPO")
         evaluations["after GRPO"] = held_out.evaluate("after GRPO", options.steps)
-        trained = steps.save_final(session.policy)
         held_out.run_hooks(trained, options.steps)
     return trained, evaluations
 

@@ -238,7 +238,9 @@ def stop_at(alarms: Iterable[Alarm], options: AlarmOptions) -> None:
     """Raise AlarmError for the first alarm that is to end the run."""
     for alarm in alarms:
         if alarm.kind in options.stop:
-            raise AlarmError(f"{alarm.message} (alarms.stop names {alarm.kind}; without it the run goes on)")
+            raise AlarmError(
+                f"{alarm.message} (alarms.stop names {alarm.kind}; `align resume RUN alarms.stop=[]` goes on)"
+            )
 
 
 def habit_alarms(found: Comparison, options: AlarmOptions) -> Iterator[tuple[str, Alarm]]:

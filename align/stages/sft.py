@@ -104,10 +104,10 @@ def train_sft(recipe: SftRecipe, data: SftData, session: Session) -> tuple[Model
             if step + 1 == min(CENSUS_STEP, options.steps):
                 steps.check_gradients(step + 1)
 
+        trained = steps.save_final(session.policy)
         learner.sync_weights(session.fleet, session.fleet.weight_version + 1)
         held_out.check_agreement(learner, "after SFT")
         evaluations["after SFT"] = held_out.evaluate("after SFT", options.steps)
-        trained = steps.save_final(session.policy)
         held_out.run_hooks(trained, options.steps)
     return trained, evaluations
 

@@ -15,7 +15,7 @@ from align.learner.balance import BalanceLosses
 from align.learner.batch import TrainingSequence
 from align.learner.experts import ExpertCounter
 from align.learner.objective import LogProbs, Objective
-from align.learner.policy import FrugalRank, PolicyRank, checkpoint_in_every_mode
+from align.learner.policy import FrugalRank, PolicyRank, checkpoint_in_every_mode, pad_id_of
 from align.learner.routing import RoutingReplay
 from align.recipe import GrpoOptions, LearnerOptions, ModelOptions, OptimizerOptions
 
@@ -338,6 +338,11 @@ def test_with_gradient_checkpointing_layers_are_computed_again_in_the_backward_p
         passes.clear()
         rank.accumulate([drawn()], objective)
         assert len(passes) == 1 + on
+
+
+@pytest.mark.parametrize(("pad", "end", "filled"), [(3, 5, 3), (0, 5, 0), (None, 5, 5), (None, None, 0)])
+def test_rows_are_filled_up_whatever_tokens_a_tokenizer_has(pad: int | None, end: int | None, filled: int) -> None:
+    assert pad_id_of(SimpleNamespace(pad_token_id=pad, eos_token_id=end)) == filled
 
 
 def test_a_worker_without_an_optimizer_steps_by_the_signs_of_gradients_that_it_does_not_keep(

@@ -12,6 +12,7 @@ from transformers import (
     DeepseekV2ForCausalLM,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
+    GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
 )
@@ -22,6 +23,7 @@ from align.model.policy import (
     attention_sizes,
     dtype_here,
     load_tokenizer,
+    persistent_buffers,
     save_policy,
     stop_token_ids,
 )
@@ -87,6 +89,35 @@ class TestEnds:
         declared = json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"]
         assert declared == stop_token_ids(ModelOptions(path=str(tmp_path)), load_tokenizer(tmp_path))
         assert tokenizer.convert_tokens_to_ids("<|im_end|>") in declared
+
+    @pytest.mark.parametrize(
+        ("given", "kept"),
+        [
+            ({"temperature": 0.9, "top_p": 0.6}, {"temperature": 0.9, "top_p": 0.6, "do_sample": True}),
+            ({"top_k": 20, "do_sample": False}, {"top_k": 20, "do_sample": True}),
+            ({"temperature": 0.7, "do_sample": True}, {"temperature": 0.7, "do_sample": True}),
+            ({"output_scores": True, "return_dict_in_generate": False}, {}),
+            ({"repetition_penalty": 1.1}, {"repetition_penalty": 1.1}),
+        ],
+    )
+    def test_a_checkpoint_is_written_with_whatever_generation_config_could_be_read(
+        self, given: dict[str, Any], kept: dict[str, Any], tmp_path: Path
+    ) -> None:
+        tokenizer = tokenizer_with(special=("<|im_start|>", "<|im_end|>"))
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), eos_token_id=5, **SMALL))
+        model.generation_config = GenerationConfig(eos_token_id=5, **given)
+        save_policy(model, tokenizer, tmp_path)
+        written = json.loads((tmp_path / "generation_config.json").read_text())
+        assert kept.items() <= written.items()
+        assert 5 in written["eos_token_id"]
+
+
+def test_the_buffers_of_a_checkpoint_are_those_that_persist() -> None:
+    model = torch.nn.Sequential(torch.nn.BatchNorm1d(2), torch.nn.Linear(2, 2))
+    model[1].register_buffer("bias_of_router", torch.ones(2))
+    model[1].register_buffer("made_anew", torch.ones(2), persistent=False)
+    parameters = dict(model.named_parameters())
+    assert parameters.keys() | dict(persistent_buffers(model)).keys() == model.state_dict().keys()
 
 
 class TestVocabulary:

@@ -7,17 +7,21 @@ import resource
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from align.data.drawing import Source
 from align.errors import Terminated, UserError
+from align.learner.batch import TrainingSequence
 from align.recipe import RunOptions
 from align.run.checkpoints import hashed_file
 from align.session.run import open_run
-from align.session.steps import SavingError, Steps
+from align.session.steps import COMPARED, SavingError, Steps, data_digest, reward_models
+from reward import RewardTerm
 
 from .counting import DATA, Counter, count, recipe, status, steps_of
 
@@ -54,6 +58,32 @@ def test_the_best_of_those_that_were_rated_stays_also_when_the_run_was_interrupt
     with open_run(made) as run:
         count(made, run, accuracies={7: 0.5})
     assert checkpoints(tmp_path / "run") == ["step_00003", "step_00008", "step_00009"]
+
+
+def test_the_best_is_saved_also_where_no_other_is(tmp_path: Path) -> None:
+    made = recipe(tmp_path / "run").model_copy(update={"save_every": None})
+    with open_run(made) as run:
+        count(made, run, accuracies={1: 0.2, 3: 0.9, 7: 0.5})
+    assert checkpoints(tmp_path / "run") == ["step_00001", "step_00003"], (
+        "each when it was the best, of which two are kept"
+    )
+
+
+def test_a_digest_of_data_knows_every_part_of_a_sequence() -> None:
+    sequence = TrainingSequence(token_ids=[1, 2, 3], sampled=np.array([False, True, True]), weight=1.0)
+    others = [
+        replace(sequence, token_ids=[1, 2, 4]),
+        replace(sequence, sampled=np.array([True, True, True])),
+        replace(sequence, weight=0.5),
+    ]
+    assert len({data_digest([each]) for each in (sequence, *others)}) == 4
+    assert data_digest([replace(sequence)]) == data_digest([sequence])
+
+
+def test_the_weights_of_reward_models_among_the_rewards_are_compared() -> None:
+    terms = [RewardTerm(name="reward_model", params={"path": "runs/rm/final"}), RewardTerm(name="repetition")]
+    assert reward_models(terms) == ["runs/rm/final"]
+    assert "reward models" in COMPARED
 
 
 def test_what_was_measured_after_the_checkpoint_is_cut_off(stopped: Path) -> None:

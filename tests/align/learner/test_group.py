@@ -1,0 +1,31 @@
+"""What the group of ranks does by itself, without any."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from align.learner.group import LearnerGroup
+from align.learner.objective import Objective, Sums
+
+
+def group(**found: Any) -> Any:
+    """A group whose ranks return what `found` says they do."""
+    made: Any = object.__new__(LearnerGroup)
+    made._at_work = list
+    made._gather = lambda calls, doing, *_: found[doing]
+    return made
+
+
+@pytest.mark.parametrize("updates", [[], [[]], [[], []]])
+def test_a_step_of_which_nothing_is_kept_makes_no_update(updates: list[list[Any]]) -> None:
+    total, norm = group().update(updates, Objective(), 1e-3, lambda sums: pytest.fail("nothing to check"))
+    assert (total, norm) == (Sums(), 0.0)
+
+
+def test_a_model_that_this_machine_does_not_see_is_not_taken_for_saved(tmp_path: Path) -> None:
+    (tmp_path / "final").mkdir()
+    (tmp_path / "final" / "config.json").write_text("{}")
+    with pytest.raises(OSError, match=r"run\.dir must be on a file system that all nodes share"):
+        group(saving=[None]).save(tmp_path / "final")
+    assert (tmp_path / "final" / "config.json").exists()
