@@ -327,7 +327,7 @@ def refuse_without_experts(path: str, rollout: FleetOptions | None, replay: Repl
 def most_checkpoints(save_every: int | None, keep: int, evaluation: EvaluationOptions | None) -> int:
     """How many checkpoints there are at once: those that stay, the most accurate one, and the one that is being written."""
     best = evaluation is not None and evaluation.every is not None
-    return keep + 1 + best if save_every else 1
+    return keep + 1 + best if save_every else keep + 1 if best else 1
 
 
 def bytes_needed(model: ModelOptions, learner: LearnerOptions, parameters: int, *, checkpoints: int) -> int:

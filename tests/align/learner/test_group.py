@@ -7,12 +7,14 @@ import pytest
 
 from align.learner.group import LearnerGroup
 from align.learner.objective import Objective, Sums
+from align.recipe import LearnerOptions, OptimizerOptions
 
 
 def group(**found: Any) -> Any:
     """A group whose ranks return what `found` says they do."""
     made: Any = object.__new__(LearnerGroup)
-    made._at_work = list
+    made._options = LearnerOptions(ranks=1, optimizer=OptimizerOptions(learning_rate=1e-3))
+    made.replay, made._at_work = "off", list
     made._gather = lambda calls, doing, *_: found[doing]
     return made
 

@@ -9,7 +9,7 @@ import pytest
 
 from align.errors import UserError
 from align.model.sizes import empty_model, model_sizes, read_config
-from align.recipe import RewardModelRecipe
+from align.recipe import EvaluationOptions, RewardModelRecipe
 from align.session.checks import bytes_needed, check_space, default_grace_s, most_checkpoints
 
 from ..tiny import NANO, tiny_recipe
@@ -36,6 +36,8 @@ def test_each_checkpoint_counts_with_its_optimizer_and_the_one_that_is_being_wri
     three = needed(save_every=1)
     assert three - without == pytest.approx(2 * 20 * PARAMETERS, rel=1e-6)
     assert needed(save_every=1, keep_checkpoints=3) > three
+    rated = EvaluationOptions(every=5)
+    assert [most_checkpoints(every, 2, rated) for every in (None, 10)] == [3, 4]
 
 
 def test_too_little_space_is_refused_with_what_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
