@@ -36,6 +36,7 @@ SENTENCES = "length_constraints:exact_sentences"
 JSON = "detectable_format:json_format"
 OPTIONS = "detectable_format:constrained_response"
 PARAGRAPH = "length_constraints:nth_paragraph_first_word"
+REPEATED = "combination:repeat_prompt"
 FOR_A_MARK = 0.25
 """What an answer that has a mark of form which nobody asked for keeps of its share, for each such mark."""
 _NEEDED = '"instruction_id_list" and as many "kwargs", or "instructions" with kind and args'
@@ -262,7 +263,8 @@ def _follows(kind: str, checker: Any, text: str) -> bool:
     if kind == PARAGRAPH:
         # IFEval's checker takes the empty line in a wider gap for a paragraph when it looks for the n-th one.
         text = re.sub(r"\n{3,}", "\n\n", text.strip())
-    text = _LONG_GAP.sub(lambda gap: "\n\n" if "\n" in gap[0] else " ", text)
+    if kind != REPEATED:
+        text = _LONG_GAP.sub(lambda gap: "\n\n" if "\n" in gap[0] else " ", text)
     try:
         return bool(checker.check_following(text))
     except RecursionError:  # JSON that is nested a thousandfold

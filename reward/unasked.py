@@ -41,7 +41,7 @@ def unasked(text: str, prompt: str, kinds: Collection[str], before: str = "") ->
     what was said `before` it."""
     text = text.strip()
     found = [mark.name for mark in MARKS if not mark.kinds.intersection(kinds) and mark.is_on(text)]
-    wanted = {mark.name for mark in MARKS if mark.asked.search(f"{before}\n{prompt}")}
+    wanted = {mark.name for mark in MARKS if mark.asked.search(prompt) or mark.named.search(before)}
     if "combination:repeat_prompt" not in kinds and repeats_request(text, prompt):
         found.append("the request")
     if "startend:end_checker" not in kinds and breaks_off(text):
@@ -51,12 +51,16 @@ def unasked(text: str, prompt: str, kinds: Collection[str], before: str = "") ->
 
 @dataclass(frozen=True)
 class Mark:
-    """A mark by name: whether it is on a text, the kinds of instruction that ask for it or bring it along, and words of a request that do."""
+    """A mark by name: whether it is on a text, and the kinds of instruction that ask for it or bring it along.
+
+    So do the words `asked` of a request. Of what was said before it, such as a system message about anything, only its names count: `named`.
+    """
 
     name: str
     is_on: Callable[[str], bool]
     kinds: frozenset[str]
     asked: re.Pattern[str]
+    named: re.Pattern[str]
 
 
 def is_quoted(text: str) -> bool:
@@ -109,8 +113,8 @@ def is_json(text: str) -> bool:
         return False
 
 
-def _mark(name: str, is_on: Callable[[str], bool], kinds: str, asked: str) -> Mark:
-    return Mark(name, is_on, frozenset(kinds.split()), re.compile(asked, re.IGNORECASE))
+def _mark(name: str, is_on: Callable[[str], bool], kinds: str, asked: str, named: str) -> Mark:
+    return Mark(name, is_on, frozenset(kinds.split()), *(re.compile(words, re.IGNORECASE) for words in (asked, named)))
 
 
 MARKS = (
@@ -119,54 +123,63 @@ MARKS = (
         is_quoted,
         "startend:quotation",
         r"quot|dialog|slogan|motto|headline|tagline|caption|title for|tweet|\bpost\b|message|joke|riddle|pitch|re-?writ|rephras|translat|grammatical",
+        r"quotation",
     ),
     _mark(
         "capitals",
         is_in_capitals,
         "change_case:english_capital change_case:capital_word_frequency",
         r"capital|upper|caps",
+        r"capital|upper ?case|all[ -]caps",
     ),
     _mark(
         "lowercase",
         is_in_lowercase,
         "change_case:english_lowercase detectable_format:json_format",
         r"lower|small letters|capital|json|code|script|program",
+        r"lower ?case|small letters",
     ),
     _mark(
         "no commas",
         lacks_commas,
         "punctuation:no_comma detectable_format:json_format language:response_language",
         r"comma\b|commas|punctuat",
+        r"\bcommas?\b",
     ),
     _mark(
         "a title",
         lambda text: _TITLE.search(text) is not None,
         "detectable_format:title",
         r"<<|angular|title|code|program|c\+\+",
+        r"<<|angular",
     ),
     _mark(
         "a postscript",
         lambda text: _POSTSCRIPT.search(text) is not None,
         "detectable_content:postscript",
         r"\bp\. ?s\b|postscript|\b(?:letter|e-?mail|note|post|message|tweet|invitation|card|ad|advertisement|announcement|dear)\b",
+        r"\bp\. ?s\b|postscript",
     ),
     _mark(
         "dividers",
         lambda text: _DIVIDER.search(text) is not None,
         "length_constraints:number_paragraphs combination:two_responses",
         r"\*\*\*|divid|separat",
+        r"\*\*\*|divider|separator",
     ),
     _mark(
         "brackets or emphasis",
         is_wrapped,
         "detectable_format:number_highlighted_sections detectable_content:number_placeholders detectable_format:json_format",
         r"bracket|bold|italic|emphas|highlight|markdown|code|format|program|script|function|html|table|json|template|resume",
+        r"bracket|\bbold|italic|emphasi|highlight|markdown|code block|html",
     ),
     _mark(
         "a boxed value",
         lambda text: r"\boxed{" in text,
         "",
         r"box|latex|math|calculat|comput|solv|equation|how (?:many|much)|number",
+        r"boxed|latex",
     ),
-    _mark("JSON", is_json, "detectable_format:json_format", r"json|format|code|list"),
+    _mark("JSON", is_json, "detectable_format:json_format", r"json|format|code|list", r"\bjson\b"),
 )

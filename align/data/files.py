@@ -29,6 +29,7 @@ JSON, TABLES = (".jsonl", ".json", ".ndjson"), {".csv": ",", ".tsv": "\t"}
 SUFFIXES = (*JSON, ".parquet", *TABLES)
 COMPRESSED = (".gz", ".zst")
 HALF = re.compile(rb"\\u[dD][89a-fA-F]")
+"""Where JSON may write half of a surrogate pair."""
 OBJECTS = {*PROMPTS, "conversations", "completion", "response", "chosen", "rejected", "tools"}
 """Columns of messages, and of tools."""
 KNOWN = f"{', '.join(SUFFIXES)}, also with {' or '.join(COMPRESSED)} behind it"
@@ -146,15 +147,16 @@ def _json(file: BinaryIO, path: Path) -> Iterator[Row | UserError]:
         where = f"{path}, line {number}"
         try:
             values = parse_json_line(content, where)
-            refuse_half_characters(values, content, where)
+            if HALF.search(content):
+                refuse_half_characters(values, where)
             yield Row(values, where, None if packed else (start, len(line), number))
         except UserError as error:
             yield error
 
 
-def refuse_half_characters(values: dict[str, Any], source: bytes, where: str) -> None:
-    """Raise UserError for a column with half of a surrogate pair, which JSON can write and no file of ours holds; `source` is what they were read from."""
-    for name, value in values.items() if HALF.search(source) else ():
+def refuse_half_characters(values: dict[str, Any], where: str) -> None:
+    """Raise UserError for a column with half of a surrogate pair, which JSON can write and no file of ours holds."""
+    for name, value in values.items():
         try:
             (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)).encode()
         except UnicodeEncodeError as error:
@@ -174,12 +176,14 @@ def _array(content: bytes, path: Path, first_line: int) -> Iterator[Row | UserEr
         ) from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: JSON that cannot be read: {error}") from None
+    has_halves = HALF.search(content) is not None
     for number, row in enumerate(rows, start=1):
         where = f"{path}, row {number}"
         try:
             if not isinstance(row, dict):
                 raise UserError(f"{where}: a JSON {type(row).__name__}, where each row must be an object")
-            refuse_half_characters(row, content, where)
+            if has_halves:
+                refuse_half_characters(row, where)
             yield Row(row, where)
         except UserError as error:
             yield error

@@ -5,6 +5,7 @@ apart; it raises UserError, with file, row and column, for one that cannot be us
 as `reward.rows` says.
 """
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ STAGES: Mapping[Kind, tuple[Literal["sft", "reward_model", "grpo", "eval"], ...]
 COMPLETIONS = ("completion", "response")
 SYSTEM = ("system", "system_prompt")
 _MESSAGES = re.compile(r"""\s*\[\s*\{\s*["'](?:role|content|from|value)["']\s*:""")
-"""How text begins that holds messages; other text may begin with brackets too."""
+"""How text begins that holds messages."""
 ASKING_ROLES = {"system", "developer", "user", "human"}
 
 
@@ -105,7 +106,7 @@ def conversation_of(form: Form, row: Row) -> Conversation:
 def preference_of(form: Form, row: Row, identity: str) -> Preference:
     """A row of pairs as a preference. Raises UserError where it cannot be used."""
     pair: Pair = form.read(row)
-    if _filled(row, "tools"):
+    if _filled(row, "tools") and row.json("tools"):
         raise row.error("tools", "has no effect: completions are compared as texts, without tools")
     if pair.chosen == pair.rejected:
         raise UserError(f"{row.where}: the chosen completion is the rejected one too")
@@ -163,7 +164,7 @@ def _history(row: Row) -> Turns:
     """The turns before, in LLaMA-Factory's column `history`: pairs of what was asked and answered."""
     if not _filled(row, "history"):
         return ()
-    history = row.json("history")
+    history = row.json("history") or []
     if not isinstance(history, list) or not all(
         isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(text, str) for text in pair)
         for pair in history
@@ -193,12 +194,27 @@ def _asking(row: Row) -> Conversation:
 
 
 def _asked_in(row: Row, column: str) -> Conversation:
-    if isinstance(row.values[column], str) and not _MESSAGES.match(row.values[column]):
+    if isinstance(row.values[column], str) and not _holds_messages(row.values[column]):
         return Conversation(asked(row.filled(column)), (column,))
     turns = row.conversation(column)
     if turns[-1]["role"] not in ("user", "tool"):
         raise row.error(column, f"must end with a message of the user, not of the {turns[-1]['role']}")
     return Conversation(turns, (column,))
+
+
+def _holds_messages(text: str) -> bool:
+    """Whether a text is the JSON of messages, whole or broken off; other text may begin with brackets too."""
+    if not text.lstrip().startswith("["):
+        return False
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return _MESSAGES.match(text) is not None
+    return (
+        isinstance(found, list)
+        and bool(found)
+        and all(isinstance(turn, dict) and {"role", "from"} & turn.keys() for turn in found)
+    )
 
 
 def with_system(row: Row, turns: Turns) -> Turns:

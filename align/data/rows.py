@@ -175,12 +175,6 @@ def message_of(item: Any, where: str) -> Message:
     content = _text(item.get("content"), where)
     if not content.strip() and not calls and role in ("user", "assistant"):
         raise UserError(f"{where}: content must be text that is not empty, not {item.get('content')!r:.40}")
-    for thoughts in THOUGHTS:
-        if item.get(thoughts):
-            raise UserError(
-                f"{where}: {thoughts} is not read, for every chat template writes thoughts in its own way. Put them into the content as the "
-                "model's template does, such as <think>...</think> before the answer"
-            )
     message: Message = {"role": role, "content": check_unicode(content, where)}
     if calls:
         message["tool_calls"] = [_call(call, where) for call in calls]
@@ -189,6 +183,8 @@ def message_of(item: Any, where: str) -> Message:
             message[key] = str(item[key])
     if (weight := _weight(item, where)) is not None:
         message["weight"] = weight
+    if role == "assistant" and any(isinstance(item.get(key), str) and item[key].strip() for key in THOUGHTS):
+        message["has_thoughts"] = True
     return message
 
 

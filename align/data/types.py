@@ -28,6 +28,8 @@ class Message(TypedDict):
     """What an assistant calls: `{"type": "function", "function": {"name": ..., "arguments": ...}}` each."""
     tool_call_id: NotRequired[str]
     """Which call a tool's result answers."""
+    has_thoughts: NotRequired[bool]
+    """Whether a row has an assistant's thoughts in a key of their own, which is not read."""
     weight: NotRequired[float]
     """0 where a row says that an assistant's turn is not to be trained on, 1 where it is."""
 

@@ -41,6 +41,7 @@ from align.model.lora import (
     left_out,
     merged,
     parts_of,
+    plain,
     plain_parameters,
     remember_inputs,
     save_adapter,
@@ -167,7 +168,8 @@ class LearnerRank(ABC):
         state = dict(self._whole_weights())
         if self._engine.global_rank == 0:
             whole = network if lora is None else network.get_base_model()
-            save_policy(whole, self._tokenizer, directory, state | dict(persistent_buffers(whole)))
+            buffers = {plain(name): buffer for name, buffer in persistent_buffers(whole)}
+            save_policy(whole, self._tokenizer, directory, state | buffers)
         if lora is None:
             return None
         self.save_adapter(directory / ADAPTER_DIRECTORY)
@@ -307,10 +309,10 @@ class LearnerRank(ABC):
         if lora is None:
             sent = sum(size(p) * p.element_size() for p in network.parameters())
             return Trained(f"{trained:,} trainable parameters{self._caveat}{self._attention}", None, sent)
-        plain, modules = plain_parameters(network), adapted_modules(network)
-        total = sum(map(size, plain.values()))
+        parameters, modules = plain_parameters(network), adapted_modules(network)
+        total = sum(map(size, parameters.values()))
         below = tuple(f"{module}." for module in modules)
-        sent = sum(size(p) * p.element_size() for name, p in plain.items() if name.startswith(below))
+        sent = sum(size(p) * p.element_size() for name, p in parameters.items() if name.startswith(below))
         for name, layer in adapter_layers(network).items():
             sent += sum(size(p) * p.element_size() for p in factors(layer)) if is_sent_apart(name, layer) else 0
         text = describe(network, total, trained, lora) + (f"; {self._left_out}" if self._left_out else "")

@@ -165,7 +165,10 @@ def writable(generation: Any) -> Any:
         except ValueError as error:
             logger.warning("generation_config.json is written with its special tokens alone: %s", first_line(error))
             names = ("bos_token_id", "eos_token_id", "pad_token_id")
-            return GenerationConfig(**{name: getattr(generation, name) for name in names})
+            ids = {name: getattr(generation, name) for name in names}
+            return GenerationConfig(
+                **{name: i for name, i in ids.items() if isinstance(i, list) or (i or 0) > 0 or i == 0}
+            )
     return generation
 
 

@@ -124,7 +124,7 @@ def _planned(entry: StageEntry, options: PipelineOptions, directory: Path, path:
     overrides = [
         f"seed={options.seed}",
         *given,
-        f"run.dir={json.dumps(str(directory / entry.name))}",
+        f"run.dir={json.dumps(str(directory / entry.name), ensure_ascii=False)}",
         "run.overwrite=true",
     ]
     try:
@@ -140,10 +140,12 @@ def with_products(override: str, directory: Path) -> str:
         return override
     try:
         # YAML reads the marked names as they stand, in a list or object too.
-        value = json.dumps(yaml.safe_load(PRODUCT.sub(r"/@\1@", text)), default=str)
+        value = json.dumps(yaml.safe_load(PRODUCT.sub(r"/@\1@", text)), default=str, ensure_ascii=False)
     except yaml.YAMLError:
         return override
-    filled = re.sub("/@([^@]*)@", lambda match: json.dumps(str(directory / match[1] / "final"))[1:-1], value)
+    filled = re.sub(
+        "/@([^@]*)@", lambda match: json.dumps(str(directory / match[1] / "final"), ensure_ascii=False)[1:-1], value
+    )
     return f"{key}={filled}"
 
 
@@ -165,7 +167,7 @@ def _stage_before(path: Path, init_from: Path, shared: dict[str, Any], pending: 
     """The stage of `init_from`, with the values that the recipe at `path` shares with it. That of a run in a directory is in the directory of the stage."""
     own = path.parent / FIRST / "recipe.yaml"
     file = own if own.exists() else init_from
-    overrides = [f"{key}={json.dumps(value)}" for key, value in leaves(shared)]
+    overrides = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in leaves(shared)]
     try:
         values, _ = read_yaml(file)
         if values.get("stage") != "sft":

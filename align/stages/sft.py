@@ -136,6 +136,11 @@ def encode_demonstration(
             f"example {example.id!r}: message {places[0] + 1} is the assistant's, and no message of the user comes before it: "
             "give it a weight of 0, or set sft.turns=last"
         )
+    if any(conversation[place].get("has_thoughts") for place in places):
+        raise UserError(
+            f"example {example.id!r} has thoughts beside the content, and every chat template writes them in its own way. Put them into the "
+            "content as the model's template does, such as <think>...</think> before the answer"
+        )
     with naming(f"example {example.id!r}"):
         encoded = encode_conversation(tokenizer, conversation, places, example.tools)
     return [TrainingSequence(token_ids, np.array(learned), 0.0) for token_ids, learned in encoded]

@@ -18,7 +18,7 @@ TEXTS = ("completion", "response", "answer")
 def answers_in(path: Path) -> list[Answer]:
     """The answers of a file of samples or rows; of a run directory those of its last evaluation, or of its last samples.
 
-    A row has the first of `TEXTS` that it names, a text or messages of which the last is the answer; it may have a prompt in one of the columns
+    A row has the first of `TEXTS` that it has, a text or messages of which the last is the answer; it may have a prompt in one of the columns
     that `reward.rows` names, a `domain`, and what the reward `instructions` reads. Of rows that `greedy` marks, these alone count. Raises UserError.
     """
     if path.is_dir() and read_status(path) is not None:
@@ -89,9 +89,11 @@ def _last_file(run: RunRecord, path: Path) -> Path:
 
 
 def _answer(row: Row) -> Answer:
-    column = next((name for name in TEXTS if name in row.values), None)
-    if column is None:
+    column = next((name for name in TEXTS if row.values.get(name) is not None), None)
+    if column is None or (column == "answer" and {"completion", "response"} & row.values.keys()):
         raise UserError(f"{row.where}: no answer; a row has it as text in `completion` or `response`")
+    said = row.values[column]
+    text = said if isinstance(said, str) else row.completion(column)
     asked = prompt_column(row.values)
     prompt = request_of(as_messages(row.values[asked])) if asked else None
-    return answer_of_row({**row.values, "completion": row.completion(column), "prompt": prompt})
+    return answer_of_row({**row.values, "completion": text, "prompt": prompt})

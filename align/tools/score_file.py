@@ -158,7 +158,7 @@ def sample_of_line(row: Row) -> Sample:
         completion = row.messages(column, "assistant")[-1]["content"]
     asked, columns = demonstrated_prompt(Row({n: v for n, v in values.items() if n != column}, row.where))
     if isinstance(values.get("prompt"), list):
-        asked = row.conversation("prompt")
+        asked = with_system(row, row.conversation("prompt"))
     if asked is None and (name := prompt_column(values)):
         turns: Any = tuple(as_messages(values[name]))
         if len(whole := with_system(row, turns)) > len(turns):

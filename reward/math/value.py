@@ -6,6 +6,7 @@ Nothing here evaluates mathematics: regular expressions in linear time and ratio
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -167,17 +168,25 @@ def quantity(tidied: str) -> Quantity | None:
     return Quantity(value, text, unit)
 
 
-def _known_unit(unit: str) -> str:
-    """A unit in small letters, or the rate of two, by its abbreviation; "" where it is not among those of which one is never the other."""
-    parts = re.split(r"/|(?<=\w)per(?=\w)", _RATES.get(unit, unit))
-    names = [_EXCLUSIVE.get(part) or _EXCLUSIVE.get(part.removesuffix("s")) for part in parts]
-    return "/".join(name for name in names if name) if all(names) else ""
+def _known_unit(unit: str) -> tuple[str, Counter[str]] | None:
+    """A unit by its abbreviation, and what it is divided by, how many times; None where one of them is not among those of which one is never the other."""
+    whole, _, power = re.sub(r"[.\s{}]", "", unit).lower().partition("^")
+    parts = re.split(r"/|(?<=\w)per(?=\w)", _RATES.get(whole, whole))
+    first, *below = [_EXCLUSIVE.get(part) or _EXCLUSIVE.get(part.removesuffix("s"), "") for part in parts]
+    if not first or not all(below):
+        return None
+    times = Counter(below)
+    if below and power.isdigit():
+        times[below[-1]] += int(power) - 1
+    elif power:
+        first = f"{first}^{power}"
+    return first, times
 
 
 def same_quantity(one: Quantity, other: Quantity) -> bool:
-    """Whether two quantities are equal; a unit that one of them lacks is taken for granted, and so is a per cent sign."""
-    units = [re.sub(r"[.\s{}]", "", each.unit).lower().partition("^") for each in (one, other)]
-    if len({(known, power) for unit, _, power in units if (known := _known_unit(unit))}) > 1:
+    """Whether two quantities are equal; a unit that one of them lacks is taken for granted, so is what it is divided by, and a per cent sign."""
+    units = [known for each in (one, other) if (known := _known_unit(each.unit))]
+    if len({first for first, _ in units}) > 1 or len({frozenset(below.items()) for _, below in units if below}) > 1:
         return False
     if same_number(one.value, other.value, one.written, other.written):
         return True

@@ -55,7 +55,7 @@ FORM_ROWS: dict[str, dict[str, Any]] = {
     },
     "alpaca": {"instruction": "Add.", "input": "2 + 2", "output": "4", "unit": "cm"},
     "completion": {"prompt": "2 + 2?", "completion": "4", "system_prompt": "Be brief.", "unit": "cm"},
-    "verl": ROWS["verl"] | {"unit": "cm"},
+    "verl": ROWS["verl"] | {"unit": "cm", "system": "Be brief."},
     "rlvr": {"messages": TURNS[:1], "ground_truth": "4", "dataset": "sums", "unit": "cm"},
     "ifeval": ROWS["ifeval"] | {"unit": "cm"},
     "problem": {"question": "2 + 2?", "solution": "4", "unit": "cm"},

@@ -120,6 +120,16 @@ def test_what_an_earlier_turn_asks_for_is_asked_for(earlier: dict[str, object], 
     assert instructions(Sample("1", REQUEST, text, None, metadata={"instructions": []})).verdict is Verdict.WRONG
 
 
+def test_a_system_message_about_anything_asks_for_no_mark() -> None:
+    system = "You are helpful. Answer each message in a suitable format; write code, titles or lists of numbers where it helps."
+    for text, mark in (
+        (f"{PARROTS}\n\nP.S. They bite.", "a postscript"),
+        (f"**{PARROTS}**", "brackets or emphasis"),
+        (json.dumps({"answer": PARROTS}), "JSON"),
+    ):
+        assert unasked(text, "Tell me about parrots.", [], system) == [mark]
+
+
 @pytest.mark.parametrize("loop", ["\n", "\n ", "!", "`", "`x", "*", '"', "*\n", ".)", " ", "- \n"])
 def test_a_loop_of_one_character_is_judged_in_linear_time(loop: str) -> None:
     asked = {"instructions": [{"kind": "detectable_format:number_bullet_lists", "args": {"num_bullets": 3}}]}

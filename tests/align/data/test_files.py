@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,14 @@ def test_half_a_character_in_any_column_is_refused(form: str, row: Any, message:
     first, second = read_rows(tmp_path / "rows.json")
     assert isinstance(first, Row)
     assert re.search(rf"(line|row) 2: {message}", str(second))
+
+
+def test_a_large_list_with_escapes_is_read_in_linear_time(tmp_path: Path) -> None:
+    rows = [{"text": f"{n} \U0001f600" * 20} for n in range(6000)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    start = time.process_time()
+    assert sum(isinstance(row, Row) for row in read_rows(tmp_path / "rows.json")) == 6000
+    assert time.process_time() - start < 2
 
 
 def test_parquet_keeps_its_types_and_counts_rows_from_one(tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ import pytest
 from align.data.forms import FORMS, example_of, form_of, preference_of
 from align.data.rows import Row
 from align.errors import UserError
+from align.model.policy import load_tokenizer
+from align.stages.sft import encode_demonstration
 
 ASKED = {"role": "user", "content": "What is 2 + 2?"}
 SAID = {"role": "assistant", "content": "4."}
@@ -91,10 +93,22 @@ def test_what_sharegpt_s_turns_say_of_training_is_kept() -> None:
 
 
 @pytest.mark.parametrize("key", ["reasoning_content", "thinking"])
-def test_thoughts_beside_the_content_are_refused_and_not_dropped(key: str) -> None:
-    with pytest.raises(UserError, match=rf"line 1: column 'messages', message 2: {key} is not read.*<think>"):
-        example({"messages": [ASKED, SAID | {key: "2 and 2 is 4."}]})
-    assert example({"messages": [ASKED, SAID | {key: ""}]}).response == "4."
+def test_thoughts_beside_the_content_are_refused_by_what_would_learn_without_them(key: str) -> None:
+    tokenizer = load_tokenizer("recipes/nano/policy")
+    read = example({"messages": [ASKED, SAID | {key: "2 and 2 is 4."}]})
+    assert read.response == "4."
+    with pytest.raises(UserError, match=r"example '1' has thoughts beside the content.*<think>"):
+        encode_demonstration(tokenizer, read)
+    for without in (SAID | {key: ""}, SAID | {key: True}, SAID | {key: "Hm.", "weight": 0}):
+        assert encode_demonstration(tokenizer, example({"messages": [ASKED, without, ASKED, SAID]}))
+
+
+def test_columns_of_tools_that_have_none_are_taken() -> None:
+    for tools in ("[]", "null", [], None):
+        assert preference({"prompt": TEXT, "chosen": "4.", "rejected": "5.", "tools": tools}).chosen == "4."
+    with pytest.raises(UserError, match="column 'tools' has no effect"):
+        preference({"prompt": TEXT, "chosen": "4.", "rejected": "5.", "tools": [{"name": "f"}]})
+    assert example({"instruction": TEXT, "output": "4.", "history": "null"}).messages == (ASKED,)
 
 
 def test_the_last_turn_of_the_assistant_is_the_response_and_the_whole_conversation_is_kept() -> None:
@@ -190,7 +204,8 @@ def test_a_problem_is_read_of_each_form(form: str, values: dict[str, Any], truth
 )
 def test_a_prompt_that_begins_with_brackets_is_text_unless_it_holds_messages(text: str) -> None:
     assert example({"prompt": text}).messages == ({"role": "user", "content": text},)
-    assert example({"prompt": json.dumps([ASKED])}).messages == (ASKED,)
+    for turn in (ASKED, {"id": 1, **ASKED}):
+        assert example({"prompt": json.dumps([turn])}).messages == (ASKED,)
     with pytest.raises(UserError, match="is not JSON"):
         example({"prompt": json.dumps([ASKED])[:-2]})
 

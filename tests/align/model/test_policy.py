@@ -97,6 +97,7 @@ class TestEnds:
             ({"top_k": 20, "do_sample": False}, {"top_k": 20, "do_sample": True}),
             ({"temperature": 0.7, "do_sample": True}, {"temperature": 0.7, "do_sample": True}),
             ({"output_scores": True, "return_dict_in_generate": False}, {}),
+            ({"pad_token_id": -1}, {}),
             ({"repetition_penalty": 1.1}, {"repetition_penalty": 1.1}),
         ],
     )

@@ -250,8 +250,10 @@ def test_files_of_a_pipeline_are_found_beside_it_and_its_own_copy_has_whole_path
 
 
 def test_a_directory_with_any_name_is_that_of_its_stages(tmp_path: Path) -> None:
-    place = tmp_path / "exp #1: a, [b]"
-    pipeline = load_pipeline(found(Path("recipes/nano/pipeline.yaml")), [f"run.dir={json.dumps(str(place))}"])
+    place = tmp_path / "exp #1: a, [b] \U0001f680"
+    pipeline = load_pipeline(
+        found(Path("recipes/nano/pipeline.yaml")), [f"run.dir={json.dumps(str(place), ensure_ascii=False)}"]
+    )
     for stage in pipeline.stages:
         assert stage.recipe.directory.parent == place
 

@@ -45,13 +45,17 @@ def test_an_answer_is_the_last_message_and_never_the_ground_truth(tmp_path: Path
         {"prompt": asked, "completion": [said], "answer": "gold"},
         {"question": "About 1?", "response": "It is.", "answer": "gold"},
         {"prompt": "About 1?", "answer": "It is."},
+        {"prompt": "About 1?", "completion": None, "response": "It is.", "answer": "gold"},
         {"prompt": "About 1?", "completion": "It is.", "greedy": True},
     ]
     for row in given:
         (found,) = answers_in(lines(tmp_path / "rows.jsonl", [row]))
         assert (found.text, found.prompt) == ("It is.", "About 1?")
+    assert [
+        answer.text for answer in answers_in(lines(tmp_path / "empty.jsonl", [given[-1] | {"completion": ""}]))
+    ] == [""]
     sampled = {"prompt": "About 1?", "completion": "It may be.", "greedy": False}
-    assert [answer.text for answer in answers_in(lines(tmp_path / "both.jsonl", [given[3], sampled]))] == ["It is."]
+    assert [answer.text for answer in answers_in(lines(tmp_path / "both.jsonl", [given[-1], sampled]))] == ["It is."]
 
 
 def test_a_run_is_compared_with_its_start_step_by_step_and_a_habit_told_once(
@@ -79,7 +83,7 @@ def test_a_run_is_compared_with_its_start_step_by_step_and_a_habit_told_once(
         (["nowhere"], "nowhere does not exist"),
         (["a.jsonl", "nowhere"], "nowhere is neither a run directory nor a file of answers"),
         (["a.jsonl", "no_text.jsonl"], r"no_text.jsonl, line 1: no answer"),
-        (["a.jsonl", "null.jsonl"], "null.jsonl, line 1: column 'completion'"),
+        (["a.jsonl", "null.jsonl"], "null.jsonl, line 1: no answer"),
         (["a.jsonl", "empty.jsonl"], "empty.jsonl is empty"),
         (["run", "--start", "empty.jsonl"], "empty.jsonl is empty"),
         (["a.jsonl", "a.jsonl", "--start", "a.jsonl"], "--start has no effect"),
