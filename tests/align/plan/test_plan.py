@@ -259,6 +259,20 @@ def test_the_command_says_what_does_not_fit_and_fails(capsys: pytest.CaptureFixt
     assert main([*arguments, "--nodes", "13", "learner.ranks=88"]) == 0
 
 
+def test_the_fastest_dtype_is_that_of_the_cluster_and_not_of_the_machine_that_plans(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("align.recipe.dtype.dtype_of_machine", lambda: ("float32", "of this test"))
+    recipe = tmp_path / "sft.yaml"
+    text = Path("recipes/v2/sft.yaml").read_text()
+    recipe.write_text(text.replace("dtype: bfloat16", "dtype: fastest"))
+    assert "dtype: fastest" in recipe.read_text()
+    cluster = ["--gpus-per-node", "8", "--gpu-memory", "80", "--nodes", "13", "learner.ranks=88"]
+    assert main(["plan", str(recipe), *cluster]) == 0
+    assert "bfloat16" in capsys.readouterr().out
+    assert main(["plan", str(recipe), *cluster, "model.dtype=float32"]) == 1
+
+
 @pytest.mark.parametrize(("nodes", "gpus", "memory"), [(0, 8, 80), (2, 0, 0), (1, 8, 0)])
 def test_a_cluster_that_cannot_be_is_refused(nodes: int, gpus: int, memory: float) -> None:
     with pytest.raises(UserError, match="--"):

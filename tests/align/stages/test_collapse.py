@@ -58,7 +58,7 @@ class PlainLearner:
         return norm
 
     def expert_load(self) -> dict[str, float]:
-        loads, _, balance = self.rank.take_expert_load()
+        loads, balance = self.rank.take_expert_load()
         return load_metrics(loads) | balance_metrics([balance])
 
     def log_probs(self, sequences: Sequence[TrainingSequence], temperature: float) -> list[Any]:
