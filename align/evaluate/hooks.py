@@ -83,6 +83,11 @@ class PolicyCheckpoint:
         """
         examples = [Example(id_, tuple(messages), None, None, "evaluation") for id_, messages in conversations.items()]
         longest = self.max_length - max_new_tokens
+        if longest < 1:
+            raise EvaluationError(
+                f"its max_new_tokens, {max_new_tokens}, leave no room for a prompt in rollout.max_length, {self.max_length}: lower the one, "
+                "or raise the other"
+            )
         encoded = [problem.prompt for problem in encode_problems(self.tokenizer, examples)]
         prompts = [prompt for prompt in encoded if len(prompt.token_ids) <= longest]
         if len(prompts) < len(examples):

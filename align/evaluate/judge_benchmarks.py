@@ -25,6 +25,7 @@ from align.data.types import Message
 from align.errors import UserError
 from align.evaluate.hooks import PolicyCheckpoint, Response
 from align.statistics import length_controlled_win_rate
+from reward.math.final_answer import without_thought
 from rollout import Fleet
 
 TEMPERATURES = dict.fromkeys(("writing", "roleplay", "综合问答", "文本写作", "角色扮演"), 0.7) | dict.fromkeys(
@@ -107,10 +108,17 @@ def answered(
         for key, conversation in going_on.items():
             question, answer = questions[int(key)], responses[key].text
             conversation.append({"role": "assistant", "content": answer})
+            # What is judged is what was said after a thought; the conversation goes on with all of it, as the template takes it.
+            said: list[Message] = [
+                {"role": one["role"], "content": without_thought(one["content"]).strip()}
+                if one["role"] == "assistant"
+                else one
+                for one in conversation
+            ]
             name = str(int(key) + 1 if question.question_id is None else question.question_id)
             cases += [
-                Case(name, question, question.requests[turn], answer, part, fields)
-                for part, fields in question.shown(conversation, turn).items()
+                Case(name, question, question.requests[turn], said[-1]["content"], part, fields)
+                for part, fields in question.shown(said, turn).items()
             ]
     return cases
 

@@ -249,16 +249,20 @@ class Judge:
     async def _complete(self, client: "AsyncOpenAI", prompt: str, max_tokens: int) -> str:
         # The client's limit is on the time between two bytes: an endpoint that never ends needs another one.
         async with asyncio.timeout((self._options.timeout_s + LONGEST_BACKOFF_S) * (self._options.retries + 1)):
-            answer = await client.chat.completions.create(
-                model=self._options.model,
-                messages=[{"role": "user", "content": prompt}],
-                temperature=0.0,
-                max_tokens=max_tokens,
-            )
+            try:
+                answer = await client.chat.completions.create(
+                    model=self._options.model,
+                    messages=[{"role": "user", "content": prompt}],
+                    temperature=0.0,
+                    max_tokens=max_tokens,
+                )
+            except ValueError as error:  # of the client: a body that is no JSON
+                raise _NoCompletionError(f"what it sent is no JSON: {first_line(error)}") from None
         choices = getattr(answer, "choices", None)
-        if not choices:
+        message = getattr(choices[0], "message", None) if choices else None
+        if message is None:
             raise _NoCompletionError("what it sent is no chat completion")
-        return choices[0].message.content or ""
+        return message.content or ""
 
     def _reason(self, error: Exception) -> str:
         """Why a request failed, in one line and without the key, which some endpoints repeat."""

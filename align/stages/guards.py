@@ -191,7 +191,8 @@ class Alarms:
         if len(before) < self._options.window:
             return
         usual = fmean(mean for mean, _ in before)
-        one = max(sqrt(fmean(std * std for _, std in before)), 1e-6)
+        # Where all rewards were equal, as before the first success of a sparse one, they have no spread to measure a jump by.
+        one = sqrt(fmean(std * std for _, std in before)) or max(spread, 1e-6)
         jump = (reward - usual) / one
         if abs(jump) > self._options.reward_jump:
             ids = _first(samples, key=lambda sample: -sample.reward if jump > 0 else sample.reward)

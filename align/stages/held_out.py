@@ -16,7 +16,7 @@ from align.evaluate import hooks
 from align.evaluate.accuracy import Evaluation, evaluate, short_problems
 from align.evaluate.agreement import AgreementGate, Disagreement, probe
 from align.evaluate.attribution import attributed
-from align.evaluate.hooks import PolicyCheckpoint
+from align.evaluate.hooks import EvaluationError, Metrics, PolicyCheckpoint
 from align.evaluate.rates import count_instructions, instruction_rates, task_rates, win_rate
 from align.experience import Problem, encode_problems
 from align.learner.group import LearnerGroup
@@ -223,7 +223,11 @@ class HeldOut:
         for hook in self._options.hooks:
             name = hook.title
             self._run.progress.phase(f"evaluating ({name})")
-            metrics = hooks.run(hook.name, subject, self._session.fleet, hook.params)
+            try:
+                metrics = hooks.run(hook.name, subject, self._session.fleet, hook.params)
+            except (EvaluationError, UserError) as error:
+                # The policy is trained: what cannot be measured on it is no reason to call that failed, nor to leave out other hooks.
+                metrics = Metrics({}, not_run={"all of it": str(error)})
             facts = {"not_run": dict(metrics.not_run)} if metrics.not_run else None
             self._run.record_numbers(self._stage, step, name, metrics.values, metrics.rows, facts)
             if hook.name == "drift" and metrics.values.get("difference", 0.0) >= self._alarms.drift:

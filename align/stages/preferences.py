@@ -48,7 +48,10 @@ def load_prompts(recipe: PreferencesRecipe, tokenizer: Any, notes: Notes) -> lis
         for split in entry.card.splits:
             limit = (entry.data.limit or options.prompts) if split == "train" else options.held_out_prompts
             found.append(SplitPrompts(split, reader.read(entry, split, limit)[0]))
-    check_columns(recipe.rewards, [problem.example for each in found for problem in each.problems])
+    examples = [problem.example for each in found for problem in each.problems]
+    if with_tools := next((example.id for example in examples if example.tools), None):
+        raise UserError(f"prompt {with_tools!r} has tools, and pairs have no place for them: take prompts without")
+    check_columns(recipe.rewards, examples)
     return found
 
 
@@ -68,12 +71,12 @@ def gather_preferences(recipe: PreferencesRecipe, splits: Sequence[SplitPrompts]
         for group in groups:
             found_pairs = pairs_of(group, recipe.preferences.pairs_per_prompt, recipe.seed)
             pairs.setdefault((group.problem.example.domain, part.split), []).extend(found_pairs)
-        right = [answer.right for group in groups for answer in group.trajectories]
+        right = [answer.right for group in groups for answer in group.trajectories if answer.scored]
         found = sum(len(rows) for rows in pairs.values())
         run.record_step(
             "preferences",
             step + 1,
-            {"prompts": len(prompts), "accuracy": sum(right) / len(right), "pairs": found},
+            {"prompts": len(prompts), "accuracy": sum(right) / max(1, len(right)), "pairs": found},
             SHOWN,
         )
     for (domain, split), rows in pairs.items():
@@ -91,7 +94,7 @@ def gather_preferences(recipe: PreferencesRecipe, splits: Sequence[SplitPrompts]
 def pairs_of(group: ScoredGroup, most: int, seed: int) -> Iterator[dict[str, Any]]:
     """Right answers beside wrong ones, `most` pairs at most; every text comes once."""
     example = group.problem.example
-    scored = [answer for answer in group.trajectories if answer.reward.value is not None]
+    scored = [answer for answer in group.trajectories if answer.scored and answer.reward.value is not None]
     right = list(dict.fromkeys(answer.text for answer in scored if answer.right))
     wrong = list(dict.fromkeys(answer.text for answer in scored if not answer.right))
     draw = Random(f"{seed}/{example.id}")

@@ -96,6 +96,14 @@ def test_a_hook_gets_its_parameters_as_it_annotates_them(checkpoint: PolicyCheck
     assert metrics == Metrics({"total": 1.5}, {"other": "no data"}, [{"name": "b.txt"}])
 
 
+def test_what_leaves_no_room_for_a_prompt_is_not_asked_and_has_no_numbers(checkpoint: PolicyCheckpoint) -> None:
+    asked = {"a": [{"role": "user", "content": "?"}]}
+    with pytest.raises(
+        EvaluationError, match=r"max_new_tokens, \d+, leave no room for a prompt in rollout\.max_length"
+    ):
+        checkpoint.ask(NO_FLEET, asked, max_new_tokens=checkpoint.max_length)
+
+
 @pytest.mark.parametrize("returned", [{"accuracy": 1.0}, Metrics({"accuracy": math.nan}), Metrics({"a": "1"})])
 def test_a_hook_returns_finite_numbers_or_is_refused(checkpoint: PolicyCheckpoint, returned: Any) -> None:
     @register("mine")

@@ -1,6 +1,7 @@
 """The hook `instructions`: which requests it asks, and what it counts."""
 
 import dataclasses
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -62,6 +63,13 @@ def test_accuracy_is_of_prompts_and_of_instructions_strict_and_loose(asked: Call
             if one.endswith(f":{kind}")
         ]
         assert value == pytest.approx(sum(of_kind) / len(of_kind))
+
+
+def test_a_thought_is_not_a_part_of_the_answer(asked: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, _ = asked(count=20)
+    thoughts = [f"<think>One, two. <<Three>> P.S. {{}}</think>\n{answer}" for answer in ANSWERS]
+    monkeypatch.setattr(sys.modules[__name__], "ANSWERS", thoughts)
+    assert asked(count=20)[0].values == plain.values
 
 
 def test_what_cannot_be_asked_or_checked_is_said_before(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from align.errors import UserError
 from align.evaluate.hooks import EvaluationError, Metrics, PolicyCheckpoint, check_ready, run
-from align.evaluate.judge_benchmarks import AlignBenchQuestion, AlpacaEvalQuestion, MtBenchQuestion
+from align.evaluate.judge_benchmarks import AlignBenchQuestion, AlpacaEvalQuestion, MtBenchQuestion, answered
 from align.evaluate.judged import judge_template, with_references
 
 Reply = str | tuple[int, str]
@@ -120,6 +120,17 @@ def measure(checkpoint: PolicyCheckpoint, scripted: Any, tmp_path: Path) -> Call
 def after_check(reply: Callable[[str], Reply]) -> Callable[[str], Reply]:
     """A judge that is well when it is asked for a word at the start."""
     return lambda prompt: "Yes." if prompt == "Say yes." else reply(prompt)
+
+
+def test_a_thought_is_not_judged_and_the_conversation_goes_on_with_it(
+    checkpoint: PolicyCheckpoint, scripted: Any
+) -> None:
+    question = MtBenchQuestion.model_validate(MT_BENCH[1])
+    fleet = scripted(lambda prompt: "<think>Hm.</think>\nFig")
+    first, second = answered([question], checkpoint, fleet, max_new_tokens=40, seed=0)
+    assert (first.completion, second.completion) == ("Fig", "Fig")
+    assert "Hm." not in second.fields["conversation"]
+    assert second.fields["conversation"].count("Assistant: Fig") == 2
 
 
 def test_mt_bench_rates_both_turns_and_means_by_category(serve: Any, measure: Callable[..., Metrics]) -> None:
@@ -238,6 +249,8 @@ def test_a_judge_that_is_down_is_found_out_before_the_policy_is_asked(
     wrong_key = serve(lambda prompt: (401, json.dumps({"error": {"message": "Incorrect API key provided: sk-secret"}})))
     no_model = serve(lambda prompt: (404, json.dumps({"error": {"message": "the model `m` does not exist"}})))
     no_api = serve(lambda prompt: (200, '{"hello": "world"}'))
+    no_message = serve(lambda prompt: (200, '{"choices": [{"index": 0, "finish_reason": "error", "message": null}]}'))
+    no_json = serve(lambda prompt: (200, "<html>"))
     broken = serve(lambda prompt: (500, "oh"))
     slow = serve(lambda prompt: time.sleep(4) or "Yes.")
     for url, error, message in (
@@ -247,6 +260,8 @@ def test_a_judge_that_is_down_is_found_out_before_the_policy_is_asked(
         (wrong_key.url, UserError, "refuses: .*401.*check judge.base_url, judge.model and judge.api_key_env"),
         (no_model.url, UserError, "refuses: .*does not exist"),
         (no_api.url, UserError, "refuses: what it sent is no chat completion"),
+        (no_message.url, UserError, "refuses: what it sent is no chat completion"),
+        (no_json.url, UserError, "refuses: what it sent is no JSON"),
     ):
         fleet = scripted(lambda prompt: "Fig")
         judge = {"base_url": url, "model": "m", "api_key_env": "THE_KEY", "timeout_s": 1.5, "retries": 0}

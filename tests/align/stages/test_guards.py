@@ -73,6 +73,20 @@ def test_an_alarm_is_told_when_it_begins(run: Run, change: dict[str, float], kin
     assert "GRPO step 11" in event["message"]
 
 
+@pytest.mark.parametrize(("usual", "then"), [(0.0, 1 / 64), (1.0, 63 / 64)])
+def test_the_first_success_of_a_sparse_reward_is_no_jump_and_another_constant_is(
+    run: Run, usual: float, then: float
+) -> None:
+    alarms = Alarms(AlarmOptions(), run.warn, no_history())
+    same = {"reward": usual, "reward_std": 0.0}
+    for step in range(1, 11):
+        alarms.observe(step, FINE | same, SAMPLES)
+    alarms.observe(11, FINE | {"reward": then, "reward_std": math.sqrt(63) / 64}, SAMPLES)
+    assert told(run) == []
+    alarms.observe(12, FINE | {"reward": 0.5, "reward_std": 0.0}, SAMPLES)
+    assert [event["alarm"] for event in told(run)] == ["reward"]
+
+
 @pytest.mark.parametrize("change", [{"experts/layer_1/max_over_mean": 2.9}, {"experts/layer_2/max_over_mean": 4.5}])
 def test_a_load_that_is_not_large_or_was_about_as_large_at_first_is_no_collapse(
     run: Run, change: dict[str, float]

@@ -184,6 +184,8 @@ def tell_habits(monkeypatch: pytest.MonkeyPatch, made: PolicyRecipe) -> list[dic
             held_out.evaluate(name, step)
         monkeypatch.setattr(hooks, "run", lambda *_: hooks.Metrics({"difference": 1.2}))
         held_out.run_hooks(made.model, 4)
+        monkeypatch.setattr(hooks, "run", MagicMock(side_effect=hooks.EvaluationError("the server is away")))
+        held_out.run_hooks(made.model, 4)
         return [json.loads(line) for line in run.directory.events_file.read_text().splitlines()]
 
 

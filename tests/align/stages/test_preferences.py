@@ -1,5 +1,6 @@
 """Pairs of a policy's own answers: right beside wrong, no text twice, nothing that nobody could judge."""
 
+from dataclasses import replace
 from typing import Any
 
 from align.data.types import Example
@@ -25,6 +26,8 @@ def answer(text: str, verdict: Verdict) -> ScoredTrajectory:
 RIGHT = [answer(f"right {i}", Verdict.PASS) for i in (1, 2, 2, 3)]
 WRONG = [answer("wrong 1", Verdict.WRONG), answer("wrong 2", Verdict.TIMEOUT), answer("wrong 2", Verdict.TIMEOUT)]
 MASKED = [answer("nobody knows", Verdict.INFRA_ERROR)]
+# Where the reward that failed has no weight, there is a value.
+MASKED.append(replace(MASKED[0], text="nor here", reward=SampleReward(1.0, Verdict.INFRA_ERROR, {})))
 
 
 def test_each_pair_has_a_right_answer_and_a_wrong_one_and_each_text_comes_once() -> None:
