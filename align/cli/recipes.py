@@ -110,10 +110,8 @@ def resume(run: RunPath, overrides: Overrides = None) -> int | None:
     if status is None:
         raise UserError(f"{run} holds no run; `align resume` takes the directory of one, such as runs/nano-grpo")
     file, finished = RunDirectory(run).recipe_file, status["state"] == "finished"
-    stage, given = (
-        read_yaml(file)[0].get("stage"),
-        [f"run.dir={json.dumps(str(run), ensure_ascii=False)}", *(overrides or [])],
-    )
+    stage = read_yaml(file)[0].get("stage")
+    given = [f"run.dir={json.dumps(str(run), ensure_ascii=False)}", *(overrides or [])]
     if stage == "pipeline":
         if finished:
             raise UserError(

@@ -73,7 +73,8 @@ def count_instructions(rows: Iterable[Row], examples: Iterable[Example]) -> list
     """
     asked = {e.id: e for e in examples if {"instructions", "instruction_id_list"} & e.metadata.keys()}
     try:
-        asked and checkers()
+        if asked:
+            checkers()
     except RewardError as error:
         _log.warning("the data have checkable instructions, and which are followed is not counted: %s", error)
         return [dict(row) for row in rows]

@@ -165,10 +165,8 @@ def writable(generation: Any) -> Any:
         except ValueError as error:
             logger.warning("generation_config.json is written with its special tokens alone: %s", first_line(error))
             names = ("bos_token_id", "eos_token_id", "pad_token_id")
-            ids = {name: getattr(generation, name) for name in names}
-            return GenerationConfig(
-                **{name: i for name, i in ids.items() if isinstance(i, list) or (i or 0) > 0 or i == 0}
-            )
+            ids = {name: found for name in names if (found := getattr(generation, name)) not in (None, -1)}
+            return GenerationConfig(**ids)
     return generation
 
 

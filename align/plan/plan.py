@@ -17,8 +17,8 @@ from align.plan.roles import LEARNER, SCORING, WORKER, Role, demands, host_memor
 from align.plan.times import step_seconds
 from align.recipe import BFLOAT16_SUMS, MERGED_ADAPTERS, PlannedStage, PolicyRecipe, Recipe
 from align.recipe.load import apply_override
+from align.recipe.roles import reward_models
 from align.run.machine import store_size
-from reward import RewardTerm
 
 THROUGH = {
     "broadcast": "one broadcast from the device of rank 0 to theirs",
@@ -53,17 +53,12 @@ def plan_stages(stages: Sequence[PlannedStage], cluster: Cluster) -> Iterator[tu
     for stage in stages:
         policy, roles = stage.recipe.model.path, stage.recipe.roles()
         needed = [policy, roles.teacher] if roles.teacher else [policy]
-        for path in [*needed, *judges_of(roles.rewards)]:
+        for path in [*needed, *reward_models(roles.rewards)]:
             if path not in made and (path in needed or path in KNOWN_NAMES or Path(path).is_dir()):
                 made[path] = sizes_of(path)
         sizes = made[policy]
         yield stage, sizes, make_plan(stage.recipe, sizes, cluster, made)
         made[str(stage.directory.absolute() / "final")] = sizes
-
-
-def judges_of(rewards: Sequence[RewardTerm]) -> list[str]:
-    """The paths of the reward models among the rewards."""
-    return [str(term.params.get("path")) for term in rewards if term.name == "reward_model"]
 
 
 def make_plan(

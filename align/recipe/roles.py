@@ -39,3 +39,8 @@ class Roles:
     weights: WeightOptions | None = None
     colocated: bool = False
     routes: bool = False
+
+
+def reward_models(rewards: Sequence[RewardTerm]) -> list[str]:
+    """The directories of the trained reward models among rewards."""
+    return [str(term.params["path"]) for term in rewards if term.name == "reward_model" and "path" in term.params]

@@ -24,6 +24,7 @@ from align.recipe import (
     ScoringOptions,
     TrainingRecipe,
 )
+from align.recipe.roles import reward_models
 from align.run import Progress
 from align.session.checks import sent_bytes
 from align.session.ray import local_ray
@@ -229,7 +230,7 @@ def scoring_pool(rewards: Sequence[RewardTerm], options: ScoringOptions) -> Iter
             "reward models run on the CPU, for scoring.gpus is 0: it gives a scoring worker a GPU, or a share of one"
         )
     gpus = options.gpus if there else 0.0
-    models = [str(term.params["path"]) for term in rewards if term.name == "reward_model" and "path" in term.params]
+    models = reward_models(rewards)
     start = start_limit_s(options.start_timeout_s, START_S, *models)
     pool = ScoringPool(mixture, workers=options.workers, timeout_s=options.timeout_s, gpus=gpus, start_timeout_s=start)
     try:

@@ -16,11 +16,11 @@ from align.learner.batch import TrainingSequence
 from align.learner.group import RankGroup
 from align.learner.objective import learning_rate
 from align.recipe import ModelOptions, OptimizerOptions, TrainingRecipe, dump_recipe
+from align.recipe.roles import reward_models
 from align.report.model_card import is_edited
 from align.run import write_atomically
 from align.run.checkpoints import Checkpoint, Entry, hash_files
 from align.session.run import Run, positions
-from reward import RewardTerm
 
 MODEL = "model"
 BAD_UPDATES = "bad_updates"
@@ -231,11 +231,6 @@ def data_digest(items: Sequence[Any]) -> str:
                 rest = replace(item, token_ids=[], sampled=item.sampled[:0])
             digest.update(repr(rest).encode())
     return digest.hexdigest()
-
-
-def reward_models(terms: Sequence[RewardTerm]) -> list[str]:
-    """The directories of trained reward models among rewards."""
-    return [str(term.params["path"]) for term in terms if term.name == "reward_model" and "path" in term.params]
 
 
 def weights_digest(path: str) -> str:

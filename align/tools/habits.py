@@ -18,7 +18,7 @@ TEXTS = ("completion", "response", "answer")
 def answers_in(path: Path) -> list[Answer]:
     """The answers of a file of samples or rows; of a run directory those of its last evaluation, or of its last samples.
 
-    A row has the first of `TEXTS` that it has, a text or messages of which the last is the answer; it may have a prompt in one of the columns
+    The answer is in the first of `TEXTS` that a row has: a text, or messages of which it is the last. A row may have a prompt in one of the columns
     that `reward.rows` names, a `domain`, and what the reward `instructions` reads. Of rows that `greedy` marks, these alone count. Raises UserError.
     """
     if path.is_dir() and read_status(path) is not None:

@@ -16,7 +16,7 @@ import pytest
 
 from align.errors import UserError
 from align.evaluate.hooks import EvaluationError, Metrics, PolicyCheckpoint, check_ready, run
-from align.evaluate.judge_benchmarks import AlignBenchQuestion, AlpacaEvalQuestion, MtBenchQuestion, answered
+from align.evaluate.judge_benchmarks import AlignBenchQuestion, AlpacaEvalQuestion, MtBenchQuestion
 from align.evaluate.judged import judge_template, with_references
 
 Reply = str | tuple[int, str]
@@ -120,17 +120,6 @@ def measure(checkpoint: PolicyCheckpoint, scripted: Any, tmp_path: Path) -> Call
 def after_check(reply: Callable[[str], Reply]) -> Callable[[str], Reply]:
     """A judge that is well when it is asked for a word at the start."""
     return lambda prompt: "Yes." if prompt == "Say yes." else reply(prompt)
-
-
-def test_a_thought_is_not_judged_and_the_conversation_goes_on_with_it(
-    checkpoint: PolicyCheckpoint, scripted: Any
-) -> None:
-    question = MtBenchQuestion.model_validate(MT_BENCH[1])
-    fleet = scripted(lambda prompt: "<think>Hm.</think>\nFig")
-    first, second = answered([question], checkpoint, fleet, max_new_tokens=40, seed=0)
-    assert (first.completion, second.completion) == ("Fig", "Fig")
-    assert "Hm." not in second.fields["conversation"]
-    assert second.fields["conversation"].count("Assistant: Fig") == 2
 
 
 def test_mt_bench_rates_both_turns_and_means_by_category(serve: Any, measure: Callable[..., Metrics]) -> None:

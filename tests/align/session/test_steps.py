@@ -18,9 +18,10 @@ from align.data.drawing import Source
 from align.errors import Terminated, UserError
 from align.learner.batch import TrainingSequence
 from align.recipe import RunOptions
+from align.recipe.roles import reward_models
 from align.run.checkpoints import hashed_file
 from align.session.run import open_run
-from align.session.steps import COMPARED, SavingError, Steps, data_digest, reward_models
+from align.session.steps import COMPARED, SavingError, Steps, data_digest
 from reward import RewardTerm
 
 from .counting import DATA, Counter, count, recipe, status, steps_of
