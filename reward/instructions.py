@@ -27,7 +27,7 @@ from typing import Any
 from reward import older_names
 from reward.prose import capital_words, degenerate, punkt_sentences, seeded_langdetect, whole_sentences
 from reward.registry import register
-from reward.rows import text_of
+from reward.rows import after_thought, text_of
 from reward.types import RewardError, Sample, Score, UnusableAnswer, Verdict
 from reward.unasked import unasked
 
@@ -133,12 +133,12 @@ def instructions(sample: Sample, *, partial: bool = False) -> Score:
 
 
 def check(sample: Sample, *, loose: bool = False) -> Checked:
-    """What the checkers find in a sample's completion. Raises as `instructions` does.
+    """What the checkers find in a sample's completion, after the thought that it may begin with. Raises as `instructions` does.
 
     With `loose`, an instruction is met where IFEval's loose criterion finds it met (arXiv:2311.07911, section 2.2): by the
     completion or by a variant of it without its first line, its last line or both, with or without asterisks.
     """
-    text = sample.completion
+    text = after_thought(sample.completion)
     variants = _loose_variants(text) if loose else [text]
     try:
         topic, asked = _topic(sample), _asked(sample)

@@ -26,6 +26,7 @@ DOMAIN = "user"
 
 Messages = Sequence[Mapping[str, Any]]
 
+_FIRST_THOUGHT = re.compile(r"\A\s*<think>.*?(?:</think>|\Z)", re.DOTALL)
 _LAST_LINE = re.compile(r"(?:\A|\n)####[ \t]*(\S[^\n]*?)\s*\Z")
 
 
@@ -130,6 +131,11 @@ def request_of(messages: Messages) -> str:
     """What the user asked last; the last message where none is the user's."""
     asked = [message["content"] for message in messages if message.get("role") == "user"]
     return str(asked[-1] if asked else messages[-1]["content"] if messages else "")
+
+
+def after_thought(completion: str) -> str:
+    """What a completion says after the `<think>` ... `</think>` that it begins with; nothing where that thought never ends."""
+    return _FIRST_THOUGHT.sub("", completion).strip() if completion.lstrip().startswith("<think>") else completion
 
 
 def text_of(content: Any) -> str:

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -139,14 +140,12 @@ def plan(
     """
     from align.plan.placement import cluster_of
     from align.plan.plan import as_text, plan_stages
-    from align.recipe import load_stages, read_yaml
-    from align.recipe.dtype import FASTEST
+    from align.recipe import load_stages
+    from align.recipe.dtype import chosen_for_gpus
     from align.session.checks import check_names
 
-    given = overrides or []
-    if gpus_per_node and (read_yaml(file)[0].get("model") or {}).get("dtype") == FASTEST:
-        given = ["model.dtype=bfloat16", *given]  # what GPUs compute fastest in, whatever this machine has
-    stages = load_stages(file, given)
+    with chosen_for_gpus() if gpus_per_node else nullcontext():
+        stages = load_stages(file, overrides or [])
     for stage in stages:
         check_names(stage.recipe.data, stage.recipe.data_stage, stage.recipe.roles())
     cluster, status = cluster_of(nodes, gpus_per_node, gpu_memory, node_memory), 0

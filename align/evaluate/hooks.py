@@ -14,8 +14,9 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
+from numbers import Real
 from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
@@ -83,13 +84,13 @@ class PolicyCheckpoint:
         """
         examples = [Example(id_, tuple(messages), None, None, "evaluation") for id_, messages in conversations.items()]
         longest = self.max_length - max_new_tokens
-        if longest < 1:
-            raise EvaluationError(
-                f"its max_new_tokens, {max_new_tokens}, leave no room for a prompt in rollout.max_length, {self.max_length}: lower the one, "
-                "or raise the other"
-            )
         encoded = [problem.prompt for problem in encode_problems(self.tokenizer, examples)]
         prompts = [prompt for prompt in encoded if len(prompt.token_ids) <= longest]
+        if encoded and not prompts:
+            raise EvaluationError(
+                f"its max_new_tokens, {max_new_tokens}, leave no room for any of {len(encoded)} prompts in rollout.max_length, "
+                f"{self.max_length}: lower the one, or raise the other"
+            )
         if len(prompts) < len(examples):
             _log.warning(
                 "%d of %d conversations have more than the %d tokens that are left beside %d new ones: they count as not answered",
@@ -97,7 +98,7 @@ class PolicyCheckpoint:
             )
         sampling = SamplingOptions(temperature=temperature, max_new_tokens=max_new_tokens)
         responses = {id_: Response("", 0, truncated=True) for id_ in conversations}
-        for group in fleet.sample(prompts, 1, sampling, seed=seed, step=0) if prompts else ():
+        for group in fleet.sample(prompts, 1, sampling, seed=seed, step=0):
             (trajectory,) = group.trajectories
             responses[group.prompt.id] = Response(
                 answer_text(self.tokenizer, conversations[group.prompt.id], trajectory.token_ids),
@@ -184,9 +185,11 @@ def run(name: str, checkpoint: PolicyCheckpoint, fleet: Fleet, params: Mapping[s
     if not isinstance(metrics, Metrics):
         raise EvaluationError(f"evaluation hook {name!r} must return Metrics, but returned {type(metrics).__name__}")
     for key, value in metrics.values.items():
-        if not isinstance(value, int | float) or not math.isfinite(value):
+        if not isinstance(value, Real) or not math.isfinite(value):
             raise EvaluationError(f"evaluation hook {name!r}: {key} is {value!r}, where a finite number is expected")
-    return metrics
+    # NumPy's numbers are none to JSON.
+    plain = {key: value if isinstance(value, int) else float(value) for key, value in metrics.values.items()}
+    return replace(metrics, values=plain)
 
 
 def _arguments(name: str, params: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from align.evaluate.hooks import Metrics, PolicyCheckpoint, register
 from align.tasks.instructions import SIZES, generate
 from reward import RewardError, Sample
 from reward.instructions import check, checkers
-from reward.math.final_answer import without_thought
 from rollout import Fleet
 
 
@@ -48,8 +47,7 @@ def instructions(
     rows: list[dict[str, Any]] = []
     for example in examples:
         response = responses[example.id]
-        said = without_thought(response.text).strip()
-        sample = Sample(example.id, example.prompt_text, said, None, example.domain, metadata=example.metadata)
+        sample = Sample(example.id, example.prompt_text, response.text, None, example.domain, metadata=example.metadata)
         strict, loose = check(sample), check(sample, loose=True)
         for name, found in (("strict", strict), ("loose", loose)):
             scores[f"prompt_{name}"].append(all(found.met))

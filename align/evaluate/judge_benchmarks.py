@@ -25,7 +25,7 @@ from align.data.types import Message
 from align.errors import UserError
 from align.evaluate.hooks import PolicyCheckpoint, Response
 from align.statistics import length_controlled_win_rate
-from reward.math.final_answer import without_thought
+from reward.rows import after_thought
 from rollout import Fleet
 
 TEMPERATURES = dict.fromkeys(("writing", "roleplay", "综合问答", "文本写作", "角色扮演"), 0.7) | dict.fromkeys(
@@ -62,7 +62,7 @@ class Question(BaseModel, ABC):
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """An answer to be judged. `part` tells the cases of one question apart; `fields` fill the judge's template."""
+    """An answer to be judged, its thought with it. `part` tells the cases of one question apart; `fields` fill the judge's template."""
 
     id: str
     question: Question
@@ -110,14 +110,12 @@ def answered(
             conversation.append({"role": "assistant", "content": answer})
             # What is judged is what was said after a thought; the conversation goes on with all of it, as the template takes it.
             said: list[Message] = [
-                {"role": one["role"], "content": without_thought(one["content"]).strip()}
-                if one["role"] == "assistant"
-                else one
+                {"role": one["role"], "content": after_thought(one["content"])} if one["role"] == "assistant" else one
                 for one in conversation
             ]
             name = str(int(key) + 1 if question.question_id is None else question.question_id)
             cases += [
-                Case(name, question, question.requests[turn], said[-1]["content"], part, fields)
+                Case(name, question, question.requests[turn], answer, part, fields)
                 for part, fields in question.shown(said, turn).items()
             ]
     return cases
@@ -212,7 +210,7 @@ class AlpacaEvalQuestion(Question):
             if first is not None and second is not None:
                 preferences.append((as_a[first] + as_b[second]) / 2)
                 agreements.append(as_a[first] == as_b[second])
-                longer_by.append(len(case.completion) - len(question.output))
+                longer_by.append(len(after_thought(case.completion)) - len(question.output))
                 difficulties.append(question.difficulty)
         if not preferences:
             return {}

@@ -21,6 +21,7 @@ from align.evaluate.judge_benchmarks import BENCHMARKS, MtBenchQuestion, MtBench
 from align.model.policy import first_line
 from align.options import Options
 from align.run.files import read_jsonl_lines
+from reward.rows import text_of
 from rollout import Fleet
 
 if TYPE_CHECKING:
@@ -256,13 +257,15 @@ class Judge:
                     temperature=0.0,
                     max_tokens=max_tokens,
                 )
+            except UnicodeEncodeError as error:  # of the key or of the prompt
+                raise _NoCompletionError(f"the request cannot be sent: {first_line(error)}") from None
             except ValueError as error:  # of the client: a body that is no JSON
                 raise _NoCompletionError(f"what it sent is no JSON: {first_line(error)}") from None
-        choices = getattr(answer, "choices", None)
-        message = getattr(choices[0], "message", None) if choices else None
-        if message is None:
-            raise _NoCompletionError("what it sent is no chat completion")
-        return message.content or ""
+        try:
+            # A model that thinks may answer in parts, of which those of its thought have no text.
+            return text_of(answer.choices[0].message.content)
+        except (AttributeError, LookupError, TypeError):
+            raise _NoCompletionError("what it sent is no chat completion") from None
 
     def _reason(self, error: Exception) -> str:
         """Why a request failed, in one line and without the key, which some endpoints repeat."""

@@ -2,7 +2,9 @@
 
 import logging
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +19,18 @@ CPU_HAS_BFLOAT16 = {"amx_bf16", "avx512_bf16", "bf16", "svebf16"}
 ISA_WITHOUT = {"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI"}
 """What oneDNN's ONEDNN_MAX_CPU_ISA may be limited to without such instructions."""
 
+_for_gpus: ContextVar[bool] = ContextVar("for_gpus", default=False)
 logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def chosen_for_gpus() -> Iterator[None]:
+    """Choose for a cluster of GPUs in this block: bfloat16 on a machine that has none, whatever its CPU computes fastest in."""
+    token = _for_gpus.set(True)
+    try:
+        yield
+    finally:
+        _for_gpus.reset(token)
 
 
 def with_dtype_chosen(values: Mapping[str, Any], path: Path, *, in_pipeline: bool = False) -> Mapping[str, Any]:
@@ -38,7 +51,10 @@ def with_dtype_chosen(values: Mapping[str, Any], path: Path, *, in_pipeline: boo
 
 def dtype_of_machine() -> tuple[Dtype, str]:
     """The dtype that this machine computes fastest in, and why."""
-    return fastest_dtype(Device.here(), cpu_flags(Path("/proc/cpuinfo")), os.environ)
+    device = Device.here()
+    if _for_gpus.get() and device.capability is None:
+        return "bfloat16", "GPUs of the last years compute in it"
+    return fastest_dtype(device, cpu_flags(Path("/proc/cpuinfo")), os.environ)
 
 
 def fastest_dtype(device: Device, flags: Collection[str], environment: Mapping[str, str]) -> tuple[Dtype, str]:

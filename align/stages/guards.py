@@ -18,6 +18,9 @@ KEPT = 16
 SURE = 2.0
 """Standard errors of a difference of means that count as a change."""
 
+NO_SPREAD = 1e-6
+"""A standard deviation of rewards up to here is that of equal ones."""
+
 RISE = 1.5
 """How many times that of the first steps the load of a busiest expert is that counts as a change."""
 
@@ -191,8 +194,9 @@ class Alarms:
         if len(before) < self._options.window:
             return
         usual = fmean(mean for mean, _ in before)
-        # Where all rewards were equal, as before the first success of a sparse one, they have no spread to measure a jump by.
-        one = sqrt(fmean(std * std for _, std in before)) or max(spread, 1e-6)
+        # Steps of equal rewards, as before the first successes of a sparse one, have no spread to measure a jump by, but for rounding.
+        spreads = [std for _, std in before if std > NO_SPREAD]
+        one = sqrt(fmean(std * std for std in spreads)) if spreads else max(spread, NO_SPREAD)
         jump = (reward - usual) / one
         if abs(jump) > self._options.reward_jump:
             ids = _first(samples, key=lambda sample: -sample.reward if jump > 0 else sample.reward)

@@ -1,5 +1,6 @@
 """What a stage asks of the policy besides training it: evaluation, agreement, and whether all of it is being trained."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from copy import copy
@@ -11,7 +12,7 @@ from align.data.cards import DataCard
 from align.data.entries import evaluated
 from align.data.loader import first, load_split, refuse_one_file
 from align.data.types import Example, SplitName
-from align.errors import UserError
+from align.errors import RayDiedError, UserError
 from align.evaluate import hooks
 from align.evaluate.accuracy import Evaluation, evaluate, short_problems
 from align.evaluate.agreement import AgreementGate, Disagreement, probe
@@ -28,9 +29,10 @@ from align.session.checks import check_columns
 from align.session.session import Session
 from align.stages.guards import habit_alarms, stop_at
 from reward import RewardTerm
-from rollout import Prompt
+from rollout import Prompt, RolloutError
 
 PROBE_PROMPTS = 8
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,11 +227,15 @@ class HeldOut:
             self._run.progress.phase(f"evaluating ({name})")
             try:
                 metrics = hooks.run(hook.name, subject, self._session.fleet, hook.params)
-            except (EvaluationError, UserError) as error:
+                self._record(step, name, metrics)
+            except (RolloutError, RayDiedError):
+                raise
+            except Exception as error:
                 # The policy is trained: what cannot be measured on it is no reason to call that failed, nor to leave out other hooks.
-                metrics = Metrics({}, not_run={"all of it": str(error)})
-            facts = {"not_run": dict(metrics.not_run)} if metrics.not_run else None
-            self._run.record_numbers(self._stage, step, name, metrics.values, metrics.rows, facts)
+                if not isinstance(error, EvaluationError | UserError):
+                    _log.warning("evaluation hook %r", hook.name, exc_info=True)
+                metrics = Metrics({}, not_run={"all of it": str(error) or type(error).__name__})
+                self._record(step, name, metrics)
             if hook.name == "drift" and metrics.values.get("difference", 0.0) >= self._alarms.drift:
                 moved = f"{metrics.values['difference']:.2f} nats a token"
                 self._run.warn(f"{name}: the policy has moved {moved} from the model that it began with", alarm="drift")
@@ -237,6 +243,10 @@ class HeldOut:
                 self._run.warn(f"{name}: {part} was not run: {why}")
             shown = ", ".join(f"{key} {value:.4g}" for key, value in list(metrics.values.items())[:6])
             self._run.progress.note(f"{name}: {shown or 'nothing measured'}")
+
+    def _record(self, step: int, name: str, metrics: Metrics) -> None:
+        facts = {"not_run": dict(metrics.not_run)} if metrics.not_run else None
+        self._run.record_numbers(self._stage, step, name, metrics.values, metrics.rows, facts)
 
 
 def answers_of(run: Path) -> list[dict[str, Any]]:

@@ -13,7 +13,8 @@ from align.data.entries import Notes, Reader, Room, entries_of
 from align.data.loader import load_split, refuse_one_file
 from align.data.types import SplitName
 from align.errors import UserError
-from align.experience import Problem, ScoredGroup, encode_problems, gather, submit
+from align.evaluate.accuracy import mean_of
+from align.experience import Problem, ScoredGroup, ScoredTrajectory, encode_problems, gather, submit
 from align.recipe import PreferencesRecipe
 from align.run import write_jsonl
 from align.session.checks import check_columns
@@ -71,12 +72,12 @@ def gather_preferences(recipe: PreferencesRecipe, splits: Sequence[SplitPrompts]
         for group in groups:
             found_pairs = pairs_of(group, recipe.preferences.pairs_per_prompt, recipe.seed)
             pairs.setdefault((group.problem.example.domain, part.split), []).extend(found_pairs)
-        right = [answer.right for group in groups for answer in group.trajectories if answer.scored]
+        right = [answer.right for answer in judged(groups)]
         found = sum(len(rows) for rows in pairs.values())
         run.record_step(
             "preferences",
             step + 1,
-            {"prompts": len(prompts), "accuracy": sum(right) / max(1, len(right)), "pairs": found},
+            {"prompts": len(prompts), "accuracy": mean_of(right), "pairs": found},
             SHOWN,
         )
     for (domain, split), rows in pairs.items():
@@ -89,6 +90,18 @@ def gather_preferences(recipe: PreferencesRecipe, splits: Sequence[SplitPrompts]
         directory.mkdir(parents=True, exist_ok=True)
         write_jsonl(directory / f"{split}.jsonl", rows)
         run.progress.note(f"{len(rows)} pairs of the {split} split of {domain} are in {directory}")
+
+
+def judged(groups: Sequence[ScoredGroup]) -> list[ScoredTrajectory]:
+    """The answers with a verdict. Raises UserError where there is none, of which no pairs can be made."""
+    answers = [answer for group in groups for answer in group.trajectories]
+    found = [answer for answer in answers if answer.scored]
+    if answers and not found:
+        details = (score.detail for answer in answers for score in answer.reward.components.values())
+        raise UserError(
+            f"none of {len(answers)} answers could be judged: {next(filter(None, details), 'the rewards do not say why')}"
+        )
+    return found
 
 
 def pairs_of(group: ScoredGroup, most: int, seed: int) -> Iterator[dict[str, Any]]:

@@ -1,11 +1,13 @@
 """Evaluation hooks by name: registering, discovering, refusing what is misspelt, and what comes back."""
 
 import dataclasses
+import json
 import math
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from align.errors import UserError
@@ -96,12 +98,21 @@ def test_a_hook_gets_its_parameters_as_it_annotates_them(checkpoint: PolicyCheck
     assert metrics == Metrics({"total": 1.5}, {"other": "no data"}, [{"name": "b.txt"}])
 
 
-def test_what_leaves_no_room_for_a_prompt_is_not_asked_and_has_no_numbers(checkpoint: PolicyCheckpoint) -> None:
-    asked = {"a": [{"role": "user", "content": "?"}]}
-    with pytest.raises(
-        EvaluationError, match=r"max_new_tokens, \d+, leave no room for a prompt in rollout\.max_length"
-    ):
-        checkpoint.ask(NO_FLEET, asked, max_new_tokens=checkpoint.max_length)
+@pytest.mark.parametrize("left", [0, 5])
+def test_what_leaves_no_room_for_any_prompt_is_not_asked_and_has_no_numbers(
+    checkpoint: PolicyCheckpoint, left: int
+) -> None:
+    asked = {"a": [{"role": "user", "content": "Is there room for a question of some length?"}]}
+    with pytest.raises(EvaluationError, match=r"leave no room for any of 1 prompts in rollout\.max_length"):
+        checkpoint.ask(NO_FLEET, asked, max_new_tokens=checkpoint.max_length - left)
+
+
+def test_a_number_of_numpy_is_one(checkpoint: PolicyCheckpoint) -> None:
+    @register("mine")
+    def mine(checkpoint: PolicyCheckpoint, fleet: Fleet) -> Metrics:
+        return Metrics({"a": np.float32(3.5), "b": np.int64(2), "c": 7})
+
+    assert json.dumps(dict(run("mine", checkpoint, NO_FLEET, {}).values)) == '{"a": 3.5, "b": 2.0, "c": 7}'
 
 
 @pytest.mark.parametrize("returned", [{"accuracy": 1.0}, Metrics({"accuracy": math.nan}), Metrics({"a": "1"})])

@@ -150,6 +150,12 @@ def test_mt_bench_rates_both_turns_and_means_by_category(serve: Any, measure: Ca
     }
 
 
+def test_a_judge_that_thinks_may_answer_in_parts(serve: Any, measure: Callable[..., Metrics]) -> None:
+    parts = [{"type": "thinking", "thinking": [{"text": "[[2]]"}]}, {"type": "text", "text": "Rating: [[7]]"}]
+    reply = json.dumps({"choices": [{"index": 0, "message": {"role": "assistant", "content": parts}}]})
+    assert measure("mt_bench", MT_BENCH, serve(lambda _: (200, reply)).url).values["mt_bench/score"] == 7.0
+
+
 def test_questions_are_answered_at_the_temperature_of_their_category(
     serve: Any, checkpoint: PolicyCheckpoint, scripted: Any, tmp_path: Path
 ) -> None:
@@ -238,7 +244,15 @@ def test_a_judge_that_is_down_is_found_out_before_the_policy_is_asked(
     wrong_key = serve(lambda prompt: (401, json.dumps({"error": {"message": "Incorrect API key provided: sk-secret"}})))
     no_model = serve(lambda prompt: (404, json.dumps({"error": {"message": "the model `m` does not exist"}})))
     no_api = serve(lambda prompt: (200, '{"hello": "world"}'))
-    no_message = serve(lambda prompt: (200, '{"choices": [{"index": 0, "finish_reason": "error", "message": null}]}'))
+    odd = [
+        serve(lambda prompt, odd=odd: (200, f'{{"choices": {odd}}}'))
+        for odd in (
+            '[{"index": 0, "message": null}]',
+            '[{"message": "hi"}]',
+            '{"a": 1}',
+            '[{"message": {"content": 7}}]',
+        )
+    ]
     no_json = serve(lambda prompt: (200, "<html>"))
     broken = serve(lambda prompt: (500, "oh"))
     slow = serve(lambda prompt: time.sleep(4) or "Yes.")
@@ -249,7 +263,7 @@ def test_a_judge_that_is_down_is_found_out_before_the_policy_is_asked(
         (wrong_key.url, UserError, "refuses: .*401.*check judge.base_url, judge.model and judge.api_key_env"),
         (no_model.url, UserError, "refuses: .*does not exist"),
         (no_api.url, UserError, "refuses: what it sent is no chat completion"),
-        (no_message.url, UserError, "refuses: what it sent is no chat completion"),
+        *((each.url, UserError, "refuses: what it sent is no chat completion") for each in odd),
         (no_json.url, UserError, "refuses: what it sent is no JSON"),
     ):
         fleet = scripted(lambda prompt: "Fig")

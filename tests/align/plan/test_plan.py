@@ -4,6 +4,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from align.cli import main
@@ -262,15 +263,27 @@ def test_the_command_says_what_does_not_fit_and_fails(capsys: pytest.CaptureFixt
 def test_the_fastest_dtype_is_that_of_the_cluster_and_not_of_the_machine_that_plans(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("align.recipe.dtype.dtype_of_machine", lambda: ("float32", "of this test"))
-    recipe = tmp_path / "sft.yaml"
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    fastest, pipeline, run = tmp_path / "sft.yaml", tmp_path / "pipeline.yaml", tmp_path / "run"
     text = Path("recipes/v2/sft.yaml").read_text()
-    recipe.write_text(text.replace("dtype: bfloat16", "dtype: fastest"))
-    assert "dtype: fastest" in recipe.read_text()
-    cluster = ["--gpus-per-node", "8", "--gpu-memory", "80", "--nodes", "13", "learner.ranks=88"]
-    assert main(["plan", str(recipe), *cluster]) == 0
-    assert "bfloat16" in capsys.readouterr().out
-    assert main(["plan", str(recipe), *cluster, "model.dtype=float32"]) == 1
+    fastest.write_text(text.replace("dtype: bfloat16", "dtype: fastest"))
+    assert "dtype: fastest" in fastest.read_text()
+    stage = {"name": "sft", "recipe": str(fastest), "set": ["learner.ranks=88"]}
+    pipeline.write_text(yaml.safe_dump({"name": "p", "stages": [stage]}))
+    cluster = ["--gpus-per-node", "8", "--gpu-memory", "80", "--nodes", "13"]
+
+    def plan(recipe: Path | str, *overrides: str) -> tuple[int, bool]:
+        status = main(["plan", str(recipe), *cluster, *overrides])
+        return status, "bfloat16" in capsys.readouterr().out
+
+    assert plan(fastest, "learner.ranks=88") == (0, True)
+    assert plan(pipeline) == (0, True)
+    assert plan("recipes/v2/sft.yaml", "learner.ranks=88", "model.dtype=fastest") == (0, True)
+    assert plan(fastest, "learner.ranks=88", "model.dtype=float32") == (1, False)
+    # A run that was begun in another dtype goes on in it.
+    run.mkdir()
+    (run / "recipe.yaml").write_text("model: {dtype: float32}")
+    assert plan(fastest, "learner.ranks=88", f"run.dir={run}") == (1, False)
 
 
 @pytest.mark.parametrize(("nodes", "gpus", "memory"), [(0, 8, 80), (2, 0, 0), (1, 8, 0)])

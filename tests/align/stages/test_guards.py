@@ -8,6 +8,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import numpy as np
 import pytest
 
 from align.data.types import Example
@@ -73,17 +74,24 @@ def test_an_alarm_is_told_when_it_begins(run: Run, change: dict[str, float], kin
     assert "GRPO step 11" in event["message"]
 
 
-@pytest.mark.parametrize(("usual", "then"), [(0.0, 1 / 64), (1.0, 63 / 64)])
-def test_the_first_success_of_a_sparse_reward_is_no_jump_and_another_constant_is(
-    run: Run, usual: float, then: float
+@pytest.mark.parametrize(
+    ("usual", "then"),
+    [(0.0, [1 / 64, 5 / 64]), (1.0, [63 / 64, 60 / 64]), (0.1, [float(np.mean([0.1] * 81)), (9.5 + 1.1) / 96])],
+)
+def test_the_first_successes_of_a_sparse_reward_are_no_jump_and_another_constant_is(
+    run: Run, usual: float, then: Sequence[float]
 ) -> None:
     alarms = Alarms(AlarmOptions(), run.warn, no_history())
-    same = {"reward": usual, "reward_std": 0.0}
     for step in range(1, 11):
-        alarms.observe(step, FINE | same, SAMPLES)
-    alarms.observe(11, FINE | {"reward": then, "reward_std": math.sqrt(63) / 64}, SAMPLES)
+        alarms.observe(step, FINE | {"reward": usual, "reward_std": float(np.std([usual] * 82))}, SAMPLES)
+    for step, reward in enumerate(then, 11):
+        share = abs(reward - usual)
+        alarms.observe(step, FINE | {"reward": reward, "reward_std": math.sqrt(share * (1 - share))}, SAMPLES)
     assert told(run) == []
-    alarms.observe(12, FINE | {"reward": 0.5, "reward_std": 0.0}, SAMPLES)
+    alarms = Alarms(AlarmOptions(), run.warn, no_history())
+    for step in range(1, 12):
+        reward = usual if step < 11 else 0.5
+        alarms.observe(step, FINE | {"reward": reward, "reward_std": float(np.std([reward] * 82))}, SAMPLES)
     assert [event["alarm"] for event in told(run)] == ["reward"]
 
 

@@ -21,7 +21,7 @@ from align.stages import grpo
 from align.stages import held_out as held_out_module
 from align.stages.held_out import HeldOut, Problems, load_problems
 from reward import Sample, SampleReward, Score, Verdict
-from rollout import FinishReason, Group, Prompt, Trajectory
+from rollout import FinishReason, Group, Prompt, RolloutError, Trajectory
 
 NANO = Path("recipes/nano/grpo.yaml")
 DRIFT = "evaluation.hooks=[{name: drift}]"
@@ -184,8 +184,6 @@ def tell_habits(monkeypatch: pytest.MonkeyPatch, made: PolicyRecipe) -> list[dic
             held_out.evaluate(name, step)
         monkeypatch.setattr(hooks, "run", lambda *_: hooks.Metrics({"difference": 1.2}))
         held_out.run_hooks(made.model, 4)
-        monkeypatch.setattr(hooks, "run", MagicMock(side_effect=hooks.EvaluationError("the server is away")))
-        held_out.run_hooks(made.model, 4)
         return [json.loads(line) for line in run.directory.events_file.read_text().splitlines()]
 
 
@@ -220,3 +218,29 @@ def test_a_habit_to_be_warned_of_is_said_once(
 def test_a_habit_after_sft_can_end_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(AlarmError, match=r"100 % of answers are wrapped in .*alarms\.stop names habit"):
         tell_habits(monkeypatch, sft_recipe(tmp_path / "run", "alarms.stop=[habit]"))
+
+
+def test_a_hook_that_fails_is_a_warning_and_the_others_are_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    odd, good = hooks.Metrics({"a": 1.0}, rows=[{"of": 1}, {"of": "two"}]), hooks.Metrics({"b": 2.0})
+    failing = [hooks.EvaluationError("the server is away"), UserError("no such task"), ConnectionError("reset"), odd]
+    hooks_ = ", ".join(f"{{name: drift, label: hook {n}}}" for n in range(5))
+    made = sft_recipe(tmp_path / "run", f"evaluation.hooks=[{hooks_}]")
+    with open_run(made) as run:
+        run.progress.stage("SFT", 4)
+        monkeypatch.setattr(hooks, "run", MagicMock(side_effect=[*failing, good]))
+        HeldOut(made, Problems([], []), MagicMock(run=run, policy=made.model)).run_hooks(made.model, 4)
+        warned = [json.loads(line)["message"] for line in run.directory.events_file.read_text().splitlines()]
+        found = [json.loads(line) for line in run.directory.evaluations_file.read_text().splitlines()]
+    for said in ("the server is away", "no such task", "reset", "Could not convert"):
+        assert any("all of it was not run" in line and said in line for line in warned)
+    assert len([line for line in warned if "was not run" in line]) == len(failing)
+    assert found[-1]["b"] == 2.0
+
+
+def test_rollout_workers_that_fail_in_a_hook_end_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    made = sft_recipe(tmp_path / "run")
+    with open_run(made) as run:
+        run.progress.stage("SFT", 4)
+        monkeypatch.setattr(hooks, "run", MagicMock(side_effect=RolloutError("no worker is left")))
+        with pytest.raises(RolloutError):
+            HeldOut(made, Problems([], []), MagicMock(run=run, policy=made.model)).run_hooks(made.model, 4)

@@ -3,10 +3,13 @@
 from dataclasses import replace
 from typing import Any
 
+import pytest
+
 from align.data.types import Example
+from align.errors import UserError
 from align.experience import Problem, ScoredGroup, ScoredTrajectory
-from align.stages.preferences import pairs_of
-from reward import SampleReward, Verdict
+from align.stages.preferences import judged, pairs_of
+from reward import SampleReward, Score, Verdict
 from rollout import FinishReason, Prompt, Trajectory
 
 EXAMPLE = Example("e", ({"role": "user", "content": "What is 1 + 1?"},), None, "2", "arithmetic")
@@ -48,3 +51,12 @@ def test_the_recipe_limits_the_pairs_of_a_prompt_and_they_are_drawn_by_its_seed(
 def test_a_prompt_that_is_too_easy_or_too_hard_gives_none() -> None:
     assert pairs(*RIGHT, most=2) == []
     assert pairs(*WRONG, *MASKED, most=2) == []
+
+
+def test_where_nothing_could_be_judged_the_reason_is_said_and_not_that_the_prompts_are_too_hard() -> None:
+    failed = {"code": Score(0.0, Verdict.INFRA_ERROR, "no sandbox: bwrap is missing")}
+    unjudged = [replace(one, reward=replace(one.reward, components=failed)) for one in MASKED]
+    group = ScoredGroup(Problem(EXAMPLE, PROMPT), unjudged)
+    with pytest.raises(UserError, match="none of 2 answers could be judged: no sandbox"):
+        judged([group])
+    assert judged([group, replace(group, trajectories=RIGHT)]) == RIGHT
