@@ -107,7 +107,7 @@ class Mixture:
         if not 0.0 <= infra_error_limit <= 1.0:
             raise RewardError(f"infra_error_limit is a share in [0, 1], not {infra_error_limit}")
         for one, other in combinations(terms, 2):
-            if one.component == other.component and _share_a_domain(one, other):
+            if one.component == other.component and share_a_domain(one, other):
                 raise RewardError(f"two terms for the same reward and domain need a label each: {one}; {other}")
         self.terms = tuple(terms)
         self.infra_error_limit = infra_error_limit
@@ -172,7 +172,16 @@ class Mixture:
         return self.score_each(samples)
 
     def refuse_too_many_masked(self, samples: Sequence[Sample], rewards: Sequence[SampleReward]) -> None:
-        """Raise InfrastructureError where more than `infra_error_limit` of the rewards are None; warn of fewer."""
+        """Raise InfrastructureError where more than `infra_error_limit` of the rewards are None; warn of fewer, and of components of weight 0 without a value."""
+        unmeasured = [
+            (name, sample.id, score.detail or "no detail")
+            for sample, reward in zip(samples, rewards, strict=True)
+            for name, score in reward.components.items()
+            if reward.value is not None and score.verdict is Verdict.INFRA_ERROR
+        ]
+        if unmeasured:
+            told = "%d values of rewards with weight 0 are missing. The first: reward %r on sample %r: %s"
+            _log.warning(told, len(unmeasured), *unmeasured[0])
         reasons = why_masked(samples, rewards)
         if not reasons:
             return
@@ -204,7 +213,8 @@ def _reason(masked: SampleReward) -> tuple[str, Score]:
     return next(item for item in masked.components.items() if item[1].verdict is Verdict.INFRA_ERROR)
 
 
-def _share_a_domain(one: RewardTerm, other: RewardTerm) -> bool:
+def share_a_domain(one: RewardTerm, other: RewardTerm) -> bool:
+    """Whether there may be samples that both terms apply to."""
     return one.domains is None or other.domains is None or not set(one.domains).isdisjoint(other.domains)
 
 

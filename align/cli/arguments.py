@@ -5,22 +5,15 @@ from typing import Annotated, Literal
 
 from typer import Argument, Option
 
+from align.shipped import found
+
 EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 75
 
 
-def shipped_file(path: Path) -> Path:
-    """The file of that name, or the one that comes with the package."""
-    from align.shipped import found
-
-    return found(path)
-
-
-File = Annotated[
-    Path, Argument(metavar="FILE", help="recipe file, for example recipes/nano/grpo.yaml", callback=shipped_file)
-]
+File = Annotated[Path, Argument(metavar="FILE", help="recipe file, for example recipes/nano/grpo.yaml", callback=found)]
 Overrides = Annotated[list[str] | None, Argument(metavar="key=value", help="for example grpo.steps=20 seed=1")]
 RunPath = Annotated[Path, Argument(metavar="RUN", help="run directory, for example runs/nano-grpo")]
 Model = Annotated[str, Option(help="Hugging Face directory or hub name")]

@@ -10,8 +10,9 @@ from typing import Annotated, Any
 from typer import Argument, Option
 from typer.core import TyperCommand
 
-from align.cli.arguments import EXIT_FAILED, File, Overrides, RunPath, shipped_file
+from align.cli.arguments import EXIT_FAILED, File, Overrides, RunPath
 from align.errors import UserError
+from align.shipped import found
 
 STAGES = {
     "sft": "supervised fine-tuning of a policy",
@@ -166,7 +167,7 @@ def plan(
 def pipeline(
     file: Annotated[
         Path,
-        Argument(metavar="FILE", help="pipeline file, for example recipes/nano/pipeline.yaml", callback=shipped_file),
+        Argument(metavar="FILE", help="pipeline file, for example recipes/nano/pipeline.yaml", callback=found),
     ],
     overrides: Overrides = None,
     start: Annotated[str | None, Option("--from", metavar="STAGE", help="run it and all after it anew")] = None,

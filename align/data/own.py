@@ -9,7 +9,7 @@ from functools import lru_cache
 from itertools import islice
 from os.path import commonpath
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +28,6 @@ from align.recipe.options import HUB_NAME, is_on_hub
 _log = logging.getLogger(__name__)
 SHOWN = 20
 """So many bad rows are told one by one."""
-SPLITS: tuple[SplitName, ...] = get_args(SplitName)
 CURE = "Correct them, or leave them out and have them counted with data.bad_rows=leave_out"
 
 

@@ -138,13 +138,13 @@ def mean_of(values: Sequence[float]) -> float:
     return fmean(values) if values else nan
 
 
-def short_problems(problems: Sequence[Problem], longest: int) -> list[Problem]:
-    """Those with a prompt of at most `longest` tokens. Raises UserError where none has."""
+def short_problems(problems: Sequence[Problem], longest: int, option: str = "rollout.max_length") -> list[Problem]:
+    """Those with a prompt of at most `longest` tokens, which `option` leaves. Raises UserError where none has."""
     short = [problem for problem in problems if len(problem.prompt.token_ids) <= longest]
     if problems and not short:
         least = min((problem.prompt for problem in problems), key=lambda prompt: len(prompt.token_ids))
         raise UserError(
-            f"every prompt is too long: even prompt {least.id!r} has {len(least.token_ids)} tokens, but rollout.max_length leaves room "
-            f"for {longest} before the completion; raise rollout.max_length"
+            f"every prompt is too long: even prompt {least.id!r} has {len(least.token_ids)} tokens, but {option} leaves room "
+            f"for {longest} before the completion; raise {option}"
         )
     return short

@@ -68,10 +68,6 @@ class AgreementGate:
         self.dtype = dtype
         self._warn = warn
 
-    def check_sums(self, sums: Sums, when: str) -> None:
-        """Check the disagreement that a learner's pass over a batch found."""
-        self.check(Disagreement.of(sums), when)
-
     def check(self, found: Disagreement, when: str) -> Disagreement:
         """Pass on `found`, having warned or raised AgreementError as its mean and its routes demand. NaN is beyond every limit."""
         if not found.mean <= self._stop_mean:

@@ -57,11 +57,14 @@ class PolicyRank(LearnerRank):
         trained = self._start_engine(LogProbs(policy), policy)
         self._checkpointed = checkpoint_in_every_mode(policy)
         self._reference, self._teacher = self._frozen_policy(reference), self._frozen_policy(teacher)
-        self._routing = RoutingReplay(policy)
-        self._expert_counter = ExpertCounter(policy)
-        self._balance = BalanceLosses(policy, self._options.balance)
+        self._watch(policy)
         self._settle()
         return trained
+
+    def _watch(self, policy: Any) -> None:
+        """Listen to the routers of the policy."""
+        self._routing, self._expert_counter = RoutingReplay(policy), ExpertCounter(policy)
+        self._balance = BalanceLosses(policy, self._options.balance)
 
     def accumulate(
         self, micro_batches: MicroBatches, objective: Objective, replays: bool = False, batch_size: int = 1
@@ -193,9 +196,7 @@ class FrugalRank(PolicyRank):
             parameter.register_post_accumulate_grad_hook(self._change)
         self._reference = self._teacher = None
         self._checkpointed = []
-        self._routing = RoutingReplay(self._network)
-        self._expert_counter = ExpertCounter(self._network)
-        self._balance = BalanceLosses(self._network, self._options.balance)
+        self._watch(self._network)
         self._lost = self._exact = 0.0
         self._trained = self._what_is_trained()
         return self._trained

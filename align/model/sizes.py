@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from align.errors import UserError
 from align.model.policy import first_line
@@ -112,7 +113,7 @@ def read_config(path: str) -> dict[str, Any]:
 
     try:
         found: dict[str, Any] = AutoConfig.from_pretrained(path).to_dict()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         raise UserError(
             f"model.path: {path} has no config.json here, and the hub does not give it ({first_line(error)}); if an earlier "
             f"stage is to make it, say what it will be like: model.path=DIRECTORY, or one of {', '.join(KNOWN_NAMES)}"
@@ -129,13 +130,13 @@ def empty_model(config: Mapping[str, Any]) -> Any:
         architecture = AutoConfig.for_model(values.pop("model_type"), **values)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(architecture)
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError, StrictDataclassError) as error:
         raise UserError(f"model.path: transformers knows no model of this configuration: {first_line(error)}") from None
 
 
 def model_sizes(model: Any) -> ModelSizes:
     """The sizes of a model, whatever device it is on."""
-    config = model.config
+    config = model.config.get_text_config()
     heads, layers = config.num_attention_heads, config.num_hidden_layers
     if getattr(config, "kv_lora_rank", None):
         kv = config.kv_lora_rank + config.qk_rope_head_dim

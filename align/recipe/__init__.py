@@ -10,7 +10,6 @@ from align.recipe.learner import (
 )
 from align.recipe.load import check_model_directory, differences, dump_recipe, load_recipe, read_yaml
 from align.recipe.options import (
-    AgainstOptions,
     AgreementOptions,
     AlarmOptions,
     DataOptions,
@@ -19,12 +18,9 @@ from align.recipe.options import (
     GuardOptions,
     MachineOptions,
     ModelOptions,
-    PreferencesOptions,
     Replay,
-    RewardModelOptions,
     RunOptions,
     ScoringOptions,
-    SftOptions,
     TrackerOptions,
 )
 from align.recipe.pipeline import Pipeline, PlannedStage, load_pipeline, load_stage, load_stages
@@ -45,7 +41,6 @@ __all__ = [
     "BFLOAT16_SUMS",
     "MERGED_ADAPTERS",
     "STAGES",
-    "AgainstOptions",
     "AgreementOptions",
     "AlarmOptions",
     "BalanceOptions",
@@ -62,17 +57,14 @@ __all__ = [
     "Pipeline",
     "PlannedStage",
     "PolicyRecipe",
-    "PreferencesOptions",
     "PreferencesRecipe",
     "Recipe",
     "Replay",
-    "RewardModelOptions",
     "RewardModelRecipe",
     "Roles",
     "RunOptions",
     "SamplingRecipe",
     "ScoringOptions",
-    "SftOptions",
     "SftRecipe",
     "TrackerOptions",
     "TrainingRecipe",

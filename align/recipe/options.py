@@ -209,7 +209,10 @@ class GrpoOptions(LossOptions):
 
     steps: int = Field(ge=1, description="exploration steps: sample, score, train, send weights")
     prompts_per_step: int = Field(ge=1, description="prompts of a step, over all data")
-    group_size: int = Field(ge=1, description="completions of a prompt (G); 1 where nothing but grpo.distill teaches")
+    group_size: int = Field(
+        ge=1,
+        description="completions of a prompt (G); 1 where grpo.distill alone teaches, or a reward is compared with the step's mean (baseline: batch)",
+    )
     updates_per_step: int = Field(1, ge=1, description="optimizer updates on the samples of one step")
     routing_replay: Replay = Field(
         "off",
@@ -248,6 +251,10 @@ class GrpoOptions(LossOptions):
             raise ValueError(
                 "refill_rounds replaces groups whose rewards are all equal, but compared with the step's mean (baseline: batch) these teach "
                 "something: leave one of them out"
+            )
+        if self.group_size == 1 and self.drop_zero_variance_groups:
+            raise ValueError(
+                "drop_zero_variance_groups drops every group of one completion (group_size: 1): leave it out"
             )
         if self.skip_zero_gradient and (self.kl_coefficient or self.distill):
             beside = "a KL (kl_coefficient)" if self.kl_coefficient else "distillation (distill)"

@@ -47,6 +47,10 @@ class PipelineOptions(Options):
 
     @model_validator(mode="after")
     def _take_from_stages_before(self) -> "PipelineOptions":
+        if self.run.overwrite:
+            raise ValueError(
+                "run.overwrite: a pipeline runs a stage and all after it anew with --from STAGE; leave it out"
+            )
         known: list[str] = []
         for stage in self.stages:
             for product in PRODUCT.findall(" ".join(stage.set)):
@@ -121,8 +125,10 @@ def load_stages(path: Path, overrides: Sequence[str] = ()) -> list[PlannedStage]
 
 def _planned(entry: StageEntry, options: PipelineOptions, directory: Path, path: Path) -> PlannedStage:
     given = [with_products(override, directory) for override in entry.set]
+    run = options.run.model_dump(exclude={"dir", "overwrite"}, exclude_unset=True)
     overrides = [
         f"seed={options.seed}",
+        *(f"run.{key}={json.dumps(value)}" for key, value in run.items()),
         *given,
         f"run.dir={json.dumps(str(directory / entry.name), ensure_ascii=False)}",
         "run.overwrite=true",
@@ -164,9 +170,9 @@ def load_stage(
 
 
 def _stage_before(path: Path, init_from: Path, shared: dict[str, Any], pending: Path | None) -> PlannedStage:
-    """The stage of `init_from`, with the values that the recipe at `path` shares with it. That of a run in a directory is in the directory of the stage."""
+    """The stage of `init_from`, with the values that the recipe at `path` shares with it. Where that is a run's, so is the stage's recipe."""
     own = path.parent / FIRST / "recipe.yaml"
-    file = own if own.exists() else init_from
+    file = own if own.exists() and (path.parent / "status.json").exists() else init_from
     overrides = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in leaves(shared)]
     try:
         values, _ = read_yaml(file)

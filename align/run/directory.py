@@ -87,11 +87,14 @@ class RunDirectory:
         root = Path(path).expanduser().absolute()
         with ExitStack() as undo:
             try:
-                _refuse_foreign_files(root)
+                # A run that goes on leaves the files of others where they are.
+                if earlier_run != "keep" or read_status(root) is None:
+                    _refuse_foreign_files(root)
                 _make_directories(root, undo)
                 lock = _acquire(root, undo)
-                _refuse_foreign_files(root)
                 earlier = read_status(root)
+                if earlier_run != "keep" or earlier is None:
+                    _refuse_foreign_files(root)
                 if earlier is not None and earlier_run == "refuse":
                     raise UserError(_holds_a_run(root, earlier))
                 if earlier is None or earlier_run != "keep":

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -104,18 +105,31 @@ def engines_of(roles: Roles) -> list[str]:
 
 def check_names(data: Sequence[DataOptions], stage: Stage, roles: Roles) -> None:
     """Raise UserError for a reward, hook or data card that is not there, or not meant for the stage; and for data without a card that cannot be read."""
-    asked = evaluated(roles.evaluation, data) if roles.evaluation is not None else []
-    trained = [card_of(one) for one in data]
+    there = [one for one in data if not to_be_made(one)]
+    asked = evaluated(roles.evaluation, there) if roles.evaluation is not None else []
+    trained = [card_of(one) for one in there]
     if roles.rewards:
         check_rewards(roles.rewards, [*trained, *(entry.card for entry in asked)])
-    for one, card in zip(data, trained, strict=True):
+    for one, card in zip(there, trained, strict=True):
         check_split(card, one.split, stage, "data.split")
     if roles.evaluation is not None:
         for entry in asked:
             check_split(entry.card, roles.evaluation.split, "eval", "evaluation.split")
-        check_evaluation_cards([entry.card for entry in asked], choosing=roles.evaluation.every is not None)
+        check_evaluation_cards(
+            [entry.card for entry in asked], choosing=roles.evaluation.every is not None and there == data
+        )
         for hook in roles.evaluation.hooks:
             hooks.check_params(hook.name, hook.params)
+
+
+def to_be_made(data: DataOptions) -> bool:
+    """Whether it is in files that an earlier stage of a pipeline still makes: of other files that are not there, loading the recipe has told."""
+    return (
+        data.path is not None
+        and data.path.is_absolute()
+        and not data.path.exists()
+        and not glob(str(data.path), recursive=True)
+    )
 
 
 def check_rewards(rewards: Sequence[RewardTerm], cards: Sequence[DataCard]) -> None:
@@ -213,8 +227,15 @@ def check_model(recipe: Recipe) -> list[str]:
     verdict(examine(model, tokenizer, reward_model=goes_on, rollout=roles.rollout), model.path)
     skeleton = empty_model(config)
     notes: list[str] = []
-    if roles.teacher is not None:
-        notes += check_teacher(roles.teacher, model.path, tokenizer, skeleton.get_input_embeddings().weight.shape[0])
+    beside = {
+        "grpo.distill.teacher": roles.teacher,
+        "reference": recipe.reference if isinstance(recipe, GrpoRecipe) else None,
+    }
+    for key, other in beside.items():
+        if other is not None:
+            notes += check_token_ids(
+                key, str(other), model.path, tokenizer, skeleton.get_input_embeddings().weight.shape[0]
+            )
     if roles.learner is not None and roles.learner.expert_parallel > 1:
         check_spreadable(skeleton.config, roles.learner.expert_parallel)
     if roles.learner is not None:
@@ -239,31 +260,31 @@ def check_model(recipe: Recipe) -> list[str]:
     return notes
 
 
-def check_teacher(path: str, policy: str, tokenizer: Any, rows: int) -> list[str]:
-    """Raise UserError unless the teacher at `path` has the token ids of the policy, whose embedding has `rows` rows.
+def check_token_ids(key: str, path: str, policy: str, tokenizer: Any, rows: int) -> list[str]:
+    """Raise UserError unless the model at `path`, which `key` of the recipe names, has the token ids of the policy, whose embedding has `rows` rows.
 
-    Returns a note where the teacher is still to be made.
+    Returns a note where the model is still to be made.
     """
     if Path(path).is_absolute() and not Path(path).exists():
-        return [f"not looked at: grpo.distill.teacher: {path} is still to be made"]
+        return [f"not looked at: {key}: {path} is still to be made"]
     try:
         config, theirs = find_config(path), load_tokenizer(path).get_vocab()
     except UserError as error:
-        raise UserError(f"grpo.distill.teacher: {str(error).removeprefix('model.path: ')}") from None
+        raise UserError(f"{key}: {str(error).removeprefix('model.path: ')}") from None
     if config is None:
         raise UserError(
-            f"grpo.distill.teacher: {path} has no configuration that transformers reads without running code of the model's own"
+            f"{key}: {path} has no configuration that transformers reads without running code of the model's own"
         )
     if different := tokenizer.get_vocab().items() ^ theirs.items():
         token, id_ = min(different, key=lambda pair: (pair[1], pair[0]))
-        whose = "the teacher" if theirs.get(token) == id_ else f"the policy {policy}"
+        whose = path if theirs.get(token) == id_ else f"the policy {policy}"
         raise UserError(
-            f"grpo.distill.teacher: {path} has other token ids than {policy}: {id_} is {token!r} of {whose} alone, one of {len(different)} "
-            "differences. A teacher reads what the policy sampled as ids: take one with the same tokenizer"
+            f"{key}: {path} has other token ids than {policy}: {id_} is {token!r} of {whose} alone, one of {len(different)} "
+            "differences. It reads what the policy sampled as ids: take a model with the same tokenizer"
         )
     if (known := config.get_text_config().vocab_size) < rows:
         raise UserError(
-            f"grpo.distill.teacher: {path} has probabilities of {known} token ids, and {policy} can sample {rows}: take a teacher with as many"
+            f"{key}: {path} has probabilities of {known} token ids, and {policy} can sample {rows}: take a model with as many"
         )
     return []
 

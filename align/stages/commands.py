@@ -1,15 +1,13 @@
 """What the commands run: a recipe, after the stage that its `init_from` names where there is one."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from glob import glob
-from types import MappingProxyType
 from typing import Any
 
 from align.data.cards import HubSource
 from align.data.entries import Notes, card_of, evaluated
 from align.data.files import first_rows
-from align.data.loader import domains_of
+from align.data.loader import NOTHING, HeldOutPrompts, domains_of
 from align.errors import UserError
 from align.evaluate.accuracy import Evaluation
 from align.evaluate.probe import notes_on
@@ -28,7 +26,7 @@ from align.recipe import (
 )
 from align.recipe.options import is_on_hub
 from align.run import Progress, RunDirectory, read_status
-from align.session.checks import check
+from align.session.checks import check, to_be_made
 from align.session.longer import make_longer
 from align.session.ray import local_ray
 from align.session.run import compare_stages, recorded_evaluations, refuse_changes
@@ -38,8 +36,6 @@ from align.stages.preferences import gather_preferences, load_prompts
 from align.stages.reward_model import load_reward_model_data, show, train_reward_model
 from align.stages.sft import load_sft_data, train_sft
 
-HeldOutPrompts = Mapping[str, Collection[int]]
-NOTHING: HeldOutPrompts = MappingProxyType({})
 FIRST_ROWS = 1000
 """Of each file `check_stages` looks at so many, or at as many as two steps take where that is more."""
 
@@ -69,7 +65,8 @@ def check_stages(stages: Sequence[PlannedStage], *, whole: bool) -> Findings:
     found = Findings()
     for stage in stages:
         rows = None if whole else max(FIRST_ROWS, 2 * stage.recipe.roles().trained_sequences)
-        with first_rows(rows):
+        # Rows of some levels may all be behind the first ones.
+        with first_rows(None if any(data.levels for data in stage.recipe.data) else rows):
             found.notes += check([stage])
             try:
                 unseen = check_data(stage.recipe, rows, found)
@@ -88,6 +85,8 @@ def check_data(recipe: Recipe, rows: int | None, found: Findings) -> list[str]:
 
     Raises UserError as the run does; returns what could not be looked at.
     """
+    if any(to_be_made(data) for data in recipe.data):
+        return ["data that are still to be made"]
     entries = [(data.path, card_of(data)) for data in recipe.data]
     if isinstance(recipe, PolicyRecipe):
         entries += [(entry.path, entry.card) for entry in evaluated(recipe.evaluation, recipe.data)]
@@ -98,9 +97,6 @@ def check_data(recipe: Recipe, rows: int | None, found: Findings) -> list[str]:
     )
     if hub and rows is not None:
         return [f"the rows of {', '.join(hub)}, which are on the hub; --whole reads them"]
-    paths = [path for path, _ in entries if path is not None and path.is_absolute()]
-    if not all(path.exists() or glob(str(path), recursive=True) for path in paths):
-        return ["data that are still to be made"]
     try:
         tokenizer = load_tokenizer(recipe.model.path, trust_remote_code=recipe.model.trust_remote_code)
     except UserError:

@@ -214,7 +214,7 @@ class HeldOut:
     def check_update(self, learner: LearnerGroup, sums: Sums, when: str) -> None:
         """Compare what was sampled with what the learner has just computed for it. Raises AgreementError beyond the recipe's limit."""
         with self._attributed(learner):
-            self.gate.check_sums(sums, when)
+            self.gate.check(Disagreement.of(sums), when)
 
     def _attributed(self, learner: LearnerGroup) -> AbstractContextManager[None]:
         return attributed(self._session.fleet, learner, self._problems.probe, self.gate.dtype)

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from align.errors import Terminated, UserError
-from align.recipe import Pipeline, PlannedStage, differences, load_recipe
+from align.recipe import Pipeline, PlannedStage
 from align.run import RunDirectory, environment_record, read_status
 from align.run.checkpoints import CheckpointDirectory
 from align.session.checks import check
@@ -28,9 +28,16 @@ def run_pipeline(pipeline: Pipeline, start: str | None, last: str | None = None)
 
     The pipeline has finished when all its stages have, and is paused when those after `last` are still to run. Raises
     UserError when the pipeline has no such stage or `last` is before `start`, when a finished stage was run with another
-    recipe, and when an evaluation of a stage to come could not be run, such as one whose judge is down.
+    recipe, or one to go on with was cut short with another, and when an evaluation of a stage to come could not be run, such as one whose
+    judge is down.
     """
     due = stages_to_run(pipeline, start)
+    goes_on = start is None and bool(due) and was_cut_short(due[0])
+    if goes_on and (changed := changed_keys(due[0])) and not due[0].recipe.run.allow_changes:
+        raise UserError(
+            f"stage {due[0].name!r} was cut short with another recipe ({due[0].directory / 'recipe.yaml'}): {', '.join(changed)}; go on with that "
+            f"recipe, run the stage anew with --from {due[0].name}, or go on with this one with run.allow_changes=true"
+        )
     end = place(pipeline, "--to", last) if last is not None else len(pipeline.stages)
     if start is not None and end < place(pipeline, "--from", start):
         raise UserError(f"--to {last} comes before --from {start}: nothing would be run")
@@ -39,7 +46,7 @@ def run_pipeline(pipeline: Pipeline, start: str | None, last: str | None = None)
     directory.save_recipe(pipeline.text)
     directory.save_environment(environment_record())
     for stage in due:
-        if start is not None or stage is not due[0] or not was_cut_short(stage):
+        if not (goes_on and stage is due[0]):
             forget(stage)
     with StopRequest():
         for number, stage in enumerate(pipeline.stages):
@@ -70,11 +77,13 @@ def forget(stage: PlannedStage) -> None:
 
 
 def was_cut_short(stage: PlannedStage) -> bool:
-    """Whether the stage has a checkpoint to go on from, of the recipe that it has now."""
-    directory = RunDirectory(stage.directory)
-    if not directory.recipe_file.exists() or not checkpoints_in(stage):
-        return False
-    return not differences(load_recipe(directory.recipe_file, pending=stage.directory.parent), stage.recipe)
+    """Whether the stage has a checkpoint to go on from."""
+    return RunDirectory(stage.directory).recipe_file.exists() and bool(checkpoints_in(stage))
+
+
+def changed_keys(stage: PlannedStage) -> list[str]:
+    """What of its recipe and its reward files has changed since the stage was run."""
+    return changes(RunDirectory(stage.directory), stage.recipe, pending=stage.directory.parent)
 
 
 def checkpoints_in(stage: PlannedStage) -> list[Path]:
@@ -125,7 +134,7 @@ def is_done(stage: PlannedStage) -> bool:
     status = read_status(stage.directory)
     if status is None or status["state"] != "finished":
         return False
-    if changed := changes(RunDirectory(stage.directory), stage.recipe, pending=stage.directory.parent):
+    if changed := changed_keys(stage):
         raise UserError(
             f"stage {stage.name!r} was run with another recipe ({stage.directory / 'recipe.yaml'}): {', '.join(changed)}; "
             f"run it anew with --from {stage.name}, or give another run.dir"
@@ -141,13 +150,10 @@ def stop_with_the_pipeline() -> None:
 
 def run_stage(stage: PlannedStage) -> int:
     """Run a stage in a process of its own; returns its exit status. Ctrl-C and SIGTERM are handed on, once."""
+    command = [sys.executable, "-m", "align.cli", COMMANDS[stage.recipe.stage], str(stage.file), *stage.overrides]
     if was_cut_short(stage):
-        command = ["resume", str(stage.directory)]
-    else:
-        command = [COMMANDS[stage.recipe.stage], str(stage.file), *stage.overrides]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "align.cli", *command], start_new_session=True, preexec_fn=stop_with_the_pipeline
-    )
+        command.append("run.overwrite=false")
+    process = subprocess.Popen(command, start_new_session=True, preexec_fn=stop_with_the_pipeline)
     try:
         return process.wait()
     except KeyboardInterrupt as stopped:

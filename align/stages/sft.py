@@ -6,10 +6,9 @@ rest open; batch, schedule and length are the recipe's.
 """
 
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -18,7 +17,7 @@ import torch
 from align.data.chat import encode_conversation
 from align.data.drawing import Source, items_of_step, left_out
 from align.data.entries import Notes, Reader, Room, entries_of
-from align.data.loader import held_together, load_split, refuse_one_file
+from align.data.loader import NOTHING, HeldOutPrompts, held_together, load_split, refuse_one_file
 from align.data.types import Example, Message
 from align.errors import UserError, naming
 from align.evaluate.accuracy import Evaluation
@@ -42,9 +41,7 @@ class SftData:
     problems: Problems
 
 
-def load_sft_data(
-    recipe: SftRecipe, tokenizer: Any, notes: Notes, also_held_out: Mapping[str, Collection[int]] = MappingProxyType({})
-) -> SftData:
+def load_sft_data(recipe: SftRecipe, tokenizer: Any, notes: Notes, also_held_out: HeldOutPrompts = NOTHING) -> SftData:
     """Everything the recipe names, read and checked; `also_held_out` is what the stage after it is evaluated on.
 
     Raises UserError for what cannot be used.
@@ -76,6 +73,8 @@ def train_sft(recipe: SftRecipe, data: SftData, session: Session) -> tuple[Model
     with session.learning("SFT", recipe, learner, options.steps, data.sources) as steps:
         alarms = Alarms(recipe.alarms, run.warn, steps.state.setdefault("alarms", no_history()), "SFT")
         evaluations = {}
+        if session.fleet.weight_version:  # of an end that was cut short, from which the stage is run again
+            learner.sync_weights(session.fleet, 0)
         if recipe.evaluation.before:
             evaluations["before SFT"] = held_out.evaluate("before SFT", 0)
 

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from math import nan
+from math import isfinite, nan
 
 import numpy as np
 
@@ -50,13 +50,14 @@ def step_metrics(
     """
     answers = [answer for group in groups for answer in group.trajectories]
     scored = [answer for answer in answers if answer.reward.value is not None]
+    judged = [answer for answer in scored if answer.scored]
     rewards = [float(answer.reward.value) for answer in scored if answer.reward.value is not None]
     lengths = np.array([len(answer.trajectory.token_ids) for answer in answers])
     tokens, seconds, found = sums.tokens or nan, clock.total, Disagreement.of(sums)
     metrics = {
         "reward": mean_of(rewards),
         "reward_std": float(np.std(rewards)) if rewards else nan,
-        "accuracy": mean_of([answer.right for answer in scored]),
+        "accuracy": mean_of([answer.right for answer in judged]),
         "zero_variance_groups": advantages.zero_variance_groups,
         "not_judged": 1 - float(advantages.valid.double().mean()),
         "trained_on": float(advantages.kept.double().mean()),
@@ -80,18 +81,19 @@ def step_metrics(
         "training_tokens_per_second": sums.padded_tokens / clock.seconds["training"],
     }
     if not rewarded:
-        for name in ("reward", "reward_std", "zero_variance_groups", *(() if scored else ("accuracy",))):
+        for name in ("reward", "reward_std", "zero_variance_groups", *(() if judged else ("accuracy",))):
             del metrics[name]
     for name in dict.fromkeys(name for answer in scored for name in answer.reward.components):
         parts = [answer.reward.components.get(name) for answer in scored]
-        metrics[f"reward/{name}"] = mean_of([part.value for part in parts if part is not None])
+        # One of weight 0 that could not judge has no number, and masks nothing.
+        metrics[f"reward/{name}"] = mean_of([part.value for part in parts if part is not None and isfinite(part.value)])
     domains = [group.problem.example.domain for group in groups]
     if len(set(domains)) > 1:
         for domain in dict.fromkeys(domains):
             its = [
                 answer for group in groups if group.problem.example.domain == domain for answer in group.trajectories
             ]
-            metrics[f"accuracy/{domain}"] = mean_of([a.right for a in its if a.reward.value is not None])
+            metrics[f"accuracy/{domain}"] = mean_of([a.right for a in its if a.scored and a.reward.value is not None])
     if sums.prompt_routes:
         metrics["routing/prompt_changed"] = sums.prompt_routes_changed / sums.prompt_routes
     seconds_of = {f"seconds/{part}": value for part, value in clock.seconds.items()}

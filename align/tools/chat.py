@@ -10,9 +10,9 @@ from typing import Any, TextIO
 from align.data.chat import answer_text, encode_prompt
 from align.data.types import Message
 from align.errors import UserError
-from align.model.policy import load_tokenizer, stop_token_ids
+from align.model.policy import first_line, load_tokenizer, stop_token_ids
 from align.recipe import ModelOptions
-from rollout import EngineOptions, Prompt, SamplingOptions, sample_seed
+from rollout import EngineOptions, Prompt, RolloutError, SamplingOptions, sample_seed
 from rollout.worker import environment
 
 HELP = "/reset forgets the conversation, /quit ends it; Ctrl-C stops an answer"
@@ -85,7 +85,12 @@ def chat_in_terminal(
     from rollout.engine import Engine
 
     print(f"loading {model.path} ...", file=sys.stderr)
-    engine = Engine(model.path, model.dtype, options, stops, trust_remote_code=model.trust_remote_code)
+    try:
+        engine = Engine(model.path, model.dtype, options, stops, trust_remote_code=model.trust_remote_code)
+    except (RolloutError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"{model.path} cannot be loaded for --max-length {options.max_length}, of which a lower one takes less memory: {first_line(error)}"
+        ) from None
     conversation = Conversation(
         engine, tokenizer, max_length=options.max_length, sampling=sampling, system=system, seed=seed
     )
@@ -97,7 +102,7 @@ def check_context(path: str, max_length: int) -> None:
     """Raise UserError where the model's context is shorter than what was asked for."""
     from transformers import AutoConfig
 
-    longest = getattr(AutoConfig.from_pretrained(path), "max_position_embeddings", None)
+    longest = getattr(AutoConfig.from_pretrained(path).get_text_config(), "max_position_embeddings", None)
     if longest is not None and max_length > longest:
         raise UserError(f"--max-length {max_length}: {path} has a context of {longest} tokens; give that or less")
 

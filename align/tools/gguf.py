@@ -7,7 +7,7 @@ configuration that no longer says "quantised". The format: https://github.com/gg
 
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,7 @@ def read_gguf(file: Path) -> Contents:
     embedding = next((t for t in reader.tensors if t.name == "token_embd.weight"), None)
     if embedding is None:
         raise UserError(f"{file} has no tensor token_embd.weight: it is no whole language model (an adapter, perhaps?)")
+    check_rope(file, fields, [tensor.name for tensor in reader.tensors])
     return Contents(
         file=file,
         fields=fields,
@@ -115,6 +116,19 @@ def check_architecture(file: Path, fields: dict[str, Any]) -> None:
         raise UserError(
             f"{file}: the architecture {architecture!r} cannot be read from GGUF; take the model's original Hugging Face "
             f"directory instead. Readable: {', '.join(sorted(readable))}"
+        )
+
+
+def check_rope(file: Path, fields: Mapping[str, Any], tensors: Iterable[str]) -> None:
+    """Raise UserError for scaled rotary frequencies, of which transformers reads the base alone: the model written would be another one."""
+    architecture = str(fields.get("general.architecture"))
+    scaled = fields.get(f"{architecture}.rope.scaling.type", "none") != "none" and not architecture.startswith(
+        "gpt-oss"
+    )
+    if scaled or any(name.startswith(("rope_freqs", "rope_factors")) for name in tensors):
+        raise UserError(
+            f"{file}: its rotary frequencies are scaled, which transformers does not read from GGUF; take the model's original Hugging Face "
+            "directory instead"
         )
 
 
@@ -181,6 +195,17 @@ def read_tokenizer(contents: Contents, template: str) -> Any:
         ) from None
     types = contents.fields.get("tokenizer.ggml.token_type") or []
     control = [token for token, type_ in zip(tokens, types, strict=False) if type_ == CONTROL]
+    ends = [int(contents.fields[key]) for key in ("tokenizer.ggml.bos_token_id", *END_TOKENS) if key in contents.fields]
+    special = {index: tokens[index] for index in ends if index < len(tokens)}
+    special |= {
+        index: token for index, (token, type_) in enumerate(zip(tokens, types, strict=False)) if type_ == CONTROL
+    }
+    for index, token in special.items():
+        if tokenizer.convert_tokens_to_ids(token) != index:
+            raise UserError(
+                f"{contents.file}: transformers does not read {token!r} as the token {index} that it is; take the model's original Hugging Face "
+                "directory instead"
+            )
     # Only a token that is known as special is kept apart from a user's text.
     tokenizer.add_special_tokens({"additional_special_tokens": control}, replace_extra_special_tokens=False)
     split = PRE_TOKENIZERS.get(str(contents.fields.get("tokenizer.ggml.pre")))
@@ -201,6 +226,7 @@ def _smollm() -> Any:
 
 PRE_TOKENIZERS: dict[str, Callable[[], Any]] = {"smollm": _smollm}
 """What cuts a text before it is merged, where transformers does not take it from the file."""
+END_TOKENS = tuple(f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
 READ_RIGHT = ("default", "gpt-2", "llama-bpe", "qwen2", *PRE_TOKENIZERS)
 
 
@@ -237,8 +263,7 @@ def write_model(contents: Contents, tokenizer: Any, directory: Path, dtype: str)
 
 def stop_tokens(contents: Contents, tokenizer: Any) -> list[int]:
     """The file's end tokens, and the one that its template writes after an answer. Raises UserError where there is none."""
-    keys = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
-    stops = {int(contents.fields[key]) for key in keys if key in contents.fields}
+    stops = {int(contents.fields[key]) for key in END_TOKENS if key in contents.fields}
     if (end := turn_end(tokenizer)) is not None:
         stops.add(end)
     if not stops:

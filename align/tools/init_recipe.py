@@ -23,7 +23,7 @@ from align.plan.plan import gib, make_plan
 from align.recipe import DataOptions, ModelOptions, PlannedStage, Recipe
 from align.recipe.load import apply_override, collect_lines, recipe_of
 from align.run import read_status, write_atomically
-from align.run.machine import cores_available, gpu_records, memory_bytes
+from align.run.machine import cores_available, memory_bytes
 from align.stages.commands import check_stages
 from align.tools.show_data import (
     encoded,
@@ -71,9 +71,9 @@ class Machine:
         """This machine, or what a container leaves of it."""
         import torch
 
-        gpus = gpu_records() if torch.cuda.is_available() else []
-        least = min((gpu["memory"] or 0 for gpu in gpus), default=0)
-        return cls(max(1, int(cores_available())), memory_bytes()[1], len(gpus), least)
+        # nvidia-smi would tell of GPUs that CUDA_VISIBLE_DEVICES hides.
+        gpus = [torch.cuda.get_device_properties(number).total_memory for number in range(torch.cuda.device_count())]
+        return cls(max(1, int(cores_available())), memory_bytes()[1], len(gpus), min(gpus, default=0))
 
     @property
     def cluster(self) -> Cluster:
@@ -200,7 +200,7 @@ def read(data: DataOptions, stage: Stage, model: ModelOptions, machine: Machine,
         prompts=[answer.start for answer in answers],
         answers=[len(answer) for answer in answers],
         sizes=model_sizes(skeleton),
-        positions=getattr(skeleton.config, "max_position_embeddings", None),
+        positions=getattr(skeleton.config.get_text_config(), "max_position_embeddings", None),
         machine=machine,
     )
 

@@ -53,8 +53,11 @@ def load_base(adapter: Path, config: Mapping[str, Any], origin: str) -> Any:
     try:
         with no_progress_bars():
             return kind.from_pretrained(origin, dtype="auto", **({"num_labels": 1} if classifies else {}))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{adapter}: transformers cannot load its base {origin}: {first_line(error)}") from None
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        cure = (
+            "; give the model as it was before it was quantised with --base" if "quanti" in str(error).lower() else ""
+        )
+        raise UserError(f"{adapter}: transformers cannot load its base {origin}: {first_line(error)}{cure}") from None
 
 
 def add_saved_adapter(model: Any, adapter: Path, origin: str) -> Any:

@@ -10,14 +10,13 @@ import torch
 from align.data.cards import load_card
 from align.data.loader import load_split
 from align.data.own import read_user_file
-from align.data.types import Example, Message, SplitName
+from align.data.types import Example, SplitName
 from align.errors import UserError
 from align.evaluate.accuracy import evaluate, mean_of, short_problems
 from align.evaluate.agreement import AgreementGate
 from align.evaluate.attribution import attribute
 from align.evaluate.doctor import Check, examine, skeleton_of, verdict
 from align.evaluate.doctor_engines import examine_engines, parts, sampler_share
-from align.evaluate.hooks import PolicyCheckpoint
 from align.experience import encode_problems
 from align.learner.group import LearnerGroup
 from align.learner.policy import FrugalRank
@@ -75,8 +74,12 @@ def evaluate_file(
     check_columns([term], examples)
     tokenizer = load_tokenizer(model.path, trust_remote_code=model.trust_remote_code)
     longest = rollout.max_length - max_new_tokens
+    if longest < 1:
+        raise UserError(
+            f"--max-new-tokens {max_new_tokens} leaves no room for a prompt in --max-length {rollout.max_length}: lower the one, or raise the other"
+        )
     problems = encode_problems(tokenizer, examples)
-    short_problems(problems, longest)
+    short_problems(problems, longest, "--max-length")
     with (
         running_fleet(model, rollout, tokenizer) as fleet,
         closing(ScoringPool(mixture, workers=1, timeout_s=rollout.batch_timeout_s)) as judges,
@@ -111,22 +114,6 @@ def problems_of(data: str, split: SplitName | None) -> list[Example]:
     if split is not None:
         raise UserError(f"--split {split}: {data} is a file, which has no splits; leave it out, or give a data card")
     return read_user_file(file)
-
-
-def answers_of(
-    model: ModelOptions, requests: Sequence[str], rollout: FleetOptions, *, max_new_tokens: int, temperature: float
-) -> dict[str, str]:
-    """What the model says to each request. Raises UserError for one that is too long."""
-    tokenizer = load_tokenizer(model.path, trust_remote_code=model.trust_remote_code)
-    conversations: dict[str, list[Message]] = {r: [{"role": "user", "content": r}] for r in requests}
-    checkpoint = PolicyCheckpoint(model, tokenizer, rollout.max_length)
-    with running_fleet(model, rollout, tokenizer) as fleet:
-        fleet.wait_until_ready()
-        responses = checkpoint.ask(fleet, conversations, max_new_tokens=max_new_tokens, temperature=temperature)
-    for request, response in responses.items():
-        if not response.tokens:
-            raise UserError(f"a request leaves no room for {max_new_tokens} new tokens: {request[:80]!r}")
-    return {request: response.text for request, response in responses.items()}
 
 
 def doctor(model: ModelOptions, rollout: FleetOptions, *, by_part: bool = False) -> str:

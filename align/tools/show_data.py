@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -125,11 +126,18 @@ def show_columns(source: OwnSource, console: Console) -> None:
     for row in (row for files in tables_of(source).values() for file in files for row in read_rows(file)):
         if isinstance(row, Row):
             filled.update(column for column in row.values if row.has(column))
-            first = row if first is None and form.fits(row) else first
+            first = row if first is None and can_be_read(form, row) else first
     assert first is not None
     uses = uses_of(form, first)
     found = [[c, filled[c], plain(first.values.get(c)), uses.get(c, "sample.metadata, for rewards")] for c in filled]
     table(console, "column", found, ["rows with it", "for example", "read as"])
+
+
+def can_be_read(form: Form, row: Row) -> bool:
+    """Whether the row is of the form, and nothing is wrong with it."""
+    with suppress(UserError):
+        return form.fits(row) and bool(form.read(row))
+    return False
 
 
 def uses_of(form: Form, row: Row) -> dict[str, str]:

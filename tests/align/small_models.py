@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from transformers import (
     DeepseekV2Config,
     LlamaConfig,
@@ -11,6 +12,10 @@ from transformers import (
     Qwen2MoeConfig,
     Qwen3MoeConfig,
 )
+
+from align.learner.objective import LogProbs
+from align.learner.policy import PolicyRank, Weights, checkpoint_in_every_mode
+from align.recipe import LearnerOptions, ModelOptions, OptimizerOptions
 
 EXPERTS, CHOSEN, LAYERS, GROUPS, GROUPS_A_TOKEN = 8, 3, 2, 4, 2
 SIZES: dict[str, Any] = {
@@ -52,3 +57,17 @@ def small_config(name: str, **changed: Any) -> PretrainedConfig:
     """The configuration of an architecture, with some values of its own."""
     kind, own = MODELS[name]
     return kind(**{**SIZES, **own, **changed})
+
+
+def rank_of(policy: Any, **options: Any) -> Any:
+    """A learner rank of a policy, without Ray and DeepSpeed."""
+    rank = object.__new__(PolicyRank)
+    rank._model = ModelOptions(path="made here")
+    rank._options = LearnerOptions(ranks=1, optimizer=OptimizerOptions(learning_rate=1e-3), **options)
+    rank._engine, rank._device, rank._pad_id = Weights(LogProbs(policy)), torch.device("cpu"), 0
+    rank._reference = rank._teacher = None
+    if rank._options.gradient_checkpointing:
+        policy.gradient_checkpointing_enable()
+    rank._checkpointed = checkpoint_in_every_mode(policy)
+    rank._watch(policy)
+    return rank

@@ -114,17 +114,18 @@ def test_what_a_run_refuses_before_it_starts_check_refuses_in_the_same_words(
     assert refusal("check", *arguments) == expected
 
 
+@pytest.mark.parametrize("key", ["grpo.distill.teacher", "reference"])
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ("tokens", "has other token ids than"),
         ("rows", "has probabilities of 912 token ids, and"),
         ("weights", "has no weights (*.safetensors); give a trained model"),
-        ("gone", "grpo.distill.teacher names"),
+        ("gone", " names "),
     ],
 )
-def test_a_teacher_that_cannot_teach_this_policy_is_refused_before_an_engine_starts(
-    change: str, message: str, refusal: Refusal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_teacher_or_a_reference_that_is_not_for_this_policy_is_refused_before_an_engine_starts(
+    key: str, change: str, message: str, refusal: Refusal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ray.init", lambda *_, **__: pytest.fail("an engine starts"))
     teacher, policy = tmp_path / "teacher", tmp_path / "policy"
@@ -146,10 +147,12 @@ def test_a_teacher_that_cannot_teach_this_policy_is_refused_before_an_engine_sta
         (teacher / "model.safetensors").unlink()
     else:
         shutil.rmtree(teacher)
-    arguments = grpo(tmp_path, f"model.path={policy}", f"grpo.distill={{teacher: {teacher}}}")
+    arguments = grpo(
+        tmp_path, f"model.path={policy}", f"{key}={teacher}", *(["grpo.kl_coefficient=0.1"] * (key == "reference"))
+    )
     error = refusal(*arguments)
     assert message in error
-    assert "grpo.distill.teacher" in error
+    assert key in error
     assert refusal("check", *arguments[1:]) == error
 
 
@@ -292,13 +295,6 @@ def test_a_row_that_cannot_be_used_is_told_with_its_file_line_and_column_whereve
     assert "1 of 100 rows cannot be used" in error
     assert f"problems.jsonl, line {named}: " in error
     assert said in error
-
-
-@pytest.mark.parametrize("row", [{"prompt": "1?", "answer": "1"}, {"prompt": "1?", "chosen": "1", "rejected": "2"}])
-def test_rows_of_mixed_forms(row: Any, refusal: Refusal, tmp_path: Path) -> None:
-    error = refusal("check", *sft(tmp_path, DEEP, row))
-    assert f"problems.jsonl, line {DEEP + 1}: it is of the form p" in error
-    assert "and the rows before it are of the form messages" in error
 
 
 STRICT = (

@@ -176,12 +176,15 @@ def test_too_many_masked_samples_stop_the_run() -> None:
         mixture.score([*half, sample(ground_truth=None)])
 
 
-def test_a_term_without_weight_measures_and_never_masks() -> None:
+def test_a_term_without_weight_measures_and_never_masks_and_that_it_could_not_is_told(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     register("dead")(fails(times=100))
     mixture = Mixture([RewardTerm(name="exact_answer"), RewardTerm(name="dead", weight=0.0)])
     [reward] = mixture.score([sample()])
     assert reward.value == 1.0
     assert reward.components["dead"].verdict is Verdict.INFRA_ERROR
+    assert "1 values of rewards with weight 0 are missing. The first: reward 'dead'" in caplog.text
 
 
 def raises(sample: Sample) -> Score:

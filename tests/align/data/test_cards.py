@@ -1,8 +1,7 @@
 import pytest
 import yaml
 
-from align.data import list_cards, load_card, require_stage
-from align.data.cards import CARDS
+from align.data.cards import CARDS, list_cards, load_card, require_stage
 from align.errors import UserError
 
 FILE_CARD = {

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from align.data import answer_text, encode_example, encode_prompt
+from align.data.chat import answer_text, encode_example, encode_prompt
 from align.errors import UserError
 from align.evaluate.doctor import CheckStatus, check_round_trip, check_template
 from align.run import read_samples, write_samples

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from align.data import load_card, load_split
+from align.data.cards import load_card
+from align.data.loader import load_split
 from align.data.types import Example
 from align.errors import UserError
 from reward import Sample, Verdict

@@ -11,9 +11,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from align.data import load_card, load_split
+from align.data.cards import load_card
 from align.data.drawing import Source, Stream, drawn, items_of_step, key_hash, refill_of_step, shares
 from align.data.entries import entries_of
+from align.data.loader import load_split
 from align.data.types import Example, Preference
 from align.errors import UserError
 from align.experience import encode_problems

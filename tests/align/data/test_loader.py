@@ -3,8 +3,9 @@ import json
 import pytest
 import yaml
 
-from align.data import load_card, load_split
+from align.data.cards import load_card
 from align.data.drawing import key_hash
+from align.data.loader import load_split
 from align.data.types import Example, normalised
 from align.errors import UserError
 from reward.math.answer import math_answer

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import yaml
 
-from align.cli import EXIT_USER_ERROR, main
 from align.data.cards import OwnSource, load_card
 from align.data.drawing import held_out_places, key_hash
 from align.data.entries import card_of, evaluated
@@ -384,15 +383,6 @@ def test_a_recipe_s_path_may_be_a_pattern_and_must_name_something(path: str, fou
     else:
         with pytest.raises(UserError, match=r"data\.path names .*none.*jsonl, which does not exist"):
             load_recipe(Path("recipes/nano/grpo.yaml"), overrides)
-
-
-def test_the_command_refuses_bad_rows_in_one_message(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    file = written(tmp_path / "mine.jsonl", problems(3) + bad(2))
-    arguments = [f"run.dir={tmp_path / 'run'}", "init_from=null", "machine={}", f"data={{path: {file}}}"]
-    assert main(["check", "recipes/nano/grpo.yaml", *arguments]) == EXIT_USER_ERROR
-    error = capfd.readouterr().err
-    assert "2 of 5 rows cannot be used" in error
-    assert "Traceback" not in error
 
 
 def test_pairs_of_a_file_are_preferences(tmp_path: Path) -> None:

@@ -5,7 +5,8 @@ import logging
 
 import pytest
 
-from align.data import load_card, load_split, require_stage
+from align.data.cards import load_card, require_stage
+from align.data.loader import load_split
 from align.errors import UserError
 from reward import Sample, Verdict
 from reward.math.answer import math_answer

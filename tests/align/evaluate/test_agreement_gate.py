@@ -168,7 +168,7 @@ def routed(changed: int, dtype: str = "float32", **more: int) -> tuple[Any, list
     counts = Routes(**{"known": 200, "changed": changed, "undecided": 0, "fell_back": 0} | more)
     sums = Sums(compared=100, equal=25, routes=[{1: Routes(200, 0, 0, 0)}, {3: counts}])
     checked = AgreementGate(AgreementOptions(), dtype, warnings.append)
-    return partial(checked.check_sums, sums, "step 1"), warnings
+    return partial(checked.check, Disagreement.of(sums), "step 1"), warnings
 
 
 def test_in_float32_one_changed_route_stops_the_run_and_ties_do_not() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from align.data import encode_prompt
+from align.data.chat import encode_prompt
 from align.errors import UserError
 from align.evaluate.drift import drift, losses, ordinary_requests
 from align.evaluate.hooks import PolicyCheckpoint, run

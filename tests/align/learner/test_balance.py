@@ -12,14 +12,13 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from align.errors import UserError
 from align.learner.balance import BalanceLosses, balance_metrics, factors_of
 from align.learner.batch import TrainingSequence
-from align.learner.experts import ExpertCounter, routers_of
-from align.learner.objective import LogProbs, Objective
-from align.learner.policy import PolicyRank, Weights, checkpoint_in_every_mode
+from align.learner.experts import routers_of
+from align.learner.objective import Objective
+from align.learner.policy import Weights
 from align.learner.reward_model import RewardModelRank, Rewards, TrainingPair
-from align.learner.routing import RoutingReplay
 from align.recipe import BalanceOptions, LearnerOptions, OptimizerOptions
 
-from ..small_models import CHOSEN, EXPERTS, GROUPS, GROUPS_A_TOKEN, WITH_EXPERTS, small_config
+from ..small_models import CHOSEN, EXPERTS, GROUPS, GROUPS_A_TOKEN, WITH_EXPERTS, rank_of, small_config
 
 FACTORS = {"expert": 0.3, "device": 0.5, "communication": 0.2}
 
@@ -31,20 +30,6 @@ def policy_of(name: str) -> Any:
     for router in routers_of(policy).values():
         torch.nn.init.normal_(router.weight, std=0.5)
     return policy
-
-
-def rank_of(policy: Any, **options: Any) -> PolicyRank:
-    """A learner rank without DeepSpeed."""
-    rank = object.__new__(PolicyRank)
-    rank._options = LearnerOptions(ranks=1, optimizer=OptimizerOptions(learning_rate=1e-3), **options)
-    rank._engine, rank._device, rank._pad_id = Weights(LogProbs(policy)), torch.device("cpu"), 0
-    rank._reference = rank._teacher = None
-    if rank._options.gradient_checkpointing:
-        policy.gradient_checkpointing_enable()
-    rank._checkpointed = checkpoint_in_every_mode(policy)
-    rank._routing, rank._expert_counter = RoutingReplay(policy), ExpertCounter(policy)
-    rank._balance = BalanceLosses(policy, rank._options.balance)
-    return rank
 
 
 def some_sequences() -> list[TrainingSequence]:

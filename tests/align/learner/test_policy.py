@@ -11,12 +11,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from align.learner.balance import BalanceLosses
 from align.learner.batch import TrainingSequence
-from align.learner.experts import ExpertCounter
 from align.learner.objective import LogProbs, Objective
 from align.learner.policy import FrugalRank, PolicyRank, checkpoint_in_every_mode, pad_id_of
-from align.learner.routing import RoutingReplay
 from align.recipe import GrpoOptions, LearnerOptions, ModelOptions, OptimizerOptions
 
 TEMPERATURE = 0.7
@@ -67,8 +64,7 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> Callable[..., PolicyRank]:
         made._checkpointed = checkpoint_in_every_mode(policy)
         made._reference = LogProbs(network(1)).eval().requires_grad_(False)
         made._teacher = None
-        made._routing, made._expert_counter = RoutingReplay(policy), ExpertCounter(policy)
-        made._balance = BalanceLosses(policy, made._options.balance)
+        made._watch(policy)
         return made
 
     return make

@@ -18,13 +18,11 @@ from transformers import (
 from transformers.models.mixtral import modeling_mixtral
 from transformers.models.qwen3_moe import modeling_qwen3_moe
 
-from align.learner.balance import BalanceLosses
 from align.learner.batch import TrainingSequence, collate, collate_after_prompts
-from align.learner.experts import ExpertCounter
 from align.learner.objective import LogProbs, Objective
-from align.learner.policy import PolicyRank, checkpoint_in_every_mode
-from align.learner.routing import RoutingReplay
-from align.recipe import BalanceOptions, GrpoOptions, LearnerOptions, ModelOptions, OptimizerOptions
+from align.recipe import GrpoOptions
+
+from ..small_models import rank_of
 
 SIZES: dict[str, Any] = {
     "vocab_size": 512,
@@ -44,36 +42,6 @@ DROPPING: dict[str, Callable[[], PretrainedConfig]] = {
 GRPO = Objective(GrpoOptions(steps=1, prompts_per_step=1, group_size=2))
 
 
-class Engine(torch.nn.Module):
-    """What a rank asks of DeepSpeed for gradients, in this process."""
-
-    def __init__(self, module: LogProbs):
-        super().__init__()
-        self.module = module
-
-    def forward(self, **inputs: Any) -> Any:
-        return self.module(**inputs)
-
-    def backward(self, loss: torch.Tensor) -> None:
-        loss.backward()
-
-
-def rank_of(network: Any, *, checkpointing: bool = False) -> PolicyRank:
-    """A learner rank whose engine is this process."""
-    rank = object.__new__(PolicyRank)
-    rank._model = ModelOptions(path="made here")
-    rank._options = LearnerOptions(ranks=1, optimizer=OptimizerOptions(learning_rate=1e-3))
-    if checkpointing:
-        network.gradient_checkpointing_enable()
-    rank._engine = Engine(LogProbs(network))
-    rank._checkpointed = checkpoint_in_every_mode(network)
-    rank._device, rank._pad_id = torch.device("cpu"), 0
-    rank._reference = rank._teacher = None
-    rank._routing, rank._expert_counter = RoutingReplay(network), ExpertCounter(network)
-    rank._balance = BalanceLosses(network, BalanceOptions())
-    return rank
-
-
 def network_of(config: PretrainedConfig) -> Any:
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -85,7 +53,7 @@ def test_grpo_trains_on_the_log_probabilities_of_the_policy_that_samples(
     name: str, checkpointing: bool, sequences: Any
 ) -> None:
     network = network_of(DROPPING[name]())
-    rank = rank_of(network, checkpointing=checkpointing)
+    rank = rank_of(network, gradient_checkpointing=checkpointing)
     (values,) = rank.log_probs([sequences(0)], 1.0)
     sampled = [replace(s, sampler_log_probs=v) for s, v in zip(sequences(0), values, strict=True)]
     for _ in range(2):
@@ -101,7 +69,7 @@ def test_layers_are_computed_again_in_grpo_too_and_the_gradient_is_the_same(name
     passes, gradients = [], []
     for checkpointing in (False, True):
         network = network_of(DROPPING[name]())
-        rank = rank_of(network, checkpointing=checkpointing)
+        rank = rank_of(network, gradient_checkpointing=checkpointing)
         part = next(m for n, m in network.named_modules() if n.endswith(("0.attn", "0.self_attn")))
         seen: list[int] = []
         part.register_forward_hook(lambda *_, seen=seen: seen.append(1))

@@ -96,3 +96,30 @@ def test_a_model_that_is_nowhere_is_refused_with_what_to_say_instead(monkeypatch
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match=r"model\.path: runs/none/final .*deepseek-ai/DeepSeek-V2-Lite"):
         read_config("runs/none/final")
+
+
+def test_a_model_that_reads_images_too_has_the_sizes_of_its_text() -> None:
+    text = {
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_hidden_layers": 3,
+        "head_dim": 16,
+    }
+    text |= {"intermediate_size": 96, "vocab_size": 100, "model_type": "gemma3_text"}
+    vision = {
+        "hidden_size": 32,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 1,
+        "intermediate_size": 32,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    sizes = model_sizes(empty_model({"model_type": "gemma3", "text_config": text, "vision_config": vision}))
+    assert (sizes.layers, sizes.hidden, sizes.kv_a_token) == (3, 64, 3 * 2 * 2 * 16)
+
+
+def test_a_configuration_that_contradicts_itself_is_refused() -> None:
+    config = {"model_type": "llama", "hidden_size": 65, "num_attention_heads": 4, "num_hidden_layers": 1}
+    with pytest.raises(UserError, match=r"model\.path: "):
+        empty_model(config)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from pydantic import BaseModel
 
 import align.recipe.options
 from align.errors import UserError
-from align.recipe import STAGES, GrpoRecipe, dump_recipe, load_pipeline, load_recipe
+from align.recipe import STAGES, GrpoRecipe, dump_recipe, load_pipeline, load_recipe, load_stages
 from align.recipe.load import INPUTS, with_inputs_found
 from align.session.checks import check_names
 from align.shipped import found
@@ -221,7 +222,9 @@ def test_what_is_read_is_found_beside_the_recipe_and_else_from_the_working_direc
 def test_a_run_s_own_copy_is_the_same_recipe_from_anywhere(
     places: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = load_recipe(recipe_on(places[0], "mine.jsonl"), ["reference=.", "grpo.kl_coefficient=0.1"])
+    shutil.copytree(NANO / "policy", places[1] / "policy")
+    (places[1] / "policy/model.safetensors").touch()
+    recipe = load_recipe(recipe_on(places[0], "mine.jsonl"), ["reference=policy", "grpo.kl_coefficient=0.1"])
     copy = tmp_path / "recipe.yaml"
     copy.write_text(dump_recipe(recipe))
     monkeypatch.chdir("/")
@@ -287,3 +290,49 @@ def test_names_on_the_hub_and_names_of_cards_stay_as_they_are(places: tuple[Path
     (places[0] / "nano_math").mkdir()
     values = {"model": {"path": "org/model"}, "data": [{"card": "nano_math"}, {"path": "hf://org/data"}]}
     assert with_inputs_found(values, "", places[0]) == values
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "guard={learned: exact_anser, trusted: exact_answer}",
+            r"guard\.learned: no reward .* 'exact_anser' \(did you mean 'exact_answer'",
+        ),
+        ("guard={learned: a, trusted: b}", "guard: a and b judge samples of no domain in common"),
+        (
+            "evaluation.against={run: recipes, judge: nobody}",
+            "evaluation.against.judge: no reward of the recipe is called 'nobody'",
+        ),
+    ],
+)
+def test_components_that_a_recipe_names_are_those_of_its_rewards(override: str, message: str) -> None:
+    terms = ", ".join(f"{{name: exact_answer, label: {label}, domains: [{label}]}}" for label in "ab")
+    with pytest.raises(UserError, match=message):
+        load_recipe(NANO / "grpo.yaml", [f"rewards=[{{name: exact_answer, domains: [arithmetic]}}, {terms}]", override])
+
+
+def test_a_run_directory_may_be_in_the_home_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_recipe(NANO / "grpo.yaml", ["run.dir=~/runs/x"]).directory == tmp_path / "runs/x"
+
+
+def test_a_step_s_mean_is_something_to_compare_a_single_completion_with() -> None:
+    alone = ["grpo.group_size=1", "grpo.drop_zero_variance_groups=false"]
+    load_recipe(NANO / "grpo.yaml", [*alone, "grpo.preset=reinforce++"])
+    with pytest.raises(UserError, match="leaves a completion nothing"):
+        load_recipe(NANO / "grpo.yaml", alone)
+    with pytest.raises(UserError, match="drops every group of one completion"):
+        load_recipe(NANO / "grpo.yaml", ["grpo.group_size=1", "grpo.drop_zero_variance_groups=true"])
+
+
+def test_a_recipe_beside_a_directory_sft_is_no_runs_and_keeps_its_init_from(tmp_path: Path) -> None:
+    (tmp_path / "sft").mkdir()
+    for name, steps in (("sft/recipe.yaml", 3), ("mine.yaml", 5)):
+        recipe = load_recipe(NANO / "sft.yaml", [f"sft.steps={steps}"])
+        (tmp_path / name).write_text(dump_recipe(recipe))
+    (tmp_path / "grpo.yaml").write_text(
+        dump_recipe(load_recipe(NANO / "grpo.yaml", [f"init_from={tmp_path}/mine.yaml"]))
+    )
+    [before, _] = load_stages(tmp_path / "grpo.yaml")
+    assert before.recipe.sft.steps == 5  # type: ignore[attr-defined]

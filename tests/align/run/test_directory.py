@@ -172,6 +172,9 @@ def test_somebodys_files_inside_a_run_are_not_overwritten(tmp_path: Path, place:
         RunDirectory.create(tmp_path / "nano", overwrite=True)
     assert (tmp_path / place / "notes.txt").read_text() == "precious"
     assert run.recipe_file.exists()
+    # A run that goes on leaves them where they are.
+    RunDirectory.reopen(tmp_path / "nano").finish()
+    assert (tmp_path / place / "notes.txt").read_text() == "precious"
 
 
 def test_a_run_is_not_overwritten_while_one_of_its_stages_is_owned(tmp_path: Path) -> None:

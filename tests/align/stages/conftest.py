@@ -221,6 +221,7 @@ def train(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Stag
         name: str,
         *overrides: str,
         write: Callable[[int, int, int], Mapping[str, Any]] = lambda step, place, index: {"worth": float(index % 2)},
+        weight_version: int = 0,
         **learns: Any,
     ) -> Stage:
         learner = learns.pop("learner", None) or FakeLearner(**learns)
@@ -251,7 +252,7 @@ def train(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Stag
         monkeypatch.setattr(Session, "new_learner", start)
         monkeypatch.setattr(HeldOut, "check_agreement", lambda self, learner, when: stage.checked.append(when))
         monkeypatch.setattr(HeldOut, "evaluate", lambda self, when, step: rated(when))
-        fleet = FakeFleet(write)
+        fleet = FakeFleet(write, weight_version)
         tokenizer = load_tokenizer(recipe.model.path)
 
         def rated(when: str) -> Evaluation:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from align.cli import EXIT_USER_ERROR, main
 from align.errors import UserError
@@ -90,15 +91,6 @@ def test_a_step_that_takes_more_than_there_is_and_rows_without_room_are_refused(
         sft(tmp_path, long, "rollout.max_length=24", "evaluation.max_new_tokens=1")
 
 
-def test_a_column_that_a_reward_wants_and_the_data_lack(tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text("def f(completions, unit): return [0.0 for _ in completions]\n")
-    overrides = ["init_from=null", f"rewards=[{{name: {tmp_path}/mine.py:f}}]", "grpo.prompts_per_step=8"]
-    rows = [{"prompt": f"Say {n}.", "answer": "1"} for n in range(20)]
-    with pytest.raises(UserError, match="rewards: f reads the column 'unit'"):
-        found(tmp_path, "grpo", rows, *overrides)
-    found(tmp_path, "grpo", [row | {"unit": "cm"} for row in rows], *overrides)
-
-
 def test_what_is_still_to_be_made_or_on_the_hub_is_named_and_not_read(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -128,3 +120,35 @@ def test_check_and_the_run_refuse_in_the_same_words(tmp_path: Path, capfd: pytes
         said.append(re.sub(r"template of \S+", "template of MODEL", error))
     assert said[0] == said[1]
     assert "mine/21" in said[0]
+
+
+def test_rows_of_a_level_may_all_be_behind_the_first_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commands, "FIRST_ROWS", 30)
+    rows = [{"prompt": f"Say {n}.", "answer": "1", "level": 1 + (n >= 100)} for n in range(140)]
+    given = ["init_from=null", "rewards=[{name: exact_answer}]", "grpo.prompts_per_step=8"]
+    found(tmp_path, "grpo", rows, *given, f"data={{path: {tmp_path / 'mine.jsonl'}, levels: [2]}}")
+
+
+def test_data_that_a_stage_before_makes_need_no_card(tmp_path: Path) -> None:
+    (tmp_path / "pipeline.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "name": "p",
+                "stages": [
+                    {"name": "a", "recipe": "recipes/nano/sft.yaml", "set": OWN},
+                    {
+                        "name": "b",
+                        "recipe": "recipes/nano/reward_model.yaml",
+                        "set": [
+                            "machine={}",
+                            "data={path: '${a}/arithmetic'}",
+                            "init_from=null",
+                            "model={path: '${a}'}",
+                        ],
+                    },
+                ],
+            }
+        )
+    )
+    stages = load_stages(tmp_path / "pipeline.yaml", [f"run.dir={tmp_path / 'run'}"])
+    assert any("still to be made" in note for note in check_stages(stages, whole=False).notes)

@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-from align.learner.balance import BalanceLosses, balance_metrics
+from align.learner.balance import balance_metrics
 from align.learner.batch import TrainingSequence
-from align.learner.experts import ExpertCounter, load_metrics
-from align.learner.objective import LogProbs, Objective, Sums
-from align.learner.policy import PolicyRank, Weights
-from align.learner.routing import RoutingReplay
+from align.learner.experts import load_metrics
+from align.learner.objective import Objective, Sums
 from align.model.policy import load_policy, write_random_policy
-from align.recipe import BalanceOptions, LearnerOptions, ModelOptions, OptimizerOptions
+from align.recipe import BalanceOptions, ModelOptions
+
+from ..small_models import rank_of
 
 STEPS, GOOD_EXPERTS = 40, 2
 RECIPE = (
@@ -35,13 +35,8 @@ class PlainLearner:
 
     def __init__(self, policy: Any, balance: BalanceOptions, rest: Any):
         self.policy, self._rest = policy, rest
-        rank: Any = object.__new__(PolicyRank)
-        rank._options = LearnerOptions(ranks=1, optimizer=OptimizerOptions(learning_rate=1e-3), balance=balance)
-        rank._engine, rank._device, rank._pad_id = Weights(LogProbs(policy)), torch.device("cpu"), 1
-        rank._reference, rank._teacher, rank._checkpointed = None, None, []
-        rank._routing, rank._expert_counter = RoutingReplay(policy), ExpertCounter(policy)
-        rank._balance = BalanceLosses(policy, balance)
-        self.rank, self.optimizer = rank, torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
+        self.rank = rank_of(policy, balance=balance)
+        self.optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._rest, name)

@@ -1,5 +1,7 @@
 """What a GRPO step makes of its samples, and what the stage does with them: each key of the recipe has its effect."""
 
+import math
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -188,6 +190,13 @@ def test_a_sample_that_nobody_could_judge_is_in_no_mean_and_an_event_of_the_run(
     assert all("no sandbox" in event["message"] for event in told)
 
 
+def test_a_measure_that_is_missing_of_one_sample_is_the_mean_of_the_others(train: Any) -> None:
+    def measured(step: int, place: int, index: int) -> Mapping[str, Any]:
+        return {"worth": {"exact_answer": float(index), "judge": math.nan if (place, index) == (0, 3) else 2.0}}
+
+    assert train("grpo", *SMALL, write=measured).steps[0]["reward/judge"] == 2.0
+
+
 @pytest.mark.parametrize("updates", [1, 2])
 def test_samples_are_written_with_the_learners_log_probabilities_of_what_was_trained_on(
     train: Any, updates: int
@@ -226,18 +235,14 @@ def test_several_updates_keep_near_the_policy_that_the_step_began_with(train: An
 NANO = Path(__file__).parents[3] / "recipes/nano"
 
 
-@pytest.mark.parametrize(
-    ("overrides", "expected"),
-    [
-        ([], None),
-        (["grpo.kl_coefficient=0.1"], str(NANO / "policy")),
-        (["grpo.kl_coefficient=0.1", "reference=recipes/nano"], str(NANO)),
-    ],
-)
-def test_the_kl_is_to_the_reference_that_the_recipe_names(
-    train: Any, overrides: list[str], expected: str | None
-) -> None:
+@pytest.mark.parametrize("given", ["", "grpo.kl_coefficient=0.1", "reference"])
+def test_the_kl_is_to_the_reference_that_the_recipe_names(train: Any, given: str, tmp_path: Path) -> None:
+    policy, other = NANO / "policy", tmp_path / "other"
+    shutil.copytree(policy, other)
+    (other / "model.safetensors").touch()
+    overrides = ["grpo.kl_coefficient=0.1", f"reference={other}"] if given == "reference" else [given] * bool(given)
     reference = train("grpo", *SMALL, *overrides).learner.reference
+    expected = {"": None, "reference": str(other)}.get(given, str(policy))
     assert (reference and reference.path) == expected
 
 

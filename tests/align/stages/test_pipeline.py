@@ -2,6 +2,7 @@
 
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -164,6 +165,44 @@ def test_a_stage_that_was_interrupted_and_went_on_is_done_as_any_other(tmp_path:
     resumed = sft.recipe.model_copy(update={"run": sft.recipe.run.model_copy(update={"overwrite": False})})
     RunDirectory(sft.directory).save_recipe(dump_recipe(resumed))
     assert to_run(plan) == ["math", "more"]
+
+
+def test_a_stage_that_was_cut_short_goes_on_with_its_recipe_or_is_refused_and_nothing_of_it_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[list[str]] = []
+    started = SimpleNamespace(Popen=lambda command, **_: (ran.append(command), SimpleNamespace(wait=lambda: 1))[1])
+    monkeypatch.setattr("align.stages.pipeline.subprocess", started)
+    monkeypatch.setattr("align.stages.pipeline.check", list)
+    plan = pipeline(tmp_path)
+    RunDirectory.create(plan.directory).interrupt()
+    directory = RunDirectory.create(plan.stages[0].directory)
+    directory.save_recipe(dump_recipe(plan.stages[0].recipe))
+    checkpoint = directory.checkpoints_directory / "step_00003"
+    checkpoint.mkdir(parents=True)
+    directory.interrupt()
+    changed = STAGES.replace("sft.steps=5", "sft.sequences_per_step=7, sft.steps=5")
+    with pytest.raises(
+        UserError, match=r"stage 'sft' was cut short with another recipe .*sft\.sequences_per_step.*--from sft"
+    ):
+        run_pipeline(pipeline(tmp_path, text=changed), None)
+    assert checkpoint.is_dir()
+    assert not ran
+    # What may always change, and what is allowed to, does.
+    for text, more in ((STAGES, "save_every=2"), (changed, "run.allow_changes=true")):
+        run_pipeline(pipeline(tmp_path, text=text.replace("sft.steps=5", f"sft.steps=5, {more}")), None)
+        assert {more, "run.overwrite=false"} <= set(ran.pop())
+        assert checkpoint.is_dir()
+    run_pipeline(plan, "sft")
+    assert "run.overwrite=false" not in ran.pop()
+    assert not checkpoint.is_dir()
+
+
+def test_what_a_pipeline_says_of_runs_holds_for_its_stages(tmp_path: Path) -> None:
+    plan = pipeline(tmp_path, "run.grace_s=600", "run.allow_changes=true")
+    assert {(stage.recipe.run.grace_s, stage.recipe.run.allow_changes) for stage in plan.stages} == {(600.0, True)}
+    with pytest.raises(UserError, match=r"run\.overwrite: .*--from STAGE"):
+        pipeline(tmp_path, "run.overwrite=true")
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,11 @@ def test_the_workers_get_what_was_trained_before_it_is_evaluated(train: Any) -> 
     assert (stage.run.directory.final_directory / "weights").read_text() == "4"
 
 
+def test_workers_that_hold_what_an_end_had_trained_get_the_weights_of_the_start_again(train: Any) -> None:
+    stage = train("sft", *SMALL, weight_version=1)
+    assert stage.fleet.loaded == [(1, 0), (2, 1)]
+
+
 TOKENIZER = load_tokenizer("recipes/nano/policy")
 
 

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from align.data import Example, load_card, load_split
-from align.data.cards import DataCard
+from align.data.cards import DataCard, load_card
+from align.data.loader import load_split
+from align.data.types import Example
 from align.errors import UserError
 from reward import Sample, Score, Verdict
 from reward.reasoning_gym.answer import REFUSED_TASKS, reasoning_gym_answer

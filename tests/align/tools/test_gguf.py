@@ -72,6 +72,8 @@ def make(tmp_path: Path) -> Make:
             writer.add_uint32(f"{architecture}.{name}", value)
         writer.add_float32(f"{architecture}.attention.layer_norm_rms_epsilon", 1e-5)
         writer.add_float32(f"{architecture}.rope.freq_base", 10_000.0)
+        if scaling := fields.pop("scaling", None):
+            writer.add_rope_scaling_type(scaling)
         names = fields.pop("tokens", tokens())
         kinds = [gguf.TokenType.CONTROL if t in SPECIAL else gguf.TokenType.NORMAL for t in names]
         if names:
@@ -86,7 +88,8 @@ def make(tmp_path: Path) -> Make:
         template = fields.pop("template", TEMPLATE)
         if template is not None:
             writer.add_chat_template(template)
-        for name, values in tensors(np.random.default_rng(0), head * HEADS).items():
+        more = {name: np.ones(head // 2, dtype=np.float32) for name in fields.pop("more", ())}
+        for name, values in (tensors(np.random.default_rng(0), head * HEADS) | more).items():
             coarse = quantisation if values.ndim > 1 else gguf.GGMLQuantizationType.F32
             values = values[:rows] if rows and name == "token_embd.weight" else values
             writer.add_tensor(name, gguf.quantize(values, coarse), raw_dtype=coarse)
@@ -174,6 +177,12 @@ def test_a_template_can_be_given(make: Make, tmp_path: Path) -> None:
         ({"rows": 100}, "the tokenizer has 261 tokens, the model an embedding for 100"),
         ({"end": None, "template": "{{ messages[-1]['content'] }}"}, "no answer could end"),
         ({"template": "{{ nothing.there }}"}, "refuses messages of user"),
+        ({"scaling": gguf.RopeScalingType.YARN}, "its rotary frequencies are scaled"),
+        ({"more": ["rope_freqs.weight"]}, "its rotary frequencies are scaled"),
+        (
+            {"tokens": [*tokens()[:2], "<｜end｜>", *tokens()[3:]]},
+            "does not read '<｜end｜>' as the token 2 that it is",
+        ),
     ],
 )
 def test_a_file_that_cannot_become_a_policy_is_refused(

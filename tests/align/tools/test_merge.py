@@ -1,5 +1,6 @@
 """What `align merge` writes computes what base and adapter compute, wherever the adapter is; else there is nothing."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -96,3 +97,15 @@ def test_a_checkpoint_that_computes_something_else_is_not_kept(tmp_path: Path, m
     with pytest.raises(UserError, match=r"another model than was to be written.*logits are off by"):
         merge_adapter(tmp_path / "adapter", tmp_path / "out", str(origin))
     assert [p.name for p in tmp_path.iterdir() if "out" in p.name] == []
+
+
+def test_a_base_that_is_quantised_is_refused_where_nothing_reads_it(tmp_path: Path) -> None:
+    origin = base(tmp_path / "base", tied=True)
+    adapted(origin, tmp_path / "adapter", target_modules=["q_proj"])
+    file = origin / "config.json"
+    quantised = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": quantised}))
+    with pytest.raises(
+        UserError, match=r"cannot load its base .*; give the model as it was before it was quantised with --base"
+    ):
+        merge_adapter(tmp_path / "adapter", tmp_path / "out", str(origin))

@@ -11,7 +11,8 @@ from align.cli import main
 from align.errors import UserError
 from align.model.policy import load_tokenizer
 from align.recipe import ModelOptions
-from align.tools.offline import problems_of, running_fleet
+from align.tools.offline import evaluate_file, problems_of, running_fleet
+from reward import RewardTerm
 from rollout import Fleet, FleetOptions
 
 
@@ -74,3 +75,19 @@ def test_a_file_has_no_splits(tmp_path: Path) -> None:
     assert [example.id for example in problems_of(str(file), None)] == ["1"]
     with pytest.raises(UserError, match="which has no splits"):
         problems_of(str(file), "test")
+
+
+def test_more_new_tokens_than_there_is_room_for_are_told_by_the_options_of_the_command(
+    policy: ModelOptions, tmp_path: Path
+) -> None:
+    file = tmp_path / "problems.jsonl"
+    file.write_text('{"id": "1", "prompt": "1 + 1?", "answer": "2"}\n')
+    for tokens, message in (
+        (512, "--max-new-tokens 512 leaves no room for a prompt in --max-length 512"),
+        (511, "raise --max-length"),
+    ):
+        with pytest.raises(UserError, match=message):
+            evaluate_file(
+                *(policy, str(file), tmp_path / "out.jsonl", FleetOptions(workers=1, max_length=512), tokens),
+                RewardTerm(name="exact_answer"),
+            )

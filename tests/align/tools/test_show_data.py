@@ -103,6 +103,12 @@ def test_rows_that_would_be_refused_are_listed(tmp_path: Path) -> None:
     assert lines(text, "line 22: the id 'p0' is already that of")
 
 
+def test_a_first_row_that_would_be_refused_is_listed_as_any_other(tmp_path: Path) -> None:
+    text = shown(written(tmp_path, [{"messages": [{"role": "bot", "content": "x"}]}, *chats(20)]))
+    assert lines(text, "line 1: ", "unknown role 'bot'")
+    assert lines(text, "messages", "21", "conversation")
+
+
 def test_rows_that_the_template_refuses_are_listed(tmp_path: Path) -> None:
     rows = [*chats(20), {"messages": [{"role": "tool", "content": "x"}]}]
     rows[5] = {"messages": [{"role": "developer", "content": "Be brief."}, *rows[5]["messages"]]}
