@@ -5,7 +5,7 @@ in the first one: so a part that is wrong shows as itself, and not in all that c
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +18,7 @@ from rollout.types import Trajectory, Versions
 Parts = dict[str, torch.Tensor]
 """What parts of a model computed, [tokens, width] float32 on the CPU, by the names that `parts_of` gives them."""
 
-MODULE = re.compile(r"(?:model\.)?(?:(embed_tokens)|(norm)|layers\.(\d+)(?:\.([\w.]+))?)")
+MODULE = re.compile(r"(?:model\.)?(?:(norm)|layers\.(\d+)(?:\.([\w.]+))?)")
 IN_LAYER = {
     "input_layernorm": "norm",
     "self_attn": "attention",
@@ -28,7 +28,9 @@ IN_LAYER = {
 }
 """The modules of a layer by the names of vLLM, of transformers and of DeepSpeed's spread experts."""
 LAYER = re.compile(r"layer \d+")
-EMBEDDING, LAST_NORM, HEAD = "embedding", "last norm", "head"
+FIRST_LAYER, LAST_NORM, HEAD = "layer 0", "last norm", "head"
+EMBEDDING = "embedding"
+"""What comes into the first layer: some models scale what they embed, in the module or behind it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +71,9 @@ def parts_of(model: Any) -> dict[str, torch.nn.Module]:
         match = MODULE.fullmatch(name)
         if match is None:
             continue
-        embedding, norm, layer, rest = match.groups()
-        if embedding or norm:
-            found[EMBEDDING if embedding else LAST_NORM] = module
+        norm, layer, rest = match.groups()
+        if norm:
+            found[LAST_NORM] = module
         elif rest is None:
             found[f"layer {layer}"] = module
         elif rest in IN_LAYER:
@@ -85,9 +87,10 @@ class PartNotes:
 
     def __init__(self, model: Any):
         self._passes: dict[str, list[torch.Tensor]] = {}
-        self._hooks = [
-            module.register_forward_hook(partial(self._note, name)) for name, module in parts_of(model).items()
-        ]
+        modules = parts_of(model)
+        self._hooks = [module.register_forward_hook(partial(self._note, name)) for name, module in modules.items()]
+        if FIRST_LAYER in modules:
+            self._hooks.append(modules[FIRST_LAYER].register_forward_pre_hook(self._note_input, with_kwargs=True))
 
     def close(self) -> Parts:
         """What was computed, the tokens of one forward pass after the other."""
@@ -97,6 +100,14 @@ class PartNotes:
 
     def _note(self, name: str, _: Any, __: Any, output: Any) -> None:
         self._passes.setdefault(name, []).append(rows_of(name, output))
+
+    def _note_input(self, layer: Any, inputs: Any, named: Mapping[str, Any]) -> None:
+        self._note(EMBEDDING, layer, inputs, states_in(inputs, named))
+
+
+def states_in(inputs: Iterable[Any], named: Mapping[str, Any]) -> torch.Tensor:
+    """The hidden states among the arguments of a layer: the first floating-point numbers."""
+    return next(one for one in (*inputs, *named.values()) if isinstance(one, torch.Tensor) and one.is_floating_point())
 
 
 def rows_of(name: str, output: Any) -> torch.Tensor:
@@ -120,6 +131,10 @@ def compared(model: Any, noted: Mapping[str, torch.Tensor]) -> Iterator[dict[str
     modules, hooks = parts_of(model), []
     layers = [name for name in modules if LAYER.fullmatch(name)]
     comes_from = dict(zip([*layers, LAST_NORM], [EMBEDDING, *layers], strict=True))
+    if FIRST_LAYER in modules:
+        hooks.append(
+            modules[FIRST_LAYER].register_forward_pre_hook(partial(_compare_input, found, noted), with_kwargs=True)
+        )
     for name, module in modules.items():
         hooks.append(module.register_forward_hook(partial(_compare, found, noted, name)))
         if name in comes_from and comes_from[name] in noted:
@@ -151,6 +166,12 @@ def _compare(
     ours = rows_of(name, output)[: len(theirs)].double()
     if ours.shape == theirs.shape:
         found[name] = Distance(float((ours - theirs).square().sum()), float(theirs.double().square().sum()))
+
+
+def _compare_input(
+    found: dict[str, Distance], noted: Mapping[str, torch.Tensor], layer: Any, inputs: Any, named: Mapping[str, Any]
+) -> None:
+    _compare(found, noted, EMBEDDING, layer, inputs, states_in(inputs, named))
 
 
 def start_noting(worker: Any) -> None:

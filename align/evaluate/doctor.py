@@ -20,7 +20,7 @@ import torch
 from align.data.chat import encode_example, encode_prompt
 from align.errors import UserError
 from align.model.names import from_checkpoint, layout_of, to_checkpoint
-from align.model.policy import first_line, has_fused_experts, stop_token_ids, turn_end
+from align.model.policy import first_line, has_fused_experts, persistent_buffers, stop_token_ids, turn_end
 from align.recipe import ModelOptions
 from rollout import FleetOptions
 from rollout.arguments import Device, refusal
@@ -281,7 +281,10 @@ def check_checkpoint(skeleton: Any, directory: Path | None) -> Finding:
         stored = stored_shapes(directory) if directory else {}
     except UserError as error:
         return FAILED, str(error)
-    unknown, absent = stored.keys() - split.keys() - tied, split.keys() - stored
+    ignored = getattr(skeleton, "_keys_to_ignore_on_load_unexpected", None) or ()
+    known = {*split, *tied, *(name for name, _ in persistent_buffers(skeleton))}
+    unknown = {name for name in stored.keys() - known if not any(re.search(pattern, name) for pattern in ignored)}
+    absent = split.keys() - stored
     if stored and (unknown or absent):
         example = sorted(unknown or absent)[0]
         return FAILED, (

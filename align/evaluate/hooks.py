@@ -84,13 +84,13 @@ class PolicyCheckpoint:
         """
         examples = [Example(id_, tuple(messages), None, None, "evaluation") for id_, messages in conversations.items()]
         longest = self.max_length - max_new_tokens
+        if longest < 1:
+            raise EvaluationError(
+                f"its max_new_tokens, {max_new_tokens}, leave no room for a prompt in rollout.max_length, {self.max_length}: lower the one, "
+                "or raise the other"
+            )
         encoded = [problem.prompt for problem in encode_problems(self.tokenizer, examples)]
         prompts = [prompt for prompt in encoded if len(prompt.token_ids) <= longest]
-        if encoded and not prompts:
-            raise EvaluationError(
-                f"its max_new_tokens, {max_new_tokens}, leave no room for any of {len(encoded)} prompts in rollout.max_length, "
-                f"{self.max_length}: lower the one, or raise the other"
-            )
         if len(prompts) < len(examples):
             _log.warning(
                 "%d of %d conversations have more than the %d tokens that are left beside %d new ones: they count as not answered",
@@ -98,7 +98,7 @@ class PolicyCheckpoint:
             )
         sampling = SamplingOptions(temperature=temperature, max_new_tokens=max_new_tokens)
         responses = {id_: Response("", 0, truncated=True) for id_ in conversations}
-        for group in fleet.sample(prompts, 1, sampling, seed=seed, step=0):
+        for group in fleet.sample(prompts, 1, sampling, seed=seed, step=0) if prompts else ():
             (trajectory,) = group.trajectories
             responses[group.prompt.id] = Response(
                 answer_text(self.tokenizer, conversations[group.prompt.id], trajectory.token_ids),

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from align.errors import UserError
-from align.evaluate.hooks import Metrics, PolicyCheckpoint, register
+from align.evaluate.hooks import EvaluationError, Metrics, PolicyCheckpoint, register
 from align.tasks.instructions import SIZES, generate
 from reward import RewardError, Sample
 from reward.instructions import check, checkers
@@ -43,6 +43,11 @@ def instructions(
     examples = generate("test", seed=seed)[:count]
     conversations = {example.id: example.messages for example in examples}
     responses = checkpoint.ask(fleet, conversations, max_new_tokens=max_new_tokens, seed=seed)
+    if not any(response.tokens for response in responses.values()):
+        raise EvaluationError(
+            f"none of {count} requests leaves room for {max_new_tokens} new tokens in rollout.max_length, {checkpoint.max_length}: lower "
+            "max_new_tokens, or raise that"
+        )
     scores: dict[str, list[bool]] = defaultdict(list)
     rows: list[dict[str, Any]] = []
     for example in examples:

@@ -168,8 +168,7 @@ class LearnerRank(ABC):
         state = dict(self._whole_weights())
         if self._engine.global_rank == 0:
             whole = network if lora is None else network.get_base_model()
-            buffers = {plain(name): buffer for name, buffer in persistent_buffers(whole)}
-            save_policy(whole, self._tokenizer, directory, state | buffers)
+            save_policy(whole, self._tokenizer, directory, state)
         if lora is None:
             return None
         self.save_adapter(directory / ADAPTER_DIRECTORY)
@@ -349,7 +348,7 @@ class LearnerRank(ABC):
     def _whole_weights(
         self, modules: Sequence[str] | None = None, device: str | torch.device = "cpu", *, apart: bool = False
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Copies of the parameters of the model, or of some of its modules, with the adapter in them; none but on rank 0.
+        """Copies of what a checkpoint has of the model, or of some of its modules, with the adapter in it; none but on rank 0.
 
         With `apart`, where the sampler can add it, the adapter comes before the parameter and is not in it.
         All ranks must go through it, since each parameter is gathered when it is reached, and is whole no longer after it.
@@ -379,6 +378,11 @@ class LearnerRank(ABC):
                         n: tensor.detach().to(device, copy=True) for n, tensor in (copies | {name: whole}).items()
                     }
             yield from copies.items()
+        if self._engine.global_rank == 0:
+            # To the sampler these are parameters.
+            base = network if lora is None else network.get_base_model()
+            buffers = ((plain(name), buffer) for name, buffer in persistent_buffers(base))
+            yield from ((name, buffer.to(device, copy=True)) for name, buffer in buffers if name.startswith(below))
 
     def _gather_trained(self) -> dict[str, torch.Tensor]:
         """What is trained under the names it has in the network; on rank 0 only."""

@@ -171,11 +171,11 @@ def writable(generation: Any) -> Any:
 
 
 def persistent_buffers(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """The buffers that a checkpoint of the model has beside its parameters, such as the bias of a router, by name, on the CPU."""
+    """The buffers that a checkpoint of the model has beside its parameters, such as the bias of a router, by name."""
     for prefix, module in model.named_modules():
         for name, buffer in module.named_buffers(prefix, recurse=False):
             if name.removeprefix(f"{prefix}.") not in module._non_persistent_buffers_set:
-                yield name, buffer.detach().cpu()
+                yield name, buffer.detach()
 
 
 def let_weights_be_read_like(file: Path) -> None:

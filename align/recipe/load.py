@@ -322,8 +322,6 @@ def check_files(recipe: Recipe, path: Path, lines: Mapping[tuple[str, ...], int]
     models: dict[tuple[str, ...], ModelOptions] = {("model", "path"): recipe.model}
     if isinstance(recipe, GrpoRecipe) and recipe.grpo.distill is not None:
         models["grpo", "distill", "teacher"] = ModelOptions(path=recipe.grpo.distill.teacher)
-    if isinstance(recipe, GrpoRecipe) and recipe.reference is not None:
-        models["reference",] = ModelOptions(path=str(recipe.reference))
     named |= {key: Path(model.path) for key, model in models.items() if is_local(model.path)}
     for key, file in named.items():
         if pending is not None and file.is_relative_to(pending):

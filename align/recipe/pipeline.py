@@ -102,8 +102,9 @@ def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> Pipeline:
     """Read and check a pipeline and all its recipes. Raises UserError that names the file, the stage and the key."""
     values, lines = read_yaml(path)
     if values.get("stage") == "pipeline":
-        # As it says in the copy that is kept in the run's directory.
+        # As it says in the copy that is kept in the run's directory, where an older version also kept what it took no notice of.
         del values["stage"]
+        values["run"].pop("overwrite", None)
     for override in overrides:
         apply_override(values, override)
     try:
@@ -125,15 +126,13 @@ def load_stages(path: Path, overrides: Sequence[str] = ()) -> list[PlannedStage]
 
 def _planned(entry: StageEntry, options: PipelineOptions, directory: Path, path: Path) -> PlannedStage:
     given = [with_products(override, directory) for override in entry.set]
-    run = options.run.model_dump(exclude={"dir", "overwrite"}, exclude_unset=True)
-    overrides = [
-        f"seed={options.seed}",
-        *(f"run.{key}={json.dumps(value)}" for key, value in run.items()),
-        *given,
-        f"run.dir={json.dumps(str(directory / entry.name), ensure_ascii=False)}",
-        "run.overwrite=true",
-    ]
+    run = options.run.model_dump(include={"grace_s", "allow_changes"}, exclude_defaults=True)
+    place = [f"run.dir={json.dumps(str(directory / entry.name), ensure_ascii=False)}", "run.overwrite=true"]
     try:
+        if read_yaml(entry.recipe)[0].get("stage") == "preferences":  # which always begins anew
+            run.pop("allow_changes", None)
+        of_run = [f"run.{key}={json.dumps(value)}" for key, value in run.items()]
+        overrides = [f"seed={options.seed}", *of_run, *given, *place]
         return load_stage(entry.recipe, overrides, name=entry.name, pending=directory)
     except UserError as error:
         raise UserError(f"{path}: stage {entry.name!r}: {error}") from None

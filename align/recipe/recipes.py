@@ -1,13 +1,12 @@
 """The recipe of each stage: which options it has, which of them go together, and which processes it needs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from align.errors import nearest
 from align.options import Options, refuse_without_effect
 from align.recipe.learner import BalanceOptions, LearnerOptions
 from align.recipe.options import (
@@ -29,7 +28,6 @@ from align.recipe.options import (
 from align.recipe.roles import Roles
 from align.shipped import found
 from reward import RewardTerm
-from reward.mixture import share_a_domain
 from rollout import WeightOptions
 from rollout.types import FleetOptions, SamplingOptions
 
@@ -37,16 +35,6 @@ DataStage = Literal["sft", "reward_model", "grpo"]
 INIT_FROM = "SFT recipe that trains the policy to start from, run first and with what this recipe shares with it"
 STAGE = "the stage that the recipe is for"
 ALL_ANSWERED = "every prompt of every split is answered once"
-
-
-def component_of(rewards: Sequence[RewardTerm], key: str, name: str) -> RewardTerm:
-    """The term of the rewards whose component `key` of the recipe names. Raises ValueError where there is none."""
-    terms = {term.component: term for term in rewards}
-    if name not in terms:
-        raise ValueError(
-            f"{key}: no reward of the recipe is called {name!r}{nearest(name, terms)}; there are {', '.join(terms) or 'none'}"
-        )
-    return terms[name]
 
 
 class Recipe(Options):
@@ -174,12 +162,6 @@ class PolicyRecipe(SamplingRecipe, TrainingRecipe):
         if options.path is not None and not options.cards and not cards:
             return [str(options.path)]
         return list(dict.fromkeys(options.cards or [data.card or str(data.path) for data in self.data]))
-
-    @model_validator(mode="after")
-    def _answers_are_compared_by_a_component(self) -> Self:
-        if self.rewards and self.evaluation.against is not None:
-            component_of(self.rewards, "evaluation.against.judge", self.evaluation.against.judge)
-        return self
 
     @model_validator(mode="after")
     def _one_card_for_a_path(self) -> Self:
@@ -316,19 +298,6 @@ class GrpoRecipe(PolicyRecipe):
     sampling: SamplingOptions = SamplingOptions()
     grpo: GrpoOptions
     guard: GuardOptions | None = None
-
-    @model_validator(mode="after")
-    def _guard_compares_components(self) -> Self:
-        if self.guard is not None:
-            pair = [
-                component_of(self.rewards, f"guard.{side}", getattr(self.guard, side))
-                for side in ("learned", "trusted")
-            ]
-            if not share_a_domain(*pair):
-                raise ValueError(
-                    f"guard: {self.guard.learned} and {self.guard.trusted} judge samples of no domain in common, so they cannot be compared"
-                )
-        return self
 
     @property
     def is_rewarded(self) -> bool:

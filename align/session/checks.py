@@ -8,6 +8,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from glob import glob
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from align.data.cards import DataCard, Stage, require_stage
 from align.data.entries import card_of, evaluated
 from align.data.loader import domains_of
 from align.data.types import Example, SplitName
-from align.errors import UserError, check_installed
+from align.errors import UserError, check_installed, nearest
 from align.evaluate import hooks
 from align.evaluate.doctor import examine, verdict
 from align.learner.balance import factors_of
@@ -34,10 +35,12 @@ from align.recipe import (
     MachineOptions,
     ModelOptions,
     PlannedStage,
+    PolicyRecipe,
     Recipe,
     Replay,
     Roles,
     TrainingRecipe,
+    check_model_directory,
 )
 from align.recipe.learner import LearnerOptions, LoraOptions
 from align.recipe.options import HookOptions
@@ -46,6 +49,7 @@ from align.run import check_machine
 from align.run.machine import memory_bytes, object_store_bytes, shared_memory_bytes
 from align.run.trackers import check_trackers
 from reward import Mixture, RewardError, RewardTerm
+from reward.mixture import share_a_domain
 from reward.own import columns_of
 from rollout import FleetOptions, Precision
 
@@ -74,6 +78,7 @@ def check_recipe(recipe: Recipe) -> list[str]:
     """Look at one stage. Raises UserError for the first mistake; returns notes, such as what could not be looked at yet."""
     roles = recipe.roles()
     check_names(recipe.data, recipe.data_stage, roles)
+    check_components(recipe)
     check_trackers(recipe.trackers)
     check_size(recipe.machine)
     check_servers(roles.evaluation.hooks if roles.evaluation else ())
@@ -105,7 +110,7 @@ def engines_of(roles: Roles) -> list[str]:
 
 def check_names(data: Sequence[DataOptions], stage: Stage, roles: Roles) -> None:
     """Raise UserError for a reward, hook or data card that is not there, or not meant for the stage; and for data without a card that cannot be read."""
-    there = [one for one in data if not to_be_made(one)]
+    there = [one for one in data if one.card or not to_be_made(one.path)]
     asked = evaluated(roles.evaluation, there) if roles.evaluation is not None else []
     trained = [card_of(one) for one in there]
     if roles.rewards:
@@ -122,14 +127,30 @@ def check_names(data: Sequence[DataOptions], stage: Stage, roles: Roles) -> None
             hooks.check_params(hook.name, hook.params)
 
 
-def to_be_made(data: DataOptions) -> bool:
-    """Whether it is in files that an earlier stage of a pipeline still makes: of other files that are not there, loading the recipe has told."""
-    return (
-        data.path is not None
-        and data.path.is_absolute()
-        and not data.path.exists()
-        and not glob(str(data.path), recursive=True)
-    )
+def to_be_made(path: Path | None) -> bool:
+    """Whether an earlier stage of a pipeline still makes the files: of others that are not there, loading the recipe has told."""
+    return path is not None and path.is_absolute() and not path.exists() and not glob(str(path), recursive=True)
+
+
+def check_components(recipe: Recipe) -> None:
+    """Raise UserError for a component of the rewards that the guard or `evaluation.against` names and that is not there, or not to be compared."""
+    named: dict[str, str] = {}
+    if isinstance(recipe, GrpoRecipe) and recipe.guard is not None:
+        named = {"guard.learned": recipe.guard.learned, "guard.trusted": recipe.guard.trusted}
+    if isinstance(recipe, PolicyRecipe) and recipe.evaluation.against is not None:
+        named["evaluation.against.judge"] = recipe.evaluation.against.judge
+    rewards = recipe.roles().rewards
+    terms = {key: [term for term in rewards if term.component == name] for key, name in named.items()}
+    known = list(dict.fromkeys(term.component for term in rewards))
+    for key, name in named.items():
+        if not terms[key]:
+            raise UserError(
+                f"{key}: no reward of the recipe is called {name!r}{nearest(name, known)}; there are {', '.join(known)}"
+            )
+    if "guard.learned" in terms and not any(
+        share_a_domain(*pair) for pair in product(terms["guard.learned"], terms["guard.trusted"])
+    ):
+        raise UserError("guard: its two rewards judge samples of no domain in common, so they cannot be compared")
 
 
 def check_rewards(rewards: Sequence[RewardTerm], cards: Sequence[DataCard]) -> None:
@@ -227,15 +248,14 @@ def check_model(recipe: Recipe) -> list[str]:
     verdict(examine(model, tokenizer, reward_model=goes_on, rollout=roles.rollout), model.path)
     skeleton = empty_model(config)
     notes: list[str] = []
-    beside = {
-        "grpo.distill.teacher": roles.teacher,
-        "reference": recipe.reference if isinstance(recipe, GrpoRecipe) else None,
-    }
-    for key, other in beside.items():
-        if other is not None:
-            notes += check_token_ids(
-                key, str(other), model.path, tokenizer, skeleton.get_input_embeddings().weight.shape[0]
-            )
+    rows = skeleton.get_input_embeddings().weight.shape[0]
+    if roles.teacher is not None:
+        notes += check_token_ids("grpo.distill.teacher", ModelOptions(path=roles.teacher), model.path, tokenizer, rows)
+    if isinstance(recipe, GrpoRecipe) and recipe.reference is not None:
+        reference = ModelOptions(path=str(recipe.reference), trust_remote_code=model.trust_remote_code)
+        if recipe.reference.is_dir():
+            check_model_directory(recipe.reference, reference, "reference")
+        notes += check_token_ids("reference", reference, model.path, tokenizer, rows)
     if roles.learner is not None and roles.learner.expert_parallel > 1:
         check_spreadable(skeleton.config, roles.learner.expert_parallel)
     if roles.learner is not None:
@@ -260,15 +280,16 @@ def check_model(recipe: Recipe) -> list[str]:
     return notes
 
 
-def check_token_ids(key: str, path: str, policy: str, tokenizer: Any, rows: int) -> list[str]:
-    """Raise UserError unless the model at `path`, which `key` of the recipe names, has the token ids of the policy, whose embedding has `rows` rows.
+def check_token_ids(key: str, model: ModelOptions, policy: str, tokenizer: Any, rows: int) -> list[str]:
+    """Raise UserError unless the model that `key` of the recipe names has the token ids of the policy, whose embedding has `rows` rows.
 
     Returns a note where the model is still to be made.
     """
+    path = model.path
     if Path(path).is_absolute() and not Path(path).exists():
         return [f"not looked at: {key}: {path} is still to be made"]
     try:
-        config, theirs = find_config(path), load_tokenizer(path).get_vocab()
+        config, theirs = find_config(path), load_tokenizer(path, trust_remote_code=model.trust_remote_code).get_vocab()
     except UserError as error:
         raise UserError(f"{key}: {str(error).removeprefix('model.path: ')}") from None
     if config is None:

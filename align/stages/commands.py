@@ -66,7 +66,9 @@ def check_stages(stages: Sequence[PlannedStage], *, whole: bool) -> Findings:
     for stage in stages:
         rows = None if whole else max(FIRST_ROWS, 2 * stage.recipe.roles().trained_sequences)
         # Rows of some levels may all be behind the first ones.
-        with first_rows(None if any(data.levels for data in stage.recipe.data) else rows):
+        evaluation = stage.recipe.roles().evaluation
+        picks = any(data.levels for data in stage.recipe.data) or (evaluation is not None and evaluation.levels)
+        with first_rows(None if picks else rows):
             found.notes += check([stage])
             try:
                 unseen = check_data(stage.recipe, rows, found)
@@ -85,7 +87,8 @@ def check_data(recipe: Recipe, rows: int | None, found: Findings) -> list[str]:
 
     Raises UserError as the run does; returns what could not be looked at.
     """
-    if any(to_be_made(data) for data in recipe.data):
+    evaluation = recipe.roles().evaluation
+    if any(map(to_be_made, [*(data.path for data in recipe.data), evaluation.path if evaluation else None])):
         return ["data that are still to be made"]
     entries = [(data.path, card_of(data)) for data in recipe.data]
     if isinstance(recipe, PolicyRecipe):

@@ -1,6 +1,6 @@
 """What a stage asks of the policy besides training it: evaluation, agreement, and whether all of it is being trained."""
 
-import logging
+import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from copy import copy
@@ -32,7 +32,6 @@ from reward import RewardTerm
 from rollout import Prompt, RolloutError
 
 PROBE_PROMPTS = 8
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,9 +231,12 @@ class HeldOut:
                 raise
             except Exception as error:
                 # The policy is trained: what cannot be measured on it is no reason to call that failed, nor to leave out other hooks.
+                self._run.stop.check()
+                why = str(error)
                 if not isinstance(error, EvaluationError | UserError):
-                    _log.warning("evaluation hook %r", hook.name, exc_info=True)
-                metrics = Metrics({}, not_run={"all of it": str(error) or type(error).__name__})
+                    file = self._run.directory.save_stacks(traceback.format_exc())
+                    why = f"{type(error).__name__}: {error} (where: {file})"
+                metrics = Metrics({}, not_run={"all of it": why})
                 self._record(step, name, metrics)
             if hook.name == "drift" and metrics.values.get("difference", 0.0) >= self._alarms.drift:
                 moved = f"{metrics.values['difference']:.2f} nats a token"

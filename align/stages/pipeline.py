@@ -77,13 +77,21 @@ def forget(stage: PlannedStage) -> None:
 
 
 def was_cut_short(stage: PlannedStage) -> bool:
-    """Whether the stage has a checkpoint to go on from."""
-    return RunDirectory(stage.directory).recipe_file.exists() and bool(checkpoints_in(stage))
+    """Whether the stage has a checkpoint to go on from, or the stage of its `init_from` is done."""
+    before = read_status(stage.before.directory) if stage.before else None
+    begun = checkpoints_in(stage) or (before is not None and before["state"] == "finished")
+    return RunDirectory(stage.directory).recipe_file.exists() and bool(begun)
 
 
 def changed_keys(stage: PlannedStage) -> list[str]:
-    """What of its recipe and its reward files has changed since the stage was run."""
-    return changes(RunDirectory(stage.directory), stage.recipe, pending=stage.directory.parent)
+    """What has changed of its recipe and its reward files since the stage was run, and of those of its `init_from`."""
+    parts = [(RunDirectory(part.directory), part.recipe) for part in stage.parts]
+    return [
+        key
+        for there, recipe in parts
+        if there.recipe_file.exists()
+        for key in changes(there, recipe, pending=stage.directory.parent)
+    ]
 
 
 def checkpoints_in(stage: PlannedStage) -> list[Path]:

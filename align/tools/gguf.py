@@ -122,9 +122,9 @@ def check_architecture(file: Path, fields: dict[str, Any]) -> None:
 def check_rope(file: Path, fields: Mapping[str, Any], tensors: Iterable[str]) -> None:
     """Raise UserError for scaled rotary frequencies, of which transformers reads the base alone: the model written would be another one."""
     architecture = str(fields.get("general.architecture"))
-    scaled = fields.get(f"{architecture}.rope.scaling.type", "none") != "none" and not architecture.startswith(
-        "gpt-oss"
-    )
+    if architecture in ("gpt-oss", "gemma4"):  # whose scaling transformers reads, or knows
+        return
+    scaled = fields.get(f"{architecture}.rope.scaling.type", "none") != "none"
     if scaled or any(name.startswith(("rope_freqs", "rope_factors")) for name in tensors):
         raise UserError(
             f"{file}: its rotary frequencies are scaled, which transformers does not read from GGUF; take the model's original Hugging Face "

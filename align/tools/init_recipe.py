@@ -71,8 +71,9 @@ class Machine:
         """This machine, or what a container leaves of it."""
         import torch
 
+        numbers = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
         # nvidia-smi would tell of GPUs that CUDA_VISIBLE_DEVICES hides.
-        gpus = [torch.cuda.get_device_properties(number).total_memory for number in range(torch.cuda.device_count())]
+        gpus = [torch.cuda.get_device_properties(number).total_memory for number in numbers]
         return cls(max(1, int(cores_available())), memory_bytes()[1], len(gpus), min(gpus, default=0))
 
     @property

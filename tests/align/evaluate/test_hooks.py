@@ -98,13 +98,14 @@ def test_a_hook_gets_its_parameters_as_it_annotates_them(checkpoint: PolicyCheck
     assert metrics == Metrics({"total": 1.5}, {"other": "no data"}, [{"name": "b.txt"}])
 
 
-@pytest.mark.parametrize("left", [0, 5])
-def test_what_leaves_no_room_for_any_prompt_is_not_asked_and_has_no_numbers(
-    checkpoint: PolicyCheckpoint, left: int
-) -> None:
-    asked = {"a": [{"role": "user", "content": "Is there room for a question of some length?"}]}
-    with pytest.raises(EvaluationError, match=r"leave no room for any of 1 prompts in rollout\.max_length"):
-        checkpoint.ask(NO_FLEET, asked, max_new_tokens=checkpoint.max_length - left)
+def test_what_leaves_no_room_for_a_prompt_is_not_asked_and_has_no_numbers(checkpoint: PolicyCheckpoint) -> None:
+    asked = {"a": [{"role": "user", "content": "?"}]}
+    with pytest.raises(
+        EvaluationError, match=r"max_new_tokens, \d+, leave no room for a prompt in rollout\.max_length"
+    ):
+        checkpoint.ask(NO_FLEET, asked, max_new_tokens=checkpoint.max_length)
+    with pytest.raises(EvaluationError, match="none of 3 requests leaves room"):
+        run("instructions", checkpoint, NO_FLEET, {"count": 3, "max_new_tokens": checkpoint.max_length - 5})
 
 
 def test_a_number_of_numpy_is_one(checkpoint: PolicyCheckpoint) -> None:

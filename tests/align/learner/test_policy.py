@@ -9,12 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, DeepseekV3Config, LlamaConfig, LlamaForCausalLM
+from transformers.core_model_loading import revert_weight_conversion
 
 from align.learner.batch import TrainingSequence
 from align.learner.objective import LogProbs, Objective
 from align.learner.policy import FrugalRank, PolicyRank, checkpoint_in_every_mode, pad_id_of
+from align.learner.rank import Trained
 from align.recipe import GrpoOptions, LearnerOptions, ModelOptions, OptimizerOptions
+
+from ..small_models import SIZES, V2, rank_of
 
 TEMPERATURE = 0.7
 RATE, DECAY = 0.1, 0.5
@@ -366,3 +370,15 @@ def test_a_worker_without_an_optimizer_steps_by_the_signs_of_gradients_that_it_d
         assert found.grad is None
         torch.testing.assert_close(found, wanted, atol=1e-7, rtol=0, msg=name)
     assert trained.sent_bytes == sum(t.nbytes for bucket in rank.publish(iter, 1e9) for t in bucket.values())
+
+
+def test_the_bias_of_a_router_is_sent_as_a_checkpoint_has_it() -> None:
+    sizes = {name: value for name, value in V2.items() if name != "topk_method"}
+    policy: Any = AutoModelForCausalLM.from_config(DeepseekV3Config(**SIZES, **sizes), dtype=torch.float32)
+    rank = rank_of(policy)
+    rank._trained = Trained("", None)
+    sent = {name: tensor for bucket in rank.publish(iter, 1e9) for name, tensor in bucket.items()}
+    assert sent.keys() == revert_weight_conversion(policy, policy.state_dict()).keys()
+    assert any(name.endswith("e_score_correction_bias") for name in sent)
+    rank._trained = Trained("", ["lm_head"])
+    assert {name for bucket in rank.publish(iter, 1e9) for name in bucket} == {"lm_head.weight"}

@@ -152,3 +152,28 @@ def test_data_that_a_stage_before_makes_need_no_card(tmp_path: Path) -> None:
     )
     stages = load_stages(tmp_path / "pipeline.yaml", [f"run.dir={tmp_path / 'run'}"])
     assert any("still to be made" in note for note in check_stages(stages, whole=False).notes)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "guard={learned: exact_anser, trusted: exact_answer}",
+            r"guard\.learned: no reward .* 'exact_anser' \(did you mean 'exact_answer'",
+        ),
+        ("guard={learned: a, trusted: b}", "guard: its two rewards judge samples of no domain in common"),
+        (
+            "evaluation.against={run: recipes, judge: nobody}",
+            "evaluation.against.judge: no reward of the recipe is called 'nobody'",
+        ),
+    ],
+)
+def test_components_that_a_recipe_names_are_those_of_its_rewards(tmp_path: Path, override: str, message: str) -> None:
+    terms = [("a", "a"), ("a", "arithmetic"), ("b", "b"), ("exact_answer", "user")]
+    named = ", ".join(f"{{name: exact_answer, label: {label}, domains: [{domain}]}}" for label, domain in terms)
+    rows = [{"prompt": f"Say {n}.", "answer": "1"} for n in range(40)]
+    given = ["init_from=null", "grpo.prompts_per_step=8", f"rewards=[{named}]"]
+    with pytest.raises(UserError, match=message):
+        found(tmp_path, "grpo", rows, *given, override)
+    # A name may be that of several terms.
+    found(tmp_path, "grpo", rows, *given, "rewards.2.domains=[arithmetic]", "guard={learned: a, trusted: b}")

@@ -203,6 +203,13 @@ def test_what_a_pipeline_says_of_runs_holds_for_its_stages(tmp_path: Path) -> No
     assert {(stage.recipe.run.grace_s, stage.recipe.run.allow_changes) for stage in plan.stages} == {(600.0, True)}
     with pytest.raises(UserError, match=r"run\.overwrite: .*--from STAGE"):
         pipeline(tmp_path, "run.overwrite=true")
+    # A stage's own word stays where the pipeline's copy of itself is read.
+    graced = STAGES.replace("sft.steps=5", "sft.steps=5, run.grace_s=300")
+    copy = tmp_path / "recipe.yaml"
+    copy.write_text(pipeline(tmp_path, text=graced).text.replace("overwrite: false", "overwrite: true"))
+    assert load_pipeline(copy).stages[0].recipe.run.grace_s == 300
+    # Preferences always begin anew.
+    load_pipeline(Path("recipes/nano/pipeline.yaml"), ["run.allow_changes=true"])
 
 
 @pytest.mark.parametrize(
