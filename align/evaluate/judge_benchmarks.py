@@ -23,7 +23,7 @@ from pydantic import BaseModel, Field, field_validator
 from align.data.chat import encode_prompt
 from align.data.types import Message
 from align.errors import UserError
-from align.evaluate.hooks import PolicyCheckpoint, Response
+from align.evaluate.hooks import EvaluationError, PolicyCheckpoint, Response
 from align.statistics import length_controlled_win_rate
 from reward.rows import after_thought
 from rollout import Fleet
@@ -105,6 +105,11 @@ def answered(
         for temperature in sorted({temperatures[key] for key in going_on}):
             asked = {key: each for key, each in going_on.items() if temperatures[key] == temperature}
             responses |= checkpoint.ask(fleet, asked, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+        if turn == 0 and not any(response.tokens for response in responses.values()):
+            raise EvaluationError(
+                f"judged: none of {len(questions)} questions leaves room for {max_new_tokens} new tokens in rollout.max_length, "
+                f"{checkpoint.max_length}; raise that, or lower max_new_tokens"
+            )
         for key, conversation in going_on.items():
             question, answer = questions[int(key)], responses[key].text
             conversation.append({"role": "assistant", "content": answer})

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -142,11 +143,14 @@ class LearnerRank(ABC):
         They are on the rank's own device with `on_device`, else on the CPU. A LoRA adapter goes beside the weights where the sampler can add
         it, else in them.
         """
-        weights = self._whole_weights(self._trained.modules, self._device if on_device else "cpu", apart=True)
+        device = self._device if on_device else "cpu"
+        weights = self._whole_weights(self._trained.modules, device, apart=True)
         try:
             if self._engine.global_rank == 0:
                 layout = layout_of(self._network.config.model_type)
-                yield from write(buckets(rounded(to_checkpoint(weights, layout), precision), bucket_bytes))
+                parameters = rounded(to_checkpoint(weights, layout), precision)
+                buffers = to_checkpoint(self._buffers(self._trained.modules, device), layout)
+                yield from write(buckets(chain(parameters, buffers), bucket_bytes))
         finally:
             # Also where writing fails, or the other ranks would wait for this one at the next parameter.
             deque(weights, maxlen=0)
@@ -168,7 +172,7 @@ class LearnerRank(ABC):
         state = dict(self._whole_weights())
         if self._engine.global_rank == 0:
             whole = network if lora is None else network.get_base_model()
-            save_policy(whole, self._tokenizer, directory, state)
+            save_policy(whole, self._tokenizer, directory, state | dict(self._buffers()))
         if lora is None:
             return None
         self.save_adapter(directory / ADAPTER_DIRECTORY)
@@ -348,7 +352,7 @@ class LearnerRank(ABC):
     def _whole_weights(
         self, modules: Sequence[str] | None = None, device: str | torch.device = "cpu", *, apart: bool = False
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Copies of what a checkpoint has of the model, or of some of its modules, with the adapter in it; none but on rank 0.
+        """Copies of the parameters of the model, or of some of its modules, with the adapter in them; none but on rank 0.
 
         With `apart`, where the sampler can add it, the adapter comes before the parameter and is not in it.
         All ranks must go through it, since each parameter is gathered when it is reached, and is whole no longer after it.
@@ -378,11 +382,16 @@ class LearnerRank(ABC):
                         n: tensor.detach().to(device, copy=True) for n, tensor in (copies | {name: whole}).items()
                     }
             yield from copies.items()
-        if self._engine.global_rank == 0:
-            # To the sampler these are parameters.
-            base = network if lora is None else network.get_base_model()
-            buffers = ((plain(name), buffer) for name, buffer in persistent_buffers(base))
-            yield from ((name, buffer.to(device, copy=True)) for name, buffer in buffers if name.startswith(below))
+
+    def _buffers(
+        self, modules: Sequence[str] | None = None, device: str | torch.device = "cpu"
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Copies of the buffers that a checkpoint has of the model, or of some of its modules: to the sampler these are parameters."""
+        base = self._network if self._options.lora is None else self._network.get_base_model()
+        below = ("",) if modules is None else tuple(f"{module}." for module in modules)
+        for name, buffer in persistent_buffers(base):
+            if plain(name).startswith(below):
+                yield plain(name), buffer.to(device, copy=True)
 
     def _gather_trained(self) -> dict[str, torch.Tensor]:
         """What is trained under the names it has in the network; on rank 0 only."""

@@ -108,7 +108,7 @@ class LearnerOptions(Options):
     share_prompts: bool = Field(
         False,
         description="GRPO: compute a prompt once for all completions of a group that are in a micro-batch: the same gradient for "
-        "fewer tokens",
+        "fewer tokens in one more pass, which pays where prompts are long",
     )
     port: int | None = Field(None, ge=1024, le=65535, description="where the ranks meet; a free port when not given")
     optimizer: OptimizerOptions

@@ -104,7 +104,7 @@ def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> Pipeline:
     if values.get("stage") == "pipeline":
         # As it says in the copy that is kept in the run's directory, where an older version also kept what it took no notice of.
         del values["stage"]
-        values["run"].pop("overwrite", None)
+        (values.get("run") or {}).pop("overwrite", None)
     for override in overrides:
         apply_override(values, override)
     try:

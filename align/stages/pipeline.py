@@ -68,12 +68,12 @@ def run_pipeline(pipeline: Pipeline, start: str | None, last: str | None = None)
 
 
 def forget(stage: PlannedStage) -> None:
-    """A stage that is to run again is no longer done: its inputs may change before its turn, and it may never come."""
-    if read_status(stage.directory) is not None:
-        directory = RunDirectory.reopen(stage.directory)
-        for checkpoint in checkpoints_in(stage):
-            CheckpointDirectory(checkpoint.parent).clear()
-        directory.interrupt()
+    """A stage that is to run again, and that of its `init_from`, are no longer done: their inputs may change before their turn, which may never come."""
+    for part in stage.parts:
+        if read_status(part.directory) is not None:
+            directory = RunDirectory.reopen(part.directory)
+            CheckpointDirectory(directory.checkpoints_directory).clear()
+            directory.interrupt()
 
 
 def was_cut_short(stage: PlannedStage) -> bool:

@@ -2,8 +2,10 @@
 
 from typing import Any
 
-from align.evaluate.hooks import PolicyCheckpoint
-from align.evaluate.judge_benchmarks import MtBenchQuestion, answered
+import pytest
+
+from align.evaluate.hooks import EvaluationError, PolicyCheckpoint
+from align.evaluate.judge_benchmarks import AlpacaEvalQuestion, MtBenchQuestion, answered
 
 
 def test_a_thought_is_not_judged_and_the_conversation_goes_on_with_it(
@@ -18,3 +20,11 @@ def test_a_thought_is_not_judged_and_the_conversation_goes_on_with_it(
     assert "Hm." not in second.fields["conversation"]
     assert second.fields["conversation"].count("Assistant: Fig, which `</think>` ends, and <think> begins") == 2
     assert "Hm." in asked[1]
+
+
+def test_where_no_question_leaves_room_for_an_answer_nothing_is_judged(
+    checkpoint: PolicyCheckpoint, scripted: Any
+) -> None:
+    question = AlpacaEvalQuestion(instruction="Name a fruit that grows on a tree.", output="An apple.")
+    with pytest.raises(EvaluationError, match="none of 1 questions leaves room"):
+        answered([question], checkpoint, scripted(lambda _: "Fig"), max_new_tokens=checkpoint.max_length - 3, seed=0)

@@ -174,6 +174,7 @@ def test_a_stage_that_was_cut_short_goes_on_with_its_recipe_or_is_refused_and_no
     started = SimpleNamespace(Popen=lambda command, **_: (ran.append(command), SimpleNamespace(wait=lambda: 1))[1])
     monkeypatch.setattr("align.stages.pipeline.subprocess", started)
     monkeypatch.setattr("align.stages.pipeline.check", list)
+    monkeypatch.setattr("align.stages.pipeline.environment_record", dict)
     plan = pipeline(tmp_path)
     RunDirectory.create(plan.directory).interrupt()
     directory = RunDirectory.create(plan.stages[0].directory)
@@ -196,6 +197,25 @@ def test_a_stage_that_was_cut_short_goes_on_with_its_recipe_or_is_refused_and_no
     run_pipeline(plan, "sft")
     assert "run.overwrite=false" not in ran.pop()
     assert not checkpoint.is_dir()
+
+
+def test_what_runs_anew_runs_the_sft_of_its_init_from_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[list[str]] = []
+    started = SimpleNamespace(Popen=lambda command, **_: (ran.append(command), SimpleNamespace(wait=lambda: 1))[1])
+    monkeypatch.setattr("align.stages.pipeline.subprocess", started)
+    monkeypatch.setattr("align.stages.pipeline.check", list)
+    monkeypatch.setattr("align.stages.pipeline.environment_record", dict)
+    text = "name: one\nstages:\n  - {name: math, recipe: recipes/nano/grpo.yaml, set: ['machine={}']}\n"
+    plan = pipeline(tmp_path, text=text)
+    RunDirectory.create(plan.directory).interrupt()
+    for part in reversed(plan.stages[0].parts):
+        directory = RunDirectory.create(part.directory)
+        directory.save_recipe(dump_recipe(part.recipe))
+        directory.finish() if part.name == "sft" else directory.interrupt()
+    run_pipeline(plan, None)  # cut short before its first checkpoint
+    assert "run.overwrite=false" in ran.pop()
+    run_pipeline(plan, "math")
+    assert "run.overwrite=false" not in ran.pop()
 
 
 def test_what_a_pipeline_says_of_runs_holds_for_its_stages(tmp_path: Path) -> None:
