@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from align.learner.engine import environment as environment_of_rank
 from align.learner.group import RankGroup
 from align.learner.rank import LearnerRank
-from align.learner.rank import environment as environment_of_rank
 from align.recipe import LearnerOptions, ModelOptions
 from rollout import FleetOptions, fleet
 from rollout.processes import Actor

@@ -1,11 +1,45 @@
-"""What a rank's DeepSpeed engine is made with: its configuration, the optimizer, and the blocks that ZeRO-3 fetches as one."""
+"""What a rank is made with: the environment of its process, its device, and DeepSpeed's configuration, optimizer, and blocks that ZeRO-3 fetches as one."""
 
+import os
+import socket
 from typing import Any
 
 import torch
 
+from align.errors import UserError
 from align.learner.experts import autoep_section, moe_groups, shape
 from align.recipe import LearnerOptions
+from rollout.processes import HIDDEN, openmp
+
+
+def environment(rank: int, ranks: int, threads: int, *, on_gpu: bool | None = None) -> dict[str, str]:
+    """What must be in the environment of rank `rank` before its process starts, on a GPU where this process has one when not given."""
+    variables = {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "TOKENIZERS_PARALLELISM": "false",
+        **openmp(threads),
+    }
+    if not (torch.cuda.is_available() if on_gpu is None else on_gpu):
+        variables |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": str(rank), "LOCAL_SIZE": str(ranks)}
+    else:
+        # Segments that grow, so that memory that was freed is not left in pieces too small to be used.
+        allocator = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+        variables |= {"LOCAL_RANK": "0", "PYTORCH_CUDA_ALLOC_CONF": allocator}
+    return variables
+
+
+def device_of_rank() -> torch.device:
+    """The GPU that Ray has given this process, or the CPU where it has given none. Raises UserError for a GPU that torch cannot use."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in (None, *HIDDEN):
+        return torch.device("cpu")
+    raise UserError(
+        f"learner: torch, built for CUDA {torch.version.cuda}, cannot use the GPU of {socket.gethostname()} that a rank was given: the driver "
+        "there is too old for it, or does not work (nvidia-smi tells up to which CUDA it goes). Update it, or set CUDA_VISIBLE_DEVICES= in "
+        "front of the command to train on CPUs"
+    )
 
 
 def deepspeed_config(options: LearnerOptions, dtype: str) -> dict[str, Any]:

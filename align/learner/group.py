@@ -21,10 +21,11 @@ from align.learner.batch import (
     share_out,
     whole_rows,
 )
+from align.learner.engine import environment
 from align.learner.experts import add_loads, load_metrics
 from align.learner.objective import Objective, Sums
 from align.learner.policy import PolicyRank
-from align.learner.rank import LearnerRank, Trained, environment
+from align.learner.rank import LearnerRank, Trained
 from align.learner.routing import Changes
 from align.recipe import LearnerOptions, ModelOptions, Replay
 from align.run.checkpoints import Entry

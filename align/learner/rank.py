@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from align.errors import UserError
-from align.learner.engine import clips_itself, deepspeed_config, mark_moe_leaves, new_optimizer
+from align.learner.engine import clips_itself, deepspeed_config, device_of_rank, mark_moe_leaves, new_optimizer
 from align.learner.experts import (
     GradientCensus,
     check_spreadable,
@@ -55,25 +55,8 @@ from align.model.rounding import round_parameter, rounded
 from align.recipe import BFLOAT16_SUMS, MERGED_ADAPTERS, LearnerOptions, ModelOptions
 from align.run.checkpoints import Entry
 from rollout import Precision
-from rollout.processes import HIDDEN, ProcessId, introduce_this_process, openmp
+from rollout.processes import ProcessId, introduce_this_process
 from rollout.sync.base import WriteBuckets, buckets
-
-
-def environment(rank: int, ranks: int, threads: int, *, on_gpu: bool | None = None) -> dict[str, str]:
-    """What must be in the environment of rank `rank` before its process starts, on a GPU where this process has one when not given."""
-    variables = {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(ranks),
-        "TOKENIZERS_PARALLELISM": "false",
-        **openmp(threads),
-    }
-    if not (torch.cuda.is_available() if on_gpu is None else on_gpu):
-        variables |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": str(rank), "LOCAL_SIZE": str(ranks)}
-    else:
-        # Segments that grow, so that memory that was freed is not left in pieces too small to be used.
-        allocator = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-        variables |= {"LOCAL_RANK": "0", "PYTORCH_CUDA_ALLOC_CONF": allocator}
-    return variables
 
 
 @dataclass(frozen=True, slots=True)
@@ -440,19 +423,6 @@ class LearnerRank(ABC):
         if not math.isfinite(self._norm):
             # What has no gradient is left as it is, its moments too.
             self._optimizer.zero_grad(set_to_none=True)
-
-
-def device_of_rank() -> torch.device:
-    """The GPU that Ray has given this process, or the CPU where it has given none. Raises UserError for a GPU that torch cannot use."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    if os.environ.get("CUDA_VISIBLE_DEVICES") in (None, *HIDDEN):
-        return torch.device("cpu")
-    raise UserError(
-        f"learner: torch, built for CUDA {torch.version.cuda}, cannot use the GPU of {socket.gethostname()} that a rank was given: the driver "
-        "there is too old for it, or does not work (nvidia-smi tells up to which CUDA it goes). Update it, or set CUDA_VISIBLE_DEVICES= in "
-        "front of the command to train on CPUs"
-    )
 
 
 def size(parameter: torch.nn.Parameter) -> int:

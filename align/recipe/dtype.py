@@ -53,7 +53,7 @@ def dtype_of_machine() -> tuple[Dtype, str]:
     """The dtype that this machine computes fastest in, and why."""
     device = Device.here()
     if _for_gpus.get() and device.capability is None:
-        return "bfloat16", "GPUs of the last years compute in it"
+        return "bfloat16", "GPUs from Ampere on compute in it"
     return fastest_dtype(device, cpu_flags(Path("/proc/cpuinfo")), os.environ)
 
 

@@ -128,7 +128,7 @@ class RunDirectory:
         write_atomically(self.environment_file, _json(record))
 
     def save_stacks(self, stacks: str) -> str | None:
-        """Keep what the threads of the engines' processes were doing when something took too long.
+        """Keep what threads were doing when something took too long, or failed.
 
         Returns the path of the file in the run, or None for empty `stacks`.
         """

@@ -235,7 +235,7 @@ class HeldOut:
                 why = str(error)
                 if not isinstance(error, EvaluationError | UserError):
                     file = self._run.directory.save_stacks(traceback.format_exc())
-                    why = f"{type(error).__name__}: {error} (where: {file})"
+                    why = f"{type(error).__name__}: {error} (its traceback is in {file} of the run)"
                 metrics = Metrics({}, not_run={"all of it": why})
                 self._record(step, name, metrics)
             if hook.name == "drift" and metrics.values.get("difference", 0.0) >= self._alarms.drift:

@@ -16,10 +16,10 @@ import torch
 from transformers import AutoModelForCausalLM, DeepseekV2Config, PreTrainedModel
 
 from align.errors import UserError
+from align.learner.engine import environment
 from align.learner.group import LearnerGroup, RankGroup
 from align.learner.loading import follow, layout
 from align.learner.policy import PolicyRank
-from align.learner.rank import environment
 from align.learner.reward_model import RewardModelGroup, RewardModelRank
 from align.model.policy import load_policy, load_tokenizer
 from align.recipe import LearnerOptions, LoraOptions, ModelOptions, OptimizerOptions

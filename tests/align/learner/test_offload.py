@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from align.learner import offload
+from align.learner.engine import environment
 from align.learner.offload import HostMemory, storages
-from align.learner.rank import environment
 
 
 @pytest.fixture

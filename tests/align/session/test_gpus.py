@@ -9,8 +9,8 @@ import ray
 
 from align.errors import UserError
 from align.evaluate import lm_eval
+from align.learner.engine import device_of_rank
 from align.learner.group import RankGroup
-from align.learner.rank import device_of_rank
 from align.recipe import LearnerOptions, ModelOptions
 from align.recipe.learner import OptimizerOptions
 from align.run.machine import check_cuda
