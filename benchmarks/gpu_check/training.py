@@ -11,7 +11,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from align.learner import policy, rank
+from align.learner import engine, policy, rank
 from align.learner.batch import TrainingSequence, plan_micro_batches, share_out, whole_rows
 from align.learner.objective import Objective
 from align.losses import LossOptions
@@ -114,7 +114,7 @@ def lora() -> None:
 def new_learner(directory: Path, **options: Any) -> policy.PolicyRank:
     """A learner rank in this process, alone and without Ray; ZeRO-2, since what ZeRO-1 holds in bfloat16 cannot leave the GPU."""
     threads = os.cpu_count() or 1
-    os.environ |= rank.environment(0, 1, threads)
+    os.environ |= engine.environment(0, 1, threads)
     given = {"ranks": 1, "threads": threads, "zero_stage": 2, "micro_batch_tokens": MICRO_BATCH} | options
     given["optimizer"] = {"learning_rate": 1e-4}
     model = ModelOptions(path=str(directory), dtype="bfloat16")
