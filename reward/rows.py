@@ -134,7 +134,12 @@ def request_of(messages: Messages) -> str:
 
 
 def after_thought(completion: str) -> str:
-    """What a completion says after the `<think>` ... `</think>` that it begins with; nothing where that thought never ends."""
+    """What a completion says after the `<think>` ... `</think>` that it begins with; nothing where that thought never ends.
+
+    Where it only has the `</think>`, as files keep answers whose `<think>` was in the prompt, all before it is the thought.
+    """
+    if "<think>" not in completion and "</think>" in completion:
+        completion = "<think>" + completion
     return _FIRST_THOUGHT.sub("", completion).strip() if completion.lstrip().startswith("<think>") else completion
 
 

@@ -172,7 +172,7 @@ class Judgement:
 
 
 class Judge:
-    """A language model behind an endpoint, asked at temperature 0."""
+    """A language model behind an endpoint, asked at temperature 0 unless it takes no temperature."""
 
     def __init__(self, options: JudgeOptions):
         """Raises UserError where the client is not installed, or the variable that should hold the key is not set."""
@@ -185,6 +185,7 @@ class Judge:
         if options.api_key_env and not self._key:
             raise UserError(f"judge.api_key_env: the environment variable {options.api_key_env} is not set")
         self._failures = 0
+        self._unsupported: set[str] = set()
 
     def check(self) -> None:
         """Ask for a word. Raises UserError where the endpoint refuses, EvaluationError where it cannot be reached.
@@ -251,12 +252,7 @@ class Judge:
         # The client's limit is on the time between two bytes: an endpoint that never ends needs another one.
         async with asyncio.timeout((self._options.timeout_s + LONGEST_BACKOFF_S) * (self._options.retries + 1)):
             try:
-                answer = await client.chat.completions.create(
-                    model=self._options.model,
-                    messages=[{"role": "user", "content": prompt}],
-                    temperature=0.0,
-                    max_tokens=max_tokens,
-                )
+                answer = await self._ask_in_its_words(client, prompt, max_tokens)
             except UnicodeEncodeError as error:  # of the key or of the prompt
                 raise _NoCompletionError(f"the request cannot be sent: {first_line(error)}") from None
             except ValueError as error:  # of the client: a body that is no JSON
@@ -266,6 +262,23 @@ class Judge:
             return text_of(answer.choices[0].message.content)
         except (AttributeError, LookupError, TypeError):
             raise _NoCompletionError("what it sent is no chat completion") from None
+
+    async def _ask_in_its_words(self, client: "AsyncOpenAI", prompt: str, max_tokens: int) -> Any:
+        """Ask, and again without what the endpoint names as unsupported: reasoning models take no temperature, and `max_completion_tokens` alone."""
+        import openai
+
+        while True:
+            limit = "max_completion_tokens" if "max_tokens" in self._unsupported else "max_tokens"
+            given = {"temperature": 0.0, limit: max_tokens}
+            sent = {name: value for name, value in given.items() if name not in self._unsupported}
+            try:
+                return await client.chat.completions.create(
+                    model=self._options.model, messages=[{"role": "user", "content": prompt}], extra_body=sent
+                )
+            except openai.BadRequestError as error:
+                if error.param not in [name for name in ("temperature", "max_tokens") if name in sent]:
+                    raise
+                self._unsupported.add(error.param)
 
     def _reason(self, error: Exception) -> str:
         """Why a request failed, in one line and without the key, which some endpoints repeat."""

@@ -111,7 +111,9 @@ def engines_of(roles: Roles) -> list[str]:
 def check_names(data: Sequence[DataOptions], stage: Stage, roles: Roles) -> None:
     """Raise UserError for a reward, hook or data card that is not there, or not meant for the stage; and for data without a card that cannot be read."""
     there = [one for one in data if one.card or not to_be_made(one.path)]
-    asked = evaluated(roles.evaluation, there) if roles.evaluation is not None else []
+    asked = []
+    if roles.evaluation is not None and (roles.evaluation.cards or not to_be_made(roles.evaluation.path)):
+        asked = evaluated(roles.evaluation, there)
     trained = [card_of(one) for one in there]
     if roles.rewards:
         check_rewards(roles.rewards, [*trained, *(entry.card for entry in asked)])

@@ -183,7 +183,11 @@ class Alarms:
         """Nearly all groups have rewards that are all equal: there is nothing left to learn from."""
         if share >= self._options.zero_variance_groups:
             ids = _first((sample for sample in samples if sample.in_zero_variance_group), key=lambda sample: 0.0)
-            yield Alarm("variance", f"in {share:.0%} of the groups all rewards are equal, which teaches nothing", ids)
+            yield Alarm(
+                "variance",
+                f"in {share:.0%} of the groups all rewards are equal: compared within a group they teach nothing",
+                ids,
+            )
 
     def _reward(self, reward: float, spread: float, samples: Sequence[SeenSample]) -> Iterator[Alarm]:
         """The mean reward is far from that of the steps before: a broken reward, or a policy that has found a way around it."""

@@ -2,18 +2,23 @@
 
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 Reply = str | tuple[int, str]
 
 
 class Server:
-    """A judge on 127.0.0.1 that answers by a function of the prompt: with a text, or with a status and a body."""
+    """A judge on 127.0.0.1 that answers by a function of the prompt: with a text, or with a status and a body.
 
-    def __init__(self, reply: Callable[[str], Reply]):
+    Requests with a parameter that is `unsupported` are refused as OpenAI refuses them.
+    """
+
+    def __init__(self, reply: Callable[[str], Reply], unsupported: Collection[str] = ()):
         self.prompts: list[str] = []
+        self.last: dict[str, Any] = {}
         self.keys: set[str | None] = set()
         self.busiest = self._busy = 0
         self._lock = threading.Lock()
@@ -22,7 +27,13 @@ class Server:
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                answer = server.answer(reply, body["messages"][0]["content"], self.headers["Authorization"])
+                server.last = body
+                answer: Reply
+                if refused := [name for name in body if name in unsupported]:
+                    refusal = {"message": f"Unsupported parameter: {refused[0]!r}", "param": refused[0]}
+                    answer = 400, json.dumps({"error": refusal})
+                else:
+                    answer = server.answer(reply, body["messages"][0]["content"], self.headers["Authorization"])
                 message = {"role": "assistant", "content": answer}
                 choices = [{"index": 0, "finish_reason": "stop", "message": message}]
                 completion = {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": choices}

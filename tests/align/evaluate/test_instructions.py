@@ -65,9 +65,12 @@ def test_accuracy_is_of_prompts_and_of_instructions_strict_and_loose(asked: Call
         assert value == pytest.approx(sum(of_kind) / len(of_kind))
 
 
-def test_a_thought_is_not_a_part_of_the_answer(asked: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("opened", ["<think>", ""])
+def test_a_thought_is_not_a_part_of_the_answer(
+    asked: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, opened: str
+) -> None:
     plain, _ = asked(count=20)
-    thoughts = [f"<think>One, two. <<Three>> P.S. {{}}</think>\n{answer}" for answer in ANSWERS]
+    thoughts = [f"{opened}One, two. <<Three>> P.S. {{}}</think>\n{answer}" for answer in ANSWERS]
     monkeypatch.setattr(sys.modules[__name__], "ANSWERS", thoughts)
     assert asked(count=20)[0].values == plain.values
 

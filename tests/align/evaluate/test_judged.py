@@ -5,7 +5,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,11 @@ ALIGN_BENCH = [
 
 
 @pytest.fixture
-def serve() -> Iterator[Callable[[Callable[[str], Reply]], Server]]:
+def serve() -> Iterator[Callable[..., Server]]:
     servers: list[Server] = []
 
-    def start(reply: Callable[[str], Reply]) -> Server:
-        servers.append(Server(reply))
+    def start(reply: Callable[[str], Reply], unsupported: Collection[str] = ()) -> Server:
+        servers.append(Server(reply, unsupported))
         return servers[-1]
 
     yield start
@@ -252,6 +252,17 @@ def test_the_key_comes_from_the_named_variable_and_from_no_other(
     metrics = measure("mt_bench", MT_BENCH, server.url, {"api_key_env": "THE_KEY"})
     assert server.keys == {"Bearer none", "Bearer sk-secret"}
     assert "sk-" not in caplog.text + str(metrics)
+
+
+def test_a_judge_that_reasons_is_asked_with_the_parameters_that_it_takes(
+    serve: Any, measure: Callable[..., Metrics]
+) -> None:
+    server = serve(lambda prompt: "[[5]]", unsupported=("temperature", "max_tokens"))
+    assert measure("mt_bench", MT_BENCH, server.url).values["mt_bench/score"] == 5.0
+    assert server.last.keys() == {"model", "messages", "max_completion_tokens"}
+    plain = serve(lambda prompt: "[[5]]")
+    measure("mt_bench", MT_BENCH, plain.url)
+    assert plain.last.keys() == {"model", "messages", "max_tokens", "temperature"}
 
 
 def test_passing_failures_are_tried_again(serve: Any, measure: Callable[..., Metrics]) -> None:

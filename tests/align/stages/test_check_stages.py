@@ -129,7 +129,15 @@ def test_rows_of_a_level_may_all_be_behind_the_first_ones(tmp_path: Path, monkey
     found(tmp_path, "grpo", rows, *given, f"data={{path: {tmp_path / 'mine.jsonl'}, levels: [2]}}")
 
 
-def test_data_that_a_stage_before_makes_need_no_card(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("recipe", "given"),
+    [
+        ("reward_model", ["data={path: '${a}/arithmetic'}", "init_from=null"]),
+        ("sft", ["data={path: '${a}/arithmetic'}", "rewards=[]"]),
+        ("sft", ["data={path: '${a}/x'}", "evaluation={path: '${a}/arithmetic', limit: 8}", "rewards=[]"]),
+    ],
+)
+def test_data_that_a_stage_before_makes_need_no_card(tmp_path: Path, recipe: str, given: list[str]) -> None:
     (tmp_path / "pipeline.yaml").write_text(
         yaml.safe_dump(
             {
@@ -138,13 +146,8 @@ def test_data_that_a_stage_before_makes_need_no_card(tmp_path: Path) -> None:
                     {"name": "a", "recipe": "recipes/nano/sft.yaml", "set": OWN},
                     {
                         "name": "b",
-                        "recipe": "recipes/nano/reward_model.yaml",
-                        "set": [
-                            "machine={}",
-                            "data={path: '${a}/arithmetic'}",
-                            "init_from=null",
-                            "model={path: '${a}'}",
-                        ],
+                        "recipe": f"recipes/nano/{recipe}.yaml",
+                        "set": ["machine={}", "model={path: '${a}'}", *given],
                     },
                 ],
             }
