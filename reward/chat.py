@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import groupby, pairwise, zip_longest
 from typing import Any, NamedTuple
@@ -83,7 +83,7 @@ def encode_example(
             "thought out, or use a template that finds it in the response"
         )
     length = len(asked.ids)
-    around = _surroundings(tokenizer, _template(tokenizer), _shape(messages, tools))
+    around = _surroundings(tokenizer, _template(tokenizer, tools), _shape(messages, tools))
     if around.end is None:
         raise RewardError(
             f"the tokenizer of {_name(tokenizer)} has no eos_token: set it in tokenizer_config.json, or the model never "
@@ -121,11 +121,13 @@ def answer_text(tokenizer: Any, messages: Messages, token_ids: Sequence[int], to
     What the template itself writes around an answer, and which the model therefore writes (white space, an empty thought),
     is not part of it. A thought that the prompt opens is: "<think>" stands at the head of the text.
     """
-    template = _template(tokenizer)
+    template = _template(tokenizer, tools)
     around = _surroundings(tokenizer, template, _shape(messages, tools))
     # What a message says may open or close the thought of the prompt ("/no_think").
     opened = _opened_thought(_render(tokenizer, template, messages, tools, True))
-    said = opened + decode_completion(tokenizer, token_ids)
+    # The token that ends an answer need not be a special one.
+    ids = token_ids[:-1] if len(token_ids) and token_ids[-1] == around.end else token_ids
+    said = opened + decode_completion(tokenizer, ids)
     if around.before is None or opened != around.opened:
         return said
     before = opened + around.before
@@ -197,7 +199,7 @@ def _tokenised(
 ) -> _Tokenised:
     """The rendering of the messages; where it continues a prompt, the prompt's ids are the first of its ids."""
     prompt = prompt or _Tokenised("", [])
-    template, vocabulary, shape = _template(tokenizer), _vocabulary(tokenizer), _shape(messages, tools)
+    template, vocabulary, shape = _template(tokenizer, tools), _vocabulary(tokenizer), _shape(messages, tools)
     if forged := vocabulary.found_special.search("".join((*shape.turns, shape.tools))):
         raise RewardError(f"tools or their calls spell out the control token {forged[0]}: take it out of them")
     outline = _outline(tokenizer, template, shape, answering)
@@ -253,7 +255,8 @@ def _cuts(tokenizer: Any, template: str, messages: Messages, tools: Tools, answe
 @lru_cache(maxsize=256)
 def _outline(tokenizer: Any, template: str, shape: _Shape, answering: bool) -> _Outline:
     messages = shape.messages
-    text = _render(tokenizer, template, messages, json.loads(shape.tools), answering)
+    tools = json.loads(shape.tools)
+    text = _render(tokenizer, template, messages, tools, answering)
     found = {int(number) for number in _PLACEHOLDERS.findall(text)}
     lost = [turn["role"] for i, turn in enumerate(messages) if turn["content"] and i not in found]
     if lost:
@@ -261,8 +264,24 @@ def _outline(tokenizer: Any, template: str, shape: _Shape, answering: bool) -> _
             f"the chat template of {_name(tokenizer)} leaves out what the {' and the '.join(lost)} says, given messages of "
             f"{', '.join(_roles(messages))}"
         )
+    if tools and text == _render(tokenizer, template, messages, (), answering):
+        raise RewardError(
+            f"the chat template of {_name(tokenizer)} leaves out the tools; take one that has a place for them"
+        )
+    if unsaid := [name for turn in messages for name in _called(turn) if name not in text]:
+        raise RewardError(
+            f"the chat template of {_name(tokenizer)} leaves out that the assistant calls {unsaid[0]}; take one that writes calls of tools"
+        )
     control = _vocabulary(tokenizer).control
     return _Outline(text, [id_ for id_ in _encode(tokenizer, text) if id_ in control])
+
+
+def _called(message: Mapping[str, Any]) -> Iterator[str]:
+    """The names of the tools that a message calls."""
+    for call in message.get("tool_calls") or ():
+        named = call.get("function", call) if isinstance(call, Mapping) else {}
+        if isinstance(named, Mapping) and isinstance(name := named.get("name"), str):
+            yield name
 
 
 @lru_cache(maxsize=256)
@@ -308,7 +327,7 @@ def _not_continued(tokenizer: Any, messages: Messages, tools: Tools, asked: str,
             "conversations begin with their prompts"
         )
     thoughtful = [*messages[:-1], {"role": "assistant", "content": "<think>\nx\n</think>\n\nx"}]
-    if _render(tokenizer, _template(tokenizer), thoughtful, tools, False).startswith(asked):
+    if _render(tokenizer, _template(tokenizer, tools), thoughtful, tools, False).startswith(asked):
         return RewardError(
             f"{fault}: the prompt opens a thought, so each response needs one, <think>...</think>, first"
         )
@@ -322,9 +341,10 @@ def _forged(token: str) -> RewardError:
     return RewardError(f"the tokenizer reads the control token {token} in a text, where it must stay text")
 
 
-def _template(tokenizer: Any) -> str:
+def _template(tokenizer: Any, tools: Tools = ()) -> str:
     try:
-        template: str = tokenizer.get_chat_template()
+        # Of several templates, one is for conversations with tools.
+        template: str = tokenizer.get_chat_template(tools=list(tools) or None)
     except ValueError:
         raise RewardError(
             f"the tokenizer of {_name(tokenizer)} has no chat template (base models have none): put one into "

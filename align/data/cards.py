@@ -18,6 +18,7 @@ from align.data.types import SplitName, Strict
 from align.errors import UserError, nearest
 from align.recipe.options import is_on_hub
 from align.shipped import CARDS
+from reward.rows import DOMAIN
 
 Stage = Literal["sft", "reward_model", "grpo", "eval"]
 Model = TypeVar("Model", bound=BaseModel)
@@ -139,6 +140,8 @@ class OwnSource(Strict):
     """Which files of a data set of the Hugging Face hub, see `align.data.hub`."""
     stream: bool = False
     """Only the first rows are read before they are needed, see `align.data.drawing.Stream`."""
+    domain: str = DOMAIN
+    """Of rows that name none; when not given, the card's."""
 
     @model_validator(mode="before")
     @classmethod
@@ -253,6 +256,14 @@ class DataCard(Strict):
     def called(self) -> str:
         """What messages call it: by its name, or by the path of data without a card."""
         return self.source.path if isinstance(self.source, OwnSource) else f"data card {self.name}"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _give_rows_its_domain(cls, data: Any) -> Any:
+        source = data.get("source")
+        if isinstance(source, dict) and source.get("kind") == "own" and "domain" in data:
+            return data | {"source": {"domain": data["domain"]} | source}
+        return data
 
     @model_validator(mode="after")
     def _be_consistent(self) -> Self:

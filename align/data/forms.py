@@ -157,7 +157,7 @@ def _alpaca(row: Row) -> Conversation:
     prompt = f"{instruction}\n\n{more}" if more.strip() else instruction
     answer: Message = {"role": "assistant", "content": row.filled("output")}
     turns = (*_history(row), *asked(prompt), answer)
-    return Conversation(turns, ("instruction", "input", "output", "system", "history"))
+    return Conversation(turns, ("instruction", "input", "system", "history"))
 
 
 def _history(row: Row) -> Turns:

@@ -4,7 +4,7 @@ import hashlib
 import logging
 from array import array
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
 from os.path import commonpath
@@ -24,6 +24,7 @@ from align.data.stored import StoredRows, stamp
 from align.data.types import Example, Preference, SplitName, normalised
 from align.errors import UserError
 from align.recipe.options import HUB_NAME, is_on_hub
+from reward.rows import DOMAIN
 
 _log = logging.getLogger(__name__)
 SHOWN = 20
@@ -44,6 +45,8 @@ class OwnRows:
     """The hash of what each row is split by, see `opening_of`."""
     prompts: Hashes
     """The hash of each row's `prompt_key`."""
+    domain: str
+    """Of rows that name none."""
     domains: Sequence[str]
     bad: Sequence[str] = ()
     """An error for each of the first SHOWN rows that cannot be used."""
@@ -60,7 +63,7 @@ class OwnRows:
     def item(self, place: int) -> Example | Preference:
         """What the row at a place gives."""
         row, (file, number) = self.stored[place], self.stored.number(place)
-        return item_of(self.form, row, identity_of(row, number, self.prefixes[file]))
+        return item_of(self.form, row, identity_of(row, number, self.prefixes[file]), self.domain)
 
     def digest(self) -> str:
         """A hash of the files' content."""
@@ -114,7 +117,7 @@ def own_card(source: OwnSource) -> DataCard:
             "source": source.model_dump(),
             "licence": "not said",
             "stages": STAGES[form.kind],
-            "domain": "user",
+            "domain": source.domain,
             "splits": {split: own if split in tables else drawn for split in source.splits},
             "decontamination": {"against": held_out, "why": "what a policy is evaluated on is not trained on"},
         }
@@ -168,7 +171,12 @@ def read_source(source: OwnSource) -> Mapping[SplitName, OwnRows]:
     tables, name, head = tables_of(source), name_of(source.path), BLOCK if source.stream else None
     return {
         split: _read(
-            f"{name}/{split}" if len(tables) > 1 else name, tuple(files), _stamps(files), source.bad_rows, head=head
+            f"{name}/{split}" if len(tables) > 1 else name,
+            tuple(files),
+            _stamps(files),
+            source.bad_rows,
+            domain=source.domain,
+            head=head,
         )
         for split, files in tables.items()
     }
@@ -190,7 +198,7 @@ def stream_of(source: OwnSource, head: Rows, held_out: Collection[int]) -> Strea
                 if isinstance(row, UserError):
                     raise row
                 refuse_other_form(own.form, row)
-                item = item_of(own.form, row, f"{own.prefixes[file]}/{number}")
+                item = item_of(own.form, row, f"{own.prefixes[file]}/{number}", own.domain)
                 if item.domain not in own.domains:
                     raise UserError(f"{row.where}: the domain {item.domain!r} is none of the first {BLOCK} rows")
             except UserError as error:
@@ -258,6 +266,7 @@ def _read(
     stamps: tuple[Any, ...],
     bad_rows: str,
     cure: str = CURE,
+    domain: str = DOMAIN,
     head: int | None = None,
 ) -> OwnRows:
     """What is in files, each time that they have changed, or their first `head` rows. `name` stands before the ids of their rows."""
@@ -279,7 +288,7 @@ def _read(
             if (first := ids.get(hashed := key_hash(identity))) is not None:
                 own = identity.removeprefix(f"{prefixes[file]}/")
                 raise UserError(f"{row.where}: the id {own!r} is already that of {stored[first].where}")
-            item = item_of(form, row, identity)
+            item = item_of(form, row, identity, domain)
         except UserError as error:
             bad_count += 1
             if len(bad) < SHOWN:
@@ -299,12 +308,13 @@ def _read(
         raise UserError("\n".join(refusal(told, bad, bad_count, len(stored) + bad_count, cure)))
     assert form is not None
     keys = np.array(openings, dtype=np.uint64), np.array(prompts, dtype=np.uint64)
-    return OwnRows(form, stored, files, prefixes, *keys, list(domains), bad, bad_count)
+    return OwnRows(form, stored, files, prefixes, *keys, domain, list(domains), bad, bad_count)
 
 
-def item_of(form: Form, row: Row, identity: str) -> Example | Preference:
-    """What a row of a form gives. Raises UserError where it cannot be used."""
-    return preference_of(form, row, identity) if form.kind == "pairs" else example_of(form, row, identity)
+def item_of(form: Form, row: Row, identity: str, domain: str) -> Example | Preference:
+    """What a row of a form gives, of `domain` where it names none. Raises UserError where it cannot be used."""
+    item = preference_of(form, row, identity) if form.kind == "pairs" else example_of(form, row, identity)
+    return replace(item, domain=domain) if item.domain == DOMAIN else item
 
 
 def refusal(told: str, bad: Sequence[str], bad_count: int, count: int, cure: str) -> Iterator[str]:

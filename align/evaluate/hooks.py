@@ -123,7 +123,10 @@ class Metrics:
 
 
 def _unknown(name: str, known: Collection[str]) -> UserError:
-    return UserError(f"unknown evaluation hook {name!r}{nearest(name, known)}. Known hooks: {', '.join(known)}")
+    return UserError(
+        f"unknown evaluation hook {name!r}{nearest(name, known)}. Known hooks: {', '.join(known)}. An installed package announces its own by "
+        f"an entry point of the group {ENTRY_POINT_GROUP}"
+    )
 
 
 def _misfit(hook: str, parameter: str, why: str, known: Collection[str]) -> UserError:

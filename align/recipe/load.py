@@ -35,6 +35,8 @@ INPUTS = (
     "evaluation.against.run",
     "evaluation.hooks.params.include_path",
     "evaluation.hooks.params.questions",
+    "evaluation.hooks.params.references",
+    "evaluation.hooks.params.start",
     "evaluation.hooks.params.template",
     "evaluation.path",
     "grpo.distill.teacher",

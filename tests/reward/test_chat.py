@@ -212,6 +212,12 @@ def test_an_answer_that_only_begins_with_what_the_template_writes_says_nothing_y
     assert all(longer.startswith(shorter) for shorter, longer in pairwise(said))
 
 
+def test_the_token_that_ends_an_answer_is_no_part_of_it_though_it_is_not_special() -> None:
+    tokenizer = byte_level(special=["<|im_start|>"], added=["<|im_end|>"], eos_token="<eos>")
+    assert answer_text(tokenizer, [user("Q")], ids_of(tokenizer, "It is 4.<|im_end|>")) == "It is 4."
+    assert answer_text(tokenizer, [user("Q")], ids_of(tokenizer, "It is 4.")) == "It is 4."
+
+
 def test_the_marks_of_a_thought_are_vocabulary_also_where_a_tokenizer_calls_them_special() -> None:
     tokenizer = byte_level(special=["<|im_start|>", "<|im_end|>", "<think>", "</think>"])
     ids, length = encode_example(tokenizer, [user("<think>")], THOUGHTFUL)

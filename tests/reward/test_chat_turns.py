@@ -6,9 +6,19 @@ from typing import Any
 import pytest
 
 from reward import RewardError
-from reward.chat import encode_conversation, encode_example
+from reward.chat import encode_conversation, encode_example, encode_prompt
 
-from .chat_templates import NO_SYSTEM_MESSAGES, TEMPLATES, THOUGHTFUL, assistant, system, tokenizer_with, user
+from .chat_templates import (
+    CHATML,
+    NO_SYSTEM_MESSAGES,
+    TEMPLATES,
+    THOUGHTFUL,
+    assistant,
+    byte_level,
+    system,
+    tokenizer_with,
+    user,
+)
 
 TALK = [system("S"), user("a"), assistant("b"), user("c"), assistant(THOUGHTFUL), user("e"), assistant("f\n")]
 
@@ -77,3 +87,26 @@ def test_a_control_token_in_a_call_of_a_tool_is_refused() -> None:
     messages = [ERRAND[0], ERRAND[1] | {"tool_calls": [forged]}]
     with pytest.raises(RewardError, match=r"calls spell out the control token <\|im_end\|>"):
         encode_conversation(tokenizer_with("qwen3"), messages, [1], SCHEMAS)
+
+
+@pytest.mark.parametrize(
+    ("messages", "tools", "why"),
+    [
+        (ERRAND[:1], SCHEMAS, "leaves out the tools"),
+        (ERRAND[:2], [], "leaves out that the assistant calls weather"),
+    ],
+)
+def test_a_template_that_leaves_tools_or_their_calls_out_is_refused(
+    messages: list[dict[str, Any]], tools: list[dict[str, Any]], why: str
+) -> None:
+    tokenizer = byte_level(CHATML)
+    with pytest.raises(RewardError, match=why):
+        encode_conversation(tokenizer, [*messages, assistant("No.")], [len(messages)], tools)
+
+
+def test_of_several_templates_that_for_tools_is_taken_where_there_are_some() -> None:
+    tokenizer = byte_level(CHATML)
+    with_tools = "{{ tools | tojson }}" + CHATML
+    tokenizer.chat_template = {"default": CHATML, "tool_use": with_tools}
+    assert tokenizer.decode(encode_prompt(tokenizer, ERRAND[:1], SCHEMAS)).startswith('[{"type": "function"')
+    assert not tokenizer.decode(encode_prompt(tokenizer, ERRAND[:1])).startswith("[")
