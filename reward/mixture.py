@@ -171,8 +171,13 @@ class Mixture:
         warnings.warn("Mixture.judge is Mixture.score_each now", DeprecationWarning, stacklevel=2)
         return self.score_each(samples)
 
-    def refuse_too_many_masked(self, samples: Sequence[Sample], rewards: Sequence[SampleReward]) -> None:
-        """Raise InfrastructureError where more than `infra_error_limit` of the rewards are None; warn of fewer, and of components of weight 0 without a value."""
+    def refuse_too_many_masked(
+        self, samples: Sequence[Sample], rewards: Sequence[SampleReward], earlier: Sequence[SampleReward] = ()
+    ) -> None:
+        """Raise InfrastructureError where some of the rewards are None, and of them and the `earlier` ones more than `infra_error_limit`.
+
+        Warn of fewer, and of components of weight 0 without a value.
+        """
         unmeasured = [
             (name, sample.id, score.detail or "no detail")
             for sample, reward in zip(samples, rewards, strict=True)
@@ -185,7 +190,8 @@ class Mixture:
         reasons = why_masked(samples, rewards)
         if not reasons:
             return
-        share = len(reasons) / len(samples)
+        masked = len(reasons) + sum(reward.value is None for reward in earlier)
+        share = masked / (len(samples) + len(earlier))
         if share > self.infra_error_limit:
             raise InfrastructureError(share, self.infra_error_limit, reasons[0])
         ids = [sample.id for sample, reward in zip(samples, rewards, strict=True) if reward.value is None]

@@ -83,8 +83,8 @@ class ScoringPool:
         self._hand_out(ticket)
         return ticket
 
-    def gather(self, tickets: Sequence[Ticket]) -> list[list[SampleReward]]:
-        """The rewards of each batch, in its order. Raises what `Mixture.score` does, for all batches as one.
+    def gather(self, tickets: Sequence[Ticket], earlier: Sequence[SampleReward] = ()) -> list[list[SampleReward]]:
+        """The rewards of each batch, in its order. Raises what `Mixture.score` does, for all batches and `earlier` rewards as one.
 
         RewardContractError too, naming samples, when none is judged for `timeout_s`.
         """
@@ -105,6 +105,7 @@ class ScoringPool:
         self.mixture.refuse_too_many_masked(
             [sample for ticket in tickets for sample in ticket.samples],
             [reward for batch in rewards for reward in batch],
+            earlier,
         )
         return rewards
 

@@ -55,14 +55,17 @@ def evaluate(
     split: Annotated[
         Literal["train", "validation", "test"] | None, Option(help="of a data card; test when not given")
     ] = None,
-    max_new_tokens: Annotated[int, Option(min=1)] = 64,
-    dtype: Dtype = "float32",
-    max_length: MaxLength = 512,
+    max_new_tokens: Annotated[int | None, Option(min=1, help="longest answer; of another model 64")] = None,
+    dtype: Annotated[Literal["float32", "bfloat16"] | None, Option(help="of another model float32")] = None,
+    max_length: Annotated[
+        int | None, Option(min=16, help="prompt and completion, in tokens; of another model 512")
+    ] = None,
     workers: Workers = 1,
 ) -> None:
     """let a model answer a file of problems and score the answers
 
-    An answer is right where the reward's verdict is "pass". `align score` takes the file that is written, and any other reward.
+    An answer is right where the reward's verdict is "pass". `align score` takes the file that is written, and any other reward. A model of a run
+    answers as in the run's own evaluations: in its dtype, and as long, unless told otherwise.
     """
     from align.tools import offline
     from align.tools.score_file import default_out
@@ -70,15 +73,17 @@ def evaluate(
 
     if temperature is not None and not samples:
         raise UserError("--temperature has no effect on greedy answers: give --samples too, or leave it out")
-    term = reward_term(reward, params)
+    term, run = reward_term(reward, params), run_of(model)
     if out is None:
-        if (run := run_of(model)) is None:
+        if run is None:
             raise UserError(f"--out is missing: {model} is in no run, below which the answers would be written")
         out = default_out(run, f"eval-{Path(data).stem}-{term.component}")
-    fleet = FleetOptions(workers=workers, max_length=max_length)
+    given = {"max_new_tokens": max_new_tokens, "max_length": max_length, "dtype": dtype}
+    asked = offline.asked_in(run) | {name: value for name, value in given.items() if value is not None}
+    fleet = FleetOptions(workers=workers, max_length=asked["max_length"])
     print(
         offline.evaluate_file(
-            *(model_of(model, dtype), data, out, fleet, max_new_tokens, term),
+            *(model_of(model, asked["dtype"]), data, out, fleet, asked["max_new_tokens"], term),
             split=split,
             samples=samples,
             temperature=temperature or 1.0,
@@ -108,11 +113,15 @@ def merge(
     adapter: Annotated[Path, Argument(help="directory of an adapter as PEFT writes it: RUN/final/adapter")],
     out: Annotated[Path, Argument(help="directory to write to")],
     base: Annotated[str | None, Option(help="the base, where it is not what the adapter names")] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16"] | None,
+        Option(help="of the checkpoint; the base's when not given. bfloat16 rounds most of a young adapter away"),
+    ] = None,
 ) -> None:
     """write a LoRA adapter and its base as one Hugging Face checkpoint"""
     from align.tools.merge import merge_adapter
 
-    print(f"{adapter} on {merge_adapter(adapter, out, base)}, merged, is in {out}")
+    print(f"{adapter} on {merge_adapter(adapter, out, base, dtype)}, merged, is in {out}")
 
 
 def convert(

@@ -260,7 +260,7 @@ class DataCard(Strict):
     @model_validator(mode="before")
     @classmethod
     def _give_rows_its_domain(cls, data: Any) -> Any:
-        source = data.get("source")
+        source = data.get("source") if isinstance(data, dict) else None
         if isinstance(source, dict) and source.get("kind") == "own" and "domain" in data:
             return data | {"source": {"domain": data["domain"]} | source}
         return data

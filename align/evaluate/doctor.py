@@ -5,6 +5,7 @@ one line, and a failure with its cause and its cure.
 """
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from copy import deepcopy
@@ -303,7 +304,10 @@ def check_checkpoint(skeleton: Any, directory: Path | None) -> Finding:
 
 
 def stored_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of all tensors in a directory's safetensors files, by their headers. Raises UserError for a file that is missing or damaged."""
+    """The shapes of a model's tensors, by the headers of its safetensors files. Raises UserError for a file that is missing or damaged.
+
+    Those are the files that the index names, or else `model.safetensors`: some directories hold the weights a second time, in another layout.
+    """
     from safetensors import SafetensorError, safe_open
 
     again = "Cure: copy or download it again"
@@ -317,7 +321,9 @@ def stored_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
             f"{directory} lacks {len(lost)} of {len(named)} files with weights, {lost[0]} for one. {again.replace('it', 'them')}"
         )
     shapes: dict[str, tuple[int, ...]] = {}
-    for file in sorted(directory.glob("*.safetensors")):
+    whole = directory / "model.safetensors"
+    unnamed = [whole] if whole.is_file() else sorted(directory.glob("*.safetensors"))
+    for file in sorted(directory / name for name in named) or unnamed:
         try:
             with safe_open(file, framework="pt") as tensors:
                 shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
@@ -334,7 +340,11 @@ def stored_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
 
 
 def check_served(skeleton: Any, dtype: str, rollout: FleetOptions) -> Finding:
-    """vLLM knows the architecture, and takes its heads, its dtype and the options of the sampler on this machine."""
+    """vLLM knows the architecture, and takes its heads, its dtype and the options of the sampler on this machine.
+
+    On the nodes of a cluster, which need not be like this one, the workers themselves refuse what their devices do not take.
+    """
+    here = "RAY_ADDRESS" not in os.environ
     config = skeleton.config.get_text_config()
     name, heads = type(skeleton).__name__, config.num_attention_heads
     positions = getattr(config, "max_position_embeddings", None)
@@ -346,7 +356,7 @@ def check_served(skeleton: Any, dtype: str, rollout: FleetOptions) -> Finding:
         refused = (
             f"vLLM {version('vllm')} has no {skeleton.config.architectures[0]}. Cure: a model of another architecture"
         )
-    elif not torch.cuda.is_available() and size not in cpu_head_sizes(config):
+    elif here and not torch.cuda.is_available() and size not in cpu_head_sizes(config):
         takes = ", ".join(map(str, cpu_head_sizes(config)))
         of = "kv_lora_rank + qk_rope_head_dim" if getattr(config, "kv_lora_rank", None) else "a head"
         refused = f"{of} is {size} wide, and vLLM takes {takes} on a CPU. Cure: a model with another head_dim, or a GPU"
@@ -354,7 +364,7 @@ def check_served(skeleton: Any, dtype: str, rollout: FleetOptions) -> Finding:
         refused = f"rollout.max_length is {rollout.max_length}, and the model has {positions} positions. Cure: lower it to {positions}"
     elif heads % rollout.tensor_parallel:
         refused = f"rollout.tensor_parallel is {rollout.tensor_parallel}, and {heads} heads cannot be divided by it. Cure: a divisor of {heads}"
-    else:
+    elif here:
         refused = refusal(dtype, rollout, Device.here())
     return (FAILED, refused) if refused else (OK, f"takes {skeleton.config.architectures[0]} with heads of {size}")
 

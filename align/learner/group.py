@@ -188,6 +188,14 @@ class RankGroup:
         lost = self._ranks[0].adapter_lost.remote()
         return self._gather([lost], "measuring the adapter")[0]
 
+    def check_shared(self, file: Path) -> None:
+        """Raise UserError unless every rank reads in a file of the run what this process reads there: ranks write into its directory."""
+        calls = [rank.reads.remote(file.absolute(), file.read_text()) for rank in self._ranks]
+        if not all(self._gather(calls, "reading a file of the run")):
+            raise UserError(
+                f"{file.parent} is not what a learner rank on another node sees there: run.dir must be on a file system that all nodes share"
+            )
+
     def save(self, directory: Path) -> float | None:
         """Write the model as a Hugging Face checkpoint, whole or not at all. Raises LearnerError, OSError.
 
@@ -198,7 +206,7 @@ class RankGroup:
             lost: float | None = self._gather(calls, "saving")[0]
             if not (temporary / "config.json").exists():
                 raise OSError(
-                    f"learner rank 0 wrote the model to {directory} on its own node, where this process does not see it: "
+                    f"learner rank 0 wrote the model to {temporary} on its own node, where this process does not see it: "
                     "run.dir must be on a file system that all nodes share"
                 )
         return lost

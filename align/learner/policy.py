@@ -198,8 +198,7 @@ class FrugalRank(PolicyRank):
         self._checkpointed = []
         self._watch(self._network)
         self._lost = self._exact = 0.0
-        self._trained = self._what_is_trained()
-        return self._trained
+        return self._what_is_trained()
 
     def apply(self, learning_rate: float) -> float:
         """Do nothing: `accumulate` has changed the weights. Returns 0, for the norm of what is left to be applied."""

@@ -49,7 +49,7 @@ from align.model.lora import (
     update_of,
     write_merge_report,
 )
-from align.model.names import frozen_names, layout_of, to_checkpoint
+from align.model.names import checkpoint_name, frozen_names, layout_of, to_checkpoint
 from align.model.policy import attention_kernel, attention_sizes, load_tokenizer, persistent_buffers, save_policy
 from align.model.rounding import round_parameter, rounded
 from align.recipe import BFLOAT16_SUMS, MERGED_ADAPTERS, LearnerOptions, ModelOptions
@@ -61,7 +61,7 @@ from rollout.sync.base import WriteBuckets, buckets
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """What a learner trains, in words, the modules that change with it (None is all of them), and how large their weights are."""
+    """What a learner trains, in words, the modules that change with it as checkpoints name them (None is all of them), and how large their weights are."""
 
     description: str
     modules: list[str] | None
@@ -69,7 +69,7 @@ class Trained:
 
 
 class LearnerRank(ABC):
-    """A data-parallel rank. Every method but `process`, `address` and `free_port` is called on all ranks together."""
+    """A data-parallel rank. Every method but `process`, `address`, `free_port` and `reads` is called on all ranks together."""
 
     def __init__(self, model: ModelOptions, options: LearnerOptions):
         self._model = model
@@ -100,6 +100,13 @@ class LearnerRank(ABC):
             probe.bind(("", 0))
             return int(probe.getsockname()[1])
 
+    def reads(self, file: Path, text: str) -> bool:
+        """Whether this rank's node has the file, with this text."""
+        try:
+            return file.read_text() == text
+        except OSError:
+            return False
+
     def apply(self, learning_rate: float) -> float:
         """One optimizer update with the gradients accumulated so far. Returns the gradient's norm before clipping.
 
@@ -127,12 +134,12 @@ class LearnerRank(ABC):
         it, else in them.
         """
         device = self._device if on_device else "cpu"
-        weights = self._whole_weights(self._trained.modules, device, apart=True)
+        weights = self._whole_weights(self._modules, device, apart=True)
         try:
             if self._engine.global_rank == 0:
                 layout = layout_of(self._network.config.model_type)
                 parameters = rounded(to_checkpoint(weights, layout), precision)
-                buffers = to_checkpoint(self._buffers(self._trained.modules, device), layout)
+                buffers = to_checkpoint(self._buffers(self._modules, device), layout)
                 yield from write(buckets(chain(parameters, buffers), bucket_bytes))
         finally:
             # Also where writing fails, or the other ranks would wait for this one at the next parameter.
@@ -259,8 +266,7 @@ class LearnerRank(ABC):
         self._census = GradientCensus(self._network)
         self._lost = self._exact = 0.0
         self._inputs = {} if self._options.lora is None else remember_inputs(network)
-        self._trained = self._what_is_trained()
-        return self._trained
+        return self._what_is_trained()
 
     def _shard(self, module: torch.nn.Module, config: dict[str, Any]) -> None:
         """Leave to each rank its share of each of the module's parameters, on its device."""
@@ -291,17 +297,19 @@ class LearnerRank(ABC):
 
     def _what_is_trained(self) -> Trained:
         network, lora = self._network, self._options.lora
+        self._modules = None if lora is None else adapted_modules(network)
         trained = sum(size(p) for p in network.parameters() if p.requires_grad)
-        if lora is None:
+        if lora is None or self._modules is None:
             sent = sum(size(p) * p.element_size() for p in network.parameters())
             return Trained(f"{trained:,} trainable parameters{self._caveat}{self._attention}", None, sent)
-        parameters, modules = plain_parameters(network), adapted_modules(network)
+        parameters, layout = plain_parameters(network), layout_of(network.config.model_type)
         total = sum(map(size, parameters.values()))
-        below = tuple(f"{module}." for module in modules)
+        below = tuple(f"{module}." for module in self._modules)
         sent = sum(size(p) * p.element_size() for name, p in parameters.items() if name.startswith(below))
         for name, layer in adapter_layers(network).items():
             sent += sum(size(p) * p.element_size() for p in factors(layer)) if is_sent_apart(name, layer) else 0
         text = describe(network, total, trained, lora) + (f"; {self._left_out}" if self._left_out else "")
+        modules = [checkpoint_name(f"{module}.", layout).removesuffix(".") for module in self._modules]
         return Trained(text + self._caveat + self._attention, modules, sent)
 
     @property

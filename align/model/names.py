@@ -41,12 +41,17 @@ def layout_of(model_type: str) -> Layout:
     return OTHERS.get(model_type, USUAL)
 
 
+def checkpoint_name(name: str, layout: Layout) -> str:
+    """What a checkpoint calls a parameter, or what is below a module, but for stacked experts."""
+    return name.replace(f".{USUAL.block}.", f".{layout.block}.")
+
+
 def to_checkpoint(
     named_tensors: Iterable[tuple[str, torch.Tensor]], layout: Layout = USUAL
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Split fused experts into the checkpoint's tensors; views, not copies. Others keep all of their name but the block's."""
     for inner, tensor in named_tensors:
-        name = inner.replace(f".{USUAL.block}.", f".{layout.block}.")
+        name = checkpoint_name(inner, layout)
         match = FUSED.match(name)
         if match is None:
             yield name, tensor

@@ -253,8 +253,9 @@ class GrpoOptions(LossOptions):
                 "something: leave one of them out"
             )
         if self.group_size == 1 and self.drop_zero_variance_groups:
+            given = f", which preset: {self.preset} sets" if self.preset else ""
             raise ValueError(
-                "drop_zero_variance_groups drops every group of one completion (group_size: 1): leave it out"
+                f"drop_zero_variance_groups{given}, drops every group of one completion (group_size: 1): set it to false, or take larger groups"
             )
         if self.skip_zero_gradient and (self.kl_coefficient or self.distill):
             beside = "a KL (kl_coefficient)" if self.kl_coefficient else "distillation (distill)"
@@ -331,7 +332,7 @@ class EvaluationOptions(Options):
     )
     levels: list[int] | None = Field(None, description="difficulty levels to keep of the only card")
     limit: int = Field(256, ge=1, description="problems of a card, after a seeded shuffle")
-    samples: int = Field(4, ge=0, description="samples a problem for pass@k; 0 leaves it out")
+    samples: int = Field(4, ge=0, description="samples a problem for pass@k, drawn at temperature 1; 0 leaves it out")
     before: bool = Field(True, description="also before the first step; not where the stage before has just done it")
     every: int | None = Field(
         None,
@@ -410,8 +411,8 @@ class AlarmOptions(Options):
         2.0, gt=1, description="how many times longer or shorter answers are than at the start, in words"
     )
     drift: float = Field(1.0, gt=0, description="`difference` of the evaluation `drift`, in nats a token")
-    stop: list[Literal["entropy", "variance", "reward", "experts", "collapse", "refill", "habit", "length"]] = Field(
-        [], description="alarms that end the run; after a warning alone it goes on"
+    stop: list[Literal["entropy", "variance", "reward", "experts", "collapse", "refill", "idle", "habit", "length"]] = (
+        Field([], description="alarms that end the run; after a warning alone it goes on")
     )
 
 

@@ -95,4 +95,7 @@ def expansion(options: Any) -> str:
         given = getattr(options, key)
         if given is not None:
             parts.append(f"{key}: {given}" + (f" (given, for {value})" if given != value else ""))
-    return f"grpo.preset: {options.preset} is {', '.join(parts)}".replace("True", "true")
+    told = f"grpo.preset: {options.preset} is {', '.join(parts)}".replace("True", "true")
+    if options.updates_per_step == 1:
+        told += ". With a single update a step (grpo.updates_per_step) all ratios are 1, and nothing is clipped"
+    return told

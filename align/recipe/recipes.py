@@ -35,6 +35,7 @@ DataStage = Literal["sft", "reward_model", "grpo"]
 INIT_FROM = "SFT recipe that trains the policy to start from, run first and with what this recipe shares with it"
 STAGE = "the stage that the recipe is for"
 ALL_ANSWERED = "every prompt of every split is answered once"
+GREEDY = "sampling.temperature is 0: greedy answers to a prompt are all alike; use 1.0"
 
 
 class Recipe(Options):
@@ -233,6 +234,7 @@ class SftRecipe(PolicyRecipe):
         "evaluation.every": "SFT looks at the validation loss, every sft.validate_every steps",
         "data.split": "the validation split gives the validation loss",
         "weights.precision": "nothing is sampled to be trained on in SFT",
+        "learner.share_prompts": "each conversation of SFT has a prompt of its own",
         **dict.fromkeys(
             ("alarms.entropy_share", "alarms.zero_variance_groups", "alarms.reward_jump"), "nothing is sampled in SFT"
         ),
@@ -353,7 +355,7 @@ class GrpoRecipe(PolicyRecipe):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.sampling.temperature == 0:
-            raise ValueError("sampling.temperature is 0: greedy completions of a group are all alike; use 1.0")
+            raise ValueError(GREEDY)
         if "validation" in {data.split for data in self.data} and (
             self.evaluation.every or self.evaluation.split == "validation"
         ):
@@ -404,12 +406,19 @@ class PreferencesRecipe(SamplingRecipe):
         "run.allow_changes": "this stage begins anew when it was interrupted",
         "data.split": ALL_ANSWERED,
         "data.share": ALL_ANSWERED,
+        "rollout.record_experts": "nothing reads the experts of the answers",
     }
     data_stage: ClassVar = "grpo"
 
     stage: Literal["preferences"] = Field(description=STAGE)
     sampling: SamplingOptions = SamplingOptions()
     preferences: PreferencesOptions = PreferencesOptions()
+
+    @model_validator(mode="after")
+    def _have_answers_to_compare(self) -> Self:
+        if self.sampling.temperature == 0:
+            raise ValueError(GREEDY)
+        return self
 
     def roles(self) -> Roles:
         sequences = self.preferences.prompts * self.preferences.samples

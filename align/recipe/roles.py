@@ -40,6 +40,17 @@ class Roles:
     colocated: bool = False
     routes: bool = False
 
+    @property
+    def gpus(self) -> float:
+        """How many GPUs all processes take, where there are some."""
+        scoring = self.scoring.workers * self.scoring.gpus if self.scoring else 0
+        ranks, workers = self.learner.ranks if self.learner else 0, self.rollout.workers if self.rollout else 0
+        if self.colocated:
+            return max(ranks, workers) + scoring
+        learning = ranks * self.learner.gpus if self.learner else 0
+        sampling = workers * self.rollout.tensor_parallel * self.rollout.gpus if self.rollout else 0
+        return learning + sampling + scoring
+
 
 def reward_models(rewards: Sequence[RewardTerm]) -> list[str]:
     """The directories of the trained reward models among rewards."""

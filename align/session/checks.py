@@ -12,13 +12,15 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from align.data.cards import DataCard, Stage, require_stage
 from align.data.entries import card_of, evaluated
 from align.data.loader import domains_of
 from align.data.types import Example, SplitName
 from align.errors import UserError, check_installed, nearest
 from align.evaluate import hooks
-from align.evaluate.doctor import examine, verdict
+from align.evaluate.doctor import examine, skeleton_of, verdict
 from align.learner.balance import factors_of
 from align.learner.experts import check_spreadable
 from align.learner.group import check_port
@@ -82,6 +84,8 @@ def check_recipe(recipe: Recipe) -> list[str]:
     check_trackers(recipe.trackers)
     check_size(recipe.machine)
     check_servers(roles.evaluation.hooks if roles.evaluation else ())
+    if "RAY_ADDRESS" not in os.environ:  # a cluster may grow
+        check_places(roles, torch.cuda.device_count(), can_colocate=isinstance(recipe, PolicyRecipe))
     if roles.learner is not None and roles.learner.port is not None:
         check_port(roles.learner.port)
     notes = [expansion(recipe.grpo)] if isinstance(recipe, GrpoRecipe) and recipe.grpo.preset else []
@@ -231,6 +235,23 @@ def check_servers(named: Sequence[HookOptions]) -> None:
         hooks.check_ready(hook.name, hook.params)
 
 
+def check_places(roles: Roles, gpus: int, *, can_colocate: bool) -> None:
+    """Raise UserError where this machine, which has so many GPUs, lacks what the processes take: Ray would wait for it without end."""
+    for key, options in (("learner", roles.learner), ("rollout", roles.rollout)):
+        if options is not None and options.resources:
+            raise UserError(
+                f"{key}.resources: {', '.join(options.resources)} can only be of the nodes of a cluster: set RAY_ADDRESS, or leave it out"
+            )
+    if 0 < gpus < roles.gpus:
+        cure = "lower learner.ranks, rollout.workers, rollout.tensor_parallel or scoring.gpus"
+        if can_colocate:
+            cure = f"share each between a learner rank and a rollout worker, colocate=true learner.ranks={gpus} rollout.workers={gpus}"
+        raise UserError(
+            f"the recipe takes {roles.gpus:g} GPUs, and this machine has {gpus}: {cure}; set RAY_ADDRESS to a cluster that has them; or run it on "
+            "the CPU with CUDA_VISIBLE_DEVICES= in front of the command"
+        )
+
+
 def check_model(recipe: Recipe) -> list[str]:
     """Look at the model's small files, by the options of those that load it. Raises UserError for what cannot be trained or sampled from.
 
@@ -240,7 +261,8 @@ def check_model(recipe: Recipe) -> list[str]:
     if path.is_absolute() and not path.exists():
         return [f"not looked at: model.path: {path} is still to be made"]
     try:
-        config = read_config(model.path)
+        if not model.trust_remote_code:
+            read_config(model.path)
         tokenizer = load_tokenizer(model.path, trust_remote_code=model.trust_remote_code)
     except UserError as error:
         if path.is_dir():
@@ -248,7 +270,7 @@ def check_model(recipe: Recipe) -> list[str]:
         return [f"not looked at: {error}"]
     goes_on = roles.trained == "reward_model" and is_reward_model(model)
     verdict(examine(model, tokenizer, reward_model=goes_on, rollout=roles.rollout), model.path)
-    skeleton = empty_model(config)
+    skeleton = shapes_of(model)
     notes: list[str] = []
     rows = skeleton.get_input_embeddings().weight.shape[0]
     if roles.teacher is not None:
@@ -323,9 +345,14 @@ def check_adapters_are_served(path: str, sizes: ModelSizes) -> None:
         )
 
 
+def shapes_of(model: ModelOptions) -> Any:
+    """The model on the meta device. Raises UserError. What is known of published models is asked first, unless the model brings its own code."""
+    return skeleton_of(model) if model.trust_remote_code else empty_model(read_config(model.path))
+
+
 def sent_bytes(model: ModelOptions, lora: LoraOptions | None) -> int:
     """Bytes of the weights that go to the workers after an update: of all modules, or of those that an adapter changes. Raises UserError."""
-    skeleton = empty_model(read_config(model.path))
+    skeleton = shapes_of(model)
     blocks = [""] if lora is None else [f"{block_of(part.parameter)}." for part in chosen_parts(skeleton, lora.targets)]
     sent = (p.numel() for name, p in skeleton.named_parameters() if name.startswith(tuple(blocks)))
     return sum(sent) * ELEMENT_BYTES[model.dtype]
@@ -354,7 +381,7 @@ def default_grace_s(model: ModelOptions, learner: LearnerOptions | None) -> floa
     if learner is None:
         return LEAST_GRACE_S
     try:
-        parameters = model_sizes(empty_model(read_config(model.path))).total
+        parameters = model_sizes(shapes_of(model)).total
     except UserError:  # it is told where the model is loaded
         return LEAST_GRACE_S
     held = parameters * ELEMENT_BYTES[model.dtype] + state_bytes(model.dtype, learner, parameters)

@@ -36,6 +36,8 @@ from rollout import Fault
 RESUMABLE = ("running", "interrupted", "failed")
 PACKAGES = ("align", "rollout", "reward")
 DOMAINS_OF_A_LINE = 4
+SHARE_TO_TELL = 0.05
+"""Of answers that were cut off: from so many on the console tells it."""
 """More are not told one by one on the console: the report has them."""
 
 
@@ -203,6 +205,8 @@ def describe(evaluation: Evaluation) -> str:
     by_domain = f" ({told})" if len(domains) > 1 else ""
     sampled = "".join(f", pass@{k} {value:.1%}" for k, value in evaluation.pass_at.items())
     rates = "".join(f", {name} {value:.1%}" for name, value in main_rates(evaluation).items())
+    if evaluation.truncated >= SHARE_TO_TELL:
+        rates += f", {evaluation.truncated:.0%} of the answers cut off"
     too_long = evaluation.too_long
     not_asked = f"; {too_long} have prompts that are too long, and count as not right" if too_long else ""
     if not evaluation.scored:

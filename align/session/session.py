@@ -84,6 +84,10 @@ class Session:
             if roles.weights.transport == "object_store":
                 sent = sent_bytes(self.policy, roles.learner.lora)
         self.open.enter_context(local_ray(sent))
+        if 0 < (there := usable_gpus()) < roles.gpus:
+            self.run.warn(
+                f"the recipe takes {roles.gpus:g} GPUs, and the cluster has {there:g}: the run waits until it has as many"
+            )
         if roles.colocated and roles.learner is not None:
             self.colocation = Colocation(shared_gpus(max(roles.learner.ranks, rollout.workers)))
         self.fleet = Fleet(
@@ -147,6 +151,7 @@ class Session:
             if isinstance(recipe, SamplingRecipe):
                 self.fleet.wait_until_ready()
             learner.wait_until_ready()
+            learner.check_shared(self.run.directory.status_file)
             remaining.restore()
             progress.note(f"{title} on {recipe.learner.ranks} learner ranks: {learner.trained.description}")
             yield remaining

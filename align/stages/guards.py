@@ -126,12 +126,13 @@ class History(TypedDict):
     """What the alarms compare a step with, ready for JSON.
 
     The entropies of the first steps, and by layer the loads of their busiest experts; mean and standard deviation of the rewards of the last;
-    and the alarms that are on.
+    how many steps in a row have trained on nothing; and the alarms that are on.
     """
 
     entropies: list[float]
     busiest: NotRequired[dict[str, list[float]]]
     rewards: list[tuple[float, float]]
+    idle: NotRequired[int]
     on: list[str]
 
 
@@ -165,6 +166,7 @@ class Alarms:
         yield from self._experts(metrics)
         yield from self._collapse(metrics)
         yield from self._refill(metrics)
+        yield from self._idle(metrics)
 
     def _entropy(self, entropy: float, samples: Sequence[SeenSample]) -> Iterator[Alarm]:
         """The policy has lost most of the entropy that it had in the first steps."""
@@ -233,6 +235,17 @@ class Alarms:
                 "refill",
                 f"in {1 - full:.0%} of the groups all rewards are still equal when grpo.refill_rounds, or the data, are used up: the step trains on "
                 "what there is",
+            )
+
+    def _idle(self, metrics: Mapping[str, float]) -> Iterator[Alarm]:
+        """For `window` steps nothing has been trained on."""
+        steps = self._history.get("idle", 0) + 1 if metrics.get("trained_on") == 0 else 0
+        self._history["idle"] = steps
+        if steps >= self._options.window:
+            yield Alarm(
+                "idle",
+                f"nothing was trained on in {steps} steps: completions that are cut off (grpo.train_on_truncated: false; sampling.max_new_tokens) "
+                "and groups of equal rewards (grpo.drop_zero_variance_groups) are left out",
             )
 
 

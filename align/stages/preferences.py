@@ -4,8 +4,9 @@ The DeepSeek-V2 report (arXiv 2405.04434, section 4.2) gathers them so: for code
 the ground truth.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -80,16 +81,23 @@ def gather_preferences(recipe: PreferencesRecipe, splits: Sequence[SplitPrompts]
             {"prompts": len(prompts), "accuracy": mean_of(right), "pairs": found},
             SHOWN,
         )
+    write_pairs(pairs, run.directory.final_directory, run.progress.note)
+
+
+def write_pairs(
+    pairs: Mapping[tuple[str, SplitName], Sequence[Mapping[str, Any]]], directory: Path, note: Callable[[str], None]
+) -> None:
+    """Write the pairs of each domain and split. Raises UserError, when all others are written, for those that have none."""
     for (domain, split), rows in pairs.items():
-        if not rows:
-            raise UserError(
-                f"no {split} prompt of domain {domain} had both right and wrong answers: raise preferences.samples or "
-                "preferences.prompts, or take prompts that the policy finds neither too easy nor too hard"
-            )
-        directory = run.directory.final_directory / domain
-        directory.mkdir(parents=True, exist_ok=True)
-        write_jsonl(directory / f"{split}.jsonl", rows)
-        run.progress.note(f"{len(rows)} pairs of the {split} split of {domain} are in {directory}")
+        if rows:
+            (directory / domain).mkdir(parents=True, exist_ok=True)
+            write_jsonl(directory / domain / f"{split}.jsonl", rows)
+            note(f"{len(rows)} pairs of the {split} split of {domain} are in {directory / domain}")
+    if without := [f"{split} prompt of domain {domain}" for (domain, split), rows in pairs.items() if not rows]:
+        raise UserError(
+            f"no {' and no '.join(without)} had both right and wrong answers: raise preferences.samples, preferences.prompts or "
+            "preferences.held_out_prompts, or take prompts that the policy finds neither too easy nor too hard"
+        )
 
 
 def judged(groups: Sequence[ScoredGroup]) -> list[ScoredTrajectory]:

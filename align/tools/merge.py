@@ -18,17 +18,18 @@ from align.run.files import whole_directory
 WEIGHTS = "adapter_model.safetensors"
 
 
-def merge_adapter(adapter: Path, out: Path, base: str | None = None) -> str:
-    """Write base and adapter as one Hugging Face checkpoint to `out`; returns where the base came from.
+def merge_adapter(adapter: Path, out: Path, base: str | None = None, dtype: str | None = None) -> str:
+    """Write base and adapter as one Hugging Face checkpoint to `out`; returns where the base came from, and the dtype that the sum is rounded to.
 
-    `base` is used in place of the one that the adapter names. What was written is loaded again and compared with what base and adapter
+    `base` is used in place of the one that the adapter names, `dtype` of the base's own. What was written is loaded again and compared with what base and adapter
     compute. Raises UserError where they do not belong together, or the checkpoint differs from them; there is no `out` then.
     """
     config = read_adapter_config(adapter)
     if out.exists():
         raise UserError(f"{out} exists already; give another directory, or take it away")
     origin = base or config["base_model_name_or_path"]
-    model = load_base(adapter, config, origin)
+    model = load_base(adapter, config, origin, dtype or "auto")
+    rounded = str(model.dtype).removeprefix("torch.")
     check_names(adapter, config, model, origin)
     prepare_embeddings(model, adapter, config)
     adapted = add_saved_adapter(model, adapter, origin)
@@ -39,10 +40,10 @@ def merge_adapter(adapter: Path, out: Path, base: str | None = None) -> str:
         save_policy(whole, tokenizer, written)
         del model, adapted, whole
         check_written(written, expected)
-    return str(origin)
+    return f"{origin}, in {rounded}"
 
 
-def load_base(adapter: Path, config: Mapping[str, Any], origin: str) -> Any:
+def load_base(adapter: Path, config: Mapping[str, Any], origin: str, dtype: str) -> Any:
     """The adapter's base, a policy or a reward model. Raises UserError where it is not there or cannot be loaded."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -52,7 +53,7 @@ def load_base(adapter: Path, config: Mapping[str, Any], origin: str) -> Any:
     kind = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
     try:
         with no_progress_bars():
-            return kind.from_pretrained(origin, dtype="auto", **({"num_labels": 1} if classifies else {}))
+            return kind.from_pretrained(origin, dtype=dtype, **({"num_labels": 1} if classifies else {}))
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         cure = (
             "; give the model as it was before it was quantised with --base" if "quanti" in str(error).lower() else ""

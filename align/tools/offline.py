@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from align.data.cards import load_card
 from align.data.loader import load_split
@@ -24,10 +25,11 @@ from align.model.policy import DTYPES, load_tokenizer, stop_token_ids
 from align.model.sizes import model_sizes, read_config
 from align.recipe import AgreementOptions, LearnerOptions, ModelOptions, OptimizerOptions
 from align.recipe.options import is_on_hub
-from align.run import write_jsonl
+from align.run import RunDirectory, write_jsonl
 from align.run.machine import gpu_records
 from align.session.checks import check_columns, check_split
 from align.session.ray import local_ray
+from align.session.run import SHARE_TO_TELL
 from align.tools.score_file import mixture_of, refuse_existing
 from reward import RewardTerm, ScoringPool
 from reward.rows import TRUTHS
@@ -97,11 +99,27 @@ def evaluate_file(
     value = mean_of([row["reward"] for row in result.rows if row["greedy"] and row["reward"] is not None])
     sampled = "".join(f", pass@{k} {share:.1%}" for k, share in result.pass_at.items())
     verdicts = ", ".join(f"{count} {name}" for name, count in sorted(result.verdicts.items()))
+    if result.truncated >= SHARE_TO_TELL:
+        sampled += f"; {result.truncated:.0%} of the answers were cut off at {max_new_tokens} tokens"
     too_long = f"; {result.too_long} have prompts that are too long, and count as not right" if result.too_long else ""
     return (
         f"{result.accuracy:.1%} of {result.problems} right by {term.component}, mean value {value:.3f}{sampled} ({verdicts}{too_long}); "
         f"answers are in {out}"
     )
+
+
+def asked_in(run: Path | None) -> dict[str, Any]:
+    """How the policy of a run is asked in its evaluations: `max_new_tokens`, `max_length` and `dtype`. Of no run, or one of another stage, the usual."""
+    usual = {"max_new_tokens": 64, "max_length": 512, "dtype": "float32"}
+    try:
+        recipe = yaml.safe_load(RunDirectory(run).recipe_file.read_text(encoding="utf-8")) if run else {}
+        asked = {
+            "max_new_tokens": recipe["evaluation"]["max_new_tokens"],
+            "max_length": recipe["rollout"]["max_length"],
+        }
+        return asked | {"dtype": recipe["model"]["dtype"]}
+    except (KeyError, TypeError, OSError, yaml.YAMLError):
+        return usual
 
 
 def problems_of(data: str, split: SplitName | None) -> list[Example]:

@@ -35,6 +35,7 @@ from align.model.policy import load_policy, load_tokenizer, persistent_buffers
 from align.model.sizes import model_sizes
 from align.plan.memory import adapted_parameters
 from align.recipe import ModelOptions
+from align.session.checks import sent_bytes
 
 NANO = Path(__file__).parents[2] / "recipes" / "nano" / "policy"
 Agreements = Callable[..., list[float]]
@@ -211,7 +212,10 @@ def test_so_too_of_a_model_that_brings_its_code(tmp_path: Path, monkeypatch: pyt
     config = json.loads((tmp_path / "config.json").read_text())
     code = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": code}))
-    assert_same_without_content(ModelOptions(path=str(tmp_path), trust_remote_code=True))
+    model = ModelOptions(path=str(tmp_path), trust_remote_code=True)
+    assert_same_without_content(model)
+    own = sum(p.numel() for p in AutoModelForCausalLM.from_config(LlamaConfig(**SIZES)).parameters()) + 8 * 8 + 8
+    assert sent_bytes(model, None) == 4 * own
 
 
 @pytest.mark.slow
@@ -241,6 +245,14 @@ def test_bfloat16(tmp_path: Path, policy: ModelOptions, agreements: Agreements) 
     bfloat16 = ["model.dtype=bfloat16", *GRPO]
     found = agreements("grpo", policy.path, tmp_path / "run", *bfloat16)
     assert 1e-5 < max(found) < 0.03
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_experts_that_a_checkpoint_calls_otherwise_may_have_an_adapter(tmp_path: Path, agreements: Agreements) -> None:
+    write_model(ARCHITECTURES["Mixtral"](), tmp_path / "model")
+    lora = ["learner.lora={rank: 4, targets: [all-linear, experts]}"]
+    assert max(agreements("grpo", tmp_path / "model", tmp_path / "run", *GRPO, *lora)) < LIMITS["Mixtral"]
 
 
 @pytest.mark.slow

@@ -174,6 +174,11 @@ def test_too_many_masked_samples_stop_the_run() -> None:
     assert mixture.score(half)[0].value is None
     with pytest.raises(InfrastructureError, match=r"66.7%.*50.0%.*'exact_answer' on sample 'bare'.*no ground truth"):
         mixture.score([*half, sample(ground_truth=None)])
+    # In one of several batches of a step, of all of them.
+    bare = mixture.score_each(half[:1])
+    mixture.refuse_too_many_masked(half[:1], bare, mixture.score_each([sample()]))
+    with pytest.raises(InfrastructureError, match=r"66.7%"):
+        mixture.refuse_too_many_masked(half[:1], bare, mixture.score_each(half))
 
 
 def test_a_term_without_weight_measures_and_never_masks_and_that_it_could_not_is_told(

@@ -93,9 +93,9 @@ def test_a_batch_that_killed_two_workers_is_masked_and_no_other_and_the_limit_on
     register("deadly")(deadly(tmp_path / "deaths", 2))
     refuse, found = Mixture.refuse_too_many_masked, list[SampleReward]()
 
-    def seen(mixture: Mixture, samples: Sequence[Sample], rewards: Sequence[SampleReward]) -> None:
+    def seen(mixture: Mixture, samples: Sequence[Sample], rewards: Sequence[SampleReward], *earlier: Any) -> None:
         found.extend(rewards)
-        refuse(mixture, samples, rewards)
+        refuse(mixture, samples, rewards, *earlier)
 
     monkeypatch.setattr(Mixture, "refuse_too_many_masked", seen)
     with pytest.raises(InfrastructureError, match=r"25.0% of the samples.*limit is 20.0%.*died, twice"):

@@ -186,6 +186,12 @@ def test_files_that_lack_a_tensor(skeleton: Any, policy: ModelOptions, tmp_path:
     assert_failed(check_checkpoint(skeleton, tmp_path), "have 1 tensors that the architecture does not know")
 
 
+def test_weights_that_are_there_a_second_time_in_another_layout_are_not_looked_at(llama: Path, tmp_path: Path) -> None:
+    shutil.copytree(llama, tmp_path / "model")
+    save_file({"layers.0.wq.weight": torch.zeros(2, 2)}, tmp_path / "model" / "consolidated.safetensors")
+    examined(tmp_path / "model")
+
+
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A sound model, its weights in two files."""
@@ -284,6 +290,15 @@ def test_what_would_end_a_run_later_is_said_first(
     with pytest.raises(UserError, match=said) as refused:
         examined(tmp_path / "model")
     assert "\n" not in str(refused.value).strip()
+
+
+def test_what_this_machine_does_not_take_the_nodes_of_a_cluster_may(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(llama, tmp_path / "model")
+    narrow_heads(tmp_path / "model")
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    examined(tmp_path / "model")
 
 
 @pytest.mark.slow

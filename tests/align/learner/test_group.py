@@ -1,12 +1,15 @@
 """What the group of ranks does by itself, without any."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from align.errors import UserError
 from align.learner.group import LearnerGroup
 from align.learner.objective import Objective, Sums
+from align.learner.rank import LearnerRank
 from align.recipe import LearnerOptions, OptimizerOptions
 
 
@@ -31,3 +34,22 @@ def test_a_model_that_this_machine_does_not_see_is_not_taken_for_saved(tmp_path:
     with pytest.raises(OSError, match=r"run\.dir must be on a file system that all nodes share"):
         group(saving=[None]).save(tmp_path / "final")
     assert (tmp_path / "final" / "config.json").exists()
+
+
+def test_a_run_whose_directory_another_node_does_not_see_is_refused(tmp_path: Path) -> None:
+    def rank(node: Path) -> Any:
+        reads = SimpleNamespace(remote=lambda file, text: LearnerRank.reads(None, node / file.name, text))  # type: ignore[arg-type]
+        return SimpleNamespace(reads=reads)
+
+    made = group()
+    made._gather = lambda calls, doing: calls
+    (tmp_path / "status.json").write_text("mine")
+    made._ranks = [rank(tmp_path), rank(tmp_path)]
+    made.check_shared(tmp_path / "status.json")
+    (tmp_path / "other").mkdir()
+    made._ranks = [rank(tmp_path), rank(tmp_path / "other")]
+    with pytest.raises(UserError, match=r"run\.dir must be on a file system that all nodes share"):
+        made.check_shared(tmp_path / "status.json")
+    (tmp_path / "other" / "status.json").write_text("of an earlier run")
+    with pytest.raises(UserError, match="all nodes share"):
+        made.check_shared(tmp_path / "status.json")

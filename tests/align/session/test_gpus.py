@@ -2,6 +2,7 @@
 
 import os
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,13 +12,15 @@ from align.errors import UserError
 from align.evaluate import lm_eval
 from align.learner.engine import device_of_rank
 from align.learner.group import RankGroup
-from align.recipe import LearnerOptions, ModelOptions
+from align.recipe import LearnerOptions, ModelOptions, load_recipe
 from align.recipe.learner import OptimizerOptions
 from align.run.machine import check_cuda
 from align.session import ray as session_ray
+from align.session.checks import check_recipe
 from reward import Mixture, RewardTerm, ScoringPool
 from rollout import FleetOptions, worker_handle
 
+ROOT = Path(__file__).parents[3]
 H100 = {"name": "NVIDIA H100 80GB HBM3", "memory": 80 * 2**30, "driver": "535.86"}
 
 
@@ -103,3 +106,27 @@ def test_a_run_stops_before_ray_starts_unless_gpus_are_hidden_on_purpose(
     error, told = (UserError, "the driver") if refused else (RuntimeError, "Ray starts")
     with pytest.raises(error, match=told), session_ray.local_ray():
         pass
+
+
+@pytest.mark.parametrize(
+    ("overrides", "gpus", "message"),
+    [
+        ([], 0, None),
+        ([], 4, None),
+        ([], 3, "takes 4 GPUs, and this machine has 3: share each .*, colocate=true learner.ranks=3 rollout.workers=3"),
+        (["colocate=true"], 2, None),
+        (["colocate=true", "scoring.gpus=1"], 2, "takes 3 GPUs"),
+        (["rollout.tensor_parallel=2"], 5, "takes 6 GPUs"),
+        (["rollout.resources={fast: 1}"], 8, r"rollout\.resources: fast can only be of the nodes of a cluster"),
+    ],
+)
+def test_what_this_machine_lacks_is_told_before_ray_would_wait_for_it(
+    overrides: list[str], gpus: int, message: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load_recipe(ROOT / "recipes/nano/grpo.yaml", overrides)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    with pytest.raises(UserError, match=message) if message else nullcontext():
+        check_recipe(recipe)
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    check_recipe(recipe)

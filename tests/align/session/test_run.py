@@ -1,5 +1,7 @@
 """What the console says of evaluations: a line of bounded width for each, and a table of the run's."""
 
+from dataclasses import replace
+
 import pytest
 
 from align.evaluate.accuracy import Evaluation
@@ -17,6 +19,8 @@ def test_single_kinds_are_not_told_in_the_line_of_an_evaluation() -> None:
     told = "25.0% of 60 held-out problems right{}, pass@4 50.0%, degenerate_share 10.0%"
     assert describe(evaluated(1, **KINDS)) == told.format("")
     assert describe(evaluated(2)) == told.format(" (domain0 0.0%, domain1 1.0%)")
+    cut_off = replace(evaluated(1), truncated=0.3)
+    assert describe(cut_off) == told.format("") + ", 30% of the answers cut off"
     assert describe(evaluated(20)) == told.format(" (0.0% to 19.0% in 20 domains)")
 
 

@@ -94,7 +94,7 @@ class FakePool:
     def submit(self, samples: Sequence[Sample]) -> list[Sample]:
         return list(samples)
 
-    def gather(self, tickets: Sequence[list[Sample]]) -> list[list[SampleReward]]:
+    def gather(self, tickets: Sequence[list[Sample]], earlier: Sequence[SampleReward] = ()) -> list[list[SampleReward]]:
         rewards = [[self._reward(self.fleet.worth[sample.id]) for sample in samples] for samples in tickets]
         mixture = Mixture([RewardTerm(name="exact_answer")], infra_error_limit=1.0)
         mixture.refuse_too_many_masked(list(chain(*tickets)), list(chain(*rewards)))
@@ -131,6 +131,8 @@ class FakeLearner:
     loads: list[dict[str, float]] = field(default_factory=list)
 
     def wait_until_ready(self) -> None: ...
+
+    def check_shared(self, file: Path) -> None: ...
 
     def close(self) -> None: ...
 

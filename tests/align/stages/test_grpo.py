@@ -331,6 +331,20 @@ def test_a_step_that_trains_on_nothing_has_no_entropy_and_gives_no_alarm(train: 
     assert stage.fleet.weight_version == 5
 
 
+def test_a_run_that_trains_on_nothing_is_told(train: Any) -> None:
+    cut_off = {"worth": 1.0, "truncated": True}
+    stage = train(
+        "grpo",
+        *SMALL,
+        "grpo.steps=4",
+        "grpo.train_on_truncated=false",
+        "alarms.window=2",
+        write=lambda step, place, index: cut_off | {"worth": float(index % 2)},
+    )
+    [told] = [event for event in stage.warnings if event["alarm"] == "idle"]
+    assert "nothing was trained on in 2 steps" in told["message"]
+
+
 def test_groups_that_could_not_be_judged_are_not_groups_of_equal_rewards(train: Any) -> None:
     stage = train(
         "grpo",

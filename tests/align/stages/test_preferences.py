@@ -1,6 +1,7 @@
 """Pairs of a policy's own answers: right beside wrong, no text twice, nothing that nobody could judge."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from align.data.types import Example
 from align.errors import UserError
 from align.experience import Problem, ScoredGroup, ScoredTrajectory
-from align.stages.preferences import judged, pairs_of
+from align.stages.preferences import judged, pairs_of, write_pairs
 from reward import SampleReward, Score, Verdict
 from rollout import FinishReason, Prompt, Trajectory
 
@@ -60,3 +61,21 @@ def test_where_nothing_could_be_judged_the_reason_is_said_and_not_that_the_promp
     with pytest.raises(UserError, match="none of 2 answers could be judged: no sandbox"):
         judged([group])
     assert judged([group, replace(group, trajectories=RIGHT)]) == RIGHT
+
+
+def test_a_split_without_pairs_does_not_take_the_others_with_it(tmp_path: Path) -> None:
+    found = pairs(*RIGHT, *WRONG, most=1)
+    of_splits: Any = {
+        ("sums", "validation"): [],
+        ("sums", "test"): found,
+        ("code", "test"): [],
+        ("code", "train"): found,
+    }
+    with pytest.raises(
+        UserError, match="no validation prompt of domain sums and no test prompt of domain code had both"
+    ):
+        write_pairs(of_splits, tmp_path, print)
+    assert sorted(str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*.jsonl")) == [
+        "code/train.jsonl",
+        "sums/test.jsonl",
+    ]

@@ -11,7 +11,7 @@ from align.cli import main
 from align.errors import UserError
 from align.model.policy import load_tokenizer
 from align.recipe import ModelOptions
-from align.tools.offline import evaluate_file, problems_of, running_fleet
+from align.tools.offline import asked_in, evaluate_file, problems_of, running_fleet
 from reward import RewardTerm
 from rollout import Fleet, FleetOptions
 
@@ -91,3 +91,14 @@ def test_more_new_tokens_than_there_is_room_for_are_told_by_the_options_of_the_c
                 *(policy, str(file), tmp_path / "out.jsonl", FleetOptions(workers=1, max_length=512), tokens),
                 RewardTerm(name="exact_answer"),
             )
+
+
+def test_the_policy_of_a_run_is_asked_as_in_its_evaluations(tmp_path: Path) -> None:
+    usual = {"max_new_tokens": 64, "max_length": 512, "dtype": "float32"}
+    assert asked_in(None) == usual
+    recipe = tmp_path / "recipe.yaml"
+    for text in ("stage: reward_model", "- damaged"):
+        recipe.write_text(text)
+        assert asked_in(tmp_path) == usual
+    recipe.write_text("evaluation: {max_new_tokens: 1024}\nrollout: {max_length: 2048}\nmodel: {dtype: bfloat16}")
+    assert asked_in(tmp_path) == {"max_new_tokens": 1024, "max_length": 2048, "dtype": "bfloat16"}
