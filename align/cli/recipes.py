@@ -95,7 +95,7 @@ def resume(run: RunPath, overrides: Overrides = None) -> int | None:
     that began the run does the same when it is given again; so does `align pipeline` for its stages.
 
     Checkpoints are written every `save_every` steps, and when the run is told to stop: Ctrl-C (exit status 130) and SIGTERM (75) let the
-    step end that is being made, for `run.grace_s` seconds at most, and then write one. A second signal ends at once.
+    step end that is being made, for `run.grace_s` seconds at most, and then write one. A second Ctrl-C ends at once.
 
     Damage: every file is verified against its SHA-256 before it is read; a damaged checkpoint is named and the one before taken.
 

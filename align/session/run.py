@@ -313,12 +313,16 @@ def ending_of(kind: type[BaseException] | None) -> Ending:
 def own_directory(recipe: Recipe, path: Path) -> tuple[RunDirectory, list[str] | None]:
     """The directory of a run; and for one that goes on what has changed of its recipe, None for a new one.
 
-    An interrupted run of a stage that trains goes on. Raises UserError where the directory holds another run, finished or
+    An interrupted run of a stage that trains goes on, and that of another stage begins anew. Raises UserError where the directory holds another run, finished or
     of another recipe.
     """
     status, there = read_status(path), RunDirectory(path.expanduser().absolute())
-    resumable = status is not None and status["state"] in RESUMABLE and isinstance(recipe, TrainingRecipe)
-    if recipe.run.overwrite or not resumable or not there.recipe_file.exists():
+    interrupted = status is not None and status["state"] in RESUMABLE and there.recipe_file.exists()
+    if not isinstance(recipe, TrainingRecipe):
+        # It holds nothing to go on from.
+        anew = interrupted and not changes(there, recipe, pending=there.path)
+        return RunDirectory.create(path, overwrite=recipe.run.overwrite or anew), None
+    if recipe.run.overwrite or not interrupted:
         return RunDirectory.create(path, overwrite=recipe.run.overwrite), None
     changed = refuse_changes(there, recipe)
     return RunDirectory.reopen(path), changed

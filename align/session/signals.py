@@ -16,7 +16,8 @@ class StopRequest:
     """Ctrl-C as KeyboardInterrupt, and SIGTERM as its kind Terminated: where they come, or at the end of what is deferred.
 
     Should the exception be lost, it comes again at the next `check`: Python loses one that is raised inside a destructor or a
-    callback of native code. A second signal ends the process at once.
+    callback of native code. A second Ctrl-C ends the process at once; a second SIGTERM does nothing, for whoever ends all processes of a job
+    ends a pipeline too, which hands the signal on to its stage.
     """
 
     def __init__(self, grace_s: float = 0.0) -> None:
@@ -56,6 +57,8 @@ class StopRequest:
             self._deferred = False
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked and number == signal.SIGTERM:
+            return
         if self.asked:
             os._exit(128 + number)
         self._number = number

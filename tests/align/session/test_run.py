@@ -1,12 +1,17 @@
 """What the console says of evaluations: a line of bounded width for each, and a table of the run's."""
 
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from align.errors import UserError
 from align.evaluate.accuracy import Evaluation
-from align.session.run import compare_stages, describe
+from align.recipe import Recipe, load_recipe
+from align.session.run import compare_stages, describe, open_run, own_directory
 
+NANO = Path(__file__).parents[3] / "recipes/nano"
 KINDS = {f"accuracy/kind/{i}": 0.5 for i in range(20)}
 
 
@@ -36,3 +41,22 @@ def test_the_table_of_a_run_has_no_column_for_each_kind_or_each_of_many_domains(
     names = [f"domain{i}" for i in range(columns)]
     assert told[0] == ["policy", "greedy accuracy", *names, "pass@4", "degenerate_share", "tokens an answer"]
     assert {len(row) for row in told} == {len(told[0])}
+
+
+def test_preference_data_whose_gathering_was_interrupted_are_gathered_anew(tmp_path: Path) -> None:
+    def recipe(*overrides: str) -> Recipe:
+        given = [
+            "machine={}",
+            f"model={{path: {NANO / 'policy'}, init: random}}",
+            f"run.dir={tmp_path / 'run'}",
+            *overrides,
+        ]
+        return load_recipe(NANO / "preferences.yaml", given)
+
+    with suppress(KeyboardInterrupt), open_run(recipe()) as run:
+        run.directory.final_directory.mkdir()
+        raise KeyboardInterrupt
+    with pytest.raises(UserError, match="already holds a run"):
+        own_directory(recipe("preferences.samples=3"), tmp_path / "run")
+    with open_run(recipe()) as run:
+        assert not run.directory.final_directory.exists()

@@ -50,14 +50,17 @@ def test_when_the_grace_is_over_what_is_deferred_is_interrupted() -> None:
     assert 0.2 <= time.monotonic() - began < 20
 
 
-def test_a_second_signal_ends_the_process_at_once() -> None:
-    code = """
-import os, signal, time
+@pytest.mark.parametrize(("second", "status"), [(signal.SIGINT, 128 + signal.SIGINT), (signal.SIGTERM, 0)])
+def test_a_second_ctrl_c_ends_the_process_at_once_and_a_second_sigterm_does_not(
+    second: signal.Signals, status: int
+) -> None:
+    code = f"""
+import os, signal
 from align.session.signals import StopRequest
 with StopRequest(grace_s=60) as stop, stop.deferred():
     os.kill(os.getpid(), signal.SIGTERM)
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(60)
+    os.kill(os.getpid(), {int(second)})
+    os.kill(os.getpid(), 0)
 """
     done = subprocess.run([sys.executable, "-c", code], timeout=30)
-    assert done.returncode == 128 + signal.SIGTERM
+    assert done.returncode == status
