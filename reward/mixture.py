@@ -129,6 +129,11 @@ class Mixture:
                 except Exception as error:
                     raise RewardError(f"reward {term.name!r} called with no samples raised {error!r}") from error
 
+    def check_ready(self) -> None:
+        """Raise RewardError where a reward can tell, without loading anything, that it cannot be used on this machine now."""
+        for term, reward in zip(self.terms, self._rewards, strict=True):
+            registry.call_ready(reward.ready, term.params)
+
     def columns(self, domain: str) -> dict[str, list[str]]:
         """By component, the columns of the data that its reward is known to need in samples of a domain."""
         return {

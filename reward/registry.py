@@ -43,11 +43,13 @@ class Reward(Entry):
     """A registered reward.
 
     `function` maps `(sample, **params)` to a Score, or, where `batched`, `(samples, **params)` to a sequence
-    of Scores in the same order. `columns` are what it is known to read from a sample's metadata.
+    of Scores in the same order. `columns` are what it is known to read from a sample's metadata. `ready` takes some of its parameters, and
+    raises where the reward could not be used.
     """
 
     batched: bool
     columns: tuple[str, ...] = ()
+    ready: Callable[..., None] | None = None
 
 
 E = TypeVar("E", bound=Entry)
@@ -143,15 +145,19 @@ class Registry(Generic[E]):
 _rewards: Registry[Reward] = Registry("reward", ENTRY_POINT_GROUP, {}, 1, RewardError, UnknownReward, ParameterError)
 
 
-def register(name: str, *, batched: bool = False, columns: Sequence[str] = ()) -> Callable[[Function], Function]:
+def register(
+    name: str, *, batched: bool = False, columns: Sequence[str] = (), ready: Callable[..., None] | None = None
+) -> Callable[[Function], Function]:
     """A decorator that makes a function known as the reward `name`, and returns the function unchanged.
 
-    `columns` are those of the data without which it scores nothing; "answer" is the ground truth, whatever column has it.
+    `columns` are those of the data without which it scores nothing; "answer" is the ground truth, whatever column has it. `ready` is called
+    before a run starts anything, with those of the parameters that it names, and raises RewardError where the reward could not be used then:
+    it looks at files and servers, and loads no model.
 
     Raises RewardError where another function has the name, or where the function takes `**kwargs`: a misspelt
     parameter would then pass unnoticed.
     """
-    return _rewards.register(name, Reward, batched=batched, columns=tuple(columns))
+    return _rewards.register(name, Reward, batched=batched, columns=tuple(columns), ready=ready)
 
 
 def get(name: str) -> Reward:
@@ -175,6 +181,13 @@ def check_params(name: str, params: Mapping[str, Any]) -> None:
 def check_fit(reward: Reward, params: Mapping[str, Any]) -> None:
     """Nothing, if the reward can be called with `params`. Raises ParameterError as `check_params` does."""
     _rewards.check_fit(reward, params)
+
+
+def call_ready(ready: Callable[..., None] | None, arguments: Mapping[str, Any]) -> None:
+    """Call what was registered as `ready`, if anything, with those of the arguments that it names. Raises what it does."""
+    if ready is not None:
+        named = inspect.signature(ready).parameters
+        ready(**{name: value for name, value in arguments.items() if name in named})
 
 
 def _same_definition(one: Callable[..., Any], other: Callable[..., Any]) -> bool:

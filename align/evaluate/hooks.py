@@ -9,7 +9,6 @@ one as it would a reward, by an entry point of the group `moe_align.evaluations`
 pydantic checks before the stage begins.
 """
 
-import inspect
 import logging
 import math
 import warnings
@@ -26,7 +25,7 @@ from align.data.types import Example, Message
 from align.errors import UserError, nearest
 from align.experience import encode_problems
 from align.recipe import ModelOptions
-from reward.registry import Entry, Function, Registry
+from reward.registry import Entry, Function, Registry, call_ready
 from rollout import FinishReason, Fleet, SamplingOptions
 
 ENTRY_POINT_GROUP = "moe_align.evaluations"
@@ -167,14 +166,10 @@ def check_params(name: str, params: Mapping[str, Any]) -> None:
 
 def check_ready(name: str, params: Mapping[str, Any]) -> None:
     """Nothing, if the hook `name` could be run now as far as it can tell. Raises UserError, before any work is lost."""
-    arguments = _arguments(name, params)
-    ready = get(name).ready
-    if ready is not None:
-        named = inspect.signature(ready).parameters
-        try:
-            ready(**{parameter: value for parameter, value in arguments.items() if parameter in named})
-        except EvaluationError as error:
-            raise UserError(f"evaluation hook {name!r}: {error}") from None
+    try:
+        call_ready(get(name).ready, _arguments(name, params))
+    except EvaluationError as error:
+        raise UserError(f"evaluation hook {name!r}: {error}") from None
 
 
 def run(name: str, checkpoint: PolicyCheckpoint, fleet: Fleet, params: Mapping[str, Any]) -> Metrics:

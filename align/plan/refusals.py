@@ -95,9 +95,8 @@ def too_much_to_sample(work: Work, options: FleetOptions, role: Role, cluster: C
         )
     needed, cache = options.max_length * work.kv_bytes, role.parts["KV cache"]
     if cache < needed:
-        more = (
-            "raise rollout.tensor_parallel or rollout.gpu_memory_share" if cluster.gpus else "raise rollout.kv_cache_gb"
-        )
+        given = options.gpus < 1 or not cluster.gpus
+        more = "raise rollout.kv_cache_gb" if given else "raise rollout.tensor_parallel or rollout.gpu_memory_share"
         found.append(
             f"a rollout worker has {gib(cache)} for its KV cache beside {gib(role.parts['weights'])} of weights, and one sequence of "
             f"rollout.max_length={options.max_length} needs {gib(needed)}: {more}"

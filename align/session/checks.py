@@ -160,9 +160,11 @@ def check_components(recipe: Recipe) -> None:
 
 
 def check_rewards(rewards: Sequence[RewardTerm], cards: Sequence[DataCard]) -> None:
-    """Raise UserError for a reward that cannot be made, and for a domain of the cards that none with a weight is for; where all weights are 0, none at all."""
+    """Raise UserError for a reward that cannot be made or used, and for a domain of the cards that none with a weight is for; where all weights are 0, none at all."""
     try:
-        Mixture(rewards)
+        mixture = Mixture(rewards)
+        if "RAY_ADDRESS" not in os.environ:  # else they are used on other machines
+            mixture.check_ready()
     except RewardError as error:
         raise UserError(f"rewards: {error}") from None
     measures = not any(term.weight for term in rewards)

@@ -259,9 +259,8 @@ def chosen(stage: Stage, facts: Facts, thrift: Thrift) -> list[Choice]:
         if machine.gpus:
             found.append(Choice("colocate", True, "learner ranks and rollout workers have the GPUs in turn"))
         else:
-            kv = length * facts.sizes.kv_a_token * (2 if dtype == "bfloat16" else 4) * 16 / GIB
             found.append(Choice("rollout.threads", machine.cores, "workers and learners work in turn"))
-            found.append(Choice("rollout.kv_cache_gb", max(0.25, math.ceil(kv * 4) / 4), "for 16 sequences at once"))
+        found.append(kv_cache(facts, length, 2 if dtype == "bfloat16" else 4))
     found.append(Choice("learner.ranks", processes))
     if machine.gpus:
         found.append(Choice("learner.zero_stage", 2))
@@ -288,6 +287,16 @@ def chosen(stage: Stage, facts: Facts, thrift: Thrift) -> list[Choice]:
         ]
     found.append(Choice("save_every", -(-steps // 4), "to go on after an interruption"))
     return [*found, *([] if machine.gpus else [Choice("machine.cores", machine.cores)])]
+
+
+def kv_cache(facts: Facts, length: int, element: int) -> Choice:
+    """A cache for many sequences of so many tokens at once; of a GPU, no more than a quarter of what the weights leave."""
+    machine, at_once = facts.machine, 128 if facts.machine.gpus else 16
+    size = length * facts.sizes.kv_a_token * element * at_once / GIB
+    room = (machine.gpu_memory - facts.sizes.total * element) / 4 / GIB
+    if machine.gpus and size > room:
+        return Choice("rollout.kv_cache_gb", max(1.0, math.floor(room)), "a quarter of what the weights leave of a GPU")
+    return Choice("rollout.kv_cache_gb", max(0.25, math.ceil(size * 4) / 4), f"for {at_once} sequences at once")
 
 
 RATES: Mapping[Stage, tuple[float, float]] = {"sft": (1e-5, 2e-4), "grpo": (1e-6, 2e-5), "reward_model": (1e-5, 1e-4)}

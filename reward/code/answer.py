@@ -31,7 +31,12 @@ _executors: dict[str, Executor] = {}
 _lock = threading.Lock()
 
 
-@register("code_tests", batched=True, columns=["tests"])
+def _ready(executor: str = NAMESPACES, unsafe_no_isolation: bool = False, packages: Sequence[str] = ()) -> None:
+    """Raise RewardError where this machine cannot run the programs as these parameters want it."""
+    code_tests([], executor=executor, unsafe_no_isolation=unsafe_no_isolation, packages=packages)
+
+
+@register("code_tests", batched=True, columns=["tests"], ready=_ready)
 def code_tests(
     samples: Sequence[Sample],
     *,

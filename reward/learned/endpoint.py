@@ -15,6 +15,7 @@ import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from reward.learned.model import encode_conversation, read_scale, score_conversations
@@ -30,7 +31,24 @@ class _Unanswered(Exception):  # noqa: N818
     """The server did not give the numbers; the text says why."""
 
 
-@register("reward_endpoint", batched=True)
+def _ready(
+    url: str,
+    model: str,
+    path: str,
+    normalise: bool = True,
+    clip: float | None = None,
+    timeout_s: float = 60.0,
+    attempts: int = 4,
+    api_key_env: str | None = None,
+) -> None:
+    """Raise RewardError where the server cannot be asked, unless what it serves is still to be made."""
+    if not Path(path).is_absolute() or Path(path).exists():
+        of_scale: dict[str, Any] = {"normalise": normalise, "clip": clip}
+        of_server: dict[str, Any] = {"timeout_s": timeout_s, "attempts": attempts, "api_key_env": api_key_env}
+        reward_endpoint([], url=url, model=model, path=path, **of_scale, **of_server)
+
+
+@register("reward_endpoint", batched=True, ready=_ready)
 def reward_endpoint(
     samples: Sequence[Sample],
     *,

@@ -199,3 +199,14 @@ def test_a_run_that_is_there_already_is_told() -> None:
 
     RunDirectory.create(Path("runs/my-sft")).enter("sft")
     assert "align sft my_sft.yaml run.overwrite=true  # runs/my-sft holds a run" in init()
+
+
+@pytest.mark.parametrize(
+    ("width", "memory", "cache"), [("small", 80, 0.25), ("billions", 80, 16.0), ("billions", 24, 2.0)]
+)
+def test_the_cache_of_a_gpu_is_for_many_sequences_and_leaves_room_for_the_weights(
+    width: str, memory: int, cache: float
+) -> None:
+    machine = Machine(cores=16, memory=200 * GIB, gpus=1, gpu_memory=memory * GIB)
+    recipe, _ = fitted("grpo", facts(machine, width, prompts=[900, 950]))
+    assert recipe.rollout.kv_cache_gb == cache

@@ -184,8 +184,10 @@ def test_a_server_that_is_down_or_has_no_such_model_ends_the_run_before_it_begin
     mixture().make_ready()
     with socket.create_server(("127.0.0.1", 0)) as free:
         nobody = f"http://127.0.0.1:{free.getsockname()[1]}"
-    with pytest.raises(RewardError, match=rf"{nobody} cannot be used: .*refused.*\(2 attempts\)"):
-        mixture(url=nobody).make_ready()
+    for before in (Mixture.make_ready, Mixture.check_ready):
+        with pytest.raises(RewardError, match=rf"{nobody} cannot be used: .*refused.*\(2 attempts\)"):
+            before(mixture(url=nobody))
+    mixture(url=nobody, path="/still/to/be/made").check_ready()
     server.faults = [(404, "no such model")]
     with pytest.raises(RewardError, match=rf"{server.url} cannot be used: HTTP 404"):
         mixture().make_ready()

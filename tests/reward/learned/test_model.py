@@ -176,3 +176,21 @@ def test_without_notes_nothing_is_normalised_silently(checkpoint: Path, tmp_path
         reward_model([], path=str(path))
     with pytest.raises(RewardError, match="clip must be above 0"):
         reward_model([], path=str(checkpoint), clip=0.0)
+
+
+def test_what_files_can_tell_is_told_before_a_run_without_loading_a_model(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ready(path: Path | str, **params: Any) -> None:
+        Mixture([RewardTerm(name="reward_model", params={"path": str(path), **params})]).check_ready()
+
+    monkeypatch.setattr("reward.learned.model._load", lambda *_: pytest.fail("a model is loaded"))
+    ready(checkpoint)
+    ready(tmp_path / "made" / "by an earlier stage")
+    ready("someone/reward-model")
+    with pytest.raises(RewardError, match="reward model runs/nano/final is not there"):
+        ready("runs/nano/final")
+    with pytest.raises(RewardError, match=r"cannot read the mean and std"):
+        ready(tmp_path)
+    with pytest.raises(RewardError, match=r"has no config\.json"):
+        ready(tmp_path, normalise=False)
