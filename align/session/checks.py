@@ -45,7 +45,6 @@ from align.recipe import (
     check_model_directory,
 )
 from align.recipe.learner import LearnerOptions, LoraOptions
-from align.recipe.options import HookOptions
 from align.recipe.presets import expansion
 from align.run import check_machine
 from align.run.machine import memory_bytes, object_store_bytes, shared_memory_bytes
@@ -83,7 +82,7 @@ def check_recipe(recipe: Recipe) -> list[str]:
     check_components(recipe)
     check_trackers(recipe.trackers)
     check_size(recipe.machine)
-    check_servers(roles.evaluation.hooks if roles.evaluation else ())
+    check_ready(roles)
     if "RAY_ADDRESS" not in os.environ:  # a cluster may grow
         check_places(roles, torch.cuda.device_count(), can_colocate=isinstance(recipe, PolicyRecipe))
     if roles.learner is not None and roles.learner.port is not None:
@@ -160,11 +159,9 @@ def check_components(recipe: Recipe) -> None:
 
 
 def check_rewards(rewards: Sequence[RewardTerm], cards: Sequence[DataCard]) -> None:
-    """Raise UserError for a reward that cannot be made or used, and for a domain of the cards that none with a weight is for; where all weights are 0, none at all."""
+    """Raise UserError for a reward that cannot be made, and for a domain of the cards that none with a weight is for; where all weights are 0, none at all."""
     try:
-        mixture = Mixture(rewards)
-        if "RAY_ADDRESS" not in os.environ:  # else they are used on other machines
-            mixture.check_ready()
+        Mixture(rewards)
     except RewardError as error:
         raise UserError(f"rewards: {error}") from None
     measures = not any(term.weight for term in rewards)
@@ -231,10 +228,15 @@ def check_size(machine: MachineOptions) -> None:
     )
 
 
-def check_servers(named: Sequence[HookOptions]) -> None:
-    """Raise UserError where an evaluation hook could not be run now, such as one whose judge is down."""
-    for hook in named:
+def check_ready(roles: Roles) -> None:
+    """Raise UserError where an evaluation hook, or a reward on this machine, could not be used now, such as one whose server is down."""
+    for hook in roles.evaluation.hooks if roles.evaluation else ():
         hooks.check_ready(hook.name, hook.params)
+    if roles.rewards and "RAY_ADDRESS" not in os.environ:
+        try:
+            Mixture(roles.rewards).check_ready()
+        except RewardError as error:
+            raise UserError(f"rewards: {error}") from None
 
 
 def check_places(roles: Roles, gpus: int, *, can_colocate: bool) -> None:
