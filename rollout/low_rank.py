@@ -157,6 +157,7 @@ class LinearUpdate:
 
     def __init__(self, layer: Any):
         self.used = False
+        self._weight: torch.Tensor | None = None
         self._layer, self._method = layer, layer.quant_method
         self._process = self._method.process_weights_after_loading
         self._method.process_weights_after_loading = self._keep
@@ -166,9 +167,10 @@ class LinearUpdate:
         from vllm.model_executor.layers.linear import RowParallelLinear
 
         by_rows = isinstance(self._layer, RowParallelLinear)
-        outputs, inputs = self._weight.shape
+        weight = self._layer.weight.data if self._weight is None else self._weight
+        outputs, inputs = weight.shape
         rank = sum(len(factors.a) for _, factors in shards)
-        a, b = self._weight.new_zeros(rank, inputs), self._weight.new_zeros(outputs, rank)
+        a, b = weight.new_zeros(rank, inputs), weight.new_zeros(outputs, rank)
         start = 0
         for shard, factors in shards:
             end = start + len(factors.a)
@@ -177,8 +179,8 @@ class LinearUpdate:
             load(None if by_rows else self._layer, b[:, start:end], factors.b, shard, output_dim=0)
             start = end
         self._factors = Factors(a, b, shards[0][1].scale)
-        self._wide = self._factors.beside(self._weight)
-        del self._weight
+        self._wide = self._factors.beside(weight)
+        self._weight = None
         # A second copy of the weights, or a packed one, would be too many.
         if self._layer.weight.dim() == 2:
             self._layer.weight.data = self._wide[:, :inputs]
@@ -193,7 +195,8 @@ class LinearUpdate:
         self._layer.weight.data = self._layer.weight.data.contiguous()
 
     def _keep(self, layer: Any) -> None:
-        self._weight = layer.weight.data
+        # Kernels for CPUs pack the weight. On a GPU it can be read until the end of the update, and what has arrived need not stay.
+        self._weight = layer.weight.data if layer.weight.device.type == "cpu" else None
         self._process(layer)
 
     def _applied(self, _: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
