@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 from itertools import groupby, pairwise, zip_longest
 from typing import Any, NamedTuple
@@ -264,24 +264,26 @@ def _outline(tokenizer: Any, template: str, shape: _Shape, answering: bool) -> _
             f"the chat template of {_name(tokenizer)} leaves out what the {' and the '.join(lost)} says, given messages of "
             f"{', '.join(_roles(messages))}"
         )
-    if tools and text == _render(tokenizer, template, messages, (), answering):
+    if tools and _renders_alike(tokenizer, template, messages, (), answering, text):
         raise RewardError(
             f"the chat template of {_name(tokenizer)} leaves out the tools; take one that has a place for them"
         )
-    if unsaid := [name for turn in messages for name in _called(turn) if name not in text]:
-        raise RewardError(
-            f"the chat template of {_name(tokenizer)} leaves out that the assistant calls {unsaid[0]}; take one that writes calls of tools"
-        )
+    for place, turn in enumerate(messages):
+        without = [*messages[:place], {**turn, "tool_calls": []}, *messages[place + 1 :]]
+        if turn.get("tool_calls") and _renders_alike(tokenizer, template, without, tools, answering, text):
+            raise RewardError(
+                f"the chat template of {_name(tokenizer)} leaves out the tools that an assistant calls; take one that writes calls"
+            )
     control = _vocabulary(tokenizer).control
     return _Outline(text, [id_ for id_ in _encode(tokenizer, text) if id_ in control])
 
 
-def _called(message: Mapping[str, Any]) -> Iterator[str]:
-    """The names of the tools that a message calls."""
-    for call in message.get("tool_calls") or ():
-        named = call.get("function", call) if isinstance(call, Mapping) else {}
-        if isinstance(named, Mapping) and isinstance(name := named.get("name"), str):
-            yield name
+def _renders_alike(tokenizer: Any, template: str, messages: Messages, tools: Tools, answering: bool, text: str) -> bool:
+    """Whether messages and tools are rendered as this text; a template that cannot do without what they lack renders them otherwise."""
+    try:
+        return _render(tokenizer, template, messages, tools, answering) == text
+    except RewardError:
+        return False
 
 
 @lru_cache(maxsize=256)

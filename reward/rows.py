@@ -92,15 +92,15 @@ def final_answer(text: str) -> str:
     return boxes[-1] if boxes and normalise(boxes[-1]) else text
 
 
-def domain_of(row: Mapping[str, Any]) -> str:
-    """What kind of task a row says it is, by which a recipe's rewards are chosen."""
+def domain_of(row: Mapping[str, Any], default: str = DOMAIN) -> str:
+    """What kind of task a row says it is, by which a recipe's rewards are chosen; `default` where it says none."""
     for name in DOMAINS:
         value = row.get(name)
         if isinstance(value, list) and len(value) == 1:
             value = value[0]
         if isinstance(value, str) and value:
             return value
-    return DOMAIN
+    return default
 
 
 def metadata_of(row: Mapping[str, Any], taken: Collection[str]) -> dict[str, Any]:

@@ -80,7 +80,7 @@ def evaluate(
         out = default_out(run, f"eval-{Path(data).stem}-{term.component}")
     given = {"max_new_tokens": max_new_tokens, "max_length": max_length, "dtype": dtype}
     asked = offline.asked_in(run) | {name: value for name, value in given.items() if value is not None}
-    fleet = FleetOptions(workers=workers, max_length=asked["max_length"])
+    fleet = FleetOptions(workers=workers, max_length=asked["max_length"], kv_cache_gb=asked["kv_cache_gb"])
     print(
         offline.evaluate_file(
             *(model_of(model, asked["dtype"]), data, out, fleet, asked["max_new_tokens"], term),

@@ -16,7 +16,7 @@ from align.data.pair_rows import hh_turns
 from align.data.rows import NothingToJudgeBy, Row, asked, message_of
 from align.data.types import Example, Message, Preference
 from align.errors import UserError
-from reward.rows import PROMPTS, TRUTHS, domain_of, ground_truth_of, metadata_of, prompt_column
+from reward.rows import DOMAIN, PROMPTS, TRUTHS, domain_of, ground_truth_of, metadata_of, prompt_column
 
 Kind = Literal["conversations", "problems", "pairs"]
 Turns = tuple[Message, ...]
@@ -75,8 +75,8 @@ def form_of(row: Row) -> Form:
     )
 
 
-def example_of(form: Form, row: Row, identity: str) -> Example:
-    """A row of conversations or problems as an example. Raises UserError where it cannot be used."""
+def example_of(form: Form, row: Row, identity: str, domain: str = DOMAIN) -> Example:
+    """A row of conversations or problems as an example, of `domain` where it names none. Raises UserError where it cannot be used."""
     turns, columns = conversation_of(form, row)
     demonstrated, last = form.kind == "conversations", len(turns)
     if demonstrated:
@@ -89,7 +89,7 @@ def example_of(form: Form, row: Row, identity: str) -> Example:
         messages=prompt,
         response=turns[last]["content"] if demonstrated else None,
         answer=ground_truth_of(row.values),
-        domain=domain_of(row.values),
+        domain=domain_of(row.values, domain),
         level=_level(row),
         metadata=metadata_of(row.values, columns),
         conversation=turns[: last + 1] if demonstrated else (),
@@ -103,8 +103,8 @@ def conversation_of(form: Form, row: Row) -> Conversation:
     return Conversation(with_system(row, turns), columns)
 
 
-def preference_of(form: Form, row: Row, identity: str) -> Preference:
-    """A row of pairs as a preference. Raises UserError where it cannot be used."""
+def preference_of(form: Form, row: Row, identity: str, domain: str = DOMAIN) -> Preference:
+    """A row of pairs as a preference, of `domain` where it names none. Raises UserError where it cannot be used."""
     pair: Pair = form.read(row)
     if _filled(row, "tools") and row.json("tools"):
         raise row.error("tools", "has no effect: completions are compared as texts, without tools")
@@ -112,7 +112,7 @@ def preference_of(form: Form, row: Row, identity: str) -> Preference:
         raise UserError(f"{row.where}: the chosen completion is the rejected one too")
     margin = row.number("margin") if row.has("margin") else None
     return Preference(
-        identity, with_system(row, pair.prompt), pair.chosen, pair.rejected, domain_of(row.values), margin
+        identity, with_system(row, pair.prompt), pair.chosen, pair.rejected, domain_of(row.values, domain), margin
     )
 
 

@@ -4,7 +4,7 @@ import hashlib
 import logging
 from array import array
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
 from os.path import commonpath
@@ -313,8 +313,8 @@ def _read(
 
 def item_of(form: Form, row: Row, identity: str, domain: str) -> Example | Preference:
     """What a row of a form gives, of `domain` where it names none. Raises UserError where it cannot be used."""
-    item = preference_of(form, row, identity) if form.kind == "pairs" else example_of(form, row, identity)
-    return replace(item, domain=domain) if item.domain == DOMAIN else item
+    read = preference_of if form.kind == "pairs" else example_of
+    return read(form, row, identity, domain)
 
 
 def refusal(told: str, bad: Sequence[str], bad_count: int, count: int, cure: str) -> Iterator[str]:

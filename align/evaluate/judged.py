@@ -217,7 +217,7 @@ class Judge:
 
     async def _ask_once(self, prompt: str) -> str:
         async with self._client() as client:
-            return await self._complete(client, prompt, 16)
+            return await self._complete(client, prompt, self._options.max_tokens)
 
     async def _ask_all(self, prompts: Sequence[str]) -> list[Judgement]:
         gate = asyncio.Semaphore(self._options.concurrency)

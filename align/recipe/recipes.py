@@ -234,7 +234,6 @@ class SftRecipe(PolicyRecipe):
         "evaluation.every": "SFT looks at the validation loss, every sft.validate_every steps",
         "data.split": "the validation split gives the validation loss",
         "weights.precision": "nothing is sampled to be trained on in SFT",
-        "learner.share_prompts": "each conversation of SFT has a prompt of its own",
         **dict.fromkeys(
             ("alarms.entropy_share", "alarms.zero_variance_groups", "alarms.reward_jump"), "nothing is sampled in SFT"
         ),
@@ -406,7 +405,6 @@ class PreferencesRecipe(SamplingRecipe):
         "run.allow_changes": "this stage begins anew when it was interrupted",
         "data.split": ALL_ANSWERED,
         "data.share": ALL_ANSWERED,
-        "rollout.record_experts": "nothing reads the experts of the answers",
     }
     data_stage: ClassVar = "grpo"
 

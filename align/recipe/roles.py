@@ -41,15 +41,18 @@ class Roles:
     routes: bool = False
 
     @property
+    def scoring_gpus(self) -> float:
+        """How many GPUs of them the scoring workers take."""
+        return self.scoring.workers * self.scoring.gpus if self.scoring else 0.0
+
+    @property
     def gpus(self) -> float:
         """How many GPUs all processes take, where there are some."""
-        scoring = self.scoring.workers * self.scoring.gpus if self.scoring else 0
         ranks, workers = self.learner.ranks if self.learner else 0, self.rollout.workers if self.rollout else 0
-        if self.colocated:
-            return max(ranks, workers) + scoring
         learning = ranks * self.learner.gpus if self.learner else 0
         sampling = workers * self.rollout.tensor_parallel * self.rollout.gpus if self.rollout else 0
-        return learning + sampling + scoring
+        in_step = max(ranks, workers) if self.colocated else learning + sampling
+        return round(in_step + self.scoring_gpus, 4)  # as finely as Ray counts
 
 
 def reward_models(rewards: Sequence[RewardTerm]) -> list[str]:

@@ -18,7 +18,7 @@ from align.data.cards import DataCard, Stage, require_stage
 from align.data.entries import card_of, evaluated
 from align.data.loader import domains_of
 from align.data.types import Example, SplitName
-from align.errors import UserError, check_installed, nearest
+from align.errors import UserError, check_installed, naming, nearest
 from align.evaluate import hooks
 from align.evaluate.doctor import examine, skeleton_of, verdict
 from align.learner.balance import factors_of
@@ -45,6 +45,7 @@ from align.recipe import (
     check_model_directory,
 )
 from align.recipe.learner import LearnerOptions, LoraOptions
+from align.recipe.options import HUB_NAME, HookOptions
 from align.recipe.presets import expansion
 from align.run import check_machine
 from align.run.machine import memory_bytes, object_store_bytes, shared_memory_bytes
@@ -68,11 +69,21 @@ def check(stages: Iterable[PlannedStage]) -> list[str]:
     """Look at all stages. Raises UserError, which names the file, for the first mistake; returns notes, such as what could not be looked at yet."""
     notes: list[str] = []
     for stage in stages:
-        try:
+        with naming(str(stage.file)):
             notes += [f"{stage.file}: {note}" for note in check_recipe(stage.recipe)]
-        except UserError as error:
-            raise UserError(f"{stage.file}: {error}") from None
     return list(dict.fromkeys(notes))
+
+
+def check_rewards_ready(stages: Iterable[PlannedStage]) -> None:
+    """Raise UserError for a reward that this machine could not use now, such as one whose server is down. In a cluster other machines use them."""
+    if "RAY_ADDRESS" in os.environ:
+        return
+    for stage in stages:
+        if rewards := stage.recipe.roles().rewards:
+            try:
+                Mixture(rewards).check_ready()
+            except RewardError as error:
+                raise UserError(f"{stage.file}: rewards: {error}") from None
 
 
 def check_recipe(recipe: Recipe) -> list[str]:
@@ -82,15 +93,22 @@ def check_recipe(recipe: Recipe) -> list[str]:
     check_components(recipe)
     check_trackers(recipe.trackers)
     check_size(recipe.machine)
-    check_ready(roles)
+    check_hooks(roles.evaluation.hooks if roles.evaluation else ())
     if "RAY_ADDRESS" not in os.environ:  # a cluster may grow
-        check_places(roles, torch.cuda.device_count(), can_colocate=isinstance(recipe, PolicyRecipe))
+        check_places(recipe, torch.cuda.device_count())
     if roles.learner is not None and roles.learner.port is not None:
         check_port(roles.learner.port)
     notes = [expansion(recipe.grpo)] if isinstance(recipe, GrpoRecipe) and recipe.grpo.preset else []
     if isinstance(recipe, GrpoRecipe) and recipe.weights.precision != "model":
         notes.append(rounding_note(recipe.weights.precision, recipe.model.dtype, recipe.agreement))
     notes += check_model(recipe)
+    notes += [
+        f"not looked at: {term.component}: {path} is still to be made"
+        for term in roles.rewards
+        if term.name == "reward_model"
+        and not Path(path := str(term.params.get("path"))).exists()
+        and not HUB_NAME.fullmatch(path)
+    ]
     # Last, so that a machine without engines can tell what else is wrong with a recipe.
     check_installed(engines_of(roles))
     return notes
@@ -228,32 +246,30 @@ def check_size(machine: MachineOptions) -> None:
     )
 
 
-def check_ready(roles: Roles) -> None:
-    """Raise UserError where an evaluation hook, or a reward on this machine, could not be used now, such as one whose server is down."""
-    for hook in roles.evaluation.hooks if roles.evaluation else ():
+def check_hooks(named: Sequence[HookOptions]) -> None:
+    """Raise UserError where an evaluation hook could not be run now, such as one whose judge is down."""
+    for hook in named:
         hooks.check_ready(hook.name, hook.params)
-    if roles.rewards and "RAY_ADDRESS" not in os.environ:
-        try:
-            Mixture(roles.rewards).check_ready()
-        except RewardError as error:
-            raise UserError(f"rewards: {error}") from None
 
 
-def check_places(roles: Roles, gpus: int, *, can_colocate: bool) -> None:
+def check_places(recipe: Recipe, gpus: int) -> None:
     """Raise UserError where this machine, which has so many GPUs, lacks what the processes take: Ray would wait for it without end."""
+    roles = recipe.roles()
     for key, options in (("learner", roles.learner), ("rollout", roles.rollout)):
         if options is not None and options.resources:
             raise UserError(
                 f"{key}.resources: {', '.join(options.resources)} can only be of the nodes of a cluster: set RAY_ADDRESS, or leave it out"
             )
-    if 0 < gpus < roles.gpus:
-        cure = "lower learner.ranks, rollout.workers, rollout.tensor_parallel or scoring.gpus"
-        if can_colocate:
-            cure = f"share each between a learner rank and a rollout worker, colocate=true learner.ranks={gpus} rollout.workers={gpus}"
-        raise UserError(
-            f"the recipe takes {roles.gpus:g} GPUs, and this machine has {gpus}: {cure}; set RAY_ADDRESS to a cluster that has them; or run it on "
-            "the CPU with CUDA_VISIBLE_DEVICES= in front of the command"
-        )
+    if not 0 < gpus < roles.gpus:
+        return
+    cure = "lower learner.ranks, rollout.workers, rollout.tensor_parallel or scoring.gpus"
+    pairs = int(gpus - roles.scoring_gpus)
+    if isinstance(recipe, PolicyRecipe) and pairs and not recipe.colocate and recipe.rollout.tensor_parallel == 1:
+        cure = f"share them between learner ranks and rollout workers, colocate=true learner.ranks={pairs} rollout.workers={pairs}"
+    raise UserError(
+        f"the recipe takes {roles.gpus:g} GPUs, and this machine has {gpus}: {cure}; set RAY_ADDRESS to a cluster that has them; or run it on "
+        "the CPU with CUDA_VISIBLE_DEVICES= in front of the command"
+    )
 
 
 def check_model(recipe: Recipe) -> list[str]:

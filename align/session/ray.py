@@ -37,16 +37,23 @@ DEAD = "Ray itself died: its process {name} ended with status {status}; `align r
 
 
 @contextmanager
-def local_ray(sent: int = 0) -> Iterator[None]:
+def local_ray(sent: int = 0, gpus: float = 0) -> Iterator[None]:
     """Ray for the time of a run: the cluster of RAY_ADDRESS where that is set, else one of this machine on loopback.
 
-    So many bytes of weights are `sent` through its object store at a time. Raises UserError for a cluster that may not be used, where torch cannot
+    So many bytes of weights are `sent` through its object store at a time, and the run takes so many `gpus` where there are any: a cluster
+    that has fewer now may grow, and is waited for. Raises UserError for a cluster that may not be used, where torch cannot
     use the GPUs that it is built for, and where the machine has no room for the object store.
     """
     address = os.environ.get("RAY_ADDRESS")
     if address:
         # In a cluster of others Ray itself ends the actors of a driver that is gone.
         with _joined(address, sent):
+            if 0 < (there := usable_gpus()) < gpus:
+                _log.warning(
+                    "the run takes %g GPUs, and the cluster has %g: it waits for the others until its time limits",
+                    gpus,
+                    there,
+                )
             yield
     else:
         check_gpus(has_gpu := torch.cuda.is_available(), [] if has_gpu else gpu_records())

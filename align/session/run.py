@@ -36,9 +36,9 @@ from rollout import Fault
 RESUMABLE = ("running", "interrupted", "failed")
 PACKAGES = ("align", "rollout", "reward")
 DOMAINS_OF_A_LINE = 4
+"""More are not told one by one on the console: the report has them."""
 SHARE_TO_TELL = 0.05
 """Of answers that were cut off: from so many on the console tells it."""
-"""More are not told one by one on the console: the report has them."""
 
 
 @dataclass(slots=True)
@@ -320,7 +320,7 @@ def own_directory(recipe: Recipe, path: Path) -> tuple[RunDirectory, list[str] |
     interrupted = status is not None and status["state"] in RESUMABLE and there.recipe_file.exists()
     if not isinstance(recipe, TrainingRecipe):
         # It holds nothing to go on from.
-        anew = interrupted and not changes(there, recipe, pending=there.path)
+        anew = not recipe.run.overwrite and interrupted and not changes(there, recipe, pending=there.path)
         return RunDirectory.create(path, overwrite=recipe.run.overwrite or anew), None
     if recipe.run.overwrite or not interrupted:
         return RunDirectory.create(path, overwrite=recipe.run.overwrite), None

@@ -83,11 +83,7 @@ class Session:
                 rollout = rollout.model_copy(update={"adapter_rank": roles.learner.lora.rank})
             if roles.weights.transport == "object_store":
                 sent = sent_bytes(self.policy, roles.learner.lora)
-        self.open.enter_context(local_ray(sent))
-        if 0 < (there := usable_gpus()) < roles.gpus:
-            self.run.warn(
-                f"the recipe takes {roles.gpus:g} GPUs, and the cluster has {there:g}: the run waits until it has as many"
-            )
+        self.open.enter_context(local_ray(sent, roles.gpus))
         if roles.colocated and roles.learner is not None:
             self.colocation = Colocation(shared_gpus(max(roles.learner.ranks, rollout.workers)))
         self.fleet = Fleet(

@@ -26,7 +26,7 @@ from align.recipe import (
 )
 from align.recipe.options import is_on_hub
 from align.run import Progress, RunDirectory, read_status
-from align.session.checks import check, to_be_made
+from align.session.checks import check, check_rewards_ready, to_be_made
 from align.session.longer import make_longer
 from align.session.ray import local_ray
 from align.session.run import compare_stages, recorded_evaluations, refuse_changes
@@ -74,6 +74,7 @@ def check_stages(stages: Sequence[PlannedStage], *, whole: bool) -> Findings:
                 unseen = check_data(stage.recipe, rows, found)
             except UserError as error:
                 raise UserError(f"{stage.file}: {error}") from None
+        check_rewards_ready([stage])
         found.notes += [f"{stage.file}: not looked at: {what}" for what in unseen]
         if isinstance(stage.recipe, GrpoRecipe):
             probed = notes_on(stage.recipe.rewards, stage.recipe.model, stage.file)
@@ -124,6 +125,7 @@ def run_stage(stage: PlannedStage, *, longer: bool = False) -> None:
     Raises UserError for what `check` and `make_longer` find.
     """
     check(stage.parts)
+    check_rewards_ready(stage.parts)
     recipe = stage.recipe
     if longer and (later := make_longer(stage.directory, recipe)):
         print(
@@ -167,7 +169,7 @@ def run_reward_model(recipe: RewardModelRecipe, before: PlannedStage | None) -> 
         data = load_reward_model_data(recipe, session.tokenizer, session.run)
         if before is not None:
             session.policy, _ = policy_of(before, session.policy, session.run)
-        with local_ray():
+        with local_ray(gpus=recipe.roles().gpus):
             trained, evaluation = session.restarting(lambda: train_reward_model(recipe, data, session))
         show(evaluation, session.run.progress)
         session.run.progress.note(f"the reward model is in {trained.path}")

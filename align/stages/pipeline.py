@@ -13,7 +13,7 @@ from align.errors import Terminated, UserError
 from align.recipe import Pipeline, PlannedStage
 from align.run import RunDirectory, environment_record, read_status
 from align.run.checkpoints import CheckpointDirectory
-from align.session.checks import check
+from align.session.checks import check, check_rewards_ready
 from align.session.run import changes
 from align.session.signals import StopRequest
 
@@ -41,7 +41,9 @@ def run_pipeline(pipeline: Pipeline, start: str | None, last: str | None = None)
     end = place(pipeline, "--to", last) if last is not None else len(pipeline.stages)
     if start is not None and end < place(pipeline, "--from", start):
         raise UserError(f"--to {last} comes before --from {start}: nothing would be run")
-    check(part for stage in pipeline.stages[: end + 1] if stage in due for part in stage.parts)
+    parts = [part for stage in pipeline.stages[: end + 1] if stage in due for part in stage.parts]
+    check(parts)
+    check_rewards_ready(parts)
     directory = RunDirectory.reopen(pipeline.directory)
     directory.save_recipe(pipeline.text)
     directory.save_environment(environment_record())
@@ -151,9 +153,9 @@ def is_done(stage: PlannedStage) -> bool:
 
 
 def stop_with_the_pipeline() -> None:
-    """Ask the kernel to tell a stage to stop when the pipeline's process is killed."""
+    """Ask the kernel to tell a stage to stop when the pipeline's process is gone: by SIGINT, which ends one at once that was told to stop before."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGINT)
 
 
 def run_stage(stage: PlannedStage) -> int:

@@ -109,15 +109,15 @@ def evaluate_file(
 
 
 def asked_in(run: Path | None) -> dict[str, Any]:
-    """How the policy of a run is asked in its evaluations: `max_new_tokens`, `max_length` and `dtype`. Of no run, or one of another stage, the usual."""
-    usual = {"max_new_tokens": 64, "max_length": 512, "dtype": "float32"}
+    """How the policy of a run is asked in its evaluations: `max_new_tokens`, `max_length`, `dtype`, `kv_cache_gb`. Of no run, or one of another stage, the usual."""
+    usual = {"max_new_tokens": 64, "max_length": 512, "dtype": "float32", "kv_cache_gb": FleetOptions().kv_cache_gb}
     try:
         recipe = yaml.safe_load(RunDirectory(run).recipe_file.read_text(encoding="utf-8")) if run else {}
-        asked = {
+        of_rollout = {name: recipe["rollout"][name] for name in ("max_length", "kv_cache_gb")}
+        return of_rollout | {
             "max_new_tokens": recipe["evaluation"]["max_new_tokens"],
-            "max_length": recipe["rollout"]["max_length"],
+            "dtype": recipe["model"]["dtype"],
         }
-        return asked | {"dtype": recipe["model"]["dtype"]}
     except (KeyError, TypeError, OSError, yaml.YAMLError):
         return usual
 

@@ -35,15 +35,13 @@ class Scale:
 
 
 def _ready(path: str, normalise: bool = True, clip: float | None = None) -> None:
-    """Raise RewardError for a directory that holds no reward model, and for a path that is none. One that is absolute may still be made."""
+    """Raise RewardError for a directory that holds no reward model. One that is not there may still be made."""
     if Path(path).is_dir():
         read_scale(path, normalise=normalise, clip=clip)
         if not (Path(path) / "config.json").is_file():
             raise RewardError(
                 f"reward model {path} has no config.json; give a checkpoint, such as the final/ of a run of `align reward-model`"
             )
-    elif path.startswith((".", "~")) or (len(Path(path).parts) > 2 and not Path(path).is_absolute()):
-        raise RewardError(f"reward model {path} is not there")
 
 
 @register("reward_model", batched=True, ready=_ready)

@@ -40,7 +40,7 @@ SMALL += ["evaluation.hooks=[{name: needle, params: {lengths: [400], depths: [0.
 def here(ray_session: None) -> Iterator[Callable[..., int]]:
     """`align` with these arguments in this process, on the Ray and the warm processes of the session; its exit status."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("align.session.session.local_ray", nullcontext)
+        patch.setattr("align.session.session.local_ray", lambda *_: nullcontext())
         yield lambda *arguments: main([str(argument) for argument in arguments])
 
 

@@ -1,6 +1,7 @@
 """What is learned from a conversation of several turns, and with tools: each answer after the prompt that it was given to."""
 
 import re
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -89,24 +90,29 @@ def test_a_control_token_in_a_call_of_a_tool_is_refused() -> None:
         encode_conversation(tokenizer_with("qwen3"), messages, [1], SCHEMAS)
 
 
+LISTING = "{% for tool in tools %}{{ tool.function.name }} {% endfor %}" + CHATML
+"""A template that writes tools, and cannot do without, but not their calls."""
+
+
 @pytest.mark.parametrize(
-    ("messages", "tools", "why"),
+    ("template", "messages", "tools", "why"),
     [
-        (ERRAND[:1], SCHEMAS, "leaves out the tools"),
-        (ERRAND[:2], [], "leaves out that the assistant calls weather"),
+        (CHATML, ERRAND[:1], SCHEMAS, "leaves out the tools;"),
+        (CHATML, ERRAND[:2], [], "leaves out the tools that an assistant calls"),
+        (LISTING, ERRAND[:2], SCHEMAS, "leaves out the tools that an assistant calls"),
+        (LISTING, ERRAND[:1], SCHEMAS, None),
     ],
 )
 def test_a_template_that_leaves_tools_or_their_calls_out_is_refused(
-    messages: list[dict[str, Any]], tools: list[dict[str, Any]], why: str
+    template: str, messages: list[dict[str, Any]], tools: list[dict[str, Any]], why: str | None
 ) -> None:
-    tokenizer = byte_level(CHATML)
-    with pytest.raises(RewardError, match=why):
+    tokenizer = byte_level(template)
+    with pytest.raises(RewardError, match=why) if why else nullcontext():
         encode_conversation(tokenizer, [*messages, assistant("No.")], [len(messages)], tools)
 
 
 def test_of_several_templates_that_for_tools_is_taken_where_there_are_some() -> None:
     tokenizer = byte_level(CHATML)
-    with_tools = "{{ tools | tojson }}" + CHATML
-    tokenizer.chat_template = {"default": CHATML, "tool_use": with_tools}
-    assert tokenizer.decode(encode_prompt(tokenizer, ERRAND[:1], SCHEMAS)).startswith('[{"type": "function"')
-    assert not tokenizer.decode(encode_prompt(tokenizer, ERRAND[:1])).startswith("[")
+    tokenizer.chat_template = {"default": CHATML, "tool_use": LISTING}
+    assert tokenizer.decode(encode_prompt(tokenizer, ERRAND[:1], SCHEMAS)).startswith("weather <|im_start|>")
+    assert not tokenizer.decode(encode_prompt(tokenizer, ERRAND[:1])).startswith("weather")

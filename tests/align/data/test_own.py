@@ -131,7 +131,7 @@ def test_a_directory_has_a_file_for_a_split_and_the_others_are_drawn_from_train(
 
 
 def test_a_card_may_have_files_of_ones_own_beside_it_as_its_source(tmp_path: Path) -> None:
-    written(tmp_path / "mine.jsonl", [*problems(39), problems(1, 50)[0] | {"domain": "lengths"}])
+    written(tmp_path / "mine.jsonl", [*problems(39), problems(1, 50)[0] | {"domain": "user"}])
     front = {
         "name": "kept",
         "title": "mine",
@@ -145,8 +145,8 @@ def test_a_card_may_have_files_of_ones_own_beside_it_as_its_source(tmp_path: Pat
     (tmp_path / "kept.md").write_text(f"---\n{yaml.safe_dump(front)}---\n")
     card = load_card(tmp_path / "kept.md")
     examples = [example for split in ("train", "test") for example in load_split(card, split).examples]
-    assert Counter(example.domain for example in examples) == {"sums": 39, "lengths": 1}
-    assert domains_of(card) == ["sums", "lengths"]
+    assert Counter(example.domain for example in examples) == {"sums": 39, "user": 1}
+    assert domains_of(card) == ["sums", "user"]
 
 
 def test_what_is_held_out_of_a_file_of_its_own_is_dropped_from_training_and_counted(tmp_path: Path) -> None:

@@ -15,7 +15,6 @@ from transformers.core_model_loading import revert_weight_conversion
 from align.learner.batch import TrainingSequence
 from align.learner.objective import LogProbs, Objective
 from align.learner.policy import FrugalRank, PolicyRank, checkpoint_in_every_mode, pad_id_of
-from align.learner.rank import Trained
 from align.model.policy import persistent_buffers
 from align.recipe import GrpoOptions, LearnerOptions, ModelOptions, OptimizerOptions
 
@@ -327,7 +326,7 @@ def test_what_is_frozen_stays_and_takes_no_memory_of_the_optimizer(worker: Any) 
     assert len(stepped) == len(rank._optimizer.state) == len(before) - len(same)
     assert rank.missing_gradients() == []
     trained = sum(p.numel() for p in stepped)
-    assert rank._trained.description.startswith(f"{trained:,} trainable parameters")
+    assert rank._what_is_trained().description.startswith(f"{trained:,} trainable parameters")
 
 
 @pytest.mark.parametrize("on", [False, True])
@@ -377,7 +376,7 @@ def test_the_bias_of_a_router_is_sent_as_a_checkpoint_has_it() -> None:
     sizes = {name: value for name, value in V2.items() if name != "topk_method"}
     policy: Any = AutoModelForCausalLM.from_config(DeepseekV3Config(**SIZES, **sizes), dtype=torch.float32)
     rank = rank_of(policy)
-    rank._trained = Trained("", None)
+    rank._modules = None
     sent = {name: tensor for bucket in rank.publish(iter, 1e9) for name, tensor in bucket.items()}
     assert sent.keys() == revert_weight_conversion(policy, policy.state_dict()).keys()
     # Rounded weights leave it as it is: the learner, which computes with them for a comparison, has no other.
@@ -385,5 +384,5 @@ def test_the_bias_of_a_router_is_sent_as_a_checkpoint_has_it() -> None:
         torch.nn.init.normal_(bias)
         coarse = [bucket[name] for bucket in rank.publish(iter, 1e9, precision="bfloat16") if name in bucket]
         assert torch.equal(coarse[0], bias)
-    rank._trained = Trained("", ["lm_head"])
+    rank._modules = ["lm_head"]
     assert {name for bucket in rank.publish(iter, 1e9) for name in bucket} == {"lm_head.weight"}

@@ -11,7 +11,6 @@ from align.learner.batch import TrainingSequence, collate, sampled_values
 from align.learner.group import LearnerGroup
 from align.learner.objective import LogProbs
 from align.learner.policy import PolicyRank, Weights
-from align.learner.rank import Trained
 from align.learner.routing import RoutingReplay
 from align.model.names import from_checkpoint
 from align.model.policy import load_policy
@@ -44,7 +43,7 @@ def test_a_rank_computes_with_what_it_sends(
     rank: Any = object.__new__(PolicyRank)
     rank._options, rank._engine = OPTIONS, Weights(LogProbs(network))
     rank._device, rank._pad_id, rank._routing = torch.device("cpu"), 1, RoutingReplay(network)
-    rank._trained = Trained("", None)
+    rank._modules = None
     drawn = sequences(0)
 
     def values(**how: Any) -> np.ndarray[Any, Any]:

@@ -55,16 +55,10 @@ REFUSED: dict[str, dict[str, Any]] = {
         "alarms.zero_variance_groups": 0.5,
         "alarms.reward_jump": 2.0,
         "weights.precision": "int8",
-        "learner.share_prompts": True,
     },
     "reward_model": {"data.split": "validation", "data.levels": [1], "learner.share_prompts": True},
     "grpo": {"reference": "somewhere"},
-    "preferences": {
-        "data.split": "validation",
-        "data.share": 2.0,
-        "run.allow_changes": True,
-        "rollout.record_experts": True,
-    },
+    "preferences": {"data.split": "validation", "data.share": 2.0, "run.allow_changes": True},
 }
 """Keys that do nothing in a stage (or without another key), each with a value that is not its default."""
 EVERYWHERE = {"data.split": "test"}

@@ -113,9 +113,11 @@ def test_a_run_stops_before_ray_starts_unless_gpus_are_hidden_on_purpose(
     [
         ([], 0, None),
         ([], 4, None),
-        ([], 3, "takes 4 GPUs, and this machine has 3: share each .*, colocate=true learner.ranks=3 rollout.workers=3"),
+        ([], 3, "takes 4 GPUs, and this machine has 3: share them .*, colocate=true learner.ranks=3 rollout.workers=3"),
         (["colocate=true"], 2, None),
-        (["colocate=true", "scoring.gpus=1"], 2, "takes 3 GPUs"),
+        (["scoring.gpus=1"], 3, "takes 5 GPUs.*colocate=true learner.ranks=2 rollout.workers=2"),
+        (["colocate=true", "scoring.gpus=1"], 2, r"takes 3 GPUs, and this machine has 2: lower learner\.ranks"),
+        (["learner.ranks=3", "learner.gpus=0.8", "rollout.workers=3", "rollout.gpus=0.2"], 3, None),
         (["rollout.tensor_parallel=2"], 5, "takes 6 GPUs"),
         (["rollout.resources={fast: 1}"], 8, r"rollout\.resources: fast can only be of the nodes of a cluster"),
     ],

@@ -106,7 +106,7 @@ def test_the_workers_trust_the_code_of_a_model_as_the_recipe_does(
         raise Started(named)
 
     monkeypatch.setattr("align.session.session.Fleet", start)
-    monkeypatch.setattr("align.session.session.local_ray", lambda sent: nullcontext(sizes.append(sent)))
+    monkeypatch.setattr("align.session.session.local_ray", lambda sent, _: nullcontext(sizes.append(sent)))
     sizes: list[int] = []
     made = recipe(f"run.dir={tmp_path / 'run'}", "machine={}", f"model.trust_remote_code={str(trusted).lower()}")
     tokenizer = load_tokenizer("recipes/nano/policy")

@@ -94,11 +94,13 @@ def test_more_new_tokens_than_there_is_room_for_are_told_by_the_options_of_the_c
 
 
 def test_the_policy_of_a_run_is_asked_as_in_its_evaluations(tmp_path: Path) -> None:
-    usual = {"max_new_tokens": 64, "max_length": 512, "dtype": "float32"}
+    usual = {"max_new_tokens": 64, "max_length": 512, "dtype": "float32", "kv_cache_gb": 1.0}
     assert asked_in(None) == usual
     recipe = tmp_path / "recipe.yaml"
     for text in ("stage: reward_model", "- damaged"):
         recipe.write_text(text)
         assert asked_in(tmp_path) == usual
-    recipe.write_text("evaluation: {max_new_tokens: 1024}\nrollout: {max_length: 2048}\nmodel: {dtype: bfloat16}")
-    assert asked_in(tmp_path) == {"max_new_tokens": 1024, "max_length": 2048, "dtype": "bfloat16"}
+    told = {"max_new_tokens": 1024, "max_length": 2048, "dtype": "bfloat16", "kv_cache_gb": 4.0}
+    rollout = "rollout: {max_length: 2048, kv_cache_gb: 4.0}"
+    recipe.write_text(f"evaluation: {{max_new_tokens: 1024}}\n{rollout}\nmodel: {{dtype: bfloat16}}")
+    assert asked_in(tmp_path) == told

@@ -188,8 +188,6 @@ def test_what_files_can_tell_is_told_before_a_run_without_loading_a_model(
     ready(checkpoint)
     ready(tmp_path / "made" / "by an earlier stage")
     ready("someone/reward-model")
-    with pytest.raises(RewardError, match="reward model runs/nano/final is not there"):
-        ready("runs/nano/final")
     with pytest.raises(RewardError, match=r"cannot read the mean and std"):
         ready(tmp_path)
     with pytest.raises(RewardError, match=r"has no config\.json"):
