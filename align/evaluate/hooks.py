@@ -140,7 +140,7 @@ _hooks: Registry[Hook] = Registry("evaluation hook", ENTRY_POINT_GROUP, {}, 2, U
 def register(name: str, *, ready: Callable[..., None] | None = None) -> Callable[[Function], Function]:
     """A decorator that makes a function `(checkpoint, fleet, **params) -> Metrics` known as the hook `name`.
 
-    `ready` is called before the stage, with those of the parameters that it names, and raises UserError or
+    `ready` is called before the stage, with those of the parameters that it names, and `max_length` where it names that, and raises UserError or
     EvaluationError where the hook could not be run after it. Raises UserError where another function has the name, or
     where the function takes `**kwargs`: a misspelt parameter would then pass unnoticed.
     """
@@ -164,10 +164,17 @@ def check_params(name: str, params: Mapping[str, Any]) -> None:
     _arguments(name, params)
 
 
-def check_ready(name: str, params: Mapping[str, Any]) -> None:
-    """Nothing, if the hook `name` could be run now as far as it can tell. Raises UserError, before any work is lost."""
+def check_ready(name: str, params: Mapping[str, Any], max_length: int | None = None) -> None:
+    """Nothing, if the hook `name` could be run now, with room for so many tokens, as far as it can tell. Raises UserError, before any work is lost."""
+    hook, arguments = get(name), _arguments(name, params)
+    new = {parameter.name: parameter.default for parameter in hook.parameters} | arguments
+    if max_length is not None and new.get("max_new_tokens", 0) >= max_length:
+        raise UserError(
+            f"evaluation hook {name!r}: its max_new_tokens, {new['max_new_tokens']}, leave no room for a prompt in rollout.max_length, {max_length}: "
+            "lower the one, or raise the other"
+        )
     try:
-        call_ready(get(name).ready, _arguments(name, params))
+        call_ready(hook.ready, {"max_length": max_length} | arguments)
     except EvaluationError as error:
         raise UserError(f"evaluation hook {name!r}: {error}") from None
 

@@ -45,7 +45,17 @@ class Haystack:
     tokens: int
 
 
-@register("needle")
+def ready(lengths: Sequence[int], max_new_tokens: int = 32, max_length: int | None = None) -> None:
+    """Raise UserError for a length that there is no room for."""
+    for length in lengths:
+        if max_length is not None and length + max_new_tokens > max_length:
+            raise UserError(
+                f"needle: a prompt of {length} tokens with {max_new_tokens} new ones does not fit into "
+                f"rollout.max_length = {max_length}; raise that, or leave the length out"
+            )
+
+
+@register("needle", ready=ready)
 def needle(
     checkpoint: PolicyCheckpoint,
     fleet: Fleet,
@@ -61,12 +71,7 @@ def needle(
     `per_cell` facts for each length and depth. Recalled is what the greedy answer names as a number of its own. Raises
     UserError for a length that the fleet has no room for, or in which the question alone does not fit.
     """
-    for length in lengths:
-        if length + max_new_tokens > checkpoint.max_length:
-            raise UserError(
-                f"needle: a prompt of {length} tokens with {max_new_tokens} new ones does not fit into "
-                f"rollout.max_length = {checkpoint.max_length}; raise that, or leave the length out"
-            )
+    ready(lengths, max_new_tokens, checkpoint.max_length)
     haystacks = [
         haystack(checkpoint.tokenizer, length, depth, f"{seed}/{length}/{depth:g}/{number}")
         for length in lengths

@@ -93,7 +93,8 @@ def check_recipe(recipe: Recipe) -> list[str]:
     check_components(recipe)
     check_trackers(recipe.trackers)
     check_size(recipe.machine)
-    check_hooks(roles.evaluation.hooks if roles.evaluation else ())
+    if roles.evaluation is not None:
+        check_hooks(roles.evaluation.hooks, roles.longest)
     if "RAY_ADDRESS" not in os.environ:  # a cluster may grow
         check_places(recipe, torch.cuda.device_count())
     if roles.learner is not None and roles.learner.port is not None:
@@ -246,10 +247,10 @@ def check_size(machine: MachineOptions) -> None:
     )
 
 
-def check_hooks(named: Sequence[HookOptions]) -> None:
-    """Raise UserError where an evaluation hook could not be run now, such as one whose judge is down."""
+def check_hooks(named: Sequence[HookOptions], max_length: int) -> None:
+    """Raise UserError where an evaluation hook could not be run now, such as one whose judge is down, or has no room for its answers."""
     for hook in named:
-        hooks.check_ready(hook.name, hook.params)
+        hooks.check_ready(hook.name, hook.params, max_length)
 
 
 def check_places(recipe: Recipe, gpus: int) -> None:

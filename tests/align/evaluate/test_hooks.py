@@ -183,7 +183,15 @@ def test_a_hook_says_before_the_stage_what_will_not_work_after_it() -> None:
         check_ready("distant", {"server": "away"})
     with pytest.raises(UserError, match="missing parameter 'server'"):
         check_ready("distant", {})
-    check_ready("needle", {"lengths": [128]})
+    check_ready("needle", {"lengths": [128]}, 512)
+    with pytest.raises(
+        UserError, match=r"a prompt of 500 tokens with 32 new ones does not fit into rollout\.max_length = 512"
+    ):
+        check_ready("needle", {"lengths": [128, 500]}, 512)
+    with pytest.raises(
+        UserError, match=r"its max_new_tokens, 512, leave no room for a prompt in rollout\.max_length, 256"
+    ):
+        check_ready("instructions", {}, 256)
 
 
 def test_the_older_name_of_the_checkpoint_is_still_imported() -> None:
