@@ -11,6 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar
 
@@ -66,6 +67,14 @@ def usable_gpus() -> float:
     if os.environ.get("CUDA_VISIBLE_DEVICES") in HIDDEN or not torch.backends.cuda.is_built():
         return 0.0
     return float(ray.cluster_resources().get("GPU", 0.0))
+
+
+def samples_on_cpus() -> bool:
+    """Whether the vLLM that is installed computes on CPUs: one that is built for GPUs does not, even where they are hidden."""
+    try:
+        return "cpu" in version("vllm")
+    except PackageNotFoundError:  # its build for CPUs is a package of another name
+        return True
 
 
 def visibility(gpus: float) -> dict[str, str]:

@@ -354,7 +354,7 @@ def check_served(skeleton: Any, dtype: str, rollout: FleetOptions) -> Finding:
         refused = f'config.json names no architectures, without which vLLM loads no head. Cure: "architectures": ["{name}"] there'
     elif not is_known_to_vllm(skeleton):
         refused = (
-            f"vLLM {version('vllm')} has no {skeleton.config.architectures[0]}. Cure: a model of another architecture"
+            f"vLLM {vllm_version()} has no {skeleton.config.architectures[0]}. Cure: a model of another architecture"
         )
     elif here and not torch.cuda.is_available() and size not in cpu_head_sizes(config):
         takes = ", ".join(map(str, cpu_head_sizes(config)))
@@ -367,6 +367,13 @@ def check_served(skeleton: Any, dtype: str, rollout: FleetOptions) -> Finding:
     elif here:
         refused = refusal(dtype, rollout, Device.here())
     return (FAILED, refused) if refused else (OK, f"takes {skeleton.config.architectures[0]} with heads of {size}")
+
+
+def vllm_version() -> str:
+    """The version of vLLM, whose package for CPUs has another name."""
+    import vllm
+
+    return str(vllm.__version__)
 
 
 def is_known_to_vllm(skeleton: Any) -> bool:

@@ -37,8 +37,8 @@ def device_of_rank() -> torch.device:
         return torch.device("cpu")
     raise UserError(
         f"learner: torch, built for CUDA {torch.version.cuda}, cannot use the GPU of {socket.gethostname()} that a rank was given: the driver "
-        "there is too old for it, or does not work (nvidia-smi tells up to which CUDA it goes). Update it, or set CUDA_VISIBLE_DEVICES= in "
-        "front of the command to train on CPUs"
+        "there is too old for it, or does not work (nvidia-smi tells up to which CUDA it goes). Update it, or install "
+        "engines for CPUs (`make setup ACCELERATOR=cpu`)"
     )
 
 

@@ -156,15 +156,14 @@ def check_cuda(built_for: str | None, gpus: Sequence[Mapping[str, Any]], hidden:
         return None
     if built_for is None:
         return f"torch is built for CPUs and does not use the GPU of this machine ({named}); `make setup ACCELERATOR=cuda` installs one that does"
-    on_purpose = "or set CUDA_VISIBLE_DEVICES= in front of the command to run on CPUs on purpose"
+    on_cpus = "or install engines for CPUs (`make setup ACCELERATOR=cpu`)"
     if gpus:
         raise UserError(
             f"torch is built for CUDA {built_for} and cannot use the GPU of this machine ({named}): the driver is too old for it, or "
-            f"does not work. Update the driver (`nvidia-smi` tells up to which CUDA it goes), {on_purpose}"
+            f"does not work. Update the driver (`nvidia-smi` tells up to which CUDA it goes), {on_cpus}"
         )
     raise UserError(
-        f"torch is built for CUDA {built_for}, and there is no GPU. Run on a machine or a cluster with one, install what is for CPUs "
-        f"(`make setup ACCELERATOR=cpu`), {on_purpose}"
+        f"torch is built for CUDA {built_for}, and there is no GPU. Run on a machine or a cluster with one, {on_cpus}"
     )
 
 

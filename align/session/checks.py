@@ -268,8 +268,8 @@ def check_places(recipe: Recipe, gpus: int) -> None:
     if isinstance(recipe, PolicyRecipe) and pairs and not recipe.colocate and recipe.rollout.tensor_parallel == 1:
         cure = f"share them between learner ranks and rollout workers, colocate=true learner.ranks={pairs} rollout.workers={pairs}"
     raise UserError(
-        f"the recipe takes {roles.gpus:g} GPUs, and this machine has {gpus}: {cure}; set RAY_ADDRESS to a cluster that has them; or run it on "
-        "the CPU with CUDA_VISIBLE_DEVICES= in front of the command"
+        f"the recipe takes {roles.gpus:g} GPUs, and this machine has {gpus}: {cure}; set RAY_ADDRESS to a cluster that has them; or install "
+        "engines for CPUs (`make setup ACCELERATOR=cpu`)"
     )
 
 

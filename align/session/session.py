@@ -44,7 +44,7 @@ from rollout import (
     WeightOptions,
     WeightSync,
 )
-from rollout.processes import start_limit_s, usable_gpus
+from rollout.processes import samples_on_cpus, start_limit_s, usable_gpus
 from rollout.sync.base import MIB
 
 RESTARTS = 3
@@ -84,6 +84,10 @@ class Session:
             if roles.weights.transport == "object_store":
                 sent = sent_bytes(self.policy, roles.learner.lora)
         self.open.enter_context(local_ray(sent, roles.gpus))
+        if not usable_gpus() and not samples_on_cpus():
+            raise UserError(
+                "vLLM is built for GPUs, and there is none that it may use: `make setup ACCELERATOR=cpu` installs one that samples on CPUs"
+            )
         if roles.colocated and roles.learner is not None:
             self.colocation = Colocation(shared_gpus(max(roles.learner.ranks, rollout.workers)))
         self.fleet = Fleet(

@@ -292,6 +292,12 @@ def test_what_would_end_a_run_later_is_said_first(
     assert "\n" not in str(refused.value).strip()
 
 
+def test_an_architecture_that_vllm_lacks_is_refused(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("align.evaluate.doctor.is_known_to_vllm", lambda skeleton: False)
+    with pytest.raises(UserError, match=r"vLLM \d[\d.]* has no LlamaForCausalLM"):
+        examined(llama)
+
+
 def test_what_this_machine_does_not_take_the_nodes_of_a_cluster_may(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -119,6 +119,15 @@ def test_the_workers_trust_the_code_of_a_model_as_the_recipe_does(
     assert sizes == [sent_bytes(made.model, None)]
 
 
+def test_a_vllm_for_gpus_is_not_asked_to_sample_on_a_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("align.session.session.local_ray", lambda *_: nullcontext())
+    monkeypatch.setattr("align.session.session.usable_gpus", lambda: 0.0)
+    monkeypatch.setattr("rollout.processes.version", lambda name: "0.32.0")
+    made = recipe(f"run.dir={tmp_path / 'run'}", "machine={}")
+    with pytest.raises(UserError, match=r"vLLM is built for GPUs.*ACCELERATOR=cpu"), open_run(made) as run:
+        Session(run, made.model, load_tokenizer("recipes/nano/policy")).start_sampling(made.roles())
+
+
 def test_an_object_store_that_the_weights_do_not_fit_is_refused_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "LEAST_STORE", 0)
     monkeypatch.setattr(machine, "MOST_SPILLED", 0)
