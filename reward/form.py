@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from reward.math.final_answer import boxes, normalise
+from reward.math.final_answer import boxes, normalise, without_thought
 from reward.mixture import Mixture, RewardTerm
 from reward.registry import register
 from reward.types import RewardError, Sample, SampleReward, Score, UnusableAnswer, Verdict
@@ -176,13 +176,14 @@ def _length(sample: Sample, unit: str) -> int:
 def answer_format(sample: Sample, *, right: float = 1.0, wrong: float = 0.0) -> Score:
     r"""Whether the completion ended by itself in exactly one `\boxed{}` with something in it.
 
-    After the box only white space, a full stop and the closing delimiter of its formula may follow. The
-    detail says what is missing.
+    After the box only white space, a full stop and the closing delimiter of its formula may follow. What `<think>` holds does
+    not count. The detail says what is missing.
     """
     problems = ["cut off at the length limit"] if sample.truncated else []
-    found = boxes(sample.completion)
+    said = without_thought(sample.completion)
+    found = boxes(said)
     # The commands are counted, not the boxes, so that nested and unclosed ones count.
-    written = sample.completion.count(r"\boxed")
+    written = said.count(r"\boxed")
     if not found:
         problems.append(r"an unclosed \boxed{" if written else r"no \boxed{}")
     elif written > 1:
@@ -190,7 +191,7 @@ def answer_format(sample: Sample, *, right: float = 1.0, wrong: float = 0.0) -> 
     else:
         if not normalise(found[0].content):
             problems.append(r"an empty \boxed{}")
-        if not _ENDING.fullmatch("".join(sample.completion[found[0].end :].split())):
+        if not _ENDING.fullmatch("".join(said[found[0].end :].split())):
             problems.append(r"text after the \boxed{}")
     if not problems:
         return Score(right, Verdict.PASS)

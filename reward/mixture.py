@@ -134,6 +134,11 @@ class Mixture:
         for term, reward in zip(self.terms, self._rewards, strict=True):
             registry.call_ready(reward.ready, term.params)
 
+    @property
+    def depends_on_batch(self) -> bool:
+        """Whether a sample's reward may depend on the others that are scored with it, as that of a user's function of several samples may."""
+        return any(getattr(reward.function, "needs_whole_batch", False) for reward in self._rewards)
+
     def columns(self, domain: str) -> dict[str, list[str]]:
         """By component, the columns of the data that its reward is known to need in samples of a domain."""
         return {

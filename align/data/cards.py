@@ -146,9 +146,10 @@ class OwnSource(Strict):
     @model_validator(mode="before")
     @classmethod
     def _start_at_the_card(cls, data: Any, info: ValidationInfo) -> Any:
-        if not info.context or "path" not in data or is_on_hub(data["path"]):
+        if not info.context or "path" not in data:
             return data
-        return data | {"path": str(info.context / data["path"])}
+        beside = info.context / data["path"]
+        return data if is_on_hub(data["path"]) and not beside.exists() else data | {"path": str(beside)}
 
     @property
     def has_demonstrations(self) -> bool:

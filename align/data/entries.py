@@ -118,7 +118,7 @@ def evaluated(options: EvaluationOptions, data: Sequence[DataOptions]) -> list[E
         return [Entry(DataOptions(path=options.path), own_card(source))]
     else:
         entries, own = [], list(data)
-    entries += {each.path: each for each in own}.values()
+    entries += {(each.path, each.config, each.revision, each.hub_split): each for each in own}.values()
     return [Entry(one, card_of(one)) for one in entries]
 
 

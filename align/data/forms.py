@@ -178,7 +178,7 @@ def _completion(row: Row) -> Conversation:
     """TRL's prompt and completion, of texts or of messages."""
     prompt = _asking(row)
     column = next(name for name in COMPLETIONS if _filled(row, name))
-    if isinstance(row.values[column], str):
+    if _is_text(row, column):
         return Conversation((*prompt.turns, {"role": "assistant", "content": row.filled(column)}), prompt.columns)
     return Conversation((*prompt.turns, *_answered(row, column)), prompt.columns)
 
@@ -194,12 +194,18 @@ def _asking(row: Row) -> Conversation:
 
 
 def _asked_in(row: Row, column: str) -> Conversation:
-    if isinstance(row.values[column], str) and not _holds_messages(row.values[column]):
+    if _is_text(row, column):
         return Conversation(asked(row.filled(column)), (column,))
     turns = row.conversation(column)
     if turns[-1]["role"] not in ("user", "tool"):
         raise row.error(column, f"must end with a message of the user, not of the {turns[-1]['role']}")
     return Conversation(turns, (column,))
+
+
+def _is_text(row: Row, column: str) -> bool:
+    """Whether a column holds a text, and not the JSON text of messages."""
+    value = row.values[column]
+    return isinstance(value, str) and not _holds_messages(value)
 
 
 def _holds_messages(text: str) -> bool:
@@ -227,7 +233,7 @@ def with_system(row: Row, turns: Turns) -> Turns:
 
 def _pair(row: Row) -> Pair:
     """TRL's forms of preferences: texts or messages, with a prompt of their own or with one that both begin with."""
-    texts = [isinstance(row.values[column], str) for column in ("chosen", "rejected")]
+    texts = [_is_text(row, column) for column in ("chosen", "rejected")]
     if texts[0] != texts[1]:
         raise UserError(f"{row.where}: one of chosen and rejected is a text, and the other is not")
     column = "prompt" if _filled(row, "prompt") else prompt_column(row.values)

@@ -122,7 +122,7 @@ def _told(name: str) -> Iterator[None]:
     except Exception as error:  # they raise their own, the HTTP library's and built-in ones
         causes = [error, error.__cause__, error.__context__]
         reason = redacted(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
-        if "BuilderConfig" in reason:
+        if "BuilderConfig" in reason or "Config name is missing" in reason:
             why = f"data.config: {str(error).strip()}"
         elif any(isinstance(cause, GatedRepoError) for cause in causes) or "is a gated" in str(error):
             why = "its owner must let you in: accept its terms on its page, and give a token with HF_TOKEN or `hf auth login`"

@@ -18,7 +18,7 @@ from align.data.forms import Kind
 from align.data.generators import GIVEN, generator, reasoning_gym_task
 from align.data.own import Rows, opening_of, read_source, read_split
 from align.data.tables import read_examples, read_preferences
-from align.data.types import Example, Item, LoadedSplit, Preference, SplitName
+from align.data.types import Example, Item, LoadedSplit, Message, Preference, SplitName
 from align.errors import UserError, naming
 
 T = TypeVar("T")
@@ -253,4 +253,7 @@ def _instructed(example: Example, instruction: str | None) -> Example:
     if instruction is None:
         return example
     *earlier, last = example.messages
-    return replace(example, messages=(*earlier, {"role": last["role"], "content": f"{last['content']}\n{instruction}"}))
+    told: Message = {**last, "content": f"{last['content']}\n{instruction}"}
+    messages = (*earlier, told)
+    answered = example.conversation[len(messages) :]
+    return replace(example, messages=messages, conversation=(*messages, *answered) if answered else ())

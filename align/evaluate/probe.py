@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import cache
 from inspect import getmodule
-from itertools import groupby
+from itertools import chain, groupby, islice
 from math import isfinite, nan
 from pathlib import Path
 from statistics import fmean
@@ -93,7 +93,7 @@ def probe(
     group_of = torch.tensor([number for number, group in enumerate(groups) for _ in group])
     try:
         mixture.make_ready()
-        before = mixture.score_each(ordered)
+        before = scored(mixture, groups)
         if not any(isfinite(score.value) for reward in before for score in reward.components.values()):
             why = next(iter(why_masked(ordered, before)), "no reward is for them")
             raise UserError(f"none of the {len(ordered)} answers could be scored: {why}")
@@ -101,7 +101,9 @@ def probe(
         for trick in tricks:
             after = [trick.apply(*pair) for pair in zip(ordered, others, strict=True)]
             changed = fmean(a.completion != b.completion for a, b in zip(after, ordered, strict=True))
-            found.append((trick.name, changed, mixture.score_each(after) if changed else before))
+            rest = iter(after)
+            parts = [list(islice(rest, len(group))) for group in groups]
+            found.append((trick.name, changed, scored(mixture, parts) if changed else before))
     except RewardError as error:
         raise UserError(str(error)) from None
     names = list(dict.fromkeys(name for reward in before for name in reward.components))
@@ -111,6 +113,12 @@ def probe(
         for name in [*names, *([MIXTURE] if several else [])]
         for trick, changed, after in found
     ]
+
+
+def scored(mixture: Mixture, groups: Sequence[Sequence[Sample]]) -> list[SampleReward]:
+    """The rewards of all samples: where they depend on others, on those of their group."""
+    parts = groups if mixture.depends_on_batch else [list(chain.from_iterable(groups))]
+    return [reward for part in parts for reward in mixture.score_each(part)]
 
 
 def prompt_of(sample: Sample) -> tuple[str, str]:

@@ -1,5 +1,6 @@
 """The options of a recipe's learner: ranks and ZeRO, optimizer, adapters, balance losses, what is frozen."""
 
+from contextlib import suppress
 from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -72,9 +73,12 @@ class BalanceOptions(Options):
     @field_validator("expert", mode="before")
     @classmethod
     def _number_or_config(cls, expert: Any) -> Any:
-        if expert != "config" and not (isinstance(expert, int | float) and expert >= 0):
-            raise ValueError("should be a number of at least 0, or config")
-        return expert
+        if expert == "config":
+            return expert
+        with suppress(TypeError, ValueError):
+            if (number := float(expert)) >= 0:  # YAML reads 1e-3 as text
+                return number
+        raise ValueError("should be a number of at least 0, or config")
 
 
 Freezable = Literal["router", "experts", "shared_experts", "attention", "mlp", "norms", "embeddings", "head"]

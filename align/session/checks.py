@@ -221,7 +221,8 @@ def check_evaluation_cards(cards: Sequence[DataCard], *, choosing: bool) -> None
     for name, count in Counter(card.name for card in cards).items():
         if count > 1:
             raise UserError(
-                f"evaluation.cards: {count} cards are named {name!r}, and their results could not be told apart"
+                f"evaluation.cards: {count} cards are named {name!r}, and their results could not be told apart: evaluate on one of them, by "
+                "evaluation.cards or evaluation.path, or give data without a card one of its own"
             )
     if choosing and not any("validation" in card.splits for card in cards):
         raise UserError(

@@ -24,14 +24,15 @@ from align.learner.policy import FrugalRank
 from align.model.policy import DTYPES, load_tokenizer, stop_token_ids
 from align.model.sizes import model_sizes, read_config
 from align.recipe import AgreementOptions, LearnerOptions, ModelOptions, OptimizerOptions
-from align.recipe.options import is_on_hub
+from align.recipe.options import ScoringOptions, is_on_hub
 from align.run import RunDirectory, write_jsonl
 from align.run.machine import gpu_records
 from align.session.checks import check_columns, check_split
 from align.session.ray import local_ray
 from align.session.run import SHARE_TO_TELL
+from align.session.session import scoring_pool
 from align.tools.score_file import mixture_of, refuse_existing
-from reward import RewardTerm, ScoringPool
+from reward import RewardTerm
 from reward.rows import TRUTHS
 from rollout import Fleet, FleetOptions, Prompt
 
@@ -66,7 +67,7 @@ def evaluate_file(
     reads them; returns a summary.
     """
     refuse_existing(out)
-    mixture = mixture_of(term)
+    mixture_of(term)
     examples = problems_of(data, split)
     if term.name == "exact_answer" and all(example.answer is None for example in examples):
         raise UserError(
@@ -84,7 +85,7 @@ def evaluate_file(
     short_problems(problems, longest, "--max-length")
     with (
         running_fleet(model, rollout, tokenizer) as fleet,
-        closing(ScoringPool(mixture, workers=1, timeout_s=rollout.batch_timeout_s)) as judges,
+        scoring_pool([term], ScoringOptions(timeout_s=rollout.batch_timeout_s, infra_error_limit=1.0)) as judges,
     ):
         fleet.wait_until_ready()
         result = evaluate(

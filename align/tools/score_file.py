@@ -1,5 +1,6 @@
 """Completions scored by a reward, without a model: a file of them, or those that a run has stored of its steps."""
 
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import count, groupby
@@ -33,7 +34,7 @@ def score_file(term: RewardTerm, data: Path, out: Path) -> str:
     refuse_existing(out)
     rows = rows_of(data)
     samples = [sample_of_line(row) for row in rows]
-    rewards = scored(mixture_of(term), samples)
+    rewards = scored_in_groups(mixture_of(term), samples)
     greedy = [
         {"greedy": row.values["greedy"]} if is_scored_row(row.values) and "greedy" in row.values else {} for row in rows
     ]
@@ -99,15 +100,22 @@ def default_out(run: Path, name: str) -> Path:
 
 
 def refuse_existing(out: Path) -> None:
-    """Raise UserError where the file to write is there already."""
+    """Raise UserError where the file to write is there already, or cannot be written."""
     if out.exists():
         raise UserError(f"--out {out} exists already; give another file, or take it away")
+    place = next(parent for parent in out.absolute().parents if parent.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise UserError(
+            f"--out {out} cannot be written: {place} is not a directory that you may write to; give another file"
+        )
 
 
 def mixture_of(term: RewardTerm) -> Mixture:
-    """A reward alone, however few samples it scores. Raises UserError where it cannot be used."""
+    """A reward alone, however few samples it scores. Raises UserError where it cannot be used here now."""
     try:
-        return Mixture([term], infra_error_limit=1.0)
+        mixture = Mixture([term], infra_error_limit=1.0)
+        mixture.check_ready()
+        return mixture
     except RewardError as error:
         raise UserError(str(error)) from None
 
@@ -118,6 +126,16 @@ def scored(mixture: Mixture, samples: Sequence[Sample]) -> list[SampleReward]:
         return mixture.score(samples)
     except RewardError as error:
         raise UserError(str(error)) from None
+
+
+def scored_in_groups(mixture: Mixture, samples: Sequence[Sample]) -> list[SampleReward]:
+    """The rewards of samples: of a reward that compares those of a batch, those of a prompt in a row are one, as in training. Raises as `scored` does."""
+    if not mixture.depends_on_batch:
+        return scored(mixture, samples)
+    groups = groupby(
+        samples, lambda sample: (sample.domain, sample.id.rpartition("#")[0] or sample.prompt or sample.id)
+    )
+    return [reward for _, group in groups for reward in scored(mixture, list(group))]
 
 
 def score_lines(term: RewardTerm, samples: Sequence[Sample], rewards: Sequence[SampleReward]) -> list[dict[str, Any]]:
@@ -146,9 +164,9 @@ def sample_of_line(row: Row) -> Sample:
         fits = (
             isinstance(value, str)
             or (value is None and not required)
-            or (key in (id_column, "answer") and isinstance(value, int | float) and not isinstance(value, bool))
+            or (key == id_column and isinstance(value, int | float) and not isinstance(value, bool))
             or (key in (column, "prompt") and isinstance(value, list))
-            or key == "ground_truth"  # of which only the reward knows what it must be
+            or key in ("answer", "ground_truth")  # of which only the reward knows what they must be
         )
         if not fits:
             what = "is missing" if key not in values else f"must be text, not {type(value).__name__}"

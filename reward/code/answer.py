@@ -70,7 +70,7 @@ def code_tests(
     A program that several samples have in common, with the same tests, is run once.
 
     `seconds` of processor time, and six times that of wall time, are for each case; `memory_mb`, `disk_mb` and
-    `output_kb` too. `workers` programs run at once (0: one for each core). `executor` may name another executor as
+    `output_kb` too. All cases of a program together have 24 times `seconds` of wall time: raise it for tests of many slow cases. `workers` programs run at once (0: one for each core). `executor` may name another executor as
     "package.module:function". `unsafe_no_isolation` runs the code with this user's rights and marks every score.
 
     Raises SandboxUnavailable where the machine cannot isolate, and RewardError where one of `packages` cannot be
@@ -101,7 +101,7 @@ def code_tests(
     runs = list(zip(sources, keys, strict=True))
     different = dict(zip(runs, samples, strict=True))
     score = bound(_score, executor=runner, limits=limits, partial=partial, right=right, wrong=wrong)
-    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+    with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
         found = pool.map(lambda run: score(different[run].id, run[0], tests[run[1]]), different)
         scores = dict(zip(different, found, strict=True))
     return [scores[run] for run in runs]

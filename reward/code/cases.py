@@ -179,8 +179,10 @@ def parse_tests(tests: Any, *, float_tolerance: float, any_whitespace: bool = Fa
         case {"kind": "function", "entry_point": str(name), "cases": [_, *_] as cases} if all(map(_is_call, cases)):
             calls = tuple(Call(tuple(case["args"]), dict(case.get("kwargs") or {})) for case in cases)
             return FunctionTests(name, calls, tuple(case["expected"] for case in cases), float_tolerance)
-        case {"kind": "assert", "entry_point": str(name), "code": str(code)} if isinstance(tests.get("setup", ""), str):
-            return AssertTests(name, code, tests.get("setup", ""))
+        case {"kind": "assert", "entry_point": str(name), "code": str(code)} if isinstance(
+            tests.get("setup") or "", str
+        ):
+            return AssertTests(name, code, tests.get("setup") or "")
     kind = tests["kind"]
     raise UnusableTests(f"tests of kind {kind!r} must be {SHAPES[kind]} with at least one case of plain data")
 

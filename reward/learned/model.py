@@ -105,6 +105,8 @@ def score_conversations(
 def _score(number: float | str, scale: Scale, remark: str) -> Score:
     if isinstance(number, str):
         return Score(math.nan, Verdict.INFRA_ERROR, number)
+    if not math.isfinite(number):  # which a clip would turn into the most there is
+        return Score(math.nan, Verdict.INFRA_ERROR, f"the model says {number}")
     value = scale(number)
     return Score(value, Verdict.PASS if value > 0 else Verdict.WRONG, f"the model says {number:.4g}{remark}")
 

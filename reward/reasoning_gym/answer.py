@@ -22,7 +22,7 @@ from types import MappingProxyType
 from typing import Any
 
 from reward.isolation.pool import FAULTS, End, Outcome, WorkerLimits, WorkerPool
-from reward.math.final_answer import equal, normalise, only_answer, sole_answer, verdict_detail
+from reward.math.final_answer import equal, normalise, only_answer, sole_answer, verdict_detail, without_thought
 from reward.registry import register
 from reward.types import Sample, Score, UnusableAnswer, Verdict
 
@@ -139,6 +139,7 @@ def _task_and_entry(sample: Sample) -> tuple[str, Mapping[str, Any]]:
 
 def _committed(sample: Sample) -> str | Score:
     """The answer that the completion commits itself to, or the score it gets for none or for several."""
-    if r"\boxed" in sample.completion:
+    said = without_thought(sample.completion)
+    if r"\boxed" in said:
         return sole_answer(sample, wrong=0.0)
-    return only_answer([answer.strip() for answer in _TAGGED.findall(sample.completion)], wrong=0.0)
+    return only_answer([answer.strip() for answer in _TAGGED.findall(said)], wrong=0.0)

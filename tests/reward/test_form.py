@@ -145,6 +145,18 @@ def test_the_length_is_in_tokens_or_in_characters() -> None:
         soft_overlong(sample("x"), max_length=100, cache=50, unit="words")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("completion", "verdict"),
+    [
+        (r"<think>\boxed{4}?</think> It is \boxed{4}.", Verdict.PASS),
+        (r"<think>\boxed{4}", Verdict.NO_ANSWER),
+        (r"It is \boxed{4}. <think>Or \boxed{5}?</think> No.", Verdict.WRONG),
+    ],
+)
+def test_boxes_of_a_thought_are_of_no_format(completion: str, verdict: Verdict) -> None:
+    assert answer_format(sample(completion)).verdict is verdict
+
+
 def test_several_rules_are_their_weighted_mean() -> None:
     rules = [{"name": "answer_format", "weight": 3}, {"name": "language_consistency", "params": {"language": "zh"}}]
     good, foreign, formless = rule(

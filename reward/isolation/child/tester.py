@@ -105,8 +105,17 @@ def _run(job: Mapping[str, Any], proxy: Proxy) -> list[dict[str, Any]]:
     except BaseException as error:
         raise TestsUnusable(f"{type(error).__name__}: {error}") from None
     names[entry_point] = proxy
-    outcomes = [_statement(statement, names) for statement in tree.body]
-    cases = [outcome for outcome, statement in zip(outcomes, tree.body, strict=True) if _is_case(statement)]
+    outcomes, calls = [], []
+    for statement in tree.body:
+        before = proxy.count
+        outcomes.append(_statement(statement, names))
+        calls.append(proxy.count > before)
+    cases = [
+        outcome
+        for outcome, statement, is_call in zip(outcomes, tree.body, calls, strict=True)
+        # What passed without asking the candidate anything tests nothing.
+        if _is_case(statement) and (is_call or isinstance(statement, ast.Assert) or not outcome["passed"])
+    ]
     prelude = [outcome for outcome, statement in zip(outcomes, tree.body, strict=True) if not _is_case(statement)]
     if not cases and callable(names.get("check")):
         cases = [_attempt(lambda: names["check"](proxy), "check(candidate)")]

@@ -19,7 +19,7 @@ from align.data.loader import domains_of, load_preferences, load_split
 from align.data.own import name_of, own_card, read_source, read_user_file
 from align.errors import UserError
 from align.model.policy import load_tokenizer
-from align.recipe import STAGES, DataOptions, load_recipe
+from align.recipe import STAGES, DataOptions, EvaluationOptions, load_recipe
 from align.session.checks import check_names
 from align.session.run import open_run
 from align.stages.grpo import load_grpo_data
@@ -147,6 +147,33 @@ def test_a_card_may_have_files_of_ones_own_beside_it_as_its_source(tmp_path: Pat
     examples = [example for split in ("train", "test") for example in load_split(card, split).examples]
     assert Counter(example.domain for example in examples) == {"sums": 39, "user": 1}
     assert domains_of(card) == ["sums", "user"]
+
+
+def test_the_instruction_of_a_card_is_in_the_conversations_that_are_learned_from_too(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    written(tmp_path / "data" / "chat.jsonl", chats(40))
+    front = {
+        "name": "told",
+        "title": "mine",
+        "source": {"kind": "own", "path": "data/chat.jsonl", "splits": ["train", "test"]},
+        "instruction": "Be brief.",
+        "licence": "CC0",
+        "stages": ["sft"],
+        "domain": "chat",
+        "splits": {"train": "most", "test": "the rest"},
+        "decontamination": {"against": ["test"], "why": "so"},
+    }
+    (tmp_path / "told.md").write_text(f"---\n{yaml.safe_dump(front)}---\n")
+    for example in load_split(load_card(tmp_path / "told.md"), "train").examples:
+        assert example.messages[-1]["content"].endswith(".\nBe brief.")
+        assert example.conversation == (*example.messages, {"role": "assistant", "content": example.response})
+
+
+def test_two_configurations_of_one_data_set_are_both_evaluated_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("align.data.entries.card_of", lambda data: data)
+    entries = [DataOptions(path=Path("a/b"), config=name) for name in ("x", "y", "x")]
+    asked = evaluated(EvaluationOptions(), entries)
+    assert [entry.card.config for entry in asked] == ["x", "y"]
 
 
 def test_what_is_held_out_of_a_file_of_its_own_is_dropped_from_training_and_counted(tmp_path: Path) -> None:

@@ -136,6 +136,25 @@ def test_what_align_eval_wrote_is_scored_again_with_the_columns_of_the_data(
     assert [(one["id"], one["greedy"], one["value"]) for one in found] == [("p#0", True, 1.0), ("p#0", False, 0.0)]
 
 
+def test_a_reward_of_several_samples_gets_those_of_a_prompt_together(tmp_path: Path) -> None:
+    file = tmp_path / "my_rewards.py"
+    file.write_text(
+        "import reward\n\n@reward.batched\ndef count(samples): return [float(len(samples)) for _ in samples]\n"
+    )
+    rows = [{"id": str(n), "prompt": prompt, "completion": "a"} for n, prompt in enumerate(["P", "P", "Q", "P"])]
+    score_file(RewardTerm(name=f"{file}:count"), lines(tmp_path, *rows), tmp_path / "out.jsonl")
+    found = [json.loads(line)["value"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert found == [2.0, 2.0, 1.0, 1.0]
+
+
+def test_a_file_that_cannot_be_written_is_told_before_anything_is_scored(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"--out .*/file/out\.jsonl cannot be written"):
+        score_file(
+            EXACT, lines(tmp_path, {"id": "1", "completion": "4", "answer": ["4"]}), tmp_path / "file" / "out.jsonl"
+        )
+
+
 def test_a_runs_stored_samples_give_the_curve_of_another_reward(tmp_path: Path, says_unit: RewardTerm) -> None:
     run = RunDirectory.create(tmp_path / "run")
     for step, texts in {2: ["3 km", "3 m"], 10: ["3 m", "4 m"]}.items():

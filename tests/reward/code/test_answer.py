@@ -144,6 +144,12 @@ class TestVerdicts:
         assert score(source, tests).verdict is Verdict.PASS
         assert score(GOOD, tests).verdict is Verdict.WRONG
 
+    def test_what_asks_the_candidate_nothing_is_no_case(self) -> None:
+        code = "import random\nrandom.seed(0)\nprint(1)\nassert double(2) == 4\nfor n in (1, 2):\n    assert double(n) == 2 * n"
+        tests = {"kind": "assert", "entry_point": "double", "code": code, "setup": None}
+        assert score("def double(n):\n    return 0", tests, partial=True).value == 0
+        assert score(GOOD, tests, partial=True).value == 1
+
     def test_test_functions_that_call_themselves_are_cases(self) -> None:
         code = "def test_two():\n    assert double(2) == 4\ndef test_three():\n    assert double(3) == 6\ntest_two()\ntest_three()"
         tests = {"kind": "assert", "entry_point": "double", "code": code}

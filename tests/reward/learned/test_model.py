@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from reward import Mixture, RewardError, RewardTerm, Sample, Verdict
-from reward.learned.model import Scale, messages_of, reward_model, shortened
+from reward.learned.model import Scale, _score, messages_of, reward_model, shortened
 
 COMPLETIONS = ["4", "It is four.", "I am sorry, but I can't help with that.", "", "4" * 60]
 
@@ -83,6 +83,8 @@ def test_the_scale_is_that_of_the_notes_and_can_be_cut_off(checkpoint: Path) -> 
     clip = abs(score.value) / 2
     (clipped,) = reward_model([sample("4")], path=str(checkpoint), clip=clip)
     assert clipped.value == pytest.approx(math.copysign(clip, score.value))
+    for strange in (math.nan, math.inf):
+        assert _score(strange, Scale(clip=3.0), "").verdict is Verdict.INFRA_ERROR
     assert [Scale(1.0, 2.0, 0.5)(x) for x in (-9.0, 1.0, 1.5, 9.0)] == [-0.5, 0.0, 0.25, 0.5]
 
 

@@ -178,3 +178,17 @@ def test_metadata_without_the_entry_is_unusable(metadata: dict[str, Any]) -> Non
     bare = Sample(id="s", prompt="?", completion=r"\boxed{5}", ground_truth="5", metadata=metadata)
     with pytest.raises(UnusableAnswer, match="metadata needs"):
         reasoning_gym_answer(bare)
+
+
+@pytest.mark.parametrize(
+    ("completion", "verdict"),
+    [
+        ("<think>I put it in <answer>...</answer>.</think><answer>{}</answer>", Verdict.PASS),
+        (r"<think>so \boxed{{{}}}</think><answer>{}</answer>", Verdict.PASS),
+        ("<think>maybe <answer>{}</answer> or", Verdict.NO_ANSWER),
+    ],
+)
+def test_what_is_thought_is_no_answer(completion: str, verdict: Verdict) -> None:
+    (entry,) = entries("chain_sum", 1)
+    said = completion.format(*[entry["answer"]] * 2)
+    assert reasoning_gym_answer(sample(said, "chain_sum", entry)).verdict is verdict
