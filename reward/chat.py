@@ -269,11 +269,14 @@ def _outline(tokenizer: Any, template: str, shape: _Shape, answering: bool) -> _
             f"the chat template of {_name(tokenizer)} leaves out the tools; take one that has a place for them"
         )
     for place, turn in enumerate(messages):
-        without = [*messages[:place], {**turn, "tool_calls": []}, *messages[place + 1 :]]
-        if turn.get("tool_calls") and _renders_alike(tokenizer, template, without, tools, answering, text):
-            raise RewardError(
-                f"the chat template of {_name(tokenizer)} leaves out the tools that an assistant calls; take one that writes calls"
-            )
+        calls = turn.get("tool_calls") or ()
+        for number in range(len(calls)):
+            fewer = {**turn, "tool_calls": [*calls[:number], *calls[number + 1 :]]}
+            without = [*messages[:place], fewer, *messages[place + 1 :]]
+            if _renders_alike(tokenizer, template, without, tools, answering, text):
+                raise RewardError(
+                    f"the chat template of {_name(tokenizer)} leaves out what an assistant calls; take one that writes all calls"
+                )
     control = _vocabulary(tokenizer).control
     return _Outline(text, [id_ for id_ in _encode(tokenizer, text) if id_ in control])
 

@@ -119,7 +119,12 @@ def evaluated(options: EvaluationOptions, data: Sequence[DataOptions]) -> list[E
     else:
         entries, own = [], list(data)
     entries += {(each.path, each.config, each.revision, each.hub_split): each for each in own}.values()
-    return [Entry(one, card_of(one)) for one in entries]
+    found: list[Entry] = []
+    for one in entries:
+        card = card_of(one)
+        before = sum(entry.card.name == card.name for entry in found) if one.card is None else 0
+        found.append(Entry(one, card, f"@{before + 1}" if before else ""))
+    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from itertools import takewhile
 from typing import Any, Literal, NamedTuple
 
 from align.data.pair_rows import hh_turns
-from align.data.rows import NothingToJudgeBy, Row, asked, message_of
+from align.data.rows import ROLES, NothingToJudgeBy, Row, asked, message_of
 from align.data.types import Example, Message, Preference
 from align.errors import UserError
 from reward.rows import DOMAIN, PROMPTS, TRUTHS, domain_of, ground_truth_of, metadata_of, prompt_column
@@ -178,7 +178,7 @@ def _completion(row: Row) -> Conversation:
     """TRL's prompt and completion, of texts or of messages."""
     prompt = _asking(row)
     column = next(name for name in COMPLETIONS if _filled(row, name))
-    if _is_text(row, column):
+    if _is_answer_text(row, column):
         return Conversation((*prompt.turns, {"role": "assistant", "content": row.filled(column)}), prompt.columns)
     return Conversation((*prompt.turns, *_answered(row, column)), prompt.columns)
 
@@ -194,7 +194,7 @@ def _asking(row: Row) -> Conversation:
 
 
 def _asked_in(row: Row, column: str) -> Conversation:
-    if _is_text(row, column):
+    if isinstance(row.values[column], str) and not _holds_messages(row.values[column]):
         return Conversation(asked(row.filled(column)), (column,))
     turns = row.conversation(column)
     if turns[-1]["role"] not in ("user", "tool"):
@@ -202,10 +202,20 @@ def _asked_in(row: Row, column: str) -> Conversation:
     return Conversation(turns, (column,))
 
 
-def _is_text(row: Row, column: str) -> bool:
-    """Whether a column holds a text, and not the JSON text of messages."""
+def _is_answer_text(row: Row, column: str) -> bool:
+    """Whether a column of answers holds a text, and not the JSON text of whole messages; an answer may be other JSON."""
     value = row.values[column]
-    return isinstance(value, str) and not _holds_messages(value)
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return isinstance(value, str)
+    try:
+        turns = json.loads(value)
+    except (ValueError, RecursionError):
+        return True
+    return not turns or not all(isinstance(turn, dict) and _is_message(turn) for turn in turns)
+
+
+def _is_message(turn: Mapping[str, Any]) -> bool:
+    return (turn.get("role") in ROLES and "content" in turn) or {"from", "value"} <= turn.keys()
 
 
 def _holds_messages(text: str) -> bool:
@@ -233,7 +243,7 @@ def with_system(row: Row, turns: Turns) -> Turns:
 
 def _pair(row: Row) -> Pair:
     """TRL's forms of preferences: texts or messages, with a prompt of their own or with one that both begin with."""
-    texts = [_is_text(row, column) for column in ("chosen", "rejected")]
+    texts = [_is_answer_text(row, column) for column in ("chosen", "rejected")]
     if texts[0] != texts[1]:
         raise UserError(f"{row.where}: one of chosen and rejected is a text, and the other is not")
     column = "prompt" if _filled(row, "prompt") else prompt_column(row.values)

@@ -82,12 +82,8 @@ class PolicyCheckpoint:
         such conversations.
         """
         examples = [Example(id_, tuple(messages), None, None, "evaluation") for id_, messages in conversations.items()]
+        refuse_no_room(max_new_tokens, self.max_length)
         longest = self.max_length - max_new_tokens
-        if longest < 1:
-            raise EvaluationError(
-                f"its max_new_tokens, {max_new_tokens}, leave no room for a prompt in rollout.max_length, {self.max_length}: lower the one, "
-                "or raise the other"
-            )
         encoded = [problem.prompt for problem in encode_problems(self.tokenizer, examples)]
         prompts = [prompt for prompt in encoded if len(prompt.token_ids) <= longest]
         if len(prompts) < len(examples):
@@ -140,7 +136,7 @@ _hooks: Registry[Hook] = Registry("evaluation hook", ENTRY_POINT_GROUP, {}, 2, U
 def register(name: str, *, ready: Callable[..., None] | None = None) -> Callable[[Function], Function]:
     """A decorator that makes a function `(checkpoint, fleet, **params) -> Metrics` known as the hook `name`.
 
-    `ready` is called before the stage, with those of the parameters that it names, and `max_length` where it names that, and raises UserError or
+    `ready` is called before the stage, with those of the parameters that it names, and `max_length`, what the fleet will have room for, and raises UserError or
     EvaluationError where the hook could not be run after it. Raises UserError where another function has the name, or
     where the function takes `**kwargs`: a misspelt parameter would then pass unnoticed.
     """
@@ -167,16 +163,20 @@ def check_params(name: str, params: Mapping[str, Any]) -> None:
 def check_ready(name: str, params: Mapping[str, Any], max_length: int | None = None) -> None:
     """Nothing, if the hook `name` could be run now, with room for so many tokens, as far as it can tell. Raises UserError, before any work is lost."""
     hook, arguments = get(name), _arguments(name, params)
-    new = {parameter.name: parameter.default for parameter in hook.parameters} | arguments
-    if max_length is not None and new.get("max_new_tokens", 0) >= max_length:
-        raise UserError(
-            f"evaluation hook {name!r}: its max_new_tokens, {new['max_new_tokens']}, leave no room for a prompt in rollout.max_length, {max_length}: "
-            "lower the one, or raise the other"
-        )
+    if all(parameter.name != "max_length" for parameter in hook.parameters):
+        arguments["max_length"] = max_length
     try:
-        call_ready(hook.ready, {"max_length": max_length} | arguments)
+        call_ready(hook.ready, arguments)
     except EvaluationError as error:
         raise UserError(f"evaluation hook {name!r}: {error}") from None
+
+
+def refuse_no_room(max_new_tokens: int, max_length: int | None) -> None:
+    """Raise EvaluationError where answers of so many tokens leave no room for a prompt in `max_length`, where that is known."""
+    if max_length is not None and max_new_tokens >= max_length:
+        raise EvaluationError(
+            f"its max_new_tokens, {max_new_tokens}, leave no room for a prompt in rollout.max_length, {max_length}: lower the one, or raise the other"
+        )
 
 
 def run(name: str, checkpoint: PolicyCheckpoint, fleet: Fleet, params: Mapping[str, Any]) -> Metrics:

@@ -11,15 +11,16 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from align.errors import UserError
-from align.evaluate.hooks import EvaluationError, Metrics, PolicyCheckpoint, register
+from align.evaluate.hooks import EvaluationError, Metrics, PolicyCheckpoint, refuse_no_room, register
 from align.tasks.instructions import SIZES, generate
 from reward import RewardError, Sample
 from reward.instructions import check, checkers
 from rollout import Fleet
 
 
-def ready() -> None:
-    """Raise UserError where the package with IFEval's checkers is not installed."""
+def ready(max_new_tokens: int = 512, max_length: int | None = None) -> None:
+    """Raise UserError where the package with IFEval's checkers is not installed, EvaluationError where answers leave no room for a prompt."""
+    refuse_no_room(max_new_tokens, max_length)
     try:
         checkers()
     except RewardError as error:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, Field, FilePath, ValidationError
 
 from align.errors import UserError
-from align.evaluate.hooks import EvaluationError, Metrics, PolicyCheckpoint, register
+from align.evaluate.hooks import EvaluationError, Metrics, PolicyCheckpoint, refuse_no_room, register
 from align.evaluate.judge_benchmarks import BENCHMARKS, MtBenchQuestion, MtBenchReference, Question, answered
 from align.model.policy import first_line
 from align.options import Options
@@ -47,9 +47,16 @@ class JudgeOptions(Options):
 
 
 def ready(
-    benchmark: str, questions: Path, judge: JudgeOptions, template: Path | None = None, references: Path | None = None
+    benchmark: str,
+    questions: Path,
+    judge: JudgeOptions,
+    template: Path | None = None,
+    references: Path | None = None,
+    max_new_tokens: int = 1024,
+    max_length: int | None = None,
 ) -> None:
-    """Raise UserError or EvaluationError unless the questions, references and template can be read and the judge answers."""
+    """Raise UserError or EvaluationError unless the questions, references and template can be read, answers have room, and the judge answers."""
+    refuse_no_room(max_new_tokens, max_length)
     with_references(read_questions(questions, BENCHMARKS[benchmark]), references)
     judge_template(benchmark, template)
     Judge(judge).check()

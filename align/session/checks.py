@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from align.data.cards import DataCard, Stage, require_stage
-from align.data.entries import card_of, evaluated
+from align.data.entries import Entry, card_of, evaluated
 from align.data.loader import domains_of
 from align.data.types import Example, SplitName
 from align.errors import UserError, check_installed, naming, nearest
@@ -144,9 +144,8 @@ def check_names(data: Sequence[DataOptions], stage: Stage, roles: Roles) -> None
     if roles.evaluation is not None:
         for entry in asked:
             check_split(entry.card, roles.evaluation.split, "eval", "evaluation.split")
-        check_evaluation_cards(
-            [entry.card for entry in asked], choosing=roles.evaluation.every is not None and there == data
-        )
+        choosing = roles.evaluation.every is not None and there == data and bool(asked)
+        check_evaluation_cards(asked, choosing=choosing)
         for hook in roles.evaluation.hooks:
             hooks.check_params(hook.name, hook.params)
 
@@ -216,13 +215,13 @@ def check_columns(rewards: Sequence[RewardTerm], examples: Iterable[Example]) ->
             )
 
 
-def check_evaluation_cards(cards: Sequence[DataCard], *, choosing: bool) -> None:
+def check_evaluation_cards(asked: Sequence[Entry], *, choosing: bool) -> None:
     """Raise UserError for two cards of one name, and where no card has problems to choose checkpoints by."""
-    for name, count in Counter(card.name for card in cards).items():
+    cards = [entry.card for entry in asked]
+    for name, count in Counter(entry.card.name + entry.mark for entry in asked).items():
         if count > 1:
             raise UserError(
-                f"evaluation.cards: {count} cards are named {name!r}, and their results could not be told apart: evaluate on one of them, by "
-                "evaluation.cards or evaluation.path, or give data without a card one of its own"
+                f"evaluation.cards: {count} cards are named {name!r}, and their results could not be told apart"
             )
     if choosing and not any("validation" in card.splits for card in cards):
         raise UserError(
@@ -266,7 +265,7 @@ def check_places(recipe: Recipe, gpus: int) -> None:
         return
     cure = "lower learner.ranks, rollout.workers, rollout.tensor_parallel or scoring.gpus"
     pairs = int(gpus - roles.scoring_gpus)
-    if isinstance(recipe, PolicyRecipe) and pairs and not recipe.colocate and recipe.rollout.tensor_parallel == 1:
+    if isinstance(recipe, PolicyRecipe) and pairs > 0 and not recipe.colocate and recipe.rollout.tensor_parallel == 1:
         cure = f"share them between learner ranks and rollout workers, colocate=true learner.ranks={pairs} rollout.workers={pairs}"
     raise UserError(
         f"the recipe takes {roles.gpus:g} GPUs, and this machine has {gpus}: {cure}; set RAY_ADDRESS to a cluster that has them; or install "

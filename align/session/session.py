@@ -84,10 +84,7 @@ class Session:
             if roles.weights.transport == "object_store":
                 sent = sent_bytes(self.policy, roles.learner.lora)
         self.open.enter_context(local_ray(sent, roles.gpus))
-        if not usable_gpus() and not samples_on_cpus():
-            raise UserError(
-                "vLLM is built for GPUs, and there is none that it may use: `make setup ACCELERATOR=cpu` installs one that samples on CPUs"
-            )
+        check_sampler()
         if roles.colocated and roles.learner is not None:
             self.colocation = Colocation(shared_gpus(max(roles.learner.ranks, rollout.workers)))
         self.fleet = Fleet(
@@ -198,6 +195,14 @@ def prepare_policy(
     trained_before = of_reward_model and is_reward_model(policy)
     progress.note(f"doctor: {verdict(examine(policy, tokenizer, reward_model=trained_before), model.path)}")
     return policy, tokenizer
+
+
+def check_sampler() -> None:
+    """Raise UserError where the vLLM that is installed could not sample in the Ray that was started: it is for GPUs, and there are none."""
+    if not usable_gpus() and not samples_on_cpus():
+        raise UserError(
+            "vLLM is built for GPUs, and there is none that it may use: `make setup ACCELERATOR=cpu` installs one that samples on CPUs"
+        )
 
 
 def shared_gpus(count: int) -> Any:

@@ -78,8 +78,9 @@ def load_problems(
                 continue
             refuse_one_file(card, entry.path, list(examples))
             loaded = load_split(card, split, path=entry.path, levels=options.levels)
-            found += first(loaded.examples, options.limit, 0)
-            prompts[f"{card.name}/{split}"] = loaded.prompts
+            asked = first(loaded.examples, options.limit, 0)
+            found += [replace(one, id=f"{one.id}{entry.mark}") for one in asked] if entry.mark else asked
+            prompts[f"{card.name}{entry.mark}/{split}"] = loaded.prompts
     longest = max_length - options.max_new_tokens
     problems = encode_problems(tokenizer, examples.pop(options.split))
     watched = encode_problems(tokenizer, [example for found in examples.values() for example in found])

@@ -24,15 +24,15 @@ from align.learner.policy import FrugalRank
 from align.model.policy import DTYPES, load_tokenizer, stop_token_ids
 from align.model.sizes import model_sizes, read_config
 from align.recipe import AgreementOptions, LearnerOptions, ModelOptions, OptimizerOptions
-from align.recipe.options import ScoringOptions, is_on_hub
+from align.recipe.options import is_on_hub
 from align.run import RunDirectory, write_jsonl
 from align.run.machine import gpu_records
 from align.session.checks import check_columns, check_split
 from align.session.ray import local_ray
 from align.session.run import SHARE_TO_TELL
-from align.session.session import scoring_pool
+from align.session.session import check_sampler
 from align.tools.score_file import mixture_of, refuse_existing
-from reward import RewardTerm
+from reward import RewardError, RewardTerm, ScoringPool
 from reward.rows import TRUTHS
 from rollout import Fleet, FleetOptions, Prompt
 
@@ -43,6 +43,7 @@ PROBES = ["What is 17 + 25?", "Write a sentence about the sea.", "1, 2, 3,", "na
 def running_fleet(model: ModelOptions, rollout: FleetOptions, tokenizer: Any) -> Iterator[Fleet]:
     """Rollout workers with a model, under a Ray of their own; both end with the block."""
     with local_ray():
+        check_sampler()
         stops = stop_token_ids(model, tokenizer)
         fleet = Fleet(model.path, model.dtype, rollout, stops, trust_remote_code=model.trust_remote_code)
         with closing(fleet):
@@ -67,7 +68,7 @@ def evaluate_file(
     reads them; returns a summary.
     """
     refuse_existing(out)
-    mixture_of(term)
+    mixture = mixture_of(term)
     examples = problems_of(data, split)
     if term.name == "exact_answer" and all(example.answer is None for example in examples):
         raise UserError(
@@ -85,8 +86,12 @@ def evaluate_file(
     short_problems(problems, longest, "--max-length")
     with (
         running_fleet(model, rollout, tokenizer) as fleet,
-        scoring_pool([term], ScoringOptions(timeout_s=rollout.batch_timeout_s, infra_error_limit=1.0)) as judges,
+        closing(ScoringPool(mixture, workers=1, timeout_s=rollout.batch_timeout_s)) as judges,
     ):
+        try:
+            judges.wait_until_ready()
+        except RewardError as error:
+            raise UserError(str(error)) from None
         fleet.wait_until_ready()
         result = evaluate(
             *(fleet, tokenizer, problems, judges),

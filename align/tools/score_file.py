@@ -132,9 +132,7 @@ def scored_in_groups(mixture: Mixture, samples: Sequence[Sample]) -> list[Sample
     """The rewards of samples: of a reward that compares those of a batch, those of a prompt in a row are one, as in training. Raises as `scored` does."""
     if not mixture.depends_on_batch:
         return scored(mixture, samples)
-    groups = groupby(
-        samples, lambda sample: (sample.domain, sample.id.rpartition("#")[0] or sample.prompt or sample.id)
-    )
+    groups = groupby(samples, lambda one: (one.domain, one.prompt, one.id.rpartition("#")[0] or one.prompt or one.id))
     return [reward for _, group in groups for reward in scored(mixture, list(group))]
 
 

@@ -179,9 +179,9 @@ def stated_answers(completion: str, prompt: str) -> list[str]:
         # Headings of the fourth level look the same, so that of the earlier ones only numbers are answers.
         hashes = [_ANSWER_IS.sub("", line, count=1) if _ANSWER_IS.match(line) else line for line in hashes]
         found = [line for line in hashes[:-1] if number(tidy(line)) is not None] + hashes[-1:]
-        *_, last = _HASHES.finditer(text)
-        if number(tidy(hashes[-1])) is None and (below := _clauses(text[last.end() :])):
-            found[-1:] = below  # the last of them is a heading too
+        *earlier, last = _HASHES.finditer(text)
+        if earlier and not any(number(tidy(line)) is not None for line in hashes):
+            found = _clauses(text[last.end() :]) or found  # all of them are headings
     else:
         found = _HEADING.findall(text) or _clauses(text)
     return [answer for one in found if (answer := one.replace("**", "").strip()) and normalise(answer)]

@@ -92,14 +92,19 @@ def test_a_control_token_in_a_call_of_a_tool_is_refused() -> None:
 
 LISTING = "{% for tool in tools %}{{ tool.function.name }} {% endfor %}" + CHATML
 """A template that writes tools, and cannot do without, but not their calls."""
+FIRST = CHATML.replace("{{ m.content }}", "{{ m.content }}{% if m.tool_calls %}{{ m.tool_calls[0] }}{% endif %}")
+OTHER_CALL = {"id": "2", "type": "function", "function": {"name": "tides", "arguments": {}}}
+TWO_CALLS = [ERRAND[0], ERRAND[1] | {"tool_calls": [CALL, OTHER_CALL]}]
 
 
 @pytest.mark.parametrize(
     ("template", "messages", "tools", "why"),
     [
         (CHATML, ERRAND[:1], SCHEMAS, "leaves out the tools;"),
-        (CHATML, ERRAND[:2], [], "leaves out the tools that an assistant calls"),
-        (LISTING, ERRAND[:2], SCHEMAS, "leaves out the tools that an assistant calls"),
+        (CHATML, ERRAND[:2], [], "leaves out what an assistant calls"),
+        (LISTING, ERRAND[:2], SCHEMAS, "leaves out what an assistant calls"),
+        (FIRST, TWO_CALLS, [], "leaves out what an assistant calls"),
+        (FIRST, ERRAND[:2], [], None),
         (LISTING, ERRAND[:1], SCHEMAS, None),
     ],
 )

@@ -105,16 +105,15 @@ def _run(job: Mapping[str, Any], proxy: Proxy) -> list[dict[str, Any]]:
     except BaseException as error:
         raise TestsUnusable(f"{type(error).__name__}: {error}") from None
     names[entry_point] = proxy
-    outcomes, calls = [], []
+    outcomes, asked = [], []
     for statement in tree.body:
-        before = proxy.count
         outcomes.append(_statement(statement, names))
-        calls.append(proxy.count > before)
+        asked.append(proxy.count > 0)
     cases = [
         outcome
-        for outcome, statement, is_call in zip(outcomes, tree.body, calls, strict=True)
-        # What passed without asking the candidate anything tests nothing.
-        if _is_case(statement) and (is_call or isinstance(statement, ast.Assert) or not outcome["passed"])
+        for outcome, statement, was_asked in zip(outcomes, tree.body, asked, strict=True)
+        # What passed before the candidate was asked for anything tests nothing, unless it asserts.
+        if _is_case(statement) and (was_asked or _asserts(statement) or not outcome["passed"])
     ]
     prelude = [outcome for outcome, statement in zip(outcomes, tree.body, strict=True) if not _is_case(statement)]
     if not cases and callable(names.get("check")):
@@ -130,6 +129,10 @@ def _is_case(statement: ast.stmt) -> bool:
     if isinstance(statement, ast.Expr):
         return isinstance(statement.value, ast.Call)
     return not isinstance(statement, (*_NO_CASE, *_NO_CASE_EITHER))
+
+
+def _asserts(statement: ast.stmt) -> bool:
+    return any(isinstance(part, ast.Assert | ast.Raise) for part in ast.walk(statement))
 
 
 def _statement(statement: ast.stmt, names: dict[str, Any]) -> dict[str, Any]:

@@ -217,6 +217,14 @@ def test_a_level_is_a_whole_number_or_the_one_that_its_text_ends_in(level: Any, 
 
 
 @pytest.mark.parametrize(
+    "answer", ['[{"from": "Paris", "to": "Rome"}]', '[{"role": "admin", "may": []}]', "[{'a': 1}]", "[]", "[1"]
+)
+def test_an_answer_may_be_other_json_than_messages(answer: str) -> None:
+    assert example({"prompt": TEXT, "completion": answer}).response == answer
+    assert preference({"prompt": TEXT, "chosen": answer, "rejected": "5."}).chosen == answer
+
+
+@pytest.mark.parametrize(
     "values",
     [
         {"prompt": TEXT, "chosen": "4.", "rejected": "5."},

@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,9 +21,10 @@ from align.data.own import name_of, own_card, read_source, read_user_file
 from align.errors import UserError
 from align.model.policy import load_tokenizer
 from align.recipe import STAGES, DataOptions, EvaluationOptions, load_recipe
-from align.session.checks import check_names
+from align.session.checks import check_evaluation_cards, check_names
 from align.session.run import open_run
 from align.stages.grpo import load_grpo_data
+from align.stages.held_out import load_problems
 from align.stages.reward_model import load_reward_model_data
 from align.stages.sft import load_sft_data
 
@@ -170,10 +172,11 @@ def test_the_instruction_of_a_card_is_in_the_conversations_that_are_learned_from
 
 
 def test_two_configurations_of_one_data_set_are_both_evaluated_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("align.data.entries.card_of", lambda data: data)
+    monkeypatch.setattr("align.data.entries.card_of", lambda data: SimpleNamespace(name="b", splits=("test",)))
     entries = [DataOptions(path=Path("a/b"), config=name) for name in ("x", "y", "x")]
     asked = evaluated(EvaluationOptions(), entries)
-    assert [entry.card.config for entry in asked] == ["x", "y"]
+    assert [(entry.data.config, entry.name) for entry in asked] == [("x", "b"), ("y", "b@2")]
+    check_evaluation_cards(asked, choosing=False)
 
 
 def test_what_is_held_out_of_a_file_of_its_own_is_dropped_from_training_and_counted(tmp_path: Path) -> None:
@@ -427,3 +430,13 @@ def test_a_published_file_of_sharegpt_is_read_whole() -> None:
     loaded = {split: load_split(card, split) for split in card.splits}
     assert sum(len(split.examples) + split.dropped_contaminated for split in loaded.values()) == 500
     assert {turn["role"] for e in loaded["train"].examples for turn in e.conversation} == {"user", "assistant"}
+
+
+def test_files_of_one_name_are_evaluated_apart(tmp_path: Path) -> None:
+    files = [written(tmp_path / name / "train.jsonl", problems(60, start)) for name, start in (("a", 0), ("b", 100))]
+    data = [{"path": file} for file in files]
+    made = recipe("grpo", tmp_path, data=data, rewards=[{"name": "exact_answer"}], evaluation={"limit": 3})
+    check_names(made.data, made.data_stage, made.roles())
+    found = load_problems(made.evaluation, made.data, made.rewards, 512, load_tokenizer(made.model.path))
+    assert len({problem.example.id for problem in found.problems}) == 6
+    assert list(found.prompts) == ["train/test", "train@2/test"]

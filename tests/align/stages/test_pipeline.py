@@ -128,9 +128,8 @@ def test_it_does_not_begin_where_the_judge_of_a_stage_to_come_is_down(
         nobody = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
     questions = tmp_path / "questions.jsonl"
     questions.write_text('{"instruction": "Name a fruit", "output": "An apple"}\n')
-    judged = (
-        f"{{benchmark: alpaca_eval, questions: {questions}, judge: {{base_url: '{nobody}', model: m, retries: 0}}}}"
-    )
+    judge = f"{{base_url: '{nobody}', model: m, retries: 0}}"
+    judged = f"{{benchmark: alpaca_eval, questions: {questions}, max_new_tokens: 16, judge: {judge}}}"
     hook = f'"evaluation.hooks=[{{name: judged, params: {judged}}}]"'
     plan = pipeline(tmp_path, text=STAGES.replace('"reference=${sft}"', hook))
     with pytest.raises(UserError, match=f"the judge 'm' at {nobody} cannot be asked: Connection error"):

@@ -149,6 +149,14 @@ class TestVerdicts:
         tests = {"kind": "assert", "entry_point": "double", "code": code, "setup": None}
         assert score("def double(n):\n    return 0", tests, partial=True).value == 0
         assert score(GOOD, tests, partial=True).value == 1
+        stored = "found = [double(n) for n in (1, 2)]\nimport operator\nall(map(operator.eq, found, [2, 4]))\ncheck = found[1] - 4 and 1 / 0"
+        late = "out = double(2)\ndef same(a, b):\n    if a != b: raise AssertionError(a)\nsame(out, 4)"
+        for code in (stored, late):
+            assert score(GOOD, {"kind": "assert", "entry_point": "double", "code": code}).verdict is Verdict.PASS
+        assert (
+            score("def double(n):\n    return 0", {"kind": "assert", "entry_point": "double", "code": late}).verdict
+            is Verdict.WRONG
+        )
 
     def test_test_functions_that_call_themselves_are_cases(self) -> None:
         code = "def test_two():\n    assert double(2) == 4\ndef test_three():\n    assert double(3) == 6\ntest_two()\ntest_three()"

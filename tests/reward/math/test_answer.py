@@ -79,7 +79,7 @@ def test_no_text_comparison_contradicts_the_table() -> None:
         ("#### Step 1: add\n#### Step 2: multiply\n#### 42", ["42"]),
         ("#### 41\n#### 42", ["41", "42"]),
         ("#### Step 1\nAdd.\n#### Conclusion\n\nThe answer is 58.", ["58"]),
-        ("#### blue\nI like that.", ["blue"]),
+        ("#### x+1\nThe answer is fully simplified.", ["x+1"]),
         ("the final answer is: $\\frac{1}{2}$. I hope so.", [r"$\frac{1}{2}$"]),
         ("The answer is 3.5. Not 4.", ["3.5"]),
         ("The answer is 41. No: the answer is 42.", ["41", "42"]),
