@@ -274,9 +274,7 @@ def _outline(tokenizer: Any, template: str, shape: _Shape, answering: bool) -> _
             fewer = {**turn, "tool_calls": [*calls[:number], *calls[number + 1 :]]}
             without = [*messages[:place], fewer, *messages[place + 1 :]]
             if _renders_alike(tokenizer, template, without, tools, answering, text):
-                raise RewardError(
-                    f"the chat template of {_name(tokenizer)} leaves out what an assistant calls; take one that writes all calls"
-                )
+                raise RewardError(f"the chat template of {_name(tokenizer)} leaves out what an assistant calls")
     control = _vocabulary(tokenizer).control
     return _Outline(text, [id_ for id_ in _encode(tokenizer, text) if id_ in control])
 
