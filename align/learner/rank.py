@@ -297,19 +297,19 @@ class LearnerRank(ABC):
 
     def _what_is_trained(self) -> Trained:
         network, lora = self._network, self._options.lora
-        self._modules = None if lora is None else adapted_modules(network)
+        adapted = self._modules = None if lora is None else adapted_modules(network)
         trained = sum(size(p) for p in network.parameters() if p.requires_grad)
-        if lora is None or self._modules is None:
+        if lora is None or adapted is None:
             sent = sum(size(p) * p.element_size() for p in network.parameters())
             return Trained(f"{trained:,} trainable parameters{self._caveat}{self._attention}", None, sent)
         parameters, layout = plain_parameters(network), layout_of(network.config.model_type)
         total = sum(map(size, parameters.values()))
-        below = tuple(f"{module}." for module in self._modules)
+        below = tuple(f"{module}." for module in adapted)
         sent = sum(size(p) * p.element_size() for name, p in parameters.items() if name.startswith(below))
         for name, layer in adapter_layers(network).items():
             sent += sum(size(p) * p.element_size() for p in factors(layer)) if is_sent_apart(name, layer) else 0
         text = describe(network, total, trained, lora) + (f"; {self._left_out}" if self._left_out else "")
-        modules = [checkpoint_name(f"{module}.", layout).removesuffix(".") for module in self._modules]
+        modules = [checkpoint_name(f"{module}.", layout).removesuffix(".") for module in adapted]
         return Trained(text + self._caveat + self._attention, modules, sent)
 
     @property

@@ -313,8 +313,8 @@ def ending_of(kind: type[BaseException] | None) -> Ending:
 def own_directory(recipe: Recipe, path: Path) -> tuple[RunDirectory, list[str] | None]:
     """The directory of a run; and for one that goes on what has changed of its recipe, None for a new one.
 
-    An interrupted run of a stage that trains goes on, and that of another stage begins anew. Raises UserError where the directory holds another run, finished or
-    of another recipe.
+    An interrupted run of a stage that trains goes on; one of another stage begins anew. Raises UserError where the directory
+    holds another run, finished or of another recipe.
     """
     status, there = read_status(path), RunDirectory(path.expanduser().absolute())
     interrupted = status is not None and status["state"] in RESUMABLE and there.recipe_file.exists()

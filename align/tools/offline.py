@@ -115,7 +115,7 @@ def evaluate_file(
 
 
 def asked_in(run: Path | None) -> dict[str, Any]:
-    """How the policy of a run is asked in its evaluations: `max_new_tokens`, `max_length`, `dtype`, `kv_cache_gb`. Of no run, or one of another stage, the usual."""
+    """The `max_new_tokens`, `max_length`, `dtype` and `kv_cache_gb` of a run's own evaluations; the defaults where there is no run, or one without evaluations."""
     usual = {"max_new_tokens": 64, "max_length": 512, "dtype": "float32", "kv_cache_gb": FleetOptions().kv_cache_gb}
     try:
         recipe = yaml.safe_load(RunDirectory(run).recipe_file.read_text(encoding="utf-8")) if run else {}

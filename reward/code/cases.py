@@ -126,7 +126,7 @@ class FunctionTests:
 
 @dataclass(frozen=True)
 class AssertTests:
-    """Test code calls the function. Each top-level statement that is no definition is a case, or else `check`."""
+    """Test code calls the function. Each top-level statement that asserts, raises or comes after the first call, and is no definition, is a case; or else `check`."""
 
     entry_point: str
     code: str
