@@ -3,9 +3,11 @@
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
 import torch
@@ -124,6 +126,12 @@ def usage(path: str, tokenizer: Any, mean: float, std: float) -> str:
     """What `write_usage` writes of a reward model at a path or of that name on the hub."""
     end = tokenizer.convert_ids_to_tokens(turn_end(tokenizer))
     return USAGE.format(path=path, end=end, mean=mean, std=std or 1.0)
+
+
+def is_usage(text: str) -> bool:
+    """Whether a text is what `write_usage` writes, of whatever reward model."""
+    written = ".*".join(re.escape(literal) for literal, *_ in Formatter().parse(USAGE))
+    return re.fullmatch(written, text) is not None
 
 
 def tokenizer_hash(tokenizer: Any) -> str:

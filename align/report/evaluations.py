@@ -119,6 +119,9 @@ class Evaluation:
         """The 95 % confidence interval of the number in a column, where the answers give one."""
         if share := self.share(column):
             return wilson_interval(*share)
+        low, high = (self.numbers.get(f"{column}_{end}") for end in ("low", "high"))
+        if low is not None and high is not None:
+            return low, high
         found = mean_interval([*self.counted.get(column, {}).values()])
         return (max(found[0], 0.0), min(found[1], 1.0)) if found and PASS_AT.fullmatch(column) else found
 

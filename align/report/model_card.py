@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, constants
 
 from align.data.cards import DataCard, HubSource, load_card
 from align.errors import UserError
-from align.model.reward_model import usage
+from align.model.reward_model import is_usage, usage
 from align.recipe.options import HUB_FILE, is_on_hub
 from align.report.curves import Series, metric_series
 from align.report.evaluations import Evaluation, column_groups, compared_evaluations
@@ -42,18 +42,24 @@ SHOWN = (
     "learning_rate",
 )
 COLUMNS = 5
-EVALUATED = ("right answers", "sampled", "rates")
+EVALUATED = ("right answers", "sampled", "rates", "preference")
+NO_SHARES = re.compile(r"preference/(accuracy_(low|high)|difference|calibration_error)")
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Something that a model was made of, with its licence; `hub` is its name on the hub, "" where it has none."""
+    """Something that a model was made of, with its licence; `hub` is its name on the hub, "" where it has none.
+
+    `named` says that the licence is none of the hub's own, but one with a name, whose text is at `link` where that is known.
+    """
 
     title: str
     licence: str
     use: str = ""
     homepage: str = ""
     hub: str = ""
+    named: bool = False
+    link: str = ""
 
     @property
     def is_non_commercial(self) -> bool:
@@ -92,7 +98,6 @@ def model_card(run: RunRecord, name: str) -> str:
         teachers=teachers,
         data=data,
         made_of=made_of,
-        licence=licence["license"],
         stages=[(stage.recipe.get("stage"), recipe_text(stage), curve_rows(stage)) for stage in stages],
         evaluations=evaluation_rows(evaluations),
         rounded_to=precision if precision != "model" else None,
@@ -106,10 +111,10 @@ def model_card(run: RunRecord, name: str) -> str:
 
 
 def is_edited(file: Path) -> bool:
-    """Whether a file is a model card, with the hub's front matter, but not as `model_card` wrote it."""
+    """Whether somebody has changed or written a model card: it is not as `model_card`, or a reward model's training, wrote it."""
     card = file.read_text(encoding="utf-8")
     seal = SEAL.search(card)
-    return card.startswith("---") and (seal is None or _digest(card[: seal.start()]) != seal[1])
+    return not is_usage(card) and (seal is None or _digest(card[: seal.start()]) != seal[1])
 
 
 def lineage(run: RunRecord) -> list[Stage]:
@@ -162,8 +167,12 @@ def licence_of(made_of: Sequence[Source]) -> dict[str, str]:
     """The hub's keys for the licence of a model: that of its base where nothing is in the way, and never a guess."""
     if any(source.is_non_commercial for source in made_of):
         return {"license": "other", "license_name": "made-of-non-commercial-sources"}
-    known = all(source.licence != UNKNOWN for source in made_of)
-    return {"license": made_of[0].licence.lower() if made_of and not made_of[0].use and known else UNKNOWN}
+    base = made_of[0] if made_of and not made_of[0].use else None
+    if base is None or any(source.licence == UNKNOWN for source in made_of):
+        return {"license": UNKNOWN}
+    if not base.named:
+        return {"license": base.licence.lower()}
+    return {"license": "other", "license_name": base.licence} | ({"license_link": base.link} if base.link else {})
 
 
 def results(run: RunRecord, evaluations: Sequence[Evaluation]) -> list[EvalResult]:
@@ -193,7 +202,7 @@ def results(run: RunRecord, evaluations: Sequence[Evaluation]) -> list[EvalResul
 def evaluation_rows(evaluations: Sequence[Evaluation]) -> list[list[str]]:
     """A table, its head first: the rates of each evaluation, with 95 % intervals where the answers give one."""
     groups = column_groups(evaluations)
-    columns = [column for group in EVALUATED for column in groups.get(group, ())]
+    columns = [column for group in EVALUATED for column in groups.get(group, ()) if not NO_SHARES.fullmatch(column)]
     rows = [
         [e.name, str(e.step), str(e.problems), *(_figure(e, column) for column in columns)]
         for e in evaluations
@@ -240,8 +249,8 @@ def _of_model(model: str, use: str = "") -> Source:
     path = Path(model).expanduser()
     if path.is_dir():
         name = path.absolute().parent.name if path.name == "final" else path.name
-        return Source(name, _card_licence(path / "README.md"), use)
-    return Source(model, _card_licence(model), use, hub=model if HUB_NAME.fullmatch(model) else "")
+        return Source(name, use=use, **_card_licence(path / "README.md"))
+    return Source(model, use=use, hub=model if HUB_NAME.fullmatch(model) else "", **_card_licence(model))
 
 
 def _of_card(card: DataCard, use: str) -> Source:
@@ -249,8 +258,11 @@ def _of_card(card: DataCard, use: str) -> Source:
     return Source(card.title, card.licence, use, card.homepage or "", hub)
 
 
-def _card_licence(card: Path | str) -> str:
-    """The licence in a model card, a file or that of a model on the hub; "unknown" where none can be read."""
+def _card_licence(card: Path | str) -> dict[str, Any]:
+    """`licence`, `named` and `link` of a Source, from a model card: a file, or that of a model on the hub.
+
+    The licence is "unknown" where none can be read.
+    """
     try:
         if isinstance(card, Path):
             about = ModelCard.load(card, ignore_metadata_errors=True).data if card.is_file() else None
@@ -258,7 +270,11 @@ def _card_licence(card: Path | str) -> str:
             about = HfApi().model_info(card, timeout=HUB_TIMEOUT_S).card_data
     except Exception:  # whatever the hub's client and its HTTP library raise where there is no model, network or access
         about = None
-    return str((about and (about.license_name or about.license)) or UNKNOWN)
+    name, link = (str(about.get(key) or "") for key in ("license_name", "license_link")) if about else ("", "")
+    if link and "://" not in link:
+        # A path in its repository; of a file on this machine nothing is said.
+        link = f"{constants.ENDPOINT}/{card}/blob/main/{link}" if isinstance(card, str) else ""
+    return {"licence": name or str((about and about.license) or UNKNOWN), "named": bool(name), "link": link}
 
 
 def _figure(evaluation: Evaluation, column: str) -> str:

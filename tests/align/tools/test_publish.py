@@ -11,6 +11,8 @@ from huggingface_hub import constants
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
 from align.cli import main
+from align.model.policy import load_tokenizer
+from align.model.reward_model import write_usage
 from align.report.model_card import is_edited
 
 from .hub import Hub, Repository, serving
@@ -141,12 +143,26 @@ def test_of_an_adapter_it_says_how_peft_loads_it(run: Path) -> None:
 def test_of_a_reward_model_it_says_how_to_call_it(tmp_path: Path) -> None:
     run = make_run(tmp_path / "judge", "reward_model")
     (run / "final" / "reward_model.json").write_text('{"mean": 1.5, "std": 2.0}')
+    write_usage(run / "final", load_tokenizer(run / "final"), 1.5, 2.0)
     about, text = card(run)
     assert about["pipeline_tag"] == "text-classification"
     assert "path = 'judge'" in text
     assert "AutoModelForSequenceClassification" in text
     assert "return (model(input_ids=ids).logits.item() - 1.5) / 2.0" in text
     assert "AutoModelForCausalLM" not in text
+
+
+def test_of_a_reward_model_it_has_the_accuracy_on_held_out_pairs(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "judge", "reward_model")
+    (run / "final" / "reward_model.json").write_text('{"mean": 1.5, "std": 2.0}')
+    numbers = {"accuracy": 0.8, "accuracy_low": 0.72, "accuracy_high": 0.86, "difference": 1.3, "longer": 0.5}
+    evaluation = {"step": 10, "name": "held-out pairs", "problems": 128} | {
+        f"preference/{k}": v for k, v in numbers.items()
+    }
+    (run / "evaluations.jsonl").write_text(json.dumps(evaluation) + "\n")
+    _, text = card(run)
+    assert "| evaluation | step | problems | preference/accuracy | preference/longer |" in text
+    assert "| held-out pairs | 10 | 128 | 80.0% (72.0% to 86.0%) | 50.0% |" in text
 
 
 def test_no_place_of_this_machine_and_no_secret_is_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,9 +185,9 @@ def test_data_of_the_hub_and_of_an_evaluation_of_its_own_are_called_by_their_nam
     assert result["dataset"]["name"] == "held_out.jsonl"
 
 
-def base(path: Path, licence: str) -> str:
+def base(path: Path, licence: str, *more: str) -> str:
     path.mkdir()
-    (path / "README.md").write_text(f"---\nlicense: {licence}\n---\n")
+    (path / "README.md").write_text("\n".join(["---", f"license: {licence}", *more, "---", ""]))
     return str(path)
 
 
@@ -181,6 +197,17 @@ def test_the_licence_is_that_of_the_base_where_everything_is_known(tmp_path: Pat
     assert about["license"] == "apache-2.0"
     assert "Trained from `small` (licence: apache-2.0)" in text
     assert "Unknown licence" not in text
+
+
+def test_a_licence_with_a_name_is_given_as_the_hub_wants_it(tmp_path: Path) -> None:
+    named = base(tmp_path / "lite", "other", "license_name: deepseek", "license_link: https://deepseek.com/LICENSE")
+    about, text = card(make_run(tmp_path / "run", model=named))
+    assert (about["license"], about["license_name"]) == ("other", "deepseek")
+    assert about["license_link"] == "https://deepseek.com/LICENSE"
+    assert "Trained from `lite` (licence: deepseek)" in text
+    # What is made of that model passes the licence on as well.
+    about, _ = card(make_run(tmp_path / "second", model=str(tmp_path / "run" / "final")))
+    assert (about["license"], about["license_name"]) == ("other", "deepseek")
 
 
 def test_an_unknown_licence_is_called_unknown(tmp_path: Path) -> None:
@@ -220,6 +247,14 @@ def test_an_edited_card_stays_unless_a_new_one_is_asked_for(run: Path, capsys: p
     assert file.read_text() == edited
     assert main(["publish", str(run), "--new-card"]) == 0
     assert "license: unknown" in file.read_text()
+
+
+def test_a_card_of_ones_own_without_front_matter_stays(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = run / "final" / "README.md"
+    own.write_text("# My model\n")
+    assert main(["publish", str(run)]) == 0
+    assert "was edited, and stays as it is" in capsys.readouterr().out
+    assert own.read_text() == "# My model\n"
 
 
 def test_it_is_pushed_whole_in_one_commit_to_a_private_repository(run: Path, hub: Hub) -> None:
