@@ -250,9 +250,11 @@ def _combine(scores: Sequence[tuple[RewardTerm, Score]]) -> SampleReward:
 
 
 def _scores(reward: Reward, params: Mapping[str, Any], samples: Sequence[Sample]) -> list[Score]:
-    """One score for each sample; those nobody could judge are asked for twice."""
+    """One score for each sample; those nobody could judge are asked for twice: alone, but not of a reward that may compare the samples it is given."""
     scores = _call(reward, params, samples)
     failed = [row for row, score in enumerate(scores) if score.verdict is Verdict.INFRA_ERROR]
+    if getattr(reward.function, "needs_whole_batch", False) and len(failed) < len(samples):
+        return scores
     again = _call(reward, params, [samples[row] for row in failed])
     for row, score in zip(failed, again, strict=True):
         scores[row] = replace(score, seconds=scores[row].seconds + score.seconds)

@@ -55,6 +55,11 @@ class Entry:
         """What is read in place of the source of its card; None where the data have no card, and are that source."""
         return self.data.path if self.data.card else None
 
+    @property
+    def own(self) -> OwnSource | None:
+        """The files of one's own that it is read from; None where a card has another source."""
+        return self.card.source if isinstance(self.card.source, OwnSource) else None
+
 
 @dataclass(frozen=True, slots=True)
 class Room:
@@ -89,7 +94,8 @@ def entries_of(data: Sequence[DataOptions], stage: Stage) -> list[Entry]:
 def card_of(data: DataOptions) -> DataCard:
     """The card that an entry names, or the one of its files. Raises UserError where these cannot be read."""
     if data.card is not None:
-        return load_card(data.card)
+        card = load_card(data.card)
+        return card if data.path is None else _with_files(card, str(data.path))
     return own_card(
         OwnSource(
             kind="own",
@@ -102,6 +108,15 @@ def card_of(data: DataOptions) -> DataCard:
             stream=data.stream,
         )
     )
+
+
+def _with_files(card: DataCard, path: str, only: SplitName | None = None) -> DataCard:
+    """A card whose files of one's own are those at `path`, all of the split `only` where that is given; one with another source as it is."""
+    if not isinstance(card.source, OwnSource):
+        return card
+    splits = {name: text for name, text in card.splits.items() if only in (None, name)}
+    source = card.source.model_copy(update={"path": path} | ({"splits": (only,)} if only else {}))
+    return card.model_copy(update={"source": source, "splits": splits})
 
 
 def evaluated(options: EvaluationOptions, data: Sequence[DataOptions]) -> list[Entry]:
@@ -122,6 +137,8 @@ def evaluated(options: EvaluationOptions, data: Sequence[DataOptions]) -> list[E
     found: list[Entry] = []
     for one in entries:
         card = card_of(one)
+        if one.card and one.path is not None:
+            card = _with_files(card, str(one.path), options.split)
         before = sum(entry.card.name == card.name for entry in found) if one.card is None else 0
         found.append(Entry(one, card, f"@{before + 1}" if before else ""))
     return found
@@ -164,7 +181,7 @@ class Reader(Generic[Item, T]):
         )
 
     def _encoded(self, examples: Sequence[Item], entry: Entry, told: str) -> list[T]:
-        """The examples as the stage trains on them, those that there is room for. Of data without a card, rows that cannot be encoded are told
+        """The examples as the stage trains on them, those that there is room for. Of one's own files, rows that cannot be encoded are told
         together, or left out."""
         items: list[T] = []
         refused: list[str] = []
@@ -172,10 +189,10 @@ class Reader(Generic[Item, T]):
             try:
                 items += self.encode(replace(item, id=item.id + entry.mark))
             except UserError as error:
-                if entry.data.card is not None:
+                if entry.own is None:
                     raise
                 refused.append(str(error))
-        if refused and (entry.data.bad_rows == "refuse" or not items):
+        if refused and (entry.own is None or entry.own.bad_rows == "refuse" or not items):
             raise UserError("\n".join(refusal(told, refused, len(refused), len(examples), CURE)))
         if refused:
             self.notes.warn(
@@ -205,7 +222,8 @@ class Reader(Generic[Item, T]):
             told = f"{entry.called}, split {entry.data.split}"
             loaded = self._loaded(entry, entry.data.split, entry.data.limit, held_out)
             rows = loaded.examples
-            is_large = isinstance(rows, Rows) and (entry.data.stream or len(rows) > TOKENISED_BEFORE)
+            is_stream = entry.own is not None and entry.own.stream
+            is_large = isinstance(rows, Rows) and (is_stream or len(rows) > TOKENISED_BEFORE)
             items = rows if is_large else self._encoded(rows, entry, told)
             self._tell_compared(entry, loaded)
             if not 1 <= count <= len(items):
@@ -231,13 +249,11 @@ class Reader(Generic[Item, T]):
             items = self._encoded(part, entry, f"{told}, {len(part)} rows looked at")
         digest = hashlib.sha256(f"{items[:DIGESTED]!r}".encode() + rows.places.tobytes())
         taken: Sequence[Any] = rows
-        if entry.data.stream and isinstance(entry.card.source, OwnSource):
+        if entry.own is not None and entry.own.stream:
             digest.update(rows.prompts.tobytes())
             others = (self._loaded(entry, split, None, NOTHING) for split in entry.card.splits if split != "train")
             prompts = {str(place): loaded.prompts for place, loaded in enumerate(others)}
-            taken = stream_of(
-                entry.card.source, rows, frozenset[int]().union(*held_together(held_out, prompts).values())
-            )
+            taken = stream_of(entry.own, rows, frozenset[int]().union(*held_together(held_out, prompts).values()))
             how = f"it is read in its order, of each {BLOCK} rows in turn the order is shuffled, and the first {len(rows)} were checked; its"
         else:
             digest.update(rows.source.digest().encode())
@@ -257,7 +273,7 @@ class Reader(Generic[Item, T]):
                 raise row
             encoded = self.encode(replace(row, id=row.id + entry.mark))
         except UserError as error:
-            if entry.data.bad_rows == "refuse":
+            if entry.own is None or entry.own.bad_rows == "refuse":
                 raise UserError(f"{entry.called}: {error}\n{CURE}") from error
             return []
         kept = [item for item in encoded if self.tokens(item) <= self.room.tokens]

@@ -30,8 +30,8 @@ SUFFIXES = (*JSON, ".parquet", *TABLES)
 COMPRESSED = (".gz", ".zst")
 HALF = re.compile(rb"\\u[dD][89a-fA-F]")
 """Where JSON may write half of a surrogate pair."""
-OBJECTS = {*PROMPTS, "conversations", "completion", "response", "chosen", "rejected", "tools"}
-"""Columns of messages, and of tools."""
+OBJECTS = {*PROMPTS, "conversations", "completion", "response", "chosen", "rejected", "tools", "tests"}
+"""Columns of messages, of tools, and of tests of programs."""
 KNOWN = f"{', '.join(SUFFIXES)}, also with {' or '.join(COMPRESSED)} behind it"
 ROWS_READ: ContextVar[int | None] = ContextVar("ROWS_READ", default=None)
 """So many rows of a file are read, the first; None for all. `first_rows` sets it."""

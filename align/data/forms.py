@@ -129,11 +129,13 @@ def _has_prompt_and(columns: Sequence[str]) -> Callable[[Row], bool]:
 
 
 def _is_asked_only(row: Row) -> bool:
-    """Whether a row's messages are a prompt: only the user's and what stands before them."""
+    """Whether a row's messages are a prompt: only the user's and what stands before them, or, beside a ground truth, some that end by asking."""
     messages = row.values.get("messages")
-    return isinstance(messages, list) and all(
-        isinstance(turn, Mapping) and str(turn.get("role", turn.get("from"))) in ASKING_ROLES for turn in messages
-    )
+    if not isinstance(messages, list) or not all(isinstance(turn, Mapping) for turn in messages):
+        return False
+    roles = [str(turn.get("role", turn.get("from"))) for turn in messages]
+    has_truth = any(_filled(row, column) for column in TRUTHS)
+    return ASKING_ROLES.issuperset(roles) or (has_truth and roles[-1] in ASKING_ROLES | {"tool", "observation"})
 
 
 def _answered(row: Row, column: str) -> Turns:
@@ -194,7 +196,7 @@ def _asking(row: Row) -> Conversation:
 
 
 def _asked_in(row: Row, column: str) -> Conversation:
-    if isinstance(row.values[column], str) and not _holds_messages(row.values[column]):
+    if isinstance(row.values[column], str) and not holds_messages(row.values[column]):
         return Conversation(asked(row.filled(column)), (column,))
     turns = row.conversation(column)
     if turns[-1]["role"] not in ("user", "tool"):
@@ -218,7 +220,7 @@ def _is_message(turn: Mapping[str, Any]) -> bool:
     return (turn.get("role") in ROLES and "content" in turn) or {"from", "value"} <= turn.keys()
 
 
-def _holds_messages(text: str) -> bool:
+def holds_messages(text: str) -> bool:
     """Whether a text is the JSON of messages, whole or broken off; other text may begin with brackets too."""
     if not text.lstrip().startswith("["):
         return False

@@ -81,7 +81,17 @@ def _names(name: str, revision: str | None, pattern: str) -> list[str]:
     else:
         with _told(name):
             there = list_repo_files(name, repo_type="dataset", revision=revision)
-    return sorted(file for file in there if fnmatch(file, pattern))
+    return sorted(file for file in there if has_pattern(file.split("/"), pattern.split("/")))
+
+
+def has_pattern(parts: Sequence[str], patterns: Sequence[str]) -> bool:
+    """Whether a path has a pattern, as on a disk: `*` stays within a directory, and `**` stands for any number of them."""
+    if not patterns:
+        return not parts
+    if patterns[0] == "**" and has_pattern(parts, patterns[1:]):
+        return True
+    rest = patterns if patterns[0] == "**" else patterns[1:]
+    return bool(parts) and fnmatch(parts[0], patterns[0]) and has_pattern(parts[1:], rest)
 
 
 def _names_of_splits(name: str, config: str | None, revision: str | None) -> dict[str, list[str]]:

@@ -16,7 +16,7 @@ from align.data.cards import DataCard, FileSource, GeneratorSource, HubSource, O
 from align.data.drawing import Hashes, key_hash
 from align.data.forms import Kind
 from align.data.generators import GIVEN, generator, reasoning_gym_task
-from align.data.own import Rows, opening_of, read_source, read_split
+from align.data.own import Rows, earlier_keys, opening_of, read_source, read_split
 from align.data.tables import read_examples, read_preferences
 from align.data.types import Example, Item, LoadedSplit, Message, Preference, SplitName
 from align.errors import UserError, naming
@@ -109,6 +109,14 @@ def opening_hashes(items: Sequence[Example] | Sequence[Preference]) -> Hashes:
     return np.array([key_hash(opening_of(item)) for item in items], dtype=np.uint64)
 
 
+def go_on_from(items: Sequence[Example] | Sequence[Preference], prompts: Hashes) -> npt.NDArray[np.bool_]:
+    """Whether each item [N] is a conversation that goes on from one of these prompts of several turns."""
+    if isinstance(items, Rows):
+        return items.go_on_from(prompts)
+    theirs = set(prompts.tolist())
+    return np.array([not theirs.isdisjoint(map(key_hash, earlier_keys(item))) for item in items], dtype=np.bool_)
+
+
 def held_together(*held_out: HeldOutPrompts) -> dict[str, set[int]]:
     """Several mappings of what is held out to its prompts as one."""
     together: dict[str, set[int]] = defaultdict(set)
@@ -146,7 +154,9 @@ def _load(
     found = read(split)
     keys, openings = prompt_hashes(found), opening_hashes(found)
     occurs: dict[str, npt.NDArray[np.bool_]] = {
-        name: np.isin(keys, theirs := np.fromiter(prompts, dtype=np.uint64)) | np.isin(openings, theirs)
+        name: np.isin(keys, theirs := np.fromiter(prompts, dtype=np.uint64))
+        | np.isin(openings, theirs)
+        | go_on_from(found, theirs)
         for name, prompts in held_together(others, held_out).items()
     }
     compared = {name: int(places.sum()) for name, places in occurs.items()}

@@ -45,6 +45,8 @@ class OwnRows:
     """The hash of what each row is split by, see `opening_of`."""
     prompts: Hashes
     """The hash of each row's `prompt_key`."""
+    earlier: tuple[npt.NDArray[np.int64], Hashes]
+    """The hashes of all rows' `earlier_keys`, and of which row each is."""
     domain: str
     """Of rows that name none."""
     domains: Sequence[str]
@@ -97,6 +99,11 @@ class Rows(Sequence[Any]):
     def openings(self) -> Hashes:
         """The hash of what each row is split by."""
         return self.source.openings[self.places]
+
+    def go_on_from(self, prompts: Hashes) -> npt.NDArray[np.bool_]:
+        """Whether each row goes on from one of these prompts of several turns."""
+        rows, hashes = self.source.earlier
+        return np.isin(self.places, rows[np.isin(hashes, prompts)])
 
 
 def own_card(source: OwnSource) -> DataCard:
@@ -162,6 +169,11 @@ def opening_of(item: Example | Preference) -> str:
     return normalised(next(message["content"] for message in item.messages if message["role"] == "user"))
 
 
+def earlier_keys(item: Example | Preference) -> list[str]:
+    """`Example.earlier_keys`; none of a preference, of which the last answers alone are learned from."""
+    return item.earlier_keys if isinstance(item, Example) else []
+
+
 def read_source(source: OwnSource) -> Mapping[SplitName, OwnRows]:
     """What is in the files of each split that has some; where the source has a single split, all files are that one's.
 
@@ -206,7 +218,8 @@ def stream_of(source: OwnSource, head: Rows, held_out: Collection[int]) -> Strea
                 continue
             opening = key_hash(opening_of(item))
             held = fraction_of(opening) >= 1 - shares or opening in openings
-            if not held and not {opening, key_hash(item.prompt_key)}.intersection(held_out):
+            keys = {opening, key_hash(item.prompt_key), *map(key_hash, earlier_keys(item))}
+            if not held and not keys.intersection(held_out):
                 yield item
 
     return Stream(head, read)
@@ -278,6 +291,7 @@ def _read(
     ids: dict[int, int] = {}
     domains: dict[str, None] = {}
     openings, prompts = array("Q"), array("Q")
+    earlier, earlier_rows = array("Q"), array("q")
     for file, number, row in islice(_numbered(files), head):
         try:
             if isinstance(row, UserError):
@@ -301,6 +315,9 @@ def _read(
         openings.append(opening)
         # Of one message the two keys are the same.
         prompts.append(opening if len(item.messages) == 1 else key_hash(item.prompt_key))
+        for key in earlier_keys(item):
+            earlier.append(key_hash(key))
+            earlier_rows.append(len(stored) - 1)
     told = ", ".join(map(str, files[:3])) + (", ..." if len(files) > 3 else "")
     if not len(stored) + bad_count:
         raise UserError(f"{told} is empty: it has no rows")
@@ -308,7 +325,8 @@ def _read(
         raise UserError("\n".join(refusal(told, bad, bad_count, len(stored) + bad_count, cure)))
     assert form is not None
     keys = np.array(openings, dtype=np.uint64), np.array(prompts, dtype=np.uint64)
-    return OwnRows(form, stored, files, prefixes, *keys, domain, list(domains), bad, bad_count)
+    begun = np.array(earlier_rows, dtype=np.int64), np.array(earlier, dtype=np.uint64)
+    return OwnRows(form, stored, files, prefixes, *keys, begun, domain, list(domains), bad, bad_count)
 
 
 def item_of(form: Form, row: Row, identity: str, domain: str) -> Example | Preference:

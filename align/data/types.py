@@ -67,8 +67,14 @@ class Example:
         """What prompts are compared by, to hold splits apart, but for case and white space: what the user asked last, and where turns of the
         assistant come before it, all that was said."""
         if any(message["role"] == "assistant" for message in self.messages):
-            return normalised("\n".join(message["content"] for message in self.messages))
+            return joined(self.messages)
         return normalised(self.prompt_text)
+
+    @property
+    def earlier_keys(self) -> list[str]:
+        """The `prompt_key` of the prompts of several turns that the conversation goes on from: it is trained on their answers too."""
+        answers = [place for place, turn in enumerate(self.conversation) if turn["role"] == "assistant"]
+        return [joined(self.conversation[:place]) for place in answers[1:-1]]
 
 
 @dataclass(frozen=True)
@@ -92,7 +98,7 @@ class Preference:
     @property
     def prompt_key(self) -> str:
         """What prompts are compared by, to hold splits apart: the whole conversation, but for case and white space."""
-        return normalised("\n".join(message["content"] for message in self.messages))
+        return joined(self.messages)
 
 
 Item = TypeVar("Item", Example, Preference)
@@ -136,3 +142,8 @@ class Strict(BaseModel):
 def normalised(prompt: str) -> str:
     """The prompt but for case and white space."""
     return " ".join(prompt.casefold().split())
+
+
+def joined(turns: Sequence[Message]) -> str:
+    """All that was said, but for case and white space."""
+    return normalised("\n".join(turn["content"] for turn in turns))

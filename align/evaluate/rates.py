@@ -40,22 +40,23 @@ def win_rate(rows: Iterable[Row], others: Iterable[Row], *, reward: str) -> floa
     that one side then has no answer to. Raises UserError where no prompt is left.
     """
     ours, theirs = _values(rows, reward), _values(others, reward)
-    wins = [_beats(ours[id_], theirs[id_]) for id_ in sorted(ours.keys() & theirs.keys())]
+    wins = [_beats(ours[asked], theirs[asked]) for asked in sorted(ours.keys() & theirs.keys())]
     if not wins:
         raise UserError(
-            f"evaluation.against.judge: there is no prompt of which reward {reward!r} scored answers of both sides. It must be the name of "
+            f"evaluation.against.judge: there is no prompt with the same id and text of which reward {reward!r} scored answers of both sides. It must be the name of "
             "one of the recipe's rewards, here and in the run to compare with"
         )
     return float(np.mean(wins))
 
 
-def _values(rows: Iterable[Row], reward: str) -> dict[str, list[float]]:
+def _values(rows: Iterable[Row], reward: str) -> dict[tuple[str, str], list[float]]:
+    """The values of a reward by id and prompt: ids that number the rows of a file may be those of other prompts elsewhere."""
     found = defaultdict(list)
     for row in rows:
         value = row["components"].get(reward)
         # A table on disk has every reward in every row, with null for those of other domains.
         if value is not None and isfinite(value):
-            found[row["id"]].append(value)
+            found[row["id"], row["prompt"]].append(value)
     return found
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from align.data.files import files_of, readable
-from align.data.forms import FORMS, conversation_of, with_system
+from align.data.forms import FORMS, conversation_of, holds_messages, with_system
 from align.data.rows import Row
 from align.data.types import Message
 from align.errors import UserError
@@ -176,9 +176,10 @@ def sample_of_line(row: Row) -> Sample:
     if isinstance(values.get("prompt"), list):
         asked = with_system(row, row.conversation("prompt"))
     if asked is None and (name := prompt_column(values)):
-        turns: Any = tuple(as_messages(values[name]))
-        if len(whole := with_system(row, turns)) > len(turns):
-            asked, columns = whole, (*columns, name)
+        in_json = isinstance(values[name], str) and holds_messages(values[name])
+        turns: Any = row.conversation(name) if in_json else tuple(as_messages(values[name]))
+        if in_json or len(with_system(row, turns)) > len(turns):
+            asked, columns = with_system(row, turns), (*columns, name)
     return sample_of_row(values, completion, id=str(values[id_column]), prompt=asked, taken=(column, *columns))
 
 

@@ -243,6 +243,9 @@ class TextOrMessages(str):
         made._messages = messages
         return made
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TextOrMessages, (str(self), self._messages)
+
     def __getitem__(self, key: Any) -> Any:
         if isinstance(key, int) and -len(self._messages) <= key < len(self._messages):
             character = str(self)[key : key + 1 or None]
@@ -257,6 +260,9 @@ class _CharacterOrMessage(str):
         made = super().__new__(cls, character)
         made._message = message
         return made
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _CharacterOrMessage, (str(self), self._message)
 
     def __getitem__(self, key: Any) -> Any:
         return self._message[key] if key in ("role", "content") else super().__getitem__(key)

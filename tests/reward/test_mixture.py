@@ -151,6 +151,20 @@ def test_only_the_failed_samples_of_a_batch_are_asked_again() -> None:
     assert [reward.value for reward in rewards] == [1.0, 1.0, 1.0]
 
 
+def test_a_reward_that_compares_samples_is_not_asked_of_some_of_them() -> None:
+    calls: list[int] = []
+
+    def ranked(samples: Sequence[Sample]) -> Sequence[Score]:
+        calls.append(len(samples))
+        return [Score(0.5, Verdict.INFRA_ERROR if sample.id == "good 1" else Verdict.PASS) for sample in samples]
+
+    ranked.needs_whole_batch = True  # type: ignore[attr-defined]
+    register("ranked", batched=True)(ranked)
+    rewards = Mixture([RewardTerm(name="ranked")], infra_error_limit=1.0).score(good(3))
+    assert calls == [3]
+    assert [reward.value for reward in rewards] == [0.5, None, 0.5]
+
+
 def test_a_missing_ground_truth_masks_the_sample_and_says_so() -> None:
     mixture = Mixture([RewardTerm(name="exact_answer", params={"wrong": 0.0})])
     rewards = mixture.score([sample(ground_truth=None), *good(19)])

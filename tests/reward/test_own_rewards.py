@@ -235,6 +235,16 @@ def test_a_column_that_one_sample_lacks_is_there_for_the_others(write: Write) ->
         assert [reward.value for reward in found] == [1.0, 0.0]
 
 
+def test_texts_of_trls_signature_can_be_sent_to_a_pool_and_copied(write: Write) -> None:
+    file = write(
+        "import copy, pickle\n"
+        "def f(completions, **kwargs):\n"
+        "    sent = copy.deepcopy(pickle.loads(pickle.dumps(completions)))\n"
+        "    return [float(text == '3 m' and text[0]['content'] == '3 m') for text in sent]\n"
+    )
+    assert [found.value for found in scored(f"{file}:f", [sample("1"), sample("2", "4 m")])] == [1.0, 0.0]
+
+
 def test_none_is_not_scored_as_in_trl_and_the_reward_goes_back_to_trl(write: Write) -> None:
     file = write("def f(completions, answer):\n    return [None if a == '?' else 1.0 for a in answer]\n")
     reward = trl_reward_func(f"{file}:f")

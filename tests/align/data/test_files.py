@@ -78,14 +78,15 @@ def test_objects_of_parquet_have_no_keys_but_their_own(tmp_path: Path) -> None:
     def called(**arguments: Any) -> dict[str, Any]:
         call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
         tools = [{"name": "f", "parameters": {name: {"type": "string"} for name in arguments}}]
-        return {"messages": [{"role": "assistant", "tool_calls": [call]}], "tools": tools, "facts": arguments}
+        tests = {"kind": "function", "entry_point": "f", "cases": [{"args": [], "kwargs": arguments, "expected": 1}]}
+        messages = [{"role": "assistant", "tool_calls": [call]}]
+        return {"messages": messages, "tools": tools, "tests": tests, "facts": arguments}
 
     rows = [called(city="Paris"), called(amount="3")]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
     read = values(tmp_path / "rows.parquet")
-    assert [{name: row[name] for name in ("messages", "tools")} for row in read] == [
-        {name: row[name] for name in ("messages", "tools")} for row in rows
-    ]
+    for name in ("messages", "tools", "tests"):
+        assert [row[name] for row in read] == [row[name] for row in rows]
     assert read[0]["facts"] == {"city": "Paris", "amount": None}
 
 

@@ -31,6 +31,14 @@ def preference(values: dict[str, Any]) -> Any:
     return preference_of(form_of(row), row, "1")
 
 
+def test_a_conversation_that_ends_by_asking_is_a_whole_prompt_beside_a_ground_truth() -> None:
+    turns = (ASKED, SAID, {"role": "user", "content": "And twice that?"})
+    read = example({"messages": list(turns), "answer": "8"})
+    assert (read.messages, read.response, read.answer) == (turns, None, "8")
+    learned = example({"messages": list(turns)})
+    assert (learned.messages, learned.response) == ((ASKED,), SAID["content"])
+
+
 @pytest.mark.parametrize(
     ("form", "values"),
     [

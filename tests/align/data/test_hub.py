@@ -5,11 +5,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from glob import glob
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from align.data.hub import has_pattern
 from align.errors import UserError
 from align.recipe import DataOptions, load_recipe
 from align.recipe.options import is_on_hub
@@ -22,6 +24,7 @@ import json, sys
 from align.data.cards import OwnSource
 from align.data.loader import load_split
 from align.data.own import own_card, read_user_file
+from align.data.hub import has_pattern
 from align.errors import UserError
 for values in json.loads(sys.argv[1]):
     try:
@@ -33,6 +36,9 @@ for values in json.loads(sys.argv[1]):
     except UserError as error:
         print(json.dumps({"error": str(error)}))
 """
+
+
+FILES = ["top.jsonl", "data/a.jsonl", "data/test/deep/c.jsonl", "data/test/b.jsonl"]
 
 
 def problems(start: int, end: int) -> bytes:
@@ -114,6 +120,25 @@ def test_what_the_hub_does_not_have_or_give_is_said_with_both_readings_of_a_name
     assert TOKEN not in said
     [offline], _ = read(address[0], tmp_path, {"path": "org/none"}, HF_HUB_OFFLINE="1")
     assert "HF_HUB_OFFLINE is set, and the hub's cache on this machine does not have it" in offline["error"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "found"),
+    [
+        ("data/*.jsonl", ["data/a.jsonl"]),
+        ("data/**/*.jsonl", ["data/a.jsonl", "data/test/deep/c.jsonl", "data/test/b.jsonl"]),
+        ("*.jsonl", ["top.jsonl"]),
+        ("data/test/?.jsonl", ["data/test/b.jsonl"]),
+        ("**", FILES),
+    ],
+)
+def test_a_pattern_means_what_it_means_on_a_disk(pattern: str, found: list[str], tmp_path: Path) -> None:
+    assert [file for file in FILES if has_pattern(file.split("/"), pattern.split("/"))] == found
+    for file in FILES:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    on_disk = {str(Path(file).relative_to(tmp_path)) for file in glob(str(tmp_path / pattern), recursive=True)}
+    assert {file for file in on_disk if (tmp_path / file).is_file()} == set(found)
 
 
 def test_a_stream_fetches_the_files_that_it_has_come_to(address: tuple[str, list[str]], tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,8 +14,8 @@ import pytest
 import yaml
 
 from align.data.cards import OwnSource, load_card
-from align.data.drawing import held_out_places, key_hash
-from align.data.entries import card_of, evaluated
+from align.data.drawing import Stream, held_out_places, key_hash
+from align.data.entries import card_of, entries_of, evaluated
 from align.data.loader import domains_of, load_preferences, load_split
 from align.data.own import name_of, own_card, read_source, read_user_file
 from align.errors import UserError
@@ -151,6 +151,51 @@ def test_a_card_may_have_files_of_ones_own_beside_it_as_its_source(tmp_path: Pat
     assert domains_of(card) == ["sums", "user"]
 
 
+def card_file(directory: Path, path: Path, stages: Sequence[str], **own: Any) -> str:
+    """A card whose source are files of one's own."""
+    front = {
+        "name": "kept",
+        "title": "mine",
+        "source": {"kind": "own", "path": str(path), **own},
+        "licence": "CC0",
+        "stages": list(stages),
+        "domain": "sums",
+        "splits": {"train": "most", "validation": "some", "test": "the rest"},
+        "decontamination": {"against": ["validation", "test"], "why": "so"},
+    }
+    (directory / "kept.md").write_text(f"---\n{yaml.safe_dump(front)}---\n")
+    return str(directory / "kept.md")
+
+
+def test_the_keys_of_such_a_card_s_source_hold_as_those_of_an_entry_do(tmp_path: Path) -> None:
+    rows = chats(60)
+    rows[3]["messages"].insert(0, {"role": "developer", "content": "Be brief."})
+    card = card_file(tmp_path, written(tmp_path / "mine.jsonl", rows), ["sft"], bad_rows="leave_out", stream=True)
+    made = recipe("sft", tmp_path, data={"card": card}, evaluation={"cards": ["nano_math"]})
+    with open_run(made) as run:
+        [loaded] = load_sft_data(made, TOKENIZER, run).sources
+        assert isinstance(loaded.items, Stream)
+        assert loaded.encode is not None
+        given = [loaded.encode(row) for row in loaded.items[: len(loaded.items)]]
+    assert given.count([]) == 1
+
+
+def test_a_path_beside_such_a_card_is_read_in_place_of_its_files(tmp_path: Path) -> None:
+    card = card_file(tmp_path, written(tmp_path / "mine.jsonl", problems(40)), ["grpo", "eval"])
+    other, held = (
+        written(tmp_path / "other.jsonl", problems(60, 100)),
+        written(tmp_path / "held.jsonl", problems(7, 200)),
+    )
+    data = DataOptions(card=card, path=other)
+    [entry] = entries_of([data], "grpo")
+    trained = {example.prompt_text for example in load_split(entry.card, "train", path=entry.path).examples}
+    assert trained < {row["question"] for row in problems(60, 100)}
+    for split in ("test", "validation"):
+        [asked] = evaluated(EvaluationOptions(path=held, split=split), [data])
+        loaded = load_split(asked.card, split, path=asked.path)
+        assert [example.prompt_text for example in loaded.examples] == [row["question"] for row in problems(7, 200)]
+
+
 def test_the_instruction_of_a_card_is_in_the_conversations_that_are_learned_from_too(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     written(tmp_path / "data" / "chat.jsonl", chats(40))
@@ -196,6 +241,31 @@ def test_a_conversation_that_goes_on_from_a_held_out_prompt_is_not_trained_on(tm
     loaded = load_split(own_card(source(tmp_path)), "train")
     assert loaded.compared[f"{tmp_path.name}/test"] == 1
     assert all(example.messages[0]["content"] != "say 3." for example in loaded.examples)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_nor_is_one_that_goes_on_from_a_held_out_prompt_of_several_turns(stream: bool, tmp_path: Path) -> None:
+    def said(*texts: str) -> dict[str, Any]:
+        return {"messages": [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]}
+
+    longer = said("Hello.", "Hi.", "Say 3.", "3.", "Thanks.", "Welcome.")
+    other = said("Hello.", "Hi.", "Say 4.", "4.", "Thanks.", "Welcome.")
+    written(tmp_path / "train.jsonl", [*chats(60), longer, other])
+    written(tmp_path / "held.jsonl", [{"prompt": said("Hello.", "Hi.", "Say 3.")["messages"]}])
+    made = recipe(
+        "sft",
+        tmp_path,
+        data={"path": tmp_path / "train.jsonl", "stream": stream},
+        evaluation={"path": tmp_path / "held.jsonl"},
+    )
+    with open_run(made) as run:
+        [loaded] = load_sft_data(made, TOKENIZER, run).sources
+        examples = list(loaded.items._read()) if isinstance(loaded.items, Stream) else []
+        texts = [str(example.conversation) for example in examples] or [
+            TOKENIZER.decode(item.token_ids) for item in loaded.items
+        ]
+    assert not any("Say 3." in text and "Thanks." in text for text in texts)
+    assert any("Say 4." in text and "Thanks." in text for text in texts)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,9 @@ from reward.instructions import checkers
 
 
 def scored(id_: str, *values: float | None, reward: str = "judge") -> list[dict[str, Any]]:
-    return [{"id": id_, "completion": "", "components": {reward: value, "other": 0.0}} for value in values]
+    return [
+        {"id": id_, "prompt": "?", "completion": "", "components": {reward: value, "other": 0.0}} for value in values
+    ]
 
 
 def by_enumeration(ours: Mapping[str, Sequence[float]], theirs: Mapping[str, Sequence[float]]) -> float:
@@ -57,6 +59,11 @@ def test_against_itself_it_is_one_half_and_against_worse_answers_one() -> None:
     assert win_rate(best, rows, reward="judge") == 1.0
 
 
+def test_answers_to_other_prompts_of_the_same_id_are_not_compared() -> None:
+    others = [row | {"prompt": "!"} for row in scored("a", 0.0)] + scored("b", 1.0)
+    assert win_rate([*scored("a", 1.0), *scored("b", 1.0)], others, reward="judge") == 0.5
+
+
 def test_prompts_without_two_scored_sides_are_left_out(tmp_path: Path) -> None:
     rows = [*scored("a", 1.0), *scored("b", nan), *scored("c", 1.0), *scored("d", None), *scored("e", 1.0, reward="x")]
     others = [*scored("a", 0.0), *scored("b", 2.0), *scored("d", 2.0), *scored("e", 2.0), *scored("f", 2.0)]
@@ -64,7 +71,9 @@ def test_prompts_without_two_scored_sides_are_left_out(tmp_path: Path) -> None:
     assert found == 1.0
     write_samples(tmp_path / "rows.parquet", rows)
     assert win_rate(read_samples(tmp_path / "rows.parquet"), others, reward="judge") == found
-    with pytest.raises(UserError, match="no prompt of which reward 'jugde' scored answers of both sides"):
+    with pytest.raises(
+        UserError, match="no prompt with the same id and text of which reward 'jugde' scored answers of both sides"
+    ):
         win_rate(rows, others, reward="jugde")
 
 

@@ -10,7 +10,7 @@ from align.data.types import Example
 from align.errors import UserError
 from align.experience import ScoredTrajectory, row_of
 from align.run import RunDirectory, write_samples
-from align.tools.score_file import default_out, score_file, score_run
+from align.tools.score_file import default_out, rows_of, sample_of_line, score_file, score_run
 from reward import RewardTerm, SampleReward, Score, Verdict
 from rollout import FinishReason, Prompt, Trajectory
 
@@ -43,6 +43,15 @@ def test_a_number_is_an_answer_as_json_has_it(tmp_path: Path) -> None:
     data = lines(tmp_path, {"id": "1", "completion": r"\boxed{0.00001}", "ground_truth": 1e-05})
     score_file(RewardTerm(name="math"), data, tmp_path / "out.jsonl")
     assert json.loads((tmp_path / "out.jsonl").read_text())["value"] == 1.0
+
+
+def test_a_prompt_that_is_the_json_text_of_messages_is_read_as_in_training(tmp_path: Path) -> None:
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 2 + 2?"}]
+    data = lines(tmp_path, {"id": "1", "prompt": json.dumps(messages), "completion": "4"})
+    [row] = rows_of(data)
+    sample = sample_of_line(row)
+    assert sample.prompt == "What is 2 + 2?"
+    assert sample.metadata["messages"] == messages
 
 
 def test_a_ground_truth_may_be_called_answer(tmp_path: Path) -> None:
