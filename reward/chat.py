@@ -3,7 +3,8 @@
 The template renders the real messages, and the rendering is tokenised as a whole with special tokens recognised and none
 added, as inference servers do. Where a content spells out a control token ("<｜end▁of▁sentence｜>"), the rendering is cut
 behind that token's first character, so that it stays letters and punctuation. A rendering whose control tokens are not
-those that the template writes around placeholders is looked through in the same way.
+those that the template writes around placeholders is looked through in the same way. A template that asks for today's date is
+told the same one every day.
 
 Added tokens that are not special, such as `<tool_call>`, remain text in what users and systems say; in what an assistant
 says they are vocabulary, and so are `<think>` and `</think>`, whatever they are called in the tokenizer's files. Added tokens
@@ -15,6 +16,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
+from datetime import datetime
 from functools import lru_cache
 from itertools import groupby, pairwise, zip_longest
 from typing import Any, NamedTuple
@@ -28,6 +30,8 @@ _PLACEHOLDERS = re.compile("\ue000([0-9]+)\ue001")
 _THOUGHT = ("<think>", "</think>")
 _OPENED_THOUGHT = re.compile(r"<think>\s*\Z")
 _TWO_THOUGHTS = re.compile(r"</think>\s*<think>")
+TODAY = datetime(2026, 1, 1)
+"""The date that templates are told, see `_date`."""
 
 Messages = Sequence[Mapping[str, Any]]
 Tools = Sequence[Mapping[str, Any]]
@@ -232,8 +236,9 @@ def _tokenised(
 def _cuts(tokenizer: Any, template: str, messages: Messages, tools: Tools, answering: bool, text: str) -> list[int]:
     """Where to cut the rendering, so that its control tokens are the template's."""
     vocabulary = _vocabulary(tokenizer)
+    variables = {**tokenizer.special_tokens_map, **_date(template)}
     same, author = render_with_authors(
-        template, messages, tools=list(tools) or None, add_generation_prompt=answering, **tokenizer.special_tokens_map
+        template, messages, tools=list(tools) or None, add_generation_prompt=answering, **variables
     )
     if same != text:
         raise RewardError(
@@ -364,12 +369,18 @@ def _render(tokenizer: Any, template: str, messages: Messages, tools: Tools, ans
             tools=list(tools) or None,
             tokenize=False,
             add_generation_prompt=answering,
+            **_date(template),
         )
     except Exception as error:  # the template's own errors are jinja's, and whatever its expressions raise
         raise RewardError(
             f"the chat template of {_name(tokenizer)} refuses messages of {', '.join(_roles(messages))}: {error}"
         ) from error
     return rendered
+
+
+def _date(template: str) -> dict[str, Any]:
+    """The date for a template that writes today's: always the same, so that a prompt has the same tokens when the run goes on tomorrow."""
+    return {"strftime_now": TODAY.strftime} if "strftime_now" in template else {}
 
 
 def _shape(messages: Messages, tools: Tools = ()) -> _Shape:

@@ -94,7 +94,6 @@ def engine_arguments(config: Any, dtype: str, options: EngineOptions, device: De
     """The arguments of vLLM's `LLM`, but for the model and its dtype, for a model with this transformers configuration."""
     arguments: dict[str, Any] = {
         "max_model_len": options.max_length,
-        "max_num_seqs": options.concurrent_sequences or options.batch_sequences,
         "enforce_eager": not options.cuda_graphs,
         "skip_tokenizer_init": True,
         "logprobs_mode": "processed_logprobs",
@@ -107,7 +106,10 @@ def engine_arguments(config: Any, dtype: str, options: EngineOptions, device: De
         arguments["hf_overrides"] = {"moe_router_dtype": "float32"}
     if options.adapter_rank:
         arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": served_rank(options.adapter_rank)}
-    return arguments | (cpu_arguments(config, options) if device.capability is None else gpu_arguments(options))
+    arguments |= cpu_arguments(config, options) if device.capability is None else gpu_arguments(options)
+    # No more than tokens of a forward pass, each of which is another sequence's where they are sampled.
+    at_once = min(options.concurrent_sequences or options.batch_sequences, arguments["max_num_batched_tokens"])
+    return arguments | {"max_num_seqs": at_once}
 
 
 def gpu_arguments(options: EngineOptions) -> dict[str, Any]:

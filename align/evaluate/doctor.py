@@ -21,7 +21,7 @@ import torch
 from align.data.chat import encode_example, encode_prompt
 from align.errors import UserError
 from align.model.names import from_checkpoint, layout_of, to_checkpoint
-from align.model.policy import first_line, has_fused_experts, persistent_buffers, stop_token_ids, turn_end
+from align.model.policy import first_line, has_fused_experts, persistent_buffers, stop_token_ids, tied_names, turn_end
 from align.recipe import ModelOptions
 from rollout import FleetOptions
 from rollout.arguments import Device, refusal
@@ -270,7 +270,7 @@ def check_checkpoint(skeleton: Any, directory: Path | None) -> Finding:
             FAILED,
             f"the weights are quantised ({kind}) and cannot be trained. Cure: take the model before it was quantised",
         )
-    tied = set(getattr(skeleton, "_tied_weights_keys", None) or ()) if skeleton.config.tie_word_embeddings else set()
+    tied = tied_names(skeleton)
     own = {n: tuple(p.shape) for n, p in skeleton.named_parameters() if n not in tied}
     layout = layout_of(skeleton.config.model_type)
     split = dict(to_checkpoint(((n, p) for n, p in skeleton.named_parameters() if n not in tied), layout))
@@ -348,7 +348,8 @@ def check_served(skeleton: Any, dtype: str, rollout: FleetOptions) -> Finding:
     config = skeleton.config.get_text_config()
     name, heads = type(skeleton).__name__, config.num_attention_heads
     positions = getattr(config, "max_position_embeddings", None)
-    scaled = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default") != "default"
+    rope = getattr(config, "rope_parameters", None) or {}
+    scaled = rope.get("rope_type", "default") != "default"
     size, refused = head_size(config), ""
     if not skeleton.config.architectures:
         refused = f'config.json names no architectures, without which vLLM loads no head. Cure: "architectures": ["{name}"] there'
@@ -362,11 +363,23 @@ def check_served(skeleton: Any, dtype: str, rollout: FleetOptions) -> Finding:
         refused = f"{of} is {size} wide, and vLLM takes {takes} on a CPU. Cure: a model with another head_dim, or a GPU"
     elif positions and not scaled and rollout.max_length > positions:
         refused = f"rollout.max_length is {rollout.max_length}, and the model has {positions} positions. Cure: lower it to {positions}"
+    elif rope.get("rope_type") == "longrope" and rollout.max_length > (short := short_positions(config)):
+        refused = (
+            f"rollout.max_length is {rollout.max_length}, and the model's LongRoPE has other factors for more than {short} positions, which vLLM then "
+            f"takes for all sequences, and the learner for long ones alone. Cure: at most {short}"
+        )
     elif heads % rollout.tensor_parallel:
         refused = f"rollout.tensor_parallel is {rollout.tensor_parallel}, and {heads} heads cannot be divided by it. Cure: a divisor of {heads}"
     elif here:
         refused = refusal(dtype, rollout, Device.here())
     return (FAILED, refused) if refused else (OK, f"takes {skeleton.config.architectures[0]} with heads of {size}")
+
+
+def short_positions(config: Any) -> int:
+    """Up to how many positions LongRoPE has the factors of short sequences."""
+    rope = config.rope_parameters
+    before = getattr(config, "original_max_position_embeddings", None) or rope.get("original_max_position_embeddings")
+    return int(before or config.max_position_embeddings)
 
 
 def vllm_version() -> str:

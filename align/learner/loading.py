@@ -17,8 +17,8 @@ from align.errors import UserError
 def load_from_rank_0(load: Callable[..., Any], device: torch.device) -> Any:
     """What `load()` returns on rank 0, and elsewhere what `load(empty=True)` does, with rank 0's buffers, dtypes and random state.
 
-    Buffers are on `device`, where the ranks' process group can send them; parameters on the CPU. Raises on all ranks what rank 0's `load`
-    raises, and UserError on a rank that makes another model, as its node has another `config.json`.
+    All of it is on the CPU; `device` is where the ranks' process group can send from. Raises on all ranks what rank 0's `load` raises, and
+    UserError on a rank that makes another model, as its node has another `config.json`.
     """
     if dist.get_world_size() == 1:
         return load()
@@ -41,8 +41,10 @@ def load_from_rank_0(load: Callable[..., Any], device: torch.device) -> Any:
         # What is drawn from here on, such as dropout, is as if this rank had loaded the model itself.
         torch.set_rng_state(random_state)
     for buffer in model.buffers():
-        buffer.data = buffer.data.to(device).contiguous()
-        dist.broadcast(buffer.data, 0)
+        sent = buffer.data.to(device).contiguous()
+        dist.broadcast(sent, 0)
+        if dist.get_rank() > 0:
+            buffer.data = sent.to(buffer.device)
     return model
 
 

@@ -50,7 +50,14 @@ from align.model.lora import (
     write_merge_report,
 )
 from align.model.names import checkpoint_name, frozen_names, layout_of, to_checkpoint
-from align.model.policy import attention_kernel, attention_sizes, load_tokenizer, persistent_buffers, save_policy
+from align.model.policy import (
+    attention_kernel,
+    attention_sizes,
+    load_tokenizer,
+    persistent_buffers,
+    save_policy,
+    tied_names,
+)
 from align.model.rounding import round_parameter, rounded
 from align.recipe import BFLOAT16_SUMS, MERGED_ADAPTERS, LearnerOptions, ModelOptions
 from align.run.checkpoints import Entry
@@ -349,7 +356,7 @@ class LearnerRank(ABC):
         All ranks must go through it, since each parameter is gathered when it is reached, and is whole no longer after it.
         """
         network, lora = self._network, self._options.lora
-        tied = set(getattr(network, "_tied_weights_keys", None) or ()) if network.config.tie_word_embeddings else set()
+        tied = tied_names(network)
         parameters = whole_parameters(network) if lora is None else plain_parameters(network).items()
         layers = {} if lora is None else adapter_layers(network)
         below = ("",) if modules is None else tuple(f"{module}." for module in modules)

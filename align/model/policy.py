@@ -93,7 +93,7 @@ def check_vocabulary(tokenizer: Any, rows: int, path: str | Path) -> None:
 def load_policy(options: ModelOptions, dtype: torch.dtype | None = None, *, empty: bool = False) -> Any:
     """The pretrained policy, in `dtype` or the recipe's; with `empty`, as `without_content` makes it.
 
-    Raises UserError when transformers cannot load it.
+    Raises UserError when transformers cannot load it, or loads a head of its own where `config.json` says that it is the embedding.
     """
     from transformers import AutoModelForCausalLM
 
@@ -102,8 +102,21 @@ def load_policy(options: ModelOptions, dtype: torch.dtype | None = None, *, empt
         model = read(options.path, dtype=dtype or DTYPES[options.dtype], trust_remote_code=options.trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(f"model.path: transformers cannot load {options.path}: {first_line(error)}") from None
+    parameters = {name for name, _ in model.named_parameters()}
+    if own := sorted(tied_names(model) & parameters):
+        raise UserError(
+            f"model.path: config.json of {options.path} has tie_word_embeddings, but {own[0]} in the files is another than the embedding: saved and "
+            "loaded again it would be lost. Cure: tie_word_embeddings: false in config.json"
+        )
     use_fast_experts(model)
     return model
+
+
+def tied_names(model: Any) -> set[str]:
+    """The parameters that are others under a second name, and which checkpoints leave out: by its configuration."""
+    # Configuration classes of others need not have the key.
+    tied = getattr(model.config, "tie_word_embeddings", False)
+    return set(getattr(model, "_tied_weights_keys", None) or ()) if tied else set()
 
 
 def without_content(kind: Any, path: str, *, dtype: torch.dtype, trust_remote_code: bool, **changes: Any) -> Any:

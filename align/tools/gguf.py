@@ -20,6 +20,7 @@ from align.model.policy import (
     no_progress_bars,
     probe_logits,
     save_policy,
+    tied_names,
     turn_end,
 )
 from align.recipe import ModelOptions, check_model_directory
@@ -242,8 +243,7 @@ def write_model(contents: Contents, tokenizer: Any, directory: Path, dtype: str)
             )
     except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError) as error:
         raise UserError(f"{file}: transformers cannot load its weights: {first_line(error)}") from None
-    tied = set(getattr(model, "_tied_weights_keys", None) or ()) if model.config.tie_word_embeddings else set()
-    if lost := sorted(map(str, {*report["missing_keys"], *report["mismatched_keys"]} - tied)):
+    if lost := sorted(map(str, {*report["missing_keys"], *report["mismatched_keys"]} - tied_names(model))):
         raise UserError(
             f"{file}: {len(lost)} of its tensors do not have the shapes that its metadata give, or are not there, {lost[0]} for one"
         )

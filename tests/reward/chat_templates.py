@@ -13,6 +13,8 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from reward.chat import TODAY
+
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 NANO = AutoTokenizer.from_pretrained(Path(__file__).parents[2] / "recipes" / "nano" / "policy")
 TRL = Path(str(find_spec("trl").origin)).parent / "chat_templates"  # type: ignore[union-attr]
@@ -105,7 +107,9 @@ def byte_level(
 
 
 def rendered(tokenizer: Any, messages: Any, *, answering: bool) -> str:
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answering))
+    """As the template renders it on the day that prompts are told."""
+    told = {"tokenize": False, "add_generation_prompt": answering, "strftime_now": TODAY.strftime}
+    return str(tokenizer.apply_chat_template(messages, **told))
 
 
 def ids_of(tokenizer: Any, text: str) -> list[int]:

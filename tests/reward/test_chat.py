@@ -6,6 +6,7 @@ template spells out added to it.
 
 import re
 import time
+from datetime import datetime
 from itertools import pairwise
 from typing import Any
 
@@ -28,6 +29,7 @@ from reward.chat import (
 from .chat_templates import (
     BOS,
     CHATML,
+    CONTROL,
     CONVERSATIONS,
     EOS,
     NANO,
@@ -385,6 +387,22 @@ def test_a_template_may_repeat_and_reorder_what_is_said_and_be_replaced() -> Non
     assert encode_prompt(tokenizer, messages) == ids_of(tokenizer, rendered(tokenizer, messages, answering=True))
     tokenizer.chat_template = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
     assert tokenizer.decode(encode_prompt(tokenizer, messages)) == "[S][Q]"
+
+
+@pytest.mark.parametrize("template", ["llama3_2", "gptoss"])
+def test_a_prompt_has_the_same_tokens_on_every_day(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Tomorrow(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> "Tomorrow":
+            return cls(2031, 5, 17)
+
+    tokenizer = tokenizer_with(template)
+    # The second one spells out a control token, so that the rendering is looked through.
+    asked = [[user("2 + 2?")], [user(f"What is {CONTROL.findall(tokenizer.chat_template)[0]}?")]]
+    before = [encode_prompt(tokenizer, messages) for messages in asked]
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Tomorrow)
+    assert "2031" in tokenizer.apply_chat_template(asked[0], tokenize=False)
+    assert [encode_prompt(tokenizer, messages) for messages in asked] == before
 
 
 def test_decoding_leaves_out_special_tokens_and_nothing_else() -> None:

@@ -89,6 +89,7 @@ def test_without_options_the_arguments_are_those_of_the_device_and_the_model(
             {"gpu_memory_utilization": 0.01, "enable_sleep_mode": True, "kv_cache_memory_bytes": 2**33},
         ),
         (H100, {"batch_sequences": 1024, "concurrent_sequences": 500}, {"max_num_seqs": 500}),
+        (H100, {"batch_sequences": 16384}, {"max_num_seqs": 8192, "max_num_batched_tokens": 8192}),
         (H100, {"max_length": 16384}, {"max_model_len": 16384, "max_num_batched_tokens": 16384}),
         (
             H100,

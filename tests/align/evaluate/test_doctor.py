@@ -252,6 +252,14 @@ def narrow_heads(directory: Path) -> None:
 
 
 SHARD = "model-00001-of-00002.safetensors"
+LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "original_max_position_embeddings": 64,
+    "factor": 2.0,
+    "short_factor": [1.0] * 16,
+    "long_factor": [2.0] * 16,
+}
 ENDS = "{% for m in messages %}{{ m.role }}: {{ m.content }}END{% endfor %}"
 
 
@@ -267,6 +275,7 @@ ENDS = "{% for m in messages %}{{ m.role }}: {{ m.content }}END{% endfor %}"
         (values("config.json", vocab_size=1024), r"embed_tokens.weight is \[912, 128\] in the files and \[1024, 128\] by config.json"),
         (values("config.json", quantization_config={"quant_method": "gptq"}), r"quantised \(gptq\) and cannot be trained"),
         (values("config.json", max_position_embeddings=64), "max_length is 128, and the model has 64 positions"),
+        (values("config.json", rope_parameters=LONG_ROPE), "max_length is 128, and the model's LongRoPE has other factors for more than 64"),
         (narrow_heads, "a head is 16 wide, and vLLM takes 32, 64"),
         (text("tokenizer.json", "{"), "has no tokenizer that transformers can load"),
         (lambda d: (d / "chat_template.jinja").unlink(), "has no chat template"),

@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -18,7 +19,7 @@ from transformers import AutoModelForCausalLM, DeepseekV2Config, PreTrainedModel
 from align.errors import UserError
 from align.learner.engine import environment
 from align.learner.group import LearnerGroup, RankGroup
-from align.learner.loading import follow, layout
+from align.learner.loading import follow, layout, load_from_rank_0
 from align.learner.policy import PolicyRank
 from align.learner.reward_model import RewardModelGroup, RewardModelRank
 from align.model.policy import load_policy, load_tokenizer
@@ -116,6 +117,17 @@ def test_a_rank_whose_node_has_another_configuration_says_so() -> None:
     model, other = torch.nn.Linear(2, 3), torch.nn.Linear(2, 4)
     with patch("torch.distributed.get_rank", return_value=3), pytest.raises(UserError, match=r"rank 3 makes another"):
         follow(model, layout(other))
+
+
+def test_buffers_stay_where_the_parameters_are() -> None:
+    model = torch.nn.BatchNorm1d(2)
+    group = {"get_world_size": 2, "get_rank": 0, "broadcast": None, "broadcast_object_list": None}
+    with ExitStack() as stack:
+        for name, value in group.items():
+            stack.enter_context(patch(f"torch.distributed.{name}", return_value=value))
+        # As on a GPU, from where the process group sends.
+        load_from_rank_0(lambda: model, torch.device("meta"))
+    assert {tensor.device.type for tensor in [*model.buffers(), *model.parameters()]} == {"cpu"}
 
 
 def test_dtypes_are_those_of_rank_0() -> None:

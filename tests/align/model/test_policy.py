@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoTokenizer,
     DeepseekV2Config,
@@ -22,6 +23,7 @@ from align.model.policy import (
     attention_kernel,
     attention_sizes,
     dtype_here,
+    load_policy,
     load_tokenizer,
     persistent_buffers,
     save_policy,
@@ -119,6 +121,22 @@ def test_the_buffers_of_a_checkpoint_are_those_that_persist() -> None:
     model[1].register_buffer("made_anew", torch.ones(2), persistent=False)
     parameters = dict(model.named_parameters())
     assert parameters.keys() | dict(persistent_buffers(model)).keys() == model.state_dict().keys()
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_head_of_its_own_is_refused_where_the_config_says_that_it_is_the_embedding(
+    same: bool, tmp_path: Path
+) -> None:
+    tokenizer = tokenizer_with(special=("<|im_start|>", "<|im_end|>"))
+    saved(tmp_path, tokenizer, rows=len(tokenizer), tie_word_embeddings=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    head = tensors["model.embed_tokens.weight"] + (0.0 if same else 1.0)
+    save_file(tensors | {"lm_head.weight": head}, tmp_path / "model.safetensors", {"format": "pt"})
+    if same:
+        assert load_policy(ModelOptions(path=str(tmp_path)))
+    else:
+        with pytest.raises(UserError, match=r"has tie_word_embeddings, but lm_head\.weight in the files is another"):
+            load_policy(ModelOptions(path=str(tmp_path)))
 
 
 class TestVocabulary:
