@@ -7,7 +7,7 @@ one line, and a failure with its cause and its cure.
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from enum import StrEnum
@@ -282,6 +282,11 @@ def check_checkpoint(skeleton: Any, directory: Path | None) -> Finding:
         stored = stored_shapes(directory) if directory else {}
     except UserError as error:
         return FAILED, str(error)
+    if not stored and (otherwise := sorted(split.keys() ^ saved_names(skeleton, own))):
+        return (
+            FAILED,
+            f"checkpoints of {type(skeleton).__name__} call {otherwise[0]} otherwise. Cause: an architecture whose names are not known here, so that the sampler could not take new weights. Cure: another architecture",
+        )
     ignored = getattr(skeleton, "_keys_to_ignore_on_load_unexpected", None) or ()
     known = {*split, *tied, *(name for name, _ in persistent_buffers(skeleton))}
     unknown = {name for name in stored.keys() - known if not any(re.search(pattern, name) for pattern in ignored)}
@@ -337,6 +342,13 @@ def stored_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
             )
             raise UserError(f"{file} is {told}") from None
     return shapes
+
+
+def saved_names(skeleton: Any, parameters: Collection[str]) -> Collection[str]:
+    """What transformers calls these parameters in the checkpoints that it writes."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return revert_weight_conversion(skeleton, {n: p for n, p in skeleton.named_parameters() if n in parameters}).keys()
 
 
 def check_served(skeleton: Any, dtype: str, rollout: FleetOptions) -> Finding:

@@ -64,12 +64,7 @@ def load_reward_model(options: ModelOptions, tokenizer: Any, *, empty: bool = Fa
     """
     from transformers import AutoModelForSequenceClassification as Classifier
 
-    head: dict[str, Any] = {
-        "num_labels": 1,
-        "pad_token_id": padding_token_id(tokenizer, options.path),
-        # Servers read from this that the number is wanted as it is, and not its sigmoid.
-        "problem_type": "regression",
-    }
+    head = head_options(tokenizer, options.path)
     how: dict[str, Any] = {"dtype": DTYPES[options.dtype], "trust_remote_code": options.trust_remote_code}
     try:
         if empty:
@@ -126,6 +121,12 @@ def usage(path: str, tokenizer: Any, mean: float, std: float) -> str:
     """What `write_usage` writes of a reward model at a path or of that name on the hub."""
     end = tokenizer.convert_ids_to_tokens(turn_end(tokenizer))
     return USAGE.format(path=path, end=end, mean=mean, std=std or 1.0)
+
+
+def head_options(tokenizer: Any, path: str) -> dict[str, Any]:
+    """What the configuration of the reward model at a path says of its head. Raises UserError where there is no token to pad with."""
+    # Servers read from the last that the number is wanted as it is, and not its sigmoid.
+    return {"num_labels": 1, "pad_token_id": padding_token_id(tokenizer, path), "problem_type": "regression"}
 
 
 def is_usage(text: str) -> bool:

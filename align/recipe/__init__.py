@@ -8,7 +8,15 @@ from align.recipe.learner import (
     LoraOptions,
     OptimizerOptions,
 )
-from align.recipe.load import check_model_directory, differences, dump_recipe, load_recipe, read_yaml
+from align.recipe.load import (
+    check_model_directory,
+    differences,
+    dump_recipe,
+    kept_recipe,
+    load_recipe,
+    read_yaml,
+    written_recipe,
+)
 from align.recipe.options import (
     AgreementOptions,
     AlarmOptions,
@@ -71,9 +79,11 @@ __all__ = [
     "check_model_directory",
     "differences",
     "dump_recipe",
+    "kept_recipe",
     "load_pipeline",
     "load_recipe",
     "load_stage",
     "load_stages",
     "read_yaml",
+    "written_recipe",
 ]

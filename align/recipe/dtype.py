@@ -8,6 +8,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import yaml
 
 from rollout.arguments import AMPERE, Device
@@ -50,9 +51,10 @@ def with_dtype_chosen(values: Mapping[str, Any], path: Path, *, in_pipeline: boo
 
 
 def dtype_of_machine() -> tuple[Dtype, str]:
-    """The dtype that this machine computes fastest in, and why."""
+    """The dtype that this machine computes fastest in, and why; that of GPUs where a cluster is joined by what is built for them."""
     device = Device.here()
-    if _for_gpus.get() and device.capability is None:
+    joins_gpus = "RAY_ADDRESS" in os.environ and torch.version.cuda is not None
+    if (_for_gpus.get() or joins_gpus) and device.capability is None:
         return "bfloat16", "GPUs from Ampere on compute in it"
     return fastest_dtype(device, cpu_flags(Path("/proc/cpuinfo")), os.environ)
 

@@ -48,6 +48,9 @@ INPUTS = (
 )
 """The keys of what is read, in recipes and pipelines, without the places in lists."""
 
+ANYWHERE = Path("/")
+"""As `pending`: nothing that a recipe names by its whole path need be there."""
+
 # What changes nothing of what is trained: where it runs, how often it saves, how long it waits, what ends it.
 FREE = (
     "run",
@@ -92,6 +95,18 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), *, pending: Path | No
     return recipe_of(values, path, lines, pending)
 
 
+def kept_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe that a run keeps. What it reads may have moved since, and is not looked for."""
+    return load_recipe(path, overrides, pending=ANYWHERE)
+
+
+def written_recipe(text: str, path: Path) -> Recipe:
+    """A recipe as `dump_recipe` gave it, with the run whose recipe is at `path`; see `kept_recipe`."""
+    values = yaml.safe_load(text)
+    rename(values, {}, path)
+    return recipe_of(values, path, pending=ANYWHERE)
+
+
 def recipe_of(
     values: Mapping[str, Any],
     path: Path,
@@ -104,7 +119,7 @@ def recipe_of(
     if stage not in STAGES:
         raise UserError(f"{path}: stage must be one of {', '.join(STAGES)}, but is {stage!r}")
     single = isinstance(values.get("data"), dict)
-    find_reward_files(values, path, lines)
+    find_reward_files(values, path, lines, pending)
     try:
         recipe = STAGES[stage].model_validate(values)
     except ValidationError as error:
@@ -248,10 +263,12 @@ def _place_of(part: str, at: Any, name: str, override: str) -> str | int:
     raise UserError(f"{override!r}: {name} is a single value and has no key {part!r}")
 
 
-def find_reward_files(values: Mapping[str, Any], path: Path, lines: Mapping[tuple[str, ...], int]) -> None:
+def find_reward_files(
+    values: Mapping[str, Any], path: Path, lines: Mapping[tuple[str, ...], int], pending: Path | None
+) -> None:
     """Give rewards that are functions in files whole paths: a file is beside the recipe at `path`, or else in the working directory.
 
-    Raises UserError for one that is in neither.
+    Raises UserError for one that is in neither, unless it is below `pending`.
     """
     terms = values.get("rewards")
     for index, term in enumerate(terms if isinstance(terms, list) else ()):
@@ -259,6 +276,8 @@ def find_reward_files(values: Mapping[str, Any], path: Path, lines: Mapping[tupl
         if not isinstance(name, str) or (found := split_name(name)) is None:
             continue
         file, function = found
+        if pending is not None and Path(file).is_relative_to(pending):
+            continue
         places = [(place / file).absolute() for place in (path.parent, Path())]
         there = next((place for place in places if place.is_file()), None)
         if there is None:

@@ -58,7 +58,8 @@ def flatten(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 def _tiles(run: RunRecord, evaluations: Sequence[Evaluation]) -> list[tuple[Value, str]]:
     facts = _stage_facts(run.whole)
-    since = f"{run.whole.status['state']}, started {facts['started']}"
+    resumed = any(event.get("kind") == "resumed" for stage in run.stages for event in stage.events)
+    since = f"{run.whole.status['state']}, started {facts['started']}{', with interruptions' if resumed else ''}"
     # A run that goes on has taken no time yet that is known.
     tiles: list[tuple[Value, str]] = (
         [(facts["took"], since)] if facts["took"] else [(facts["steps"], f"steps; {since}")]

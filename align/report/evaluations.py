@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from align.report.read import Record, RunRecord, Stage, finite, read_table
+from align.report.read import Record, RunRecord, Stage, at, finite, read_table
 from align.run import RunDirectory
 from align.statistics import Interval, mean_interval, paired_interval, pass_at_k, unpaired_interval, wilson_interval
 
@@ -164,7 +164,9 @@ def compared_evaluations(run: RunRecord) -> list[Evaluation]:
                 evaluation.before = alike[-1]
                 shared = [column for column in evaluation.numbers if column in alike[-1].numbers]
                 evaluation.changes = {column: _change(column, alike[-1], evaluation) for column in shared}
-        by_product[RunDirectory(stage.path).final_directory.absolute()] = made
+        # Where it is now, and where it was when others started from it.
+        for place in filter(None, (stage.path, at(stage.recipe, "run", "dir"))):
+            by_product[RunDirectory(Path(place)).final_directory.absolute()] = made
         before = made or before
         evaluations += made
     return evaluations

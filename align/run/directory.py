@@ -100,7 +100,10 @@ class RunDirectory:
                 if earlier is None or earlier_run != "keep":
                     _remove_run(root)
                 run = cls(root, lock)
-                run._write_status({"state": "running", "started": _now()})
+                goes_on = earlier is not None and earlier_run == "keep"
+                run._write_status(
+                    {"state": "running", "started": earlier["started"] if earlier and goes_on else _now()}
+                )
             except OSError as error:
                 raise UserError(
                     f"cannot write the run directory {root}: {error.strerror or error}. Choose another with run.dir=…"

@@ -130,11 +130,13 @@ class Trackers:
 
 @dataclass
 class Sent:
-    """What a tracker has of a run: the id of its run there, how many lines of metrics.jsonl, and up to which step each table."""
+    """What a tracker has of a run: the id of its run there, how many lines of metrics.jsonl, up to which step each table, and of the run in which
+    directory."""
 
     run: str | None = None
     lines: int = 0
     tables: dict[str, int] = field(default_factory=dict)
+    directory: str = ""
 
     @classmethod
     def read(cls, file: Path) -> Self:
@@ -200,6 +202,11 @@ class Background:
     def _work(self) -> None:
         try:
             self._sent = Sent.read(self._state_file)
+            here, before = self._state_file.parent.absolute(), Path(self._sent.directory or self._state_file.parent)
+            if before.is_dir() and not before.samefile(here):
+                # This run is a copy, and would write into the original's.
+                self._sent = Sent()
+            self._sent.directory = str(here)
             self._sent.run = self._tracker.start(self._run, self._sent.run)
             self._save()
             self._started.set()

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from align.errors import UserError
-from align.recipe import Recipe, TrainingRecipe, dump_recipe, load_recipe, read_yaml
+from align.recipe import Recipe, TrainingRecipe, dump_recipe, kept_recipe, read_yaml
 from align.run import RunDirectory, read_jsonl, read_status, write_atomically, write_jsonl
 from align.run.checkpoints import PREFIX
 from align.session.run import positions, refuse_changes
@@ -19,14 +19,14 @@ def make_longer(path: Path, recipe: Recipe) -> list[str]:
     where nothing can be added.
     """
     directory = RunDirectory(path.expanduser().absolute())
-    before = load_recipe(directory.recipe_file, pending=directory.path)
+    before = kept_recipe(directory.recipe_file)
     if not isinstance(before, TrainingRecipe) or not isinstance(recipe, TrainingRecipe):
         raise UserError(f"{path} has finished, so there is nothing to go on with; `align report {path}` shows it")
     check_more_steps(directory, f"{recipe.stage}.steps", before.steps, recipe.steps)
     later = stages_after(directory)
     given = [f"{recipe.stage}.steps={recipe.steps}"]
     refuse_changes(directory, recipe, given)
-    longer = load_recipe(directory.recipe_file, given, pending=directory.path)
+    longer = kept_recipe(directory.recipe_file, given)
     owned = RunDirectory.reopen(path)
     try:
         name_by_step(owned, before.steps)

@@ -19,6 +19,7 @@ from align.run.machine import (
     GIB,
     SPILLS_AT,
     check_cuda,
+    cores_available,
     gpu_records,
     memory_bytes,
     object_store_bytes,
@@ -148,7 +149,10 @@ class _Head:
             os._exit(1)
 
     def _raise(self, *_: object) -> None:
-        raise RayDiedError(self._died)
+        if self._died is None:  # sent from outside
+            signal.raise_signal(signal.SIGTERM)
+        else:
+            raise RayDiedError(self._died)
 
 
 def check_gpus(usable: float, there: Sequence[Mapping[str, Any]]) -> None:
@@ -207,7 +211,8 @@ def start_node(store: int, attempts: int = 5) -> None:
         try:
             ray.init(
                 address="local",  # whatever cluster others have started here
-                num_cpus=os.cpu_count(),
+                # Ray starts a worker for each at once: what the job may use, and not what the host has.
+                num_cpus=max(1, int(cores_available())),
                 num_gpus=torch.cuda.device_count(),
                 object_store_memory=store,
                 include_dashboard=False,

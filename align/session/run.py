@@ -11,7 +11,7 @@ from typing import Any
 
 from align.errors import UserError
 from align.evaluate.accuracy import Evaluation
-from align.recipe import Recipe, SamplingRecipe, TrainingRecipe, differences, dump_recipe, load_recipe
+from align.recipe import Recipe, SamplingRecipe, TrainingRecipe, differences, dump_recipe, kept_recipe, written_recipe
 from align.run import (
     MetricsLog,
     Progress,
@@ -24,7 +24,7 @@ from align.run import (
     synced_size,
     write_samples,
 )
-from align.run.checkpoints import Checkpoint, CheckpointDirectory, DamagedCheckpointError
+from align.run.checkpoints import PREFIX, Checkpoint, CheckpointDirectory, DamagedCheckpointError
 from align.run.tracker_libraries import Ending
 from align.run.trackers import Trackers
 from align.session.checks import default_grace_s
@@ -251,7 +251,8 @@ def open_run(recipe: Recipe) -> Iterator[Run]:
     """
     directory, changed = own_directory(recipe, recipe.directory)
     goes_on = changed is not None
-    directory.save_recipe(dump_recipe(recipe))
+    if not goes_on:
+        keep_recipe(directory, recipe)
     directory.save_environment(environment_record() | {"rewards_sha256": reward_digests(recipe.roles().rewards)})
     directory.enter(recipe.stage)
     keep = recipe.keep_checkpoints if isinstance(recipe, TrainingRecipe) else 1
@@ -270,11 +271,11 @@ def open_run(recipe: Recipe) -> Iterator[Run]:
             run = Run(*parts, progress, stop)
             stack.enter_context(run.logged_warnings())
             stack.push(lambda kind, *_: trackers.finish(ending_of(kind)))
-            if goes_on:
+            if goes_on and isinstance(recipe, TrainingRecipe):
+                refuse_lost_checkpoints(run, recipe.save_every)
                 run.rewind()
-                if isinstance(recipe, TrainingRecipe):
-                    refuse_fewer_steps(f"{recipe.stage}.steps", recipe.steps, run.resume)
-                for key in changed or ():
+                refuse_fewer_steps(f"{recipe.stage}.steps", recipe.steps, run.resume)
+                for key in dict.fromkeys([*(changed or ()), *changes_since(run.resume, directory, recipe)]):
                     run.warn(f"going on with another recipe: {key}")
             for term in recipe.rewards if isinstance(recipe, SamplingRecipe) else ():
                 if term.params.get("unsafe_no_isolation"):
@@ -320,12 +321,39 @@ def own_directory(recipe: Recipe, path: Path) -> tuple[RunDirectory, list[str] |
     interrupted = status is not None and status["state"] in RESUMABLE and there.recipe_file.exists()
     if not isinstance(recipe, TrainingRecipe):
         # It holds nothing to go on from.
-        anew = not recipe.run.overwrite and interrupted and not changes(there, recipe, pending=there.path)
+        anew = not recipe.run.overwrite and interrupted and not changes(there, recipe)
         return RunDirectory.create(path, overwrite=recipe.run.overwrite or anew), None
     if recipe.run.overwrite or not interrupted:
         return RunDirectory.create(path, overwrite=recipe.run.overwrite), None
     changed = refuse_changes(there, recipe)
     return RunDirectory.reopen(path), changed
+
+
+def keep_recipe(directory: RunDirectory, recipe: Recipe) -> None:
+    """Write the recipe that a run is made with; consent to changes is given anew each time."""
+    asked = recipe.model_copy(update={"run": recipe.run.model_copy(update={"allow_changes": False})})
+    directory.save_recipe(dump_recipe(asked))
+
+
+def refuse_lost_checkpoints(run: Run, save_every: int | None) -> None:
+    """Raise UserError where a run has none of the checkpoints that it must have written: from its beginning it would measure all again."""
+    if not save_every or any(run.directory.checkpoints_directory.glob(f"{PREFIX}*")):
+        return
+    file = run.directory.metrics_file
+    done = max((int(row["step"]) for row in read_jsonl(file)), default=0) if file.exists() else 0
+    if done > save_every:
+        raise UserError(
+            f"{run.directory.path} has measured {done} steps, and of the checkpoints that it wrote every {save_every} none is in "
+            f"{run.directory.checkpoints_directory}: put them back. What it has measured is untouched; run.overwrite=true starts it again from the beginning"
+        )
+
+
+def changes_since(checkpoint: Checkpoint | None, directory: RunDirectory, recipe: TrainingRecipe) -> list[str]:
+    """What has changed of the recipe since a checkpoint was written, but for the number of steps: what was told of it afterwards is cut off."""
+    if checkpoint is None:
+        return []
+    found = differences(written_recipe(checkpoint.facts["recipe"], directory.recipe_file), recipe)
+    return [key for key in found if not key.startswith(f"{recipe.stage}.steps ")]
 
 
 def refuse_fewer_steps(key: str, steps: int, checkpoint: Checkpoint | None) -> None:
@@ -336,7 +364,7 @@ def refuse_fewer_steps(key: str, steps: int, checkpoint: Checkpoint | None) -> N
 
 def refuse_changes(directory: RunDirectory, recipe: Recipe, allowed: Sequence[str] = ()) -> list[str]:
     """What has changed of a run's recipe but for the overrides `allowed`. Raises UserError where anything has and the recipe does not allow it."""
-    changed = changes(directory, recipe, pending=directory.path, allowed=allowed)
+    changed = changes(directory, recipe, allowed)
     if changed and not recipe.run.allow_changes:
         raise UserError(
             f"{directory.path} holds a run of another recipe: {'; '.join(changed)}. Go on with that recipe "
@@ -346,17 +374,17 @@ def refuse_changes(directory: RunDirectory, recipe: Recipe, allowed: Sequence[st
     return changed
 
 
-def changes(directory: RunDirectory, recipe: Recipe, *, pending: Path, allowed: Sequence[str] = ()) -> list[str]:
+def changes(directory: RunDirectory, recipe: Recipe, allowed: Sequence[str] = ()) -> list[str]:
     """What has changed since the run in a directory began: keys of its recipe, and the content of its reward files.
 
-    Files below `pending` need not be there yet. The overrides `allowed` are no changes.
+    The overrides `allowed` are no changes.
     """
     before: Mapping[str, str] = {}
     if directory.environment_file.exists():
         before = json.loads(directory.environment_file.read_text(encoding="utf-8")).get("rewards_sha256", {})
     digests = reward_digests(recipe.roles().rewards)
     files = [file for file, digest in digests.items() if before.get(file, digest) != digest]
-    keys = differences(load_recipe(directory.recipe_file, allowed, pending=pending), recipe)
+    keys = differences(kept_recipe(directory.recipe_file, allowed), recipe)
     return [*keys, *(f"rewards (the content of {file} has changed)" for file in files)]
 
 

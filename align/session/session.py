@@ -1,6 +1,7 @@
 """What a stage runs on, opened and closed in one place: its run, Ray, rollout workers, scoring pool and learner."""
 
 import logging
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -28,7 +29,7 @@ from align.recipe.roles import reward_models
 from align.run import Progress
 from align.session.checks import sent_bytes
 from align.session.ray import local_ray
-from align.session.run import Run, open_run
+from align.session.run import Run, keep_recipe, open_run
 from align.session.steps import Steps
 from reward import Mixture, RewardError, RewardTerm, ScoringPool
 from reward.pool import START_S
@@ -86,7 +87,8 @@ class Session:
         self.open.enter_context(local_ray(sent, roles.gpus))
         check_sampler()
         if roles.colocated and roles.learner is not None:
-            self.colocation = Colocation(shared_gpus(max(roles.learner.ranks, rollout.workers)))
+            limits = [start_limit_s(side.start_timeout_s, 0, self.policy.path) for side in (roles.learner, rollout)]
+            self.colocation = Colocation(shared_gpus(max(roles.learner.ranks, rollout.workers), max(limits)))
         self.fleet = Fleet(
             self.policy.path,
             self.policy.dtype,
@@ -150,6 +152,7 @@ class Session:
             learner.wait_until_ready()
             learner.check_shared(self.run.directory.status_file)
             remaining.restore()
+            keep_recipe(self.run.directory, recipe)
             progress.note(f"{title} on {recipe.learner.ranks} learner ranks: {learner.trained.description}")
             yield remaining
 
@@ -205,13 +208,16 @@ def check_sampler() -> None:
         )
 
 
-def shared_gpus(count: int) -> Any:
-    """A placement group of `count` bundles with a GPU each. Raises UserError where the cluster has not so many free."""
+def shared_gpus(count: int, patience_s: float) -> Any:
+    """A placement group of `count` bundles with a GPU each. A cluster of others, which may grow, is given `patience_s` seconds.
+
+    Raises UserError where so many are not free.
+    """
     import ray
 
     bundle = {"GPU": 1.0} if usable_gpus() else {"CPU": LITTLE_CPU}
     group = ray.util.placement_group([bundle] * count)
-    if not group.wait(PLACEMENT_TIMEOUT_S):
+    if not group.wait(max(PLACEMENT_TIMEOUT_S, patience_s if "RAY_ADDRESS" in os.environ else 0.0)):
         raise UserError(
             f"colocate: {count} GPUs are wanted, one for each learner rank and rollout worker, and Ray has "
             f"{ray.available_resources().get('GPU', 0):g} free; lower learner.ranks and rollout.workers"

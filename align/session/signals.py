@@ -13,7 +13,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
-    """Ctrl-C as KeyboardInterrupt, and SIGTERM as its kind Terminated: where they come, or at the end of what is deferred.
+    """Ctrl-C as KeyboardInterrupt, and SIGTERM as its kind Terminated: where they come, or at the end of what is deferred. SIGUSR1, which batch
+    systems are often told to send ahead of their time limit, is taken as SIGTERM.
 
     Should the exception be lost, it comes again at the next `check`: Python loses one that is raised inside a destructor or a
     callback of native code. A second Ctrl-C ends the process at once; a second SIGTERM does nothing, for whoever ends all processes of a job
@@ -30,6 +31,7 @@ class StopRequest:
     def __enter__(self) -> Self:
         for number in SIGNALS:
             self._before[number] = signal.signal(number, self._ask)
+        self._before[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, lambda _, frame: self._ask(signal.SIGTERM, frame))
         self._before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._raise)
         return self
 

@@ -22,7 +22,7 @@ from align.recipe import (
     RewardModelRecipe,
     SftRecipe,
     dump_recipe,
-    load_recipe,
+    kept_recipe,
 )
 from align.recipe.options import is_on_hub
 from align.run import Progress, RunDirectory, read_status
@@ -195,7 +195,7 @@ def policy_of(
     status = read_status(directory.path)
     if status is not None:
         # What the two share is this run's, whose changes have been told or refused.
-        directory.save_recipe(dump_recipe(load_recipe(directory.recipe_file, before.overrides)))
+        directory.save_recipe(dump_recipe(kept_recipe(directory.recipe_file, before.overrides)))
     if status is not None and status["state"] == "finished":
         refuse_changes(directory, recipe)
         notes.tell("init_from", "SFT: done before")

@@ -88,12 +88,7 @@ def was_cut_short(stage: PlannedStage) -> bool:
 def changed_keys(stage: PlannedStage) -> list[str]:
     """What has changed of its recipe and its reward files since the stage was run, and of those of its `init_from`."""
     parts = [(RunDirectory(part.directory), part.recipe) for part in stage.parts]
-    return [
-        key
-        for there, recipe in parts
-        if there.recipe_file.exists()
-        for key in changes(there, recipe, pending=stage.directory.parent)
-    ]
+    return [key for there, recipe in parts if there.recipe_file.exists() for key in changes(there, recipe)]
 
 
 def checkpoints_in(stage: PlannedStage) -> list[Path]:

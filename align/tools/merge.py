@@ -13,6 +13,7 @@ from safetensors import safe_open
 from align.errors import UserError
 from align.model.lora import ADAPTER_DIRECTORY
 from align.model.policy import check_written, first_line, load_tokenizer, no_progress_bars, probe_logits, save_policy
+from align.model.reward_model import head_options
 from align.run.files import whole_directory
 
 WEIGHTS = "adapter_model.safetensors"
@@ -28,14 +29,16 @@ def merge_adapter(adapter: Path, out: Path, base: str | None = None, dtype: str 
     if out.exists():
         raise UserError(f"{out} exists already; give another directory, or take it away")
     origin = base or config["base_model_name_or_path"]
-    model = load_base(adapter, config, origin, dtype or "auto")
+    if Path(origin).is_absolute() and not Path(origin).is_dir():
+        raise UserError(f"{adapter}: its base {origin} is not there (any more); say with --base where it is now")
+    tokenizer = load_tokenizer(adapter if (adapter / "tokenizer.json").is_file() else origin)
+    model = load_base(adapter, config, origin, dtype or "auto", tokenizer)
     rounded = str(model.dtype).removeprefix("torch.")
     check_names(adapter, config, model, origin)
     prepare_embeddings(model, adapter, config)
     adapted = add_saved_adapter(model, adapter, origin)
     expected = probe_logits(adapted)
     whole = adapted.merge_and_unload()
-    tokenizer = load_tokenizer(adapter if (adapter / "tokenizer.json").is_file() else origin)
     with whole_directory(out.absolute()) as written:
         save_policy(whole, tokenizer, written)
         del model, adapted, whole
@@ -43,17 +46,16 @@ def merge_adapter(adapter: Path, out: Path, base: str | None = None, dtype: str 
     return f"{origin}, in {rounded}"
 
 
-def load_base(adapter: Path, config: Mapping[str, Any], origin: str, dtype: str) -> Any:
-    """The adapter's base, a policy or a reward model. Raises UserError where it is not there or cannot be loaded."""
+def load_base(adapter: Path, config: Mapping[str, Any], origin: str, dtype: str, tokenizer: Any) -> Any:
+    """The adapter's base, a policy or a reward model. Raises UserError where it cannot be loaded."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    if Path(origin).is_absolute() and not Path(origin).is_dir():
-        raise UserError(f"{adapter}: its base {origin} is not there (any more); say with --base where it is now")
     classifies = config["task_type"] == "SEQ_CLS"
     kind = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
+    head = head_options(tokenizer, origin) if classifies else {}
     try:
         with no_progress_bars():
-            return kind.from_pretrained(origin, dtype=dtype, **({"num_labels": 1} if classifies else {}))
+            return kind.from_pretrained(origin, dtype=dtype, **head)
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         cure = (
             "; give the model as it was before it was quantised with --base" if "quanti" in str(error).lower() else ""

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
-from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV2Config, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV2Config, GptOssConfig, LlamaConfig
 
 from align.errors import UserError
 from align.evaluate.doctor import (
@@ -82,6 +82,13 @@ def test_a_softmax_scale_without_yarns_correction(skeleton: Any) -> None:
     for layer in skeleton.model.layers:
         layer.self_attn.scaling = layer.self_attn.qk_head_dim**-0.5
     assert_failed(check_softmax_scale(skeleton), "YaRN", "transformers older than 5.15")
+
+
+def test_names_that_the_sampler_would_not_know_are_found_without_files() -> None:
+    small = {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 32, "vocab_size": 100}
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(GptOssConfig(num_local_experts=4, **small))
+    assert_failed(check_checkpoint(skeleton, None), "call model.layers.0.mlp.experts.0.down_proj.weight otherwise")
 
 
 def test_experts_that_disagree(skeleton: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,15 +3,31 @@
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from align.errors import UserError
 from align.recipe import dtype, load_recipe, load_stages
-from align.recipe.dtype import cpu_flags, fastest_dtype
+from align.recipe.dtype import cpu_flags, dtype_of_machine, fastest_dtype
 from align.shipped import found
 from rollout.arguments import Device
 
 CPU = Device()
+
+
+def test_in_a_cluster_that_is_joined_by_what_is_built_for_gpus_it_is_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Device, "here", lambda: CPU)
+    monkeypatch.setattr("align.recipe.dtype.cpu_flags", lambda file: set())
+    for cuda, address, expected in (
+        ("13.0", "10.0.0.1:6379", "bfloat16"),
+        ("13.0", "", "float32"),
+        (None, "10.0.0.1:6379", "float32"),
+    ):
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+        if address:
+            monkeypatch.setenv("RAY_ADDRESS", address)
+        assert dtype_of_machine()[0] == expected
 
 
 @pytest.mark.parametrize(

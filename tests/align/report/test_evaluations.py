@@ -131,13 +131,20 @@ def test_a_policy_is_compared_with_the_one_that_it_was_made_of(tmp_path: Path, w
     sft, first, second = (evaluated(f"after {name}", "wwrr") for name in ("SFT", "first", "second"))
     root = tmp_path / "run"
     made_of = {"model": {"path": str(root / "sft" / "final")}}
+    at_first = {"run": {"dir": str(root / "sft")}}
     write_run(root, stage="pipeline")
-    for place, (name, made, recipe) in enumerate((("sft", sft, {}), ("one", first, made_of), ("two", second, made_of))):
+    for place, (name, made, recipe) in enumerate(
+        (("sft", sft, at_first), ("one", first, made_of), ("two", second, made_of))
+    ):
         status = write_run(root / name, evaluations=[made], recipe=recipe) / "status.json"
         status.write_text(status.read_text().replace("03:04:05", f"03:04:1{place}"))
-    rows = compared_evaluations(read_run(root))
-    assert [row.name for row in rows] == ["after SFT", "after first", "after second"]
-    assert [row.before and row.before.name for row in rows] == [None, "after SFT", "after SFT"]
+    moved = tmp_path / "moved"
+    for place in (root, moved):
+        if place == moved:
+            root.rename(moved)
+        rows = compared_evaluations(read_run(place))
+        assert [row.name for row in rows] == ["after SFT", "after first", "after second"]
+        assert [row.before and row.before.name for row in rows] == [None, "after SFT", "after SFT"]
 
 
 def rows_of(root: Path) -> list[list[str]]:

@@ -76,6 +76,15 @@ def test_the_status_says_how_a_run_ended(tmp_path: Path) -> None:
     assert all(status and status["started"] <= status["ended"] for status in statuses)
 
 
+def test_a_run_that_goes_on_began_when_it_began(tmp_path: Path) -> None:
+    RunDirectory.create(tmp_path / "run").interrupt()
+    before = RunDirectory(tmp_path / "run").status()
+    status = RunDirectory.reopen(tmp_path / "run").status()
+    assert before is not None
+    assert status is not None
+    assert (status["state"], status["started"], status["ended"]) == ("running", before["started"], None)
+
+
 def test_a_directory_with_a_run_is_refused_with_its_state_and_the_cure(tmp_path: Path) -> None:
     finished(tmp_path / "nano")
     before = tree(tmp_path)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -127,6 +128,23 @@ def test_steps_that_are_made_again_are_sent_once_and_to_the_same_run(tmp_path: P
     assert [values["sft/loss"] for _, values, _ in recorder.logged] == [0.5, 0.5, 0.5, 0.5, 0.25]
     assert [step for step, _, _ in recorder.tables] == [1, 2, 3, 4, 5]
     assert recorder.endings == ["interrupted", "finished"]
+
+
+def test_a_copy_of_a_run_has_a_run_of_its_own_and_a_moved_one_goes_on_in_its_own(tmp_path: Path) -> None:
+    recorder, run = Recorder(), tmp_path / "run"
+    log = open_log(run, recorder)
+    write(log, 1, 2)
+    end(log, "interrupted")
+    shutil.copytree(run, tmp_path / "copy")
+    log = open_log(tmp_path / "copy", recorder)
+    write(log, 3)
+    end(log)
+    run.rename(tmp_path / "moved")
+    log = open_log(tmp_path / "moved", recorder)
+    write(log, 3)
+    end(log)
+    assert recorder.runs == [("tiny", None), ("tiny", None), ("tiny", "first")]
+    assert recorder.steps == [1, 2, 1, 2, 3, 3]
 
 
 def test_a_run_that_goes_back_in_the_same_process_sends_no_step_twice(tmp_path: Path) -> None:

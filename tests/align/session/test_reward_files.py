@@ -33,7 +33,7 @@ def interrupted(tmp_path: Path) -> Path:
 
 def test_a_run_goes_on_with_the_reward_file_as_it_was(interrupted: Path, tmp_path: Path) -> None:
     with open_run(recipe(tmp_path)) as run:
-        assert not changes(run.directory, recipe(tmp_path), pending=run.directory.path)
+        assert not changes(run.directory, recipe(tmp_path))
 
 
 def test_a_changed_reward_file_is_named_and_refused_unless_changes_are_allowed(
@@ -63,10 +63,10 @@ def test_files_that_a_reward_file_imports_from_beside_it_belong_to_it(tmp_path: 
     with pytest.raises(KeyboardInterrupt), open_run(recipe(tmp_path)) as run:
         raise KeyboardInterrupt
     (tmp_path / "other.py").write_text("changed")
-    assert changes(run.directory, recipe(tmp_path), pending=run.directory.path) == []
+    assert changes(run.directory, recipe(tmp_path)) == []
     for name in ("helpers.py", "units/__init__.py", "units/metric.py"):
         (tmp_path / name).write_text((tmp_path / name).read_text() + "\n")
-    assert changes(run.directory, recipe(tmp_path), pending=run.directory.path) == [
+    assert changes(run.directory, recipe(tmp_path)) == [
         f"rewards (the content of {tmp_path / name} has changed)"
         for name in ("helpers.py", "units/__init__.py", "units/metric.py")
     ]

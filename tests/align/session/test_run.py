@@ -1,5 +1,6 @@
-"""What the console says of evaluations: a line of bounded width for each, and a table of the run's."""
+"""What the console says of evaluations: a line of bounded width for each, and a table of the run's; and what a run goes on with."""
 
+import shutil
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -8,8 +9,10 @@ import pytest
 
 from align.errors import UserError
 from align.evaluate.accuracy import Evaluation
-from align.recipe import Recipe, load_recipe
-from align.session.run import compare_stages, describe, open_run, own_directory
+from align.recipe import Recipe, dump_recipe, load_recipe
+from align.run import RunDirectory
+from align.run.checkpoints import Checkpoint
+from align.session.run import changes, changes_since, compare_stages, describe, keep_recipe, open_run, own_directory
 
 NANO = Path(__file__).parents[3] / "recipes/nano"
 KINDS = {f"accuracy/kind/{i}": 0.5 for i in range(20)}
@@ -41,6 +44,72 @@ def test_the_table_of_a_run_has_no_column_for_each_kind_or_each_of_many_domains(
     names = [f"domain{i}" for i in range(columns)]
     assert told[0] == ["policy", "greedy accuracy", *names, "pass@4", "degenerate_share", "tokens an answer"]
     assert {len(row) for row in told} == {len(told[0])}
+
+
+def interrupted(directory: Path, *overrides: str, steps: int = 0) -> None:
+    """An SFT run that was interrupted after so many steps, without a checkpoint."""
+    with suppress(KeyboardInterrupt), open_run(sft(directory, *overrides)) as run:
+        for step in range(1, steps + 1):
+            run.metrics.write(step, "sft", {"loss": 1.0})
+        raise KeyboardInterrupt
+
+
+def sft(directory: Path, *overrides: str) -> Recipe:
+    given = ["machine={}", f"run.dir={directory / 'run'}", f"model.path={NANO / 'policy'}", "save_every=2"]
+    return load_recipe(NANO / "sft.yaml", [*given, *overrides])
+
+
+def test_a_run_whose_checkpoints_are_gone_keeps_what_it_has_measured(tmp_path: Path) -> None:
+    interrupted(tmp_path, steps=5)
+    measured = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    with (
+        pytest.raises(UserError, match=r"has measured 5 steps, and of the checkpoints .* put them back"),
+        open_run(sft(tmp_path)),
+    ):
+        pass
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == measured
+
+
+def test_one_that_ended_before_its_first_checkpoint_begins_again(tmp_path: Path) -> None:
+    interrupted(tmp_path, steps=2)
+    with open_run(sft(tmp_path)) as run:
+        assert run.resume is None
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == b""
+
+
+def test_another_recipe_is_kept_once_its_state_is_restored_and_consent_is_not(tmp_path: Path) -> None:
+    interrupted(tmp_path)
+    file, other = tmp_path / "run" / "recipe.yaml", ["sft.sequences_per_step=8", "run.allow_changes=true"]
+    kept = file.read_text()
+    with suppress(KeyboardInterrupt), open_run(sft(tmp_path, *other)) as run:
+        assert file.read_text() == kept
+        keep_recipe(run.directory, sft(tmp_path, *other))
+        raise KeyboardInterrupt
+    assert "allow_changes: false" in file.read_text()
+    assert not changes(RunDirectory(tmp_path / "run"), sft(tmp_path, "sft.sequences_per_step=8"))
+
+
+def test_a_change_after_the_last_checkpoint_is_told_until_there_is_another(tmp_path: Path) -> None:
+    interrupted(tmp_path)
+    before, directory = dump_recipe(sft(tmp_path)), RunDirectory(tmp_path / "run")
+    checkpoint = Checkpoint(tmp_path, 2, {"recipe": before})
+    longer = sft(tmp_path, "sft.steps=9000", "sft.sequences_per_step=8")
+    assert [key.split()[0] for key in changes_since(checkpoint, directory, longer)] == ["sft.sequences_per_step"]
+    assert changes_since(None, directory, longer) == []
+
+
+def test_a_run_whose_model_has_moved_is_compared_and_goes_on_where_changes_are_allowed(tmp_path: Path) -> None:
+    shutil.copytree(NANO / "policy", tmp_path / "policy")
+    interrupted(tmp_path, f"model.path={tmp_path / 'policy'}")
+    (tmp_path / "policy").rename(tmp_path / "moved")
+    moved = f"model.path={tmp_path / 'moved'}"
+    with (
+        pytest.raises(UserError, match=r"another recipe: model\.path \('.*policy' before, '.*moved' now\)"),
+        open_run(sft(tmp_path, moved)),
+    ):
+        pass
+    with open_run(sft(tmp_path, moved, "run.allow_changes=true")):
+        pass
 
 
 def test_preference_data_whose_gathering_was_interrupted_are_gathered_anew(tmp_path: Path) -> None:

@@ -1,17 +1,19 @@
-"""Ctrl-C and SIGTERM are never lost, let a step end within its grace, and end the process when they come twice."""
+"""Ctrl-C, SIGTERM and SIGUSR1 are never lost, let a step end within its grace, and end the process when they come twice."""
 
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 
 from align.errors import Terminated
+from align.session.ray import _Head
 from align.session.signals import StopRequest
 
-KINDS = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
+KINDS = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated, signal.SIGUSR1: Terminated}
 
 
 @pytest.mark.parametrize("number", KINDS)
@@ -39,6 +41,13 @@ def test_what_is_deferred_ends_before_the_run_does(number: signal.Signals) -> No
         with pytest.raises(KINDS[number]):
             stop.check()
     assert ended
+
+
+def test_a_signal_from_outside_is_not_the_death_of_ray() -> None:
+    head = object.__new__(_Head)
+    head._processes, head._died, head.over = {}, None, threading.Event()
+    with StopRequest(), head.watched(), pytest.raises(Terminated):
+        os.kill(os.getpid(), signal.SIGUSR1)
 
 
 def test_when_the_grace_is_over_what_is_deferred_is_interrupted() -> None:
