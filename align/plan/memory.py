@@ -154,11 +154,23 @@ def activation_memory(job: Training) -> dict[str, float]:
     one_layer, all_layers = job.sizes.activations
     elements = one_layer + job.sizes.layers * job.sizes.hidden if job.options.gradient_checkpointing else all_layers
     parts: dict[str, float] = {"activations": job.tokens * elements * job.element}
+    if beside := experts_beside_factors(job):
+        parts["experts beside adapters"] = beside / (job.sizes.layers if job.options.gradient_checkpointing else 1)
     if job.logits:
         # In float32 four times; the head's gradient in float32, and what a tile adds to it.
         head = job.sizes.vocabulary * job.sizes.hidden * (4 + job.element if job.options.lora is None else 0)
         parts["head"] = max(TILE, job.sizes.vocabulary) * 16 + head
     return parts
+
+
+def experts_beside_factors(job: Training) -> float:
+    """Bytes of the adapted experts of all layers, which the learner computes with beside their factors where it does not merge these: backward
+    needs the copies that are made for that."""
+    lora, options = job.options.lora, job.options
+    if lora is None or options.zero_stage == 3 or job.element == 4:
+        return 0.0
+    adapted = adapted_parameters(job.sizes, lora.targets)
+    return float(sum(math.prod(shape) for shape in adapted.values() if len(shape) == 3) * job.element)
 
 
 def worker_memory(

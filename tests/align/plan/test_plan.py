@@ -226,6 +226,23 @@ def test_in_bfloat16_workers_have_the_adapter_beside_the_weights() -> None:
     assert beside.sent == merged.sent + adapter
 
 
+def test_adapted_experts_are_copied_beside_their_factors_until_backward() -> None:
+    recipe, targets = "recipes/v2_lite/lora_sft.yaml", "learner.lora.targets=[attention, experts]"
+    whole, checkpointed, merged, shared = (
+        planned(recipe, LITE, 1, 8, *changes).roles[-1].parts.get("experts beside adapters")
+        for changes in (
+            [targets, "learner.gradient_checkpointing=false"],
+            [targets, "learner.gradient_checkpointing=true"],
+            [targets, "model.dtype=float32"],
+            ["learner.gradient_checkpointing=false"],
+        )
+    )
+    assert whole == 2 * LITE_ROUTED
+    assert checkpointed == pytest.approx(whole / 27)
+    assert merged is None
+    assert shared is None
+
+
 def test_deepseek_v2_with_adapters_fits_sixty_four_gpus() -> None:
     changes = ["learner.ranks=48", "learner.lora={rank: 16}"]
     assert planned("recipes/v2/grpo_reasoning.yaml", V2, 8, 8, *changes).refusals == []
