@@ -163,14 +163,9 @@ def left_out(sources: Sequence[Source[Any]]) -> dict[str, int]:
     return {"rows_left_out": sum(counts)} if counts else {}
 
 
-def drawn(items: Sequence[T], count: int, *, seed: int, step: int) -> list[T]:
-    """The `count` items of a step: each once an epoch, in an order drawn anew for each epoch, none twice in a step."""
-    order, start = order_of(len(items), count, seed=seed, step=step)
-    return [items[i] for i in order[start : start + count]]
-
-
 def order_of(total: int, count: int, *, seed: int, step: int) -> tuple[Sequence[int], int]:
-    """The order of the epoch that a step of `count` items is in, and where in it the step begins."""
+    """The order, drawn anew for each epoch, of the epoch that a step of `count` items is in, and where in it the step begins: each item comes once an
+    epoch, and none twice in a step."""
     if count > total:
         raise ValueError(f"a step takes {count} examples, but there are only {total}")
     epoch, place = divmod(step, total // count)
@@ -182,9 +177,6 @@ def _of_step(source: Source[T], seed: int, step: int, round: int) -> Iterator[Se
     depends on no other step. A later round has as many of the rows that come there next, or fewer at the end."""
     items, count = source.items, source.a_step
     order: Sequence[int]
-    if source.encode is None and not round:
-        yield from ([item] for item in drawn(items, count, seed=seed, step=step))
-        return
     if isinstance(items, Stream):
         items, block, place = items.block_of(step, count)
         order, start = permutation(len(items), seed, block), place * count
