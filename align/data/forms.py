@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, Literal, NamedTuple
 
-from align.data.pair_rows import hh_turns
+from align.data.pair_rows import hh_pair
 from align.data.rows import ROLES, NothingToJudgeBy, Row, asked, message_of
 from align.data.types import Example, Message, Preference
 from align.errors import UserError
@@ -278,12 +278,9 @@ def _pair_of_texts(row: Row) -> Pair:
     chosen, rejected = row.filled("chosen"), row.filled("rejected")
     if chosen.startswith("\n\nHuman:") and rejected.startswith("\n\nHuman:"):
         try:
-            (*prompt, better), (*other, worse) = hh_turns(chosen), hh_turns(rejected)
+            return Pair(*hh_pair(chosen, rejected))
         except NothingToJudgeBy as reason:
             raise UserError(f"{row.where}: {reason}") from None
-        if prompt != other:
-            raise UserError(f"{row.where}: the dialogues differ before their last turn")
-        return Pair(tuple(prompt), better["content"], worse["content"])
     alike = takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False))
     common = re.sub(r"\S*\Z", "", "".join(character for character, _ in alike))
     if not common.strip() or not chosen[len(common) :] or not rejected[len(common) :]:
