@@ -1,36 +1,25 @@
 import pytest
-import yaml
 
 from align.data.cards import CARDS, list_cards, load_card, require_stage
 from align.errors import UserError
 
-FILE_CARD = {
-    "name": "mine",
-    "title": "Mine",
-    "source": {
-        "kind": "file",
-        "splits": {"train": {"from": "train.jsonl"}, "test": {"from": "test.jsonl"}},
-        "fields": {"prompt": "q", "answer": "a"},
-    },
-    "licence": "CC0",
-    "stages": ["grpo", "eval"],
-    "domain": "arithmetic",
-    "splits": {"train": "some", "test": "others"},
-    "decontamination": {"against": ["test"], "why": "so"},
-}
+from .. import rows
 
-FIELDS = FILE_CARD["source"]["fields"]
-HUB = FILE_CARD["source"] | {
+FIELDS = {"prompt": "q", "answer": "a"}
+FILES = {
+    "kind": "file",
+    "splits": {"train": {"from": "train.jsonl"}, "test": {"from": "test.jsonl"}},
+    "fields": FIELDS,
+}
+HUB = FILES | {
     "kind": "hub",
     "path": "owner/name",
     "splits": {"train": {"from": "train"}, "test": {"from": "test"}},
 }
 
 
-def write_card(directory, **changes):
-    path = directory / "mine.md"
-    path.write_text(f"---\n{yaml.safe_dump(FILE_CARD | changes)}---\n\n# Mine\n", encoding="utf-8")
-    return path
+def write_card(directory, source=FILES, **changes):
+    return rows.write_card(directory / "mine.md", source, **({"stages": ["grpo", "eval"]} | changes))
 
 
 def test_the_cards_of_the_repository_are_valid():
@@ -58,28 +47,28 @@ def test_an_unknown_card_names_the_nearest():
     [
         ({"licens": "MIT"}, r"mine\.md: unknown key 'licens' \(did you mean 'licence'\?\)"),
         (
-            {"source": FILE_CARD["source"] | {"field": {}}},
+            {"source": FILES | {"field": {}}},
             r"mine\.md: source: unknown key 'field' \(did you mean 'fields'\?\)",
         ),
         (
-            {"source": FILE_CARD["source"] | {"fields": {"prompt": "q", "anser": "a"}}},
+            {"source": FILES | {"fields": {"prompt": "q", "anser": "a"}}},
             r"source\.fields: unknown key 'anser' \(did you mean 'answer'\?\)",
         ),
-        ({"source": FILE_CARD["source"] | {"fields": {}}}, r"source\.fields\.prompt: Field required"),
+        ({"source": FILES | {"fields": {}}}, r"source\.fields\.prompt: Field required"),
         (
-            {"source": FILE_CARD["source"] | {"fields": FIELDS | {"answer_after": "#", "answer_boxed": True}}},
+            {"source": FILES | {"fields": FIELDS | {"answer_after": "#", "answer_boxed": True}}},
             r"source\.fields: answer_after and answer_boxed are two places of one answer",
         ),
         (
-            {"source": FILE_CARD["source"] | {"fields": {"prompt": "q", "answer_boxed": True}}},
+            {"source": FILES | {"fields": {"prompt": "q", "answer_boxed": True}}},
             r"source\.fields: answer_after and answer_boxed need the column of the answer",
         ),
         (
-            {"source": FILE_CARD["source"] | {"fields": FIELDS | {"tests": {"format": "mbp"}}}},
+            {"source": FILES | {"fields": FIELDS | {"tests": {"format": "mbp"}}}},
             r"source\.fields\.tests: .*'mbp'.*'human_eval', 'mbpp', 'apps'",
         ),
         (
-            {"source": FILE_CARD["source"] | {"fields": FIELDS | {"tests": {"format": "apps", "casses": "c"}}}},
+            {"source": FILES | {"fields": FIELDS | {"tests": {"format": "apps", "casses": "c"}}}},
             r"source\.fields\.tests\.apps: unknown key 'casses' \(did you mean 'cases'\?\)",
         ),
         ({"source": HUB | {"files": {"train": "a.jsonl"}}}, "source: files: there are none of test"),
@@ -102,7 +91,7 @@ def test_splits_may_not_share_rows(tmp_path):
         "test": {"from": "a.jsonl", "percent": [0, 5]},
     }
     with pytest.raises(UserError, match="test and train take the same rows"):
-        load_card(write_card(tmp_path, source=FILE_CARD["source"] | {"splits": splits}))
+        load_card(write_card(tmp_path, source=FILES | {"splits": splits}))
 
 
 def test_splits_may_not_share_seeds(tmp_path):

@@ -14,6 +14,7 @@ from reward import Sample, Verdict
 from reward.code.answer import code_tests
 
 from ...reward.corpus.code_corpus import NEEDS_ISOLATION, humaneval
+from ..rows import write_rows
 
 HUMAN_EVAL = {
     "task_id": "Mine/0",
@@ -45,9 +46,7 @@ LEETCODE_STARTER = "class Solution:\n    def ones(self, counts: Dict[int, int]) 
 
 
 def load(card: str, *rows: dict, directory: Path) -> list[Example]:
-    path = directory / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return load_split(load_card(card), "test", path=path).examples
+    return load_split(load_card(card), "test", path=write_rows(directory / "rows.jsonl", rows)).examples
 
 
 def verdict(example: Example, code: str) -> Verdict:
