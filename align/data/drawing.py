@@ -163,26 +163,18 @@ def left_out(sources: Sequence[Source[Any]]) -> dict[str, int]:
     return {"rows_left_out": sum(counts)} if counts else {}
 
 
-def order_of(total: int, count: int, *, seed: int, step: int) -> tuple[Sequence[int], int]:
-    """The order, drawn anew for each epoch, of the epoch that a step of `count` items is in, and where in it the step begins: each item comes once an
-    epoch, and none twice in a step."""
-    if count > total:
-        raise ValueError(f"a step takes {count} examples, but there are only {total}")
-    epoch, place = divmod(step, total // count)
-    return permutation(total, seed, epoch), place * count
-
-
 def _of_step(source: Source[T], seed: int, step: int, round: int) -> Iterator[Sequence[T]]:
-    """What the rows of a step give. In the place of a row that gives nothing comes one of those half an epoch (of a stream, half a block) on, so that what a step takes
+    """What the rows of a step give: each row once an epoch, in an order drawn anew for each epoch, and none twice in a step. In the place of a row that gives nothing comes one of those half an epoch (of a stream, half a block) on, so that what a step takes
     depends on no other step. A later round has as many of the rows that come there next, or fewer at the end."""
     items, count = source.items, source.a_step
-    order: Sequence[int]
     if isinstance(items, Stream):
-        items, block, place = items.block_of(step, count)
-        order, start = permutation(len(items), seed, block), place * count
+        items, epoch, place = items.block_of(step, count)
+    elif count > len(items):
+        raise ValueError(f"a step takes {count} examples, but there are only {len(items)}")
     else:
-        order, start = order_of(len(items), count, seed=seed, step=step)
-    total = len(items)
+        epoch, place = divmod(step, len(items) // count)
+    total, start = len(items), place * count
+    order = permutation(total, seed, epoch)
     others = (order[(start + total // 2 + place) % total] for place in range(total))
     own = order[start : start + count]
     encode = source.encode or (lambda item: [item])

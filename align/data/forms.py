@@ -144,12 +144,8 @@ def _answered(row: Row, column: str) -> Turns:
     return turns
 
 
-def _messages(row: Row) -> Conversation:
-    return Conversation(_answered(row, "messages"), ("messages",))
-
-
-def _sharegpt(row: Row) -> Conversation:
-    return Conversation(_answered(row, "conversations"), ("conversations", "system"))
+def _messages_in(column: str, *others: str) -> Callable[[Row], Conversation]:
+    return lambda row: Conversation(_answered(row, column), (column, *others))
 
 
 def _alpaca(row: Row) -> Conversation:
@@ -335,14 +331,14 @@ FORMS: Sequence[Form] = (
         lambda row: _has("messages")(row) and _is_asked_only(row),
         _asking,
     ),
-    Form("messages", "conversations", "messages", "OpenAI, TRL", _has("messages"), _messages),
+    Form("messages", "conversations", "messages", "OpenAI, TRL", _has("messages"), _messages_in("messages")),
     Form(
         "sharegpt",
         "conversations",
         "conversations, maybe system",
         "ShareGPT",
         _has("conversations"),
-        _sharegpt,
+        _messages_in("conversations", "system"),
     ),
     Form(
         "alpaca",
