@@ -115,11 +115,11 @@ def test_sequences_have_room_for_what_the_data_need(
 
 @pytest.mark.parametrize(("rows", "count"), [(1, 1), (12, 1), (16, 2), (100, 8), (256, 32), (10**6, 32)])
 def test_a_step_takes_a_power_of_two_and_an_epoch_has_eight_steps(rows: int, count: int) -> None:
-    assert batch(facts(rows=rows), 32).value == count
+    assert batch("sft.sequences_per_step", facts(rows=rows), 32).value == count
 
 
 def test_there_is_a_sequence_for_each_rank() -> None:
-    assert batch(facts(Machine(64, GIB, 8, 80 * GIB), rows=20), 64).value == 8
+    assert batch("sft.sequences_per_step", facts(Machine(64, GIB, 8, 80 * GIB), rows=20), 64).value == 8
 
 
 def test_two_passes_are_made_or_as_many_steps_as_end_in_time() -> None:
