@@ -6,6 +6,8 @@ from align.errors import UserError
 from .. import rows
 
 FIELDS = {"prompt": "q", "answer": "a"}
+SHARED_ROWS = {"train": {"from": "a.jsonl", "percent": [4, 100]}, "test": {"from": "a.jsonl", "percent": [0, 5]}}
+SHARED_SEEDS = {"train": {"size": 100, "seed": 0}, "test": {"size": 10, "seed": 99}}
 FILES = {
     "kind": "file",
     "splits": {"train": {"from": "train.jsonl"}, "test": {"from": "test.jsonl"}},
@@ -74,6 +76,11 @@ def test_an_unknown_card_names_the_nearest():
         ({"source": HUB | {"files": {"train": "a.jsonl"}}}, "source: files: there are none of test"),
         ({"source": HUB | {"files": {"train": "a", "test": "b"}, "config": "c"}}, "source: config has no effect"),
         ({"source": {"kind": "hubb"}}, r"source: .*'hubb'.*'hub'"),
+        ({"source": FILES | {"splits": SHARED_ROWS}}, "test and train take the same rows"),
+        (
+            {"source": {"kind": "reasoning_gym", "task": "chain_sum", "splits": SHARED_SEEDS}},
+            r"train and test share seeds.*must start at 100",
+        ),
         ({"splits": {"train": "some"}}, "describes .*train.*but the source has .*test"),
         ({"decontamination": {"against": ["validation"], "why": "so"}}, "there is no split validation"),
         ({"stages": ["sft"]}, "sft needs demonstrations"),
@@ -83,25 +90,6 @@ def test_an_unknown_card_names_the_nearest():
 def test_a_wrong_card_names_file_and_key(tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         load_card(write_card(tmp_path, **changes))
-
-
-def test_splits_may_not_share_rows(tmp_path):
-    splits = {
-        "train": {"from": "a.jsonl", "percent": [4, 100]},
-        "test": {"from": "a.jsonl", "percent": [0, 5]},
-    }
-    with pytest.raises(UserError, match="test and train take the same rows"):
-        load_card(write_card(tmp_path, source=FILES | {"splits": splits}))
-
-
-def test_splits_may_not_share_seeds(tmp_path):
-    source = {
-        "kind": "reasoning_gym",
-        "task": "chain_sum",
-        "splits": {"train": {"size": 100, "seed": 0}, "test": {"size": 10, "seed": 99}},
-    }
-    with pytest.raises(UserError, match=r"train and test share seeds.*must start at 100"):
-        load_card(write_card(tmp_path, source=source))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from align.data import entries
 from align.data.cards import OwnSource
@@ -189,11 +188,3 @@ def test_a_stream_of_files_holds_out_what_its_first_rows_and_their_hash_do(
     refusing, _ = loaded(tmp_path, path=tmp_path / "chat-*.jsonl", stream=True)
     with pytest.raises(UserError, match=r"chat-1\.jsonl, line 61: not JSON"):
         steps(refusing, 40)
-
-
-@pytest.mark.parametrize("key", [{"limit": 5}, {"levels": [1]}, {"split": "validation"}])
-def test_keys_without_effect_on_a_stream_are_refused(key: dict[str, Any], tmp_path: Path) -> None:
-    from align.recipe import DataOptions
-
-    with pytest.raises(ValueError, match=f"data.{next(iter(key))} has no effect here"):
-        DataOptions.model_validate(yaml.safe_load("{path: x.jsonl, stream: true}") | key)

@@ -340,6 +340,13 @@ def test_what_a_stage_cannot_take_is_refused_before_anything_starts(
         ({}, "name a card, or give the path of data of one's own"),
         ({"card": "nano_math", "held_out": 0.1}, "data.held_out has no effect here"),
         ({"card": "nano_math", "bad_rows": "leave_out"}, "data.bad_rows has no effect here"),
+        ({"card": "nano_math", "revision": "main"}, "data.revision has no effect here"),
+        ({"card": "nano_math", "stream": True}, "data.stream has no effect here"),
+        ({"path": "x.jsonl", "config": "a"}, "data.config has no effect here"),
+        ({"path": "hf://datasets/org/name/x.jsonl", "hub_split": "a"}, "data.hub_split has no effect here"),
+        ({"path": "x.jsonl", "stream": True, "limit": 5}, "data.limit has no effect here"),
+        ({"path": "x.jsonl", "stream": True, "levels": [1]}, "data.levels has no effect here"),
+        ({"path": "x.jsonl", "stream": True, "split": "validation"}, "data.split has no effect here"),
         ({"path": "x.jsonl", "held_out": 0.5}, "less than 0.5"),
     ],
 )

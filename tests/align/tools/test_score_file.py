@@ -43,22 +43,20 @@ def test_every_line_gets_value_verdict_and_detail(tmp_path: Path) -> None:
     assert "3 completions, mean value 0.500" in summary
 
 
-def test_a_number_is_an_answer_as_json_has_it(tmp_path: Path) -> None:
-    data = lines(tmp_path, {"id": "1", "completion": r"\boxed{0.00001}", "ground_truth": 1e-05})
-    score_file(RewardTerm(name="math"), data, tmp_path / "out.jsonl")
-    assert scores(tmp_path)[0]["value"] == 1.0
-
-
-def test_a_ground_truth_may_be_called_answer(tmp_path: Path) -> None:
-    data = lines(tmp_path, {"id": "1", "completion": r"\boxed{4}", "answer": "4", "ground_truth": ["for the reward"]})
-    score_file(EXACT, data, tmp_path / "out.jsonl")
-    assert scores(tmp_path)[0]["value"] == 1.0
-
-
-def test_parameters_reach_the_reward(tmp_path: Path) -> None:
-    data = lines(tmp_path, {"id": "1", "completion": r"\boxed{4}", "ground_truth": "4"})
-    score_file(RewardTerm(name="exact_answer", params={"right": 5.0}), data, tmp_path / "out.jsonl")
-    assert scores(tmp_path)[0]["value"] == 5.0
+@pytest.mark.parametrize(
+    ("term", "row", "value"),
+    [
+        (RewardTerm(name="math"), {"completion": r"\boxed{0.00001}", "ground_truth": 1e-05}, 1.0),
+        (EXACT, {"completion": r"\boxed{4}", "answer": "4", "ground_truth": ["for the reward"]}, 1.0),
+        (RewardTerm(name="exact_answer", params={"right": 5.0}), {"completion": r"\boxed{4}", "answer": "4"}, 5.0),
+    ],
+    ids=["a number", "a truth called answer", "a parameter"],
+)
+def test_truths_and_parameters_reach_the_reward(
+    tmp_path: Path, term: RewardTerm, row: dict[str, Any], value: float
+) -> None:
+    score_file(term, lines(tmp_path, {"id": "1", **row}), tmp_path / "out.jsonl")
+    assert scores(tmp_path)[0]["value"] == value
 
 
 def test_rows_as_ifeval_publishes_them_are_scored_and_an_odd_one_is_masked_alone(tmp_path: Path) -> None:
