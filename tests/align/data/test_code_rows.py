@@ -89,13 +89,6 @@ def test_the_prompt_of_mbpp_shows_the_asserts_as_its_paper_does(tmp_path):
     assert (example.domain, example.answer, example.response) == ("code", None, None)
 
 
-@NEEDS_ISOLATION
-def test_mbpp_is_judged_by_its_asserts(tmp_path):
-    [example] = load("mbpp", MBPP, directory=tmp_path)
-    assert verdict(example, HALVE) is Verdict.PASS
-    assert verdict(example, HALVE + " + 1") is Verdict.WRONG
-
-
 def test_setup_may_be_a_list_of_imports(tmp_path):
     [example] = load("mbpp", MBPP | {"test_setup_code": ["import os", "from math import isclose"]}, directory=tmp_path)
     assert example.metadata["tests"]["setup"] == "import os\nfrom math import isclose"
@@ -138,19 +131,21 @@ def test_a_method_of_leetcode_is_asked_for_as_a_function(tmp_path):
 
 @NEEDS_ISOLATION
 @pytest.mark.parametrize(
-    ("row", "right", "wrong"),
+    ("card", "row", "right", "wrong"),
     [
-        (apps(STDIO), STDIO_PROGRAM, "print(4)"),
-        (apps(CODEWARS), "def pairs(a, b):\n    return a, b", "def pairs(a, b):\n    return [(a, b)]"),
+        ("mbpp", MBPP, HALVE, HALVE + " + 1"),
+        ("apps", apps(STDIO), STDIO_PROGRAM, "print(4)"),
+        ("apps", apps(CODEWARS), "def pairs(a, b):\n    return a, b", "def pairs(a, b):\n    return [(a, b)]"),
         (
+            "apps",
             apps(LEETCODE, LEETCODE_STARTER),
             "def ones(counts):\n    return [counts[min(counts)]]",
             "def ones(counts):\n    return counts[min(counts)]",
         ),
     ],
 )
-def test_apps_is_judged_by_its_cases(row, right, wrong, tmp_path):
-    [example] = load("apps", row, directory=tmp_path)
+def test_a_program_is_judged_by_the_tests_of_its_row(card, row, right, wrong, tmp_path):
+    [example] = load(card, row, directory=tmp_path)
     assert verdict(example, right) is Verdict.PASS
     assert verdict(example, wrong) is Verdict.WRONG
 
