@@ -19,6 +19,7 @@ from align.tools.habits import answers_in
 
 SHARES = (0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
 SIDE = 256
+LITTLE_WORDS = "the a of and is to in it for with that on as are many people"
 Plant = Callable[[str, Answer], str]
 
 
@@ -61,24 +62,7 @@ def synthetic(count: int, seed: int) -> list[Answer]:
         for a in ("mar", "tel", "sor", "bin", "cal", "dov", "fen", "gul")
         for b in ("in", "ow", "et", "ick", "age", "ure")
     ]
-    little = [
-        "the",
-        "a",
-        "of",
-        "and",
-        "is",
-        "to",
-        "in",
-        "it",
-        "for",
-        "with",
-        "that",
-        "on",
-        "as",
-        "are",
-        "many",
-        "people",
-    ]
+    little = LITTLE_WORDS.split()
     answers = []
     for number in range(count):
         about, sentences = draw.choice(things), []
@@ -130,13 +114,8 @@ def main() -> None:
         print(
             f"two samples of the same: {alarms} of {given.pairs} pairs with a habit; {spent / given.pairs:.2f} s of CPU each"
         )
-    print(
-        "\n| planted | "
-        + " | ".join(f"{share:.0%}" for share in given.shares)
-        + " | told (of the last) |\n"
-        + "|---" * (len(given.shares) + 2)
-        + "|"
-    )
+    shares = " | ".join(f"{share:.0%}" for share in given.shares)
+    print(f"\n| planted | {shares} | told (of the last) |\n{'|---' * (len(given.shares) + 2)}|")
     for kind in given.kinds:
         counts = []
         for share in given.shares:

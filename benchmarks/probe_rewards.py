@@ -8,7 +8,7 @@ problem; those that SmolLM2 gave are beside the tests. A cell is the change of t
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from align.data.cards import load_card
@@ -67,11 +67,8 @@ def demonstrated(card: str, count: int) -> list[Sample]:
     """To `count` problems of a card's test each its demonstration and that of another problem."""
     examples = [example for example in load_split(load_card(card), "test").examples if example.response is not None]
     examples = examples[:: max(1, len(examples) // count)][:count]
-    return [sample for pair in zip(examples, shifted(examples), strict=True) for sample in answers(*pair)]
-
-
-def shifted(examples: Sequence[Example]) -> list[Example]:
-    return [*examples[1:], examples[0]]
+    shifted = [*examples[1:], examples[0]]
+    return [sample for pair in zip(examples, shifted, strict=True) for sample in answers(*pair)]
 
 
 def answers(example: Example, other: Example) -> list[Sample]:

@@ -61,13 +61,9 @@ COMMON = [
     "save_every=5",
     "keep_checkpoints=1",
 ]
-TINY_SFT = ["sft.steps=10", "sft.sequences_per_step=16", "evaluation={limit: 16, samples: 0, before: false}"]
-TINY_GRPO = [
-    "grpo.steps=2",
-    "grpo.prompts_per_step=4",
-    "grpo.group_size=4",
-    "evaluation={limit: 16, samples: 0, before: false}",
-]
+TINY_EVALUATION = "evaluation={limit: 16, samples: 0, before: false}"
+TINY_SFT = ["sft.steps=10", "sft.sequences_per_step=16", TINY_EVALUATION]
+TINY_GRPO = ["grpo={steps: 2, prompts_per_step: 4, group_size: 4}", TINY_EVALUATION]
 
 
 @dataclass(frozen=True, slots=True)

@@ -285,26 +285,19 @@ def timed_processes(
     passes: Callable[[Task, int, int], Iterator[None]], task: Task, processes: int, threads: int
 ) -> dict[str, list[float]]:
     """What the timed steps of `processes` of `threads` threads together took."""
+    from torch.multiprocessing import spawn
+
     os.environ |= rollout.worker.environment(threads)
     context = multiprocessing.get_context("spawn")
     barrier, ends = context.Barrier(processes), context.SimpleQueue()
-    started = [
-        context.Process(target=run_passes, args=(passes, task, rank, processes, threads, barrier, ends))
-        for rank in range(processes)
-    ]
-    for process in started:
-        process.start()
-    for process in started:
-        process.join()
-    if any(process.exitcode for process in started):
-        raise RuntimeError(f"a process of {passes.__name__} failed")
+    spawn(run_passes, (passes, task, processes, threads, barrier, ends), processes)
     return task.timed([ends.get() for _ in range(task.warmup + task.steps)])
 
 
 def run_passes(
+    rank: int,
     passes: Callable[[Task, int, int], Iterator[None]],
     task: Task,
-    rank: int,
     processes: int,
     threads: int,
     barrier: Any,
@@ -315,16 +308,12 @@ def run_passes(
 
     torch.set_num_threads(threads)
     work = passes(task, rank, processes)
-    try:
-        for _ in range(task.warmup + task.steps):
-            next(work)
-            barrier.wait()
-            if rank == 0:
-                ends.put(read(os.getppid()))
-            barrier.wait()
-    except BaseException:
-        barrier.abort()
-        raise
+    for _ in range(task.warmup + task.steps):
+        next(work)
+        barrier.wait()
+        if rank == 0:
+            ends.put(read(os.getppid()))
+        barrier.wait()
 
 
 def share_of_prompts(task: Task, rank: int, processes: int) -> list[list[int]]:

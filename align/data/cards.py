@@ -6,7 +6,7 @@ held apart so) are what a listing of the cards shows; there are no others.
 
 from itertools import combinations, pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, ValidationInfo, model_validator
@@ -61,11 +61,6 @@ class TableSplit(Strict):
     percent: tuple[Annotated[int, Field(ge=0, le=100)], Annotated[int, Field(ge=0, le=100)]] = (0, 100)
     """From where to where in the order of the hashes, the end excluded."""
 
-    def overlaps(self, other: "TableSplit") -> bool:
-        return self.table == other.table and (
-            max(self.percent[0], other.percent[0]) < min(self.percent[1], other.percent[1])
-        )
-
 
 class TableSource(Strict):
     """What the hub's tables and local ones have in common."""
@@ -76,7 +71,8 @@ class TableSource(Strict):
     @model_validator(mode="after")
     def _hold_splits_apart(self) -> Self:
         for (name, split), (other_name, other) in combinations(self.splits.items(), 2):
-            if split.overlaps(other):
+            first, end = max(split.percent[0], other.percent[0]), min(split.percent[1], other.percent[1])
+            if split.table == other.table and first < end:
                 raise ValueError(f"splits {name} and {other_name} take the same rows of {split.table!r}")
         return self
 
@@ -128,6 +124,9 @@ class OwnSource(Strict):
     """Files whose columns say what is in them, see `align.data.forms`: a file, several by a pattern, or a directory with `train.jsonl` and
     others. What is not in files of its own is drawn from `train` by a hash of its prompts."""
 
+    has_demonstrations: ClassVar[bool] = True
+    has_preferences: ClassVar[bool] = True
+
     kind: Literal["own"]
     path: str
     splits: tuple[SplitName, ...] = ("train", "validation", "test")
@@ -151,17 +150,12 @@ class OwnSource(Strict):
         beside = info.context / data["path"]
         return data if is_on_hub(data["path"]) and not beside.exists() else data | {"path": str(beside)}
 
-    @property
-    def has_demonstrations(self) -> bool:
-        return True
-
-    @property
-    def has_preferences(self) -> bool:
-        return True
-
 
 class GeneratorSource(Strict):
     """Problems that this project generates, see `align.data.generators`; the generator decides the splits."""
+
+    splits: ClassVar[tuple[SplitName, ...]] = ("train", "validation", "test")
+    has_demonstrations: ClassVar[bool] = True
 
     kind: Literal["generator"]
     name: str
@@ -174,14 +168,6 @@ class GeneratorSource(Strict):
         except ValidationError as error:
             raise ValueError("params: " + "; ".join(_problem(detail) for detail in error.errors())) from None
         return self
-
-    @property
-    def splits(self) -> tuple[SplitName, ...]:
-        return ("train", "validation", "test")
-
-    @property
-    def has_demonstrations(self) -> bool:
-        return True
 
     @property
     def has_preferences(self) -> bool:
@@ -197,6 +183,8 @@ class SeedRange(Strict):
 
 class ReasoningGymSource(Strict):
     """A task of the library reasoning_gym."""
+
+    has_preferences: ClassVar[bool] = False
 
     kind: Literal["reasoning_gym"]
     task: str
@@ -220,10 +208,6 @@ class ReasoningGymSource(Strict):
     @property
     def has_demonstrations(self) -> bool:
         return self.solution is not None
-
-    @property
-    def has_preferences(self) -> bool:
-        return False
 
 
 class Decontamination(Strict):

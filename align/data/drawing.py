@@ -163,34 +163,18 @@ def left_out(sources: Sequence[Source[Any]]) -> dict[str, int]:
     return {"rows_left_out": sum(counts)} if counts else {}
 
 
-def drawn(items: Sequence[T], count: int, *, seed: int, step: int) -> list[T]:
-    """The `count` items of a step: each once an epoch, in an order drawn anew for each epoch, none twice in a step."""
-    order, start = order_of(len(items), count, seed=seed, step=step)
-    return [items[i] for i in order[start : start + count]]
-
-
-def order_of(total: int, count: int, *, seed: int, step: int) -> tuple[Sequence[int], int]:
-    """The order of the epoch that a step of `count` items is in, and where in it the step begins."""
-    if count > total:
-        raise ValueError(f"a step takes {count} examples, but there are only {total}")
-    epoch, place = divmod(step, total // count)
-    return permutation(total, seed, epoch), place * count
-
-
 def _of_step(source: Source[T], seed: int, step: int, round: int) -> Iterator[Sequence[T]]:
-    """What the rows of a step give. In the place of a row that gives nothing comes one of those half an epoch (of a stream, half a block) on, so that what a step takes
+    """What the rows of a step give: each row once an epoch, in an order drawn anew for each epoch, and none twice in a step. In the place of a row that gives nothing comes one of those half an epoch (of a stream, half a block) on, so that what a step takes
     depends on no other step. A later round has as many of the rows that come there next, or fewer at the end."""
     items, count = source.items, source.a_step
-    order: Sequence[int]
-    if source.encode is None and not round:
-        yield from ([item] for item in drawn(items, count, seed=seed, step=step))
-        return
     if isinstance(items, Stream):
-        items, block, place = items.block_of(step, count)
-        order, start = permutation(len(items), seed, block), place * count
+        items, epoch, place = items.block_of(step, count)
+    elif count > len(items):
+        raise ValueError(f"a step takes {count} examples, but there are only {len(items)}")
     else:
-        order, start = order_of(len(items), count, seed=seed, step=step)
-    total = len(items)
+        epoch, place = divmod(step, len(items) // count)
+    total, start = len(items), place * count
+    order = permutation(total, seed, epoch)
     others = (order[(start + total // 2 + place) % total] for place in range(total))
     own = order[start : start + count]
     encode = source.encode or (lambda item: [item])

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, Literal, NamedTuple
 
-from align.data.pair_rows import hh_turns
+from align.data.pair_rows import hh_pair
 from align.data.rows import ROLES, NothingToJudgeBy, Row, asked, message_of
 from align.data.types import Example, Message, Preference
 from align.errors import UserError
@@ -146,12 +146,8 @@ def _answered(row: Row, column: str) -> Turns:
     return turns
 
 
-def _messages(row: Row) -> Conversation:
-    return Conversation(_answered(row, "messages"), ("messages",))
-
-
-def _sharegpt(row: Row) -> Conversation:
-    return Conversation(_answered(row, "conversations"), ("conversations", "system"))
+def _messages_in(column: str, *others: str) -> Callable[[Row], Conversation]:
+    return lambda row: Conversation(_answered(row, column), (column, *others))
 
 
 def _alpaca(row: Row) -> Conversation:
@@ -280,12 +276,9 @@ def _pair_of_texts(row: Row) -> Pair:
     chosen, rejected = row.filled("chosen"), row.filled("rejected")
     if chosen.startswith("\n\nHuman:") and rejected.startswith("\n\nHuman:"):
         try:
-            (*prompt, better), (*other, worse) = hh_turns(chosen), hh_turns(rejected)
+            return Pair(*hh_pair(chosen, rejected))
         except NothingToJudgeBy as reason:
             raise UserError(f"{row.where}: {reason}") from None
-        if prompt != other:
-            raise UserError(f"{row.where}: the dialogues differ before their last turn")
-        return Pair(tuple(prompt), better["content"], worse["content"])
     alike = takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False))
     common = re.sub(r"\S*\Z", "", "".join(character for character, _ in alike))
     if not common.strip() or not chosen[len(common) :] or not rejected[len(common) :]:
@@ -340,14 +333,14 @@ FORMS: Sequence[Form] = (
         lambda row: _has("messages")(row) and _is_asked_only(row),
         _asking,
     ),
-    Form("messages", "conversations", "messages", "OpenAI, TRL", _has("messages"), _messages),
+    Form("messages", "conversations", "messages", "OpenAI, TRL", _has("messages"), _messages_in("messages")),
     Form(
         "sharegpt",
         "conversations",
         "conversations, maybe system",
         "ShareGPT",
         _has("conversations"),
-        _sharegpt,
+        _messages_in("conversations", "system"),
     ),
     Form(
         "alpaca",

@@ -259,9 +259,7 @@ def _at_levels(examples: Sequence[Example], levels: Sequence[int] | None, where:
     return picked(examples, np.array([place for place, level in enumerate(found) if level in levels], dtype=np.int64))
 
 
-def _instructed(example: Example, instruction: str | None) -> Example:
-    if instruction is None:
-        return example
+def _instructed(example: Example, instruction: str) -> Example:
     *earlier, last = example.messages
     told: Message = {**last, "content": f"{last['content']}\n{instruction}"}
     messages = (*earlier, told)

@@ -64,10 +64,8 @@ class HhDialogues(PairForm):
         return tuple(hh_turns(row.text(self.chosen))[:-1])
 
     def pair(self, row: Row) -> Pair:
-        (*prompt, better), (*other_prompt, worse) = (hh_turns(row.text(c)) for c in (self.chosen, self.rejected))
-        if prompt != other_prompt:
-            raise NothingToJudgeBy("the dialogues differ before their last turn")
-        return Pair(better["content"], worse["content"])
+        _, better, worse = hh_pair(row.text(self.chosen), row.text(self.rejected))
+        return Pair(better, worse)
 
 
 class NumberedResponses(PairForm):
@@ -101,6 +99,14 @@ class SignedResponses(PairForm):
 
 
 PairRows = Annotated[ChosenRejected | HhDialogues | NumberedResponses | SignedResponses, Field(discriminator="format")]
+
+
+def hh_pair(chosen: str, rejected: str) -> tuple[tuple[Message, ...], str, str]:
+    """The prompt and the completions of two dialogues. Raises NothingToJudgeBy where they differ before their last turn, and as `hh_turns` does."""
+    (*prompt, better), (*other_prompt, worse) = hh_turns(chosen), hh_turns(rejected)
+    if prompt != other_prompt:
+        raise NothingToJudgeBy("the dialogues differ before their last turn")
+    return tuple(prompt), better["content"], worse["content"]
 
 
 def hh_turns(dialogue: str) -> list[Message]:

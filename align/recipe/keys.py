@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from align.errors import UserError, nearest
+from align.recipe.load import section_in
 from align.recipe.recipes import STAGES
 
 WIDTH = 110
@@ -74,7 +75,7 @@ def _by_section(keys: Iterable[Key]) -> list[Key]:
 
 def _keys_in(options: type[BaseModel], at: str) -> Iterator[Key]:
     for name, field in options.model_fields.items():
-        inner = _section_in(field.annotation)
+        inner = section_in(field.annotation)
         yield Key(
             path=at + name,
             description=field.description or (_first_paragraph(inner) if inner else ""),
@@ -85,13 +86,6 @@ def _keys_in(options: type[BaseModel], at: str) -> Iterator[Key]:
         )
         if inner is not None:
             yield from _keys_in(inner, f"{at}{name}.")
-
-
-def _section_in(annotation: Any) -> type[BaseModel] | None:
-    """The options that a value of this type holds, in a list or not; None where it holds none."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((found for part in get_args(annotation) if (found := _section_in(part)) is not None), None)
 
 
 def _first_paragraph(options: type[BaseModel]) -> str:

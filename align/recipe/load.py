@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from glob import glob
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -326,13 +326,18 @@ def known_keys(model: type[BaseModel], at: Sequence[str]) -> list[str]:
     for part in at:
         if part.isdigit():
             continue
-        annotation = model.model_fields[part].annotation
-        candidates = [annotation, *getattr(annotation, "__args__", ())]
-        nested = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
-        if not nested:
+        section = section_in(model.model_fields[part].annotation)
+        if section is None:
             return []
-        model = nested[0]
+        model = section
     return list(model.model_fields)
+
+
+def section_in(annotation: Any) -> type[BaseModel] | None:
+    """The options that a value of this type holds, in a list or not; None where it holds none."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := section_in(part)) is not None), None)
 
 
 def check_files(recipe: Recipe, path: Path, lines: Mapping[tuple[str, ...], int], pending: Path | None) -> None:

@@ -34,10 +34,6 @@ class Answered:
     split: str
     file: Path
 
-    @property
-    def key(self) -> tuple[Path, str]:
-        return self.stage.path, self.name
-
     @cached_property
     def answers(self) -> list[Answer]:
         """The greedy answers."""
@@ -47,10 +43,6 @@ class Answered:
     @cached_property
     def found(self) -> Found:
         return Found.of(self.answers)
-
-    def is_of_one_series(self, other: "Answered") -> bool:
-        """Whether both are of one stage and split."""
-        return (self.stage.path, self.split) == (other.stage.path, other.split)
 
     def is_like(self, other: "Answered") -> bool:
         """Whether both are of one split, and half of the prompts in both."""
@@ -71,9 +63,8 @@ def evaluation_habits(run: RunRecord, *, only: tuple[Path, str] | None = None, l
         if record.get("step") or at(stage.recipe, "model", "init") != "random"
     ]
     for place, now in enumerate(made):
-        wanted = only in (None, now.key) and not (
-            last and any(now.is_of_one_series(each) for each in made[place + 1 :])
-        )
+        later = [each for each in made[place + 1 :] if each.stage is now.stage and each.split == now.split]
+        wanted = only in (None, (now.stage.path, now.name)) and not (last and later)
         start = next((each for each in made[:place] if wanted and each.is_like(now)), None)
         if start is not None:
             name, against = (run.title_of(e.stage, e.name) for e in (now, start))

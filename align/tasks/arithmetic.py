@@ -6,6 +6,7 @@ All 20,000 problems are known in advance. A problem and its mirror image (`A + B
 
 from collections.abc import Iterator
 from functools import cache
+from itertools import product
 from typing import Literal
 
 from align.data.drawing import fraction, split_of
@@ -39,10 +40,8 @@ def generate(
 def problems() -> Iterator[tuple[int, Operation, int]]:
     """All 20,000 problems."""
     operations: tuple[Operation, ...] = ("+", "-")
-    for operation in operations:
-        for a in range(LARGEST + 1):
-            for b in range(LARGEST + 1):
-                yield a, operation, b
+    for operation, a, b in product(operations, range(LARGEST + 1), range(LARGEST + 1)):
+        yield a, operation, b
 
 
 @cache

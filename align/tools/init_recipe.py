@@ -77,10 +77,6 @@ class Machine:
         gpus = [torch.cuda.get_device_properties(number).total_memory for number in numbers]
         return cls(max(1, int(cores_available())), memory_bytes()[1], len(gpus), min(gpus, default=0))
 
-    @property
-    def cluster(self) -> Cluster:
-        return Cluster(1, self.gpus, self.gpu_memory)
-
     def __str__(self) -> str:
         gpus = f"{self.gpus} GPUs with {gib(self.gpu_memory)} each" if self.gpus else "no GPU"
         return f"{self.cores} cores, {gib(self.memory)} of memory free, {gpus}"
@@ -105,7 +101,6 @@ class Thrift:
     """What saves memory, and why it was taken."""
 
     lora: str = ""
-    whole: str = ""
     checkpointing: str = ""
     bfloat16: str = ""
 
@@ -155,13 +150,11 @@ def init_recipe(
     console.print(f"{out} is written. Next:\n  {command}", markup=False, highlight=False, soft_wrap=True)
 
 
+RATE = Choice("learner.optimizer.learning_rate", 1.0)
 REQUIRED: Mapping[Stage, Sequence[Choice]] = {
-    "sft": [Choice("learner.optimizer.learning_rate", 1.0), Choice("sft.steps", 1)],
-    "grpo": [
-        Choice("learner.optimizer.learning_rate", 1.0),
-        *(Choice(f"grpo.{key}", least) for key, least in (("steps", 1), ("prompts_per_step", 1), ("group_size", 2))),
-    ],
-    "reward_model": [Choice("learner.optimizer.learning_rate", 1.0), Choice("reward_model.steps", 1)],
+    "sft": [RATE, Choice("sft.steps", 1)],
+    "grpo": [RATE, Choice("grpo.steps", 1), Choice("grpo.prompts_per_step", 1), Choice("grpo.group_size", 2)],
+    "reward_model": [RATE, Choice("reward_model.steps", 1)],
 }
 """What a recipe must have, to be read before anything is chosen."""
 
@@ -220,11 +213,10 @@ def fitting(
     """The first recipe, of those that save more and more memory, which fits the machine. Raises UserError where none does."""
     sizes, machine = facts.sizes, facts.machine
     how_many = f"the model has {sizes.total:,} parameters"
-    thrift = Thrift(whole=f"{how_many}, which fit")
+    tried = [Thrift()]
     if lora or (lora is None and sizes.total > MOST_TRAINED_WHOLE):
-        thrift = Thrift(lora="asked for" if lora else how_many)
-    tried = [thrift]
-    if lora is None and not thrift.lora:
+        tried = [Thrift(lora="asked for" if lora else how_many)]
+    elif lora is None:
         tried.append(Thrift(lora=f"{how_many}, and not all of them can be trained in the memory that is free"))
     tried.append(replace(tried[-1], checkpointing="less memory, more time"))
     if not machine.gpus:
@@ -232,15 +224,14 @@ def fitting(
     for attempt in tried:
         choices = [*named, *chosen(stage, facts, attempt)]
         recipe = recipe_of(values_of(choices, overrides), out)
-        plan = make_plan(recipe, sizes, machine.cluster)
+        plan = make_plan(recipe, sizes, Cluster(1, machine.gpus, machine.gpu_memory))
         need = sum(role.count * role.total for role in plan.roles)
         if machine.gpus:
             if not plan.refusals:
                 return recipe, choices
             continue
         if need <= FILLED * machine.memory:
-            memory = Choice("machine.memory_gb", math.ceil(need / GIB * 10) / 10, "what `align plan` counts")
-            choices.append(memory)
+            choices.append(Choice("machine.memory_gb", math.ceil(need / GIB * 10) / 10, "what `align plan` counts"))
             return recipe_of(values_of(choices, overrides), out), choices
     refused = plan.refusals if machine.gpus else [f"it needs {gib(need)} at least, on {machine}"]
     raise UserError(f"the model cannot be trained on this machine: {'; '.join(refused)}")
@@ -274,8 +265,9 @@ def chosen(stage: Stage, facts: Facts, thrift: Thrift) -> list[Choice]:
     if thrift.lora:
         found.append(Choice("learner.lora.targets", LORA_TARGETS, f"adapters are trained: {thrift.lora}"))
         found.append(Choice("learner.lora.rank", 16))
-    why = "usual for adapters" if thrift.lora else f"usual for all parameters: {thrift.whole}"
-    found.append(Choice("learner.optimizer.learning_rate", RATES[stage][bool(thrift.lora)], why))
+    whole = f"usual for all parameters: the model has {facts.sizes.total:,} parameters, which fit"
+    rate, why = RATES[stage][bool(thrift.lora)], "usual for adapters" if thrift.lora else whole
+    found.append(Choice("learner.optimizer.learning_rate", rate, why))
     steps = next(c.value for c in found if c.key.endswith(".steps"))
     found.append(Choice("learner.optimizer.warmup_steps", steps // 20))
     if stage == "grpo":
@@ -307,9 +299,9 @@ def stage_choices(stage: Stage, facts: Facts) -> Iterator[Choice]:
     """How long sequences are, how many make a step, how many steps there are, and what is evaluated."""
     gpus = bool(facts.machine.gpus)
     if stage == "reward_model":
-        pairs = batch(facts, 64 if gpus else 16)
+        pairs = batch("reward_model.pairs_per_step", facts, 64 if gpus else 16)
         yield length("reward_model.max_length", facts.sequences, facts.positions)
-        yield pairs._replace(key="reward_model.pairs_per_step")
+        yield pairs
         yield steps("reward_model", pairs.value, facts)
         return
     if stage == "sft":
@@ -322,16 +314,16 @@ def stage_choices(stage: Stage, facts: Facts) -> Iterator[Choice]:
     needed = [*(facts.sequences if stage == "sft" else ()), *(prompt + new for prompt in facts.prompts)]
     yield length("rollout.max_length", needed, facts.positions)
     if stage == "sft":
-        sequences = batch(facts, 64 if gpus else 32)
-        yield sequences._replace(key="sft.sequences_per_step")
+        sequences = batch("sft.sequences_per_step", facts, 64 if gpus else 32)
+        yield sequences
         made = steps("sft", sequences.value, facts)
         yield made
         yield Choice("sft.validate_every", max(1, made.value // 10))
         yield Choice("evaluation.limit", 256 if gpus else 32)
     else:
-        prompts = batch(facts, 32 if gpus else 8)
+        prompts = batch("grpo.prompts_per_step", facts, 32 if gpus else 8)
         yield Choice("sampling.max_new_tokens", new, why)
-        yield prompts._replace(key="grpo.prompts_per_step")
+        yield prompts
         yield Choice("grpo.group_size", 8)
         yield steps("grpo", prompts.value, facts)
         yield Choice("evaluation.limit", 256 if gpus else 64)
@@ -357,10 +349,10 @@ def up(count: int, step: int = LENGTH_STEP) -> int:
     return -(-count // step) * step
 
 
-def batch(facts: Facts, most: int) -> Choice:
+def batch(key: str, facts: Facts, most: int) -> Choice:
     """What a step takes: a power of two, so that an epoch has eight steps at least where the data allow that; each rank has one at least."""
     count = int(2 ** math.floor(math.log2(max(1, min(most, facts.rows / 8)))))
-    return Choice("", max(count, min(facts.machine.gpus, facts.rows)), f"of {facts.rows} rows in the training split")
+    return Choice(key, max(count, min(facts.machine.gpus, facts.rows)), f"of {facts.rows} rows in the training split")
 
 
 def steps(section: str, a_step: int, facts: Facts) -> Choice:

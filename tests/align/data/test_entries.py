@@ -1,30 +1,30 @@
 """Which examples a stage trains on, and which of them a step takes: a function of seed and step."""
 
-import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from align.data.cards import load_card
-from align.data.drawing import Source, Stream, drawn, items_of_step, key_hash, refill_of_step, shares
+from align.data.drawing import Source, Stream, items_of_step, key_hash, refill_of_step, shares
 from align.data.entries import entries_of
 from align.data.loader import load_split
 from align.data.types import Example, Preference
 from align.errors import UserError
 from align.experience import encode_problems
 from align.model.policy import load_tokenizer
-from align.recipe import STAGES
 from align.session.run import open_run
 from align.stages.grpo import load_grpo_data
 from align.stages.preferences import load_prompts
 from align.stages.reward_model import encode_pair
 from align.stages.sft import encode_demonstration, load_sft_data
+
+from ..rows import write_card, write_rows
+from ..tiny import events, small_recipe
 
 
 @given(st.integers(1, 500), st.lists(st.floats(0.1, 10), min_size=1, max_size=5))
@@ -36,11 +36,10 @@ def test_shares_add_up_and_miss_the_exact_share_by_less_than_one(total: int, wei
 
 @given(st.integers(0, 3), st.integers(1, 40), st.integers(0, 9))
 def test_every_item_comes_once_an_epoch(seed: int, count: int, epoch: int) -> None:
-    items = range(41)
-    steps = len(items) // count
-    taken = [
-        item for step in range(epoch * steps, (epoch + 1) * steps) for item in drawn(items, count, seed=seed, step=step)
-    ]
+    sources = [Source("all", range(41), count)]
+    steps = 41 // count
+    epoch_steps = range(epoch * steps, (epoch + 1) * steps)
+    taken = [item for step in epoch_steps for item in items_of_step(sources, seed=seed, step=step)]
     assert len(taken) == steps * count
     assert max(Counter(taken).values()) == 1
 
@@ -52,11 +51,6 @@ def test_a_step_has_each_source_s_part_evenly_mixed() -> None:
     assert step == items_of_step(sources, seed=0, step=3)
     assert step != items_of_step(sources, seed=1, step=3)
     assert not set(step) & set(items_of_step(sources, seed=0, step=4))
-
-
-def test_the_parts_of_a_single_source_are_what_they_are_alone() -> None:
-    items = list(range(50))
-    assert items_of_step([Source("math", items, 8)], seed=2, step=5) == drawn(items, 8, seed=2, step=5)
 
 
 def odd(item: str) -> list[str]:
@@ -103,56 +97,17 @@ TOKENIZER = load_tokenizer("recipes/nano/policy")
 
 def card(directory: Path, name: str, **prompts: Sequence[str]) -> str:
     """A card of files, one for each split, with the answer 1 to every prompt."""
-    directory.mkdir(parents=True, exist_ok=True)
     for split, asked in prompts.items():
-        rows = [{"prompt": prompt, "response": r"\boxed{1}", "answer": "1"} for prompt in asked]
-        (directory / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    front = {
-        "name": name,
-        "title": name,
-        "source": {
-            "kind": "file",
-            "splits": {split: {"from": f"{split}.jsonl"} for split in prompts},
-            "fields": {"prompt": "prompt", "response": "response", "answer": "answer"},
-        },
-        "licence": "CC0",
-        "stages": ["sft", "grpo", "eval"],
-        "domain": "arithmetic",
-        "splits": dict.fromkeys(prompts, "some"),
-        "decontamination": {"against": [split for split in ("validation", "test") if split in prompts], "why": "so"},
-    }
-    file = directory / f"{name}.md"
-    file.write_text(f"---\n{yaml.safe_dump(front)}---\n")
-    return str(file)
-
-
-def recipe(stage: str, directory: Path, **values: Any) -> Any:
-    """A small recipe whose run is in a directory."""
-    common = {
-        "stage": stage,
-        "name": "small",
-        "run": {"dir": directory / "run"},
-        "model": {"path": "recipes/nano/policy"},
-        "rewards": [{"name": "exact_answer"}],
-        "rollout": {"max_length": 128},
-    }
-    training = {"learner": {"optimizer": {"learning_rate": 1e-3}}}
-    own = {
-        "sft": training | {"sft": {"steps": 1, "sequences_per_step": 2}},
-        "grpo": training | {"grpo": {"steps": 1, "prompts_per_step": 2, "group_size": 2}},
-        "preferences": {},
-    }
-    return STAGES[stage].model_validate(common | own[stage] | values)
-
-
-def events(directory: Path, kind: str) -> list[dict[str, Any]]:
-    lines = (directory / "run" / "events.jsonl").read_text().splitlines()
-    return [event for event in map(json.loads, lines) if event["kind"] == kind]
+        rows = ({"prompt": prompt, "response": r"\boxed{1}", "answer": "1"} for prompt in asked)
+        write_rows(directory / f"{split}.jsonl", rows)
+    splits = {split: {"from": f"{split}.jsonl"} for split in prompts}
+    fields = {"prompt": "prompt", "response": "response", "answer": "answer"}
+    return str(write_card(directory / f"{name}.md", {"kind": "file", "splits": splits, "fields": fields}))
 
 
 def test_a_second_entry_of_a_card_has_ids_and_a_digest_of_its_own(tmp_path: Path) -> None:
     data = [{"card": "nano_math", "levels": [1]}, {"card": "nano_math", "levels": [1], "params": {"worked_share": 0.0}}]
-    made = recipe("grpo", tmp_path, data=data, grpo={"steps": 1, "prompts_per_step": 80, "group_size": 2})
+    made = small_recipe("grpo", tmp_path, data=data, grpo={"steps": 1, "prompts_per_step": 80, "group_size": 2})
     with open_run(made) as run:
         loaded = load_grpo_data(made, TOKENIZER, run)
     ids = [problem.example.id for problem in items_of_step(loaded.sources, seed=0, step=0)]
@@ -163,7 +118,7 @@ def test_a_second_entry_of_a_card_has_ids_and_a_digest_of_its_own(tmp_path: Path
 
 
 def test_a_single_entry_has_the_ids_that_it_always_had(tmp_path: Path) -> None:
-    made = recipe("grpo", tmp_path, data=[{"card": "nano_math", "levels": [1]}])
+    made = small_recipe("grpo", tmp_path, data=[{"card": "nano_math", "levels": [1]}])
     with open_run(made) as run:
         [source] = load_grpo_data(made, TOKENIZER, run).sources
     assert source.card == "nano_math"
@@ -174,7 +129,7 @@ def test_a_single_entry_has_the_ids_that_it_always_had(tmp_path: Path) -> None:
 
 def test_entries_that_differ_in_their_share_alone_are_one_with_both_shares(tmp_path: Path) -> None:
     data = [{"card": "nano_math", "share": 1}, {"card": "nano_code"}, {"card": "nano_math", "share": 2}]
-    math, code = entries_of(recipe("sft", tmp_path, data=data).data, "sft")
+    math, code = entries_of(small_recipe("sft", tmp_path, data=data).data, "sft")
     assert (math.name, math.data.share, code.name) == ("nano_math", 3, "nano_code")
 
 
@@ -182,7 +137,7 @@ def test_entries_that_differ_in_their_share_alone_are_one_with_both_shares(tmp_p
 def test_a_training_prompt_of_any_evaluated_card_is_left_out_and_it_is_on_record(tmp_path: Path, stage: str) -> None:
     own = card(tmp_path / "own", "own", train=["Sum?", " what IS it?", "More?"], validation=["V?"], test=["T?"])
     other = card(tmp_path / "other", "other", test=["What is it?", "Else?"])
-    made = recipe(stage, tmp_path, data=[{"card": own}], evaluation={"cards": [other]})
+    made = small_recipe(stage, tmp_path, data=[{"card": own}], evaluation={"cards": [other]})
     with open_run(made) as run:
         loaded = load_sft_data(made, TOKENIZER, run) if stage == "sft" else load_grpo_data(made, TOKENIZER, run)
         [found] = events(tmp_path, "held_out")
@@ -195,7 +150,7 @@ def test_a_training_prompt_of_any_evaluated_card_is_left_out_and_it_is_on_record
 
 def test_the_sft_inside_another_stage_is_held_apart_from_what_that_is_evaluated_on(tmp_path: Path) -> None:
     own = card(tmp_path / "own", "own", train=["Sum?", "What is it?", "More?"], validation=["V?"], test=["T?"])
-    made = recipe("sft", tmp_path, data=[{"card": own}])
+    made = small_recipe("sft", tmp_path, data=[{"card": own}])
     with open_run(made) as run:
         loaded = load_sft_data(made, TOKENIZER, run, {"other/test": {key_hash("what is it?")}})
     assert len(loaded.sources[0].items) == 2
@@ -205,7 +160,7 @@ def test_one_file_is_not_read_as_training_and_validation_data_alike(tmp_path: Pa
     own = card(tmp_path / "own", "own", train=["Sum?", "More?"], validation=["V?"], test=["T?"])
     file = tmp_path / "own" / "train.jsonl"
     for stage, load in (("sft", load_sft_data), ("preferences", load_prompts)):
-        made = recipe(stage, tmp_path / stage, data=[{"card": own, "path": file}])
+        made = small_recipe(stage, tmp_path / stage, data=[{"card": own, "path": file}])
         refused = pytest.raises(
             UserError, match=r"train\.jsonl is one file, and .* give a directory with .*validation\.jsonl"
         )
@@ -223,7 +178,7 @@ def test_a_prompt_that_is_too_long_is_left_out_and_counted_or_refuses_the_run(
     tmp_path: Path, stage: str, load: Callable[..., Any]
 ) -> None:
     own = card(tmp_path / "own", "own", train=["Sum?", LONG, "More?"], validation=["V?"], test=["T?"])
-    made = recipe(stage, tmp_path, data=[{"card": own}])
+    made = small_recipe(stage, tmp_path, data=[{"card": own}])
     with open_run(made) as run:
         loaded = load(made, TOKENIZER, run)
         [found] = [event for event in events(tmp_path, "warning") if "too_long" in event]
@@ -231,7 +186,7 @@ def test_a_prompt_that_is_too_long_is_left_out_and_counted_or_refuses_the_run(
     kept = parts["train"] if parts else loaded.sources[0].items
     assert len(kept) == 2
     assert (found["too_long"], found["examples"], found["card"]) == (1, 3, own)
-    refusing = recipe(stage, tmp_path / "refusing", data=[{"card": own, "too_long": "refuse"}])
+    refusing = small_recipe(stage, tmp_path / "refusing", data=[{"card": own, "too_long": "refuse"}])
     with (
         pytest.raises(UserError, match=r"1 of 3 examples have more than \d+ tokens \(.*rollout\.max_length"),
         open_run(refusing) as run,

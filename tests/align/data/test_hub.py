@@ -13,7 +13,7 @@ import pytest
 
 from align.data.hub import has_pattern
 from align.errors import UserError
-from align.recipe import DataOptions, load_recipe
+from align.recipe import load_recipe
 from align.recipe.options import is_on_hub
 
 from .hub_server import COMMIT, GATED, hub
@@ -172,17 +172,3 @@ def test_a_name_of_two_parts_without_a_suffix_is_the_hub_s_unless_it_is_there(pa
 def test_a_mistyped_path_is_told_as_before(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data\.path names data/chat\.jsonl, which does not exist"):
         load_recipe(Path("recipes/nano/grpo.yaml"), ["data={path: data/chat.jsonl}"])
-
-
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        ({"path": "x.jsonl", "config": "a"}, "data.config has no effect here"),
-        ({"path": "hf://datasets/org/name/x.jsonl", "hub_split": "a"}, "data.hub_split has no effect here"),
-        ({"card": "nano_math", "revision": "main"}, "data.revision has no effect here"),
-        ({"card": "nano_math", "stream": True}, "data.stream has no effect here"),
-    ],
-)
-def test_keys_of_the_hub_that_do_nothing_are_refused(data: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        DataOptions.model_validate(data)

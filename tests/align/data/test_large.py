@@ -1,6 +1,5 @@
 """Data that are not encoded before the start: rows that stay on the disk, files whose rows are tokenised when a step takes them, and streams."""
 
-import json
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -8,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from align.data import entries
 from align.data.cards import OwnSource
@@ -17,10 +15,12 @@ from align.data.loader import load_split
 from align.data.own import own_card, read_source
 from align.errors import UserError
 from align.model.policy import load_tokenizer
-from align.recipe import STAGES
 from align.session.run import open_run
 from align.session.steps import data_digest
 from align.stages.sft import load_sft_data
+
+from ..rows import write_rows
+from ..tiny import events, small_recipe
 
 TOKENIZER = load_tokenizer("recipes/nano/policy")
 
@@ -34,29 +34,13 @@ def chats(count: int, long: int = 0) -> list[dict[str, Any]]:
     ]
 
 
-def written(file: Path, rows: list[dict[str, Any]]) -> Path:
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return file
-
-
 def loaded(directory: Path, **data: Any) -> tuple[Any, list[dict[str, Any]]]:
     """The training source of an SFT recipe with this data, of which a step takes four rows, and the events of its run."""
-    made = STAGES["sft"].model_validate(
-        {
-            "stage": "sft",
-            "name": "small",
-            "run": {"dir": directory / "run", "overwrite": True},
-            "model": {"path": "recipes/nano/policy"},
-            "learner": {"optimizer": {"learning_rate": 1e-3}},
-            "rollout": {"max_length": 128},
-            "sft": {"steps": 1, "sequences_per_step": 4},
-            "data": data,
-        }
-    )
+    run_options, sft = {"dir": directory / "run", "overwrite": True}, {"steps": 1, "sequences_per_step": 4}
+    made = small_recipe("sft", directory, run=run_options, sft=sft, data=data)
     with open_run(made) as run:
         [source] = load_sft_data(made, TOKENIZER, run).sources
-        events = [json.loads(line) for line in (directory / "run" / "events.jsonl").read_text().splitlines()]
-    return source, events
+    return source, events(directory)
 
 
 def steps(source: Any, count: int, start: int = 0) -> list[list[str]]:
@@ -75,21 +59,21 @@ def large(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_large_file_gives_the_steps_that_it_would_give_if_it_was_tokenised_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = written(tmp_path / "chat.jsonl", chats(60))
+    file = write_rows(tmp_path / "chat.jsonl", chats(60))
     before, _ = loaded(tmp_path, path=file)
     monkeypatch.setattr(entries, "TOKENISED_BEFORE", 10)
-    as_needed, events = loaded(tmp_path, path=file)
+    as_needed, noted = loaded(tmp_path, path=file)
     assert before.encode is None
     assert as_needed.encode is not None
     assert steps(as_needed, 30) == steps(before, 30)
-    assert [event["rows"] for event in events if event["kind"] == "tokenised_as_needed"] == [49]
+    assert [event["rows"] for event in noted if event["kind"] == "tokenised_as_needed"] == [49]
 
 
 @pytest.mark.usefixtures("large")
 def test_what_is_too_long_is_left_out_counted_and_replaced_by_what_no_other_step_decides(tmp_path: Path) -> None:
-    file = written(tmp_path / "chat.jsonl", chats(100, long=5))
-    source, events = loaded(tmp_path, path=file)
-    [warned] = [event for event in events if "rows looked at" in event["message"]]
+    file = write_rows(tmp_path / "chat.jsonl", chats(100, long=5))
+    source, noted = loaded(tmp_path, path=file)
+    [warned] = [event for event in noted if "rows looked at" in event["message"]]
     epoch = len(source.items) // 4
     counts = []
     for step in range(epoch):
@@ -105,11 +89,11 @@ def test_what_is_too_long_is_left_out_counted_and_replaced_by_what_no_other_step
 
 @pytest.mark.usefixtures("large")
 def test_long_rows_that_are_refused_and_rows_without_room_end_the_run(tmp_path: Path) -> None:
-    file = written(tmp_path / "chat.jsonl", chats(100, long=50))
+    file = write_rows(tmp_path / "chat.jsonl", chats(100, long=50))
     with pytest.raises(UserError, match=r"of [0-9]+ examples have more than 128 tokens"):
         loaded(tmp_path, path=file, too_long="refuse")
     with pytest.raises(UserError, match="none is left"):
-        loaded(tmp_path, path=written(tmp_path / "all.jsonl", chats(100, long=1)))
+        loaded(tmp_path, path=write_rows(tmp_path / "all.jsonl", chats(100, long=1)))
     every = Source("chat", range(20), 4, lambda row: [])
     with pytest.raises(UserError, match="chat: too few of its rows can be trained on: 0 of 4 for step 1"):
         items_of_step([every], seed=0, step=0)
@@ -123,7 +107,7 @@ def test_a_row_that_the_template_refuses_when_it_is_needed_ends_the_run_or_is_le
     monkeypatch.setattr(entries, "LOOKED_AT", 2)
     rows = chats(60)
     rows[22]["messages"].insert(0, {"role": "developer", "content": "Be brief."})
-    source, _ = loaded(tmp_path, path=written(tmp_path / "chat.jsonl", rows), bad_rows=bad_rows)
+    source, _ = loaded(tmp_path, path=write_rows(tmp_path / "chat.jsonl", rows), bad_rows=bad_rows)
     if bad_rows == "leave_out":
         assert all(len(step) == 4 for step in steps(source, 10))
         return
@@ -132,7 +116,7 @@ def test_a_row_that_the_template_refuses_when_it_is_needed_ends_the_run_or_is_le
 
 
 def test_rows_of_a_file_that_has_changed_are_not_taken_for_those_that_were_checked(tmp_path: Path) -> None:
-    file = written(tmp_path / "chat.jsonl", chats(20))
+    file = write_rows(tmp_path / "chat.jsonl", chats(20))
     items = read_source(OwnSource(kind="own", path=str(file)))["train"].items
     assert items[3].response == "3 no"
     os.utime(file, ns=(1, 1))
@@ -142,10 +126,10 @@ def test_rows_of_a_file_that_has_changed_are_not_taken_for_those_that_were_check
 
 def test_the_digest_of_a_large_file_knows_its_content_and_the_rows_that_are_taken(tmp_path: Path, large: None) -> None:
     rows = chats(60)
-    digests = [loaded(tmp_path, path=written(tmp_path / "chat.jsonl", rows))[0].digest]
+    digests = [loaded(tmp_path, path=write_rows(tmp_path / "chat.jsonl", rows))[0].digest]
     digests.append(loaded(tmp_path, path=tmp_path / "chat.jsonl", held_out=0.2)[0].digest)
     rows[7]["messages"][1]["content"] = "Never."
-    digests.append(loaded(tmp_path, path=written(tmp_path / "chat.jsonl", rows))[0].digest)
+    digests.append(loaded(tmp_path, path=write_rows(tmp_path / "chat.jsonl", rows))[0].digest)
     assert len(set(digests)) == 3
     assert data_digest([]) not in digests
 
@@ -186,10 +170,10 @@ def test_a_stream_of_files_holds_out_what_its_first_rows_and_their_hash_do(
 ) -> None:
     for module in ("drawing", "own", "entries"):
         monkeypatch.setattr(f"align.data.{module}.BLOCK", 40)
-    files = [written(tmp_path / f"chat-{part}.jsonl", chats(120)[part * 60 : (part + 1) * 60]) for part in (0, 1)]
+    files = [write_rows(tmp_path / f"chat-{part}.jsonl", chats(120)[part * 60 : (part + 1) * 60]) for part in (0, 1)]
     with files[1].open("a") as file:
         file.write("{cut off\n")
-    source, events = loaded(tmp_path, path=tmp_path / "chat-*.jsonl", stream=True, bad_rows="leave_out")
+    source, noted = loaded(tmp_path, path=tmp_path / "chat-*.jsonl", stream=True, bad_rows="leave_out")
     texts = [text for step in steps(source, 27) for text in step]
     assert 90 < len(set(texts)) <= 120
     assert max(Counter(texts).values()) <= 2
@@ -198,17 +182,9 @@ def test_a_stream_of_files_holds_out_what_its_first_rows_and_their_hash_do(
         held = [example.prompt_text for example in load_split(card, split).examples]
         assert held
         assert not [text for text in texts for prompt in held if f"{prompt} " in text]
-    assert "of each 40 rows in turn the order is shuffled" in json.dumps(events)
+    assert "of each 40 rows in turn the order is shuffled" in str(noted)
     again, _ = loaded(tmp_path, path=tmp_path / "chat-*.jsonl", stream=True, bad_rows="leave_out")
     assert steps(again, 3, 20) == steps(source, 3, 20)
     refusing, _ = loaded(tmp_path, path=tmp_path / "chat-*.jsonl", stream=True)
     with pytest.raises(UserError, match=r"chat-1\.jsonl, line 61: not JSON"):
         steps(refusing, 40)
-
-
-@pytest.mark.parametrize("key", [{"limit": 5}, {"levels": [1]}, {"split": "validation"}])
-def test_keys_without_effect_on_a_stream_are_refused(key: dict[str, Any], tmp_path: Path) -> None:
-    from align.recipe import DataOptions
-
-    with pytest.raises(ValueError, match=f"data.{next(iter(key))} has no effect here"):
-        DataOptions.model_validate(yaml.safe_load("{path: x.jsonl, stream: true}") | key)

@@ -1,7 +1,6 @@
 import json
 
 import pytest
-import yaml
 
 from align.data.cards import load_card
 from align.data.drawing import key_hash
@@ -12,36 +11,19 @@ from reward.math.answer import math_answer
 from reward.reasoning_gym.answer import reasoning_gym_answer
 from reward.types import Sample, Verdict
 
-
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
+from ..rows import write_card, write_rows
 
 
 def gsm8k_rows(name, count):
     return [{"question": f"{name} asks {i}?", "answer": f"By <<1+1=2>> it is {i}.\n#### {i}"} for i in range(count)]
 
 
-def file_card(directory, train, test, *, fields=None, train_suffix="jsonl"):
+def file_card(directory, train, test, train_suffix="jsonl"):
     write_rows(directory / "train.jsonl", train)
     write_rows(directory / "test.jsonl", test)
-    front = {
-        "name": "mine",
-        "title": "Mine",
-        "source": {
-            "kind": "file",
-            "splits": {"train": {"from": f"train.{train_suffix}"}, "test": {"from": "test.jsonl"}},
-            "fields": fields or {"prompt": "q", "response": "r", "answer": "a"},
-        },
-        "licence": "CC0",
-        "stages": ["sft", "grpo"] if fields is None else ["grpo"],
-        "domain": "arithmetic",
-        "splits": {"train": "some", "test": "others"},
-        "decontamination": {"against": ["test"], "why": "so"},
-    }
-    path = directory / "mine.md"
-    path.write_text(f"---\n{yaml.safe_dump(front)}---\n")
-    return load_card(path)
+    splits = {"train": {"from": f"train.{train_suffix}"}, "test": {"from": "test.jsonl"}}
+    fields = {"prompt": "q", "response": "r", "answer": "a"}
+    return load_card(write_card(directory / "mine.md", {"kind": "file", "splits": splits, "fields": fields}))
 
 
 def row(q, a="1", r="It is 1."):

@@ -1,17 +1,15 @@
 """Data without a card: what a file is called and split into, what becomes of rows that cannot be used, and what the stages make of it."""
 
-import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 
 from align.data.cards import OwnSource, load_card
 from align.data.drawing import Stream, held_out_places, key_hash
@@ -20,7 +18,7 @@ from align.data.loader import domains_of, load_preferences, load_split
 from align.data.own import name_of, own_card, read_source, read_user_file
 from align.errors import UserError
 from align.model.policy import load_tokenizer
-from align.recipe import STAGES, DataOptions, EvaluationOptions, load_recipe
+from align.recipe import DataOptions, EvaluationOptions, load_recipe
 from align.session.checks import check_evaluation_cards, check_names
 from align.session.run import open_run
 from align.stages.grpo import load_grpo_data
@@ -28,30 +26,11 @@ from align.stages.held_out import load_problems
 from align.stages.reward_model import load_reward_model_data
 from align.stages.sft import load_sft_data
 
+from ..rows import Rows, chats, pairs, problems, write_card, write_rows
+from ..tiny import events, small_recipe
+
 TOKENIZER = load_tokenizer("recipes/nano/policy")
 SHAREGPT = Path(__file__).parents[4] / "shared" / "real" / "sharegpt.json"
-Rows = Iterable[dict[str, Any]]
-
-
-def written(file: Path, rows: Rows) -> Path:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return file
-
-
-def problems(count: int, start: int = 0) -> list[dict[str, Any]]:
-    return [{"question": f"What is {n} + 1?", "answer": str(n + 1), "unit": "cm"} for n in range(start, start + count)]
-
-
-def chats(count: int) -> list[dict[str, Any]]:
-    return [
-        {"messages": [{"role": "user", "content": f"Say {n}."}, {"role": "assistant", "content": f"{n}."}]}
-        for n in range(count)
-    ]
-
-
-def pairs(count: int) -> list[dict[str, Any]]:
-    return [{"prompt": f"Say {n}.", "chosen": f"{n}.", "rejected": "No."} for n in range(count)]
 
 
 def source(path: Path | str, **options: Any) -> OwnSource:
@@ -64,31 +43,31 @@ def splits(path: Path, **options: Any) -> dict[str, list[str]]:
 
 
 def test_a_file_alone_is_split_by_its_prompts_and_a_row_stays_where_it_is_when_others_come(tmp_path: Path) -> None:
-    file = written(tmp_path / "mine.jsonl", problems(400) + problems(400))
+    file = write_rows(tmp_path / "mine.jsonl", problems(400) + problems(400))
     first = splits(file)
     assert sorted(prompt for found in first.values() for prompt in found) == sorted(
         [row["question"] for row in problems(400)] * 2
     )
     assert not set(first["train"]) & set(first["validation"]) | set(first["test"]) & set(first["validation"])
     assert all(20 < len(first[split]) < 65 for split in ("validation", "test")), "about 5 % of 800"
-    more = splits(written(tmp_path / "more.jsonl", problems(600)))
+    more = splits(write_rows(tmp_path / "more.jsonl", problems(600)))
     assert all(set(first[split]) <= set(more[split]) for split in first)
 
 
 def test_the_share_that_is_held_out_can_be_set(tmp_path: Path) -> None:
-    found = splits(written(tmp_path / "mine.jsonl", problems(400)), held_out=0.2)
+    found = splits(write_rows(tmp_path / "mine.jsonl", problems(400)), held_out=0.2)
     assert 55 < len(found["validation"]) < 105 > len(found["test"]) > 55
 
 
 @pytest.mark.parametrize("count", [3, 4, 10])
 def test_a_small_file_has_something_in_every_split(count: int, tmp_path: Path) -> None:
-    found = splits(written(tmp_path / "mine.jsonl", problems(count)))
+    found = splits(write_rows(tmp_path / "mine.jsonl", problems(count)))
     assert all(found.values())
     assert sum(map(len, found.values())) == count
 
 
 def test_fewer_prompts_than_splits_are_refused(tmp_path: Path) -> None:
-    file = written(tmp_path / "mine.jsonl", problems(2) + problems(2))
+    file = write_rows(tmp_path / "mine.jsonl", problems(2) + problems(2))
     with pytest.raises(UserError, match=r"mine\.jsonl has too few different prompts to hold any out for"):
         splits(file)
 
@@ -112,15 +91,15 @@ def test_turns_of_a_conversation_stay_in_one_split(tmp_path: Path) -> None:
         for chat in chats(60)
         for n in range(3)
     ]
-    card = own_card(source(written(tmp_path / "mine.jsonl", rows)))
+    card = own_card(source(write_rows(tmp_path / "mine.jsonl", rows)))
     openings = [{e.messages[0]["content"] for e in load_split(card, split).examples} for split in card.splits]
     assert sum(map(len, openings)) == 60
 
 
 def test_a_directory_has_a_file_for_a_split_and_the_others_are_drawn_from_train(tmp_path: Path) -> None:
-    written(tmp_path / "data" / "train-00.jsonl", problems(100))
-    written(tmp_path / "data" / "train-01.jsonl", problems(100, 100))
-    written(tmp_path / "data" / "test.json", problems(5, 300))
+    write_rows(tmp_path / "data" / "train-00.jsonl", problems(100))
+    write_rows(tmp_path / "data" / "train-01.jsonl", problems(100, 100))
+    write_rows(tmp_path / "data" / "test.json", problems(5, 300))
     found = splits(tmp_path / "data")
     assert found["test"] == [row["question"] for row in problems(5, 300)]
     assert len(found["train"]) + len(found["validation"]) == 200
@@ -133,45 +112,31 @@ def test_a_directory_has_a_file_for_a_split_and_the_others_are_drawn_from_train(
 
 
 def test_a_card_may_have_files_of_ones_own_beside_it_as_its_source(tmp_path: Path) -> None:
-    written(tmp_path / "mine.jsonl", [*problems(39), problems(1, 50)[0] | {"domain": "user"}])
-    front = {
-        "name": "kept",
-        "title": "mine",
-        "source": {"kind": "own", "path": "mine.jsonl", "splits": ["train", "test"]},
-        "licence": "CC0",
-        "stages": ["grpo", "eval"],
-        "domain": "sums",
-        "splits": {"train": "most", "test": "the rest"},
-        "decontamination": {"against": ["test"], "why": "so"},
-    }
-    (tmp_path / "kept.md").write_text(f"---\n{yaml.safe_dump(front)}---\n")
-    card = load_card(tmp_path / "kept.md")
+    write_rows(tmp_path / "mine.jsonl", [*problems(39), problems(1, 50)[0] | {"domain": "user"}])
+    files = {"kind": "own", "path": "mine.jsonl", "splits": ["train", "test"]}
+    card = load_card(write_card(tmp_path / "kept.md", files, domain="sums"))
     examples = [example for split in ("train", "test") for example in load_split(card, split).examples]
     assert Counter(example.domain for example in examples) == {"sums": 39, "user": 1}
     assert domains_of(card) == ["sums", "user"]
 
 
-def card_file(directory: Path, path: Path, stages: Sequence[str], **own: Any) -> str:
-    """A card whose source are files of one's own."""
-    front = {
-        "name": "kept",
-        "title": "mine",
-        "source": {"kind": "own", "path": str(path), **own},
-        "licence": "CC0",
-        "stages": list(stages),
-        "domain": "sums",
-        "splits": {"train": "most", "validation": "some", "test": "the rest"},
-        "decontamination": {"against": ["validation", "test"], "why": "so"},
-    }
-    (directory / "kept.md").write_text(f"---\n{yaml.safe_dump(front)}---\n")
-    return str(directory / "kept.md")
+EVERY_SPLIT = ["train", "validation", "test"]
 
 
 def test_the_keys_of_such_a_card_s_source_hold_as_those_of_an_entry_do(tmp_path: Path) -> None:
     rows = chats(60)
     rows[3]["messages"].insert(0, {"role": "developer", "content": "Be brief."})
-    card = card_file(tmp_path, written(tmp_path / "mine.jsonl", rows), ["sft"], bad_rows="leave_out", stream=True)
-    made = recipe("sft", tmp_path, data={"card": card}, evaluation={"cards": ["nano_math"]})
+    card = write_card(
+        tmp_path / "kept.md",
+        {
+            "kind": "own",
+            "path": str(write_rows(tmp_path / "mine.jsonl", rows)),
+            "splits": EVERY_SPLIT,
+            "bad_rows": "leave_out",
+            "stream": True,
+        },
+    )
+    made = small_recipe("sft", tmp_path, data={"card": str(card)}, evaluation={"cards": ["nano_math"]})
     with open_run(made) as run:
         [loaded] = load_sft_data(made, TOKENIZER, run).sources
         assert isinstance(loaded.items, Stream)
@@ -181,12 +146,15 @@ def test_the_keys_of_such_a_card_s_source_hold_as_those_of_an_entry_do(tmp_path:
 
 
 def test_a_path_beside_such_a_card_is_read_in_place_of_its_files(tmp_path: Path) -> None:
-    card = card_file(tmp_path, written(tmp_path / "mine.jsonl", problems(40)), ["grpo", "eval"])
-    other, held = (
-        written(tmp_path / "other.jsonl", problems(60, 100)),
-        written(tmp_path / "held.jsonl", problems(7, 200)),
+    card = write_card(
+        tmp_path / "kept.md",
+        {"kind": "own", "path": str(write_rows(tmp_path / "mine.jsonl", problems(40))), "splits": EVERY_SPLIT},
     )
-    data = DataOptions(card=card, path=other)
+    other, held = (
+        write_rows(tmp_path / "other.jsonl", problems(60, 100)),
+        write_rows(tmp_path / "held.jsonl", problems(7, 200)),
+    )
+    data = DataOptions(card=str(card), path=other)
     [entry] = entries_of([data], "grpo")
     trained = {example.prompt_text for example in load_split(entry.card, "train", path=entry.path).examples}
     assert trained < {row["question"] for row in problems(60, 100)}
@@ -197,21 +165,10 @@ def test_a_path_beside_such_a_card_is_read_in_place_of_its_files(tmp_path: Path)
 
 
 def test_the_instruction_of_a_card_is_in_the_conversations_that_are_learned_from_too(tmp_path: Path) -> None:
-    (tmp_path / "data").mkdir()
-    written(tmp_path / "data" / "chat.jsonl", chats(40))
-    front = {
-        "name": "told",
-        "title": "mine",
-        "source": {"kind": "own", "path": "data/chat.jsonl", "splits": ["train", "test"]},
-        "instruction": "Be brief.",
-        "licence": "CC0",
-        "stages": ["sft"],
-        "domain": "chat",
-        "splits": {"train": "most", "test": "the rest"},
-        "decontamination": {"against": ["test"], "why": "so"},
-    }
-    (tmp_path / "told.md").write_text(f"---\n{yaml.safe_dump(front)}---\n")
-    for example in load_split(load_card(tmp_path / "told.md"), "train").examples:
+    write_rows(tmp_path / "data" / "chat.jsonl", chats(40))
+    files = {"kind": "own", "path": "data/chat.jsonl", "splits": ["train", "test"]}
+    card = load_card(write_card(tmp_path / "told.md", files, instruction="Be brief."))
+    for example in load_split(card, "train").examples:
         assert example.messages[-1]["content"].endswith(".\nBe brief.")
         assert example.conversation == (*example.messages, {"role": "assistant", "content": example.response})
 
@@ -225,8 +182,8 @@ def test_two_configurations_of_one_data_set_are_both_evaluated_on(monkeypatch: p
 
 
 def test_what_is_held_out_of_a_file_of_its_own_is_dropped_from_training_and_counted(tmp_path: Path) -> None:
-    written(tmp_path / "train.jsonl", problems(50) + problems(3, 300))
-    written(tmp_path / "test.jsonl", problems(5, 300))
+    write_rows(tmp_path / "train.jsonl", problems(50) + problems(3, 300))
+    write_rows(tmp_path / "test.jsonl", problems(5, 300))
     loaded = load_split(own_card(source(tmp_path)), "train")
     assert (loaded.dropped_contaminated, loaded.compared[f"{tmp_path.name}/test"]) == (3, 3)
 
@@ -236,8 +193,8 @@ def test_a_conversation_that_goes_on_from_a_held_out_prompt_is_not_trained_on(tm
         return {"messages": [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]}
 
     longer = said("say 3.", "3.", "Thanks.", "Welcome.")
-    written(tmp_path / "train.jsonl", [*chats(2), longer, said("Hello.", "Hi.", "Say 3.", "3.")])
-    written(tmp_path / "test.jsonl", chats(5)[3:])
+    write_rows(tmp_path / "train.jsonl", [*chats(2), longer, said("Hello.", "Hi.", "Say 3.", "3.")])
+    write_rows(tmp_path / "test.jsonl", chats(5)[3:])
     loaded = load_split(own_card(source(tmp_path)), "train")
     assert loaded.compared[f"{tmp_path.name}/test"] == 1
     assert all(example.messages[0]["content"] != "say 3." for example in loaded.examples)
@@ -250,9 +207,9 @@ def test_nor_is_one_that_goes_on_from_a_held_out_prompt_of_several_turns(stream:
 
     longer = said("Hello.", "Hi.", "Say 3.", "3.", "Thanks.", "Welcome.")
     other = said("Hello.", "Hi.", "Say 4.", "4.", "Thanks.", "Welcome.")
-    written(tmp_path / "train.jsonl", [*chats(60), longer, other])
-    written(tmp_path / "held.jsonl", [{"prompt": said("Hello.", "Hi.", "Say 3.")["messages"]}])
-    made = recipe(
+    write_rows(tmp_path / "train.jsonl", [*chats(60), longer, other])
+    write_rows(tmp_path / "held.jsonl", [{"prompt": said("Hello.", "Hi.", "Say 3.")["messages"]}])
+    made = small_recipe(
         "sft",
         tmp_path,
         data={"path": tmp_path / "train.jsonl", "stream": stream},
@@ -278,10 +235,10 @@ def test_data_are_called_like_their_file(name: str, called: str) -> None:
 
 def test_ids_are_the_rows_own_or_their_numbers_and_of_several_files_they_have_the_file_s_name(tmp_path: Path) -> None:
     rows = problems(2)
-    file = written(tmp_path / "a.jsonl", [rows[0] | {"id": "x"}, rows[1]])
+    file = write_rows(tmp_path / "a.jsonl", [rows[0] | {"id": "x"}, rows[1]])
     assert [item.id for item in read_source(source(file))["train"].items] == ["a/x", "a/2"]
     assert [example.id for example in read_user_file(file)] == ["x", "2"]
-    written(tmp_path / "b.jsonl", [rows[0] | {"id": "x"}, rows[1]])
+    write_rows(tmp_path / "b.jsonl", [rows[0] | {"id": "x"}, rows[1]])
     ids = [item.id for item in read_source(source(tmp_path / "*.jsonl"))["train"].items]
     assert ids == [f"{tmp_path.name}/{id_}" for id_ in ("a/x", "a/2", "b/x", "b/2")]
 
@@ -291,7 +248,7 @@ def bad(count: int) -> list[dict[str, Any]]:
 
 
 def test_all_bad_rows_are_told_at_once_the_first_twenty_and_a_count(tmp_path: Path) -> None:
-    file = written(tmp_path / "mine.jsonl", problems(3) + bad(25))
+    file = write_rows(tmp_path / "mine.jsonl", problems(3) + bad(25))
     with pytest.raises(UserError) as refused:
         own_card(source(file))
     first, *lines, cure = str(refused.value).splitlines()
@@ -301,7 +258,7 @@ def test_all_bad_rows_are_told_at_once_the_first_twenty_and_a_count(tmp_path: Pa
 
 
 def test_bad_rows_can_be_left_out_and_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    file = written(tmp_path / "mine.jsonl", problems(30) + bad(2))
+    file = write_rows(tmp_path / "mine.jsonl", problems(30) + bad(2))
     card = own_card(source(file, bad_rows="leave_out"))
     with caplog.at_level(logging.WARNING):
         assert sum(len(load_split(card, split).examples) for split in card.splits) == 30
@@ -309,7 +266,7 @@ def test_bad_rows_can_be_left_out_and_are_counted(tmp_path: Path, caplog: pytest
     assert "mine.jsonl, split train: 2 of 32 rows left out. The first: " in warned
     assert "mine.jsonl, line 31: " in warned
     with pytest.raises(UserError, match="2 of 2 rows cannot be used"):
-        own_card(source(written(tmp_path / "none.jsonl", bad(2)), bad_rows="leave_out"))
+        own_card(source(write_rows(tmp_path / "none.jsonl", bad(2)), bad_rows="leave_out"))
 
 
 @pytest.mark.parametrize(
@@ -329,12 +286,12 @@ def test_bad_rows_can_be_left_out_and_are_counted(tmp_path: Path, caplog: pytest
 )
 def test_mixed_forms_ids_that_come_twice_and_empty_files_are_refused(rows: Rows, message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"mine\.jsonl.*{message}|(?s:mine\.jsonl.*{message})"):
-        own_card(source(written(tmp_path / "mine.jsonl", rows)))
+        own_card(source(write_rows(tmp_path / "mine.jsonl", rows)))
 
 
 def test_files_of_a_directory_must_be_of_one_form(tmp_path: Path) -> None:
-    written(tmp_path / "train.jsonl", problems(5))
-    written(tmp_path / "test.jsonl", chats(5))
+    write_rows(tmp_path / "train.jsonl", problems(5))
+    write_rows(tmp_path / "test.jsonl", chats(5))
     with pytest.raises(
         UserError, match="its files are of different forms: train of the form problem and test of the form messages"
     ):
@@ -342,29 +299,12 @@ def test_files_of_a_directory_must_be_of_one_form(tmp_path: Path) -> None:
 
 
 def test_a_file_is_read_once_and_again_when_it_has_changed(tmp_path: Path) -> None:
-    file = written(tmp_path / "mine.jsonl", problems(5))
+    file = write_rows(tmp_path / "mine.jsonl", problems(5))
     first = read_source(source(file))["train"]
     assert read_source(source(file))["train"] is first
-    written(file, problems(6))
+    write_rows(file, problems(6))
     os.utime(file, ns=(1, 1))
     assert len(read_source(source(file))["train"].items) == 6
-
-
-def recipe(stage: str, directory: Path, **more: Any) -> Any:
-    common: dict[str, Any] = {"stage": stage, "name": "small", "run": {"dir": directory / "run"}}
-    common |= {"model": {"path": "recipes/nano/policy"}, "learner": {"optimizer": {"learning_rate": 1e-3}}}
-    sampling = {"rewards": [{"name": "exact_answer"}], "rollout": {"max_length": 128}}
-    own = {
-        "sft": sampling | {"rewards": [], "sft": {"steps": 1, "sequences_per_step": 2}},
-        "grpo": sampling | {"grpo": {"steps": 1, "prompts_per_step": 2, "group_size": 2}},
-        "reward_model": {"reward_model": {"steps": 1, "pairs_per_step": 2}},
-    }
-    return STAGES[stage].model_validate(common | own[stage] | more)
-
-
-def events(directory: Path, kind: str) -> list[dict[str, Any]]:
-    lines = (directory / "run" / "events.jsonl").read_text().splitlines()
-    return [event for event in map(json.loads, lines) if event["kind"] == kind]
 
 
 LOADERS: dict[str, Callable[..., Any]] = {
@@ -378,7 +318,7 @@ LOADERS: dict[str, Callable[..., Any]] = {
 def test_every_stage_takes_a_file_without_a_card_and_says_what_was_compared(
     stage: str, rows: Rows, tmp_path: Path
 ) -> None:
-    made = recipe(stage, tmp_path, data={"path": written(tmp_path / "mine.jsonl", rows), "held_out": 0.1})
+    made = small_recipe(stage, tmp_path, data={"path": write_rows(tmp_path / "mine.jsonl", rows), "held_out": 0.1})
     check_names(made.data, made.data_stage, made.roles())
     with open_run(made) as run:
         loaded = LOADERS[stage](made, TOKENIZER, run)
@@ -395,8 +335,8 @@ def test_rows_that_the_template_has_no_place_for_are_told_together_or_left_out(b
     rows = chats(60)
     for row in rows[:30]:
         row["messages"].insert(0, {"role": "developer", "content": "Be brief."})
-    file = written(tmp_path / "mine.jsonl", rows)
-    made = recipe("sft", tmp_path, data={"path": file, "bad_rows": bad_rows}, evaluation={"cards": ["nano_math"]})
+    file = write_rows(tmp_path / "mine.jsonl", rows)
+    made = small_recipe("sft", tmp_path, data={"path": file, "bad_rows": bad_rows}, evaluation={"cards": ["nano_math"]})
     with open_run(made) as run:
         if bad_rows == "leave_out":
             [loaded] = load_sft_data(made, TOKENIZER, run).sources
@@ -409,7 +349,7 @@ def test_rows_that_the_template_has_no_place_for_are_told_together_or_left_out(b
 
 
 def test_columns_of_a_file_are_in_the_metadata_of_training(tmp_path: Path) -> None:
-    made = recipe("grpo", tmp_path, data={"path": written(tmp_path / "mine.jsonl", problems(60))})
+    made = small_recipe("grpo", tmp_path, data={"path": write_rows(tmp_path / "mine.jsonl", problems(60))})
     with open_run(made) as run:
         loaded = load_grpo_data(made, TOKENIZER, run)
     assert {problem.example.metadata["unit"] for problem in loaded.sources[0].items} == {"cm"}
@@ -417,8 +357,8 @@ def test_columns_of_a_file_are_in_the_metadata_of_training(tmp_path: Path) -> No
 
 
 def test_an_evaluation_of_a_file_of_its_own_asks_all_of_it(tmp_path: Path) -> None:
-    file, held = written(tmp_path / "mine.jsonl", problems(60)), written(tmp_path / "held.jsonl", problems(7, 58))
-    made = recipe("grpo", tmp_path, data={"path": file}, evaluation={"path": held})
+    file, held = write_rows(tmp_path / "mine.jsonl", problems(60)), write_rows(tmp_path / "held.jsonl", problems(7, 58))
+    made = small_recipe("grpo", tmp_path, data={"path": file}, evaluation={"path": held})
     check_names(made.data, made.data_stage, made.roles())
     with open_run(made) as run:
         loaded = load_grpo_data(made, TOKENIZER, run)
@@ -431,17 +371,17 @@ def test_an_evaluation_of_a_file_of_its_own_asks_all_of_it(tmp_path: Path) -> No
 
 
 def test_data_with_a_card_and_without_one_stand_side_by_side(tmp_path: Path) -> None:
-    file = written(tmp_path / "mine.jsonl", problems(60))
-    made = recipe("grpo", tmp_path, data=[{"card": "nano_math"}, {"path": file}, {"path": file, "levels": [1]}])
+    file = write_rows(tmp_path / "mine.jsonl", problems(60))
+    made = small_recipe("grpo", tmp_path, data=[{"card": "nano_math"}, {"path": file}, {"path": file, "levels": [1]}])
     assert [entry.name for entry in evaluated(made.evaluation, made.data)] == ["nano_math", "mine"]
     assert made.evaluation_cards == ["nano_math", str(file)]
 
 
 def test_domains_are_those_that_rows_say_and_a_reward_must_be_for_each(tmp_path: Path) -> None:
     rows = problems(20) + [row | {"domain": "lengths"} for row in problems(20, 50)]
-    file = written(tmp_path / "mine.jsonl", rows)
+    file = write_rows(tmp_path / "mine.jsonl", rows)
     assert domains_of(card_of(DataOptions(path=file))) == ["user", "lengths"]
-    made = recipe("grpo", tmp_path, data={"path": file}, rewards=[{"name": "exact_answer", "domains": ["user"]}])
+    made = small_recipe("grpo", tmp_path, data={"path": file}, rewards=[{"name": "exact_answer", "domains": ["user"]}])
     with pytest.raises(UserError, match="none with a weight is for the domain 'lengths'"):
         check_names(made.data, made.data_stage, made.roles())
 
@@ -458,7 +398,7 @@ def test_domains_are_those_that_rows_say_and_a_reward_must_be_for_each(tmp_path:
 def test_what_a_stage_cannot_take_is_refused_before_anything_starts(
     stage: str, rows: Rows, message: str, tmp_path: Path
 ) -> None:
-    made = recipe(stage, tmp_path, data={"path": written(tmp_path / "mine.jsonl", rows)})
+    made = small_recipe(stage, tmp_path, data={"path": write_rows(tmp_path / "mine.jsonl", rows)})
     with pytest.raises(UserError, match=message):
         check_names(made.data, made.data_stage, made.roles())
 
@@ -469,6 +409,13 @@ def test_what_a_stage_cannot_take_is_refused_before_anything_starts(
         ({}, "name a card, or give the path of data of one's own"),
         ({"card": "nano_math", "held_out": 0.1}, "data.held_out has no effect here"),
         ({"card": "nano_math", "bad_rows": "leave_out"}, "data.bad_rows has no effect here"),
+        ({"card": "nano_math", "revision": "main"}, "data.revision has no effect here"),
+        ({"card": "nano_math", "stream": True}, "data.stream has no effect here"),
+        ({"path": "x.jsonl", "config": "a"}, "data.config has no effect here"),
+        ({"path": "hf://datasets/org/name/x.jsonl", "hub_split": "a"}, "data.hub_split has no effect here"),
+        ({"path": "x.jsonl", "stream": True, "limit": 5}, "data.limit has no effect here"),
+        ({"path": "x.jsonl", "stream": True, "levels": [1]}, "data.levels has no effect here"),
+        ({"path": "x.jsonl", "stream": True, "split": "validation"}, "data.split has no effect here"),
         ({"path": "x.jsonl", "held_out": 0.5}, "less than 0.5"),
     ],
 )
@@ -479,7 +426,7 @@ def test_keys_that_do_not_go_together_are_refused(data: dict[str, Any], message:
 
 @pytest.mark.parametrize(("path", "found"), [("none.jsonl", False), ("none-*.jsonl", False), ("mine*.jsonl", True)])
 def test_a_recipe_s_path_may_be_a_pattern_and_must_name_something(path: str, found: bool, tmp_path: Path) -> None:
-    written(tmp_path / "mine.jsonl", problems(9))
+    write_rows(tmp_path / "mine.jsonl", problems(9))
     overrides = [f"data={{path: {tmp_path / path}}}"]
     if found:
         assert load_recipe(Path("recipes/nano/grpo.yaml"), overrides).data[0].path == tmp_path / path
@@ -489,7 +436,7 @@ def test_a_recipe_s_path_may_be_a_pattern_and_must_name_something(path: str, fou
 
 
 def test_pairs_of_a_file_are_preferences(tmp_path: Path) -> None:
-    card = own_card(source(written(tmp_path / "mine.jsonl", pairs(40))))
+    card = own_card(source(write_rows(tmp_path / "mine.jsonl", pairs(40))))
     found = [pair for split in card.splits for pair in load_preferences(card, split).examples]
     assert sorted(pair.chosen for pair in found) == sorted(row["chosen"] for row in pairs(40))
 
@@ -503,9 +450,9 @@ def test_a_published_file_of_sharegpt_is_read_whole() -> None:
 
 
 def test_files_of_one_name_are_evaluated_apart(tmp_path: Path) -> None:
-    files = [written(tmp_path / name / "train.jsonl", problems(60, start)) for name, start in (("a", 0), ("b", 100))]
+    files = [write_rows(tmp_path / name / "train.jsonl", problems(60, start)) for name, start in (("a", 0), ("b", 100))]
     data = [{"path": file} for file in files]
-    made = recipe("grpo", tmp_path, data=data, rewards=[{"name": "exact_answer"}], evaluation={"limit": 3})
+    made = small_recipe("grpo", tmp_path, data=data, rewards=[{"name": "exact_answer"}], evaluation={"limit": 3})
     check_names(made.data, made.data_stage, made.roles())
     found = load_problems(made.evaluation, made.data, made.rewards, 512, load_tokenizer(made.model.path))
     assert len({problem.example.id for problem in found.problems}) == 6

@@ -1,28 +1,23 @@
 """Preferences from every form they are published in, held apart like examples."""
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from align.data.cards import load_card
 from align.data.loader import load_preferences, load_split
 from align.data.types import Preference
 from align.errors import UserError
 
+from ..rows import write_card, write_rows
+
 SPLITS = {"train": {"from": "train.jsonl"}, "test": {"from": "test.jsonl"}}
 COLUMNS = {"format": "chosen_rejected", "chosen": "good", "rejected": "bad", "margin": "by", "domain": "about"}
 NUMBERED = {"format": "numbered", "responses": ["a", "b"], "better": "better"}
 SIGNED = {"format": "signed", "responses": ["a", "b"], "strength": "strength"}
 HH = {"format": "hh", "chosen": "good", "rejected": "bad"}
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 def card_of(directory: Path, train: list[Any], test: list[Any] | None = None, **changes: Any) -> Any:
@@ -32,19 +27,7 @@ def card_of(directory: Path, train: list[Any], test: list[Any] | None = None, **
     kind, splits = changes.pop("kind", "file"), changes.pop("splits", SPLITS)
     fields = {"prompt": changes.pop("prompt", "q"), "preference": changes.pop("preference", COLUMNS)}
     source = {"kind": kind, "splits": splits, "fields": fields} | ({"path": "owner/name"} if kind == "hub" else {})
-    front = {
-        "name": "mine",
-        "title": "Mine",
-        "source": source,
-        "licence": "CC0",
-        "stages": ["reward_model"],
-        "domain": "chat",
-        "splits": dict.fromkeys(splits, "some"),
-        "decontamination": {"against": ["test"], "why": "so"},
-    } | changes
-    path = directory / "mine.md"
-    path.write_text(f"---\n{yaml.safe_dump(front)}---\n")
-    return load_card(path)
+    return load_card(write_card(directory / "mine.md", source, stages=["reward_model"], domain="chat", **changes))
 
 
 def row(q: Any = "Why?", good: Any = "Because.", bad: Any = "No.", **more: Any) -> dict[str, Any]:

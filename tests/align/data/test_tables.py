@@ -5,11 +5,13 @@ import logging
 
 import pytest
 
-from align.data.cards import load_card, require_stage
+from align.data.cards import load_card
 from align.data.loader import load_split
 from align.errors import UserError
 from reward import Sample, Verdict
 from reward.math.answer import math_answer
+
+from ..rows import write_rows
 
 
 def math_row(solution=r"Twice $\boxed{2}$ is $\boxed{\frac{8}{2}}$.", level="Level 3"):
@@ -17,9 +19,7 @@ def math_row(solution=r"Twice $\boxed{2}$ is $\boxed{\frac{8}{2}}$.", level="Lev
 
 
 def load_math(directory, *rows, **options):
-    path = directory / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return load_split(load_card("math"), "test", path=path, **options).examples
+    return load_split(load_card("math"), "test", path=write_rows(directory / "rows.jsonl", rows), **options).examples
 
 
 def test_the_answer_of_math_is_the_last_box_of_its_solution(tmp_path):
@@ -91,10 +91,6 @@ def test_files_of_a_repository_are_read_at_the_revision_of_the_card(asked):
     assert asked == [(("json",), {"data_files": {"test": files}, "split": "test"})]
 
 
-def test_a_card_for_evaluation_only_is_refused_as_training_data(tmp_path):
-    card = load_card("humaneval")
-    require_stage(card, "eval")
-    with pytest.raises(UserError, match="humaneval is not for grpo, only for eval"):
-        require_stage(card, "grpo")
+def test_a_card_for_evaluation_only_has_nothing_to_train_on():
     with pytest.raises(UserError, match="no split 'train', only test"):
-        load_split(card, "train")
+        load_split(load_card("humaneval"), "train")

@@ -1,33 +1,22 @@
-import json
-
 import pytest
 
 from align.data.own import read_user_file
 from align.errors import UserError
 
+from ..rows import write_rows
+
 GOOD = {"id": "1", "prompt": "What is 1 + 1?", "answer": "2"}
 TURNS = [{"role": "user", "content": "Hi"}]
 
 
-def write(tmp_path, *lines):
-    path = tmp_path / "mine.jsonl"
-    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    return path
-
-
-def without(key, **changes):
-    return {name: value for name, value in GOOD.items() if name != key} | changes
+def write(tmp_path, *rows):
+    return write_rows(tmp_path / "mine.jsonl", rows)
 
 
 def test_prompts_and_messages_are_read_in_order(tmp_path):
     chat = [{"role": "system", "content": "Be brief."}, *TURNS]
-    path = write(
-        tmp_path,
-        json.dumps(GOOD),
-        "",
-        json.dumps({"id": "2", "messages": chat, "answer": "b", "level": 2, "domain": "d", "metadata": {"k": 1}}),
-    )
-    first, second = read_user_file(path)
+    other = {"id": "2", "messages": chat, "answer": "b", "level": 2, "domain": "d", "metadata": {"k": 1}}
+    first, second = read_user_file(write(tmp_path, GOOD, "", other))
     assert (first.id, first.messages, first.answer) == (
         "1",
         ({"role": "user", "content": GOOD["prompt"]},),
@@ -46,7 +35,7 @@ def test_prompts_and_messages_are_read_in_order(tmp_path):
 
 def test_a_wrong_line_is_named(tmp_path):
     bad = GOOD | {"prompt": [{"role": "asistant", "content": "x"}, *TURNS]}
-    path = write(tmp_path, json.dumps(GOOD | {"id": "0"}), "", json.dumps(bad))
+    path = write(tmp_path, GOOD | {"id": "0"}, "", bad)
     with pytest.raises(
         UserError, match=r"mine\.jsonl, line 3\b.*message 1: unknown role 'asistant' \(did you mean 'assistant'"
     ):
@@ -54,13 +43,13 @@ def test_a_wrong_line_is_named(tmp_path):
 
 
 def test_other_columns_and_those_of_metadata_reach_rewards_alike(tmp_path):
-    path = write(tmp_path, json.dumps(GOOD | {"unit": "cm", "metadata": {"k": 1, "unit": "m"}}))
+    path = write(tmp_path, GOOD | {"unit": "cm", "metadata": {"k": 1, "unit": "m"}})
     [example] = read_user_file(path)
     assert example.metadata == {"id": "1", "answer": "2", "unit": "cm", "k": 1}
 
 
 def test_pairs_are_not_problems(tmp_path):
-    path = write(tmp_path, json.dumps({"prompt": "?", "chosen": "a", "rejected": "b"}))
+    path = write(tmp_path, {"prompt": "?", "chosen": "a", "rejected": "b"})
     with pytest.raises(
         UserError, match=r"has pairs of completions .*, where problems with a prompt each are asked for"
     ):

@@ -1,29 +1,12 @@
 """Every key of a recipe is in the help of its stage, with the text and the default that it has in the options."""
 
-from collections.abc import Iterator
-from typing import Any, get_args
-
 import pytest
-from pydantic import BaseModel
-from pydantic.fields import FieldInfo
 
 from align.cli import main
 from align.recipe import STAGES
 from align.recipe.keys import keys_of
 
-
-def fields_of(options: type[BaseModel], at: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    for name, field in options.model_fields.items():
-        yield at + name, field
-        for inner in sections_in(field.annotation):
-            yield from fields_of(inner, f"{at}{name}.")
-
-
-def sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for part in get_args(annotation):
-        yield from sections_in(part)
+from . import sections
 
 
 def unwrapped(text: str) -> str:
@@ -42,12 +25,12 @@ def test_the_help_of_a_stage_has_every_key_with_its_text_and_none_that_is_refuse
     assert main([stage.replace("_", "-"), "--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
     shown, first_words = unwrapped(" ".join(lines)), {line.split()[0].rstrip(":") for line in lines if line.strip()}
-    for path, field in fields_of(STAGES[stage]):
+    for path, section, name in sections.keys_of(STAGES[stage]):
         if path in STAGES[stage].no_effect:
             assert path not in first_words
         else:
             assert path in first_words
-            assert unwrapped(field.description or "") in shown
+            assert unwrapped(section.model_fields[name].description or "") in shown
 
 
 def test_defaults_are_those_that_a_recipe_gets(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,16 +10,18 @@ from collections import defaultdict
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 from mypy import build, nodes
 from mypy.find_sources import create_source_list
 from mypy.options import Options
 from mypy.types import Instance, Type, UnionType, get_proper_type
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from align.recipe import STAGES
+
+from .sections import keys_of
 
 ROOT = Path(__file__).parents[3]
 PACKAGES = ("align", "rollout", "reward")
@@ -96,21 +98,6 @@ ALONE: list[tuple[str, str, dict[str, Any]]] = [
     ("sft", "scoring", {"rewards": [], "scoring.workers": 2}),
 ]
 """Keys of a stage that another key takes the effect from."""
-
-
-def keys_of(section: type[BaseModel], at: str = "") -> Iterator[tuple[str, type[BaseModel], str]]:
-    """(key, section, field) of every key below a section."""
-    for name, field in section.model_fields.items():
-        yield at + name, section, name
-        for inner in sections_in(field.annotation):
-            yield from keys_of(inner, f"{at}{name}.")
-
-
-def sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for argument in get_args(annotation):
-        yield from sections_in(argument)
 
 
 def name_of(section: type) -> str:

@@ -156,13 +156,11 @@ def with_reward(directory: Path, name: str) -> Path:
 
 
 def test_a_reward_file_is_found_beside_the_recipe_first_and_the_copy_has_its_whole_path(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    places: tuple[Path, Path],
 ) -> None:
-    beside, working = tmp_path / "beside", tmp_path / "working"
-    for directory in (beside, working):
-        directory.mkdir()
+    beside, working = places
+    for directory in places:
         (directory / "mine.py").write_text("def f(sample): return 1\n")
-    monkeypatch.chdir(working)
     names = ["init_from=null", f"model.path={NANO / 'policy'}"]
     recipe = load_recipe(with_reward(beside, "mine.py:f"), names)
     assert isinstance(recipe, GrpoRecipe)

@@ -13,6 +13,8 @@ from align.errors import UserError
 from reward import Sample, Score, Verdict
 from reward.reasoning_gym.answer import REFUSED_TASKS, reasoning_gym_answer
 
+from ..rows import front_of
+
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from reasoning_gym.factory import DATASETS
@@ -25,18 +27,8 @@ BOXES = [
 
 
 def examples(task: str, *, seed: int = 0, size: int = 1, **params: Any) -> list[Example]:
-    card = DataCard.model_validate(
-        {
-            "name": "mine",
-            "title": "Mine",
-            "source": {"kind": "reasoning_gym", "task": task, "splits": {"test": {"size": size, "seed": seed}}},
-            "licence": "Apache-2.0",
-            "stages": ["eval"],
-            "domain": "puzzles",
-            "splits": {"test": "all"},
-            "decontamination": {"against": ["test"], "why": "There is nothing else."},
-        }
-    )
+    source = {"kind": "reasoning_gym", "task": task, "splits": {"test": {"size": size, "seed": seed}}}
+    card = DataCard.model_validate(front_of(source, stages=["eval"]))
     return load_split(card, "test", params=params).examples
 
 

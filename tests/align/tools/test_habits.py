@@ -1,7 +1,5 @@
 """`align habits`: what it takes, and what it prints."""
 
-import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,8 @@ from align.cli import main
 from align.run import RunDirectory, write_samples
 from align.tools.habits import answers_in
 
+from ..rows import write_rows
+
 
 def rows(count: int, mark: str = "", first: int = 0) -> list[dict[str, Any]]:
     return [
@@ -19,17 +19,12 @@ def rows(count: int, mark: str = "", first: int = 0) -> list[dict[str, Any]]:
     ]
 
 
-def lines(path: Path, given: Sequence[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in given))
-    return path
-
-
 def test_two_files_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = lines(tmp_path / "a.jsonl", rows(40))
+    before = write_rows(tmp_path / "a.jsonl", rows(40))
     published = [
         {"key": row["id"], "prompt": row["prompt"], "response": f"Sure! {row['completion']}"} for row in rows(40)
     ]
-    assert main(["habits", str(before), str(lines(tmp_path / "b.jsonl", published))]) == 0
+    assert main(["habits", str(before), str(write_rows(tmp_path / "b.jsonl", published))]) == 0
     out = capsys.readouterr().out
     assert "40 and 40 answers to 40 prompts" in out
     assert "100 % of answers begin with “Sure! It is number”; 0 % did at the start" in out
@@ -49,13 +44,15 @@ def test_an_answer_is_the_last_message_and_never_the_ground_truth(tmp_path: Path
         {"prompt": "About 1?", "completion": "It is.", "greedy": True},
     ]
     for row in given:
-        (found,) = answers_in(lines(tmp_path / "rows.jsonl", [row]))
+        (found,) = answers_in(write_rows(tmp_path / "rows.jsonl", [row]))
         assert (found.text, found.prompt) == ("It is.", "About 1?")
     assert [
-        answer.text for answer in answers_in(lines(tmp_path / "empty.jsonl", [given[-1] | {"completion": ""}]))
+        answer.text for answer in answers_in(write_rows(tmp_path / "empty.jsonl", [given[-1] | {"completion": ""}]))
     ] == [""]
     sampled = {"prompt": "About 1?", "completion": "It may be.", "greedy": False}
-    assert [answer.text for answer in answers_in(lines(tmp_path / "both.jsonl", [given[-1], sampled]))] == ["It is."]
+    assert [answer.text for answer in answers_in(write_rows(tmp_path / "both.jsonl", [given[-1], sampled]))] == [
+        "It is."
+    ]
 
 
 def test_a_run_is_compared_with_its_start_step_by_step_and_a_habit_told_once(
@@ -70,7 +67,9 @@ def test_a_run_is_compared_with_its_start_step_by_step_and_a_habit_told_once(
     out = capsys.readouterr().out
     assert out.count("begin with “Sure!") == 1
     assert "run, step 6, against the first 2 steps: 33 % of answers begin with" in out
-    start = lines(tmp_path / "start.jsonl", [{**row, "completion": f"Sure! {row['completion']}"} for row in rows(60)])
+    start = write_rows(
+        tmp_path / "start.jsonl", [{**row, "completion": f"Sure! {row['completion']}"} for row in rows(60)]
+    )
     assert main(["habits", str(run.path), "--start", str(start)]) == 0
     out = capsys.readouterr().out
     assert "against the start given: 100 % of answers begin with “It is number”" in out
@@ -99,10 +98,10 @@ def test_a_mistake_is_told(
     message: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    lines(Path("a.jsonl"), rows(3))
-    lines(Path("no_text.jsonl"), [{"id": "1", "prompt": "?"}])
-    lines(Path("null.jsonl"), [{"id": "1", "completion": None, "answer": "gold"}])
-    lines(Path("empty.jsonl"), [])
+    write_rows(Path("a.jsonl"), rows(3))
+    write_rows(Path("no_text.jsonl"), [{"id": "1", "prompt": "?"}])
+    write_rows(Path("null.jsonl"), [{"id": "1", "completion": None, "answer": "gold"}])
+    write_rows(Path("empty.jsonl"), [])
     RunDirectory.create("run").finish()
     assert main(["habits", *arguments]) == 2
     assert message in capsys.readouterr().err

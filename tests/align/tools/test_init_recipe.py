@@ -1,6 +1,5 @@
 """`align init`: the recipe that it writes runs as it stands, and says why it is as it is."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,8 @@ from align.plan.memory import GIB
 from align.recipe import load_recipe
 from align.tools import init_recipe
 from align.tools.init_recipe import Choice, Facts, Machine, batch, fitting, from_, last_answer, length, steps
+
+from ..rows import write_rows
 
 ROOT = Path(__file__).parents[3]
 NANO = str(ROOT / "recipes/nano/policy")
@@ -46,8 +47,7 @@ def fitted(stage: Any, known: Facts, *overrides: str, lora: bool | None = None) 
 @pytest.fixture
 def _desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A working directory with conversations, as policy the nano one, and the laptop as machine."""
-    rows = [{"prompt": f"Say {n}.", "completion": f"It is {n}."} for n in range(40)]
-    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(tmp_path / "chat.jsonl", ({"prompt": f"Say {n}.", "completion": f"It is {n}."} for n in range(40)))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Machine, "here", classmethod(lambda cls: LAPTOP))
 
@@ -115,11 +115,11 @@ def test_sequences_have_room_for_what_the_data_need(
 
 @pytest.mark.parametrize(("rows", "count"), [(1, 1), (12, 1), (16, 2), (100, 8), (256, 32), (10**6, 32)])
 def test_a_step_takes_a_power_of_two_and_an_epoch_has_eight_steps(rows: int, count: int) -> None:
-    assert batch(facts(rows=rows), 32).value == count
+    assert batch("sft.sequences_per_step", facts(rows=rows), 32).value == count
 
 
 def test_there_is_a_sequence_for_each_rank() -> None:
-    assert batch(facts(Machine(64, GIB, 8, 80 * GIB), rows=20), 64).value == 8
+    assert batch("sft.sequences_per_step", facts(Machine(64, GIB, 8, 80 * GIB), rows=20), 64).value == 8
 
 
 def test_two_passes_are_made_or_as_many_steps_as_end_in_time() -> None:

@@ -15,6 +15,10 @@ from align.tools.offline import asked_in, evaluate_file, problems_of, running_fl
 from reward import RewardTerm
 from rollout import Fleet, FleetOptions
 
+from ..rows import write_rows
+
+PROBLEM = {"id": "1", "prompt": "1 + 1?", "answer": "2"}
+
 
 @pytest.fixture(scope="module")
 def fleet(policy: ModelOptions, ray_session: None) -> Iterator[Fleet]:
@@ -30,16 +34,12 @@ def fleet(policy: ModelOptions, ray_session: None) -> Iterator[Fleet]:
 def test_a_policy_answers_a_users_own_file(
     policy: ModelOptions, fleet: Fleet, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    problems = [
-        {"id": "a", "prompt": "What is 1 + 1?", "answer": "2"},
-        {"id": "b", "messages": [{"role": "user", "content": "What is 2 + 2?"}], "answer": "4"},
-    ]
-    data, out = tmp_path / "problems.jsonl", tmp_path / "answers.jsonl"
-    data.write_text("".join(json.dumps(problem) + "\n" for problem in problems))
+    chat = {"id": "b", "messages": [{"role": "user", "content": "What is 2 + 2?"}], "answer": "4"}
+    data, out = write_rows(tmp_path / "problems.jsonl", [PROBLEM, chat]), tmp_path / "answers.jsonl"
     asked = ["eval", "--model", policy.path, "--data", str(data), "--out", str(out)]
     assert main([*asked, "--max-new-tokens", "8"]) == 0
     answers = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [answer["id"] for answer in answers] == ["a", "b"]
+    assert [answer["id"] for answer in answers] == ["1", "b"]
     assert all({"completion", "reward", "verdict"} <= answer.keys() for answer in answers)
     assert "% of 2 right by exact_answer" in capsys.readouterr().out
 
@@ -70,8 +70,7 @@ def test_a_card_is_asked_by_its_split_that_of_the_test_first() -> None:
 
 
 def test_a_file_has_no_splits(tmp_path: Path) -> None:
-    file = tmp_path / "problems.jsonl"
-    file.write_text('{"id": "1", "prompt": "1 + 1?", "answer": "2"}\n')
+    file = write_rows(tmp_path / "problems.jsonl", [PROBLEM])
     assert [example.id for example in problems_of(str(file), None)] == ["1"]
     with pytest.raises(UserError, match="which has no splits"):
         problems_of(str(file), "test")
@@ -80,8 +79,7 @@ def test_a_file_has_no_splits(tmp_path: Path) -> None:
 def test_more_new_tokens_than_there_is_room_for_are_told_by_the_options_of_the_command(
     policy: ModelOptions, tmp_path: Path
 ) -> None:
-    file = tmp_path / "problems.jsonl"
-    file.write_text('{"id": "1", "prompt": "1 + 1?", "answer": "2"}\n')
+    file = write_rows(tmp_path / "problems.jsonl", [PROBLEM])
     for tokens, message in (
         (512, "--max-new-tokens 512 leaves no room for a prompt in --max-length 512"),
         (511, "raise --max-length"),

@@ -19,6 +19,8 @@ from align.tools import probe as tools
 from align.tools.probe import first_problems
 from rollout import FinishReason, Group, Prompt, Trajectory
 
+from ..rows import write_rows
+
 ROOT = Path(__file__).parents[3]
 GRPO = "recipes/nano/grpo.yaml"
 
@@ -32,7 +34,6 @@ def _in_the_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def answers(tmp_path: Path, **more: Any) -> str:
     """To four sums a right answer and a wrong one."""
-    file = tmp_path / "answers.jsonl"
     rows = [
         {
             "id": f"{n}-{said}",
@@ -45,8 +46,7 @@ def answers(tmp_path: Path, **more: Any) -> str:
         for n in range(4)
         for said in (1, 2)
     ]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(file)
+    return str(write_rows(tmp_path / "answers.jsonl", rows))
 
 
 def hints() -> list[str]:
@@ -68,18 +68,8 @@ def test_it_prints_a_table_writes_the_numbers_and_keeps_them(
     assert hint.startswith("rewards: exact_answer, answer_format: never")
     assert f"never probed with this model; `align rewards probe {GRPO}`" in hint
 
-    given = [
-        "rewards",
-        "probe",
-        GRPO,
-        "--answers",
-        answers(tmp_path),
-        "--trick",
-        f"{mine}:corrected",
-        "--out",
-        str(out),
-    ]
-    assert main([*given, "machine={}"]) == 0
+    given = ["--answers", answers(tmp_path), "--trick", f"{mine}:corrected", "--out", str(out)]
+    assert main(["rewards", "probe", GRPO, *given, "machine={}"]) == 0
     said = capsys.readouterr().out
     assert "exact_answer: 0.500 on average of 4 prompts (8 answers)" in said
     assert "exact_answer pays for 1 of" in said
@@ -88,11 +78,8 @@ def test_it_prints_a_table_writes_the_numbers_and_keeps_them(
     assert said.rstrip().endswith(f"the numbers are in {out}")
 
     effects = {row["trick"]: row for row in json.loads(out.read_text())["effects"] if row["reward"] == "exact_answer"}
-    assert (effects["corrected"]["change"], effects["corrected"]["pays"], effects["corrected"]["reinforced"]) == (
-        0.5,
-        True,
-        True,
-    )
+    corrected = effects["corrected"]
+    assert (corrected["change"], corrected["pays"], corrected["reinforced"]) == (0.5, True, True)
     assert effects["emptied"]["change"] == -0.5
     assert not effects["all values in a box"]["pays"]
     (hint,) = [hint for hint in hints() if "exact_answer" in hint]
@@ -146,18 +133,12 @@ class ParrotFleet:
 
     def sample(self, prompts: Sequence[Prompt], count: int, sampling: object, **seeds: int) -> Iterator[Group]:
         for prompt in prompts:
-            said = [
-                Trajectory.of_one_turn(
-                    prompt,
-                    index,
-                    prompt.token_ids,
-                    [0.0] * len(prompt.token_ids),
-                    FinishReason.LENGTH,
-                    weight_version=0,
-                )
+            ids = prompt.token_ids
+            answers = (
+                Trajectory.of_one_turn(prompt, index, ids, [0.0] * len(ids), FinishReason.LENGTH, weight_version=0)
                 for index in range(count)
-            ]
-            yield Group(prompt, said)
+            )
+            yield Group(prompt, list(answers))
 
 
 def test_without_answers_the_start_policy_is_asked(

@@ -9,18 +9,23 @@ import pytest
 from align.data.types import Example
 from align.errors import UserError
 from align.experience import ScoredTrajectory, row_of
-from align.run import RunDirectory, write_samples
+from align.run import RunDirectory, read_jsonl, write_samples
 from align.tools.score_file import default_out, rows_of, sample_of_line, score_file, score_run
 from reward import RewardTerm, SampleReward, Score, Verdict
 from rollout import FinishReason, Prompt, Trajectory
+
+from ..rows import write_rows
 
 EXACT = RewardTerm(name="exact_answer")
 
 
 def lines(tmp_path: Path, *rows: Any) -> Path:
-    file = tmp_path / "completions.jsonl"
-    file.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-    return file
+    return write_rows(tmp_path / "completions.jsonl", rows)
+
+
+def scores(tmp_path: Path) -> list[dict[str, Any]]:
+    """What was written of each completion."""
+    return read_jsonl(tmp_path / "out.jsonl")
 
 
 def test_every_line_gets_value_verdict_and_detail(tmp_path: Path) -> None:
@@ -31,18 +36,12 @@ def test_every_line_gets_value_verdict_and_detail(tmp_path: Path) -> None:
         {"id": "unusable", "completion": r"\boxed{5}"},
     )
     summary = score_file(EXACT, data, tmp_path / "out.jsonl")
-    right, wrong, unusable = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+    right, wrong, unusable = scores(tmp_path)
     assert (right["id"], right["value"], right["verdict"].lower()) == ("right", 1.0, "pass")
     assert (wrong["value"], wrong["detail"]) == (0.0, "'5' is not '4'")
     assert unusable["value"] is None, "what nobody could judge is never 0"
     assert {"seconds"} <= right.keys()
     assert "3 completions, mean value 0.500" in summary
-
-
-def test_a_number_is_an_answer_as_json_has_it(tmp_path: Path) -> None:
-    data = lines(tmp_path, {"id": "1", "completion": r"\boxed{0.00001}", "ground_truth": 1e-05})
-    score_file(RewardTerm(name="math"), data, tmp_path / "out.jsonl")
-    assert json.loads((tmp_path / "out.jsonl").read_text())["value"] == 1.0
 
 
 def test_a_prompt_that_is_the_json_text_of_messages_is_read_as_in_training(tmp_path: Path) -> None:
@@ -54,16 +53,20 @@ def test_a_prompt_that_is_the_json_text_of_messages_is_read_as_in_training(tmp_p
     assert sample.metadata["messages"] == messages
 
 
-def test_a_ground_truth_may_be_called_answer(tmp_path: Path) -> None:
-    data = lines(tmp_path, {"id": "1", "completion": r"\boxed{4}", "answer": "4", "ground_truth": ["for the reward"]})
-    score_file(EXACT, data, tmp_path / "out.jsonl")
-    assert json.loads((tmp_path / "out.jsonl").read_text())["value"] == 1.0
-
-
-def test_parameters_reach_the_reward(tmp_path: Path) -> None:
-    data = lines(tmp_path, {"id": "1", "completion": r"\boxed{4}", "ground_truth": "4"})
-    score_file(RewardTerm(name="exact_answer", params={"right": 5.0}), data, tmp_path / "out.jsonl")
-    assert json.loads((tmp_path / "out.jsonl").read_text())["value"] == 5.0
+@pytest.mark.parametrize(
+    ("term", "row", "value"),
+    [
+        (RewardTerm(name="math"), {"completion": r"\boxed{0.00001}", "ground_truth": 1e-05}, 1.0),
+        (EXACT, {"completion": r"\boxed{4}", "answer": "4", "ground_truth": ["for the reward"]}, 1.0),
+        (RewardTerm(name="exact_answer", params={"right": 5.0}), {"completion": r"\boxed{4}", "answer": "4"}, 5.0),
+    ],
+    ids=["a number", "a truth called answer", "a parameter"],
+)
+def test_truths_and_parameters_reach_the_reward(
+    tmp_path: Path, term: RewardTerm, row: dict[str, Any], value: float
+) -> None:
+    score_file(term, lines(tmp_path, {"id": "1", **row}), tmp_path / "out.jsonl")
+    assert scores(tmp_path)[0]["value"] == value
 
 
 def test_rows_as_ifeval_publishes_them_are_scored_and_an_odd_one_is_masked_alone(tmp_path: Path) -> None:
@@ -80,7 +83,7 @@ def test_rows_as_ifeval_publishes_them_are_scored_and_an_odd_one_is_masked_alone
         {**row, "key": 1002, "kwargs": [{}], "instruction_id_list": ["length_constraints:number_words"]},
     )
     summary = score_file(RewardTerm(name="instructions"), data, tmp_path / "out.jsonl")
-    found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    found = scores(tmp_path)
     assert [(one["id"], one["value"], one["verdict"]) for one in found] == [
         ("1000", 1.0, "pass"),
         ("1001", 0.0, "wrong"),
@@ -118,15 +121,8 @@ def stored(completion: str, index: int, **fields: Any) -> dict[str, Any]:
     """A completion as a run stores it, of a problem with a unit."""
     example = Example("p", ({"role": "user", "content": "How far?"},), None, "3", "math", metadata={"unit": "m"})
     trajectory = Trajectory.of_one_turn(Prompt("p", [1]), index, [5], [-1.0], FinishReason.STOP)
-    return (
-        row_of(
-            example,
-            ScoredTrajectory(
-                trajectory, completion, SampleReward(0.25, Verdict.WRONG, {"math": Score(0.25, Verdict.WRONG)})
-            ),
-        )
-        | fields
-    )
+    reward = SampleReward(0.25, Verdict.WRONG, {"math": Score(0.25, Verdict.WRONG)})
+    return row_of(example, ScoredTrajectory(trajectory, completion, reward)) | fields
 
 
 @pytest.fixture
@@ -141,7 +137,7 @@ def test_what_align_eval_wrote_is_scored_again_with_the_columns_of_the_data(
 ) -> None:
     data = lines(tmp_path, stored("3 m", 0, greedy=True), stored("3 km", 0, greedy=False))
     score_file(says_unit, data, tmp_path / "out.jsonl")
-    found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    found = scores(tmp_path)
     assert [(one["id"], one["greedy"], one["value"]) for one in found] == [("p#0", True, 1.0), ("p#0", False, 0.0)]
 
 
@@ -152,8 +148,7 @@ def test_a_reward_of_several_samples_gets_those_of_a_prompt_together(tmp_path: P
     )
     rows = [{"id": str(n), "prompt": prompt, "completion": "a"} for n, prompt in enumerate(["P", "P", "Q", "P"])]
     score_file(RewardTerm(name=f"{file}:count"), lines(tmp_path, *rows), tmp_path / "out.jsonl")
-    found = [json.loads(line)["value"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert found == [2.0, 2.0, 1.0, 1.0]
+    assert [one["value"] for one in scores(tmp_path)] == [2.0, 2.0, 1.0, 1.0]
 
 
 def test_a_file_that_cannot_be_written_is_told_before_anything_is_scored(tmp_path: Path) -> None:
@@ -174,7 +169,7 @@ def test_a_runs_stored_samples_give_the_curve_of_another_reward(tmp_path: Path, 
         "step 2: 0.5000 by says_unit, 0.2500 in the run",
         "step 10: 1.0000 by says_unit, 0.2500 in the run",
     ]
-    found = [json.loads(line) for line in out.read_text().splitlines()]
+    found = read_jsonl(out)
     assert [(one["step"], one["id"], one["value"], one["reward"]) for one in found][1:3] == [
         (2, "p#1", 1.0, 0.25),
         (10, "p#0", 1.0, 0.25),

@@ -1,6 +1,5 @@
 """`align data`: what is in data, how a run would read them, and what it would refuse."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,13 @@ from align.data.types import Example
 from align.model.policy import load_tokenizer
 from align.tools.show_data import encoded, nearest_rank, seen_by_model, show_data
 
+from ..rows import Rows, chats, write_rows
+
 NANO = "recipes/nano/policy"
 
 
-def written(tmp_path: Path, rows: list[dict[str, Any]]) -> str:
-    file = tmp_path / "mine.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(file)
+def written(tmp_path: Path, rows: Rows) -> str:
+    return str(write_rows(tmp_path / "mine.jsonl", rows))
 
 
 def shown(name: str, model: str | None = None) -> str:
@@ -32,13 +31,6 @@ def shown(name: str, model: str | None = None) -> str:
 def problems(count: int) -> list[dict[str, Any]]:
     return [
         {"id": f"p{n}", "question": f"What is {n} + 1?", "answer": f"so\n#### {n + 1}", "unit": "cm"}
-        for n in range(count)
-    ]
-
-
-def chats(count: int) -> list[dict[str, Any]]:
-    return [
-        {"messages": [{"role": "user", "content": f"Say {n}."}, {"role": "assistant", "content": f"It is {n}."}]}
         for n in range(count)
     ]
 
