@@ -26,6 +26,7 @@ from typing import Any
 
 from reward.isolation.child import kernel
 from reward.own import BATCHED, COLUMNS, columns_of_sample
+from reward.rows import messages_of
 from reward.types import Sample, Score, Verdict
 
 CONCURRENT = 32
@@ -76,7 +77,7 @@ def main(descriptor: int) -> None:
     connection = Connection(descriptor)
     path, text, name = connection.recv()
     try:
-        loaded = load(path, text, name)
+        loaded = examine(path, function_of(path, text, name))
     except BaseException as error:
         why = str(error) if isinstance(error, BadFile) else raised(error, path)
         say(connection, {"failed": why})
@@ -94,11 +95,6 @@ def main(descriptor: int) -> None:
 
 def say(connection: Connection, message: Mapping[str, Any]) -> None:
     connection.send_bytes(json.dumps(message).encode())
-
-
-def load(path: str, text: str, name: str) -> Loaded:
-    """The function `name` of a file with the text, as a reward. Raises BadFile, and whatever the file itself raises."""
-    return examine(path, function_of(path, text, name))
 
 
 def function_of(path: str, text: str, name: str) -> Callable[..., Any]:
@@ -216,18 +212,11 @@ def together(loaded: Loaded, samples: Sequence[Sample], params: Mapping[str, Any
             given[name] = [row.get(name, other) for row in rows]
     taken = inspect.signature(loaded.function).parameters
     if "prompts" in taken or loaded.takes_every_column:
-        given["prompts"] = [TextOrMessages(sample.prompt, prompt_messages(sample)) for sample in samples]
+        given["prompts"] = [TextOrMessages(sample.prompt, messages_of(sample)) for sample in samples]
     given["completions"] = [
         TextOrMessages(sample.completion, [{"role": "assistant", "content": sample.completion}]) for sample in samples
     ]
     return loaded.function(**{**given, **params})
-
-
-def prompt_messages(sample: Sample) -> Sequence[Mapping[str, Any]]:
-    messages: Sequence[Mapping[str, Any]] = sample.metadata.get("messages") or [
-        {"role": "user", "content": sample.prompt}
-    ]
-    return messages
 
 
 class TextOrMessages(str):
