@@ -87,7 +87,7 @@ class StdioTests:
             if trouble is None and report.status != 0:
                 trouble = Outcome(Verdict.CRASH, f"exit status {report.status}")
             if trouble is None and not self._right(report.stdout, output):
-                trouble = Outcome(Verdict.WRONG, f"printed {_shown(report.stdout)} instead of {_shown(output)}")
+                trouble = Outcome(Verdict.WRONG, f"printed {_cut(repr(report.stdout))} instead of {_cut(repr(output))}")
             found.append(trouble or Outcome(Verdict.PASS))
         return _filled(found, len(self.outputs), execution, limits)
 
@@ -118,10 +118,10 @@ class FunctionTests:
             return trouble
         if report.result is None or "value" not in report.result:
             return Outcome(Verdict.CRASH, f"ended with exit status {report.status} and did not return")
-        value = report.result["value"]
-        if same(value, plain.encode(expected), self.float_tolerance):
+        value, wanted = report.result["value"], plain.encode(expected)
+        if same(value, wanted, self.float_tolerance):
             return Outcome(Verdict.PASS)
-        return Outcome(Verdict.WRONG, f"returned {_shown_tree(value)} instead of {_shown_tree(plain.encode(expected))}")
+        return Outcome(Verdict.WRONG, f"returned {_cut(plain.text(value))} instead of {_cut(plain.text(wanted))}")
 
 
 @dataclass(frozen=True)
@@ -377,14 +377,6 @@ def _lines(text: str) -> list[str]:
     while lines and not lines[-1]:
         lines.pop()
     return lines
-
-
-def _shown_tree(tree: Any) -> str:
-    return _cut(plain.text(tree))
-
-
-def _shown(value: Any) -> str:
-    return _cut(repr(value))
 
 
 def _cut(text: str) -> str:
