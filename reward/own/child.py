@@ -22,10 +22,10 @@ from multiprocessing.connection import Connection
 from numbers import Real
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Self
 
 from reward.isolation.child import kernel
-from reward.own import BATCHED, COLUMNS, columns_of_sample
+from reward.own import BATCHED, COLUMNS, columns_of
 from reward.rows import messages_of
 from reward.types import Sample, Score, Verdict
 
@@ -200,7 +200,7 @@ def together(loaded: Loaded, samples: Sequence[Sample], params: Mapping[str, Any
     """What a function returns that takes a whole batch."""
     if loaded.kind == "batched":
         return loaded.function(list(samples), **params)
-    rows = [columns_of_sample(sample) for sample in samples]
+    rows = [columns_of(sample.metadata, sample.ground_truth) for sample in samples]
     defaults = {p.name: p.default for p in loaded.parameters}
     found = set.union(*map(set, rows))
     names = found if loaded.takes_every_column else found.intersection(defaults)
@@ -219,40 +219,37 @@ def together(loaded: Loaded, samples: Sequence[Sample], params: Mapping[str, Any
     return loaded.function(**{**given, **params})
 
 
-class TextOrMessages(str):
+class _Text(str):
+    """A text, and what it stands for."""
+
+    _meaning: Any
+
+    def __new__(cls, text: str, meaning: Any) -> Self:
+        made = super().__new__(cls, text)
+        made._meaning = meaning
+        return made
+
+
+class TextOrMessages(_Text):
     """A text that can also be read as the list of messages that it stands for: `text[0]["content"]`, `text[-1]["role"]`.
 
     TRL passes texts or lists of messages, by the form of its data, and a reward function reads one or the other.
     """
 
-    _messages: Sequence[Mapping[str, Any]]
-
-    def __new__(cls, text: str, messages: Sequence[Mapping[str, Any]]) -> TextOrMessages:
-        made = super().__new__(cls, text)
-        made._messages = messages
-        return made
-
     def __getitem__(self, key: Any) -> Any:
-        if isinstance(key, int) and -len(self._messages) <= key < len(self._messages):
+        if isinstance(key, int) and -len(self._meaning) <= key < len(self._meaning):
             character = str(self)[key : key + 1 or None]
-            return _CharacterOrMessage(character, self._messages[key])
+            return _CharacterOrMessage(character, self._meaning[key])
         return super().__getitem__(key)
 
 
-class _CharacterOrMessage(str):
-    _message: Mapping[str, Any]
-
-    def __new__(cls, character: str, message: Mapping[str, Any]) -> _CharacterOrMessage:
-        made = super().__new__(cls, character)
-        made._message = message
-        return made
-
+class _CharacterOrMessage(_Text):
     def __getitem__(self, key: Any) -> Any:
-        return self._message[key] if key in ("role", "content") else super().__getitem__(key)
+        return self._meaning[key] if key in ("role", "content") else super().__getitem__(key)
 
     def get(self, key: str, default: Any = None) -> Any:
         """As of the message's dictionary."""
-        return self._message.get(key, default)
+        return self._meaning.get(key, default)
 
 
 def listed(made: Any, count: int) -> list[Any]:

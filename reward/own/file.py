@@ -24,7 +24,7 @@ from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any
 
-from reward.own import columns_of_sample
+from reward.own import columns_of
 from reward.registry import Parameter, Reward
 from reward.types import RewardError, Sample, Score, Verdict
 
@@ -127,8 +127,9 @@ class OwnReward:
         wanted = [name for name in self._description["columns"] if name not in params]
         batch = _Batch(self, samples, params)
         for place, sample in enumerate(samples):
-            if lacking := [name for name in wanted if name not in columns_of_sample(sample)]:
-                batch.mask(place, f"{self._where} it wants {told_lack(lacking, columns_of_sample(sample))}")
+            there = columns_of(sample.metadata, sample.ground_truth)
+            if lacking := [name for name in wanted if name not in there]:
+                batch.mask(place, f"{self._where} it wants {told_lack(lacking, there)}")
         if self._description["kind"] == "single" and not self._description["is_async"]:
             batch.score_in_order()
         else:
