@@ -178,15 +178,10 @@ def _load(path: str, dtype: str, device: str) -> _Model:
         raise RewardError(f"reward model {path} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
     finally:
         logging.enable_progress_bar()
-    if report["missing_keys"] or network.config.num_labels != 1:
-        raise RewardError(
-            f"{path} is no reward model: it needs weights for a classifier of one label, and "
-            + (
-                f"lacks {min(report['missing_keys'])}"
-                if report["missing_keys"]
-                else f"has {network.config.num_labels} labels"
-            )
-        )
+    missing, labels = report["missing_keys"], network.config.num_labels
+    if missing or labels != 1:
+        why = f"lacks {min(missing)}" if missing else f"has {labels} labels"
+        raise RewardError(f"{path} is no reward model: it needs weights for a classifier of one label, and {why}")
     padding = network.config.pad_token_id
     if padding is None or padding == tokenizer.eos_token_id:
         raise RewardError(
