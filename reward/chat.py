@@ -78,9 +78,10 @@ def encode_example(
     text, ids = _tokenised(tokenizer, [*messages, answer], tools, answering=False, prompt=asked)
     end_of_prompt = max(0, len(asked.text.rstrip()) - len("</think>"))
     if _TWO_THOUGHTS.search(text, end_of_prompt) and not _TWO_THOUGHTS.search(answer["content"]):
-        raise RewardError(
-            f"the chat template of {name_of(tokenizer)} writes an empty thought before the thought of a response: take the "
-            "thought out, or use a template that finds it in the response"
+        raise _fault(
+            tokenizer,
+            "writes an empty thought before the thought of a response: take the thought out, or use a template that finds "
+            "it in the response",
         )
     length = len(asked.ids)
     around = _surroundings(tokenizer, _template(tokenizer, tools), _shape(messages, tools))
@@ -174,7 +175,7 @@ def _tokenised(
     outline = _outline(tokenizer, template, shape, answering)
     text = _render(tokenizer, template, messages, tools, answering)
     if not text.startswith(prompt.text):
-        raise _not_continued(tokenizer, messages, tools, prompt.text, text)
+        raise _not_continued(tokenizer, messages, tools, prompt.text)
     start = len(prompt.text)
     if prompt.ids and prompt.ids[-1] in vocabulary.swallowing:
         start += len(text) - start - len(text[start:].lstrip())
@@ -205,9 +206,10 @@ def _cuts(tokenizer: Any, template: str, messages: Messages, tools: Tools, answe
         template, messages, tools=list(tools) or None, add_generation_prompt=answering, **tokenizer.special_tokens_map
     )
     if same != text:
-        raise RewardError(
-            f"the chat template of {name_of(tokenizer)} changes what a message says in a way that cannot be followed, and the "
-            "message spells out control tokens: take them out of it"
+        raise _fault(
+            tokenizer,
+            "changes what a message says in a way that cannot be followed, and the message spells out control tokens: "
+            "take them out of it",
         )
     cuts = set()
     for match in vocabulary.overlapping.finditer(text):
@@ -230,21 +232,17 @@ def _outline(tokenizer: Any, template: str, shape: _Shape, answering: bool) -> _
     found = {int(number) for number in _PLACEHOLDERS.findall(text)}
     lost = [turn["role"] for i, turn in enumerate(messages) if turn["content"] and i not in found]
     if lost:
-        raise RewardError(
-            f"the chat template of {name_of(tokenizer)} leaves out what the {' and the '.join(lost)} says, given messages of "
-            f"{_roles(messages)}"
-        )
+        said = f"what the {' and the '.join(lost)} says"
+        raise _fault(tokenizer, f"leaves out {said}, given messages of {_roles(messages)}")
     if tools and _renders_alike(tokenizer, template, messages, (), answering, text):
-        raise RewardError(
-            f"the chat template of {name_of(tokenizer)} leaves out the tools; take one that has a place for them"
-        )
+        raise _fault(tokenizer, "leaves out the tools; take one that has a place for them")
     for place, turn in enumerate(messages):
         calls = turn.get("tool_calls") or ()
         for number in range(len(calls)):
             fewer = {**turn, "tool_calls": [*calls[:number], *calls[number + 1 :]]}
             without = [*messages[:place], fewer, *messages[place + 1 :]]
             if _renders_alike(tokenizer, template, without, tools, answering, text):
-                raise RewardError(f"the chat template of {name_of(tokenizer)} leaves out what an assistant calls")
+                raise _fault(tokenizer, "leaves out what an assistant calls")
     control = vocabulary_of(tokenizer).control
     return _Tokenised(text, [id_ for id_ in encode(tokenizer, text) if id_ in control])
 
@@ -273,15 +271,10 @@ def _surroundings(tokenizer: Any, template: str, shape: _Shape) -> _Surroundings
     ends = after_ids.count(end)
     if ends:
         after_ids = after_ids[: after_ids.index(end)]
-    return _Surroundings(
-        opened,
-        decode_completion(tokenizer, encode(tokenizer, before[len(prompt) :], first=False))
-        if before.startswith(prompt)
-        else None,
-        decode_completion(tokenizer, after_ids),
-        end,
-        ends,
-    )
+    between = None
+    if before.startswith(prompt):
+        between = decode_completion(tokenizer, encode(tokenizer, before[len(prompt) :], first=False))
+    return _Surroundings(opened, between, decode_completion(tokenizer, after_ids), end, ends)
 
 
 def _opened_thought(prompt: str) -> str:
@@ -289,25 +282,26 @@ def _opened_thought(prompt: str) -> str:
     return opened[0] if opened else ""
 
 
-def _not_continued(tokenizer: Any, messages: Messages, tools: Tools, asked: str, whole: str) -> RewardError:
-    fault = (
-        f"the chat template of {name_of(tokenizer)} ends a prompt in {asked[-40:]!r}, but writes something else before an "
-        "answer that is given"
-    )
-    if not _opened_thought(asked):
-        return RewardError(
-            f"{fault}: demonstrations would train on another prompt than the model is asked with. Use a template whose "
-            "conversations begin with their prompts"
-        )
+def _fault(tokenizer: Any, what: str) -> RewardError:
+    return RewardError(f"the chat template of {name_of(tokenizer)} {what}")
+
+
+def _not_continued(tokenizer: Any, messages: Messages, tools: Tools, asked: str) -> RewardError:
     thoughtful = [*messages[:-1], {"role": "assistant", "content": "<think>\nx\n</think>\n\nx"}]
-    if _render(tokenizer, _template(tokenizer, tools), thoughtful, tools, False).startswith(asked):
-        return RewardError(
-            f"{fault}: the prompt opens a thought, so each response needs one, <think>...</think>, first"
+    if not _opened_thought(asked):
+        why = (
+            "demonstrations would train on another prompt than the model is asked with. Use a template whose conversations "
+            "begin with their prompts"
         )
-    return RewardError(
-        f"{fault}: the prompt opens a thought, and the template leaves the thoughts of responses out. The model can be "
-        "sampled from (GRPO, eval, chat), but demonstrations and preferences need a template that keeps them"
-    )
+    elif _render(tokenizer, _template(tokenizer, tools), thoughtful, tools, False).startswith(asked):
+        why = "the prompt opens a thought, so each response needs one, <think>...</think>, first"
+    else:
+        why = (
+            "the prompt opens a thought, and the template leaves the thoughts of responses out. The model can be sampled "
+            "from (GRPO, eval, chat), but demonstrations and preferences need a template that keeps them"
+        )
+    end = f"ends a prompt in {asked[-40:]!r}, but writes something else before an answer that is given"
+    return _fault(tokenizer, f"{end}: {why}")
 
 
 def _forged(token: str) -> RewardError:
@@ -336,8 +330,7 @@ def _render(tokenizer: Any, template: str, messages: Messages, tools: Tools, ans
             add_generation_prompt=answering,
         )
     except Exception as error:  # the template's own errors are jinja's, and whatever its expressions raise
-        why = f"refuses messages of {_roles(messages)}: {error}"
-        raise RewardError(f"the chat template of {name_of(tokenizer)} {why}") from error
+        raise _fault(tokenizer, f"refuses messages of {_roles(messages)}: {error}") from error
     return rendered
 
 
