@@ -172,6 +172,7 @@ def parse_tests(tests: Any, *, float_tolerance: float, any_whitespace: bool = Fa
             raise UnusableTests(f"tests given as text must be JSON: {error}") from None
     if not isinstance(tests, Mapping) or tests.get("kind") not in SHAPES:
         raise UnusableTests(f"tests must be one of {'; '.join(SHAPES.values())}")
+    setup = tests.get("setup") or ""
     match dict(tests):
         case {"kind": "stdio", "cases": [_, *_] as cases} if all(map(_is_stdio_case, cases)):
             inputs, outputs = (tuple(case[name] for case in cases) for name in ("input", "output"))
@@ -179,10 +180,8 @@ def parse_tests(tests: Any, *, float_tolerance: float, any_whitespace: bool = Fa
         case {"kind": "function", "entry_point": str(name), "cases": [_, *_] as cases} if all(map(_is_call, cases)):
             calls = tuple(Call(tuple(case["args"]), dict(case.get("kwargs") or {})) for case in cases)
             return FunctionTests(name, calls, tuple(case["expected"] for case in cases), float_tolerance)
-        case {"kind": "assert", "entry_point": str(name), "code": str(code)} if isinstance(
-            tests.get("setup") or "", str
-        ):
-            return AssertTests(name, code, tests.get("setup") or "")
+        case {"kind": "assert", "entry_point": str(name), "code": str(code)} if isinstance(setup, str):
+            return AssertTests(name, code, setup)
     kind = tests["kind"]
     raise UnusableTests(f"tests of kind {kind!r} must be {SHAPES[kind]} with at least one case of plain data")
 

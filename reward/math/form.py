@@ -172,12 +172,9 @@ def _listed(text: str, whole: str, grouped: bool, depth: int) -> Form | None:
 
 def _overlap(one: Form, other: Form, whole: str) -> Form | None:
     r"""x > 1 and x < 4 as one interval."""
-    if one.label == other.label and one.ends and other.ends:
+    if one.label == other.label and one.ends and other.ends and len(one.items) == len(other.items) == 2:
         for low, high in ((one, other), (other, one)):
-            if len(low.items) == len(high.items) == 2 and (low.items[1].text, high.items[0].text) == (
-                r"\infty",
-                r"-\infty",
-            ):
+            if low.items[1].text == r"\infty" and high.items[0].text == r"-\infty":
                 return replace(low, whole=whole, items=(low.items[0], high.items[1]), ends=low.ends[0] + high.ends[1])
     return None
 
@@ -245,12 +242,9 @@ def _near(exact: str, rough: str) -> bool:
     one, other = number(exact), number(rough)
     if one is None or other is None:
         return True
-    unit = (
-        Fraction(10) ** (len(rough) - len(rough.rstrip("0")))
-        if "." not in rough
-        else Fraction(1, 10 ** len(rough.partition(".")[2]))
-    )
-    return abs(one - other) < unit
+    _, point, decimals = rough.partition(".")
+    place = -len(decimals) if point else len(rough) - len(rough.rstrip("0"))
+    return abs(one - other) < Fraction(10) ** place
 
 
 def _congruent(text: str, whole: str, grouped: bool, depth: int) -> Form | None:
