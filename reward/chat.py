@@ -18,16 +18,16 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
-from itertools import groupby, pairwise, zip_longest
+from itertools import pairwise, zip_longest
 from typing import Any, NamedTuple
 
 from reward.provenance import ASSISTANT, TEMPLATE, render_with_authors
 from reward.types import RewardError
+from reward.vocabulary import decode_completion, encode, name_of, vocabulary_of
 
 # Private-use characters: a template that looks for something in a content does not find it in these.
 _PLACEHOLDER = "\ue000{}\ue001"
 _PLACEHOLDERS = re.compile("\ue000([0-9]+)\ue001")
-_THOUGHT = ("<think>", "</think>")
 _OPENED_THOUGHT = re.compile(r"<think>\s*\Z")
 _TWO_THOUGHTS = re.compile(r"</think>\s*<think>")
 TODAY = datetime(2026, 1, 1)
@@ -82,15 +82,16 @@ def encode_example(
     text, ids = _tokenised(tokenizer, [*messages, answer], tools, answering=False, prompt=asked)
     end_of_prompt = max(0, len(asked.text.rstrip()) - len("</think>"))
     if _TWO_THOUGHTS.search(text, end_of_prompt) and not _TWO_THOUGHTS.search(answer["content"]):
-        raise RewardError(
-            f"the chat template of {_name(tokenizer)} writes an empty thought before the thought of a response: take the "
-            "thought out, or use a template that finds it in the response"
+        raise _fault(
+            tokenizer,
+            "writes an empty thought before the thought of a response: take the thought out, or use a template that finds "
+            "it in the response",
         )
     length = len(asked.ids)
     around = _surroundings(tokenizer, _template(tokenizer, tools), _shape(messages, tools))
     if around.end is None:
         raise RewardError(
-            f"the tokenizer of {_name(tokenizer)} has no eos_token: set it in tokenizer_config.json, or the model never "
+            f"the tokenizer of {name_of(tokenizer)} has no eos_token: set it in tokenizer_config.json, or the model never "
             "learns to stop"
         )
     ends = [place for place in range(length, len(ids)) if ids[place] == around.end]
@@ -107,16 +108,6 @@ def end_of_answer(tokenizer: Any) -> int | None:
         end: int | None = tokenizer.eos_token_id
         return end
     return _surroundings(tokenizer, _template(tokenizer), _shape([{"role": "user", "content": "?"}])).end
-
-
-def decode_completion(tokenizer: Any, token_ids: Sequence[int]) -> str:
-    """The text of the ids without special tokens but those of thoughts, and otherwise as it is: a leading space stays."""
-    thoughts = _vocabulary(tokenizer).special_thoughts
-    parts = groupby(token_ids, thoughts.__contains__) if thoughts else [(False, token_ids)]
-    return "".join(
-        tokenizer.decode(list(ids), skip_special_tokens=not thought, clean_up_tokenization_spaces=False)
-        for thought, ids in parts
-    )
 
 
 def answer_text(tokenizer: Any, messages: Messages, token_ids: Sequence[int], tools: Tools = ()) -> str:
@@ -140,7 +131,7 @@ def answer_text(tokenizer: Any, messages: Messages, token_ids: Sequence[int], to
 
 
 class _Tokenised(NamedTuple):
-    """A rendering and its ids."""
+    """A rendering, and its ids or some of them."""
 
     text: str
     ids: list[int]
@@ -163,13 +154,6 @@ class _Shape(NamedTuple):
         return _Shape((*self.turns, json.dumps({"role": "assistant", "content": True})), self.tools)
 
 
-class _Outline(NamedTuple):
-    """The rendering of placeholders, and the ids of the control tokens in it."""
-
-    text: str
-    control: list[int]
-
-
 class _Surroundings(NamedTuple):
     """What a template writes around an answer."""
 
@@ -184,32 +168,18 @@ class _Surroundings(NamedTuple):
     """How often the template writes that token after the answer."""
 
 
-class _Vocabulary(NamedTuple):
-    special: Mapping[str, int]
-    control: frozenset[int]
-    """The special tokens, and the added ones that are no text in a user's message."""
-    special_thoughts: frozenset[int]
-    swallowing: frozenset[int]
-    """Tokens that take in the white space behind them."""
-    found: re.Pattern[str]
-    """Finds control tokens, the longest first."""
-    found_special: re.Pattern[str]
-    overlapping: re.Pattern[str]
-    """Finds where a control token begins, in another one too; it is group 1."""
-
-
 def _tokenised(
     tokenizer: Any, messages: Messages, tools: Tools, *, answering: bool, prompt: _Tokenised | None = None
 ) -> _Tokenised:
     """The rendering of the messages; where it continues a prompt, the prompt's ids are the first of its ids."""
     prompt = prompt or _Tokenised("", [])
-    template, vocabulary, shape = _template(tokenizer, tools), _vocabulary(tokenizer), _shape(messages, tools)
+    template, vocabulary, shape = _template(tokenizer, tools), vocabulary_of(tokenizer), _shape(messages, tools)
     if forged := vocabulary.found_special.search("".join((*shape.turns, shape.tools))):
         raise RewardError(f"tools or their calls spell out the control token {forged[0]}: take it out of them")
     outline = _outline(tokenizer, template, shape, answering)
     text = _render(tokenizer, template, messages, tools, answering)
     if not text.startswith(prompt.text):
-        raise _not_continued(tokenizer, messages, tools, prompt.text, text)
+        raise _not_continued(tokenizer, messages, tools, prompt.text)
     start = len(prompt.text)
     if prompt.ids and prompt.ids[-1] in vocabulary.swallowing:
         start += len(text) - start - len(text[start:].lstrip())
@@ -217,14 +187,14 @@ def _tokenised(
         (vocabulary.found_special if message["role"] == "assistant" else vocabulary.found).search(message["content"])
         for message in messages
     ):
-        ids = prompt.ids + _encode(tokenizer, text[start:], first=start == 0)
-        if [id_ for id_ in ids if id_ in vocabulary.control] == outline.control:
+        ids = prompt.ids + encode(tokenizer, text[start:], first=start == 0)
+        if [id_ for id_ in ids if id_ in vocabulary.control] == outline.ids:
             return _Tokenised(text, ids)
     cuts = [cut for cut in _cuts(tokenizer, template, messages, tools, answering, text) if cut > start]
     new: list[int] = []
     written = []
     for begin, end in pairwise([start, *cuts, len(text)]):
-        new += _encode(tokenizer, text[begin:end], first=begin == 0)
+        new += encode(tokenizer, text[begin:end], first=begin == 0)
         written += [match[0] for match in vocabulary.found.finditer(text[begin:end]) if match[0] in vocabulary.special]
     special = {id_: token for token, id_ in vocabulary.special.items()}
     read = [special[id_] for id_ in new if id_ in special]
@@ -235,15 +205,16 @@ def _tokenised(
 
 def _cuts(tokenizer: Any, template: str, messages: Messages, tools: Tools, answering: bool, text: str) -> list[int]:
     """Where to cut the rendering, so that its control tokens are the template's."""
-    vocabulary = _vocabulary(tokenizer)
+    vocabulary = vocabulary_of(tokenizer)
     variables = {**tokenizer.special_tokens_map, **_date(template)}
     same, author = render_with_authors(
         template, messages, tools=list(tools) or None, add_generation_prompt=answering, **variables
     )
     if same != text:
-        raise RewardError(
-            f"the chat template of {_name(tokenizer)} changes what a message says in a way that cannot be followed, and the "
-            "message spells out control tokens: take them out of it"
+        raise _fault(
+            tokenizer,
+            "changes what a message says in a way that cannot be followed, and the message spells out control tokens: "
+            "take them out of it",
         )
     cuts = set()
     for match in vocabulary.overlapping.finditer(text):
@@ -258,30 +229,27 @@ def _cuts(tokenizer: Any, template: str, messages: Messages, tools: Tools, answe
 
 
 @lru_cache(maxsize=256)
-def _outline(tokenizer: Any, template: str, shape: _Shape, answering: bool) -> _Outline:
+def _outline(tokenizer: Any, template: str, shape: _Shape, answering: bool) -> _Tokenised:
+    """The rendering of placeholders, and the ids of the control tokens in it. Raises RewardError where something is left out."""
     messages = shape.messages
     tools = json.loads(shape.tools)
     text = _render(tokenizer, template, messages, tools, answering)
     found = {int(number) for number in _PLACEHOLDERS.findall(text)}
     lost = [turn["role"] for i, turn in enumerate(messages) if turn["content"] and i not in found]
     if lost:
-        raise RewardError(
-            f"the chat template of {_name(tokenizer)} leaves out what the {' and the '.join(lost)} says, given messages of "
-            f"{', '.join(_roles(messages))}"
-        )
+        said = f"what the {' and the '.join(lost)} says"
+        raise _fault(tokenizer, f"leaves out {said}, given messages of {_roles(messages)}")
     if tools and _renders_alike(tokenizer, template, messages, (), answering, text):
-        raise RewardError(
-            f"the chat template of {_name(tokenizer)} leaves out the tools; take one that has a place for them"
-        )
+        raise _fault(tokenizer, "leaves out the tools; take one that has a place for them")
     for place, turn in enumerate(messages):
         calls = turn.get("tool_calls") or ()
         for number in range(len(calls)):
             fewer = {**turn, "tool_calls": [*calls[:number], *calls[number + 1 :]]}
             without = [*messages[:place], fewer, *messages[place + 1 :]]
             if _renders_alike(tokenizer, template, without, tools, answering, text):
-                raise RewardError(f"the chat template of {_name(tokenizer)} leaves out what an assistant calls")
-    control = _vocabulary(tokenizer).control
-    return _Outline(text, [id_ for id_ in _encode(tokenizer, text) if id_ in control])
+                raise _fault(tokenizer, "leaves out what an assistant calls")
+    control = vocabulary_of(tokenizer).control
+    return _Tokenised(text, [id_ for id_ in encode(tokenizer, text) if id_ in control])
 
 
 def _renders_alike(tokenizer: Any, template: str, messages: Messages, tools: Tools, answering: bool, text: str) -> bool:
@@ -301,22 +269,17 @@ def _surroundings(tokenizer: Any, template: str, shape: _Shape) -> _Surroundings
     except RewardError:
         return _Surroundings(opened, None, "", tokenizer.eos_token_id, 0)
     before, _, after = whole.rpartition(_PLACEHOLDER.format(len(shape.turns)))
-    after_ids = _encode(tokenizer, after, first=False)
+    after_ids = encode(tokenizer, after, first=False)
     end, added = tokenizer.eos_token_id, tokenizer.added_tokens_decoder
     if end not in after_ids:
         end = next((id_ for id_ in reversed(after_ids) if id_ in added and not added[id_].content.isspace()), end)
     ends = after_ids.count(end)
     if ends:
         after_ids = after_ids[: after_ids.index(end)]
-    return _Surroundings(
-        opened,
-        decode_completion(tokenizer, _encode(tokenizer, before[len(prompt) :], first=False))
-        if before.startswith(prompt)
-        else None,
-        decode_completion(tokenizer, after_ids),
-        end,
-        ends,
-    )
+    between = None
+    if before.startswith(prompt):
+        between = decode_completion(tokenizer, encode(tokenizer, before[len(prompt) :], first=False))
+    return _Surroundings(opened, between, decode_completion(tokenizer, after_ids), end, ends)
 
 
 def _opened_thought(prompt: str) -> str:
@@ -324,25 +287,26 @@ def _opened_thought(prompt: str) -> str:
     return opened[0] if opened else ""
 
 
-def _not_continued(tokenizer: Any, messages: Messages, tools: Tools, asked: str, whole: str) -> RewardError:
-    fault = (
-        f"the chat template of {_name(tokenizer)} ends a prompt in {asked[-40:]!r}, but writes something else before an "
-        "answer that is given"
-    )
-    if not _opened_thought(asked):
-        return RewardError(
-            f"{fault}: demonstrations would train on another prompt than the model is asked with. Use a template whose "
-            "conversations begin with their prompts"
-        )
+def _fault(tokenizer: Any, what: str) -> RewardError:
+    return RewardError(f"the chat template of {name_of(tokenizer)} {what}")
+
+
+def _not_continued(tokenizer: Any, messages: Messages, tools: Tools, asked: str) -> RewardError:
     thoughtful = [*messages[:-1], {"role": "assistant", "content": "<think>\nx\n</think>\n\nx"}]
-    if _render(tokenizer, _template(tokenizer, tools), thoughtful, tools, False).startswith(asked):
-        return RewardError(
-            f"{fault}: the prompt opens a thought, so each response needs one, <think>...</think>, first"
+    if not _opened_thought(asked):
+        why = (
+            "demonstrations would train on another prompt than the model is asked with. Use a template whose conversations "
+            "begin with their prompts"
         )
-    return RewardError(
-        f"{fault}: the prompt opens a thought, and the template leaves the thoughts of responses out. The model can be "
-        "sampled from (GRPO, eval, chat), but demonstrations and preferences need a template that keeps them"
-    )
+    elif _render(tokenizer, _template(tokenizer, tools), thoughtful, tools, False).startswith(asked):
+        why = "the prompt opens a thought, so each response needs one, <think>...</think>, first"
+    else:
+        why = (
+            "the prompt opens a thought, and the template leaves the thoughts of responses out. The model can be sampled "
+            "from (GRPO, eval, chat), but demonstrations and preferences need a template that keeps them"
+        )
+    end = f"ends a prompt in {asked[-40:]!r}, but writes something else before an answer that is given"
+    return _fault(tokenizer, f"{end}: {why}")
 
 
 def _forged(token: str) -> RewardError:
@@ -355,7 +319,7 @@ def _template(tokenizer: Any, tools: Tools = ()) -> str:
         template: str = tokenizer.get_chat_template(tools=list(tools) or None)
     except ValueError:
         raise RewardError(
-            f"the tokenizer of {_name(tokenizer)} has no chat template (base models have none): put one into "
+            f"the tokenizer of {name_of(tokenizer)} has no chat template (base models have none): put one into "
             "its directory as chat_template.jinja, for example that of the chat model of the same family"
         ) from None
     return template
@@ -372,9 +336,7 @@ def _render(tokenizer: Any, template: str, messages: Messages, tools: Tools, ans
             **_date(template),
         )
     except Exception as error:  # the template's own errors are jinja's, and whatever its expressions raise
-        raise RewardError(
-            f"the chat template of {_name(tokenizer)} refuses messages of {', '.join(_roles(messages))}: {error}"
-        ) from error
+        raise _fault(tokenizer, f"refuses messages of {_roles(messages)}: {error}") from error
     return rendered
 
 
@@ -393,68 +355,5 @@ def _shape(messages: Messages, tools: Tools = ()) -> _Shape:
     )
 
 
-def _roles(messages: Messages) -> tuple[str, ...]:
-    return tuple(message["role"] for message in messages)
-
-
-def _encode(tokenizer: Any, text: str, *, first: bool = True) -> list[int]:
-    if not text or first or not _begins_with_space(tokenizer):
-        return _read(tokenizer, text)
-    # SentencePiece puts a space before what it tokenises: let it do so before a line break, then drop both.
-    head = _read(tokenizer, "\n")
-    ids = _read(tokenizer, "\n" + text)
-    if ids[: len(head)] != head:
-        raise RewardError(
-            f"the tokenizer of {_name(tokenizer)} puts a space before each text and merges line breaks with "
-            "what follows, so that a conversation cannot be tokenised in parts"
-        )
-    return ids[len(head) :]
-
-
-def _read(tokenizer: Any, text: str) -> list[int]:
-    try:
-        ids: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=False, verbose=False)[
-            "input_ids"
-        ]
-    except TypeError as error:  # all that tokenizers says of it
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            raise RewardError("a text holds half of a surrogate pair, which no tokenizer reads") from error
-        raise
-    return ids
-
-
-@lru_cache(maxsize=8)
-def _begins_with_space(tokenizer: Any) -> bool:
-    return str(tokenizer.convert_ids_to_tokens(_read(tokenizer, "a"))[0]).startswith(("▁", "Ġ"))
-
-
-@lru_cache(maxsize=8)
-def _vocabulary(tokenizer: Any) -> _Vocabulary:
-    added = tokenizer.added_tokens_decoder
-    # Text that a vocabulary lacks is an unknown token, where there is one.
-    ids = {id_ for id_, token in added.items() if token.special} | set(tokenizer.all_special_ids)
-    texts = {tokenizer.convert_ids_to_tokens(id_): id_ for id_ in ids - {tokenizer.unk_token_id}}
-    special = {text: id_ for text, id_ in texts.items() if text not in _THOUGHT}
-    guarded = {
-        token.content: id_
-        for id_, token in added.items()
-        if len(token.content) > 1 and not token.content.isspace() and id_ != tokenizer.unk_token_id
-    }
-    every = _any_of(special | guarded)
-    return _Vocabulary(
-        special,
-        frozenset((special | guarded).values()),
-        frozenset(texts[mark] for mark in _THOUGHT if mark in texts),
-        frozenset(id_ for id_, token in added.items() if token.rstrip),
-        re.compile(every),
-        re.compile(_any_of(special)),
-        re.compile(f"(?=({every}))"),
-    )
-
-
-def _any_of(tokens: Mapping[str, int]) -> str:
-    return "|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)"
-
-
-def _name(tokenizer: Any) -> str:
-    return getattr(tokenizer, "name_or_path", "") or "this model"
+def _roles(messages: Messages) -> str:
+    return ", ".join(message["role"] for message in messages)

@@ -217,16 +217,13 @@ def _reward_of(term: RewardTerm) -> Reward:
 
 def why_masked(samples: Sequence[Sample], rewards: Sequence[SampleReward]) -> list[str]:
     """For each reward that is None, which component could not judge which sample, and why."""
-    return [
-        f"reward {name!r} on sample {sample.id!r}: {score.detail or 'no detail'}"
-        for sample, reward in zip(samples, rewards, strict=True)
-        if reward.value is None
-        for name, score in [_reason(reward)]
-    ]
-
-
-def _reason(masked: SampleReward) -> tuple[str, Score]:
-    return next(item for item in masked.components.items() if item[1].verdict is Verdict.INFRA_ERROR)
+    reasons = []
+    for sample, reward in zip(samples, rewards, strict=True):
+        if reward.value is None:
+            failed = (item for item in reward.components.items() if item[1].verdict is Verdict.INFRA_ERROR)
+            name, score = next(failed)
+            reasons.append(f"reward {name!r} on sample {sample.id!r}: {score.detail or 'no detail'}")
+    return reasons
 
 
 def share_a_domain(one: RewardTerm, other: RewardTerm) -> bool:
@@ -234,14 +231,11 @@ def share_a_domain(one: RewardTerm, other: RewardTerm) -> bool:
     return one.domains is None or other.domains is None or not set(one.domains).isdisjoint(other.domains)
 
 
-def _masks(term: RewardTerm, score: Score) -> bool:
-    return term.weight != 0.0 and score.verdict is Verdict.INFRA_ERROR
-
-
 def _combine(scores: Sequence[tuple[RewardTerm, Score]]) -> SampleReward:
-    masked = any(_masks(term, score) for term, score in scores)
-    # A term of weight 0 may have the value nan, and 0 * nan is nan.
-    total = sum(term.weight * score.value for term, score in scores if term.weight)
+    # A term of weight 0 masks nothing. It may have the value nan, and 0 * nan is nan.
+    counting = [(term.weight, score) for term, score in scores if term.weight]
+    masked = any(score.verdict is Verdict.INFRA_ERROR for _, score in counting)
+    total = sum(weight * score.value for weight, score in counting)
     return SampleReward(
         value=None if masked else float(total),
         verdict=scores[0][1].verdict,

@@ -151,7 +151,7 @@ def register(
     """A decorator that makes a function known as the reward `name`, and returns the function unchanged.
 
     `columns` are those of the data without which it scores nothing; "answer" is the ground truth, whatever column has it. `ready` is called
-    before a run starts anything, with those of the parameters that it names, and raises RewardError where the reward could not be used then:
+    before a run starts anything, with those of the parameters that it takes, and raises RewardError where the reward could not be used then:
     it looks at files and servers, and loads no model.
 
     Raises RewardError where another function has the name, or where the function takes `**kwargs`: a misspelt
@@ -184,10 +184,11 @@ def check_fit(reward: Reward, params: Mapping[str, Any]) -> None:
 
 
 def call_ready(ready: Callable[..., None] | None, arguments: Mapping[str, Any]) -> None:
-    """Call what was registered as `ready`, if anything, with those of the arguments that it names. Raises what it does."""
+    """Call what was registered as `ready`, if anything, with those of the arguments that it takes. Raises what it does."""
     if ready is not None:
-        named = inspect.signature(ready).parameters
-        ready(**{name: value for name, value in arguments.items() if name in named})
+        taken = inspect.signature(ready).parameters
+        takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
+        ready(**{name: value for name, value in arguments.items() if takes_all or name in taken})
 
 
 def _same_definition(one: Callable[..., Any], other: Callable[..., Any]) -> bool:

@@ -127,6 +127,12 @@ def as_messages(prompt: Any) -> list[dict[str, Any]]:
     return [{**message, "content": text_of(message.get("content"))} for message in prompt]
 
 
+def messages_of(sample: Sample) -> Messages:
+    """The sample's prompt as chat messages: those of its metadata, or else one message of the user."""
+    messages: Messages = sample.metadata.get("messages") or ()
+    return messages or ({"role": "user", "content": sample.prompt},)
+
+
 def request_of(messages: Messages) -> str:
     """What the user asked last; the last message where none is the user's."""
     asked = [message["content"] for message in messages if message.get("role") == "user"]

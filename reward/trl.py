@@ -14,7 +14,6 @@ _log = logging.getLogger(__name__)
 
 RECENT = 256
 """Of so many completions, or of a call's where it has more, the share is taken that nobody could judge."""
-_NOT_DATA = ("completion_ids",)
 
 
 class TrlReward:
@@ -30,7 +29,7 @@ class TrlReward:
         data = {
             name: column
             for name, column in columns.items()
-            if name not in _NOT_DATA and isinstance(column, list) and len(column) == len(completions)
+            if name != "completion_ids" and isinstance(column, list) and len(column) == len(completions)
         }
         rows = [{name: column[index] for name, column in data.items()} for index in range(len(completions))]
         samples = [

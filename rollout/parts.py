@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from rollout.types import Trajectory, Versions
 
@@ -87,10 +88,7 @@ class PartNotes:
 
     def __init__(self, model: Any):
         self._passes: dict[str, list[torch.Tensor]] = {}
-        modules = parts_of(model)
-        self._hooks = [module.register_forward_hook(partial(self._note, name)) for name, module in modules.items()]
-        if FIRST_LAYER in modules:
-            self._hooks.append(modules[FIRST_LAYER].register_forward_pre_hook(self._note_input, with_kwargs=True))
+        self._hooks = watch(parts_of(model), self._note)
 
     def close(self) -> Parts:
         """What was computed, the tokens of one forward pass after the other."""
@@ -101,8 +99,17 @@ class PartNotes:
     def _note(self, name: str, _: Any, __: Any, output: Any) -> None:
         self._passes.setdefault(name, []).append(rows_of(name, output))
 
-    def _note_input(self, layer: Any, inputs: Any, named: Mapping[str, Any]) -> None:
-        self._note(EMBEDDING, layer, inputs, states_in(inputs, named))
+
+def watch(modules: Mapping[str, torch.nn.Module], see: Callable[[str, Any, Any, Any], None]) -> list[RemovableHandle]:
+    """Let `see` be called with the name of each part and as a forward hook, and so with what comes into the first layer."""
+
+    def see_input(layer: Any, inputs: Any, named: Mapping[str, Any]) -> None:
+        see(EMBEDDING, layer, inputs, states_in(inputs, named))
+
+    hooks = [module.register_forward_hook(partial(see, name)) for name, module in modules.items()]
+    if FIRST_LAYER in modules:
+        hooks.append(modules[FIRST_LAYER].register_forward_pre_hook(see_input, with_kwargs=True))
+    return hooks
 
 
 def states_in(inputs: Iterable[Any], named: Mapping[str, Any]) -> torch.Tensor:
@@ -128,15 +135,11 @@ def compared(model: Any, noted: Mapping[str, torch.Tensor]) -> Iterator[dict[str
     whose last tokens `noted` may lack some.
     """
     found: dict[str, Distance] = {}
-    modules, hooks = parts_of(model), []
+    modules = parts_of(model)
+    hooks = watch(modules, partial(_compare, found, noted))
     layers = [name for name in modules if LAYER.fullmatch(name)]
     comes_from = dict(zip([*layers, LAST_NORM], [EMBEDDING, *layers], strict=True))
-    if FIRST_LAYER in modules:
-        hooks.append(
-            modules[FIRST_LAYER].register_forward_pre_hook(partial(_compare_input, found, noted), with_kwargs=True)
-        )
     for name, module in modules.items():
-        hooks.append(module.register_forward_hook(partial(_compare, found, noted, name)))
         if name in comes_from and comes_from[name] in noted:
             hooks.append(module.register_forward_pre_hook(_given(noted[comes_from[name]])))
     try:
@@ -166,12 +169,6 @@ def _compare(
     ours = rows_of(name, output)[: len(theirs)].double()
     if ours.shape == theirs.shape:
         found[name] = Distance(float((ours - theirs).square().sum()), float(theirs.double().square().sum()))
-
-
-def _compare_input(
-    found: dict[str, Distance], noted: Mapping[str, torch.Tensor], layer: Any, inputs: Any, named: Mapping[str, Any]
-) -> None:
-    _compare(found, noted, EMBEDDING, layer, inputs, states_in(inputs, named))
 
 
 def start_noting(worker: Any) -> None:

@@ -228,24 +228,16 @@ class EngineOptions(BaseModel):
     )
 
     @model_validator(mode="after")
-    def _no_more_than_a_batch(self) -> Self:
+    def _fit_together(self) -> Self:
         if (self.concurrent_sequences or 0) > self.batch_sequences:
             raise ValueError(
                 f"concurrent_sequences is {self.concurrent_sequences}, and an engine batch has batch_sequences = {self.batch_sequences}: "
                 "raise batch_sequences, or leave concurrent_sequences out"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _not_in_graphs(self) -> Self:
         if self.batch_invariant and self.cuda_graphs:
             raise ValueError(
                 "batch_invariant: a graph would keep kernels that depend on the batch; leave cuda_graphs out"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _shared_by_one(self) -> Self:
         if self.gpus < 1 and self.tensor_parallel > 1:
             raise ValueError(
                 "gpus below 1, as with colocate, is for workers of one process: leave it or tensor_parallel out"

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 import tomllib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -213,17 +213,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         in_processes([partial(work, tree, part, results) for tree, part in zip(trees, parts, strict=True)])
         made = [json.loads(line) for line in results.read_text().splitlines()]
     missed = [line for line in made if line[1] not in (CAUGHT, SKIPPED_HERE)]
-    print("\n" + "\n".join(table(missed)) if missed else "")
+    print()
+    for name, what, _ in missed:
+        print(f"{name:72}  {what}")
     caught = sum(line[1] == CAUGHT for line in made)
     print(f"{caught} of {len(chosen)} changes caught, in {time.monotonic() - started:.0f} s")
     return int(len(made) - len(missed) < len(chosen))
-
-
-def table(lines: Sequence[Sequence[Any]]) -> Iterator[str]:
-    """What was not caught, and why."""
-    width = max(len(line[0]) for line in lines)
-    for name, what, _ in lines:
-        yield f"{name:{width}}  {what}"
 
 
 if __name__ == "__main__":

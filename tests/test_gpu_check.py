@@ -28,11 +28,10 @@ def test_the_log_probabilities_of_samples_are_computed_in_two_dtypes_and_compare
     (tmp_path / "samples.pickle").write_bytes(pickle.dumps([sampled] * 4))
     (row,) = dry_run(tmp_path, "--only", "c")
     assert "done" in row
-    found = {line["what"]: line for line in map(json.loads, (tmp_path / "gpu.jsonl").read_text().splitlines())}
+    lines = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
+    found = {line["what"]: line for line in lines}
     assert found["transformers bfloat16 and float32"]["tokens"] == 8
-    parts = [
-        line for line in map(json.loads, (tmp_path / "gpu.jsonl").read_text().splitlines()) if line["what"] == "part"
-    ]
+    parts = [line for line in lines if line["what"] == "part"]
     assert [part["name"] for part in parts][-3:] == ["layer 1, router", "layer 1, experts", "last norm"]
     assert all(0 <= part["transformers bfloat16, transformers float32"] < 0.05 for part in parts)
     assert 0 < found["transformers bfloat16 and float32"]["mean"] < 0.1 < found["vLLM bfloat16 and float32"]["mean"]

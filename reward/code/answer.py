@@ -18,7 +18,7 @@ from functools import partial as bound
 from typing import Any
 
 from reward.code.blocks import program
-from reward.code.cases import Outcome, Tests, UnusableTests, parse_tests
+from reward.code.cases import Tests, UnusableTests, parse_tests
 from reward.isolation import Executor, Limits, LocalExecutor, SandboxFailure, namespace_executor, unsafe_executor
 from reward.registry import register
 from reward.types import RewardError, Sample, Score, Verdict
@@ -161,15 +161,12 @@ def _score(
     except SandboxFailure as error:
         return Score(math.nan, Verdict.INFRA_ERROR, f"{mark}{error}")
     passed = sum(outcome.passed for outcome in outcomes)
+    told = f"{mark}{passed} of {len(outcomes)} cases passed"
     if passed == len(outcomes):
-        return Score(right, Verdict.PASS, f"{mark}{_count(passed, outcomes)}")
+        return Score(right, Verdict.PASS, told)
     value = wrong + (right - wrong) * passed / len(outcomes) if partial else wrong
     number, first = next((n, outcome) for n, outcome in enumerate(outcomes, 1) if not outcome.passed)
-    return Score(value, first.verdict, f"{mark}{_count(passed, outcomes)}; case {number}: {first.detail}")
-
-
-def _count(passed: int, outcomes: Sequence[Outcome]) -> str:
-    return f"{passed} of {len(outcomes)} cases passed"
+    return Score(value, first.verdict, f"{told}; case {number}: {first.detail}")
 
 
 def _executor(name: str, unsafe: bool, packages: Sequence[str]) -> Executor:

@@ -87,7 +87,7 @@ class StdioTests:
             if trouble is None and report.status != 0:
                 trouble = Outcome(Verdict.CRASH, f"exit status {report.status}")
             if trouble is None and not self._right(report.stdout, output):
-                trouble = Outcome(Verdict.WRONG, f"printed {_shown(report.stdout)} instead of {_shown(output)}")
+                trouble = Outcome(Verdict.WRONG, f"printed {_cut(repr(report.stdout))} instead of {_cut(repr(output))}")
             found.append(trouble or Outcome(Verdict.PASS))
         return _filled(found, len(self.outputs), execution, limits)
 
@@ -118,10 +118,10 @@ class FunctionTests:
             return trouble
         if report.result is None or "value" not in report.result:
             return Outcome(Verdict.CRASH, f"ended with exit status {report.status} and did not return")
-        value = report.result["value"]
-        if same(value, plain.encode(expected), self.float_tolerance):
+        value, wanted = report.result["value"], plain.encode(expected)
+        if same(value, wanted, self.float_tolerance):
             return Outcome(Verdict.PASS)
-        return Outcome(Verdict.WRONG, f"returned {_shown_tree(value)} instead of {_shown_tree(plain.encode(expected))}")
+        return Outcome(Verdict.WRONG, f"returned {_cut(plain.text(value))} instead of {_cut(plain.text(wanted))}")
 
 
 @dataclass(frozen=True)
@@ -172,6 +172,7 @@ def parse_tests(tests: Any, *, float_tolerance: float, any_whitespace: bool = Fa
             raise UnusableTests(f"tests given as text must be JSON: {error}") from None
     if not isinstance(tests, Mapping) or tests.get("kind") not in SHAPES:
         raise UnusableTests(f"tests must be one of {'; '.join(SHAPES.values())}")
+    setup = tests.get("setup") or ""
     match dict(tests):
         case {"kind": "stdio", "cases": [_, *_] as cases} if all(map(_is_stdio_case, cases)):
             inputs, outputs = (tuple(case[name] for case in cases) for name in ("input", "output"))
@@ -179,10 +180,8 @@ def parse_tests(tests: Any, *, float_tolerance: float, any_whitespace: bool = Fa
         case {"kind": "function", "entry_point": str(name), "cases": [_, *_] as cases} if all(map(_is_call, cases)):
             calls = tuple(Call(tuple(case["args"]), dict(case.get("kwargs") or {})) for case in cases)
             return FunctionTests(name, calls, tuple(case["expected"] for case in cases), float_tolerance)
-        case {"kind": "assert", "entry_point": str(name), "code": str(code)} if isinstance(
-            tests.get("setup") or "", str
-        ):
-            return AssertTests(name, code, tests.get("setup") or "")
+        case {"kind": "assert", "entry_point": str(name), "code": str(code)} if isinstance(setup, str):
+            return AssertTests(name, code, setup)
     kind = tests["kind"]
     raise UnusableTests(f"tests of kind {kind!r} must be {SHAPES[kind]} with at least one case of plain data")
 
@@ -377,14 +376,6 @@ def _lines(text: str) -> list[str]:
     while lines and not lines[-1]:
         lines.pop()
     return lines
-
-
-def _shown_tree(tree: Any) -> str:
-    return _cut(plain.text(tree))
-
-
-def _shown(value: Any) -> str:
-    return _cut(repr(value))
 
 
 def _cut(text: str) -> str:

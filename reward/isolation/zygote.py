@@ -63,22 +63,22 @@ class Handle:
     report: int
     said: bytearray = field(default_factory=bytearray)
     ended: Mapping[str, Any] | None = None
-    reported: bool = False
 
-    def read(self) -> None:
-        """Take what the report pipe holds; sets `reported` at its end."""
+    def read(self) -> bool:
+        """Take what the report pipe holds; False at its end."""
         new = os.read(self.report, 1 << 20)
-        self.reported = not new
         self.said += new
+        return bool(new)
 
     def lines(self) -> list[bytes]:
         """The lines of the report that were written to their ends."""
         return bytes(self.said).split(b"\n")[:-1]
 
-    def hear_end(self) -> None:
-        """Take the supervisor's last word."""
+    def hear_end(self) -> bool:
+        """Take the supervisor's last word. False: nothing more comes."""
         message = self.control.recv(65536)
         self.ended = plain.loads(message) if message else {"failed": "its supervisor ended without a word"}
+        return False
 
     def kill(self) -> None:
         """Make the supervisor kill the run."""
@@ -258,10 +258,12 @@ def gather(handles: Sequence[Handle], seconds: float, first: Handle | None = Non
     killed = False
     with selectors.DefaultSelector() as selector:
         for handle in handles:
-            selector.register(handle.report, selectors.EVENT_READ, (handle, handle.read))
-            selector.register(handle.control, selectors.EVENT_READ, (handle, handle.hear_end))
+            selector.register(handle.report, selectors.EVENT_READ, handle.read)
+            selector.register(handle.control, selectors.EVENT_READ, handle.hear_end)
         while selector.get_map():
-            _read_once(selector, max(0.0, deadline - time.monotonic()))
+            for key, _ in selector.select(max(0.0, deadline - time.monotonic())):
+                if not key.data():
+                    selector.unregister(key.fileobj)
             if first is not None and first.ended is not None:
                 first, deadline = None, min(deadline, time.monotonic() + 0.5)
             if selector.get_map() and time.monotonic() >= deadline:
@@ -270,15 +272,6 @@ def gather(handles: Sequence[Handle], seconds: float, first: Handle | None = Non
                 for handle in handles:
                     handle.kill()
                 killed, deadline = True, time.monotonic() + GRACE_SECONDS
-
-
-def _read_once(selector: selectors.BaseSelector, seconds: float) -> None:
-    for key, _ in selector.select(seconds):
-        handle, take = key.data
-        take()
-        if handle.reported or take == handle.hear_end:
-            with suppress(KeyError):
-                selector.unregister(key.fileobj)
 
 
 def close_all(handles: Iterable[Handle]) -> None:

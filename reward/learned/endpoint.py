@@ -31,21 +31,10 @@ class _Unanswered(Exception):  # noqa: N818
     """The server did not give the numbers; the text says why."""
 
 
-def _ready(
-    url: str,
-    model: str,
-    path: str,
-    normalise: bool = True,
-    clip: float | None = None,
-    timeout_s: float = 60.0,
-    attempts: int = 4,
-    api_key_env: str | None = None,
-) -> None:
+def _ready(path: str, **params: Any) -> None:
     """Raise RewardError where the server cannot be asked, unless what it serves is still to be made."""
     if not Path(path).is_absolute() or Path(path).exists():
-        of_scale: dict[str, Any] = {"normalise": normalise, "clip": clip}
-        of_server: dict[str, Any] = {"timeout_s": timeout_s, "attempts": attempts, "api_key_env": api_key_env}
-        reward_endpoint([], url=url, model=model, path=path, **of_scale, **of_server)
+        reward_endpoint([], path=path, **params)
 
 
 @register("reward_endpoint", batched=True, ready=_ready)

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from reward.chat import encode_example
 from reward.registry import register
+from reward.rows import messages_of
 from reward.types import RewardError, Sample, Score, Verdict
 
 NOTES = "reward_model.json"
@@ -177,15 +178,10 @@ def _load(path: str, dtype: str, device: str) -> _Model:
         raise RewardError(f"reward model {path} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
     finally:
         logging.enable_progress_bar()
-    if report["missing_keys"] or network.config.num_labels != 1:
-        raise RewardError(
-            f"{path} is no reward model: it needs weights for a classifier of one label, and "
-            + (
-                f"lacks {min(report['missing_keys'])}"
-                if report["missing_keys"]
-                else f"has {network.config.num_labels} labels"
-            )
-        )
+    missing, labels = report["missing_keys"], network.config.num_labels
+    if missing or labels != 1:
+        why = f"lacks {min(missing)}" if missing else f"has {labels} labels"
+        raise RewardError(f"{path} is no reward model: it needs weights for a classifier of one label, and {why}")
     padding = network.config.pad_token_id
     if padding is None or padding == tokenizer.eos_token_id:
         raise RewardError(
@@ -199,13 +195,7 @@ def _load(path: str, dtype: str, device: str) -> _Model:
     return _Model(tokenizer, network, min(getattr(network.config, "max_position_embeddings", longest), longest))
 
 
-def messages_of(sample: Sample) -> Sequence[Mapping[str, str]]:
-    """The sample's prompt as chat messages: those of its metadata, or else one message of the user."""
-    messages: Sequence[Mapping[str, str]] = sample.metadata.get("messages") or ()
-    return messages or ({"role": "user", "content": sample.prompt},)
-
-
-def encode_conversation(tokenizer: Any, messages: Sequence[Mapping[str, str]], completion: str) -> list[int]:
+def encode_conversation(tokenizer: Any, messages: Sequence[Mapping[str, Any]], completion: str) -> list[int]:
     """The ids of prompt, completion and one end-of-sequence token: those that a reward model is trained on.
 
     Raises RewardError as `reward.chat.encode_example` does.

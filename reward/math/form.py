@@ -17,6 +17,9 @@ DEEPEST = 8
 """Forms within forms; deeper ones are compared as text."""
 MOST_PAIRS = 400
 """Pairs of members of two unordered lists; longer lists are compared in their order."""
+UNORDERED = ({","}, {"{}"}, {",", "{}"}, {"∪"})
+"""The ends of two forms whose members may come in any order."""
+Same = Callable[[str, str], bool | None]
 
 _OPEN, _CLOSE = r"(?P<open>\\\{|[{(\[])", r"(?P<close>\\\}|[})\]])"
 _LIST = r"[,;]|\\text\{[ ,]*(?:and|or)[ ,]*\}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])|\\(?:lor|land|vee)(?![a-zA-Z])"
@@ -169,12 +172,9 @@ def _listed(text: str, whole: str, grouped: bool, depth: int) -> Form | None:
 
 def _overlap(one: Form, other: Form, whole: str) -> Form | None:
     r"""x > 1 and x < 4 as one interval."""
-    if one.label == other.label and one.ends and other.ends:
+    if one.label == other.label and one.ends and other.ends and len(one.items) == len(other.items) == 2:
         for low, high in ((one, other), (other, one)):
-            if len(low.items) == len(high.items) == 2 and (low.items[1].text, high.items[0].text) == (
-                r"\infty",
-                r"-\infty",
-            ):
+            if low.items[1].text == r"\infty" and high.items[0].text == r"-\infty":
                 return replace(low, whole=whole, items=(low.items[0], high.items[1]), ends=low.ends[0] + high.ends[1])
     return None
 
@@ -242,12 +242,9 @@ def _near(exact: str, rough: str) -> bool:
     one, other = number(exact), number(rough)
     if one is None or other is None:
         return True
-    unit = (
-        Fraction(10) ** (len(rough) - len(rough.rstrip("0")))
-        if "." not in rough
-        else Fraction(1, 10 ** len(rough.partition(".")[2]))
-    )
-    return abs(one - other) < unit
+    _, point, decimals = rough.partition(".")
+    place = -len(decimals) if point else len(rough) - len(rough.rstrip("0"))
+    return abs(one - other) < Fraction(10) ** place
 
 
 def _congruent(text: str, whole: str, grouped: bool, depth: int) -> Form | None:
@@ -277,7 +274,7 @@ def _proportion(text: str, whole: str, grouped: bool, depth: int) -> Form | None
     return Form(text, whole, items=_many(pieces, grouped, depth), ends=":") if len(pieces) > 2 else None
 
 
-def equal(gold: Form, answer: Form, same: Callable[[str, str], bool | None]) -> bool | None:
+def equal(gold: Form, answer: Form, same: Same) -> bool | None:
     """Whether two forms are equal, where `same` says it of two texts or None for "not known yet"; then None too."""
     if gold.label and answer.label and _bare(gold.label) != _bare(answer.label):
         return False if gold.items or answer.items else same(gold.whole, answer.whole)
@@ -305,7 +302,7 @@ def _bare(label: str) -> str:
     return re.sub(r"\\text|[ {}]", "", label).casefold()
 
 
-def _equal_chains(gold: Form, answer: Form, same: Callable[[str, str], bool | None]) -> bool | None:
+def _equal_chains(gold: Form, answer: Form, same: Same) -> bool | None:
     r"""An equation is equal to an equation; in the place of a value, all its sides but names must be that value."""
     if gold.ends == "=" and (answer.ends == "=" or answer.label):
         return same(gold.whole, answer.whole)
@@ -317,21 +314,15 @@ def _equal_chains(gold: Form, answer: Form, same: Callable[[str, str], bool | No
     return False if False in verdicts else None if None in verdicts else True
 
 
-def _equal_members(gold: Form, answer: Form, same: Callable[[str, str], bool | None]) -> bool | None:
+def _equal_members(gold: Form, answer: Form, same: Same) -> bool | None:
+    ends = {gold.ends, answer.ends}
     if len(gold.items) != len(answer.items):
         return False
-    unordered = {",", "{}", "∪"}
-    if gold.ends != answer.ends and not {gold.ends, answer.ends} <= {",", "{}"}:
-        if {gold.ends, answer.ends} == {",", "()"}:
-            return _equal_in_order(_by_name(gold), _by_name(answer), same)
-        if "∪" in (gold.ends, answer.ends) and {gold.ends, answer.ends} <= {",", "∪"}:
-            return _equal_in_any_order(gold.items, answer.items, same)
-        return False
-    if gold.ends not in unordered:
-        return _equal_in_order(gold.items, answer.items, same)
-    if _are_named(gold) or _are_named(answer):
+    if ends == {",", "()"} or (ends in UNORDERED and (_are_named(gold) or _are_named(answer))):
         return _equal_in_order(_by_name(gold), _by_name(answer), same)
-    return _equal_in_any_order(gold.items, answer.items, same)
+    if ends in UNORDERED or ends == {",", "∪"}:
+        return _equal_in_any_order(gold.items, answer.items, same)
+    return _equal_in_order(gold.items, answer.items, same) if gold.ends == answer.ends else False
 
 
 def _are_named(form: Form) -> bool:
@@ -344,9 +335,7 @@ def _by_name(form: Form) -> tuple[Form, ...]:
     return tuple(sorted(form.items, key=lambda item: _bare(item.label))) if _are_named(form) else form.items
 
 
-def _equal_in_order(
-    golds: tuple[Form, ...], answers: tuple[Form, ...], same: Callable[[str, str], bool | None]
-) -> bool | None:
+def _equal_in_order(golds: tuple[Form, ...], answers: tuple[Form, ...], same: Same) -> bool | None:
     verdicts = []
     for gold, answer in zip(golds, answers, strict=True):
         verdicts.append(equal(gold, answer, same))
@@ -355,9 +344,7 @@ def _equal_in_order(
     return None if None in verdicts else True
 
 
-def _equal_in_any_order(
-    golds: tuple[Form, ...], answers: tuple[Form, ...], same: Callable[[str, str], bool | None]
-) -> bool | None:
+def _equal_in_any_order(golds: tuple[Form, ...], answers: tuple[Form, ...], same: Same) -> bool | None:
     if len(golds) ** 2 > MOST_PAIRS:
         return _equal_in_order(golds, answers, same)
     left, unknown = list(answers), False

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections import OrderedDict
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import sympy  # type: ignore[import-untyped]
@@ -46,7 +46,6 @@ _WHOLE = (
 )
 """Where factorials, sums and the like in variables are compared."""
 _DIGITS, _SAME = 50, sympy.Rational(1, 10**30)
-_CACHED = 256
 _ENDLESS = (sympy.factorial, sympy.binomial, sympy.Sum, sympy.Product, sympy.Integral, sympy.Limit)
 _LARGEST_POWER = 100
 _PROBE = sympy.Integer(424243)
@@ -94,8 +93,6 @@ _WARM_UP = (
     ("3+4i", "4i+3", True),
 )
 
-_golds: OrderedDict[str, Any] = OrderedDict()
-
 
 class Broken(Exception):  # noqa: N818
     """The library gives wrong answers to known questions: nothing it says counts."""
@@ -107,7 +104,7 @@ def warm() -> None:
     for gold, answer, equal in _WARM_UP:
         if work({"gold": gold, "answer": answer}, lambda phase: None) != {"equal": equal}:
             raise Broken(f"{gold} and {answer} must{'' if equal else ' not'} be equal")
-    _golds.clear()
+    _gold.cache_clear()
 
 
 def work(request: dict[str, str], enter: Callable[[str], None]) -> dict[str, Any]:
@@ -138,16 +135,9 @@ def work(request: dict[str, str], enter: Callable[[str], None]) -> dict[str, Any
         return {"unreadable": f"the comparison raised {type(error).__name__}"}
 
 
+@lru_cache(maxsize=256)
 def _gold(text: str) -> Any:
     """The parsed ground truth, or why it cannot be used."""
-    if text not in _golds:
-        if len(_golds) >= _CACHED:
-            _golds.popitem(last=False)
-        _golds[text] = _examined(text)
-    return _golds[text]
-
-
-def _examined(text: str) -> Any:
     gold = _parsed(text)
     if gold is None:
         return "math-verify cannot read it"

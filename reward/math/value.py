@@ -128,10 +128,7 @@ def same_number(one: Fraction, other: Fraction, written: str, other_written: str
         if not match:
             continue
         digits, scale = len((match[1] + match[2]).lstrip("0")), 10 ** len(match[2])
-        if len(match[2]) >= 6 <= digits and rounded in (
-            Fraction(round(exact * scale), scale),
-            Fraction(int(exact * scale), scale),
-        ):
+        if len(match[2]) >= 6 <= digits and rounded * scale in (round(exact * scale), int(exact * scale)):
             return True
         if digits >= 15 and abs(exact - rounded) <= abs(exact) / 10**14:
             return True

@@ -14,8 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from reward.types import Sample
-
 Function = TypeVar("Function", bound=Callable[..., Any])
 BATCHED, COLUMNS = "_reward_batched", "_reward_columns"
 
@@ -43,8 +41,3 @@ def columns_of(metadata: Mapping[str, Any], ground_truth: str | None) -> dict[st
     """What a reward may read of a sample by the name of a column: its metadata, and the ground truth under two names."""
     truth = {} if ground_truth is None else {"answer": ground_truth, "ground_truth": ground_truth}
     return {**truth, **metadata}
-
-
-def columns_of_sample(sample: Sample) -> dict[str, Any]:
-    """`columns_of` a sample."""
-    return columns_of(sample.metadata, sample.ground_truth)

@@ -22,10 +22,11 @@ from multiprocessing.connection import Connection
 from numbers import Real
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Self
 
 from reward.isolation.child import kernel
-from reward.own import BATCHED, COLUMNS, columns_of_sample
+from reward.own import BATCHED, COLUMNS, columns_of
+from reward.rows import messages_of
 from reward.types import Sample, Score, Verdict
 
 CONCURRENT = 32
@@ -76,7 +77,7 @@ def main(descriptor: int) -> None:
     connection = Connection(descriptor)
     path, text, name = connection.recv()
     try:
-        loaded = load(path, text, name)
+        loaded = examine(path, function_of(path, text, name))
     except BaseException as error:
         why = str(error) if isinstance(error, BadFile) else raised(error, path)
         say(connection, {"failed": why})
@@ -94,11 +95,6 @@ def main(descriptor: int) -> None:
 
 def say(connection: Connection, message: Mapping[str, Any]) -> None:
     connection.send_bytes(json.dumps(message).encode())
-
-
-def load(path: str, text: str, name: str) -> Loaded:
-    """The function `name` of a file with the text, as a reward. Raises BadFile, and whatever the file itself raises."""
-    return examine(path, function_of(path, text, name))
 
 
 def function_of(path: str, text: str, name: str) -> Callable[..., Any]:
@@ -204,7 +200,7 @@ def together(loaded: Loaded, samples: Sequence[Sample], params: Mapping[str, Any
     """What a function returns that takes a whole batch."""
     if loaded.kind == "batched":
         return loaded.function(list(samples), **params)
-    rows = [columns_of_sample(sample) for sample in samples]
+    rows = [columns_of(sample.metadata, sample.ground_truth) for sample in samples]
     defaults = {p.name: p.default for p in loaded.parameters}
     found = set.union(*map(set, rows))
     names = found if loaded.takes_every_column else found.intersection(defaults)
@@ -216,60 +212,47 @@ def together(loaded: Loaded, samples: Sequence[Sample], params: Mapping[str, Any
             given[name] = [row.get(name, other) for row in rows]
     taken = inspect.signature(loaded.function).parameters
     if "prompts" in taken or loaded.takes_every_column:
-        given["prompts"] = [TextOrMessages(sample.prompt, prompt_messages(sample)) for sample in samples]
+        given["prompts"] = [TextOrMessages(sample.prompt, messages_of(sample)) for sample in samples]
     given["completions"] = [
         TextOrMessages(sample.completion, [{"role": "assistant", "content": sample.completion}]) for sample in samples
     ]
     return loaded.function(**{**given, **params})
 
 
-def prompt_messages(sample: Sample) -> Sequence[Mapping[str, Any]]:
-    messages: Sequence[Mapping[str, Any]] = sample.metadata.get("messages") or [
-        {"role": "user", "content": sample.prompt}
-    ]
-    return messages
+class _Text(str):
+    """A text, and what it stands for."""
+
+    _meaning: Any
+
+    def __new__(cls, text: str, meaning: Any) -> Self:
+        made = super().__new__(cls, text)
+        made._meaning = meaning
+        return made
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self._meaning)
 
 
-class TextOrMessages(str):
+class TextOrMessages(_Text):
     """A text that can also be read as the list of messages that it stands for: `text[0]["content"]`, `text[-1]["role"]`.
 
     TRL passes texts or lists of messages, by the form of its data, and a reward function reads one or the other.
     """
 
-    _messages: Sequence[Mapping[str, Any]]
-
-    def __new__(cls, text: str, messages: Sequence[Mapping[str, Any]]) -> TextOrMessages:
-        made = super().__new__(cls, text)
-        made._messages = messages
-        return made
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return TextOrMessages, (str(self), self._messages)
-
     def __getitem__(self, key: Any) -> Any:
-        if isinstance(key, int) and -len(self._messages) <= key < len(self._messages):
+        if isinstance(key, int) and -len(self._meaning) <= key < len(self._meaning):
             character = str(self)[key : key + 1 or None]
-            return _CharacterOrMessage(character, self._messages[key])
+            return _CharacterOrMessage(character, self._meaning[key])
         return super().__getitem__(key)
 
 
-class _CharacterOrMessage(str):
-    _message: Mapping[str, Any]
-
-    def __new__(cls, character: str, message: Mapping[str, Any]) -> _CharacterOrMessage:
-        made = super().__new__(cls, character)
-        made._message = message
-        return made
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _CharacterOrMessage, (str(self), self._message)
-
+class _CharacterOrMessage(_Text):
     def __getitem__(self, key: Any) -> Any:
-        return self._message[key] if key in ("role", "content") else super().__getitem__(key)
+        return self._meaning[key] if key in ("role", "content") else super().__getitem__(key)
 
     def get(self, key: str, default: Any = None) -> Any:
         """As of the message's dictionary."""
-        return self._message.get(key, default)
+        return self._meaning.get(key, default)
 
 
 def listed(made: Any, count: int) -> list[Any]:

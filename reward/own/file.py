@@ -18,14 +18,13 @@ import sys
 import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import lru_cache
 from modulefinder import ModuleFinder
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any
 
-from reward.own import columns_of_sample
+from reward.own import columns_of
 from reward.registry import Parameter, Reward
 from reward.types import RewardError, Sample, Score, Verdict
 
@@ -128,8 +127,9 @@ class OwnReward:
         wanted = [name for name in self._description["columns"] if name not in params]
         batch = _Batch(self, samples, params)
         for place, sample in enumerate(samples):
-            if lacking := [name for name in wanted if name not in columns_of_sample(sample)]:
-                batch.mask(place, f"{self._where} it wants {told_lack(lacking, columns_of_sample(sample))}")
+            there = columns_of(sample.metadata, sample.ground_truth)
+            if lacking := [name for name in wanted if name not in there]:
+                batch.mask(place, f"{self._where} it wants {told_lack(lacking, there)}")
         if self._description["kind"] == "single" and not self._description["is_async"]:
             batch.score_in_order()
         else:
@@ -248,40 +248,30 @@ def _score(message: Mapping[str, Any]) -> Score:
     return Score(float(value), Verdict(verdict), str(detail))
 
 
-@dataclass(frozen=True)
-class _Started:
-    """A child's process and our end of its socket."""
-
-    process: subprocess.Popen[bytes]
-    connection: Connection
-
-    def end(self) -> None:
-        """Kill the process and what it started."""
-        self.connection.close()
-        if self.process.returncode is None:
-            with suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
+def _end(process: subprocess.Popen[bytes], connection: Connection) -> None:
+    """Kill a process and what it started, and close our end of its socket."""
+    connection.close()
+    if process.returncode is None:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 class Process:
     """A process that has imported a file. Raises RewardError, with the file, where it cannot."""
 
     def __init__(self, path: str, text: str, function: str) -> None:
-        ours, theirs = Pipe()
-        self._started = _Started(
-            subprocess.Popen(
-                [sys.executable, "-P", "-m", "reward.own.child", str(theirs.fileno())],
-                stdin=subprocess.DEVNULL,
-                stdout=2,  # what the function prints is no output of ours
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)},
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,
-            ),
-            ours,
+        self._connection, theirs = Pipe()
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "reward.own.child", str(theirs.fileno())],
+            stdin=subprocess.DEVNULL,
+            stdout=2,  # what the function prints is no output of ours
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)},
+            pass_fds=[theirs.fileno()],
+            start_new_session=True,
         )
         theirs.close()
-        self.close = weakref.finalize(self, self._started.end)
+        self.close = weakref.finalize(self, _end, self._process, self._connection)
         try:
             self.send((path, text, function))
             message = self.receive(IMPORT_S)
@@ -295,22 +285,22 @@ class Process:
         self.description: Mapping[str, Any] = message["ready"]
 
     def send(self, message: Any) -> None:
-        self._started.connection.send(message)
+        self._connection.send(message)
 
     def receive(self, seconds: float) -> Mapping[str, Any] | None:
         """The next message; None where none has come after so many seconds. Raises EOFError where the process is gone."""
-        if not self._started.connection.poll(seconds):
+        if not self._connection.poll(seconds):
             return None
-        message: Mapping[str, Any] = json.loads(self._started.connection.recv_bytes())
+        message: Mapping[str, Any] = json.loads(self._connection.recv_bytes())
         return message
 
     def is_alive(self) -> bool:
-        return self._started.process.poll() is None
+        return self._process.poll() is None
 
     def ended(self) -> str:
         """How the process ended, in words."""
         try:
-            code = self._started.process.wait(GRACE_S)
+            code = self._process.wait(GRACE_S)
         except subprocess.TimeoutExpired:
             return "its socket closed"
         return f"signal {signal.Signals(-code).name}" if code < 0 else f"status {code}"

@@ -14,6 +14,7 @@ from reasoning_gym.factory import DATASETS
 
 _BOARDS = frozenset({"arc_agi", "rearc"})
 """Tasks that compare tuples of tuples, which travel as lists."""
+_scorer = cache(get_score_answer_fn)
 
 
 def warm() -> None:
@@ -42,11 +43,6 @@ def work(request: dict[str, Any], enter: Callable[[str], None]) -> dict[str, Any
     if why and not _usable(scorer, entry):
         return {"entry": f"{why}, and for the ground truth too"}
     return {"score": best, "why": why}
-
-
-@cache
-def _scorer(task: str) -> Callable[[str, Mapping[str, Any]], float]:
-    return get_score_answer_fn(task)
 
 
 def _restored(task: str, entry: dict[str, Any]) -> dict[str, Any]:

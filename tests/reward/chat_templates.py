@@ -72,11 +72,9 @@ CONVERSATIONS = {
 
 @cache
 def tokenizer_with(template: str) -> Any:
-    source = (
-        NANO.chat_template if template == "deepseek_v2" else (TRL / f"{template}.jinja").read_text(encoding="utf-8")
-    )
     if template == "deepseek_v2":
         return AutoTokenizer.from_pretrained(NANO.name_or_path)
+    source = (TRL / f"{template}.jinja").read_text(encoding="utf-8")
     found = sorted(set(CONTROL.findall(source)))
     return byte_level(
         source,

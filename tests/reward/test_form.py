@@ -1,7 +1,6 @@
 """Rules on the final box, language, repetition and length, and several of them as one reward."""
 
 import time
-from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -35,8 +34,8 @@ JAPANESE = "まず二つの数を足し、次に和を三で割ります。"
 KOREAN = "먼저 두 수를 더하고, 그 합을 삼으로 나눕니다."
 
 
-def sample(completion: str, prompt: str = "?", metadata: Mapping[str, Any] | None = None) -> Sample:
-    return Sample(id="s", prompt=prompt, completion=completion, ground_truth=None, metadata=metadata or {})
+def sample(completion: str, **fields: Any) -> Sample:
+    return Sample(**{"id": "s", "prompt": "?", "completion": completion, "ground_truth": None, **fields})
 
 
 @pytest.mark.parametrize(
@@ -222,13 +221,9 @@ def test_a_long_completion_takes_linear_time(text: str) -> None:
     assert time.process_time() - started < 30.0
 
 
-def ended(completion: str, truncated: bool = False) -> Sample:
-    return Sample(id="s", prompt="?", completion=completion, ground_truth=None, truncated=truncated)
-
-
 @pytest.mark.parametrize("ending", ["", ".", " .\n", "$", "$.", "$$", r"\)", "\n\\]\n", r".\]"])
 def test_one_box_at_the_end_passes(ending: str) -> None:
-    assert answer_format(ended(rf"So \boxed{{\frac{{1}}{{2}}}}{ending}")).verdict is Verdict.PASS
+    assert answer_format(sample(rf"So \boxed{{\frac{{1}}{{2}}}}{ending}")).verdict is Verdict.PASS
 
 
 @pytest.mark.parametrize(
@@ -246,19 +241,19 @@ def test_one_box_at_the_end_passes(ending: str) -> None:
     ],
 )
 def test_the_detail_says_what_is_missing(completion: str, verdict: Verdict, detail: str) -> None:
-    score = answer_format(ended(completion), right=2.0, wrong=-0.5)
+    score = answer_format(sample(completion), right=2.0, wrong=-0.5)
     assert score.verdict is verdict
     assert score.value == -0.5
     assert detail in score.detail
 
 
 def test_a_completion_that_was_cut_off_fails() -> None:
-    score = answer_format(ended(r"\boxed{42}", truncated=True))
+    score = answer_format(sample(r"\boxed{42}", truncated=True))
     assert score.verdict is Verdict.WRONG
     assert "cut off" in score.detail
 
 
 def test_a_long_blank_tail_takes_linear_time() -> None:
     started = time.process_time()
-    answer_format(ended(r"\boxed{42}" + " " * 200_000 + "x"))
+    answer_format(sample(r"\boxed{42}" + " " * 200_000 + "x"))
     assert time.process_time() - started < 5.0

@@ -267,19 +267,11 @@ def test_rows_are_read_as_ifeval_and_open_instruct_publish_them() -> None:
     kinds = ["length_constraints:number_words", "punctuation:no_comma", "detectable_format:title"]
     number = {"num_words": 5.0, "relation": "at least", "keywords": None, "let_frequency": math.nan}
     kwargs = [number, dict.fromkeys(number), None]
+    in_json = [{"num_words": 5, "relation": "at least", "keywords": None}, None, None]
     for metadata in (
         {"instruction_id_list": kinds, "kwargs": kwargs, "topic": None},
         {"ground_truth": str([{"instruction_id": kinds, "kwargs": [{**number, "let_frequency": None}, *kwargs[1:]]}])},
-        {
-            "ground_truth": json.dumps(
-                [
-                    {
-                        "instruction_id": kinds,
-                        "kwargs": [{"num_words": 5, "relation": "at least", "keywords": None}, None, None],
-                    }
-                ]
-            )
-        },
+        {"ground_truth": json.dumps([{"instruction_id": kinds, "kwargs": in_json}])},
     ):
         found = check(Sample("1", REQUEST, PARROTS, None, metadata=metadata))
         assert (found.kinds, found.met, found.degenerate) == (tuple(kinds), (True, True, False), "")

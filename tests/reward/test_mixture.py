@@ -273,7 +273,7 @@ def test_a_mixture_is_refused_before_the_run_starts() -> None:
         Mixture([RewardTerm(name="exact_answer", params={"wrongs": 0})])
     with pytest.raises(RewardError, match="at least one term"):
         Mixture([])
-    with pytest.raises(RewardError, match="share in"):
+    with pytest.raises(RewardError, match=r"infra_error_limit is a share in \[0, 1\], not 5"):
         Mixture([RewardTerm(name="exact_answer")], infra_error_limit=5)
     with pytest.raises(RewardError, match="same reward and domain"):
         Mixture([RewardTerm(name="exact_answer"), RewardTerm(name="exact_answer", domains=["math"])])

@@ -5,7 +5,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM
 
+from align.model.names import to_checkpoint
 from rollout.sync.base import WriteBuckets, buckets
 from rollout.sync.broadcast import Address
 
@@ -14,6 +16,13 @@ def free_address() -> Address:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return Address("127.0.0.1", probe.getsockname()[1])
+
+
+def changed_weights(path: str, seed: int) -> dict[str, torch.Tensor]:
+    """The weights of a model under checkpoint names, each with some noise."""
+    generator = torch.Generator().manual_seed(seed)
+    checkpoint = to_checkpoint(AutoModelForCausalLM.from_pretrained(path).state_dict().items())
+    return {n: t + 0.02 * torch.randn(t.shape, generator=generator) for n, t in checkpoint}
 
 
 class LocalPublisher:

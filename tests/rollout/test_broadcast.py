@@ -6,38 +6,29 @@ from contextlib import suppress
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
-from align.model.names import to_checkpoint
 from align.recipe import ModelOptions
 from rollout import BroadcastSync, Trajectory, stored
 from rollout.sync.base import Bucket
 from rollout.sync.broadcast import Address, meet
 
 from .injuries import Injury, WitnessedFleet
-from .publisher import LocalPublisher
+from .publisher import LocalPublisher, changed_weights
 
 BROADCAST = BroadcastSync(100_000)
-Weights = dict[str, torch.Tensor]
 
 
-def changed(policy: ModelOptions, seed: int) -> Weights:
-    generator = torch.Generator().manual_seed(seed)
-    checkpoint = to_checkpoint(AutoModelForCausalLM.from_pretrained(policy.path).state_dict().items())
-    return {n: t + 0.02 * torch.randn(t.shape, generator=generator) for n, t in checkpoint}
-
-
-def sampled(witnessed: WitnessedFleet, weights: Weights) -> list[Trajectory]:
+def sampled(witnessed: WitnessedFleet, weights: dict[str, torch.Tensor]) -> list[Trajectory]:
     """What the workers sample with these weights in the usual way."""
     witnessed.fleet.load(stored(weights), version=7)
     return witnessed.sample()
 
 
 def test_workers_sample_with_what_they_received(witnessed: WitnessedFleet, policy: ModelOptions) -> None:
-    learner = LocalPublisher(weights := changed(policy, 1))
+    learner = LocalPublisher(weights := changed_weights(policy.path, 1))
     expected = sampled(witnessed, weights)
     for _ in range(2):
-        witnessed.fleet.load(stored(changed(policy, 2)), version=6)
+        witnessed.fleet.load(stored(changed_weights(policy.path, 2)), version=6)
         witnessed.fleet.load(BROADCAST.publish(learner), version=7)
         assert witnessed.sample() == expected
     assert learner.published == ["broadcast to 3"] * 2
@@ -52,7 +43,7 @@ def test_a_broadcast_that_breaks_off_is_made_up_for_without_a_restart(
             group.send(next(made))
             raise OSError
 
-    learner = LocalPublisher(weights := changed(policy, 3), some_of_it)
+    learner = LocalPublisher(weights := changed_weights(policy.path, 3), some_of_it)
     expected = sampled(witnessed, weights)
     witnessed.until_healthy()
     witnessed.faults.clear()
@@ -86,7 +77,7 @@ def test_a_worker_that_is_lost_while_it_receives_is_replaced_and_the_others_go_o
                 group.send(bucket)
             group.send({})
 
-    learner = LocalPublisher(weights := changed(policy, 4), hurting)
+    learner = LocalPublisher(weights := changed_weights(policy.path, 4), hurting)
     expected = sampled(witnessed, weights)
     witnessed.until_healthy()
     witnessed.fleet.load(BROADCAST.publish(learner), version=7)

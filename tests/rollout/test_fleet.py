@@ -28,7 +28,7 @@ from rollout.engine import Request
 from rollout.fleet import engine_batches
 from rollout.worker import RolloutWorker
 
-from .publisher import LocalPublisher
+from .publisher import LocalPublisher, changed_weights
 
 PROMPTS = [Prompt(f"p{i}", [1, 40 + i, 60 + 3 * i, 17]) for i in range(4)]
 STOP = 2
@@ -113,8 +113,7 @@ def test_an_update_with_the_same_weights_changes_nothing(fleet: Fleet, weights: 
 
 def test_new_weights_arrive_whole(fleet: Fleet, weights: dict[str, torch.Tensor], policy: ModelOptions) -> None:
     """After an update of every weight the sampler gives the log-probabilities that transformers computes with them."""
-    generator = torch.Generator().manual_seed(1)
-    changed = {n: t + 0.02 * torch.randn(t.shape, generator=generator) for n, t in weights.items()}
+    changed = changed_weights(policy.path, 1)
     fleet.load(stored(changed), version=1)
     model = AutoModelForCausalLM.from_pretrained(policy.path)
     model.load_state_dict(from_checkpoint(changed))

@@ -5,14 +5,12 @@ What happens in other states than while sampling is in `test_supervisor`.
 
 import psutil
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
-from align.model.names import to_checkpoint
 from align.recipe import ModelOptions
 from rollout import Trajectory, stored
 
 from .injuries import HANGS, OPTIONS, Injury, WitnessedFleet
+from .publisher import changed_weights
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -20,11 +18,7 @@ pytestmark = pytest.mark.timeout(900)
 @pytest.fixture(scope="module", autouse=True)
 def other_weights(witnessed: WitnessedFleet, policy: ModelOptions) -> None:
     """The weights of the workers are not those on disk: version 1."""
-    generator = torch.Generator().manual_seed(1)
-    checkpoint = to_checkpoint(AutoModelForCausalLM.from_pretrained(policy.path).state_dict().items())
-    witnessed.fleet.load(
-        stored({n: t + 0.02 * torch.randn(t.shape, generator=generator) for n, t in checkpoint}), version=1
-    )
+    witnessed.fleet.load(stored(changed_weights(policy.path, 1)), version=1)
     witnessed.fleet.wait_until_ready()
 
 

@@ -77,10 +77,8 @@ def test_without_updates_it_is_what_transformers_computes_to_the_bit() -> None:
     config = DeepseekV2Config(n_routed_experts=EXPERTS, hidden_size=HIDDEN, moe_intermediate_size=INNER)
     for dtype in (torch.float32, BF16):
         experts = DeepseekV2Experts(config).to(dtype)
-        experts.gate_up_proj.data, experts.down_proj.data = (
-            drawn(EXPERTS, 2 * INNER, HIDDEN).to(dtype),
-            drawn(EXPERTS, HIDDEN, INNER).to(dtype),
-        )
+        experts.gate_up_proj.data = drawn(EXPERTS, 2 * INNER, HIDDEN).to(dtype)
+        experts.down_proj.data = drawn(EXPERTS, HIDDEN, INNER).to(dtype)
         x, (chosen, shares) = drawn(TOKENS, HIDDEN).to(dtype), routing()
         weights = experts.gate_up_proj, experts.down_proj
         found = experts_forward(x, chosen, shares, weights, (None, None), experts._apply_gate)

@@ -18,14 +18,10 @@ STACK = 64 * 2**20
 
 def keep_descriptors(wanted: Sequence[int]) -> None:
     """Make `wanted[n]` the descriptor n, and close every other one."""
-    above = [_raised(number, len(wanted)) for number in wanted]
+    above = [fcntl.fcntl(number, fcntl.F_DUPFD, len(wanted)) for number in wanted]
     for number, copy in enumerate(above):
         os.dup2(copy, number, inheritable=True)
     os.closerange(len(wanted), _highest_descriptor())
-
-
-def _raised(number: int, floor: int) -> int:
-    return fcntl.fcntl(number, fcntl.F_DUPFD, floor)
 
 
 def _highest_descriptor() -> int:

@@ -6,16 +6,18 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from . import kernel, root, seccomp, supervisor
 
 _NAMESPACES = {
-    "mount": kernel.CLONE_NEWNS,
-    "pid": kernel.CLONE_NEWPID,
-    "net": kernel.CLONE_NEWNET,
-    "ipc": kernel.CLONE_NEWIPC,
-    "uts": kernel.CLONE_NEWUTS,
+    "user namespaces": 0,
+    "mount namespace": kernel.CLONE_NEWNS,
+    "pid namespace": kernel.CLONE_NEWPID,
+    "net namespace": kernel.CLONE_NEWNET,
+    "ipc namespace": kernel.CLONE_NEWIPC,
+    "uts namespace": kernel.CLONE_NEWUTS,
 }
 Finding = tuple[str, bool, bool, str]
 """Name, whether it is there, whether no run is possible without it, detail."""
@@ -28,17 +30,11 @@ def main() -> None:
 
 def findings() -> list[Finding]:
     """Everything that was tried, in the order in which a run needs it."""
-    proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY)
-
-    def namespace(flag: int) -> Callable[[], None]:
-        return lambda: _as_user(lambda: kernel.enter_user_namespace(flag, proc, supervisor.CHILD_ID))
-
-    tried = [_needed("user namespaces", namespace(0), _user_namespace_hint())]
-    for name, flag in _NAMESPACES.items():
-        tried.append(_needed(f"{name} namespace", namespace(flag), _user_namespace_hint()))
+    proc, hint = os.open("/proc", os.O_PATH | os.O_DIRECTORY), _user_namespace_hint()
+    tried = [_needed(name, partial(_enter, flag, proc), hint) for name, flag in _NAMESPACES.items()]
     folders = ", ".join(root.system_folders())
     tried.append(_needed("read-only root", lambda: root.enter(proc), f"it shows {folders}, which must be readable"))
-    tried.append(_needed("whole run", lambda: _whole(proc), _user_namespace_hint()))
+    tried.append(_needed("whole run", lambda: _whole(proc), hint))
     tried.append(_needed("no-new-privileges", lambda: kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1), "needs Linux 3.5"))
     missing = seccomp.unavailable()
     detail = missing + "; runs go on without: processes are then limited, not forbidden" if missing else ""
@@ -54,10 +50,9 @@ def _whole(proc: int) -> None:
     kernel.drop_capabilities()
 
 
-def _as_user(action: Callable[[], None]) -> None:
-    if os.geteuid() == 0:
-        root.give_up_root()
-    action()
+def _enter(flag: int, proc: int) -> None:
+    root.give_up_root()
+    kernel.enter_user_namespace(flag, proc, supervisor.CHILD_ID)
 
 
 def _needed(name: str, action: Callable[[], None], hint: str) -> Finding:
@@ -75,17 +70,13 @@ def _user_namespace_hint() -> str:
             "kernel.apparmor_restrict_unprivileged_userns is 1: an administrator can set it to 0 with sysctl, "
             "or give this Python an AppArmor profile with userns"
         )
-    if _filtered():
+    if "\nSeccomp:\t2" in Path("/proc/self/status").read_text():
         return (
             "a seccomp filter is on this process, as in a container: start the container with a profile that "
             "allows unshare and mount (docker run --security-opt seccomp=unconfined), or plug in an executor "
             "that uses the container's runtime"
         )
     return ""
-
-
-def _filtered() -> bool:
-    return "\nSeccomp:\t2" in Path("/proc/self/status").read_text()
 
 
 def _thread_limit() -> Finding:

@@ -54,13 +54,14 @@ def _own_mounts(proc: int) -> None:
     try:
         kernel.unshare(kernel.CLONE_NEWNS, "mount")
     except PermissionError:
-        if os.geteuid() == 0:
-            give_up_root()
+        give_up_root()
         kernel.enter_user_namespace(kernel.CLONE_NEWNS, proc, os.geteuid())
 
 
 def give_up_root() -> None:
-    """Become nobody. Raises OSError."""
+    """Become nobody, if this is root. Raises OSError."""
+    if os.geteuid() != 0:
+        return
     try:
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)

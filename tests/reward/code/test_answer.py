@@ -164,11 +164,6 @@ class TestVerdicts:
         found = score("def double(n):\n    return 4", tests, partial=True)
         assert (found.value, found.verdict) == (0.5, Verdict.WRONG)
 
-    def test_the_mixture_sums_it(self) -> None:
-        mixture = Mixture([RewardTerm(name="code_tests", weight=2.0, params={"partial": True})])
-        rewards = mixture.score([sample(GOOD, TASKS["function"]), sample("def double(n): return 4", TASKS["function"])])
-        assert [reward.value for reward in rewards] == [2.0, 1.0]
-
 
 class TestProgram:
     def test_without_a_block_there_is_no_answer(self) -> None:

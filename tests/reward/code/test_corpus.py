@@ -13,7 +13,7 @@ import pytest
 from reward import Score, Verdict
 from reward.code import answer as reward_module
 from reward.code.answer import code_tests
-from reward.isolation import Calls, Dialogue, namespace_executor
+from reward.isolation import Calls, Dialogue
 
 from ..corpus.code_corpus import NEEDS_EVERYTHING, SECRET, TASKS, Program, Recorder, hostile
 
@@ -50,21 +50,20 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran]:
     patch.setenv("PLANTED_KEY", SECRET)
     inherited = os.open(planted, os.O_RDONLY)
     os.set_inheritable(inherited, True)
-    inner = namespace_executor()
-    recorder = Recorder(inner)
+    recorder = Recorder()
     patch.setitem(reward_module._executors, reward_module.NAMESPACES, recorder)
     files_before, mounts_before = files(), mounts()
     try:
         scores = code_tests([program.sample() for program in PROGRAMS], seconds=1, memory_mb=128, workers=8)
-        zygote = psutil.Process(inner.zygote().pid)
+        zygote = psutil.Process(recorder.zygote().pid)
         psutil.wait_procs(zygote.children(recursive=True), timeout=5)
         left = [child.name() for child in zygote.children(recursive=True)]
         by_name = {program.name: score for program, score in zip(PROGRAMS, scores, strict=True)}
         yield Ran(by_name, recorder, left, files() - files_before, mounts() - mounts_before)
-        inner.close()
+        recorder.close()
         assert not zygote.is_running()
     finally:
-        inner.close()
+        recorder.close()
         os.close(inherited)
         patch.undo()
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from reward import Sample, Verdict
-from reward.isolation import Execution, Executor, Job, Limits
+from reward.isolation import Execution, Job, Limits, LocalExecutor
 from reward.isolation.executors import probe
 
 FOLDER = Path(__file__).parent
@@ -101,20 +101,16 @@ def humaneval() -> list[dict[str, Any]]:
         return [json.loads(line) for line in file]
 
 
-class Recorder:
-    """An executor that keeps what another one sees."""
+class Recorder(LocalExecutor):
+    """The sandbox, which keeps what it is given and what it reports."""
 
-    def __init__(self, inner: Executor) -> None:
-        self.inner = inner
-        self.name, self.isolated = inner.name, inner.isolated
+    def __init__(self) -> None:
+        super().__init__("namespaces", isolated=True)
         self.jobs: list[Job] = []
         self.executions: list[Execution] = []
 
     def run(self, job: Job, limits: Limits, *, stop: bool = False) -> Execution:
         self.jobs.append(job)
-        execution = self.inner.run(job, limits, stop=stop)
+        execution = super().run(job, limits, stop=stop)
         self.executions.append(execution)
         return execution
-
-    def close(self) -> None:
-        self.inner.close()

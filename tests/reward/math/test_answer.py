@@ -21,14 +21,8 @@ from reward.math.text import compare, number, stated_answers, tidy
 PAIRS = [json.loads(line) for line in Path(__file__).with_name("pairs.jsonl").read_text().splitlines()]
 """Ground truths and answers by kind, and whether they are equal as mathematics."""
 
-EXPLAINED = {
-    (r"\frac{n!}{(n-1)!}", "n"): "sympy does not simplify factorials of an n that may be no integer",
-    ("x>2", "2x>4"): "math-verify compares the sides of an inequality and does not scale it",
-    (r"e^{i\pi}", "-1"): "latex2sympy reads i as a variable",
-    ("i", r"\sqrt{-1}"): "latex2sympy reads i as a variable",
-    (r"\sqrt{\frac1n}", r"\frac{1}{\sqrt n}"): "they differ for negative n",
-}
-"""What is judged wrongly, and why: each an equal pair that is not seen to be equal."""
+EXPLAINED = {(r"\sqrt{\frac1n}", r"\frac{1}{\sqrt n}"): "they differ for negative n"}
+"""What is judged wrongly, and why: an equal pair that is not seen to be equal."""
 
 
 def sample(completion: str, answer: str | None = "42", prompt: str = "?") -> Sample:
@@ -61,7 +55,6 @@ def test_known_pairs_get_their_verdicts_and_every_error_is_explained() -> None:
         if score.verdict not in (Verdict.PASS, Verdict.WRONG) or (score.verdict is Verdict.PASS) != pair["equal"]
     }
     assert wrong <= EXPLAINED.keys()
-    assert len(wrong) <= 0.02 * len(PAIRS)
 
 
 def test_no_text_comparison_contradicts_the_table() -> None:
