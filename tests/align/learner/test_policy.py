@@ -376,7 +376,7 @@ def test_the_bias_of_a_router_is_sent_as_a_checkpoint_has_it() -> None:
     sizes = {name: value for name, value in V2.items() if name != "topk_method"}
     policy: Any = AutoModelForCausalLM.from_config(DeepseekV3Config(**SIZES, **sizes), dtype=torch.float32)
     rank = rank_of(policy)
-    rank._modules = None
+    rank._below = ("",)
     sent = {name: tensor for bucket in rank.publish(iter, 1e9) for name, tensor in bucket.items()}
     assert sent.keys() == revert_weight_conversion(policy, policy.state_dict()).keys()
     # Rounded weights leave it as it is: the learner, which computes with them for a comparison, has no other.
@@ -384,5 +384,5 @@ def test_the_bias_of_a_router_is_sent_as_a_checkpoint_has_it() -> None:
         torch.nn.init.normal_(bias)
         coarse = [bucket[name] for bucket in rank.publish(iter, 1e9, precision="bfloat16") if name in bucket]
         assert torch.equal(coarse[0], bias)
-    rank._modules = ["lm_head"]
+    rank._below = ("lm_head.",)
     assert {name for bucket in rank.publish(iter, 1e9) for name in bucket} == {"lm_head.weight"}
