@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    AutoModelForCausalLM,
     DeepseekV2Config,
     LlamaConfig,
     MixtralConfig,
@@ -13,6 +14,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from align.learner.experts import routers_of
 from align.learner.objective import LogProbs
 from align.learner.policy import PolicyRank, Weights, checkpoint_in_every_mode
 from align.recipe import LearnerOptions, ModelOptions, OptimizerOptions
@@ -57,6 +59,15 @@ def small_config(name: str, **changed: Any) -> PretrainedConfig:
     """The configuration of an architecture, with some values of its own."""
     kind, own = MODELS[name]
     return kind(**{**SIZES, **own, **changed})
+
+
+def small_policy(name: str) -> Any:
+    """A policy of an architecture, whose routers do not weigh all experts alike."""
+    torch.manual_seed(0)
+    policy = AutoModelForCausalLM.from_config(small_config(name), dtype=torch.float32, attn_implementation="eager")
+    for router in routers_of(policy).values():
+        torch.nn.init.normal_(router.weight, std=0.5)
+    return policy
 
 
 def rank_of(policy: Any, **options: Any) -> Any:
