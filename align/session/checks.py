@@ -4,7 +4,6 @@
 """
 
 import os
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from glob import glob
@@ -28,11 +27,10 @@ from align.model.lora import chosen_parts, left_out, parts_of
 from align.model.names import frozen_names
 from align.model.policy import find_config, load_tokenizer
 from align.model.reward_model import is_reward_model
-from align.model.sizes import ELEMENT_BYTES, ModelSizes, model_sizes, read_config, sent_bytes, shapes_of
+from align.model.sizes import ModelSizes, model_sizes, read_config, sent_bytes, shapes_of
 from align.recipe import (
     AgreementOptions,
     DataOptions,
-    EvaluationOptions,
     GrpoRecipe,
     MachineOptions,
     ModelOptions,
@@ -44,12 +42,12 @@ from align.recipe import (
     TrainingRecipe,
     check_model_directory,
 )
-from align.recipe.learner import LearnerOptions
 from align.recipe.options import HUB_NAME
 from align.recipe.presets import expansion
 from align.run import check_machine
 from align.run.machine import memory_bytes, object_store_bytes, shared_memory_bytes
 from align.run.trackers import check_trackers
+from align.session.disk import bytes_needed, check_space
 from reward import Mixture, RewardError, RewardTerm
 from reward.mixture import share_a_domain
 from reward.own import columns_of
@@ -57,12 +55,6 @@ from rollout import FleetOptions, Precision
 
 MADE_HERE = {"messages": None, "completion_tokens": None}
 """What `align.experience.reward_sample` adds to the columns of the data."""
-GB = 10**9
-LEAST_GRACE_S = 8.0
-WRITTEN_A_SECOND = 0.5 * GB
-"""Bytes that all learner ranks together are taken to write to the file system of the run directory, at least."""
-OPTIMIZER_BYTES = 12
-"""Of a trained parameter: Adam's two moments and the copy in float32."""
 
 
 def check(stages: Iterable[PlannedStage]) -> list[str]:
@@ -308,9 +300,7 @@ def check_model(recipe: Recipe) -> list[str]:
         sent = sent_bytes(model, roles.learner.lora if roles.learner else None)
         notes += filter(None, [object_store_bytes(sent, shared_memory_bytes(), memory_bytes()[1])[1]])
     if isinstance(recipe, TrainingRecipe) and not any(recipe.directory.glob("checkpoints/step_*")):
-        checkpoints = most_checkpoints(recipe.save_every, recipe.keep_checkpoints, roles.evaluation)
-        need = bytes_needed(model, recipe.learner, sizes.total, checkpoints=checkpoints)
-        check_space(recipe.directory, need, keep=recipe.keep_checkpoints)
+        check_space(recipe, bytes_needed(recipe, sizes.total))
     return notes
 
 
@@ -353,51 +343,8 @@ def check_adapters_are_served(path: str, sizes: ModelSizes) -> None:
         )
 
 
-def check_space(directory: Path, need: int, *, keep: int) -> None:
-    """Raise UserError where a run that keeps so many checkpoints needs more bytes than the disk of its directory has free."""
-    directory = directory.expanduser().absolute()
-    there = next(parent for parent in (directory, *directory.parents) if parent.exists())
-    free = shutil.disk_usage(there).free
-    if free < need:
-        raise UserError(
-            f"run.dir: {directory} has {free / GB:.1f} GB free, and the run writes up to {need / GB:.1f} GB: "
-            f"{keep} checkpoints (keep_checkpoints), one more while it is written, and the model at the end. "
-            "Make room, or choose another directory with run.dir=…"
-        )
-
-
-def checkpoint_bytes(model: ModelOptions, learner: LearnerOptions, parameters: int) -> int:
-    """What a checkpoint takes: the model, and what the learner ranks need to go on, which is next to nothing of an adapter."""
-    weight = ELEMENT_BYTES[model.dtype]
-    return parameters * (weight if learner.lora else 2 * weight + OPTIMIZER_BYTES)
-
-
-def default_grace_s(model: ModelOptions, learner: LearnerOptions | None) -> float:
-    """Seconds that a run may go on after it is told to stop: what its checkpoint takes to be written, and no less than 8."""
-    if learner is None:
-        return LEAST_GRACE_S
-    try:
-        parameters = model_sizes(shapes_of(model)).total
-    except UserError:  # it is told where the model is loaded
-        return LEAST_GRACE_S
-    return max(LEAST_GRACE_S, checkpoint_bytes(model, learner, parameters) / WRITTEN_A_SECOND)
-
-
 def refuse_without_experts(path: str, rollout: FleetOptions | None, replay: Replay) -> None:
     """Raise UserError for options of routing, of a model that routes nothing."""
     if replay != "off" or (rollout is not None and rollout.record_experts):
         key = "grpo.routing_replay" if replay != "off" else "rollout.record_experts"
         raise UserError(f"{key} is for a mixture of experts, and {path} is dense: leave it out")
-
-
-def most_checkpoints(save_every: int | None, keep: int, evaluation: EvaluationOptions | None) -> int:
-    """How many checkpoints there are at once: those that stay, the most accurate one, and the one that is being written."""
-    best = evaluation is not None and evaluation.every is not None
-    return keep + 1 + best if save_every else keep + 1 if best else 1
-
-
-def bytes_needed(model: ModelOptions, learner: LearnerOptions, parameters: int, *, checkpoints: int) -> int:
-    """What a stage has on the disk at most; adapters count as nothing."""
-    weights = parameters * ELEMENT_BYTES[model.dtype]
-    written = checkpoints * checkpoint_bytes(model, learner, parameters)
-    return written + weights * (2 if model.init == "random" else 1)

@@ -27,7 +27,7 @@ from align.run import (
 from align.run.checkpoints import Checkpoint, CheckpointDirectory, DamagedCheckpointError
 from align.run.tracker_libraries import Ending
 from align.run.trackers import Trackers
-from align.session.checks import default_grace_s
+from align.session.disk import default_grace_s
 from align.session.signals import StopRequest
 from reward import RewardTerm
 from reward.own.file import file_digest, files_of
