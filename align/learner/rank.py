@@ -193,11 +193,6 @@ class LearnerRank(ABC):
         """What leads to all that is on the rank's device."""
         return [self._engine, self._inputs]
 
-    def close(self) -> None:
-        """Leave the process group."""
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-
     def _join(self, master: str, port: int, seed: int) -> None:
         """Meet the other ranks, and load the tokenizer."""
         import deepspeed
