@@ -14,9 +14,12 @@ import numpy as np
 import numpy.typing as npt
 
 from align.data.chat import answer_text, encode_prompt
+from align.data.entries import Notes, Reader, Room
+from align.data.loader import load_split
 from align.data.types import Example
 from align.errors import UserError, naming
 from align.learner.batch import TrainingSequence
+from align.recipe import GrpoRecipe, PreferencesRecipe
 from reward import Sample, SampleReward, ScoringPool, Ticket, Verdict
 from reward.rows import added_metadata
 from rollout import FinishReason, Group, Prompt, Trajectory, Turn, Versions
@@ -79,6 +82,21 @@ def encode_problems(tokenizer: Any, examples: Sequence[Example]) -> list[Problem
                 Problem(example, Prompt(example.id, encode_prompt(tokenizer, example.messages, example.tools)))
             )
     return problems
+
+
+def reader_of_prompts(recipe: GrpoRecipe | PreferencesRecipe, tokenizer: Any, notes: Notes) -> Reader[Example, Problem]:
+    """What reads the entries of a recipe as problems, whose prompts leave room for `sampling.max_new_tokens`."""
+    return Reader(
+        load_split,
+        lambda example: encode_problems(tokenizer, [example]),
+        lambda problem: len(problem.prompt.token_ids),
+        Room(
+            recipe.rollout.max_length - recipe.sampling.max_new_tokens,
+            "what rollout.max_length leaves beside sampling.max_new_tokens",
+        ),
+        recipe.seed,
+        notes,
+    )
 
 
 def submit(

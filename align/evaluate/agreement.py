@@ -5,11 +5,13 @@ from dataclasses import dataclass, field
 from math import nan
 
 import numpy as np
+import torch
 
 from align.experience import training_sequence
 from align.learner.group import LearnerGroup
 from align.learner.objective import Sums
 from align.learner.routing import Changes, add_changes
+from align.losses import agreement
 from align.recipe import AgreementOptions
 from rollout import Fleet, Precision, Prompt, SamplingOptions, Trajectory
 
@@ -113,13 +115,7 @@ def compare(trajectories: Sequence[Trajectory], learner: LearnerGroup) -> Disagr
     """The disagreement on trajectories drawn at temperature 1, the learner's weights rounded where they are sent so."""
     learned = learner.log_probs([training_sequence(trajectory) for trajectory in trajectories], 1.0, as_sent=True)
     sampled = [trajectory.log_probs[trajectory.sampled] for trajectory in trajectories]
-    differences = np.concatenate(learned).astype(np.float64) - np.concatenate(sampled)
-    size = np.abs(differences)
-    return Disagreement(
-        mean=float(size.mean()),
-        largest=float(size.max()),
-        k3=float((np.expm1(differences) - differences).mean()),
-        tokens=len(size),
-        equal=float((differences == 0).mean()),
-        routes=add_changes(learner.take_routes()),
-    )
+    ours, theirs = (torch.from_numpy(np.concatenate(values)) for values in (learned, sampled))
+    found = agreement(ours, theirs, torch.ones_like(ours, dtype=torch.bool))
+    routes = add_changes(learner.take_routes())
+    return Disagreement(found.mean_abs, found.max_abs, found.k3, found.tokens, found.equal / found.tokens, routes)

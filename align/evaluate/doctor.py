@@ -11,7 +11,6 @@ from collections.abc import Collection, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from enum import StrEnum
-from importlib.metadata import version
 from math import log
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,8 @@ import torch
 from align.data.chat import encode_example, encode_prompt
 from align.errors import UserError
 from align.model.names import from_checkpoint, layout_of, to_checkpoint
-from align.model.policy import first_line, has_fused_experts, persistent_buffers, stop_token_ids, tied_names, turn_end
+from align.model.policy import has_fused_experts, persistent_buffers, stop_token_ids, tied_names, turn_end
+from align.model.sizes import skeleton_of
 from align.recipe import ModelOptions
 from rollout import FleetOptions
 from rollout.arguments import Device, refusal
@@ -82,22 +82,6 @@ def examine(
     if rollout is not None:
         findings["vLLM"] = check_served(skeleton, model.dtype, rollout)
     return [Check(name, *finding) for name, finding in findings.items()]
-
-
-def skeleton_of(model: ModelOptions, *, reward_model: bool = False) -> Any:
-    """The model without weights, on the meta device. Raises UserError where transformers knows no such model."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
-
-    architecture = AutoModelForSequenceClassification if reward_model else AutoModelForCausalLM
-    try:
-        config = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
-        with torch.device("meta"):
-            return architecture.from_config(config, trust_remote_code=model.trust_remote_code)
-    except (KeyError, OSError, TypeError, ValueError) as error:
-        kind = "sequence classifier" if reward_model else "causal language model"
-        raise UserError(
-            f"model.path: transformers {version('transformers')} can make no {kind} of {model.path}/config.json: {first_line(error)}"
-        ) from None
 
 
 def check_round_trip(tokenizer: Any) -> Finding:

@@ -224,7 +224,7 @@ class Judge:
 
     async def _ask_once(self, prompt: str) -> str:
         async with self._client() as client:
-            return await self._complete(client, prompt, self._options.max_tokens)
+            return await self._complete(client, prompt)
 
     async def _ask_all(self, prompts: Sequence[str]) -> list[Judgement]:
         gate = asyncio.Semaphore(self._options.concurrency)
@@ -238,7 +238,7 @@ class Judge:
             if self._failures >= GIVE_UP_AFTER:
                 return Judgement(None, f"not asked: the judge had failed {self._failures} times in a row")
             try:
-                text = await self._complete(client, prompt, self._options.max_tokens)
+                text = await self._complete(client, prompt)
             except (openai.OpenAIError, _NoCompletionError, TimeoutError) as error:
                 # A prompt that is refused says nothing about the next one.
                 self._failures += not isinstance(error, openai.BadRequestError)
@@ -255,11 +255,11 @@ class Judge:
             base_url=options.base_url, api_key=key, timeout=options.timeout_s, max_retries=options.retries
         )
 
-    async def _complete(self, client: "AsyncOpenAI", prompt: str, max_tokens: int) -> str:
+    async def _complete(self, client: "AsyncOpenAI", prompt: str) -> str:
         # The client's limit is on the time between two bytes: an endpoint that never ends needs another one.
         async with asyncio.timeout((self._options.timeout_s + LONGEST_BACKOFF_S) * (self._options.retries + 1)):
             try:
-                answer = await self._ask_in_its_words(client, prompt, max_tokens)
+                answer = await self._ask_in_its_words(client, prompt)
             except UnicodeEncodeError as error:  # of the key or of the prompt
                 raise _NoCompletionError(f"the request cannot be sent: {first_line(error)}") from None
             except ValueError as error:  # of the client: a body that is no JSON
@@ -270,13 +270,13 @@ class Judge:
         except (AttributeError, LookupError, TypeError):
             raise _NoCompletionError("what it sent is no chat completion") from None
 
-    async def _ask_in_its_words(self, client: "AsyncOpenAI", prompt: str, max_tokens: int) -> Any:
+    async def _ask_in_its_words(self, client: "AsyncOpenAI", prompt: str) -> Any:
         """Ask, and again without what the endpoint names as unsupported: reasoning models take no temperature, and `max_completion_tokens` alone."""
         import openai
 
         while True:
             limit = "max_completion_tokens" if "max_tokens" in self._unsupported else "max_tokens"
-            given = {"temperature": 0.0, limit: max_tokens}
+            given = {"temperature": 0.0, limit: self._options.max_tokens}
             sent = {name: value for name, value in given.items() if name not in self._unsupported}
             try:
                 return await client.chat.completions.create(

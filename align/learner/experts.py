@@ -227,6 +227,18 @@ def shape(parameter: torch.nn.Parameter) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
+def size(parameter: torch.nn.Parameter) -> int:
+    """The number of a parameter's elements on all ranks together."""
+    elements = int(getattr(parameter, "ds_numel", parameter.numel()))
+    spread = placement(parameter)
+    return elements if spread is None else elements * spread[0] // (spread[1].stop - spread[1].start)
+
+
+def size_in_bytes(parameter: torch.nn.Parameter) -> int:
+    """The bytes of a parameter on all ranks together."""
+    return size(parameter) * parameter.element_size()
+
+
 class GradientCensus:
     """Watches a module's trainable parameters until each, and each expert of a fused one, had a non-zero gradient."""
 

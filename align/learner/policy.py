@@ -162,9 +162,8 @@ class PolicyRank(LearnerRank):
 
         The routers choose for themselves; the weights are those that are sent at `precision`.
         """
-        network = self._network if self._options.lora is None else self._network.get_base_model()
         batch = collate([sequence], self._pad_id).to(self._device)
-        with self._as_sent(precision), compared(network, noted) as found:
+        with self._as_sent(precision), compared(self._base, noted) as found:
             (values,) = sampled_values(self._values(batch, 1.0), batch)
         return found, values
 

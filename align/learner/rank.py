@@ -22,33 +22,15 @@ from align.learner.engine import clips_itself, deepspeed_config, device_of_rank,
 from align.learner.experts import (
     GradientCensus,
     check_spreadable,
-    placement,
     route_in_float32,
+    size,
+    size_in_bytes,
     whole_parameters,
 )
 from align.learner.loading import fill_from_rank_0, scatter_experts
 from align.learner.offload import HostMemory
 from align.learner.state import load_state, save_state
-from align.model.lora import (
-    ADAPTER_DIRECTORY,
-    Task,
-    adapted_modules,
-    adapter_layers,
-    add_adapter,
-    describe,
-    effects,
-    factors,
-    is_sent_apart,
-    left_out,
-    merged,
-    parts_of,
-    plain,
-    plain_parameters,
-    remember_inputs,
-    save_adapter,
-    update_of,
-    write_merge_report,
-)
+from align.model import lora
 from align.model.names import checkpoint_name, frozen_names, layout_of, to_checkpoint
 from align.model.policy import (
     attention_kernel,
@@ -90,6 +72,11 @@ class LearnerRank(ABC):
     @abstractmethod
     def _network(self) -> Any:
         """The transformers model inside the module that DeepSpeed wraps."""
+
+    @property
+    def _base(self) -> Any:
+        """The same without PEFT's wrapper around it."""
+        return self._network if self._options.lora is None else self._network.get_base_model()
 
     def process(self) -> ProcessId:
         """Who this process is, for whoever has to look at it or end it from outside."""
@@ -141,12 +128,12 @@ class LearnerRank(ABC):
         it, else in them.
         """
         device = self._device if on_device else "cpu"
-        weights = self._whole_weights(self._modules, device, apart=True)
+        weights = self._whole_weights(self._below, device, apart=True)
         try:
             if self._engine.global_rank == 0:
                 layout = layout_of(self._network.config.model_type)
                 parameters = rounded(to_checkpoint(weights, layout), precision)
-                buffers = to_checkpoint(self._buffers(self._modules, device), layout)
+                buffers = to_checkpoint(self._buffers(self._below, device), layout)
                 yield from write(buckets(chain(parameters, buffers), bucket_bytes))
         finally:
             # Also where writing fails, or the other ranks would wait for this one at the next parameter.
@@ -165,23 +152,26 @@ class LearnerRank(ABC):
 
         Rank 0 writes, all ranks take part in gathering. Returns `adapter_lost`, which is beside the adapter too.
         """
-        network, lora = self._network, self._options.lora
         state = dict(self._whole_weights())
         if self._engine.global_rank == 0:
-            whole = network if lora is None else network.get_base_model()
-            save_policy(whole, self._tokenizer, directory, state | dict(self._buffers()))
-        if lora is None:
+            save_policy(self._base, self._tokenizer, directory, state | dict(self._buffers()))
+        if self._options.lora is None:
             return None
-        self.save_adapter(directory / ADAPTER_DIRECTORY)
+        self.save_adapter(directory / lora.ADAPTER_DIRECTORY)
         if self._engine.global_rank == 0:
-            write_merge_report(directory / ADAPTER_DIRECTORY, self.adapter_lost(), self._model.dtype)
+            lora.write_merge_report(directory / lora.ADAPTER_DIRECTORY, self.adapter_lost(), self._model.dtype)
         return self.adapter_lost()
 
     def save_adapter(self, directory: Path) -> None:
         """Write the adapter alone, as PEFT does. Rank 0 writes, all ranks take part in gathering."""
-        adapter = self._gather_trained()
+        trained = {}
+        for name, parameter in self._network.named_parameters():
+            if parameter.requires_grad:
+                with self._whole([parameter]):
+                    if self._engine.global_rank == 0:
+                        trained[name] = parameter.detach().cpu().clone()
         if self._engine.global_rank == 0:
-            save_adapter(self._network, directory, adapter)
+            lora.save_adapter(self._network, directory, trained)
 
     def save_state(self, directory: Path) -> dict[str, Entry]:
         """Write this rank's files of a training checkpoint; returns their entries."""
@@ -210,11 +200,6 @@ class LearnerRank(ABC):
         """What leads to all that is on the rank's device."""
         return [self._engine, self._inputs]
 
-    def close(self) -> None:
-        """Leave the process group."""
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-
     def _join(self, master: str, port: int, seed: int) -> None:
         """Meet the other ranks, and load the tokenizer."""
         import deepspeed
@@ -235,13 +220,13 @@ class LearnerRank(ABC):
         )
         self._tokenizer = load_tokenizer(self._model.path, trust_remote_code=self._model.trust_remote_code)
 
-    def _with_adapter(self, model: Any, task: Task) -> Any:
+    def _with_adapter(self, model: Any, task: lora.Task) -> Any:
         """The model with the recipe's adapter, where there is one."""
-        lora = self._options.lora
-        if lora is None:
+        options = self._options.lora
+        if options is None:
             return model
-        self._left_out = left_out(parts_of(model), lora.targets)
-        return add_adapter(model, lora, task, self._model.path, apart=self._options.zero_stage < 3)
+        self._left_out = lora.left_out(lora.parts_of(model), options.targets)
+        return lora.add_adapter(model, options, task, self._model.path, apart=self._options.zero_stage < 3)
 
     def _start_engine(self, module: torch.nn.Module, network: Any) -> Trained:
         """Wrap `module`, which computes something with `network`. Returns what is trained."""
@@ -272,7 +257,7 @@ class LearnerRank(ABC):
             self._optimizer.register_step_pre_hook(self._clip)
         self._census = GradientCensus(self._network)
         self._lost = self._exact = 0.0
-        self._inputs = {} if self._options.lora is None else remember_inputs(network)
+        self._inputs = {} if self._options.lora is None else lora.remember_inputs(network)
         return self._what_is_trained()
 
     def _shard(self, module: torch.nn.Module, config: dict[str, Any]) -> None:
@@ -303,20 +288,20 @@ class LearnerRank(ABC):
         return engine
 
     def _what_is_trained(self) -> Trained:
-        network, lora = self._network, self._options.lora
-        adapted = self._modules = None if lora is None else adapted_modules(network)
+        network, options = self._network, self._options.lora
         trained = sum(size(p) for p in network.parameters() if p.requires_grad)
-        if lora is None or adapted is None:
-            sent = sum(size(p) * p.element_size() for p in network.parameters())
+        if options is None:
+            self._below: tuple[str, ...] = ("",)
+            sent = sum(map(size_in_bytes, network.parameters()))
             return Trained(f"{trained:,} trainable parameters{self._caveat}{self._attention}", None, sent)
-        parameters, layout = plain_parameters(network), layout_of(network.config.model_type)
+        parameters, layout = lora.plain_parameters(network), layout_of(network.config.model_type)
+        self._below = tuple(f"{module}." for module in lora.adapted_modules(network))
+        sent = sum(size_in_bytes(p) for name, p in parameters.items() if name.startswith(self._below))
+        for name, layer in lora.adapter_layers(network).items():
+            sent += sum(map(size_in_bytes, lora.factors(layer))) if lora.is_sent_apart(name, layer) else 0
         total = sum(map(size, parameters.values()))
-        below = tuple(f"{module}." for module in adapted)
-        sent = sum(size(p) * p.element_size() for name, p in parameters.items() if name.startswith(below))
-        for name, layer in adapter_layers(network).items():
-            sent += sum(size(p) * p.element_size() for p in factors(layer)) if is_sent_apart(name, layer) else 0
-        text = describe(network, total, trained, lora) + (f"; {self._left_out}" if self._left_out else "")
-        modules = [checkpoint_name(f"{module}.", layout).removesuffix(".") for module in adapted]
+        text = lora.describe(network, total, trained, options) + (f"; {self._left_out}" if self._left_out else "")
+        modules = [checkpoint_name(prefix, layout).removesuffix(".") for prefix in self._below]
         return Trained(text + self._caveat + self._attention, modules, sent)
 
     @property
@@ -348,33 +333,32 @@ class LearnerRank(ABC):
         gc.freeze()
 
     def _whole_weights(
-        self, modules: Sequence[str] | None = None, device: str | torch.device = "cpu", *, apart: bool = False
+        self, below: tuple[str, ...] = ("",), device: str | torch.device = "cpu", *, apart: bool = False
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Copies of the parameters of the model, or of some of its modules, with the adapter in them; none but on rank 0.
+        """Copies of the parameters whose names begin with one of `below`, with the adapter in them; none but on rank 0.
 
         With `apart`, where the sampler can add it, the adapter comes before the parameter and is not in it.
         All ranks must go through it, since each parameter is gathered when it is reached, and is whole no longer after it.
         """
-        network, lora = self._network, self._options.lora
+        network, adapted = self._network, self._options.lora is not None
         tied = tied_names(network)
-        parameters = whole_parameters(network) if lora is None else plain_parameters(network).items()
-        layers = {} if lora is None else adapter_layers(network)
-        below = ("",) if modules is None else tuple(f"{module}." for module in modules)
+        parameters = lora.plain_parameters(network).items() if adapted else whole_parameters(network)
+        layers = lora.adapter_layers(network) if adapted else {}
         self._lost = self._exact = 0.0
         for name, parameter in parameters:
             if name in tied or not name.startswith(below):
                 continue
             layer = layers.get(name)
             copies = {}
-            with self._whole([parameter] if layer is None else [parameter, *factors(layer)]):
+            with self._whole([parameter] if layer is None else [parameter, *lora.factors(layer)]):
                 if self._engine.global_rank == 0:
                     whole = parameter
                     if layer is not None:
-                        if apart and is_sent_apart(name, layer):
-                            copies = update_of(layer).named(name)
+                        if apart and lora.is_sent_apart(name, layer):
+                            copies = lora.update_of(layer).named(name)
                         else:
-                            whole = merged(parameter, layer)
-                        lost, exact = effects(parameter, whole, layer, self._inputs.get(layer.get_base_layer()))
+                            whole = lora.merged(parameter, layer)
+                        lost, exact = lora.effects(parameter, whole, layer, self._inputs.get(layer.get_base_layer()))
                         self._lost, self._exact = self._lost + lost, self._exact + exact
                     copies = {
                         n: tensor.detach().to(device, copy=True) for n, tensor in (copies | {name: whole}).items()
@@ -382,24 +366,12 @@ class LearnerRank(ABC):
             yield from copies.items()
 
     def _buffers(
-        self, modules: Sequence[str] | None = None, device: str | torch.device = "cpu"
+        self, below: tuple[str, ...] = ("",), device: str | torch.device = "cpu"
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Copies of the buffers that a checkpoint has of the model, or of some of its modules: to the sampler these are parameters."""
-        base = self._network if self._options.lora is None else self._network.get_base_model()
-        below = ("",) if modules is None else tuple(f"{module}." for module in modules)
-        for name, buffer in persistent_buffers(base):
-            if plain(name).startswith(below):
-                yield plain(name), buffer.to(device, copy=True)
-
-    def _gather_trained(self) -> dict[str, torch.Tensor]:
-        """What is trained under the names it has in the network; on rank 0 only."""
-        state = {}
-        for name, parameter in self._network.named_parameters():
-            if parameter.requires_grad:
-                with self._whole([parameter]):
-                    if self._engine.global_rank == 0:
-                        state[name] = parameter.detach().cpu().clone()
-        return state
+        """Copies of the buffers that a checkpoint has whose names begin with one of `below`: to the sampler these are parameters."""
+        for name, buffer in persistent_buffers(self._base):
+            if lora.plain(name).startswith(below):
+                yield lora.plain(name), buffer.to(device, copy=True)
 
     @contextmanager
     def _as_sent(self, precision: Precision) -> Iterator[None]:
@@ -438,10 +410,3 @@ class LearnerRank(ABC):
         if not math.isfinite(self._norm):
             # What has no gradient is left as it is, its moments too.
             self._optimizer.zero_grad(set_to_none=True)
-
-
-def size(parameter: torch.nn.Parameter) -> int:
-    """The number of a parameter's elements on all ranks together."""
-    elements = int(getattr(parameter, "ds_numel", parameter.numel()))
-    spread = placement(parameter)
-    return elements if spread is None else elements * spread[0] // (spread[1].stop - spread[1].start)

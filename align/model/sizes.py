@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from align.errors import UserError
+from align.model.lora import block_of, chosen_parts
 from align.model.policy import first_line
+from align.recipe import LoraOptions, ModelOptions
 from rollout.types import expert_dtype
 
 KNOWN = Path(__file__).parent / "known"
@@ -134,6 +137,27 @@ def empty_model(config: Mapping[str, Any]) -> Any:
         raise UserError(f"model.path: transformers knows no model of this configuration: {first_line(error)}") from None
 
 
+def skeleton_of(model: ModelOptions, *, reward_model: bool = False) -> Any:
+    """The model without weights, on the meta device. Raises UserError where transformers knows no such model."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    architecture = AutoModelForSequenceClassification if reward_model else AutoModelForCausalLM
+    try:
+        config = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
+        with torch.device("meta"):
+            return architecture.from_config(config, trust_remote_code=model.trust_remote_code)
+    except (KeyError, OSError, TypeError, ValueError) as error:
+        kind = "sequence classifier" if reward_model else "causal language model"
+        raise UserError(
+            f"model.path: transformers {version('transformers')} can make no {kind} of {model.path}/config.json: {first_line(error)}"
+        ) from None
+
+
+def shapes_of(model: ModelOptions) -> Any:
+    """The model on the meta device. Raises UserError. What is known of published models is asked first, unless the model brings its own code."""
+    return skeleton_of(model) if model.trust_remote_code else empty_model(read_config(model.path))
+
+
 def model_sizes(model: Any) -> ModelSizes:
     """The sizes of a model, whatever device it is on."""
     config = model.config.get_text_config()
@@ -158,3 +182,11 @@ def model_sizes(model: Any) -> ModelSizes:
 def sizes_of(path: str) -> ModelSizes:
     """The sizes of the model in a directory, or of a hub name. Raises UserError."""
     return model_sizes(empty_model(read_config(path)))
+
+
+def sent_bytes(model: ModelOptions, lora: LoraOptions | None) -> int:
+    """Bytes of the weights that go to the workers after an update: of all modules, or of those that an adapter changes. Raises UserError."""
+    skeleton = shapes_of(model)
+    blocks = [""] if lora is None else [f"{block_of(part.parameter)}." for part in chosen_parts(skeleton, lora.targets)]
+    sent = (p.numel() for name, p in skeleton.named_parameters() if name.startswith(tuple(blocks)))
+    return sum(sent) * ELEMENT_BYTES[model.dtype]

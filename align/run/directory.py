@@ -111,18 +111,8 @@ class RunDirectory:
             undo.pop_all()
         return run
 
-    def child(self, name: str) -> Self:
-        """A new run inside this one, for a stage of its own: the same layout in `path/name`."""
-        if name in LAYOUT or name in ("", "..") or Path(name).name != name:
-            raise ValueError(f"{name!r} cannot name a stage inside a run")
-        return type(self).create(self.path / name)
-
     def samples_file(self, step: int) -> Path:
         return self.samples_directory / f"step_{step:05d}.parquet"
-
-    def status(self) -> dict[str, Any] | None:
-        """What status.json says, or None when there is no run here."""
-        return read_status(self.path)
 
     def save_recipe(self, text: str) -> None:
         write_atomically(self.recipe_file, text)
@@ -144,7 +134,7 @@ class RunDirectory:
 
     def enter(self, stage: str) -> None:
         """Note in status.json which stage is running."""
-        self._write_status((self.status() or {}) | {"stage": stage})
+        self._write_status((read_status(self.path) or {}) | {"stage": stage})
 
     def finish(self) -> None:
         self._end("finished")
@@ -175,7 +165,8 @@ class RunDirectory:
 
     def _end(self, state: State, error: str | None = None) -> None:
         try:
-            self._write_status((self.status() or {}) | {"state": state, "ended": _now(), "error": error})
+            before = read_status(self.path) or {}
+            self._write_status(before | {"state": state, "ended": _now(), "error": error})
         finally:
             if self.lock is not None:
                 self.lock.close()

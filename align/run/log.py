@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, TextIO
 
 from align.run.directory import RunDirectory
@@ -18,8 +17,8 @@ class MetricsLog:
 
     def __init__(self, directory: RunDirectory, trackers: Trackers | None = None) -> None:
         self.trackers = trackers or Trackers()
-        self._metrics = _append(directory.metrics_file)
-        self._events = _append(directory.events_file)
+        self._metrics = directory.metrics_file.open("a", encoding="utf-8")
+        self._events = directory.events_file.open("a", encoding="utf-8")
 
     def write(self, step: int, stage: str, metrics: Mapping[str, float]) -> None:
         """Append one step of `stage`; trackers show each metric as `stage/metric`.
@@ -40,10 +39,6 @@ class MetricsLog:
     def close(self) -> None:
         self._metrics.close()
         self._events.close()
-
-
-def _append(path: Path) -> TextIO:
-    return path.open("a", encoding="utf-8")
 
 
 def _write_line(file: TextIO, head: dict[str, Any], rest: Mapping[str, Any]) -> None:

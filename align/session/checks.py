@@ -4,7 +4,6 @@
 """
 
 import os
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from glob import glob
@@ -20,19 +19,18 @@ from align.data.loader import domains_of
 from align.data.types import Example, SplitName
 from align.errors import UserError, check_installed, naming, nearest
 from align.evaluate import hooks
-from align.evaluate.doctor import examine, skeleton_of, verdict
+from align.evaluate.doctor import examine, verdict
 from align.learner.balance import factors_of
 from align.learner.experts import check_spreadable
 from align.learner.group import check_port
-from align.model.lora import block_of, chosen_parts, left_out, parts_of
+from align.model.lora import chosen_parts, left_out, parts_of
 from align.model.names import frozen_names
 from align.model.policy import find_config, load_tokenizer
 from align.model.reward_model import is_reward_model
-from align.model.sizes import ELEMENT_BYTES, ModelSizes, empty_model, model_sizes, read_config
+from align.model.sizes import ModelSizes, model_sizes, read_config, sent_bytes, shapes_of
 from align.recipe import (
     AgreementOptions,
     DataOptions,
-    EvaluationOptions,
     GrpoRecipe,
     MachineOptions,
     ModelOptions,
@@ -44,12 +42,12 @@ from align.recipe import (
     TrainingRecipe,
     check_model_directory,
 )
-from align.recipe.learner import LearnerOptions, LoraOptions
-from align.recipe.options import HUB_NAME, HookOptions
+from align.recipe.options import HUB_NAME
 from align.recipe.presets import expansion
 from align.run import check_machine
 from align.run.machine import memory_bytes, object_store_bytes, shared_memory_bytes
 from align.run.trackers import check_trackers
+from align.session.disk import bytes_needed, check_space
 from reward import Mixture, RewardError, RewardTerm
 from reward.mixture import share_a_domain
 from reward.own import columns_of
@@ -57,12 +55,6 @@ from rollout import FleetOptions, Precision
 
 MADE_HERE = {"messages": None, "completion_tokens": None}
 """What `align.experience.reward_sample` adds to the columns of the data."""
-GB = 10**9
-LEAST_GRACE_S = 8.0
-WRITTEN_A_SECOND = 0.5 * GB
-"""Bytes that all learner ranks together are taken to write to the file system of the run directory, at least."""
-OPTIMIZER_BYTES = 12
-"""Of a trained parameter: Adam's two moments and the copy in float32."""
 
 
 def check(stages: Iterable[PlannedStage]) -> list[str]:
@@ -93,8 +85,8 @@ def check_recipe(recipe: Recipe) -> list[str]:
     check_components(recipe)
     check_trackers(recipe.trackers)
     check_size(recipe.machine)
-    if roles.evaluation is not None:
-        check_hooks(roles.evaluation.hooks, roles.longest)
+    for hook in roles.evaluation.hooks if roles.evaluation is not None else ():
+        hooks.check_ready(hook.name, hook.params, roles.longest)
     if "RAY_ADDRESS" not in os.environ:  # a cluster may grow
         check_places(recipe, torch.cuda.device_count())
     if roles.learner is not None and roles.learner.port is not None:
@@ -111,7 +103,8 @@ def check_recipe(recipe: Recipe) -> list[str]:
         and not HUB_NAME.fullmatch(path)
     ]
     # Last, so that a machine without engines can tell what else is wrong with a recipe.
-    check_installed(engines_of(roles))
+    engines = {"ray": True, "vllm": roles.rollout is not None, "deepspeed": roles.learner is not None}
+    check_installed([name for name, is_used in engines.items() if is_used])
     return notes
 
 
@@ -122,12 +115,6 @@ def rounding_note(precision: Precision, dtype: str, given: AgreementOptions) -> 
         f"stops the run where they differ by {given.limits(precision)[1]:g} nats a token, and a probe after each weight sync, in which both have the "
         f"rounded weights, by {AgreementOptions().limits(dtype)[1]:g}"
     )
-
-
-def engines_of(roles: Roles) -> list[str]:
-    """The engines that a stage runs on, by the names of their packages."""
-    used = {"ray": True, "vllm": roles.rollout is not None, "deepspeed": roles.learner is not None}
-    return [name for name, is_used in used.items() if is_used]
 
 
 def check_names(data: Sequence[DataOptions], stage: Stage, roles: Roles) -> None:
@@ -247,12 +234,6 @@ def check_size(machine: MachineOptions) -> None:
     )
 
 
-def check_hooks(named: Sequence[HookOptions], max_length: int) -> None:
-    """Raise UserError where an evaluation hook could not be run now, such as one whose judge is down, or has no room for its answers."""
-    for hook in named:
-        hooks.check_ready(hook.name, hook.params, max_length)
-
-
 def check_places(recipe: Recipe, gpus: int) -> None:
     """Raise UserError where this machine, which has so many GPUs, lacks what the processes take: Ray would wait for it without end."""
     roles = recipe.roles()
@@ -301,14 +282,14 @@ def check_model(recipe: Recipe) -> list[str]:
         if recipe.reference.is_dir():
             check_model_directory(recipe.reference, reference, "reference")
         notes += check_token_ids("reference", reference, model.path, tokenizer, rows)
-    if roles.learner is not None and roles.learner.expert_parallel > 1:
-        check_spreadable(skeleton.config, roles.learner.expert_parallel)
-    if roles.learner is not None:
-        factors_of(roles.learner.balance, skeleton.config)
-        frozen_names((name for name, _ in skeleton.named_parameters()), roles.learner.freeze)
-    if roles.learner is not None and roles.learner.lora is not None and roles.trained == "policy":
-        chosen_parts(skeleton, roles.learner.lora.targets)
-        notes += filter(None, [left_out(parts_of(skeleton), roles.learner.lora.targets)])
+    if (learner := roles.learner) is not None:
+        if learner.expert_parallel > 1:
+            check_spreadable(skeleton.config, learner.expert_parallel)
+        factors_of(learner.balance, skeleton.config)
+        frozen_names((name for name, _ in skeleton.named_parameters()), learner.freeze)
+        if learner.lora is not None and roles.trained == "policy":
+            chosen_parts(skeleton, learner.lora.targets)
+            notes += filter(None, [left_out(parts_of(skeleton), learner.lora.targets)])
     sizes = model_sizes(skeleton)
     if not sizes.is_mixture:
         replay = recipe.grpo.routing_replay if isinstance(recipe, GrpoRecipe) else "off"
@@ -319,9 +300,7 @@ def check_model(recipe: Recipe) -> list[str]:
         sent = sent_bytes(model, roles.learner.lora if roles.learner else None)
         notes += filter(None, [object_store_bytes(sent, shared_memory_bytes(), memory_bytes()[1])[1]])
     if isinstance(recipe, TrainingRecipe) and not any(recipe.directory.glob("checkpoints/step_*")):
-        checkpoints = most_checkpoints(recipe.save_every, recipe.keep_checkpoints, roles.evaluation)
-        need = bytes_needed(model, recipe.learner, sizes.total, checkpoints=checkpoints)
-        check_space(recipe.directory, need, keep=recipe.keep_checkpoints)
+        check_space(recipe, bytes_needed(recipe, sizes.total))
     return notes
 
 
@@ -357,8 +336,6 @@ def check_token_ids(key: str, model: ModelOptions, policy: str, tokenizer: Any, 
 
 def check_adapters_are_served(path: str, sizes: ModelSizes) -> None:
     """Raise UserError where vLLM cannot add an adapter to a policy on this machine; of a cluster that is joined, nothing is known yet."""
-    import torch
-
     if not torch.cuda.is_available() and "RAY_ADDRESS" not in os.environ and sizes.is_mixture:
         raise UserError(
             f"weights.transport: vLLM adds no adapters to a model with experts ({path}) on a CPU; leave it out, and the workers "
@@ -366,64 +343,8 @@ def check_adapters_are_served(path: str, sizes: ModelSizes) -> None:
         )
 
 
-def shapes_of(model: ModelOptions) -> Any:
-    """The model on the meta device. Raises UserError. What is known of published models is asked first, unless the model brings its own code."""
-    return skeleton_of(model) if model.trust_remote_code else empty_model(read_config(model.path))
-
-
-def sent_bytes(model: ModelOptions, lora: LoraOptions | None) -> int:
-    """Bytes of the weights that go to the workers after an update: of all modules, or of those that an adapter changes. Raises UserError."""
-    skeleton = shapes_of(model)
-    blocks = [""] if lora is None else [f"{block_of(part.parameter)}." for part in chosen_parts(skeleton, lora.targets)]
-    sent = (p.numel() for name, p in skeleton.named_parameters() if name.startswith(tuple(blocks)))
-    return sum(sent) * ELEMENT_BYTES[model.dtype]
-
-
-def check_space(directory: Path, need: int, *, keep: int) -> None:
-    """Raise UserError where a run that keeps so many checkpoints needs more bytes than the disk of its directory has free."""
-    directory = directory.expanduser().absolute()
-    there = next(parent for parent in (directory, *directory.parents) if parent.exists())
-    free = shutil.disk_usage(there).free
-    if free < need:
-        raise UserError(
-            f"run.dir: {directory} has {free / GB:.1f} GB free, and the run writes up to {need / GB:.1f} GB: "
-            f"{keep} checkpoints (keep_checkpoints), one more while it is written, and the model at the end. "
-            "Make room, or choose another directory with run.dir=…"
-        )
-
-
-def state_bytes(dtype: str, learner: LearnerOptions, parameters: int) -> int:
-    """What a checkpoint holds beside the model: what the learner ranks need to go on; of an adapter next to nothing."""
-    return 0 if learner.lora else parameters * (ELEMENT_BYTES[dtype] + OPTIMIZER_BYTES)
-
-
-def default_grace_s(model: ModelOptions, learner: LearnerOptions | None) -> float:
-    """Seconds that a run may go on after it is told to stop: what its checkpoint takes to be written, and no less than 8."""
-    if learner is None:
-        return LEAST_GRACE_S
-    try:
-        parameters = model_sizes(shapes_of(model)).total
-    except UserError:  # it is told where the model is loaded
-        return LEAST_GRACE_S
-    held = parameters * ELEMENT_BYTES[model.dtype] + state_bytes(model.dtype, learner, parameters)
-    return max(LEAST_GRACE_S, held / WRITTEN_A_SECOND)
-
-
 def refuse_without_experts(path: str, rollout: FleetOptions | None, replay: Replay) -> None:
     """Raise UserError for options of routing, of a model that routes nothing."""
     if replay != "off" or (rollout is not None and rollout.record_experts):
         key = "grpo.routing_replay" if replay != "off" else "rollout.record_experts"
         raise UserError(f"{key} is for a mixture of experts, and {path} is dense: leave it out")
-
-
-def most_checkpoints(save_every: int | None, keep: int, evaluation: EvaluationOptions | None) -> int:
-    """How many checkpoints there are at once: those that stay, the most accurate one, and the one that is being written."""
-    best = evaluation is not None and evaluation.every is not None
-    return keep + 1 + best if save_every else keep + 1 if best else 1
-
-
-def bytes_needed(model: ModelOptions, learner: LearnerOptions, parameters: int, *, checkpoints: int) -> int:
-    """What a stage has on the disk at most; adapters count as nothing."""
-    weights = parameters * ELEMENT_BYTES[model.dtype]
-    state = state_bytes(model.dtype, learner, parameters)
-    return checkpoints * (weights + state) + weights * (2 if model.init == "random" else 1)

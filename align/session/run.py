@@ -27,7 +27,7 @@ from align.run import (
 from align.run.checkpoints import PREFIX, Checkpoint, CheckpointDirectory, DamagedCheckpointError
 from align.run.tracker_libraries import Ending
 from align.run.trackers import Trackers
-from align.session.checks import default_grace_s
+from align.session.disk import default_grace_s
 from align.session.signals import StopRequest
 from reward import RewardTerm
 from reward.own.file import file_digest, files_of
@@ -151,10 +151,6 @@ class Run:
         self.record_numbers(stage, step, name, evaluation.summary(), evaluation.rows, facts, split or "evaluation")
         self.progress.note(f"{name}: {describe(evaluation)}")
 
-    def recorded(self, name: str, domains: Sequence[str]) -> Evaluation | None:
-        """The evaluation `name` of problems of these domains, where the run has made it already; without its rows."""
-        return recorded_evaluations(self.directory, domains).get(name)
-
     def record_numbers(
         self,
         stage: str,
@@ -257,18 +253,16 @@ def open_run(recipe: Recipe) -> Iterator[Run]:
     directory.enter(recipe.stage)
     keep = recipe.keep_checkpoints if isinstance(recipe, TrainingRecipe) else 1
     trackers = Trackers.of(recipe.trackers, recipe.name, recipe.model_dump(mode="json"), directory)
-    parts = directory, MetricsLog(directory, trackers), CheckpointDirectory(directory.checkpoints_directory, keep=keep)
-    metrics = parts[1]
+    metrics = MetricsLog(directory, trackers)
+    checkpoints = CheckpointDirectory(directory.checkpoints_directory, keep=keep)
     try:
         with ExitStack() as stack:
             progress = stack.enter_context(Progress(log=directory.log_file))
-            grace_s = (
-                default_grace_s(recipe.model, recipe.roles().learner)
-                if recipe.run.grace_s is None
-                else recipe.run.grace_s
-            )
+            grace_s = recipe.run.grace_s
+            if grace_s is None:
+                grace_s = default_grace_s(recipe.model, recipe.roles().learner)
             stop = stack.enter_context(StopRequest(grace_s))
-            run = Run(*parts, progress, stop)
+            run = Run(directory, metrics, checkpoints, progress, stop)
             stack.enter_context(run.logged_warnings())
             stack.push(lambda kind, *_: trackers.finish(ending_of(kind)))
             if goes_on and isinstance(recipe, TrainingRecipe):

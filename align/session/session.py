@@ -15,6 +15,7 @@ from align.evaluate.doctor import examine, verdict
 from align.learner.group import LearnerDiedError, LearnerGroup, RankGroup
 from align.model.policy import first_line, load_tokenizer, stop_token_ids, write_random_policy
 from align.model.reward_model import is_reward_model
+from align.model.sizes import sent_bytes
 from align.recipe import (
     LearnerOptions,
     ModelOptions,
@@ -27,7 +28,6 @@ from align.recipe import (
 )
 from align.recipe.roles import reward_models
 from align.run import Progress
-from align.session.checks import sent_bytes
 from align.session.ray import local_ray
 from align.session.run import Run, keep_recipe, open_run
 from align.session.steps import Steps

@@ -17,10 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from align.data.drawing import Source, items_of_step, left_out, refill_of_step
-from align.data.entries import Notes, Reader, Room, entries_of
-from align.data.loader import load_split
+from align.data.entries import Notes, entries_of
 from align.evaluate.accuracy import Evaluation
-from align.experience import Problem, ScoredGroup, encode_problems, gather, row_of, submit, token_columns
+from align.experience import Problem, ScoredGroup, gather, reader_of_prompts, row_of, submit, token_columns
 from align.learner.objective import Objective, learning_rate
 from align.losses import DistillOptions
 from align.recipe import GrpoOptions, GrpoRecipe, ModelOptions
@@ -48,15 +47,7 @@ class GrpoData:
 def load_grpo_data(recipe: GrpoRecipe, tokenizer: Any, notes: Notes) -> GrpoData:
     """Everything the recipe names, read and checked. Raises UserError for what cannot be used."""
     held_out = load_problems(recipe.evaluation, recipe.data, recipe.rewards, recipe.rollout.max_length, tokenizer)
-    longest = recipe.rollout.max_length - recipe.sampling.max_new_tokens
-    reader = Reader(
-        load_split,
-        lambda example: encode_problems(tokenizer, [example]),
-        lambda problem: len(problem.prompt.token_ids),
-        Room(longest, "what rollout.max_length leaves beside sampling.max_new_tokens"),
-        recipe.seed,
-        notes,
-    )
+    reader = reader_of_prompts(recipe, tokenizer, notes)
     entries = entries_of(recipe.data, recipe.data_stage)
     sources = reader.sources(entries, recipe.grpo.prompts_per_step, "grpo.prompts_per_step", held_out.prompts)
     items = (item for source in sources for item in source.items)

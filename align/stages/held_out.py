@@ -26,6 +26,7 @@ from align.recipe import AgreementOptions, DataOptions, EvaluationOptions, Model
 from align.report.habits import last_evaluation_habits
 from align.run import RunDirectory, read_jsonl, read_samples
 from align.session.checks import check_columns
+from align.session.run import recorded_evaluations
 from align.session.session import Session
 from align.stages.guards import habit_alarms, stop_at
 from reward import RewardTerm
@@ -130,11 +131,11 @@ class HeldOut:
         What an interrupted run has measured already is not measured again.
         """
         name = f"{name}, {self._split}" if self._split else name
-        problems = self._problems.problems
-        domains = self._problems.domains
-        if (before := self._run.recorded(name, domains)) is not None:
-            return before
+        before = recorded_evaluations(self._run.directory, self._problems.domains)
+        if name in before:
+            return before[name]
         self._run.progress.phase(f"evaluating ({name})")
+        problems = self._problems.problems
         evaluation = evaluate(
             self._session.fleet,
             self._session.tokenizer,
@@ -145,7 +146,7 @@ class HeldOut:
             longest=self._longest,
             seed=self._seed,
         )
-        examples = [problem.example for problem in self._problems.problems]
+        examples = [problem.example for problem in problems]
         evaluation = replace(evaluation, rows=count_instructions(evaluation.rows, examples))
         evaluation = replace(evaluation, rates=self._rates(evaluation, examples))
         self._run.record_evaluation(self._stage, step, name, evaluation, self._split)

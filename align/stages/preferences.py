@@ -10,12 +10,12 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from align.data.entries import Notes, Reader, Room, entries_of
-from align.data.loader import load_split, refuse_one_file
+from align.data.entries import Notes, entries_of
+from align.data.loader import refuse_one_file
 from align.data.types import SplitName
 from align.errors import UserError
 from align.evaluate.accuracy import mean_of
-from align.experience import Problem, ScoredGroup, ScoredTrajectory, encode_problems, gather, submit
+from align.experience import Problem, ScoredGroup, ScoredTrajectory, gather, reader_of_prompts, submit
 from align.recipe import PreferencesRecipe
 from align.run import write_jsonl
 from align.session.checks import check_columns
@@ -34,16 +34,7 @@ class SplitPrompts:
 
 def load_prompts(recipe: PreferencesRecipe, tokenizer: Any, notes: Notes) -> list[SplitPrompts]:
     """The prompts of every split of the recipe's cards that are short enough. Raises UserError for what cannot be used."""
-    options = recipe.preferences
-    longest = recipe.rollout.max_length - recipe.sampling.max_new_tokens
-    reader = Reader(
-        load_split,
-        lambda example: encode_problems(tokenizer, [example]),
-        lambda problem: len(problem.prompt.token_ids),
-        Room(longest, "what rollout.max_length leaves beside sampling.max_new_tokens"),
-        recipe.seed,
-        notes,
-    )
+    options, reader = recipe.preferences, reader_of_prompts(recipe, tokenizer, notes)
     found = []
     for entry in entries_of(recipe.data, recipe.data_stage):
         refuse_one_file(entry.card, entry.path, list(entry.card.splits))

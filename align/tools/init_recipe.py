@@ -16,7 +16,7 @@ from align.data.own import read_source
 from align.data.types import Example
 from align.errors import UserError
 from align.model.policy import load_tokenizer
-from align.model.sizes import ModelSizes, model_sizes
+from align.model.sizes import ModelSizes, model_sizes, shapes_of
 from align.plan.memory import GIB
 from align.plan.placement import Cluster
 from align.plan.plan import gib, make_plan
@@ -24,7 +24,6 @@ from align.recipe import DataOptions, ModelOptions, PlannedStage, Recipe
 from align.recipe.load import apply_override, collect_lines, recipe_of
 from align.run import read_status, write_atomically
 from align.run.machine import cores_available, memory_bytes
-from align.session.checks import shapes_of
 from align.stages.commands import check_stages
 from align.tools.show_data import (
     encoded,

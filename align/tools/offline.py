@@ -16,13 +16,13 @@ from align.errors import UserError
 from align.evaluate.accuracy import evaluate, mean_of, short_problems
 from align.evaluate.agreement import AgreementGate
 from align.evaluate.attribution import attribute
-from align.evaluate.doctor import Check, examine, skeleton_of, verdict
+from align.evaluate.doctor import Check, examine, verdict
 from align.evaluate.doctor_engines import examine_engines, parts, sampler_share
 from align.experience import encode_problems
 from align.learner.group import LearnerGroup
 from align.learner.policy import FrugalRank
 from align.model.policy import DTYPES, load_tokenizer, stop_token_ids
-from align.model.sizes import model_sizes, read_config
+from align.model.sizes import model_sizes, read_config, skeleton_of
 from align.recipe import AgreementOptions, LearnerOptions, ModelOptions, OptimizerOptions
 from align.recipe.options import is_on_hub
 from align.run import RunDirectory, write_jsonl

@@ -1,9 +1,11 @@
 """A very small model of each architecture, for tests of what the learner does to their layers."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import (
+    AutoModelForCausalLM,
     DeepseekV2Config,
     LlamaConfig,
     MixtralConfig,
@@ -13,8 +15,10 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from align.learner.experts import routers_of
 from align.learner.objective import LogProbs
 from align.learner.policy import PolicyRank, Weights, checkpoint_in_every_mode
+from align.model.policy import load_tokenizer
 from align.recipe import LearnerOptions, ModelOptions, OptimizerOptions
 
 EXPERTS, CHOSEN, LAYERS, GROUPS, GROUPS_A_TOKEN = 8, 3, 2, 4, 2
@@ -57,6 +61,33 @@ def small_config(name: str, **changed: Any) -> PretrainedConfig:
     """The configuration of an architecture, with some values of its own."""
     kind, own = MODELS[name]
     return kind(**{**SIZES, **own, **changed})
+
+
+def small_policy(name: str) -> Any:
+    """A policy of an architecture, whose routers do not weigh all experts alike."""
+    torch.manual_seed(0)
+    policy = AutoModelForCausalLM.from_config(small_config(name), dtype=torch.float32, attn_implementation="eager")
+    for router in routers_of(policy).values():
+        torch.nn.init.normal_(router.weight, std=0.5)
+    return policy
+
+
+def save_llama(directory: Path, *, intermediate_size: int, **saving: Any) -> None:
+    """Write a small Llama with random weights and the tokenizer of the nano policy; `saving` goes to `save_pretrained`."""
+    tokenizer = load_tokenizer("recipes/nano/policy")
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(directory, **saving)
+    tokenizer.save_pretrained(directory)
 
 
 def rank_of(policy: Any, **options: Any) -> Any:

@@ -32,10 +32,9 @@ from align.learner.loading import follow, layout
 from align.model.lora import chosen_parts, left_out, parts_of
 from align.model.names import from_checkpoint, layout_of, to_checkpoint
 from align.model.policy import load_policy, load_tokenizer, persistent_buffers
-from align.model.sizes import model_sizes
+from align.model.sizes import model_sizes, sent_bytes
 from align.plan.memory import adapted_parameters
 from align.recipe import ModelOptions
-from align.session.checks import sent_bytes
 
 NANO = Path(__file__).parents[2] / "recipes" / "nano" / "policy"
 Agreements = Callable[..., list[float]]

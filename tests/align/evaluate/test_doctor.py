@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
-from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV2Config, GptOssConfig, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV2Config, GptOssConfig
 
 from align.errors import UserError
 from align.evaluate.doctor import (
@@ -34,10 +34,12 @@ from align.evaluate.doctor import (
     verdict,
 )
 from align.model.policy import load_tokenizer
-from align.model.sizes import read_config
+from align.model.sizes import empty_model, read_config
 from align.recipe import ModelOptions
 from align.tools.offline import doctor
 from rollout import FleetOptions
+
+from ..small_models import save_llama
 
 
 @pytest.fixture
@@ -59,21 +61,7 @@ def test_the_nano_policy_is_fit(policy: ModelOptions) -> None:
 
 
 def test_the_softmax_scale_of_v2_lite_is_the_reports() -> None:
-    config = DeepseekV2Config(
-        num_hidden_layers=1,
-        q_lora_rank=None,
-        rope_scaling={
-            "type": "yarn",
-            "factor": 40,
-            "beta_fast": 32,
-            "beta_slow": 1,
-            "mscale": 0.707,
-            "mscale_all_dim": 0.707,
-            "original_max_position_embeddings": 4096,
-        },
-    )
-    with torch.device("meta"):
-        status, detail = check_softmax_scale(AutoModelForCausalLM.from_config(config))
+    status, detail = check_softmax_scale(empty_model(read_config("deepseek-ai/DeepSeek-V2-Lite")))
     assert status is CheckStatus.OK
     assert detail.startswith("0.1147214")
 
@@ -203,19 +191,7 @@ def test_weights_that_are_there_a_second_time_in_another_layout_are_not_looked_a
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A sound model, its weights in two files."""
     directory = tmp_path_factory.mktemp("llama")
-    tokenizer = load_tokenizer("recipes/nano/policy")
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(directory, max_shard_size="1MB")
-    tokenizer.save_pretrained(directory)
+    save_llama(directory, intermediate_size=64, max_shard_size="1MB")
     return directory
 
 

@@ -3,51 +3,28 @@
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from align.evaluate.agreement import Disagreement, probe
 from align.learner.group import LearnerGroup
-from align.model.policy import load_tokenizer
 from align.recipe import LearnerOptions, LoraOptions, ModelOptions, OptimizerOptions
-from rollout import AdapterSync, Fleet, FleetOptions, Prompt, WeightUpdateError
+from rollout import AdapterSync, Fleet, FleetOptions, WeightUpdateError
 
-PROMPTS = [Prompt(f"p{i}", [1, 40 + i, 60 + 3 * i, 17]) for i in range(6)]
+from ..small_models import save_llama
+from .engines import Engines, Perturb
+
 RANK = 4
 FLEET = FleetOptions(workers=1, max_length=64, kv_cache_gb=0.25, batch_sequences=16, adapter_rank=RANK)
-
-
-class Engines(NamedTuple):
-    fleet: Fleet
-    learner: LearnerGroup
-
-    @property
-    def apart(self) -> Disagreement:
-        return probe(self.fleet, self.learner, PROMPTS)
 
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> ModelOptions:
     """A model without experts: with them, vLLM's adapters want a GPU."""
     directory = tmp_path_factory.mktemp("llama")
-    tokenizer = load_tokenizer(Path("recipes/nano/policy"))
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
+    save_llama(directory, intermediate_size=256)
     return ModelOptions(path=str(directory))
 
 
@@ -62,9 +39,6 @@ def engines(dense: ModelOptions, ray_session: None) -> Iterator[Engines]:
     yield Engines(fleet, learner)
     learner.close()
     fleet.close()
-
-
-Perturb = Callable[[LearnerGroup, int], None]
 
 
 def test_sampler_and_learner_agree_with_each_adapter(engines: Engines, perturb: Perturb, tmp_path: Path) -> None:

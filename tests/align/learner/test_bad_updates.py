@@ -4,6 +4,7 @@ import math
 import os
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import replace
 
 import pytest
@@ -77,8 +78,7 @@ def test_bad_numbers_leave_weights_and_optimizer_as_they_were(learner: LearnerGr
 def test_a_rank_that_hangs_is_named_and_its_stacks_are_told(
     policy: ModelOptions, sequences: Draw, ray_session: None
 ) -> None:
-    learner = LearnerGroup(policy, LearnerOptions(ranks=2, optimizer=OPTIMIZER), seed=0)
-    try:
+    with closing(LearnerGroup(policy, LearnerOptions(ranks=2, optimizer=OPTIMIZER), seed=0)) as learner:
         learner.wait_until_ready()
         learner.accumulate(sequences(0), Objective())
         learner._options = learner._options.model_copy(update={"step_timeout_s": 10})
@@ -90,6 +90,4 @@ def test_a_rank_that_hangs_is_named_and_its_stacks_are_told(
         rank_0, rank_1 = stalled.value.stacks.split("rank 1:")
         assert "MainThread" in rank_0
         assert "stopped" in rank_1
-    finally:
-        learner.close()
     assert not os.path.exists(f"/proc/{learner._processes[1].pid}")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification
 
 from align.errors import UserError
 from align.learner.balance import BalanceLosses, balance_metrics, factors_of
@@ -18,18 +18,9 @@ from align.learner.policy import Weights
 from align.learner.reward_model import RewardModelRank, Rewards, TrainingPair
 from align.recipe import BalanceOptions, LearnerOptions, OptimizerOptions
 
-from ..small_models import CHOSEN, EXPERTS, GROUPS, GROUPS_A_TOKEN, WITH_EXPERTS, rank_of, small_config
+from ..small_models import CHOSEN, EXPERTS, GROUPS, GROUPS_A_TOKEN, WITH_EXPERTS, rank_of, small_config, small_policy
 
 FACTORS = {"expert": 0.3, "device": 0.5, "communication": 0.2}
-
-
-def policy_of(name: str) -> Any:
-    torch.manual_seed(0)
-    policy = AutoModelForCausalLM.from_config(small_config(name), dtype=torch.float32, attn_implementation="eager")
-    # With flat routers every loss would be 1.
-    for router in routers_of(policy).values():
-        torch.nn.init.normal_(router.weight, std=0.5)
-    return policy
 
 
 def some_sequences() -> list[TrainingSequence]:
@@ -79,7 +70,7 @@ def expected(
     name: str, factors: dict[str, float], sequences: list[TrainingSequence]
 ) -> tuple[Tensor, dict[str, float]]:
     """The gradient in float64, of one sequence after the other; and the mean losses of a layer."""
-    policy = policy_of(name).double()
+    policy = small_policy(name).double()
     policy.set_experts_implementation("eager")  # one expert after the other
     trained = [s for s in sequences if s.weight]
     total, means = torch.zeros((), dtype=torch.float64), dict.fromkeys(factors, 0.0)
@@ -110,7 +101,7 @@ def of_v2() -> tuple[Tensor, dict[str, float]]:
 def test_the_gradient_is_that_of_the_report_s_equations_however_a_batch_is_divided(
     of_v2: Any, parts: list[int], checkpointing: bool
 ) -> None:
-    policy, left = policy_of("DeepSeek-V2"), iter(some_sequences())
+    policy, left = small_policy("DeepSeek-V2"), iter(some_sequences())
     rank = rank_of(policy, balance=FACTORS, gradient_checkpointing=checkpointing)
     rank.accumulate([[next(left) for _ in range(count)] for count in parts], Objective(), batch_size=3)
     found, (gradient, means) = gradient_of(policy), of_v2
@@ -119,13 +110,13 @@ def test_the_gradient_is_that_of_the_report_s_equations_however_a_batch_is_divid
         {f"balance/{level}": mean for level, mean in means.items()}, rel=1e-5
     )
     # Each of them is more than the cross-entropy, or the comparison would say nothing of it.
-    rank_of(policy := policy_of("DeepSeek-V2")).accumulate([some_sequences()], Objective())
+    rank_of(policy := small_policy("DeepSeek-V2")).accumulate([some_sequences()], Objective())
     assert (gradient - gradient_of(policy)).norm() / gradient.norm() > 0.5
 
 
 @pytest.mark.parametrize("parts", [[4], [1, 3]], ids=str)
 def test_a_prompt_that_is_computed_once_counts_in_each_of_its_sequences(of_v2: Any, parts: list[int]) -> None:
-    policy, left = policy_of("DeepSeek-V2"), iter(some_sequences())
+    policy, left = small_policy("DeepSeek-V2"), iter(some_sequences())
     rank = rank_of(policy, balance=FACTORS, share_prompts=True)
     rank.accumulate([[next(left) for _ in range(count)] for count in parts], Objective(), batch_size=3)
     assert (gradient_of(policy) - of_v2[0]).norm() / of_v2[0].norm() < 1e-5
@@ -133,7 +124,7 @@ def test_a_prompt_that_is_computed_once_counts_in_each_of_its_sequences(of_v2: A
 
 @pytest.mark.parametrize("name", [name for name in WITH_EXPERTS if name != "DeepSeek-V2"])
 def test_it_is_for_every_router_that_is_known(name: str) -> None:
-    policy, sequences = policy_of(name), some_sequences()
+    policy, sequences = small_policy(name), some_sequences()
     gradient, _ = expected(name, {"expert": 0.3}, sequences)
     rank_of(policy, balance={"expert": 0.3}).accumulate([sequences], Objective(), batch_size=3)
     assert (gradient_of(policy) - gradient).norm() / gradient.norm() < 1e-5
@@ -172,7 +163,7 @@ def test_both_conversations_of_a_pair_count_for_a_reward_model() -> None:
 
 
 def test_experts_that_are_replayed_are_those_that_count() -> None:
-    policy, sequences = policy_of("OLMoE"), some_sequences()
+    policy, sequences = small_policy("OLMoE"), some_sequences()
     sequences = [s for s in sequences if s.weight]
     same = np.tile(np.arange(CHOSEN, dtype=np.uint8), (1, 2, 1))
     forced = [replace(s, experts=np.repeat(same, len(s.token_ids) - 1, axis=0)) for s in sequences]
@@ -184,7 +175,7 @@ def test_experts_that_are_replayed_are_those_that_count() -> None:
 
 
 def test_without_factors_nothing_is_computed_and_no_bit_changes(monkeypatch: pytest.MonkeyPatch) -> None:
-    policy = policy_of("Qwen3-MoE")
+    policy = small_policy("Qwen3-MoE")
     rank = rank_of(policy)
     rank.accumulate([some_sequences()], Objective())
     found = gradient_of(policy)
@@ -218,7 +209,7 @@ def test_what_a_model_has_nothing_for_is_refused(options: Any, config: Any, said
 
 
 def test_a_router_of_another_kind_is_refused() -> None:
-    policy = policy_of("Qwen2-MoE")
+    policy = small_policy("Qwen2-MoE")
     for router in routers_of(policy).values():
         router.register_forward_hook(lambda _, __, output: (output[0], output[1].sigmoid(), output[2]))
     rank = rank_of(policy, balance={"expert": 1.0})

@@ -1,6 +1,7 @@
 """Experts spread over two ranks train as experts that each rank has all of: same losses, gradients, loads and checkpoints."""
 
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,7 @@ SPREAD = WHOLE.model_copy(update={"expert_parallel": 2})
 
 def train(policy: ModelOptions, options: LearnerOptions, sequences: Draw, saved: Path) -> dict[str, Any]:
     """Some steps; the losses and norms, the tokens of each expert, and what is left of them."""
-    learner = LearnerGroup(policy, options, seed=0)
-    try:
+    with closing(LearnerGroup(policy, options, seed=0)) as learner:
         learner.wait_until_ready()
         losses, norms = [], []
         for step in range(STEPS):
@@ -46,8 +46,6 @@ def train(policy: ModelOptions, options: LearnerOptions, sequences: Draw, saved:
             "weights": learner.weights(),
             "missing": learner.missing_gradients(),
         }
-    finally:
-        learner.close()
 
 
 @pytest.fixture(scope="module")
@@ -105,15 +103,12 @@ def test_reward_models_too(ray_session: None, policy: ModelOptions, sequences: D
     texts = [[*s.token_ids, eos] for s in sequences(0)]
     pairs = [TrainingPair(a, b, weight=1 / 6) for a, b in zip(texts[::2], texts[1::2], strict=True)]
     for options in (WHOLE, SPREAD):
-        learner = RewardModelGroup(policy, options, seed=0)
-        try:
+        with closing(RewardModelGroup(policy, options, seed=0)) as learner:
             learner.wait_until_ready()
             losses.append([])
             for _ in range(3):
                 losses[-1].append(learner.accumulate(pairs, "pairwise").loss)
                 learner.apply(1e-3)
-        finally:
-            learner.close()
     assert losses[1] == pytest.approx(losses[0], abs=1e-4)
     assert losses[1][2] < losses[1][0]
 

@@ -3,11 +3,9 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from random import Random
-from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from align.learner.batch import TrainingSequence
 from align.learner.experts import ExpertCounter, load_metrics
@@ -15,6 +13,8 @@ from align.learner.group import LearnerGroup
 from align.learner.objective import Objective
 from align.model.policy import load_policy
 from align.recipe import LearnerOptions, ModelOptions, OptimizerOptions
+
+from ..small_models import small_policy
 
 TOP_K = 2
 EXPERTS = 8
@@ -95,10 +95,7 @@ def test_the_measures_of_unevenness() -> None:
 
 
 def test_a_dense_model_has_no_load() -> None:
-    config: Any = LlamaConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
-    )
-    model = LlamaForCausalLM(config)
+    model = small_policy("Llama")
     counter = ExpertCounter(model)
     ids = torch.ones(2, 5, dtype=torch.long)
     with counter.counting(torch.ones_like(ids)):

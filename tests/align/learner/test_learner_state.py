@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -53,20 +54,16 @@ def test_going_on_from_a_checkpoint_is_the_same_to_the_last_bit(
 ) -> None:
     options, dtype = WAYS[way]
     model = policy.model_copy(update={"dtype": dtype})
-    learner = LearnerGroup(model, options, seed=0)
-    try:
+    with closing(LearnerGroup(model, options, seed=0)) as learner:
         learner.wait_until_ready()
         steps(learner, sequences, range(3))
         files = learner.save_state(tmp_path)
         whole = steps(learner, sequences, range(3, 6))
         expected = learner.weights()
         missing = learner.missing_gradients()
-    finally:
-        learner.close()
     assert files.keys() == {path.name for path in tmp_path.iterdir()}
 
-    other = LearnerGroup(model, options, seed=1)
-    try:
+    with closing(LearnerGroup(model, options, seed=1)) as other:
         other.wait_until_ready()
         other.load_state(tmp_path)
         assert steps(other, sequences, range(3, 6)) == whole
@@ -77,15 +74,12 @@ def test_going_on_from_a_checkpoint_is_the_same_to_the_last_bit(
         kept = {name for name in weights if any(re.search(PARTS[part], name) for part in options.freeze)}
         assert all(torch.equal(weights[name], base[name]) for name in kept)
         assert bool(kept) == bool(options.freeze)
-    finally:
-        other.close()
 
 
 def test_the_state_of_another_learner_is_refused(
     ray_session: None, policy: ModelOptions, sequences: Draw, tmp_path: Path
 ) -> None:
-    learner = LearnerGroup(policy, WAYS["zero-0"][0], seed=0)
-    try:
+    with closing(LearnerGroup(policy, WAYS["zero-0"][0], seed=0)) as learner:
         learner.wait_until_ready()
         learner.save_state(tmp_path)
         state = torch.load(tmp_path / SHARED, weights_only=True)
@@ -98,6 +92,4 @@ def test_the_state_of_another_learner_is_refused(
         torch.save(own | {"masters": [tensor]}, tmp_path / own_file(0))
         with pytest.raises(UserError, match="it has 1 groups of master copies, and this learner 0; another version"):
             learner.load_state(tmp_path)
-    finally:
-        learner.close()
     assert (tmp_path / own_file(0)).exists()

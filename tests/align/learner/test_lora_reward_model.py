@@ -1,5 +1,6 @@
 """A reward model from adapters: its head trains as a whole, and what is saved is an ordinary reward model."""
 
+from contextlib import closing
 from pathlib import Path
 from random import Random
 
@@ -36,8 +37,7 @@ def test_head_and_adapters_learn_and_every_loader_gives_the_same_rewards(
         optimizer=OptimizerOptions(learning_rate=3e-3),
         lora=LoraOptions(rank=4, targets=["attention+shared", "experts"]),
     )
-    group = RewardModelGroup(policy, options, seed=0)
-    try:
+    with closing(RewardModelGroup(policy, options, seed=0)) as group:
         group.wait_until_ready()
         assert group.trained.description.endswith("and score as a whole")
         losses = []
@@ -49,8 +49,6 @@ def test_head_and_adapters_learn_and_every_loader_gives_the_same_rewards(
         sequences = [list(pair.chosen) for pair in pairs(99)] + [list(pair.rejected) for pair in pairs(99)]
         rewards = group.rewards(sequences)
         group.save(tmp_path / "final")
-    finally:
-        group.close()
     final = tmp_path / "final"
     whole = AutoModelForSequenceClassification.from_pretrained(final)
     base = AutoModelForSequenceClassification.from_pretrained(policy.path, num_labels=1, pad_token_id=0)

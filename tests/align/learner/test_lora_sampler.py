@@ -1,35 +1,20 @@
 """Adapters and the sampler: an update of the modules that changed arrives, keeps the rest, and is checked like a whole one."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from align.evaluate.agreement import Disagreement, probe
 from align.learner.group import LearnerGroup
 from align.recipe import LearnerOptions, LoraOptions, ModelOptions, OptimizerOptions
-from rollout import Fleet, FleetOptions, Prompt, WeightUpdateError, stored
+from rollout import Fleet, FleetOptions, WeightUpdateError, stored
 
-PROMPTS = [Prompt(f"p{i}", [1, 40 + i, 60 + 3 * i, 17]) for i in range(6)]
+from .engines import Engines, Perturb
+
 FLEET = FleetOptions(workers=1, max_length=64, kv_cache_gb=0.25, batch_sequences=16)
-
-
-Perturb = Callable[[LearnerGroup, int], None]
-
-
-class Engines(NamedTuple):
-    fleet: Fleet
-    learner: LearnerGroup
-
-    @property
-    def apart(self) -> Disagreement:
-        return probe(self.fleet, self.learner, PROMPTS)
-
-    def send(self, version: int) -> None:
-        self.learner.sync_weights(self.fleet, version)
 
 
 @pytest.fixture(scope="module")
@@ -63,12 +48,12 @@ def test_sampler_and_learner_agree_before_and_after_updates_of_perturbed_adapter
     engines: Engines, perturb: Perturb
 ) -> None:
     assert engines.apart.mean < 1e-5
-    engines.send(1)
+    engines.learner.sync_weights(engines.fleet, 1)
     assert engines.apart.mean < 1e-5
     for version in (2, 3):
         perturb(engines.learner, version)
         assert engines.apart.mean > 1e-4
-        engines.send(version)
+        engines.learner.sync_weights(engines.fleet, version)
         found = engines.apart
         print(f"version {version}: differ by {found.mean:.1e} on average, {found.largest:.1e} at most")
         assert found.mean < 1e-5
@@ -89,7 +74,7 @@ def test_a_tensor_too_few_or_too_many_or_a_module_unknown_is_refused(engines: En
         WeightUpdateError, match=rf"1 of the sampler's \d+ parameters were not written by the update: {one}"
     ):
         engines.fleet.load(stored({name: t for name, t in sent.items() if name != one}), 9, modules=modules)
-    engines.send(10)
+    engines.learner.sync_weights(engines.fleet, 10)
     with pytest.raises(WeightUpdateError, match=r"wrote model\.norm\.weight, which is in none of the modules"):
         engines.fleet.load(stored(sent | {"model.norm.weight": torch.ones(128)}), 11, modules=modules)
     with pytest.raises(WeightUpdateError, match=r"model\.layers\.9\.self_attn.*no module of that name"):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DeepseekV3Config, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, DeepseekV3Config, LlamaForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
 from align.learner.batch import TrainingSequence
@@ -18,7 +18,7 @@ from align.learner.policy import FrugalRank, PolicyRank, checkpoint_in_every_mod
 from align.model.policy import persistent_buffers
 from align.recipe import GrpoOptions, LearnerOptions, ModelOptions, OptimizerOptions
 
-from ..small_models import SIZES, V2, rank_of
+from ..small_models import SIZES, V2, rank_of, small_config
 
 TEMPERATURE = 0.7
 RATE, DECAY = 0.1, 0.5
@@ -43,8 +43,7 @@ class PlainEngine:
 
 def network(seed: int) -> Any:
     torch.manual_seed(seed)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=32, num_key_value_heads=2, **sizes))
+    return LlamaForCausalLM(small_config("Llama", vocab_size=32))
 
 
 @pytest.fixture
@@ -72,6 +71,10 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> Callable[..., PolicyRank]:
         return made
 
     return make
+
+
+def grpo(**given: Any) -> GrpoOptions:
+    return GrpoOptions(steps=1, prompts_per_step=1, group_size=2, **given)
 
 
 def drawn(*, gaps: bool = False) -> list[TrainingSequence]:
@@ -133,16 +136,8 @@ def expected_gradient(options: GrpoOptions, sequences: Sequence[TrainingSequence
 def test_the_gradient_is_that_of_the_papers_equation(
     worker: Any, level: Any, clip: Any, kl: float, gaps: bool, share: bool
 ) -> None:
-    options = GrpoOptions(
-        steps=1,
-        prompts_per_step=1,
-        group_size=2,
-        clip_low=clip[0],
-        clip_high=clip[1],
-        kl_coefficient=kl,
-        level=level,
-        aggregation="sequence_sum" if level == "sequence" else "sample_mean",
-    )
+    aggregation = "sequence_sum" if level == "sequence" else "sample_mean"
+    options = grpo(clip_low=clip[0], clip_high=clip[1], kl_coefficient=kl, level=level, aggregation=aggregation)
     rank, sequences = worker(share_prompts=share), drawn(gaps=gaps)
     rank.accumulate([sequences[:3], sequences[3:]], Objective(options, TEMPERATURE))
     found = torch.cat([p.grad.flatten() for p in rank._network.parameters()])
@@ -179,7 +174,7 @@ def plain_kl(kl: str, to_reference: torch.Tensor, ratio: torch.Tensor) -> torch.
     ],
 )
 def test_what_a_recipe_chooses_of_the_loss_is_what_is_computed(worker: Any, given: dict[str, Any]) -> None:
-    options = GrpoOptions(steps=1, prompts_per_step=1, group_size=2, kl_coefficient=0.3, **given)
+    options = grpo(kl_coefficient=0.3, **given)
     correction, random = {"kind": "none", **given.get("correction", {})}, np.random.default_rng(1)
     sequences = [
         replace(s, sampler_log_probs=s.old_log_probs + random.normal(0, 0.2, s.sampled_tokens).astype(np.float32))
@@ -234,15 +229,7 @@ def test_a_teacher_adds_the_gradient_of_the_kl_to_it_alone_or_beside_rewards(
     worker: Any, given: dict[str, Any], rewarded: bool, share: bool
 ) -> None:
     """rho log(pi / pi_teacher) grad log pi of every token, times what corrects the sampler; the reference is another model."""
-    options = GrpoOptions(
-        steps=1,
-        prompts_per_step=1,
-        group_size=2,
-        clip_low=0.9,
-        clip_high=9,
-        distill={"teacher": "t", "weight": 0.7},
-        **given,
-    )
+    options = grpo(clip_low=0.9, clip_high=9, distill={"teacher": "t", "weight": 0.7}, **given)
     random = np.random.default_rng(1)
     sequences = [
         replace(
@@ -278,7 +265,7 @@ def test_a_teacher_adds_the_gradient_of_the_kl_to_it_alone_or_beside_rewards(
 
 
 def test_a_sample_without_advantage_adds_nothing_to_the_gradient(worker: Any) -> None:
-    options = GrpoOptions(steps=1, prompts_per_step=1, group_size=2)
+    options = grpo()
     sequences = [replace(s, advantage=0.0 if place in (0, 3) else s.advantage) for place, s in enumerate(drawn())]
     gradients = []
     for computed in (sequences, [s for s in sequences if s.advantage]):
@@ -296,7 +283,7 @@ def test_log_probabilities_are_those_after_the_temperature(worker: Any, gaps: bo
     for values, sequence in zip(found, sequences, strict=True):
         assert values == pytest.approx(log_probs(network(0), sequence, TEMPERATURE).detach().numpy(), abs=1e-5)
     # A training pass tells them too, of the policy before the step's first update.
-    objective = Objective(GrpoOptions(steps=1, prompts_per_step=1, group_size=2), TEMPERATURE)
+    objective = Objective(grpo(), TEMPERATURE)
     [older] = rank.accumulate([sequences], objective).log_probs
     [now] = rank.accumulate([[replace(s, old_log_probs=None) for s in sequences]], objective).log_probs
     for values, learned, old, sequence in zip(found, now, older, sequences, strict=True):
@@ -334,7 +321,7 @@ def test_with_gradient_checkpointing_layers_are_computed_again_in_the_backward_p
     rank = worker(gradient_checkpointing=on)
     passes: list[int] = []
     rank._network.model.layers[0].mlp.register_forward_pre_hook(lambda *_: passes.append(1))
-    for objective in (Objective(), Objective(GrpoOptions(steps=1, prompts_per_step=1, group_size=2))):
+    for objective in (Objective(), Objective(grpo())):
         passes.clear()
         rank.accumulate([drawn()], objective)
         assert len(passes) == 1 + on
@@ -376,7 +363,7 @@ def test_the_bias_of_a_router_is_sent_as_a_checkpoint_has_it() -> None:
     sizes = {name: value for name, value in V2.items() if name != "topk_method"}
     policy: Any = AutoModelForCausalLM.from_config(DeepseekV3Config(**SIZES, **sizes), dtype=torch.float32)
     rank = rank_of(policy)
-    rank._modules = None
+    rank._below = ("",)
     sent = {name: tensor for bucket in rank.publish(iter, 1e9) for name, tensor in bucket.items()}
     assert sent.keys() == revert_weight_conversion(policy, policy.state_dict()).keys()
     # Rounded weights leave it as it is: the learner, which computes with them for a comparison, has no other.
@@ -384,5 +371,5 @@ def test_the_bias_of_a_router_is_sent_as_a_checkpoint_has_it() -> None:
         torch.nn.init.normal_(bias)
         coarse = [bucket[name] for bucket in rank.publish(iter, 1e9, precision="bfloat16") if name in bucket]
         assert torch.equal(coarse[0], bias)
-    rank._modules = ["lm_head"]
+    rank._below = ("lm_head.",)
     assert {name for bucket in rank.publish(iter, 1e9) for name in bucket} == {"lm_head.weight"}

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +70,7 @@ def test_under_zero_3_no_rank_ever_has_more_than_two_layers_beyond_its_share(ray
     layer = sum(p.numel() * p.element_size() for p in model.model.layers[5].parameters())
     whole = sum(p.numel() * p.element_size() for p in model.parameters())
     del model
-    group = LearnerGroup(ModelOptions(path=str(tmp_path)), ZERO_3, seed=0)
-    try:
+    with closing(LearnerGroup(ModelOptions(path=str(tmp_path)), ZERO_3, seed=0)) as group:
         group.wait_until_ready()
 
         def growth(worker: Any) -> int:
@@ -98,5 +98,3 @@ def test_under_zero_3_no_rank_ever_has_more_than_two_layers_beyond_its_share(ray
         print(f"a layer has {layer / MIB:.0f} MiB, the model {whole / MIB:.0f}")
         assert whole > 10 * layer
         assert max(grown) <= 2 * layer
-    finally:
-        group.close()

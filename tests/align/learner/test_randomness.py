@@ -6,15 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    GPT2Config,
-    MixtralConfig,
-    OPTConfig,
-    PhiConfig,
-    PretrainedConfig,
-    Qwen3MoeConfig,
-)
+from transformers import AutoModelForCausalLM, GPT2Config, OPTConfig, PhiConfig, PretrainedConfig
 from transformers.models.mixtral import modeling_mixtral
 from transformers.models.qwen3_moe import modeling_qwen3_moe
 
@@ -22,7 +14,7 @@ from align.learner.batch import TrainingSequence, collate, collate_after_prompts
 from align.learner.objective import LogProbs, Objective
 from align.recipe import GrpoOptions
 
-from ..small_models import rank_of
+from ..small_models import rank_of, small_config
 
 SIZES: dict[str, Any] = {
     "vocab_size": 512,
@@ -35,9 +27,7 @@ DROPPING: dict[str, Callable[[], PretrainedConfig]] = {
     "GPT-2": lambda: GPT2Config(**SIZES, resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5),
     "OPT": lambda: OPTConfig(**SIZES, ffn_dim=64, word_embed_proj_dim=32, dropout=0.5, layerdrop=0.5),
     "Phi": lambda: PhiConfig(**SIZES, intermediate_size=64, resid_pdrop=0.5, embd_pdrop=0.5, attention_dropout=0.5),
-    "Mixtral, noise in the router": lambda: MixtralConfig(
-        **SIZES, intermediate_size=64, num_local_experts=4, num_key_value_heads=2, router_jitter_noise=0.5
-    ),
+    "Mixtral, noise in the router": lambda: small_config("Mixtral", vocab_size=512, router_jitter_noise=0.5),
 }
 GRPO = Objective(GrpoOptions(steps=1, prompts_per_step=1, group_size=2))
 
@@ -81,38 +71,15 @@ def test_layers_are_computed_again_in_grpo_too_and_the_gradient_is_the_same(name
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize(
-    ("config", "modeling"),
-    [
-        (
-            lambda: MixtralConfig(**SIZES, intermediate_size=64, num_local_experts=4, num_key_value_heads=2),
-            modeling_mixtral,
-        ),
-        (
-            lambda: Qwen3MoeConfig(
-                **SIZES,
-                intermediate_size=64,
-                head_dim=8,
-                num_experts=4,
-                num_experts_per_tok=2,
-                num_key_value_heads=2,
-                moe_intermediate_size=16,
-            ),
-            modeling_qwen3_moe,
-        ),
-    ],
-    ids=["Mixtral", "Qwen3-MoE"],
-)
+@pytest.mark.parametrize(("name", "modeling"), [("Mixtral", modeling_mixtral), ("Qwen3-MoE", modeling_qwen3_moe)])
 def test_a_checkpoint_s_auxiliary_loss_is_not_computed_with_prompts_apart_or_shared(
-    config: Callable[[], PretrainedConfig], modeling: Any, sequences: Any, monkeypatch: pytest.MonkeyPatch
+    name: str, modeling: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def computed(*_: Any) -> None:
         raise AssertionError("the auxiliary loss was computed")
 
     monkeypatch.setattr(modeling, "load_balancing_loss_func", computed)
-    settings = config()
-    settings.output_router_logits = True
-    module = LogProbs(network_of(settings))
+    module = LogProbs(network_of(small_config(name, output_router_logits=True)))
     group = [TrainingSequence.of_completion([5, 6, 7, 8, *tail], 4, 1.0) for tail in ([9, 10], [11], [12, 13, 14])]
     found = []
     for together in (collate, collate_after_prompts):

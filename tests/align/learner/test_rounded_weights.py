@@ -43,7 +43,7 @@ def test_a_rank_computes_with_what_it_sends(
     rank: Any = object.__new__(PolicyRank)
     rank._options, rank._engine = OPTIONS, Weights(LogProbs(network))
     rank._device, rank._pad_id, rank._routing = torch.device("cpu"), 1, RoutingReplay(network)
-    rank._modules = None
+    rank._below = ("",)
     drawn = sequences(0)
 
     def values(**how: Any) -> np.ndarray[Any, Any]:

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from align.errors import UserError
 from align.learner.batch import (
@@ -24,16 +23,11 @@ from align.learner.objective import LogProbs
 from align.learner.policy import checkpoint_in_every_mode
 from align.learner.routing import TIE, Routes, RoutingReplay, is_tie, routing_metrics
 
-from ..small_models import CHOSEN, EXPERTS, LAYERS, WITH_EXPERTS, small_config
+from ..small_models import CHOSEN, EXPERTS, LAYERS, WITH_EXPERTS, small_policy
 
 
 def policy_of(name: str) -> LogProbs:
-    torch.manual_seed(0)
-    policy = AutoModelForCausalLM.from_config(small_config(name), dtype=torch.float32, attn_implementation="eager")
-    # Flat routers would weigh all experts alike.
-    for router in routers_of(policy).values():
-        torch.nn.init.normal_(router.weight, std=0.5)
-    return LogProbs(policy)
+    return LogProbs(small_policy(name))
 
 
 def some_sequences(seed: int = 0) -> list[TrainingSequence]:

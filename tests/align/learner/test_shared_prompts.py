@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, PretrainedConfig, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, PretrainedConfig
 
 from align.learner.batch import (
     TrainingSequence,
@@ -24,19 +24,11 @@ from align.learner.objective import LogProbs, Objective
 from align.model.policy import load_policy
 from align.recipe import GrpoOptions, LearnerOptions, LoraOptions, ModelOptions, OptimizerOptions
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
+from ..small_models import SIZES, small_config
+
 OTHERS: dict[str, Callable[[], PretrainedConfig]] = {
-    "Llama": lambda: LlamaConfig(**SIZES),
-    "Qwen3-MoE": lambda: Qwen3MoeConfig(
-        **SIZES, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16
-    ),
+    "Llama": lambda: small_config("Llama"),
+    "Qwen3-MoE": lambda: small_config("Qwen3-MoE"),
     "Gemma 3, a window shorter than the sequences": lambda: Gemma3TextConfig(
         **SIZES, head_dim=8, query_pre_attn_scalar=8, sliding_window=6, sliding_window_pattern=2
     ),

@@ -7,6 +7,7 @@ outputs of all layers together, for the inputs that they had while the engine sa
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -73,16 +74,13 @@ def trained(
         optimizer=OptimizerOptions(learning_rate=RATE),
         lora=LoraOptions(rank=4, targets=[request.param]),
     )
-    learner = LearnerGroup(model, options, seed=0)
-    try:
+    with closing(LearnerGroup(model, options, seed=0)) as learner:
         fleet.load(stored(load_file(Path(model.path) / "model.safetensors")), 0)
         learner.wait_until_ready()
         for step in range(STEPS):
             learner.accumulate(sequences(step), Objective())
             learner.apply(RATE)
         yield Trained(model, learner, fleet, in_learner(learner, deltas))
-    finally:
-        learner.close()
 
 
 def test_the_layers_of_the_sampler_have_all_that_the_adapter_adds(trained: Trained) -> None:

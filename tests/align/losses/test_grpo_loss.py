@@ -2,6 +2,7 @@
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from align.losses import (
     group_advantages,
     grpo_token_loss,
 )
+from align.losses.grpo import GrpoTerms
 
 AGGREGATIONS: list[Aggregation] = ["sample_mean", "token_mean", "sequence_sum"]
 LEVELS: list[Level] = ["token", "sequence", "geometric"]
@@ -38,6 +40,10 @@ class Batch:
         self.mask = torch.arange(t) < self.lengths[:, None]
         self.kept = torch.rand(n, generator=g) < 0.8
         self.kept[0] = True
+
+    def terms(self, old: Tensor | None, ref: Tensor | None = None, **options: Any) -> GrpoTerms:
+        """The surrogate of the whole batch."""
+        return grpo_token_loss(self.log_probs, old, ref, self.advantages, self.mask, **options)
 
     def gradient(self, loss: Tensor) -> Tensor:
         (gradient,) = torch.autograd.grad(loss, self.log_probs)
@@ -137,15 +143,7 @@ def test_grpo_gradient_matches_finite_differences(level: Level, beta: float, kl:
 def test_sequence_level_with_sequence_sum_is_equation_32_of_the_report_in_value_and_gradient() -> None:
     batch = Batch(5)
     batch.kept[:] = True
-    terms = grpo_token_loss(
-        batch.log_probs,
-        batch.old,
-        batch.ref,
-        batch.advantages,
-        batch.mask,
-        kl_coefficient=0.04,
-        level="sequence",
-    )
+    terms = batch.terms(batch.old, batch.ref, kl_coefficient=0.04, level="sequence")
     loss = (terms.loss * completion_weights(batch.lengths, batch.kept, "sequence_sum")[:, None]).sum()
 
     rows = [i for i in range(len(batch.lengths)) if batch.lengths[i] > 0]
@@ -167,7 +165,7 @@ def test_on_policy_the_gradient_of_equation_32_weighs_every_token_by_its_advanta
 ) -> None:
     batch = Batch(6)
     weights = completion_weights(batch.lengths, batch.kept, "sequence_sum")[:, None]
-    terms = grpo_token_loss(batch.log_probs, None, None, batch.advantages, batch.mask, level=level)
+    terms = batch.terms(None, level=level)
     assert (terms.ratio == batch.mask).all()  # 1 on the mask, 0 outside
     k = (batch.kept & (batch.lengths > 0)).sum()
     expected = -batch.advantages[:, None] * batch.mask * (weights > 0) / k
@@ -177,7 +175,7 @@ def test_on_policy_the_gradient_of_equation_32_weighs_every_token_by_its_advanta
 def test_with_cispo_every_token_keeps_its_gradient_by_a_weight_of_at_most_the_bound() -> None:
     """Eq. 4-5 of MiniMax-M1, by tokens whose ratio is beyond a clipped surrogate's trust region too."""
     batch = Batch(8)
-    terms = grpo_token_loss(batch.log_probs, batch.old, None, batch.advantages, batch.mask, cispo_max=1.1)
+    terms = batch.terms(batch.old, cispo_max=1.1)
     ratio = (batch.log_probs.detach() - batch.old).exp()
     assert (ratio[batch.mask] > 1.1).any()
     expected = -ratio.clamp(max=1.1) * batch.advantages[:, None] * batch.mask
@@ -187,15 +185,14 @@ def test_with_cispo_every_token_keeps_its_gradient_by_a_weight_of_at_most_the_bo
 
 def test_on_policy_is_the_same_as_old_log_probs_equal_to_the_present_ones() -> None:
     batch = Batch(7)
-    a = grpo_token_loss(batch.log_probs, None, None, batch.advantages, batch.mask)
-    b = grpo_token_loss(batch.log_probs, batch.log_probs.detach(), None, batch.advantages, batch.mask)
+    a, b = batch.terms(None), batch.terms(batch.log_probs.detach())
     assert torch.equal(a.loss, b.loss)
     assert torch.equal(batch.gradient(a.loss.sum()), batch.gradient(b.loss.sum()))
 
 
 def test_a_clipped_token_has_no_policy_gradient_and_every_other_has_one() -> None:
     batch = Batch(8)
-    terms = grpo_token_loss(batch.log_probs, batch.old, None, batch.advantages, batch.mask)
+    terms = batch.terms(batch.old)
     gradient = batch.gradient(terms.loss.sum())
     assert terms.clipped.any()
     assert torch.equal(gradient == 0, terms.clipped | ~batch.mask)

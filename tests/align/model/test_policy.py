@@ -1,6 +1,8 @@
-"""Where an answer ends, and a tokenizer that writes more than the model can read."""
+"""Where an answer ends, a tokenizer that writes more than the model can read, and what a policy's files are like on the disk."""
 
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from transformers import (
 )
 
 from align.errors import UserError
+from align.model.lora import add_adapter, save_adapter
 from align.model.policy import (
     attention_kernel,
     attention_sizes,
@@ -29,7 +32,7 @@ from align.model.policy import (
     save_policy,
     stop_token_ids,
 )
-from align.recipe import ModelOptions
+from align.recipe import LoraOptions, ModelOptions
 
 NANO = Path(__file__).parents[3] / "recipes/nano/policy"
 CHATML = (
@@ -190,3 +193,22 @@ def test_the_run_says_which_kernel_pytorch_takes_for_the_heads() -> None:
     assert (attention_kernel(latent, cpu), attention_kernel(plain, cpu)) == ("math", "flash_attention")
     plain.config._attn_implementation = "eager"
     assert attention_kernel(plain, cpu) == "eager"
+
+
+@pytest.fixture(params=[0o022, 0o027], ids=["022", "027"])
+def umask(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
+
+
+def test_whoever_may_read_the_configuration_may_read_the_weights(
+    policy: ModelOptions, umask: int, tmp_path: Path
+) -> None:
+    model = load_policy(policy)
+    save_policy(model, load_tokenizer(policy.path), tmp_path / "final")
+    adapted = add_adapter(model, LoraOptions(rank=2), "CAUSAL_LM", policy.path)
+    save_adapter(adapted, tmp_path / "final" / "adapter", dict(adapted.named_parameters()))
+    modes = {file.name: file.stat().st_mode & 0o777 for file in tmp_path.rglob("*") if file.is_file()}
+    assert {"model.safetensors", "adapter_model.safetensors", "config.json"} <= modes.keys()
+    assert set(modes.values()) == {0o666 & ~umask}, modes

@@ -1,5 +1,6 @@
 """What a recipe takes on a cluster: by figures that can be worked out by hand."""
 
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from align.plan.plan import Plan, make_plan
 from align.plan.roles import work_of
 from align.recipe import BFLOAT16_SUMS, LoraOptions, load_recipe
 
-LITE, V2 = "deepseek-ai/DeepSeek-V2-Lite", "deepseek-ai/DeepSeek-V2"
+LITE, V2, NANO = "deepseek-ai/DeepSeek-V2-Lite", "deepseek-ai/DeepSeek-V2", "recipes/nano/policy"
 
 
 sizes_of = cache(sizes.sizes_of)
@@ -25,10 +26,18 @@ APART = ["colocate=false", "rollout={workers: 4, max_length: 2048}"]
 
 
 def planned(
-    recipe: str, model: str, nodes: int, gpus: int, *overrides: str, node_memory: float = NODE_MEMORY_GIB
+    recipe: str,
+    model: str,
+    nodes: int,
+    gpus: int,
+    *overrides: str,
+    node_memory: float = NODE_MEMORY_GIB,
+    others: Sequence[str] = (),
 ) -> Plan:
+    """The plan of a recipe for a policy, on GPUs of 80 GiB; of the models `others` the sizes are known too."""
     read = load_recipe(Path(recipe), [f"model.path={model}", *overrides])
-    return make_plan(read, sizes_of(model), cluster_of(nodes, gpus, 80, node_memory))
+    cluster = cluster_of(nodes, gpus, 80 if gpus else 0, node_memory)
+    return make_plan(read, sizes_of(model), cluster, {path: sizes_of(path) for path in others})
 
 
 LITE_SIZE, LITE_ROUTED = 15_706_484_224, 26 * 64 * 3 * 2048 * 1408  # 26 layers of 64 experts, each three matrices
@@ -65,10 +74,6 @@ def test_what_a_rank_holds_of_eighteen_bytes_a_parameter(
 def test_without_zero_only_bfloat16_is_warned_of() -> None:
     alone = planned("recipes/v2_lite/sft.yaml", LITE, 2, 8, *APART, "learner.zero_stage=0", "model.dtype=float32")
     assert BFLOAT16_SUMS not in alone.notes
-
-
-def test_the_kv_cache_of_mla_has_576_elements_a_token_and_layer() -> None:
-    assert sizes_of(LITE).kv_a_token == 576 * 27
 
 
 def test_learners_and_rollout_workers_have_gpus_of_their_own_or_share_them_as_the_plan_says() -> None:
@@ -200,10 +205,10 @@ def test_adapters_take_no_optimiser_for_what_they_leave_alone() -> None:
 def test_adapters_are_counted_as_peft_makes_them() -> None:
     """The nano policy with real adapters, of every preset."""
     for targets in (["attention"], ["all-linear"], ["experts", "mlp.gate"]):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained("recipes/nano/policy"))
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(NANO))
         adapted = add_adapter(model, LoraOptions(rank=4, targets=targets), "CAUSAL_LM", "nano")
         trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-        assert adapter_size(adapted_parameters(sizes_of("recipes/nano/policy"), targets), 4) == trained
+        assert adapter_size(adapted_parameters(sizes_of(NANO), targets), 4) == trained
 
 
 def test_deepseek_v2_lite_with_adapters_fits_one_node_of_eight() -> None:
@@ -262,8 +267,7 @@ def test_processes_go_to_the_first_node_with_room_and_shares_to_the_fullest_gpu(
 
 
 def test_the_nano_recipe_fits_its_own_machine() -> None:
-    recipe = load_recipe(Path("recipes/nano/grpo.yaml"), ["init_from=null"])
-    plan = make_plan(recipe, sizes_of("recipes/nano/policy"), cluster_of(1, 0, 0))
+    plan = planned("recipes/nano/grpo.yaml", NANO, 1, 0, "init_from=null")
     assert plan.refusals == []
     assert plan.roles[0].parts["KV cache"] == 0.5 * GIB
 
@@ -328,15 +332,12 @@ def test_experts_on_their_way_are_counted_where_they_are_replayed_or_recorded() 
 @pytest.mark.parametrize("zero", [1, 3])
 def test_a_teacher_is_counted_in_memory_and_time(zero: int) -> None:
     """A rank holds all of it, or its share under ZeRO-3, in the policy's dtype; two operations a parameter and token."""
-    plans = []
-    for more in ([], [f"grpo.distill={{teacher: {V2}}}"]):
-        recipe = load_recipe(
-            Path("recipes/v2_lite/grpo_reasoning.yaml"),
-            [f"model.path={LITE}", *APART, f"learner.zero_stage={zero}", *more],
-        )
-        plans.append(make_plan(recipe, sizes_of(LITE), cluster_of(2, 8, 80, NODE_MEMORY_GIB), {V2: sizes_of(V2)}))
-    (without, taught), v2 = plans, sizes_of(V2)
-    held = 2 * v2.total / (without.roles[-1].count if zero == 3 else 1)
+    options = [*APART, f"learner.zero_stage={zero}"]
+    without, taught = (
+        planned("recipes/v2_lite/grpo_reasoning.yaml", LITE, 2, 8, *options, *more, others=[V2])
+        for more in ([], [f"grpo.distill={{teacher: {V2}}}"])
+    )
+    held = 2 * sizes_of(V2).total / (without.roles[-1].count if zero == 3 else 1)
     assert taught.roles[-1].parts["teacher"] == pytest.approx(held)
     assert taught.roles[-1].total - without.roles[-1].total == pytest.approx(held)
     assert taught.seconds["training"] > without.seconds["training"]
@@ -375,13 +376,8 @@ def test_rounded_weights_take_a_copy_of_what_is_rounded_in_the_nodes_memory(zero
 
 
 def test_without_gpus_that_copy_is_among_the_memory_of_a_rank() -> None:
-    plans = [
-        make_plan(
-            load_recipe(Path("recipes/nano/grpo.yaml"), ["init_from=null", *more]),
-            sizes_of("recipes/nano/policy"),
-            cluster_of(1, 0, 0),
-        )
+    plain, rounded = (
+        planned("recipes/nano/grpo.yaml", NANO, 1, 0, "init_from=null", *more).roles[-1].total
         for more in ([], ["weights.precision=bfloat16"])
-    ]
-    plain, rounded = (plan.roles[-1].total for plan in plans)
-    assert rounded - plain == 4 * sizes_of("recipes/nano/policy").total
+    )
+    assert rounded - plain == 4 * sizes_of(NANO).total

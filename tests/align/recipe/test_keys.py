@@ -30,6 +30,7 @@ CHECKS = (
     "align.recipe.load",
     "align.recipe.pipeline",
     "align.session.checks",
+    "align.session.disk",
     "align.plan",
 )
 """What reads keys to check, compare or print them: that is no effect."""

@@ -13,7 +13,7 @@ import pytest
 
 from align.errors import UserError
 from align.recipe import RewardModelRecipe
-from align.run import MetricsLog, RunDirectory, trackers
+from align.run import MetricsLog, RunDirectory, read_status, trackers
 from align.run.tracker_libraries import Ending, Row, TrackedRun, mlflow_name
 from align.run.trackers import Background, Trackers, check_trackers
 from align.session.run import open_run
@@ -226,7 +226,7 @@ def test_one_that_fails_takes_no_other_with_it(tmp_path: Path, recorder: Recorde
     events = [json.loads(line) for line in run.directory.events_file.read_text().splitlines()]
     assert [event["kind"] for event in events] == ["warning"]
     assert any(run.directory.tensorboard_directory.iterdir())
-    assert run.directory.status()["state"] == "finished"  # type: ignore[index]
+    assert read_status(run.directory.path)["state"] == "finished"  # type: ignore[index]
 
 
 @pytest.mark.parametrize(

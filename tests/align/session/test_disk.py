@@ -9,8 +9,8 @@ import pytest
 
 from align.errors import UserError
 from align.model.sizes import empty_model, model_sizes, read_config
-from align.recipe import EvaluationOptions, RewardModelRecipe
-from align.session.checks import bytes_needed, check_space, default_grace_s, most_checkpoints
+from align.recipe import RewardModelRecipe, load_recipe
+from align.session.disk import bytes_needed, check_space, default_grace_s, most_checkpoints
 
 from ..tiny import NANO, tiny_recipe
 
@@ -25,9 +25,7 @@ def recipe(**keys: object) -> RewardModelRecipe:
 
 
 def needed(**keys: object) -> int:
-    made = recipe(**keys)
-    checkpoints = most_checkpoints(made.save_every, made.keep_checkpoints, made.roles().evaluation)
-    return bytes_needed(made.model, made.learner, PARAMETERS, checkpoints=checkpoints)
+    return bytes_needed(recipe(**keys), PARAMETERS)
 
 
 def test_each_checkpoint_counts_with_its_optimizer_and_the_one_that_is_being_written() -> None:
@@ -36,18 +34,21 @@ def test_each_checkpoint_counts_with_its_optimizer_and_the_one_that_is_being_wri
     three = needed(save_every=1)
     assert three - without == pytest.approx(2 * 20 * PARAMETERS, rel=1e-6)
     assert needed(save_every=1, keep_checkpoints=3) > three
-    rated = EvaluationOptions(every=5)
-    assert [most_checkpoints(every, 2, rated) for every in (None, 10)] == [3, 4]
+    rated: list[Any] = [
+        load_recipe(Path("recipes/nano/grpo.yaml"), ["evaluation.every=5", f"save_every={every}"])
+        for every in ("null", "10")
+    ]
+    assert [most_checkpoints(each) for each in rated] == [3, 4]
 
 
 def test_too_little_space_is_refused_with_what_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = recipe(run={"dir": tmp_path / "not" / "there"})
     need = needed()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(need))
-    check_space(made.directory, need, keep=made.keep_checkpoints)
+    check_space(made, need)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(need - 1))
     with pytest.raises(UserError, match=r"run\.dir: .* GB free, and the run writes up to 0\.1 GB"):
-        check_space(made.directory, need, keep=made.keep_checkpoints)
+        check_space(made, need)
 
 
 @pytest.mark.parametrize(

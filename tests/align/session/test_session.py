@@ -9,10 +9,11 @@ import torch
 
 from align.errors import UserError
 from align.model.policy import load_tokenizer
+from align.model.sizes import sent_bytes
 from align.recipe import GrpoRecipe, ModelOptions, load_recipe
 from align.recipe.learner import LoraOptions
 from align.run import machine
-from align.session.checks import check_model, check_recipe, refuse_without_experts, sent_bytes
+from align.session.checks import check_model, check_recipe, refuse_without_experts
 from align.session.run import open_run
 from align.session.session import Session, weight_sync_of
 from rollout import AdapterSync, BroadcastSync, DirectorySync, FleetOptions, ObjectStoreSync, WeightOptions

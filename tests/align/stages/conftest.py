@@ -29,7 +29,13 @@ from align.stages.held_out import HeldOut
 from reward import Mixture, RewardTerm, Sample, SampleReward, Score, Verdict
 from rollout import FinishReason, Group, Prompt, RolloutError, SamplingOptions, Trajectory
 
+ROOT = Path(__file__).parents[3]
 MEAN_LOG_PROB = -0.5
+
+
+@pytest.fixture(autouse=True)
+def _in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,14 +14,8 @@ from align.recipe import load_stages
 from align.stages import commands
 from align.stages.commands import check_stages
 
-ROOT = Path(__file__).parents[3]
 OWN = ["machine={}", "evaluation.limit=8"]
 MADE = ["model={path: '${a}'}", "data={card: own_preferences, path: '${b}/arithmetic'}"]
-
-
-@pytest.fixture(autouse=True)
-def _in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
 
 
 def chats(count: int, *others: dict[str, Any]) -> list[dict[str, Any]]:

@@ -20,11 +20,6 @@ SFT = Path("recipes/nano/sft.yaml")
 POLICY = Path(__file__).parents[3] / "recipes/nano/policy"
 
 
-@pytest.fixture(autouse=True)
-def _in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(Path(__file__).parents[3])
-
-
 def plan(run: Path, *overrides: str, file: Path = GRPO) -> PlannedStage:
     return load_stage(file, ["machine={}", f"run.dir={run}", *overrides])
 

@@ -71,6 +71,14 @@ def recipe(directory: Path, *overrides: str) -> GrpoRecipe:
     return loaded
 
 
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_the_problems_are_of_the_split_that_is_held_out(split: str, tmp_path: Path) -> None:
+    problems = problems_of(recipe(tmp_path, f"evaluation.split={split}"))
+    assert len(problems.problems) == 20
+    assert all(problem.prompt.id.startswith(f"nano_math/{split}/") for problem in problems.problems)
+    assert {prompt.id for prompt in problems.probe} <= {problem.prompt.id for problem in problems.problems}
+
+
 def test_checkpoints_are_chosen_by_validation_problems_and_the_test_is_left_for_the_end(tmp_path: Path) -> None:
     made = recipe(tmp_path / "run", "evaluation.every=5")
     fleet: Any = Fleet()

@@ -3,6 +3,7 @@
 import socket
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,6 @@ from align.session.checks import check_names
 from align.stages.commands import run_stage
 from align.stages.pipeline import forget, run_pipeline, stages_to_run
 
-ROOT = Path(__file__).parents[3]
 STAGES = """\
 name: three
 stages:
@@ -21,11 +21,6 @@ stages:
   - {name: math, recipe: recipes/nano/grpo.yaml, set: ["model={path: '${sft}'}", init_from=null, 'machine={}']}
   - {name: more, recipe: recipes/nano/grpo.yaml, set: ["model={path: '${math}'}", "reference=${sft}", grpo.kl_coefficient=0.04, init_from=null, 'machine={}']}
 """
-
-
-@pytest.fixture(autouse=True)
-def _in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
 
 
 def pipeline(tmp_path: Path, *overrides: str, text: str = STAGES) -> Pipeline:
@@ -166,14 +161,24 @@ def test_a_stage_that_was_interrupted_and_went_on_is_done_as_any_other(tmp_path:
     assert to_run(plan) == ["math", "more"]
 
 
-def test_a_stage_that_was_cut_short_goes_on_with_its_recipe_or_is_refused_and_nothing_of_it_is_lost(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ran: list[list[str]] = []
-    started = SimpleNamespace(Popen=lambda command, **_: (ran.append(command), SimpleNamespace(wait=lambda: 1))[1])
-    monkeypatch.setattr("align.stages.pipeline.subprocess", started)
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The commands of stages that were started, of which each ends at once and failed."""
+    commands: list[list[str]] = []
+
+    def start(command: list[str], **_: Any) -> Any:
+        commands.append(command)
+        return SimpleNamespace(wait=lambda: 1)
+
+    monkeypatch.setattr("align.stages.pipeline.subprocess", SimpleNamespace(Popen=start))
     monkeypatch.setattr("align.stages.pipeline.check", list)
     monkeypatch.setattr("align.stages.pipeline.environment_record", dict)
+    return commands
+
+
+def test_a_stage_that_was_cut_short_goes_on_with_its_recipe_or_is_refused_and_nothing_of_it_is_lost(
+    tmp_path: Path, ran: list[list[str]]
+) -> None:
     plan = pipeline(tmp_path)
     RunDirectory.create(plan.directory).interrupt()
     directory = RunDirectory.create(plan.stages[0].directory)
@@ -198,12 +203,7 @@ def test_a_stage_that_was_cut_short_goes_on_with_its_recipe_or_is_refused_and_no
     assert not checkpoint.is_dir()
 
 
-def test_what_runs_anew_runs_the_sft_of_its_init_from_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ran: list[list[str]] = []
-    started = SimpleNamespace(Popen=lambda command, **_: (ran.append(command), SimpleNamespace(wait=lambda: 1))[1])
-    monkeypatch.setattr("align.stages.pipeline.subprocess", started)
-    monkeypatch.setattr("align.stages.pipeline.check", list)
-    monkeypatch.setattr("align.stages.pipeline.environment_record", dict)
+def test_what_runs_anew_runs_the_sft_of_its_init_from_anew(tmp_path: Path, ran: list[list[str]]) -> None:
     text = "name: one\nstages:\n  - {name: math, recipe: recipes/nano/grpo.yaml, set: ['machine={}']}\n"
     plan = pipeline(tmp_path, text=text)
     RunDirectory.create(plan.directory).interrupt()
