@@ -159,7 +159,8 @@ class Mixture:
     def score_each(self, samples: Sequence[Sample]) -> list[SampleReward]:
         """The rewards of the samples, in their order, however many could not be scored.
 
-        A component that answers INFRA_ERROR, or with a value that is not finite, is asked once more; if it still does, or finds the ground truth
+        A component that answers INFRA_ERROR, or with a value that is not finite, is asked once more (one that may compare samples with each other
+        only where it does so for all of them); if it still does, or finds the ground truth
         unusable, and its weight is not 0, then the sample's value is None. Where all weights are 0, so are all values.
 
         Raises DomainError or RewardContractError.
@@ -244,7 +245,7 @@ def _combine(scores: Sequence[tuple[RewardTerm, Score]]) -> SampleReward:
 
 
 def _scores(reward: Reward, params: Mapping[str, Any], samples: Sequence[Sample]) -> list[Score]:
-    """One score for each sample; those nobody could judge are asked for twice: alone, but not of a reward that may compare the samples it is given."""
+    """One score for each sample; those nobody could judge are asked for twice: alone, and of a reward that may compare samples only where they are all."""
     scores = _call(reward, params, samples)
     failed = [row for row, score in enumerate(scores) if score.verdict is Verdict.INFRA_ERROR]
     if getattr(reward.function, "needs_whole_batch", False) and len(failed) < len(samples):

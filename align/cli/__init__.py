@@ -1,5 +1,6 @@
 """The `align` command. What a command needs is imported when it runs, so that `align --help` answers at once."""
 
+import errno
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,6 +12,8 @@ from align.cli.arguments import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_TERMINATED, 
 from align.errors import ENGINES, Terminated, UserError, not_installed
 
 OUR_PACKAGES = ("align", "rollout", "reward")
+UNUSABLE_PLACES = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EISDIR, errno.ENOTDIR)
+"""What is wrong with a file or directory of the user's that cannot be read or written."""
 Commands = dict[str, Callable[..., int | None]]
 COMMANDS: Commands = {
     "check": recipes.check,
@@ -86,6 +89,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if engine not in ENGINES:
             raise
         say(f"error: {not_installed(engine)}")
+        return EXIT_USER_ERROR
+    except OSError as error:
+        if error.errno not in UNUSABLE_PLACES or not error.filename:
+            raise
+        say(f"error: {error.filename}: {error.strerror}")
         return EXIT_USER_ERROR
     except Exception as error:
         if type(error).__module__.partition(".")[0] not in OUR_PACKAGES:

@@ -50,8 +50,8 @@ def probe(
             help="answers to change: a file as `align score` reads it; sampled from the start policy when not given",
         ),
     ] = None,
-    prompts: Annotated[int, Option(min=2, help="prompts of the recipe that are answered")] = 64,
-    samples: Annotated[int, Option(min=1, help="answers to each")] = 2,
+    prompts: Annotated[int | None, Option(min=2, help="prompts of the recipe that are answered (64)")] = None,
+    samples: Annotated[int | None, Option(min=1, help="answers to each (2)")] = None,
     trick: Annotated[
         list[str] | None,
         Option(metavar="FILE:FUNCTION", help="one more trick: my_tricks.py:with_thanks; can be given several times"),

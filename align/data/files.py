@@ -30,8 +30,8 @@ SUFFIXES = (*JSON, ".parquet", *TABLES)
 COMPRESSED = (".gz", ".zst")
 HALF = re.compile(rb"\\u[dD][89a-fA-F]")
 """Where JSON may write half of a surrogate pair."""
-OBJECTS = {*PROMPTS, "conversations", "completion", "response", "chosen", "rejected", "tools", "tests"}
-"""Columns of messages, of tools, and of tests of programs."""
+OBJECTS = {*PROMPTS, "conversations", "completion", "response", "chosen", "rejected", "tools"}
+"""Columns of messages, and of tools."""
 KNOWN = f"{', '.join(SUFFIXES)}, also with {' or '.join(COMPRESSED)} behind it"
 ROWS_READ: ContextVar[int | None] = ContextVar("ROWS_READ", default=None)
 """So many rows of a file are read, the first; None for all. `first_rows` sets it."""
@@ -222,6 +222,14 @@ def without_fill(value: Any) -> Any:
     return [without_fill(item) for item in value] if isinstance(value, list) else value
 
 
+def without_fill_in_calls(tests: Any) -> Any:
+    """Tests of a program, whose calls have no keyword arguments but their own."""
+    if not isinstance(tests, dict) or not isinstance(tests.get("cases"), list):
+        return tests
+    calls = [case | {"kwargs": without_fill(case["kwargs"])} if "kwargs" in case else case for case in tests["cases"]]
+    return tests | {"cases": calls}
+
+
 def _parquet(path: Path) -> Iterator[Row | UserError]:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -233,6 +241,8 @@ def _parquet(path: Path) -> Iterator[Row | UserError]:
                 for values in batch.to_pylist():
                     number += 1
                     filled = {name: without_fill(values[name]) for name in OBJECTS.intersection(values)}
+                    if "tests" in values:
+                        filled["tests"] = without_fill_in_calls(values["tests"])
                     yield Row(values | filled, f"{path}, row {number}")
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None

@@ -41,7 +41,9 @@ def hub_files(
         revision = pinned or revision
         names = {splits[0]: _names(name, revision, pattern)}
         if not names[splits[0]]:
-            raise UserError(f"{path}: the data set {name} of the hub has no file of this name or pattern")
+            raise UserError(
+                f"{path}: the data set {name} of the hub has no file of this name or pattern, in which * stays within a directory, and **/ is any number of them"
+            )
     else:
         name, there = path, _names_of_splits(path, config, revision)
         if hub_split is not None and hub_split not in there:

@@ -345,7 +345,7 @@ class LearnerGroup(RankGroup):
         learning_rate: float,
         check: Callable[[Sums], object],
     ) -> tuple[Sums, float]:
-        """One optimizer update for each batch of `updates`, but for empty ones. Returns their sums and the gradient's norm.
+        """One optimizer update for each batch of `updates`, but for empty ones. Returns their sums, of loss and KL the mean, and the gradient's norm.
 
         Of several updates each is clipped against the policy before the first. `check` is called with the sums of each
         batch before its update is applied, and stops it by what it raises; a loss that is not finite is not checked: its
@@ -355,7 +355,8 @@ class LearnerGroup(RankGroup):
             before = iter(self._before_updates([s for batch in updates for s in batch], objective.temperature))
             updates = [[next(before) for _ in batch] for batch in updates]
         total, norm = Sums(), 0.0
-        for number, batch in enumerate(filter(None, updates)):
+        batches = [batch for batch in updates if batch]
+        for number, batch in enumerate(batches):
             sums = self.accumulate(batch, objective)
             self.has_moved = number > 0
             if math.isfinite(sums.loss):
@@ -365,7 +366,8 @@ class LearnerGroup(RankGroup):
             norm = applied if math.isfinite(norm) else norm
             total.add(sums)
         self.has_moved = False
-        return total, norm
+        made = max(1, len(batches))
+        return replace(total, loss=total.loss / made, kl=total.kl / made), norm
 
     def expert_load(self) -> dict[str, float]:
         """How evenly the tokens of all `accumulate` since the last time went to the experts, and the balance losses; see `load_metrics`, `balance_metrics`."""

@@ -73,8 +73,8 @@ class Evaluation:
 
     @cached_property
     def greedy(self) -> dict[Any, Record]:
-        """The rows of the greedy answers by the id of their problem; empty where the table does not exist."""
-        return {row["id"]: row for row in self._rows if row.get("greedy") and "id" in row}
+        """The rows of the greedy answers by the id and the prompt of their problem; empty where the table does not exist."""
+        return {(row["id"], row.get("prompt")): row for row in self._rows if row.get("greedy") and "id" in row}
 
     @cached_property
     def counted(self) -> dict[str, dict[Any, float]]:
@@ -97,7 +97,7 @@ class Evaluation:
         sampled: dict[Any, list[bool]] = defaultdict(list)
         for row in self._rows:
             if not row.get("greedy") and row.get("reward", 0.0) is not None:
-                sampled[row.get("id")].append(is_right(row))
+                sampled[row.get("id"), row.get("prompt")].append(is_right(row))
         for column in self.numbers:
             if (match := PASS_AT.fullmatch(column)) and (k := int(match[1])):
                 found[column] = {i: pass_at_k(len(r), sum(r), k) for i, r in sampled.items() if len(r) >= k}

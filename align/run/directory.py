@@ -136,6 +136,10 @@ class RunDirectory:
         """Note in status.json which stage is running."""
         self._write_status((read_status(self.path) or {}) | {"stage": stage})
 
+    def note_checkpoint(self, step: int) -> None:
+        """Note in status.json of which step the newest checkpoint is, until the run is opened again."""
+        self._write_status((read_status(self.path) or {}) | {"checkpoint": step})
+
     def finish(self) -> None:
         self._end("finished")
 

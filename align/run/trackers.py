@@ -203,7 +203,8 @@ class Background:
         try:
             self._sent = Sent.read(self._state_file)
             here, before = self._state_file.parent.absolute(), Path(self._sent.directory or self._state_file.parent)
-            if before.is_dir() and not before.samefile(here):
+            original = Sent.read(before / self._state_file.name)
+            if before.is_dir() and not before.samefile(here) and original.run == self._sent.run:
                 # This run is a copy, and would write into the original's.
                 self._sent = Sent()
             self._sent.directory = str(here)

@@ -11,6 +11,7 @@ from typing import Any
 
 from align.errors import UserError
 from align.evaluate.accuracy import Evaluation
+from align.model.policy import first_line
 from align.recipe import Recipe, SamplingRecipe, TrainingRecipe, differences, dump_recipe, kept_recipe, written_recipe
 from align.run import (
     MetricsLog,
@@ -148,7 +149,16 @@ class Run:
         facts: dict[str, Any] = {"problems": evaluation.problems, "verdicts": dict(evaluation.verdicts)}
         facts |= {"too_long": evaluation.too_long} if evaluation.too_long else {}
         facts |= {"split": split} if split else {}
-        self.record_numbers(stage, step, name, evaluation.summary(), evaluation.rows, facts, split or "evaluation")
+        self.record_numbers(
+            stage,
+            step,
+            name,
+            evaluation.summary(),
+            evaluation.rows,
+            facts,
+            split or "evaluation",
+            split or "evaluation",
+        )
         self.progress.note(f"{name}: {describe(evaluation)}")
 
     def record_numbers(
@@ -160,8 +170,9 @@ class Run:
         rows: Sequence[Mapping[str, Any]] = (),
         facts: Mapping[str, Any] | None = None,
         table: str = "",
+        prefix: str = "evaluation",
     ) -> None:
-        """Write what an evaluation found: its numbers, also among the metrics, its rows, and other facts about it.
+        """Write what an evaluation found: its numbers, also among the metrics as `prefix`/NUMBER, its rows, and other facts about it.
 
         Trackers call the table of its rows `table`, or `name` where that is empty.
         """
@@ -171,8 +182,7 @@ class Run:
         with self.directory.evaluations_file.open("a", encoding="utf-8") as file:
             record = {"stage": stage, "step": step, "name": name, **numbers, **(facts or {})}
             file.write(json_line(record) + "\n")
-        split = (facts or {}).get("split", "evaluation")
-        self.metrics.write(step, stage, {f"{split}/{key}": value for key, value in numbers.items()})
+        self.metrics.write(step, stage, {f"{prefix}/{key}": value for key, value in numbers.items()})
 
 
 def logs_of(directory: RunDirectory) -> list[Path]:
@@ -266,11 +276,14 @@ def open_run(recipe: Recipe) -> Iterator[Run]:
             stack.enter_context(run.logged_warnings())
             stack.push(lambda kind, *_: trackers.finish(ending_of(kind)))
             if goes_on and isinstance(recipe, TrainingRecipe):
-                refuse_lost_checkpoints(run, recipe.save_every)
                 run.rewind()
                 refuse_fewer_steps(f"{recipe.stage}.steps", recipe.steps, run.resume)
                 for key in dict.fromkeys([*(changed or ()), *changes_since(run.resume, directory, recipe)]):
                     run.warn(f"going on with another recipe: {key}")
+                if run.resume is None:
+                    keep_recipe(directory, recipe)
+                else:
+                    directory.note_checkpoint(run.resume.step)
             for term in recipe.rewards if isinstance(recipe, SamplingRecipe) else ():
                 if term.params.get("unsafe_no_isolation"):
                     run.warn(
@@ -320,6 +333,7 @@ def own_directory(recipe: Recipe, path: Path) -> tuple[RunDirectory, list[str] |
     if recipe.run.overwrite or not interrupted:
         return RunDirectory.create(path, overwrite=recipe.run.overwrite), None
     changed = refuse_changes(there, recipe)
+    refuse_lost_checkpoints(there)
     return RunDirectory.reopen(path), changed
 
 
@@ -329,16 +343,13 @@ def keep_recipe(directory: RunDirectory, recipe: Recipe) -> None:
     directory.save_recipe(dump_recipe(asked))
 
 
-def refuse_lost_checkpoints(run: Run, save_every: int | None) -> None:
-    """Raise UserError where a run has none of the checkpoints that it must have written: from its beginning it would measure all again."""
-    if not save_every or any(run.directory.checkpoints_directory.glob(f"{PREFIX}*")):
-        return
-    file = run.directory.metrics_file
-    done = max((int(row["step"]) for row in read_jsonl(file)), default=0) if file.exists() else 0
-    if done > save_every:
+def refuse_lost_checkpoints(directory: RunDirectory) -> None:
+    """Raise UserError where a run has none of the checkpoints that it has written: from its beginning it would measure all again."""
+    step = (read_status(directory.path) or {}).get("checkpoint")
+    if step and not any(directory.checkpoints_directory.glob(f"{PREFIX}*")):
         raise UserError(
-            f"{run.directory.path} has measured {done} steps, and of the checkpoints that it wrote every {save_every} none is in "
-            f"{run.directory.checkpoints_directory}: put them back. What it has measured is untouched; run.overwrite=true starts it again from the beginning"
+            f"{directory.path} has written a checkpoint of step {step}, and there is none in {directory.checkpoints_directory} any more: put it back. "
+            "What the run has measured is untouched; run.overwrite=true starts it again from the beginning"
         )
 
 
@@ -346,7 +357,10 @@ def changes_since(checkpoint: Checkpoint | None, directory: RunDirectory, recipe
     """What has changed of the recipe since a checkpoint was written, but for the number of steps: what was told of it afterwards is cut off."""
     if checkpoint is None:
         return []
-    found = differences(written_recipe(checkpoint.facts["recipe"], directory.recipe_file), recipe)
+    try:
+        found = differences(written_recipe(checkpoint.facts["recipe"], directory.recipe_file), recipe)
+    except UserError as error:  # of an earlier version, and no longer valid
+        return [f"that of step {checkpoint.step} could not be compared ({first_line(error)})"]
     return [key for key in found if not key.startswith(f"{recipe.stage}.steps ")]
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import yaml
 
 from align.data.drawing import Source
-from align.errors import UserError
+from align.errors import AlarmError, UserError
 from align.learner.batch import TrainingSequence
 from align.learner.group import RankGroup
 from align.learner.objective import learning_rate
@@ -45,8 +45,8 @@ class SavingError(Exception):
 class Steps:
     """The steps that are still to be made, as numbers from 0; ends the learner when the block ends.
 
-    A checkpoint is written every `save_every` steps, after the last one, after the best one so far, and when the run is told to
-    stop: then the step that is being made ends first, where `run.grace_s` allows. `state` is what the stage itself has to
+    A checkpoint is written every `save_every` steps, after the last one, after the best one so far, when an alarm ends the run, and when it is
+    told to stop: then the step that is being made ends first, where `run.grace_s` allows. `state` is what the stage itself has to
     remember, ready for JSON.
     """
 
@@ -84,7 +84,11 @@ class Steps:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
-            if kind is not None and issubclass(kind, KeyboardInterrupt) and self._between and self.done > self._saved:
+            if kind is AlarmError and not self._between:
+                # Alarms are the last thing that a step looks at.
+                self.done, self._between = self.done + 1, True
+            stopped = kind is not None and issubclass(kind, KeyboardInterrupt | AlarmError)
+            if stopped and self._between and self.done > self._saved:
                 self._save()
         finally:
             self._learner.close()
@@ -192,6 +196,7 @@ class Steps:
                 ) from None
         else:
             self._saved, self._failures = self.done, 0
+            self._run.directory.note_checkpoint(self.done)
 
     def _fill(self, directory: Path) -> Mapping[str, Entry]:
         entries = self._learner.save_state(directory)

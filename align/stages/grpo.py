@@ -78,7 +78,7 @@ def train_grpo(recipe: GrpoRecipe, data: GrpoData, session: Session) -> tuple[Mo
         held_out.check_agreement(learner, "before GRPO")
         evaluations: dict[str, Evaluation] = {}
         if recipe.init_from is None and recipe.evaluation.before:
-            evaluations["before GRPO"] = held_out.evaluate("before GRPO", 0)
+            evaluations |= held_out.evaluate_start("before GRPO", steps.done)
 
         for step in steps:
             clock, name = Clock(), f"GRPO step {step + 1}"
@@ -117,12 +117,12 @@ def train_grpo(recipe: GrpoRecipe, data: GrpoData, session: Session) -> tuple[Mo
             lost = learner.adapter_lost()
             sent_and_lost = {"learning_rate": rate, "weight_bytes": sent, "adapter/lost": lost}
             run.record_step("grpo", step + 1, metrics | sent_and_lost, SHOWN)
-            guards.observe(step + 1, scored, advantages, metrics)
             state["learning_steps"] += 0 < norm < math.inf
             if 0 < norm < math.inf and state["learning_steps"] == CENSUS_STEP:
                 steps.check_gradients(step + 1)
             if recipe.evaluation.every and (step + 1) % recipe.evaluation.every == 0 and step + 1 < options.steps:
                 steps.note_accuracy(step + 1, held_out.on_validation().evaluate(name, step + 1).accuracy)
+            guards.observe(step + 1, scored, advantages, metrics)
 
         trained = steps.save_final(session.policy)
         held_out.check_agreement(learner, "after GRPO")

@@ -104,6 +104,8 @@ class HeldOut:
         self._split = ""
         self._longest = recipe.rollout.max_length - recipe.evaluation.max_new_tokens
         self._others = answers_of(recipe.evaluation.against.run) if recipe.evaluation.against else []
+        if recipe.evaluation.against:
+            check_same_prompts(problems.problems, self._others, recipe.evaluation.against.run)
         self._max_length = recipe.rollout.max_length
         self._start = None if recipe.model.init == "random" else recipe.model.path
         if problems.too_long:
@@ -124,6 +126,16 @@ class HeldOut:
         if self._problems.watched:
             chosen._problems, chosen._split = replace(self._problems, problems=self._problems.watched), "validation"
         return chosen
+
+    def evaluate_start(self, name: str, done: int) -> dict[str, Evaluation]:
+        """Evaluate the policy that the stage began with, which the rollout workers hold unless steps are `done`: nothing where it was not
+        evaluated before these."""
+        if done and name not in recorded_evaluations(self._run.directory, self._problems.domains):
+            self._run.warn(
+                f"evaluation.before: {done} steps are done, and the policy before them can no longer be evaluated"
+            )
+            return {}
+        return {name: self.evaluate(name, 0)}
 
     def evaluate(self, name: str, step: int) -> Evaluation:
         """Answer the held-out problems with the weights that the rollout workers hold, and record the result.
@@ -228,7 +240,7 @@ class HeldOut:
             self._run.progress.phase(f"evaluating ({name})")
             try:
                 metrics = hooks.run(hook.name, subject, self._session.fleet, hook.params)
-                self._record(step, name, metrics)
+                self._record(step, name, metrics, hook.label)
             except (RolloutError, RayDiedError):
                 raise
             except Exception as error:
@@ -239,7 +251,7 @@ class HeldOut:
                     file = self._run.directory.save_stacks(traceback.format_exc())
                     why = f"{type(error).__name__}: {error} (its traceback is in {file} of the run)"
                 metrics = Metrics({}, not_run={"all of it": why})
-                self._record(step, name, metrics)
+                self._record(step, name, metrics, hook.label)
             if hook.name == "drift" and metrics.values.get("difference", 0.0) >= self._alarms.drift:
                 moved = f"{metrics.values['difference']:.2f} nats a token"
                 self._run.warn(f"{name}: the policy has moved {moved} from the model that it began with", alarm="drift")
@@ -248,9 +260,20 @@ class HeldOut:
             shown = ", ".join(f"{key} {value:.4g}" for key, value in list(metrics.values.items())[:6])
             self._run.progress.note(f"{name}: {shown or 'nothing measured'}")
 
-    def _record(self, step: int, name: str, metrics: Metrics) -> None:
+    def _record(self, step: int, name: str, metrics: Metrics, label: str | None) -> None:
         facts = {"not_run": dict(metrics.not_run)} if metrics.not_run else None
-        self._run.record_numbers(self._stage, step, name, metrics.values, metrics.rows, facts)
+        prefix = f"evaluation/{label}" if label else "evaluation"
+        self._run.record_numbers(self._stage, step, name, metrics.values, metrics.rows, facts, prefix=prefix)
+
+
+def check_same_prompts(problems: Sequence[Problem], others: Sequence[Mapping[str, Any]], run: Path) -> None:
+    """Raise UserError where the answers of another run are to none of the problems, by id and text."""
+    asked = {(problem.example.id, problem.example.prompt_text) for problem in problems}
+    if asked.isdisjoint((row["id"], row["prompt"]) for row in others):
+        raise UserError(
+            f"evaluation.against.run: the answers of {run} are to none of the prompts that are evaluated here, by id and text. Cure: evaluate the same "
+            "file or cards in both, with the same instruction"
+        )
 
 
 def answers_of(run: Path) -> list[dict[str, Any]]:

@@ -99,9 +99,9 @@ def train_sft(recipe: SftRecipe, data: SftData, session: Session) -> tuple[Model
             if (step + 1) % options.validate_every == 0 or step + 1 == options.steps:
                 metrics["validation_loss"] = validation_loss(learner, data.validation)
             run.record_step("sft", step + 1, metrics, ("loss", "validation_loss", "tokens_per_second"))
-            alarms.observe(step + 1, metrics)
             if step + 1 == min(CENSUS_STEP, options.steps):
                 steps.check_gradients(step + 1)
+            alarms.observe(step + 1, metrics)
 
         trained = steps.save_final(session.policy)
         learner.sync_weights(session.fleet, session.fleet.weight_version + 1)

@@ -102,7 +102,11 @@ def check_context(path: str, max_length: int) -> None:
     """Raise UserError where the model's context is shorter than what was asked for."""
     from transformers import AutoConfig
 
-    longest = getattr(AutoConfig.from_pretrained(path).get_text_config(), "max_position_embeddings", None)
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model: transformers cannot load the configuration of {path}: {first_line(error)}") from None
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and max_length > longest:
         raise UserError(f"--max-length {max_length}: {path} has a context of {longest} tokens; give that or less")
 

@@ -95,5 +95,7 @@ def _answer(row: Row) -> Answer:
     said = row.values[column]
     text = said if isinstance(said, str) else row.completion(column)
     asked = prompt_column(row.values)
+    if asked and not isinstance(row.values[asked], str):
+        row.conversation(asked)  # raises UserError for what is no prompt
     prompt = request_of(as_messages(row.values[asked])) if asked else None
     return answer_of_row({**row.values, "completion": text, "prompt": prompt})

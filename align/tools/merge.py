@@ -4,11 +4,12 @@ import json
 import re
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from align.errors import UserError
 from align.model.lora import ADAPTER_DIRECTORY
@@ -52,7 +53,10 @@ def load_base(adapter: Path, config: Mapping[str, Any], origin: str, dtype: str,
 
     classifies = config["task_type"] == "SEQ_CLS"
     kind = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
-    head = head_options(tokenizer, origin) if classifies else {}
+    head: dict[str, Any] = {"num_labels": 1} if classifies else {}
+    if classifies:
+        with suppress(UserError):  # a tokenizer without a token to pad with, which no training here had
+            head = head_options(tokenizer, origin)
     try:
         with no_progress_bars():
             return kind.from_pretrained(origin, dtype=dtype, **head)
@@ -83,8 +87,15 @@ def prepare_embeddings(model: Any, adapter: Path, config: Mapping[str, Any]) -> 
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     names = [name for name, module in model.named_modules() if module is embedding or module is head]
-    with safe_open(adapter / WEIGHTS, framework="pt") as tensors:
-        shapes = {k.removeprefix("base_model.model."): tensors.get_slice(k).get_shape() for k in list(tensors.keys())}
+    try:
+        with safe_open(adapter / WEIGHTS, framework="pt") as tensors:
+            shapes = {
+                k.removeprefix("base_model.model."): tensors.get_slice(k).get_shape() for k in list(tensors.keys())
+            }
+    except SafetensorError as error:
+        raise UserError(
+            f"{adapter / WEIGHTS} is cut off, damaged, or a pointer of Git LFS ({error}): copy it again"
+        ) from None
     wholes = [f"{name}{middle}.weight" for name in names for middle in ("", ".base_layer")]
     rows = max((shapes[key][0] for key in wholes if key in shapes), default=embedding.num_embeddings)
     if rows != embedding.num_embeddings:

@@ -26,20 +26,23 @@ from reward import Mixture, RewardError, Sample
 from reward.tricks import TRICKS, Trick, own_trick
 from rollout import Group
 
+PROMPTS, SAMPLES = 64, 2
+"""How many answers are sampled of the start policy when not said."""
+
 
 def probe_recipe(
     stage: PlannedStage,
     console: Console,
     *,
     answers: Path | None = None,
-    prompts: int = 64,
-    samples: int = 2,
+    prompts: int | None = None,
+    samples: int | None = None,
     tricks: Sequence[str] = (),
     out: Path | None = None,
 ) -> None:
     """Probe the rewards of a GRPO recipe, print a table for each, keep the result, and write it to `out` as JSON where that is given.
 
-    The answers are those in the file `answers`, or `samples` each of the start policy to `prompts` of the recipe's prompts, drawn as in
+    The answers are those in the file `answers`, or `samples` each (SAMPLES when None) of the start policy to `prompts` (PROMPTS) of the recipe's prompts, drawn as in
     training. `tricks` are of one's own, in files. Raises UserError before an engine starts for what cannot be probed.
     """
     recipe = stage.recipe
@@ -53,12 +56,18 @@ def probe_recipe(
     check_names(recipe.data, recipe.data_stage, recipe.roles())
     mixture = Mixture(recipe.rewards, infra_error_limit=1.0)
     if answers is not None:
+        if prompts is not None or samples is not None:
+            raise UserError(
+                "--prompts and --samples have no effect with --answers, of which all are probed: leave them out"
+            )
         found = [sample_of_line(row) for row in rows_of(answers)]
         refuse_other_domains(mixture, found, answers)
     else:
         check(stage.parts)
         tokenizer = load_tokenizer(recipe.model.path, trust_remote_code=recipe.model.trust_remote_code)
-        problems = first_problems(load_grpo_data(recipe, tokenizer, Findings()).sources, recipe.seed, prompts)
+        problems = first_problems(
+            load_grpo_data(recipe, tokenizer, Findings()).sources, recipe.seed, prompts or PROMPTS
+        )
         with tempfile.TemporaryDirectory() as place:
             policy = start_policy(stage.before, recipe.model, recipe.seed, Path(place), console)
             with (
@@ -66,7 +75,9 @@ def probe_recipe(
                 running_fleet(policy, recipe.rollout, tokenizer) as fleet,
             ):
                 fleet.wait_until_ready()
-                drawn = fleet.sample([p.prompt for p in problems], samples, recipe.sampling, seed=recipe.seed, step=0)
+                drawn = fleet.sample(
+                    [p.prompt for p in problems], samples or SAMPLES, recipe.sampling, seed=recipe.seed, step=0
+                )
                 found = samples_of(drawn, problems, tokenizer)
     effects = probe(mixture, found, all_tricks, scale=recipe.grpo.advantage_scale)
     record = record_of(effects, recipe.model.path, len(found))

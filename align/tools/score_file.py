@@ -9,7 +9,7 @@ from typing import Any
 
 from align.data.files import files_of, readable
 from align.data.forms import FORMS, conversation_of, holds_messages, with_system
-from align.data.rows import Row
+from align.data.rows import Row, asked
 from align.data.types import Message
 from align.errors import UserError
 from align.evaluate.accuracy import mean_of
@@ -17,7 +17,7 @@ from align.experience import is_scored_row, sample_of
 from align.run import RunDirectory, read_status, write_jsonl
 from align.run.files import read_parquet
 from reward import Mixture, RewardError, RewardTerm, Sample, SampleReward
-from reward.rows import as_messages, prompt_column, sample_of_row
+from reward.rows import prompt_column, sample_of_row
 
 EXAMPLE = '{"id": "1", "completion": "It is \\\\boxed{4}.", "ground_truth": "4"}'
 STORED = ("id", "index", "domain", "prompt", "completion", "answer", "metadata", "finish_reason", "verdict", "reward")
@@ -172,15 +172,15 @@ def sample_of_line(row: Row) -> Sample:
     completion = values[column]
     if not isinstance(completion, str):
         completion = row.messages(column, "assistant")[-1]["content"]
-    asked, columns = demonstrated_prompt(Row({n: v for n, v in values.items() if n != column}, row.where))
+    prompt, columns = demonstrated_prompt(Row({n: v for n, v in values.items() if n != column}, row.where))
     if isinstance(values.get("prompt"), list):
-        asked = with_system(row, row.conversation("prompt"))
-    if asked is None and (name := prompt_column(values)):
-        in_json = isinstance(values[name], str) and holds_messages(values[name])
-        turns: Any = row.conversation(name) if in_json else tuple(as_messages(values[name]))
-        if in_json or len(with_system(row, turns)) > len(turns):
-            asked, columns = with_system(row, turns), (*columns, name)
-    return sample_of_row(values, completion, id=str(values[id_column]), prompt=asked, taken=(column, *columns))
+        prompt = with_system(row, row.conversation("prompt"))
+    if prompt is None and (name := prompt_column(values)):
+        as_text = isinstance(values[name], str) and not holds_messages(values[name])
+        turns = asked(row.filled(name)) if as_text else row.conversation(name)
+        if not as_text or len(with_system(row, turns)) > len(turns):
+            prompt, columns = with_system(row, turns), (*columns, name)
+    return sample_of_row(values, completion, id=str(values[id_column]), prompt=prompt, taken=(column, *columns))
 
 
 def demonstrated_prompt(row: Row) -> tuple[tuple[Message, ...] | None, tuple[str, ...]]:

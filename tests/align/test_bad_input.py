@@ -1,6 +1,8 @@
 """A user's mistake gets one clear message and exit status 2, and leaves nothing behind."""
 
+import errno
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -179,6 +181,17 @@ def test_a_recipe_without_a_mistake_is_called_valid_and_what_is_still_to_be_made
     )
     assert main(["check", "recipes/nano/pipeline.yaml", f"run.dir={tmp_path}"]) in (0, EXIT_USER_ERROR)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_place_that_cannot_be_used_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def merge(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/read-only/out")
+
+    monkeypatch.setattr("align.tools.merge.merge_adapter", merge)
+    assert main(["merge", "adapter", "/read-only/out"]) == EXIT_USER_ERROR
+    assert capsys.readouterr().err == "error: /read-only/out: Permission denied\n"
 
 
 def test_a_misspelt_command_or_option_is_answered_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:

@@ -78,6 +78,8 @@ def test_the_status_says_how_a_run_ended(tmp_path: Path) -> None:
 
 def test_a_run_that_goes_on_began_when_it_began(tmp_path: Path) -> None:
     RunDirectory.create(tmp_path / "run").interrupt()
+    file = tmp_path / "run" / "status.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"started": "2026-01-02T03:04:05+00:00"}))
     before = read_status(tmp_path / "run")
     RunDirectory.reopen(tmp_path / "run")
     status = read_status(tmp_path / "run")

@@ -140,6 +140,7 @@ def test_a_copy_of_a_run_has_a_run_of_its_own_and_a_moved_one_goes_on_in_its_own
     write(log, 3)
     end(log)
     run.rename(tmp_path / "moved")
+    end(open_log(run, Recorder()))
     log = open_log(tmp_path / "moved", recorder)
     write(log, 3)
     end(log)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from align.data.drawing import Source
+from align.errors import AlarmError
 from align.recipe import RewardModelRecipe
 from align.run.checkpoints import Entry, hashed_file
 from align.session.run import Run
@@ -60,8 +61,9 @@ def count(
     stop_at: int | None = None,
     data: Any = DATA,
     accuracies: Mapping[int, float] = MappingProxyType({}),
+    alarm_at: int | None = None,
 ) -> Counter:
-    """Make the steps of a recipe; at `stop_at` a signal comes in the middle of the step, `accuracies` are after some."""
+    """Make the steps of a recipe; at `stop_at` a signal comes in the middle of the step, at `alarm_at` an alarm at its end, `accuracies` are after some."""
     learner = Counter()
     with Steps(made, run, learner, made.reward_model.steps, data, state={"seen": []}) as steps:  # type: ignore[arg-type]
         run.progress.stage("counting", made.reward_model.steps, completed=steps.done)
@@ -77,6 +79,8 @@ def count(
             if step + 1 in accuracies:
                 steps.note_accuracy(step + 1, accuracies[step + 1])
             run.record_step("counting", step + 1, {"loss": float(step)}, ())
+            if step == alarm_at:
+                raise AlarmError("so")
     assert learner.closed
     assert learner.bad_updates == made.reward_model.steps - 1
     assert steps.state["seen"] == list(range(steps.done))

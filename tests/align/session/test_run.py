@@ -12,7 +12,16 @@ from align.evaluate.accuracy import Evaluation
 from align.recipe import Recipe, dump_recipe, load_recipe
 from align.run import RunDirectory
 from align.run.checkpoints import Checkpoint
-from align.session.run import changes, changes_since, compare_stages, describe, keep_recipe, open_run, own_directory
+from align.session.run import (
+    changes,
+    changes_since,
+    compare_stages,
+    describe,
+    keep_recipe,
+    open_run,
+    own_directory,
+    positions,
+)
 
 NANO = Path(__file__).parents[3] / "recipes/nano"
 KINDS = {f"accuracy/kind/{i}": 0.5 for i in range(20)}
@@ -46,11 +55,15 @@ def test_the_table_of_a_run_has_no_column_for_each_kind_or_each_of_many_domains(
     assert {len(row) for row in told} == {len(told[0])}
 
 
-def interrupted(directory: Path, *overrides: str, steps: int = 0) -> None:
-    """An SFT run that was interrupted after so many steps, without a checkpoint."""
-    with suppress(KeyboardInterrupt), open_run(sft(directory, *overrides)) as run:
+def interrupted(directory: Path, *overrides: str, steps: int = 0, saved: int | None = None) -> None:
+    """An SFT run that was interrupted after so many steps, with a checkpoint of the step `saved`."""
+    with suppress(KeyboardInterrupt), open_run(recipe := sft(directory, *overrides)) as run:
         for step in range(1, steps + 1):
             run.metrics.write(step, "sft", {"loss": 1.0})
+        if saved:
+            facts = {"recipe": dump_recipe(recipe), "positions": positions(run.directory), "state": {}}
+            run.checkpoints.write(saved, facts, lambda directory: {})
+            run.directory.note_checkpoint(saved)
         raise KeyboardInterrupt
 
 
@@ -60,29 +73,32 @@ def sft(directory: Path, *overrides: str) -> Recipe:
 
 
 def test_a_run_whose_checkpoints_are_gone_keeps_what_it_has_measured(tmp_path: Path) -> None:
+    interrupted(tmp_path, steps=5, saved=4)
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    before = [(tmp_path / "run" / name).read_bytes() for name in ("metrics.jsonl", "status.json")]
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"has written a checkpoint of step 4, .* put it back"):
+            own_directory(sft(tmp_path), tmp_path / "run")
+    assert [(tmp_path / "run" / name).read_bytes() for name in ("metrics.jsonl", "status.json")] == before
+
+
+def test_one_that_never_had_a_checkpoint_begins_again(tmp_path: Path) -> None:
     interrupted(tmp_path, steps=5)
-    measured = (tmp_path / "run" / "metrics.jsonl").read_bytes()
-    with (
-        pytest.raises(UserError, match=r"has measured 5 steps, and of the checkpoints .* put them back"),
-        open_run(sft(tmp_path)),
-    ):
-        pass
-    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == measured
-
-
-def test_one_that_ended_before_its_first_checkpoint_begins_again(tmp_path: Path) -> None:
-    interrupted(tmp_path, steps=2)
     with open_run(sft(tmp_path)) as run:
         assert run.resume is None
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == b""
 
 
-def test_another_recipe_is_kept_once_its_state_is_restored_and_consent_is_not(tmp_path: Path) -> None:
-    interrupted(tmp_path)
+@pytest.mark.parametrize("saved", [None, 2])
+def test_another_recipe_is_kept_once_its_state_is_restored_and_consent_is_not(
+    saved: int | None, tmp_path: Path
+) -> None:
+    interrupted(tmp_path, steps=2, saved=saved)
     file, other = tmp_path / "run" / "recipe.yaml", ["sft.sequences_per_step=8", "run.allow_changes=true"]
     kept = file.read_text()
     with suppress(KeyboardInterrupt), open_run(sft(tmp_path, *other)) as run:
-        assert file.read_text() == kept
+        # Without a checkpoint there is nothing to restore.
+        assert (file.read_text() == kept) is (saved is not None)
         keep_recipe(run.directory, sft(tmp_path, *other))
         raise KeyboardInterrupt
     assert "allow_changes: false" in file.read_text()
@@ -96,6 +112,8 @@ def test_a_change_after_the_last_checkpoint_is_told_until_there_is_another(tmp_p
     longer = sft(tmp_path, "sft.steps=9000", "sft.sequences_per_step=8")
     assert [key.split()[0] for key in changes_since(checkpoint, directory, longer)] == ["sft.sequences_per_step"]
     assert changes_since(None, directory, longer) == []
+    older = Checkpoint(tmp_path, 2, {"recipe": before.replace("sequences_per_step", "no_longer_a_key")})
+    assert "that of step 2 could not be compared (" in changes_since(older, directory, longer)[0]
 
 
 def test_a_run_whose_model_has_moved_is_compared_and_goes_on_where_changes_are_allowed(tmp_path: Path) -> None:

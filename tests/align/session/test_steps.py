@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from align.data.drawing import Source
-from align.errors import Terminated, UserError
+from align.errors import AlarmError, Terminated, UserError
 from align.learner.batch import TrainingSequence
 from align.recipe import RunOptions
 from align.recipe.roles import reward_models
@@ -209,3 +209,12 @@ def test_the_end_of_a_run_says_how_much_of_an_adapter_is_lost_in_merged_weights(
         "25.00% of what the adapter does is rounded away; final/adapter is exact"
         in (tmp_path / "run" / "log.txt").read_text()
     )
+
+
+def test_a_run_that_an_alarm_ends_is_saved_after_its_step(tmp_path: Path) -> None:
+    made = recipe(tmp_path / "run")
+    with pytest.raises(AlarmError), open_run(made) as run:
+        count(made, run, alarm_at=4)
+    assert (status(tmp_path / "run"), checkpoints(tmp_path / "run")) == ("failed", ["step_00004", "step_00005"])
+    with open_run(made) as run:
+        assert int(count(made, run).value[0]) == sum(range(9))

@@ -19,7 +19,7 @@ from align.session.run import Run, open_run
 from align.session.session import Session
 from align.stages import grpo
 from align.stages import held_out as held_out_module
-from align.stages.held_out import HeldOut, Problems, load_problems
+from align.stages.held_out import HeldOut, Problems, check_same_prompts, load_problems
 from reward import Sample, SampleReward, Score, Verdict
 from rollout import FinishReason, Group, Prompt, RolloutError, Trajectory
 
@@ -230,6 +230,27 @@ def test_a_habit_after_sft_can_end_the_run(monkeypatch: pytest.MonkeyPatch, tmp_
         tell_habits(monkeypatch, sft_recipe(tmp_path / "run", "alarms.stop=[habit]"))
 
 
+def test_what_a_run_goes_on_with_is_not_called_its_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    made = recipe(tmp_path / "run")
+    with open_run(made) as run:
+        run.progress.stage("GRPO", 4)
+        held_out = HeldOut(made, Problems([], []), MagicMock(run=run, policy=made.model))
+        monkeypatch.setattr(HeldOut, "evaluate", lambda *_: "evaluated")
+        assert held_out.evaluate_start("before GRPO", 2) == {}
+        assert held_out.evaluate_start("before GRPO", 0) == {"before GRPO": "evaluated"}
+        run.record_evaluation("grpo", 0, "before GRPO", Evaluation(1, 1.0, 1.0, 0.0))
+        assert held_out.evaluate_start("before GRPO", 2) == {"before GRPO": "evaluated"}
+
+
+def test_the_answers_of_a_run_to_other_prompts_are_not_compared_with() -> None:
+    made = recipe(Path("run"))
+    problem = problems_of(made).problems[0]
+    row = {"id": problem.example.id, "prompt": problem.example.prompt_text}
+    check_same_prompts([problem], [row, {"id": "x", "prompt": "?"}], Path("other"))
+    with pytest.raises(UserError, match="the answers of other are to none of the prompts that are evaluated here"):
+        check_same_prompts([problem], [row | {"prompt": "Another?"}], Path("other"))
+
+
 def test_a_hook_that_fails_is_a_warning_and_the_others_are_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     odd, good = hooks.Metrics({"a": 1.0}, rows=[{"of": 1}, {"of": "two"}]), hooks.Metrics({"b": 2.0})
     failing = [hooks.EvaluationError("the server is away"), UserError("no such task"), ConnectionError("reset"), odd]
@@ -244,7 +265,9 @@ def test_a_hook_that_fails_is_a_warning_and_the_others_are_run(monkeypatch: pyte
     for said in ("the server is away", "no such task", "reset", "Could not convert"):
         assert any("all of it was not run" in line and said in line for line in warned)
     assert len([line for line in warned if "was not run" in line]) == len(failing)
+    measured = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert found[-1]["b"] == 2.0
+    assert measured[-1]["evaluation/hook 4/b"] == 2.0
 
 
 def test_rollout_workers_that_fail_in_a_hook_end_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -43,6 +43,12 @@ def test_each_pair_has_a_right_answer_and_a_wrong_one_and_each_text_comes_once()
     assert found[0]["messages"] == [{"role": "user", "content": "What is 1 + 1?"}]
 
 
+def test_an_empty_text_and_one_found_both_right_and_wrong_are_in_no_pair() -> None:
+    empty, both = answer(" ", Verdict.NO_ANSWER), [answer("twice", Verdict.PASS), answer("twice", Verdict.TIMEOUT)]
+    assert pairs(empty, *RIGHT, most=5) == []
+    assert pairs(*both, most=5) == []
+
+
 def test_the_recipe_limits_the_pairs_of_a_prompt_and_they_are_drawn_by_its_seed() -> None:
     one = pairs(*RIGHT, *WRONG, most=1)
     assert len(one) == 1

@@ -87,6 +87,7 @@ def test_a_run_is_compared_with_its_start_step_by_step_and_a_habit_told_once(
         (["run", "--start", "empty.jsonl"], "empty.jsonl is empty"),
         (["a.jsonl", "a.jsonl", "--start", "a.jsonl"], "--start has no effect"),
         (["run"], "run has nothing to compare"),
+        (["a.jsonl", "odd.jsonl"], "odd.jsonl, line 1: column 'question'"),
         (["run", "a.jsonl"], "run has no answers"),
     ],
 )
@@ -102,6 +103,7 @@ def test_a_mistake_is_told(
     write_rows(Path("no_text.jsonl"), [{"id": "1", "prompt": "?"}])
     write_rows(Path("null.jsonl"), [{"id": "1", "completion": None, "answer": "gold"}])
     write_rows(Path("empty.jsonl"), [])
+    write_rows(Path("odd.jsonl"), [{"id": "1", "question": 17, "completion": "4"}])
     RunDirectory.create("run").finish()
     assert main(["habits", *arguments]) == 2
     assert message in capsys.readouterr().err

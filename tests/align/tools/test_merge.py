@@ -99,6 +99,14 @@ def test_a_checkpoint_that_computes_something_else_is_not_kept(tmp_path: Path, m
     assert [p.name for p in tmp_path.iterdir() if "out" in p.name] == []
 
 
+def test_an_adapter_that_is_cut_off_or_a_pointer_says_so(tmp_path: Path) -> None:
+    origin = base(tmp_path / "base", tied=False)
+    adapted(origin, tmp_path / "adapter", target_modules=["q_proj"])
+    (tmp_path / "adapter" / "adapter_model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(UserError, match=r"adapter_model\.safetensors is cut off, damaged, or a pointer of Git LFS"):
+        merge_adapter(tmp_path / "adapter", tmp_path / "out", str(origin))
+
+
 def test_a_base_that_is_quantised_is_refused_where_nothing_reads_it(tmp_path: Path) -> None:
     origin = base(tmp_path / "base", tied=True)
     adapted(origin, tmp_path / "adapter", target_modules=["q_proj"])

@@ -96,6 +96,7 @@ def test_it_prints_a_table_writes_the_numbers_and_keeps_them(
         ([GRPO, "--answers", "{answers}", "--trick", "corrected"], "--trick: a trick of your own is named by its file"),
         ([GRPO, "--answers", "{answers}", "--trick", "{mine}:doubled"], "two tricks are called 'doubled'"),
         ([GRPO, "--answers", "{answers}", "--out", "{answers}"], "exists already"),
+        ([GRPO, "--answers", "{answers}", "--prompts", "8"], "--prompts and --samples have no effect with --answers"),
     ],
 )
 def test_what_cannot_be_probed_is_refused_before_an_engine_starts(
