@@ -313,7 +313,7 @@ def test_sampled_answers_and_other_problems_are_left_out(write_run: WriteRun) ->
 
 
 def test_other_problems_of_the_same_id_are_not_compared(write_run: WriteRun) -> None:
-    elsewhere = held_out("elsewhere", pair("a", "x", "pass", prompt="another prompt"))
+    elsewhere = held_out("elsewhere", pair("a", "other", "pass", prompt="another prompt"))
     before, after = held_out("before", pair("a", "x", "wrong")), held_out("after", pair("a", "y", "pass"))
     (table,) = section(write_run(evaluations=[elsewhere, before, after]), "compared").tables
     assert [[str(cell) for cell in row] for row in table.rows] == [["prompt of a", "x", "y"]]
