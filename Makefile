@@ -6,7 +6,7 @@ RECIPE ?=
 MODEL ?=
 ARGS ?=
 UV_VERSION := 0.13.8
-# What to install: `cpu` or `cuda`, by what the machine has; override with `make setup ACCELERATOR=cpu`.
+# What to install: `cpu` or `cuda`, by what the machine has; override with `export ACCELERATOR=cpu`.
 ACCELERATOR ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps
 LOCK := locks/$(ACCELERATOR).txt
@@ -29,6 +29,7 @@ $(STAMP): $(LOCK) pyproject.toml
 	$(INSTALL) --compile-bytecode -r $(LOCK) \
 	  || $(INSTALL) --compile-bytecode --torch-backend $(if $(filter cpu,$(ACCELERATOR)),cpu,auto) -r $(LOCK)
 	$(INSTALL) --editable .
+	rm -f $(VENV)/.installed-*
 	touch $@
 
 lock: ## resolve the pins of locks/*.txt anew

@@ -68,7 +68,9 @@ def drill(random_kills_s: float) -> Iterator[Finding]:
 
 @contextmanager
 def fleet_of(policy: ModelOptions, max_restarts: int = OPTIONS.max_restarts) -> Iterator[WitnessedFleet]:
-    witnessed = WitnessedFleet(policy.path, OPTIONS.model_copy(update={"max_restarts": max_restarts}))
+    options = OPTIONS.model_copy(update={"max_restarts": max_restarts})
+    # Enough to sample that a fault comes while most of it is being sampled.
+    witnessed = WitnessedFleet(policy.path, options, group_size=48)
     try:
         witnessed.fleet.wait_until_ready()
         witnessed.until_healthy()

@@ -94,7 +94,7 @@ def resume(run: RunPath, overrides: Overrides = None) -> int | None:
     with the weights, samples and numbers of a run that was never interrupted, to the last bit where the engines are exact. The command
     that began the run does the same when it is given again; so does `align pipeline` for its stages.
 
-    Checkpoints are written every `save_every` steps, and when the run is told to stop: Ctrl-C (exit status 130) and SIGTERM (75) let the
+    Checkpoints are written every `save_every` steps, when an alarm ends the run (alarms.stop), and when it is told to stop: Ctrl-C (exit status 130) and SIGTERM (75) let the
     step end that is being made, for `run.grace_s` seconds at most, and then write one. A second Ctrl-C ends at once.
 
     Damage: every file is verified against its SHA-256 before it is read; a damaged checkpoint is named and the one before taken.
@@ -103,7 +103,7 @@ def resume(run: RunPath, overrides: Overrides = None) -> int | None:
     written its own. The learning rate is that of the longer run from there on: a constant one stays, a cosine rises again.
 
     Changes: a key that matters must be what it was; run.allow_changes=true goes on nevertheless. Where a run goes, its machine, workers,
-    time-outs and save_every may always change; learner.ranks and learner.zero_stage never.
+    time-outs and save_every may always change; learner.ranks, learner.zero_stage and learner.expert_parallel never.
     """
     from align.recipe import STAGES, read_yaml
     from align.run import RunDirectory, read_status

@@ -56,6 +56,12 @@ class Entry:
         return self.data.path if self.data.card else None
 
     @property
+    def in_turn(self) -> bool:
+        """Whether its rows are read when they are needed; what is chosen of a card's by split, level or number is of the first ones."""
+        chosen = self.data.card and (self.data.split != "train" or self.data.levels or self.data.limit is not None)
+        return self.own is not None and self.own.stream and not chosen
+
+    @property
     def own(self) -> OwnSource | None:
         """The files of one's own that it is read from; None where a card has another source."""
         return self.card.source if isinstance(self.card.source, OwnSource) else None
@@ -222,8 +228,7 @@ class Reader(Generic[Item, T]):
             told = f"{entry.called}, split {entry.data.split}"
             loaded = self._loaded(entry, entry.data.split, entry.data.limit, held_out)
             rows = loaded.examples
-            is_stream = entry.own is not None and entry.own.stream
-            is_large = isinstance(rows, Rows) and (is_stream or len(rows) > TOKENISED_BEFORE)
+            is_large = isinstance(rows, Rows) and (entry.in_turn or len(rows) > TOKENISED_BEFORE)
             items = rows if is_large else self._encoded(rows, entry, told)
             self._tell_compared(entry, loaded)
             if not 1 <= count <= len(items):
@@ -249,7 +254,7 @@ class Reader(Generic[Item, T]):
             items = self._encoded(part, entry, f"{told}, {len(part)} rows looked at")
         digest = hashlib.sha256(f"{items[:DIGESTED]!r}".encode() + rows.places.tobytes())
         taken: Sequence[Any] = rows
-        if entry.own is not None and entry.own.stream:
+        if entry.own is not None and entry.in_turn:
             digest.update(rows.prompts.tobytes())
             others = (self._loaded(entry, split, None, NOTHING) for split in entry.card.splits if split != "train")
             prompts = {str(place): loaded.prompts for place, loaded in enumerate(others)}

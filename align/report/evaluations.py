@@ -78,7 +78,7 @@ class Evaluation:
 
     @cached_property
     def counted(self) -> dict[str, dict[Any, float]]:
-        """By column, what its number is the mean of: a number for each problem by its id, a bool where that is a share.
+        """By column, what its number is the mean of: a number for each problem by its id and prompt, a bool where that is a share.
 
         Only of columns of which the table of completions has what was recorded.
         """

@@ -101,9 +101,12 @@ class RunDirectory:
                     _remove_run(root)
                 run = cls(root, lock)
                 goes_on = earlier is not None and earlier_run == "keep"
-                run._write_status(
-                    {"state": "running", "started": earlier["started"] if earlier and goes_on else _now()}
+                kept = (
+                    {key: earlier[key] for key in ("started", "checkpoint") if key in earlier}
+                    if goes_on and earlier
+                    else {}
                 )
+                run._write_status({"state": "running", "started": _now()} | kept)
             except OSError as error:
                 raise UserError(
                     f"cannot write the run directory {root}: {error.strerror or error}. Choose another with run.dir=…"
@@ -136,8 +139,8 @@ class RunDirectory:
         """Note in status.json which stage is running."""
         self._write_status((read_status(self.path) or {}) | {"stage": stage})
 
-    def note_checkpoint(self, step: int) -> None:
-        """Note in status.json of which step the newest checkpoint is, until the run is opened again."""
+    def note_checkpoint(self, step: int | None) -> None:
+        """Note in status.json of which step the newest checkpoint is; None: there is none, and there need be none."""
         self._write_status((read_status(self.path) or {}) | {"checkpoint": step})
 
     def finish(self) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from align.data.cards import DataCard, OwnSource, Stage, require_stage
+from align.data.cards import DataCard, Stage, require_stage
 from align.data.entries import Entry, card_of, evaluated
 from align.data.loader import domains_of
 from align.data.types import Example, SplitName
@@ -128,11 +128,6 @@ def check_names(data: Sequence[DataOptions], stage: Stage, roles: Roles) -> None
         check_rewards(roles.rewards, [*trained, *(entry.card for entry in asked)])
     for one, card in zip(there, trained, strict=True):
         check_split(card, one.split, stage, "data.split")
-        in_turn = one.card and isinstance(card.source, OwnSource) and card.source.stream
-        if in_turn and (one.split != "train" or one.levels or one.limit is not None):
-            raise UserError(
-                f"data card {one.card!r} is read in turn (stream in its source): split, levels and limit have no effect on it; leave them out"
-            )
     if roles.evaluation is not None:
         for entry in asked:
             check_split(entry.card, roles.evaluation.split, "eval", "evaluation.split")
@@ -255,7 +250,7 @@ def check_places(recipe: Recipe, gpus: int) -> None:
         cure = f"share them between learner ranks and rollout workers, colocate=true learner.ranks={pairs} rollout.workers={pairs}"
     raise UserError(
         f"the recipe takes {roles.gpus:g} GPUs, and this machine has {gpus}: {cure}; set RAY_ADDRESS to a cluster that has them; or install "
-        "engines for CPUs (`make setup ACCELERATOR=cpu`)"
+        "engines for CPUs (`export ACCELERATOR=cpu`, then `make setup`)"
     )
 
 

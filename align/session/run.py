@@ -280,10 +280,9 @@ def open_run(recipe: Recipe) -> Iterator[Run]:
                 refuse_fewer_steps(f"{recipe.stage}.steps", recipe.steps, run.resume)
                 for key in dict.fromkeys([*(changed or ()), *changes_since(run.resume, directory, recipe)]):
                     run.warn(f"going on with another recipe: {key}")
+                directory.note_checkpoint(run.resume.step if run.resume else None)
                 if run.resume is None:
                     keep_recipe(directory, recipe)
-                else:
-                    directory.note_checkpoint(run.resume.step)
             for term in recipe.rewards if isinstance(recipe, SamplingRecipe) else ():
                 if term.params.get("unsafe_no_isolation"):
                     run.warn(

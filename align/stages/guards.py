@@ -56,9 +56,9 @@ class Guards:
         Raises NonFiniteError after too many steps with numbers that are not finite, AlarmError for an alarm of `alarms.stop`.
         """
         self._non_finite.observe(step, advantages.non_finite)
-        self._alarms.observe(step, metrics, samples_to_show(groups, advantages))
         if self._guard and (alarm := self._guard.observe([a for group in groups for a in group.trajectories])):
             self._warn(f"GRPO step {step}: {alarm}")
+        self._alarms.observe(step, metrics, samples_to_show(groups, advantages))
         self._habits.observe(step)
 
 
@@ -137,7 +137,8 @@ class History(TypedDict):
 
 
 class Alarms:
-    """Looks at every step. An alarm is told when it begins, and again only after a step without it.
+    """Looks at every step. An alarm is told when it begins, and again only after a step without it; one of `alarms.stop` ends the run as long as
+    it is there, also when that goes on.
 
     `history`, at first `no_history()`, is kept up to date for whoever goes on.
     """
@@ -155,7 +156,7 @@ class Alarms:
                 f"{self._stage} step {step}: {alarm.message}{shown}", alarm=alarm.kind, samples=list(alarm.samples)
             )
         self._history["on"] = [alarm.kind for alarm in found]
-        stop_at(new, self._options)
+        stop_at(found, self._options)
 
     def _look(self, metrics: Mapping[str, float], samples: Sequence[SeenSample]) -> Iterator[Alarm]:
         if "entropy" in metrics:
@@ -294,13 +295,12 @@ class HabitGuard:
         self._seen = step
         if (now := self._windows.now) is None or (start := self._windows.start) is None:
             return
-        new = [
-            (name, alarm) for name, alarm in habit_alarms(compare(start, now), self._options) if name not in self._told
-        ]
-        for name, alarm in new:
-            self._told.append(name)
-            self._warn(f"GRPO step {step}: {alarm.message}", alarm=alarm.kind, examples=list(alarm.samples))
-        stop_at((alarm for _, alarm in new), self._options)
+        found = list(habit_alarms(compare(start, now), self._options))
+        for name, alarm in found:
+            if name not in self._told:
+                self._told.append(name)
+                self._warn(f"GRPO step {step}: {alarm.message}", alarm=alarm.kind, examples=list(alarm.samples))
+        stop_at((alarm for _, alarm in found), self._options)
 
 
 def no_history() -> History:

@@ -1,7 +1,7 @@
 """What a stage asks of the policy besides training it: evaluation, agreement, and whether all of it is being trained."""
 
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from copy import copy
 from dataclasses import dataclass, field, replace
@@ -28,7 +28,7 @@ from align.run import RunDirectory, read_jsonl, read_samples
 from align.session.checks import check_columns
 from align.session.run import recorded_evaluations
 from align.session.session import Session
-from align.stages.guards import habit_alarms, stop_at
+from align.stages.guards import Alarm, habit_alarms, stop_at
 from reward import RewardTerm
 from rollout import Prompt, RolloutError
 
@@ -145,6 +145,8 @@ class HeldOut:
         name = f"{name}, {self._split}" if self._split else name
         before = recorded_evaluations(self._run.directory, self._problems.domains)
         if name in before:
+            if told := last_evaluation_habits(self._run.directory.path, name):
+                self._stop_after_sft((alarm for _, alarm in habit_alarms(told.found, self._alarms)), step)
             return before[name]
         self._run.progress.phase(f"evaluating ({name})")
         problems = self._problems.problems
@@ -184,8 +186,11 @@ class HeldOut:
         self._run.tell("habits", "\n".join(lines), evaluation=name, habits=facts)
         for message, alarm in alarms.items():
             self._run.metrics.event("warning", f"{name}: {message}", alarm=alarm.kind, examples=list(alarm.samples))
+        self._stop_after_sft(alarms.values(), step)
+
+    def _stop_after_sft(self, alarms: Iterable[Alarm], step: int) -> None:
         if self._stage == "sft" and step:
-            stop_at(alarms.values(), self._alarms)
+            stop_at(alarms, self._alarms)
 
     def _rates(self, evaluation: Evaluation, examples: Sequence[Example]) -> dict[str, float]:
         """What the tasks count of the greedy answers, what instructions these follow, and how often they are better than

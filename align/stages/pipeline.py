@@ -75,6 +75,7 @@ def forget(stage: PlannedStage) -> None:
         if read_status(part.directory) is not None:
             directory = RunDirectory.reopen(part.directory)
             CheckpointDirectory(directory.checkpoints_directory).clear()
+            directory.note_checkpoint(None)
             directory.interrupt()
 
 

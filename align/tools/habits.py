@@ -9,7 +9,7 @@ from align.habits import Answer, Comparison, Found, answer_of_row, compare
 from align.report.habits import evaluation_habits, step_habits
 from align.report.read import RunRecord, read_run
 from align.run import read_samples, read_status
-from align.tools.score_file import rows_of
+from align.tools.score_file import refuse_no_prompt, rows_of
 from reward.rows import as_messages, prompt_column, request_of
 
 TEXTS = ("completion", "response", "answer")
@@ -95,7 +95,7 @@ def _answer(row: Row) -> Answer:
     said = row.values[column]
     text = said if isinstance(said, str) else row.completion(column)
     asked = prompt_column(row.values)
-    if asked and not isinstance(row.values[asked], str):
-        row.conversation(asked)  # raises UserError for what is no prompt
+    if asked:
+        refuse_no_prompt(row, asked)
     prompt = request_of(as_messages(row.values[asked])) if asked else None
     return answer_of_row({**row.values, "completion": text, "prompt": prompt})

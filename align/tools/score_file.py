@@ -2,14 +2,14 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import count, groupby
 from pathlib import Path
 from typing import Any
 
 from align.data.files import files_of, readable
 from align.data.forms import FORMS, conversation_of, holds_messages, with_system
-from align.data.rows import Row, asked
+from align.data.rows import Row
 from align.data.types import Message
 from align.errors import UserError
 from align.evaluate.accuracy import mean_of
@@ -17,7 +17,7 @@ from align.experience import is_scored_row, sample_of
 from align.run import RunDirectory, read_status, write_jsonl
 from align.run.files import read_parquet
 from reward import Mixture, RewardError, RewardTerm, Sample, SampleReward
-from reward.rows import prompt_column, sample_of_row
+from reward.rows import as_messages, prompt_column, sample_of_row
 
 EXAMPLE = '{"id": "1", "completion": "It is \\\\boxed{4}.", "ground_truth": "4"}'
 STORED = ("id", "index", "domain", "prompt", "completion", "answer", "metadata", "finish_reason", "verdict", "reward")
@@ -176,11 +176,19 @@ def sample_of_line(row: Row) -> Sample:
     if isinstance(values.get("prompt"), list):
         prompt = with_system(row, row.conversation("prompt"))
     if prompt is None and (name := prompt_column(values)):
-        as_text = isinstance(values[name], str) and not holds_messages(values[name])
-        turns = asked(row.filled(name)) if as_text else row.conversation(name)
-        if not as_text or len(with_system(row, turns)) > len(turns):
+        refuse_no_prompt(row, name)
+        in_json = isinstance(values[name], str) and holds_messages(values[name])
+        turns: Any = row.conversation(name) if in_json else tuple(as_messages(values[name]))
+        if in_json or len(with_system(row, turns)) > len(turns):
             prompt, columns = with_system(row, turns), (*columns, name)
     return sample_of_row(values, completion, id=str(values[id_column]), prompt=prompt, taken=(column, *columns))
+
+
+def refuse_no_prompt(row: Row, column: str) -> None:
+    """Raise UserError where a column that should hold a prompt has neither a text nor messages."""
+    value = row.values[column]
+    if not isinstance(value, str) and not (isinstance(value, list) and all(isinstance(one, Mapping) for one in value)):
+        raise row.error(column, f"must be a prompt, a text or a list of messages, not {value!r:.40}")
 
 
 def demonstrated_prompt(row: Row) -> tuple[tuple[Message, ...] | None, tuple[str, ...]]:

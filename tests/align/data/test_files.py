@@ -78,7 +78,11 @@ def test_objects_of_parquet_have_no_keys_but_their_own(tmp_path: Path) -> None:
     def called(**arguments: Any) -> dict[str, Any]:
         call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
         tools = [{"name": "f", "parameters": {name: {"type": "string"} for name in arguments}}]
-        tests = {"kind": "function", "entry_point": "f", "cases": [{"args": [], "kwargs": arguments, "expected": None}]}
+        tests = {
+            "kind": "function",
+            "entry_point": "f",
+            "cases": [{"args": [arguments], "kwargs": arguments, "expected": None}],
+        }
         messages = [{"role": "assistant", "tool_calls": [call]}]
         return {"messages": messages, "tools": tools, "tests": tests, "facts": arguments}
 

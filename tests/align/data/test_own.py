@@ -143,10 +143,10 @@ def test_the_keys_of_such_a_card_s_source_hold_as_those_of_an_entry_do(tmp_path:
         assert loaded.encode is not None
         given = [loaded.encode(row) for row in loaded.items[: len(loaded.items)]]
     assert given.count([]) == 1
-    for key in ({"levels": [1]}, {"limit": 5}):
-        made = small_recipe("sft", tmp_path, data={"card": str(card), **key}, evaluation={"cards": ["nano_math"]})
-        with pytest.raises(UserError, match=r"is read in turn .*: split, levels and limit have no effect"):
-            check_names(made.data, made.data_stage, made.roles())
+    data = {"card": str(card), "limit": 5}
+    made = small_recipe("sft", tmp_path / "few", data=data, evaluation={"cards": ["nano_math"]})
+    with open_run(made) as run:
+        assert len(load_sft_data(made, TOKENIZER, run).sources[0].items) == 5
 
 
 def test_a_path_beside_such_a_card_is_read_in_place_of_its_files(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def test_a_rank_does_not_train_on_a_cpu_beside_the_gpu_that_it_was_given(monkeyp
     ],
 )
 def test_a_torch_for_cuda_that_can_use_no_gpu_ends_the_run(built_for: str, gpus: list[Any], expected: str) -> None:
-    with pytest.raises(UserError, match=rf"{expected}.*make setup ACCELERATOR=cpu"):
+    with pytest.raises(UserError, match=rf"{expected}.*export ACCELERATOR=cpu"):
         check_cuda(built_for, gpus, hidden=False)
     assert check_cuda(built_for, gpus, hidden=True) is None
 

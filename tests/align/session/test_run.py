@@ -80,6 +80,10 @@ def test_a_run_whose_checkpoints_are_gone_keeps_what_it_has_measured(tmp_path: P
         with pytest.raises(UserError, match=r"has written a checkpoint of step 4, .* put it back"):
             own_directory(sft(tmp_path), tmp_path / "run")
     assert [(tmp_path / "run" / name).read_bytes() for name in ("metrics.jsonl", "status.json")] == before
+    # Nor where a start before has failed.
+    RunDirectory.reopen(tmp_path / "run").interrupt()
+    with pytest.raises(UserError, match=r"put it back"):
+        own_directory(sft(tmp_path), tmp_path / "run")
 
 
 def test_one_that_never_had_a_checkpoint_begins_again(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from align.data.drawing import items_of_step
-from align.errors import UserError
+from align.errors import AlarmError, UserError
 from align.evaluate.agreement import AgreementError, Disagreement
 from align.learner.objective import Sums, learning_rate
 from align.learner.routing import Routes
@@ -343,6 +343,22 @@ def test_a_run_that_trains_on_nothing_is_told(train: Any) -> None:
     )
     [told] = [event for event in stage.warnings if event["alarm"] == "idle"]
     assert "nothing was trained on in 2 steps" in told["message"]
+
+
+def test_an_alarm_that_is_to_end_the_run_does_after_a_checkpoint_and_again_when_it_goes_on(
+    train: Any, tmp_path: Path
+) -> None:
+    for last in ("step_00002", "step_00003"):
+        with pytest.raises(AlarmError, match="nothing was trained on"):
+            train(
+                "grpo",
+                *SMALL,
+                "grpo.steps=4",
+                "grpo.train_on_truncated=false",
+                "alarms={window: 2, stop: [idle]}",
+                write=lambda step, place, index: {"worth": float(index % 2), "truncated": True},
+            )
+        assert sorted(tmp_path.rglob("checkpoints/step_*"))[-1].name == last
 
 
 def test_groups_that_could_not_be_judged_are_not_groups_of_equal_rewards(train: Any) -> None:
