@@ -146,7 +146,9 @@ def test_the_keys_of_such_a_card_s_source_hold_as_those_of_an_entry_do(tmp_path:
     data = {"card": str(card), "limit": 5}
     made = small_recipe("sft", tmp_path / "few", data=data, evaluation={"cards": ["nano_math"]})
     with open_run(made) as run:
-        assert len(load_sft_data(made, TOKENIZER, run).sources[0].items) == 5
+        [chosen] = load_sft_data(made, TOKENIZER, run).sources
+        assert not isinstance(chosen.items, Stream)
+        assert len(chosen.items) == 5
 
 
 def test_a_path_beside_such_a_card_is_read_in_place_of_its_files(tmp_path: Path) -> None:
