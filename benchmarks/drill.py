@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from ray import cloudpickle
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM
@@ -37,7 +38,11 @@ from align.session.ray import local_ray
 from rollout import RolloutError, SamplingOptions, State, Trajectory, stored
 
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "rollout"))
+import injuries
 from injuries import OPTIONS, PROMPTS, Injury, WitnessedFleet
+
+# Workers do not have the module.
+cloudpickle.register_pickle_by_value(injuries)
 
 NANO = Path(__file__).parents[1] / "recipes" / "nano" / "policy"
 GRPO = Objective(GrpoOptions(steps=1, prompts_per_step=1, group_size=2))
@@ -68,9 +73,7 @@ def drill(random_kills_s: float) -> Iterator[Finding]:
 
 @contextmanager
 def fleet_of(policy: ModelOptions, max_restarts: int = OPTIONS.max_restarts) -> Iterator[WitnessedFleet]:
-    options = OPTIONS.model_copy(update={"max_restarts": max_restarts})
-    # Enough to sample that a fault comes while most of it is being sampled.
-    witnessed = WitnessedFleet(policy.path, options, group_size=48)
+    witnessed = WitnessedFleet(policy.path, OPTIONS.model_copy(update={"max_restarts": max_restarts}))
     try:
         witnessed.fleet.wait_until_ready()
         witnessed.until_healthy()

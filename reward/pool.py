@@ -65,15 +65,18 @@ class ScoringPool:
 
     def wait_until_ready(self) -> None:
         """Return when every worker is. Raises RewardError where this machine cannot run a reward of the mixture."""
+        self._wait_for(self._workers)
+
+    def _wait_for(self, workers: Sequence[Any]) -> None:
         import ray
 
         try:
-            ray.get([worker.make_ready.remote() for worker in self._workers], timeout=self._start_timeout_s)
+            ray.get([worker.make_ready.remote() for worker in workers], timeout=self._start_timeout_s)
         except ray.exceptions.RayTaskError as error:
             raise _cause(error) from None
         except ray.exceptions.GetTimeoutError:
             raise RewardError(f"a scoring worker was not ready within {self._start_timeout_s:g} s") from None
-        except ray.exceptions.RayActorError as error:
+        except ray.exceptions.RayError as error:
             raise RewardError(f"a scoring worker did not start: {error}") from None
 
     def submit(self, samples: Sequence[Sample]) -> Ticket:
@@ -144,7 +147,7 @@ class ScoringPool:
             raise _cause(error) from None
         except ray.exceptions.GetTimeoutError:
             raise self._hanging(ticket) from None
-        except ray.exceptions.RayActorError:
+        except ray.exceptions.RayError:  # it died, was killed for want of memory, or was lost with its node
             return False
         self._waiting[ticket.worker] -= 1
         return True
@@ -153,6 +156,7 @@ class ScoringPool:
         """A new worker in the place of a dead one, which died of the batch it was at: the earliest that it had."""
         self._workers[number] = self._start()
         self._waiting[number] = 0
+        self._wait_for([self._workers[number]])
         culprit, *others = sorted(lost, key=lambda ticket: ticket.order)
         culprit.deaths += 1
         for ticket in others:
@@ -164,7 +168,9 @@ class ScoringPool:
 
     def _masked(self) -> SampleReward:
         score = Score(math.nan, Verdict.INFRA_ERROR, "the process that was judging it died, twice")
-        return SampleReward(None, Verdict.INFRA_ERROR, {term.component: score for term in self.mixture.terms})
+        measures = not any(term.weight for term in self.mixture.terms)
+        components = {term.component: score for term in self.mixture.terms}
+        return SampleReward(0.0 if measures else None, Verdict.INFRA_ERROR, components)
 
     def _hanging(self, ticket: Ticket) -> RewardContractError:
         names = ", ".join(term.name for term in self.mixture.terms)

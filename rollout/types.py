@@ -6,11 +6,11 @@ Token ids go in and token ids come out. Text never crosses this boundary, so not
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import NamedTuple, Self
+from typing import Annotated, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from typing_extensions import deprecated
 
 Experts = npt.NDArray[np.uint8 | np.uint16]
@@ -154,6 +154,10 @@ class Group:
         return self.trajectories
 
 
+LEAST_TEMPERATURE = 0.01
+"""The lowest above 0 that vLLM samples at."""
+
+
 class SamplingOptions(BaseModel):
     """How completions are drawn. A temperature of 0 is greedy."""
 
@@ -161,6 +165,14 @@ class SamplingOptions(BaseModel):
 
     temperature: float = Field(1.0, ge=0, le=10, description="what logits are divided by; 0 takes the likeliest token")
     max_new_tokens: int = Field(64, ge=1, description="longest completion, in tokens")
+
+    @model_validator(mode="after")
+    def _is_sampled_as_given(self) -> Self:
+        if 0 < self.temperature < LEAST_TEMPERATURE:
+            raise ValueError(
+                f"temperature: vLLM samples at {LEAST_TEMPERATURE} where less is given: take that, or 0 for the likeliest token"
+            )
+        return self
 
 
 class EngineOptions(BaseModel):
@@ -245,12 +257,26 @@ class EngineOptions(BaseModel):
         return self
 
 
+def of_nodes(resources: dict[str, float]) -> dict[str, float]:
+    """Raise ValueError for what Ray counts itself, or of which nothing can be taken."""
+    for name, amount in resources.items():
+        if name in ("CPU", "GPU", "memory", "object_store_memory") or amount <= 0:
+            raise ValueError(
+                f"{name}: {amount:g} is none of the resources that nodes are given by `ray start --resources`, more than 0 of it"
+            )
+    return resources
+
+
+Resources = Annotated[dict[str, float], AfterValidator(of_nodes)]
+"""How much a process takes of each custom resource of Ray's."""
+
+
 class FleetOptions(EngineOptions):
     """How many workers there are and what each may use."""
 
     workers: int = Field(2, ge=1, description="rollout workers: processes with an engine each")
     threads: int = Field(1, ge=1, description="CPU threads of a worker")
-    resources: dict[str, float] = Field(
+    resources: Resources = Field(
         {}, description="custom Ray resources that a worker takes, to say on which nodes of a cluster workers may be"
     )
     start_timeout_s: float | None = Field(

@@ -5,6 +5,7 @@ one line, and a failure with its cause and its cure.
 """
 
 import json
+import math
 import os
 import re
 from collections.abc import Collection, Sequence
@@ -343,9 +344,8 @@ def check_served(skeleton: Any, dtype: str, rollout: FleetOptions) -> Finding:
     here = "RAY_ADDRESS" not in os.environ
     config = skeleton.config.get_text_config()
     name, heads = type(skeleton).__name__, config.num_attention_heads
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = positions_of(config)
     rope = getattr(config, "rope_parameters", None) or {}
-    scaled = rope.get("rope_type", "default") != "default"
     size, refused = head_size(config), ""
     if not skeleton.config.architectures:
         refused = f'config.json names no architectures, without which vLLM loads no head. Cure: "architectures": ["{name}"] there'
@@ -357,7 +357,7 @@ def check_served(skeleton: Any, dtype: str, rollout: FleetOptions) -> Finding:
         takes = ", ".join(map(str, cpu_head_sizes(config)))
         of = "kv_lora_rank + qk_rope_head_dim" if getattr(config, "kv_lora_rank", None) else "a head"
         refused = f"{of} is {size} wide, and vLLM takes {takes} on a CPU. Cure: a model with another head_dim, or a GPU"
-    elif positions and not scaled and rollout.max_length > positions:
+    elif rollout.max_length > positions:
         refused = f"rollout.max_length is {rollout.max_length}, and the model has {positions} positions. Cure: lower it to {positions}"
     elif rope.get("rope_type") == "longrope" and rollout.max_length > (short := short_positions(config)):
         refused = (
@@ -369,6 +369,12 @@ def check_served(skeleton: Any, dtype: str, rollout: FleetOptions) -> Finding:
     elif here:
         refused = refusal(dtype, rollout, Device.here())
     return (FAILED, refused) if refused else (OK, f"takes {skeleton.config.architectures[0]} with heads of {size}")
+
+
+def positions_of(config: Any) -> float:
+    """How many positions a model has by its configuration; infinite where that does not say, or scales them."""
+    scaled = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default") != "default"
+    return math.inf if scaled else getattr(config, "max_position_embeddings", None) or math.inf
 
 
 def short_positions(config: Any) -> int:

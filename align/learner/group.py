@@ -151,6 +151,8 @@ class RankGroup:
 
     def publish(self, write: WriteBuckets, bucket_bytes: float, *, on_device: bool = False) -> list[Any]:
         """Have rank 0 write the trained weights; see `rollout.sync.base.Publisher`. Raises LearnerError, OSError."""
+        if not self._ranks:
+            raise LearnerDiedError("the learner whose weights are asked for is gone")
         arguments = write, bucket_bytes, on_device, self.precision
         calls = [rank.publish.options(num_returns="streaming").remote(*arguments) for rank in self._at_work()]
         self._gather([call.completed() for call in calls], "gathering the weights")
@@ -263,7 +265,7 @@ class RankGroup:
             if self._one_died(references):
                 raise LearnerDiedError(f"a learner rank died {doing}, and another failed for it") from None
             raise LearnerError(f"a learner rank failed {doing}:\n{error}") from None
-        except ray.exceptions.RayActorError as error:
+        except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
             raise LearnerDiedError(f"a learner rank died {doing}: {error}") from None
         except ray.exceptions.RayError as error:
             raise LearnerError(f"Ray failed while the learner ranks were {doing}: {error}") from None
@@ -276,7 +278,7 @@ class RankGroup:
         for reference in references:
             try:
                 ray.get(reference, timeout=DEATH_S)
-            except ray.exceptions.RayActorError:
+            except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError):
                 return True
             except (ray.exceptions.RayTaskError, ray.exceptions.GetTimeoutError):
                 continue

@@ -6,6 +6,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from align.options import Options, refuse_without_effect
+from rollout.types import Resources
 
 BFLOAT16_SUMS = (
     "gradients of micro-batches add up in bfloat16 under learner.zero_stage 0, off by some percent where there are many; "
@@ -123,7 +124,7 @@ class LearnerOptions(Options):
         "norms, embeddings, head",
     )
     balance: BalanceOptions = BalanceOptions()
-    resources: dict[str, float] = Field(
+    resources: Resources = Field(
         {}, description="custom Ray resources that a rank takes, to say on which nodes of a cluster ranks may be"
     )
     start_timeout_s: float | None = Field(

@@ -19,7 +19,7 @@ from align.data.loader import domains_of
 from align.data.types import Example, SplitName
 from align.errors import UserError, check_installed, naming, nearest
 from align.evaluate import hooks
-from align.evaluate.doctor import examine, verdict
+from align.evaluate.doctor import examine, positions_of, verdict
 from align.learner.balance import factors_of
 from align.learner.experts import check_spreadable
 from align.learner.group import check_port
@@ -274,14 +274,16 @@ def check_model(recipe: Recipe) -> list[str]:
     verdict(examine(model, tokenizer, reward_model=goes_on, rollout=roles.rollout), model.path)
     skeleton = shapes_of(model)
     notes: list[str] = []
-    rows = skeleton.get_input_embeddings().weight.shape[0]
+    rows, longest = skeleton.get_input_embeddings().weight.shape[0], roles.rollout.max_length if roles.rollout else 0
     if roles.teacher is not None:
-        notes += check_token_ids("grpo.distill.teacher", ModelOptions(path=roles.teacher), model.path, tokenizer, rows)
+        notes += check_token_ids(
+            "grpo.distill.teacher", ModelOptions(path=roles.teacher), model.path, tokenizer, rows, longest
+        )
     if isinstance(recipe, GrpoRecipe) and recipe.reference is not None:
         reference = ModelOptions(path=str(recipe.reference), trust_remote_code=model.trust_remote_code)
         if recipe.reference.is_dir():
             check_model_directory(recipe.reference, reference, "reference")
-        notes += check_token_ids("reference", reference, model.path, tokenizer, rows)
+        notes += check_token_ids("reference", reference, model.path, tokenizer, rows, longest)
     if (learner := roles.learner) is not None:
         if learner.expert_parallel > 1:
             check_spreadable(skeleton.config, learner.expert_parallel)
@@ -304,8 +306,11 @@ def check_model(recipe: Recipe) -> list[str]:
     return notes
 
 
-def check_token_ids(key: str, model: ModelOptions, policy: str, tokenizer: Any, rows: int) -> list[str]:
-    """Raise UserError unless the model that `key` of the recipe names has the token ids of the policy, whose embedding has `rows` rows.
+def check_token_ids(
+    key: str, model: ModelOptions, policy: str, tokenizer: Any, rows: int, max_length: int
+) -> list[str]:
+    """Raise UserError unless the model that `key` of the recipe names has the token ids of the policy, whose embedding has `rows` rows, and
+    positions for `max_length` tokens.
 
     Returns a note where the model is still to be made.
     """
@@ -330,6 +335,10 @@ def check_token_ids(key: str, model: ModelOptions, policy: str, tokenizer: Any, 
     if (known := config.get_text_config().vocab_size) < rows:
         raise UserError(
             f"{key}: {path} has probabilities of {known} token ids, and {policy} can sample {rows}: take a model with as many"
+        )
+    if max_length > (positions := positions_of(config.get_text_config())):
+        raise UserError(
+            f"{key}: {path} has {positions:g} positions, and rollout.max_length is {max_length}: lower it, or take another model"
         )
     return []
 

@@ -73,7 +73,8 @@ def train_grpo(recipe: GrpoRecipe, data: GrpoData, session: Session) -> tuple[Mo
         guards = Guards(
             recipe.alarms, recipe.guard, non_finite_limit=limit, samples=samples, warn=run.warn, state=state
         )
-        if fleet.weight_version != state["weight_version"] or recipe.weights.precision != "model":
+        # What goes on may have workers that got their weights from a learner that is gone.
+        if steps.done or fleet.weight_version != state["weight_version"] or recipe.weights.precision != "model":
             learner.sync_weights(fleet, state["weight_version"])
         held_out.check_agreement(learner, "before GRPO")
         evaluations: dict[str, Evaluation] = {}

@@ -122,6 +122,7 @@ def test_what_a_run_refuses_before_it_starts_check_refuses_in_the_same_words(
     [
         ("tokens", "has other token ids than"),
         ("rows", "has probabilities of 912 token ids, and"),
+        ("positions", "has 64 positions, and rollout.max_length is"),
         ("weights", "has no weights (*.safetensors); give a trained model"),
         ("gone", " names "),
     ],
@@ -145,6 +146,10 @@ def test_a_teacher_or_a_reference_that_is_not_for_this_policy_is_refused_before_
     elif change == "rows":
         file = policy / "config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | {"vocab_size": 1024}))
+    elif change == "positions":
+        file = teacher / "config.json"
+        config = json.loads(file.read_text()) | {"max_position_embeddings": 64, "rope_scaling": None}
+        file.write_text(json.dumps(config))
     elif change == "weights":
         (teacher / "model.safetensors").unlink()
     else:

@@ -104,6 +104,12 @@ def test_a_batch_that_killed_two_workers_is_masked_and_no_other_and_the_limit_on
     assert [reward.value for reward in found[2:4]] == [None, None]
 
 
+def test_what_only_measures_masks_nothing_when_its_workers_die(tmp_path: Path) -> None:
+    register("deadly")(deadly(tmp_path / "deaths", 2))
+    rewards = scored(Mixture([RewardTerm(name="deadly", weight=0.0)]), batches(2))
+    assert [reward.value for batch in rewards for reward in batch] == [0.0] * 4
+
+
 def test_a_worker_whose_answers_take_long_to_fetch_is_not_taken_for_dead(monkeypatch: pytest.MonkeyPatch) -> None:
     get = ray.get
 

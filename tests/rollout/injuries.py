@@ -41,15 +41,14 @@ HANGS = (Injury.STOP, Injury.LOCKED, Injury.ENGINE)
 class WitnessedFleet:
     """A fleet that remembers what it has told of its workers."""
 
-    def __init__(self, model: str, options: FleetOptions = OPTIONS, group_size: int = 4):
+    def __init__(self, model: str, options: FleetOptions = OPTIONS):
         self.faults: list[Fault] = []
-        self._group_size = group_size
         self.fleet = Fleet(model, "float32", options, [2], self.faults.append)
 
     def sample(self, at_first_group: Callable[[], object] = lambda: None) -> list[Trajectory]:
         """The same trajectories at every call, in order; `at_first_group` is called while most are still being sampled."""
         drawn: list[Trajectory] = []
-        groups = self.fleet.sample(PROMPTS, self._group_size, SamplingOptions(max_new_tokens=24), seed=0, step=0)
+        groups = self.fleet.sample(PROMPTS, 4, SamplingOptions(max_new_tokens=24), seed=0, step=0)
         for number, group in enumerate(groups):
             drawn += group.trajectories
             if number == 0:

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from transformers import AutoConfig, LlamaConfig, PretrainedConfig
 
 from align.model.sizes import read_config
 from rollout.arguments import Device, engine_arguments, engine_environment, refusal
-from rollout.types import EngineOptions
+from rollout.types import EngineOptions, FleetOptions, SamplingOptions
 
 NANO = Path(__file__).parents[2] / "recipes/nano/policy"
 MODELS: dict[str, PretrainedConfig] = {
@@ -228,3 +229,16 @@ def test_a_kernel_that_triton_kept_of_another_precision_is_not_taken(monkeypatch
     ((name, value),) = environment(H100, "dense", "float32").items()
     monkeypatch.setenv(name, value)
     assert libtriton.get_cache_invalidating_env_vars()[name] == value
+
+
+def test_a_temperature_that_would_be_another_is_refused() -> None:
+    with pytest.raises(ValidationError, match=r"vLLM samples at 0\.01 where less is given"):
+        SamplingOptions(temperature=0.005)
+    assert (SamplingOptions(temperature=0).temperature, SamplingOptions(temperature=0.01).temperature) == (0, 0.01)
+
+
+@pytest.mark.parametrize("resources", [{"CPU": 4}, {"GPU": 1}, {"rollout": 0}, {"rollout": -1}])
+def test_resources_are_those_that_nodes_are_given(resources: dict[str, float]) -> None:
+    with pytest.raises(ValidationError, match="is none of the resources that nodes are given"):
+        FleetOptions(resources=resources)
+    assert FleetOptions(resources={"rollout": 1}).resources == {"rollout": 1}
