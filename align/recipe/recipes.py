@@ -119,7 +119,8 @@ class SamplingRecipe(Recipe):
     """A stage in which the policy answers prompts and the answers are scored."""
 
     rewards: list[RewardTerm] = Field(
-        min_length=1, description="what an answer is worth: a list, whose weighted sum counts"
+        min_length=1,
+        description="what an answer is worth: a list, whose weighted sum counts; whether it is right is what the first one for its domain says",
     )
     scoring: ScoringOptions = ScoringOptions()
     rollout: FleetOptions = FleetOptions()
