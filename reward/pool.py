@@ -67,7 +67,8 @@ class ScoringPool:
         """Return when every worker is. Raises RewardError where this machine cannot run a reward of the mixture."""
         self._wait_for(self._workers)
 
-    def _wait_for(self, workers: Sequence[Any]) -> None:
+    def _wait_for(self, workers: Sequence[Any], *, may_die: bool = False) -> None:
+        """Return when the workers are ready, or where they `may_die` are gone: then what they are handed next tells it."""
         import ray
 
         try:
@@ -77,7 +78,8 @@ class ScoringPool:
         except ray.exceptions.GetTimeoutError:
             raise RewardError(f"a scoring worker was not ready within {self._start_timeout_s:g} s") from None
         except ray.exceptions.RayError as error:
-            raise RewardError(f"a scoring worker did not start: {error}") from None
+            if not may_die:
+                raise RewardError(f"a scoring worker did not start: {error}") from None
 
     def submit(self, samples: Sequence[Sample]) -> Ticket:
         """Hand a batch to a worker, and return at once."""
@@ -156,7 +158,7 @@ class ScoringPool:
         """A new worker in the place of a dead one, which died of the batch it was at: the earliest that it had."""
         self._workers[number] = self._start()
         self._waiting[number] = 0
-        self._wait_for([self._workers[number]])
+        self._wait_for([self._workers[number]], may_die=True)
         culprit, *others = sorted(lost, key=lambda ticket: ticket.order)
         culprit.deaths += 1
         for ticket in others:

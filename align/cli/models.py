@@ -73,6 +73,7 @@ def evaluate(
 
     if temperature is not None and not samples:
         raise UserError("--temperature has no effect on greedy answers: give --samples too, or leave it out")
+    refuse_too_low(temperature or 1.0)
     term, run = reward_term(reward, params), run_of(model)
     if out is None:
         if run is None:
@@ -91,6 +92,14 @@ def evaluate(
     )
 
 
+def refuse_too_low(temperature: float) -> None:
+    """Raise UserError for a temperature at which nothing is sampled."""
+    from rollout.types import LEAST_TEMPERATURE
+
+    if 0 < temperature < LEAST_TEMPERATURE:
+        raise UserError(f"--temperature {temperature}: the least above 0 is {LEAST_TEMPERATURE}")
+
+
 def chat(
     model: Model,
     system: Annotated[str | None, Option(help="the system message; the template's own when not given")] = None,
@@ -104,6 +113,7 @@ def chat(
     from align.tools.chat import chat_in_terminal
     from rollout import EngineOptions, SamplingOptions
 
+    refuse_too_low(temperature)
     sampling = SamplingOptions(temperature=temperature, max_new_tokens=max_new_tokens)
     engine = EngineOptions(max_length=max_length, batch_sequences=1)
     chat_in_terminal(model_of(model, dtype), engine, sampling, system=system, seed=seed)

@@ -223,11 +223,11 @@ def without_fill(value: Any) -> Any:
 
 
 def without_fill_in_calls(tests: Any) -> Any:
-    """Tests of a program, whose calls are given and return objects with no keys but their own; they may return null."""
+    """Tests of a program, whose calls have no keyword arguments but their own. A null elsewhere may be meant."""
     if not isinstance(tests, dict) or not isinstance(tests.get("cases"), list):
         return tests
     cleaned = [
-        {key: without_fill(value) for key, value in case.items()} if isinstance(case, dict) else case
+        case | {"kwargs": without_fill(case["kwargs"])} if isinstance(case, dict) and "kwargs" in case else case
         for case in tests["cases"]
     ]
     return tests | {"cases": cleaned}

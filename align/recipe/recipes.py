@@ -406,8 +406,6 @@ class PreferencesRecipe(SamplingRecipe):
         "run.allow_changes": "this stage begins anew when it was interrupted",
         "data.split": ALL_ANSWERED,
         "data.share": ALL_ANSWERED,
-        "data.stream": ALL_ANSWERED,
-        "rollout.record_experts": "nothing is trained on here",
     }
     data_stage: ClassVar = "grpo"
 

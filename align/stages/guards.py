@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from math import isfinite, sqrt
+from pathlib import Path
 from statistics import fmean, variance
 from typing import Any, NotRequired, TypedDict
 
@@ -257,12 +258,12 @@ def of_layers(metrics: Mapping[str, float], measure: str) -> Iterator[tuple[str,
             yield name.split("/")[1], value
 
 
-def stop_at(alarms: Iterable[Alarm], options: AlarmOptions) -> None:
-    """Raise AlarmError for the first alarm that is to end the run."""
+def stop_at(alarms: Iterable[Alarm], options: AlarmOptions, run: Path | str = "RUN") -> None:
+    """Raise AlarmError for the first alarm that is to end the run in the directory `run`."""
     for alarm in alarms:
         if alarm.kind in options.stop:
             raise AlarmError(
-                f"{alarm.message} (alarms.stop names {alarm.kind}; `align resume RUN alarms.stop=[]` goes on)"
+                f"{alarm.message} (alarms.stop names {alarm.kind}; `align resume {run} alarms.stop=[]` goes on)"
             )
 
 

@@ -190,7 +190,7 @@ class HeldOut:
 
     def _stop_after_sft(self, alarms: Iterable[Alarm], step: int) -> None:
         if self._stage == "sft" and step:
-            stop_at(alarms, self._alarms)
+            stop_at(alarms, self._alarms, self._run.directory.path)
 
     def _rates(self, evaluation: Evaluation, examples: Sequence[Example]) -> dict[str, float]:
         """What the tasks count of the greedy answers, what instructions these follow, and how often they are better than

@@ -177,9 +177,10 @@ def sample_of_line(row: Row) -> Sample:
         prompt = with_system(row, row.conversation("prompt"))
     if prompt is None and (name := prompt_column(values)):
         refuse_no_prompt(row, name)
-        in_json = isinstance(values[name], str) and holds_messages(values[name])
-        turns: Any = row.conversation(name) if in_json else tuple(as_messages(values[name]))
-        if in_json or len(with_system(row, turns)) > len(turns):
+        value = values[name]
+        other_form = holds_messages(value) if isinstance(value, str) else any("role" not in one for one in value)
+        turns: Any = row.conversation(name) if other_form else tuple(as_messages(value))
+        if other_form or len(with_system(row, turns)) > len(turns):
             prompt, columns = with_system(row, turns), (*columns, name)
     return sample_of_row(values, completion, id=str(values[id_column]), prompt=prompt, taken=(column, *columns))
 
@@ -187,8 +188,14 @@ def sample_of_line(row: Row) -> Sample:
 def refuse_no_prompt(row: Row, column: str) -> None:
     """Raise UserError where a column that should hold a prompt has neither a text nor messages."""
     value = row.values[column]
-    if not isinstance(value, str) and not (isinstance(value, list) and all(isinstance(one, Mapping) for one in value)):
+    if not isinstance(value, str) and not (isinstance(value, list) and all(map(_may_be_said, value))):
         raise row.error(column, f"must be a prompt, a text or a list of messages, not {value!r:.40}")
+
+
+def _may_be_said(turn: Any) -> bool:
+    content = turn.get("content") if isinstance(turn, Mapping) else 0
+    parts = content if isinstance(content, list) else []
+    return (content is None or isinstance(content, str | list)) and all(isinstance(part, Mapping) for part in parts)
 
 
 def demonstrated_prompt(row: Row) -> tuple[tuple[Message, ...] | None, tuple[str, ...]]:

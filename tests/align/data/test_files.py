@@ -81,7 +81,7 @@ def test_objects_of_parquet_have_no_keys_but_their_own(tmp_path: Path) -> None:
         tests = {
             "kind": "function",
             "entry_point": "f",
-            "cases": [{"args": [arguments], "kwargs": arguments, "expected": None}],
+            "cases": [{"args": [], "kwargs": arguments, "expected": None}],
         }
         messages = [{"role": "assistant", "tool_calls": [call]}]
         return {"messages": messages, "tools": tools, "tests": tests, "facts": arguments}

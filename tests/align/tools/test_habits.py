@@ -88,6 +88,7 @@ def test_a_run_is_compared_with_its_start_step_by_step_and_a_habit_told_once(
         (["a.jsonl", "a.jsonl", "--start", "a.jsonl"], "--start has no effect"),
         (["run"], "run has nothing to compare"),
         (["a.jsonl", "odd.jsonl"], "odd.jsonl, line 1: column 'question'"),
+        (["a.jsonl", "odder.jsonl"], "odder.jsonl, line 1: column 'prompt'"),
         (["run", "a.jsonl"], "run has no answers"),
     ],
 )
@@ -104,6 +105,9 @@ def test_a_mistake_is_told(
     write_rows(Path("null.jsonl"), [{"id": "1", "completion": None, "answer": "gold"}])
     write_rows(Path("empty.jsonl"), [])
     write_rows(Path("odd.jsonl"), [{"id": "1", "question": 17, "completion": "4"}])
+    write_rows(
+        Path("odder.jsonl"), [{"id": "1", "prompt": [{"role": "user", "content": ["What?"]}], "completion": "4"}]
+    )
     RunDirectory.create("run").finish()
     assert main(["habits", *arguments]) == 2
     assert message in capsys.readouterr().err

@@ -50,6 +50,9 @@ def test_a_prompt_that_is_the_json_text_of_messages_is_read_as_in_training(tmp_p
     [row] = rows_of(data)
     sample = sample_of_line(row)
     assert sample.prompt == "What is 2 + 2?"
+    said = [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "What is 2 + 2?"}]
+    [row] = rows_of(lines(tmp_path, {"id": "1", "messages": said, "completion": "4"}))
+    assert sample_of_line(row) == sample
     assert sample.metadata["messages"] == messages
 
 
