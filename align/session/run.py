@@ -275,14 +275,8 @@ def open_run(recipe: Recipe) -> Iterator[Run]:
             run = Run(directory, metrics, checkpoints, progress, stop)
             stack.enter_context(run.logged_warnings())
             stack.push(lambda kind, *_: trackers.finish(ending_of(kind)))
-            if goes_on and isinstance(recipe, TrainingRecipe):
-                run.rewind()
-                refuse_fewer_steps(f"{recipe.stage}.steps", recipe.steps, run.resume)
-                for key in dict.fromkeys([*(changed or ()), *changes_since(run.resume, directory, recipe)]):
-                    run.warn(f"going on with another recipe: {key}")
-                directory.note_checkpoint(run.resume.step if run.resume else None)
-                if run.resume is None:
-                    keep_recipe(directory, recipe)
+            if changed is not None and isinstance(recipe, TrainingRecipe):
+                go_on(run, recipe, changed)
             for term in recipe.rewards if isinstance(recipe, SamplingRecipe) else ():
                 if term.params.get("unsafe_no_isolation"):
                     run.warn(
@@ -308,6 +302,20 @@ def open_run(recipe: Recipe) -> Iterator[Run]:
         directory.finish()
     finally:
         metrics.close()
+
+
+def go_on(run: Run, recipe: TrainingRecipe, changed: Sequence[str]) -> None:
+    """Go back to the last checkpoint, and say what has `changed` of the recipe, also since that was written.
+
+    The recipe is kept when the checkpoint is restored, which may refuse it; without one at once. Raises UserError for fewer steps than were made.
+    """
+    run.rewind()
+    refuse_fewer_steps(f"{recipe.stage}.steps", recipe.steps, run.resume)
+    for key in dict.fromkeys([*changed, *changes_since(run.resume, run.directory, recipe)]):
+        run.warn(f"going on with another recipe: {key}")
+    run.directory.note_checkpoint(run.resume.step if run.resume else None)
+    if run.resume is None:
+        keep_recipe(run.directory, recipe)
 
 
 def ending_of(kind: type[BaseException] | None) -> Ending:
