@@ -41,6 +41,15 @@ class Roles:
     routes: bool = False
 
     @property
+    def gpu_parts(self) -> list[float]:
+        """The GPUs, or part of one, of each process, in the order in which they start."""
+        ranks, workers = self.learner.ranks if self.learner else 0, self.rollout.workers if self.rollout else 0
+        sampling = [self.rollout.tensor_parallel * self.rollout.gpus] * workers if self.rollout else []
+        scoring = [float(self.scoring.gpus)] * self.scoring.workers if self.scoring else []
+        learning = [float(self.learner.gpus)] * ranks if self.learner else []
+        return [1.0] * max(ranks, workers) + scoring if self.colocated else [*sampling, *scoring, *learning]
+
+    @property
     def scoring_gpus(self) -> float:
         """How many GPUs of them the scoring workers take."""
         return self.scoring.workers * self.scoring.gpus if self.scoring else 0.0

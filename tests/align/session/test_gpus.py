@@ -117,7 +117,12 @@ def test_a_run_stops_before_ray_starts_unless_gpus_are_hidden_on_purpose(
         (["colocate=true"], 2, None),
         (["scoring.gpus=1"], 3, "takes 5 GPUs.*colocate=true learner.ranks=2 rollout.workers=2"),
         (["colocate=true", "scoring.gpus=1"], 2, r"takes 3 GPUs, and this machine has 2: lower learner\.ranks"),
-        (["learner.ranks=3", "learner.gpus=0.8", "rollout.workers=3", "rollout.gpus=0.2"], 3, None),
+        (
+            ["learner.ranks=3", "learner.gpus=0.8", "rollout.workers=3", "rollout.gpus=0.2"],
+            3,
+            "parts of GPUs that do not fit on the 3",
+        ),
+        (["learner.ranks=1", "learner.gpus=0.6", "rollout.workers=1", "rollout.gpus=0.4"], 1, None),
         (["rollout.tensor_parallel=2"], 5, "takes 6 GPUs"),
         (["rollout.resources={fast: 1}"], 8, r"rollout\.resources: fast can only be of the nodes of a cluster"),
     ],
