@@ -57,7 +57,7 @@ class Entry:
 
     @property
     def in_turn(self) -> bool:
-        """Whether its rows are read when they are needed; what is chosen of a card's by split, level or number is of the first ones."""
+        """Whether rows are read from the files only when a step takes them. A card's split, levels or limit choose from the first rows instead."""
         chosen = self.data.card and (self.data.split != "train" or self.data.levels or self.data.limit is not None)
         return self.own is not None and self.own.stream and not chosen
 

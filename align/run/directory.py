@@ -99,13 +99,9 @@ class RunDirectory:
                     raise UserError(_holds_a_run(root, earlier))
                 if earlier is None or earlier_run != "keep":
                     _remove_run(root)
+                    earlier = {}
                 run = cls(root, lock)
-                goes_on = earlier is not None and earlier_run == "keep"
-                kept = (
-                    {key: earlier[key] for key in ("started", "checkpoint") if key in earlier}
-                    if goes_on and earlier
-                    else {}
-                )
+                kept = {key: earlier[key] for key in ("started", "checkpoint") if key in earlier}
                 run._write_status({"state": "running", "started": _now()} | kept)
             except OSError as error:
                 raise UserError(

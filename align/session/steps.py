@@ -85,7 +85,7 @@ class Steps:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             if kind is AlarmError and not self._between:
-                # Alarms are the last thing that a step looks at.
+                # A stage observes its alarms as the last thing of a step, so that this one is done.
                 self.done, self._between = self.done + 1, True
             stopped = kind is not None and issubclass(kind, KeyboardInterrupt | AlarmError)
             if stopped and self._between and self.done > self._saved:

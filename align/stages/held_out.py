@@ -189,6 +189,7 @@ class HeldOut:
         self._stop_after_sft(alarms.values(), step)
 
     def _stop_after_sft(self, alarms: Iterable[Alarm], step: int) -> None:
+        """Raise AlarmError for an alarm of `alarms.stop` where these are of an evaluation after the steps of SFT."""
         if self._stage == "sft" and step:
             stop_at(alarms, self._alarms, self._run.directory.path)
 

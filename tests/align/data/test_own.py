@@ -2,7 +2,6 @@
 
 import logging
 import os
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from align.data.cards import OwnSource, load_card
+from align.data.cards import OwnSource
 from align.data.drawing import Stream, held_out_places, key_hash
-from align.data.entries import card_of, entries_of, evaluated
+from align.data.entries import card_of, evaluated
 from align.data.loader import domains_of, load_preferences, load_split
 from align.data.own import name_of, own_card, read_source, read_user_file
 from align.errors import UserError
@@ -26,7 +25,7 @@ from align.stages.held_out import load_problems
 from align.stages.reward_model import load_reward_model_data
 from align.stages.sft import load_sft_data
 
-from ..rows import Rows, chats, pairs, problems, write_card, write_rows
+from ..rows import Rows, chats, pairs, problems, write_rows
 from ..tiny import events, small_recipe
 
 TOKENIZER = load_tokenizer("recipes/nano/policy")
@@ -109,74 +108,6 @@ def test_a_directory_has_a_file_for_a_split_and_the_others_are_drawn_from_train(
     assert len(set(ids)) == len(ids) == 205
     with pytest.raises(UserError, match=r"is a directory without train\.jsonl"):
         splits(tmp_path)
-
-
-def test_a_card_may_have_files_of_ones_own_beside_it_as_its_source(tmp_path: Path) -> None:
-    write_rows(tmp_path / "mine.jsonl", [*problems(39), problems(1, 50)[0] | {"domain": "user"}])
-    files = {"kind": "own", "path": "mine.jsonl", "splits": ["train", "test"]}
-    card = load_card(write_card(tmp_path / "kept.md", files, domain="sums"))
-    examples = [example for split in ("train", "test") for example in load_split(card, split).examples]
-    assert Counter(example.domain for example in examples) == {"sums": 39, "user": 1}
-    assert domains_of(card) == ["sums", "user"]
-
-
-EVERY_SPLIT = ["train", "validation", "test"]
-
-
-def test_the_keys_of_such_a_card_s_source_hold_as_those_of_an_entry_do(tmp_path: Path) -> None:
-    rows = chats(60)
-    rows[3]["messages"].insert(0, {"role": "developer", "content": "Be brief."})
-    card = write_card(
-        tmp_path / "kept.md",
-        {
-            "kind": "own",
-            "path": str(write_rows(tmp_path / "mine.jsonl", rows)),
-            "splits": EVERY_SPLIT,
-            "bad_rows": "leave_out",
-            "stream": True,
-        },
-    )
-    made = small_recipe("sft", tmp_path, data={"card": str(card)}, evaluation={"cards": ["nano_math"]})
-    with open_run(made) as run:
-        [loaded] = load_sft_data(made, TOKENIZER, run).sources
-        assert isinstance(loaded.items, Stream)
-        assert loaded.encode is not None
-        given = [loaded.encode(row) for row in loaded.items[: len(loaded.items)]]
-    assert given.count([]) == 1
-    data = {"card": str(card), "limit": 5}
-    made = small_recipe("sft", tmp_path / "few", data=data, evaluation={"cards": ["nano_math"]})
-    with open_run(made) as run:
-        [chosen] = load_sft_data(made, TOKENIZER, run).sources
-        assert not isinstance(chosen.items, Stream)
-        assert len(chosen.items) == 5
-
-
-def test_a_path_beside_such_a_card_is_read_in_place_of_its_files(tmp_path: Path) -> None:
-    card = write_card(
-        tmp_path / "kept.md",
-        {"kind": "own", "path": str(write_rows(tmp_path / "mine.jsonl", problems(40))), "splits": EVERY_SPLIT},
-    )
-    other, held = (
-        write_rows(tmp_path / "other.jsonl", problems(60, 100)),
-        write_rows(tmp_path / "held.jsonl", problems(7, 200)),
-    )
-    data = DataOptions(card=str(card), path=other)
-    [entry] = entries_of([data], "grpo")
-    trained = {example.prompt_text for example in load_split(entry.card, "train", path=entry.path).examples}
-    assert trained < {row["question"] for row in problems(60, 100)}
-    for split in ("test", "validation"):
-        [asked] = evaluated(EvaluationOptions(path=held, split=split), [data])
-        loaded = load_split(asked.card, split, path=asked.path)
-        assert [example.prompt_text for example in loaded.examples] == [row["question"] for row in problems(7, 200)]
-
-
-def test_the_instruction_of_a_card_is_in_the_conversations_that_are_learned_from_too(tmp_path: Path) -> None:
-    write_rows(tmp_path / "data" / "chat.jsonl", chats(40))
-    files = {"kind": "own", "path": "data/chat.jsonl", "splits": ["train", "test"]}
-    card = load_card(write_card(tmp_path / "told.md", files, instruction="Be brief."))
-    for example in load_split(card, "train").examples:
-        assert example.messages[-1]["content"].endswith(".\nBe brief.")
-        assert example.conversation == (*example.messages, {"role": "assistant", "content": example.response})
 
 
 def test_two_configurations_of_one_data_set_are_both_evaluated_on(monkeypatch: pytest.MonkeyPatch) -> None:
