@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from statistics import fmean
 from typing import Any
+from unittest.mock import patch
 
 from reward import older_names
 from reward.prose import capital_words, degenerate, punkt_sentences, seeded_langdetect, whole_sentences
@@ -310,21 +311,15 @@ def _told(checked: Checked) -> str:
 @lru_cache(maxsize=1)
 def checkers() -> Mapping[str, Any]:
     """IFEval's checkers by kind of instruction. Raises RewardError where lm_eval is not installed."""
-    rank = os.environ.get("LOCAL_RANK")
     # lm_eval fetches nltk's data from the network when it is imported, on the first rank only. What needs them is counted here.
-    os.environ["LOCAL_RANK"] = "1"
     try:
-        seeded_langdetect()
-        from lm_eval.tasks.ifeval.instructions_registry import INSTRUCTION_DICT
+        with patch.dict(os.environ, {"LOCAL_RANK": "1"}):
+            seeded_langdetect()
+            from lm_eval.tasks.ifeval.instructions_registry import INSTRUCTION_DICT
     except ImportError as error:
         raise RewardError(
             f"the reward `instructions` needs lm_eval with its IFEval checkers ({error}): pip install 'moe-align[evaluation]'"
         ) from error
-    finally:
-        if rank is None:
-            del os.environ["LOCAL_RANK"]
-        else:
-            os.environ["LOCAL_RANK"] = rank
     checkers: Mapping[str, Any] = INSTRUCTION_DICT
     return checkers
 

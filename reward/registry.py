@@ -99,7 +99,7 @@ class Registry(Generic[E]):
         return decorate
 
     def get(self, name: str) -> E:
-        """The entry of that name. Raises `unknown`."""
+        """The entry of that name. Raises `unknown`, for a reward UnknownReward, which names the nearest."""
         if name not in self.entries:
             announced = {point.name: point for point in metadata.entry_points(group=self.group)}
             if name not in announced:
@@ -114,11 +114,11 @@ class Registry(Generic[E]):
         return sorted(self.entries.values(), key=lambda entry: entry.name)
 
     def check_params(self, name: str, params: Mapping[str, Any]) -> None:
-        """Nothing, if the function `name` can be called with `params`. Raises `unknown` or `misfit`."""
+        """Nothing, if the function `name` can be called with `params`. Raises `unknown` or `misfit`, for a reward UnknownReward or ParameterError."""
         self.check_fit(self.get(name), params)
 
     def check_fit(self, entry: Entry, params: Mapping[str, Any]) -> None:
-        """Nothing, if the entry's function can be called with `params`. Raises `misfit`."""
+        """Nothing, if the entry's function can be called with `params`. Raises `misfit`, for a reward ParameterError."""
         known = [parameter.name for parameter in entry.parameters]
         for given in params:
             if given not in known:
@@ -160,27 +160,10 @@ def register(
     return _rewards.register(name, Reward, batched=batched, columns=tuple(columns), ready=ready)
 
 
-def get(name: str) -> Reward:
-    """The reward of that name. Raises UnknownReward, naming the nearest."""
-    return _rewards.get(name)
-
-
-def available() -> list[Reward]:
-    """Every reward by name, announced ones too. Raises RewardError where one of them cannot be loaded."""
-    return _rewards.available()
-
-
-def check_params(name: str, params: Mapping[str, Any]) -> None:
-    """Nothing, if the reward `name` can be called with `params`.
-
-    Raises UnknownReward, or ParameterError for a name it does not have (naming the nearest) or one it lacks.
-    """
-    _rewards.check_params(name, params)
-
-
-def check_fit(reward: Reward, params: Mapping[str, Any]) -> None:
-    """Nothing, if the reward can be called with `params`. Raises ParameterError as `check_params` does."""
-    _rewards.check_fit(reward, params)
+get = _rewards.get
+available = _rewards.available
+check_params = _rewards.check_params
+check_fit = _rewards.check_fit
 
 
 def call_ready(ready: Callable[..., None] | None, arguments: Mapping[str, Any]) -> None:

@@ -151,48 +151,44 @@ def start_harness(gpus: float, *, unsafe_code: bool) -> Any:
 class Harness:
     """The harness as an actor, for Ray aborts whoever cancels a task that is just ending."""
 
-    def evaluate(self, *arguments: Any, **options: Any) -> Metrics:
-        """What `run_harness` returns and raises."""
-        return run_harness(*arguments, **options)
+    def evaluate(
+        self,
+        tasks: Mapping[str, int | None],
+        include_path: Path | None,
+        model: tuple[ModelOptions, Literal["hf", "vllm"], BatchSize, HarnessEngine],
+        *,
+        limit: int | None,
+        apply_chat_template: bool,
+        unsafe_code: bool,
+    ) -> Metrics:
+        """Evaluate the `tasks` (name: shots) with the harness: metrics, reasons of tasks not run, and a row for each example.
 
+        `model` has the arguments of `load_model`. Raises UserError for an unknown task.
+        """
+        from lm_eval import simple_evaluate
 
-def run_harness(
-    tasks: Mapping[str, int | None],
-    include_path: Path | None,
-    model: tuple[ModelOptions, Literal["hf", "vllm"], BatchSize, HarnessEngine],
-    *,
-    limit: int | None,
-    apply_chat_template: bool,
-    unsafe_code: bool,
-) -> Metrics:
-    """Evaluate the `tasks` (name: shots) with the harness: metrics, reasons of tasks not run, and a row for each example.
-
-    `model` has the arguments of `load_model`. Raises UserError for an unknown task.
-    """
-    from lm_eval import simple_evaluate
-
-    manager = find_tasks(tasks, include_path)
-    loaded, not_run = load_tasks(manager, tasks, unsafe_code=unsafe_code)
-    values: dict[str, float] = {}
-    rows: list[dict[str, Any]] = []
-    engine = load_model(*model) if loaded else None
-    for name, found in loaded.items():
-        try:
-            results = simple_evaluate(
-                model=engine,
-                tasks=found,
-                limit=limit,
-                apply_chat_template=apply_chat_template,
-                fewshot_as_multiturn=apply_chat_template,
-                confirm_run_unsafe_code=unsafe_code,
-                task_manager=manager,
-            )
-        except Exception as error:
-            not_run[name] = f"it failed: {type(error).__name__}: {first_line(error)}"
-            continue
-        values |= flatten(results["results"] | results.get("groups", {}))
-        rows += [row(task, sample) for task, samples in results["samples"].items() for sample in samples]
-    return Metrics(values, not_run, rows)
+        manager = find_tasks(tasks, include_path)
+        loaded, not_run = load_tasks(manager, tasks, unsafe_code=unsafe_code)
+        values: dict[str, float] = {}
+        rows: list[dict[str, Any]] = []
+        engine = load_model(*model) if loaded else None
+        for name, found in loaded.items():
+            try:
+                results = simple_evaluate(
+                    model=engine,
+                    tasks=found,
+                    limit=limit,
+                    apply_chat_template=apply_chat_template,
+                    fewshot_as_multiturn=apply_chat_template,
+                    confirm_run_unsafe_code=unsafe_code,
+                    task_manager=manager,
+                )
+            except Exception as error:
+                not_run[name] = f"it failed: {type(error).__name__}: {first_line(error)}"
+                continue
+            values |= flatten(results["results"] | results.get("groups", {}))
+            rows += [row(task, sample) for task, samples in results["samples"].items() for sample in samples]
+        return Metrics(values, not_run, rows)
 
 
 def find_tasks(names: Collection[str], include_path: Path | None) -> Any:

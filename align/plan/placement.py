@@ -1,11 +1,11 @@
 """Which process gets which GPUs: in the order in which a run starts them, each on the first node that has room."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from align.errors import UserError
 from align.plan.memory import GIB
+from align.recipe.roles import take
 
 NODE_MEMORY_GIB = 1000.0
 """What is taken for a node where nobody says more: nodes of eight 80 GB GPUs have from 1 to 2 TB."""
@@ -83,23 +83,6 @@ def place(cluster: Cluster, demands: Sequence[Demand]) -> tuple[list[Node], list
                 if index < count:
                     node.held.setdefault(role, []).append(index)
     return nodes, unplaced
-
-
-def take(gpus: list[float], wanted: float) -> bool:
-    """Take `wanted` of a node's GPUs, in place, where it has them: whole ones, or a share of the fullest that suffices."""
-    whole = math.floor(wanted)
-    if wanted == whole:
-        idle = [i for i, share in enumerate(gpus) if share == 1.0][:whole]
-        if len(idle) < whole:
-            return False
-        for i in idle:
-            gpus[i] = 0.0
-        return True
-    fitting = [i for i, share in enumerate(gpus) if share >= wanted - 1e-9]
-    if not fitting:
-        return False
-    gpus[min(fitting, key=lambda i: gpus[i])] -= wanted
-    return True
 
 
 def span(indices: Sequence[int]) -> str:

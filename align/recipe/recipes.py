@@ -234,6 +234,7 @@ class SftRecipe(PolicyRecipe):
     no_effect: ClassVar = {
         "evaluation.every": "SFT looks at the validation loss, every sft.validate_every steps",
         "data.split": "the validation split gives the validation loss",
+        "learner.share_prompts": "no two conversations of SFT have their prompt in common",
         "weights.precision": "nothing is sampled to be trained on in SFT",
         **dict.fromkeys(
             ("alarms.entropy_share", "alarms.zero_variance_groups", "alarms.reward_jump"), "nothing is sampled in SFT"

@@ -57,11 +57,23 @@ class Roles:
     @property
     def gpus(self) -> float:
         """How many GPUs all processes take, where there are some."""
-        ranks, workers = self.learner.ranks if self.learner else 0, self.rollout.workers if self.rollout else 0
-        learning = ranks * self.learner.gpus if self.learner else 0
-        sampling = workers * self.rollout.tensor_parallel * self.rollout.gpus if self.rollout else 0
-        in_step = max(ranks, workers) if self.colocated else learning + sampling
-        return round(in_step + self.scoring_gpus, 4)  # as finely as Ray counts
+        return round(sum(self.gpu_parts), 4)  # as finely as Ray counts
+
+
+def take(free: list[float], wanted: float) -> bool:
+    """Take `wanted` GPUs of a node, of each of which so much is `free`, in place, where it has them.
+
+    As Ray places processes: on whole ones, or on a part of the one of which least is left.
+    """
+    if wanted == int(wanted):
+        idle = [place for place, left in enumerate(free) if left == 1.0][: int(wanted)]
+        for place in idle:
+            free[place] = 0.0
+        return len(idle) == wanted
+    room = [place for place, left in enumerate(free) if left >= wanted - 1e-4]  # as finely as Ray counts
+    if room:
+        free[min(room, key=lambda place: free[place])] -= wanted
+    return bool(room)
 
 
 def reward_models(rewards: Sequence[RewardTerm]) -> list[str]:

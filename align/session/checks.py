@@ -44,6 +44,7 @@ from align.recipe import (
 )
 from align.recipe.options import HUB_NAME
 from align.recipe.presets import expansion
+from align.recipe.roles import take
 from align.run import check_machine
 from align.run.machine import memory_bytes, object_store_bytes, shared_memory_bytes
 from align.run.trackers import check_trackers
@@ -242,7 +243,8 @@ def check_places(recipe: Recipe, gpus: int) -> None:
             raise UserError(
                 f"{key}.resources: {', '.join(options.resources)} can only be of the nodes of a cluster: set RAY_ADDRESS, or leave it out"
             )
-    if gpus >= roles.gpus > 0 and not find_room(roles.gpu_parts, gpus):
+    free = [1.0] * gpus
+    if gpus >= roles.gpus > 0 and not all(take(free, part) for part in roles.gpu_parts):
         raise UserError(
             f"learner.gpus, rollout.gpus, scoring.gpus: parts of GPUs that do not fit on the {gpus} of this machine: Ray starts the rollout workers, "
             "then scoring workers, then learner ranks, each where least is left. Let ranks and workers share GPUs by colocate=true, or take other parts"
@@ -257,24 +259,6 @@ def check_places(recipe: Recipe, gpus: int) -> None:
         f"the recipe takes {roles.gpus:g} GPUs, and this machine has {gpus}: {cure}; set RAY_ADDRESS to a cluster that has them; or install "
         "engines for CPUs (`export ACCELERATOR=cpu`, then `make setup`)"
     )
-
-
-def find_room(parts: Sequence[float], gpus: int) -> bool:
-    """Whether processes that take so much of GPUs, or some whole ones, find it one after the other, as Ray places them: where least is left."""
-    free = [1.0] * gpus
-    for part in parts:
-        if part >= 1:
-            idle = [place for place, left in enumerate(free) if left == 1.0][: round(part)]
-            if len(idle) < round(part):
-                return False
-            for place in idle:
-                free[place] = 0.0
-        elif part > 0:
-            room = [place for place, left in enumerate(free) if left >= part - 1e-4]
-            if not room:
-                return False
-            free[min(room, key=lambda place: free[place])] -= part
-    return True
 
 
 def check_model(recipe: Recipe) -> list[str]:

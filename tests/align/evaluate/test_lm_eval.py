@@ -17,7 +17,7 @@ from align.data.chat import encode_prompt
 from align.errors import UserError
 from align.evaluate import lm_eval
 from align.evaluate.hooks import EvaluationError, Metrics, PolicyCheckpoint, check_params, check_ready, run
-from align.evaluate.lm_eval import REPORT_TASKS, HarnessEngine, find_tasks, flatten, run_harness, runs_code
+from align.evaluate.lm_eval import REPORT_TASKS, Harness, HarnessEngine, find_tasks, flatten, runs_code
 from align.model.policy import load_policy
 from align.recipe import ModelOptions
 from align.tasks.arithmetic import generate
@@ -70,7 +70,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def harness(checkpoint: PolicyCheckpoint, tasks: dict[str, int | None], folder: Path, **options: Any) -> Metrics:
     """What the harness says in this process, where the hook starts another one."""
     model = (checkpoint.model, "hf", None, HarnessEngine())
-    return run_harness(tasks, folder, model, unsafe_code=False, **{"limit": 8, "apply_chat_template": False} | options)
+    return Harness().evaluate(
+        tasks, folder, model, unsafe_code=False, **{"limit": 8, "apply_chat_template": False} | options
+    )
 
 
 @pytest.fixture(scope="module")

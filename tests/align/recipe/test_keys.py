@@ -58,6 +58,7 @@ REFUSED: dict[str, dict[str, Any]] = {
         "alarms.zero_variance_groups": 0.5,
         "alarms.reward_jump": 2.0,
         "weights.precision": "int8",
+        "learner.share_prompts": True,
     },
     "reward_model": {"data.split": "validation", "data.levels": [1], "learner.share_prompts": True},
     "grpo": {"reference": "somewhere"},
