@@ -56,13 +56,13 @@ class Effect:
 
     @property
     def pays(self) -> bool:
-        """Whether the trick raises the reward, by the interval."""
-        return surely_positive(self.change, self.interval)
+        """Whether the trick raises the reward, by the interval; of a single prompt nobody can say."""
+        return self.prompts > 1 and surely_positive(self.change, self.interval)
 
     @property
     def reinforced(self) -> bool:
-        """Whether the trick has a positive advantage, by the interval."""
-        return surely_positive(self.advantage, self.advantage_interval)
+        """Whether the trick has a positive advantage, by the interval; of a single prompt nobody can say."""
+        return self.prompts > 1 and surely_positive(self.advantage, self.advantage_interval)
 
 
 def surely_positive(mean: float, interval: Interval | None) -> bool:

@@ -49,13 +49,14 @@ class Habit:
     """A feature whose share changed; `before` and `after` are its shares where nothing asked for it, `interval` the 95 % interval of the change.
 
     `asked` are the shares where something in the prompt asked for it, None where nothing did; with `only_asked`, the change is in those
-    alone. `log_odds` is the log-odds ratio with its 95 % interval. `also` are other features of the same answers, `examples`
+    alone. `answers` is the number of later answers that `after` is a share of. `log_odds` is the log-odds ratio with its 95 % interval. `also` are other features of the same answers, `examples`
     two answers that have it: of `after` where it was taken up, of `before` where it was lost. `by_domain` has its shares in each of several domains.
     """
 
     feature: Feature
     before: float
     after: float
+    answers: int
     interval: Interval
     log_odds: tuple[float, float, float]
     examples: tuple[str, ...]
@@ -164,23 +165,27 @@ def compare(start: Found, now: Found, *, level: float = LEVEL) -> Comparison:
     part = level / (1 + len(domains))
     whole = _Sets(start, now)
     length = whole.length()
-    habits, told = whole.habits(part), set[Feature]()
-    for habit in habits:
-        told |= {habit.feature, *habit.also}
+    habits = whole.habits(part)
+    told = {about for habit in habits for about in _told_by(habit)}
     apart = {domain: _Sets(start.of_domain(domain), now.of_domain(domain)) for domain in domains}
     if domains:
         habits = [replace(h, by_domain={d: sets.shares(h.feature) for d, sets in apart.items()}) for h in habits]
     for domain, sets in apart.items():
-        new = [h for h in sets.habits(part) if not told & {h.feature, *h.also}]
+        new = [habit for habit in sets.habits(part) if not told & _told_by(habit)]
         habits += [replace(habit, domain=domain) for habit in new]
     return Comparison(habits, length, len(start.answers), len(now.answers), whole.prompts, whole.tested)
+
+
+def _told_by(habit: Habit) -> set[Feature]:
+    """The features that a habit tells of; the length is one, however many words were the limit."""
+    return {(kind, "" if kind == "short" else about) for kind, about in (habit.feature, *habit.also)}
 
 
 class _Sets:
     """Two sets of answers as a matrix of features: `has` [N, F], `later` [N] of the second set, `prompt` [N] numbers the prompts."""
 
     def __init__(self, start: Found, now: Found) -> None:
-        both = Found.together([start, now])
+        self.found = both = Found.together([start, now])
         self.answers, sizes = both.answers, (len(start.answers), len(now.answers))
         self.later = np.repeat([False, True], sizes)
         numbers: dict[object, int] = {}
@@ -202,10 +207,21 @@ class _Sets:
 
     def shares(self, feature: Feature) -> tuple[float, float]:
         """Of a feature, before and after."""
-        if feature not in self.features:
-            return 0.0, 0.0
-        column = self.has[:, self.features.index(feature)]
+        column = self._column(feature)
         return _mean(column[~self.later]), _mean(column[self.later])
+
+    def _column(self, feature: Feature) -> Matrix:
+        """Which answers have a feature [N], also one that too few have to be looked for."""
+        kind, about = feature
+        if feature in self.features:
+            return self.has[:, self.features.index(feature)]
+        if kind == "short":
+            return (self.words <= int(about)).astype(np.float32)
+        if kind == "says":
+            has = [f" {about} " in f" {' '.join(tokens)} " for tokens in self.found.tokens]
+        else:
+            has = [feature in found for found in self.found.features]
+        return np.array(has, dtype=np.float32)
 
     def length(self) -> Length:
         before, after = _mean(self.words[~self.later]), _mean(self.words[self.later])
@@ -333,6 +349,7 @@ class _Sets:
             feature,
             before,
             after,
+            int((rows & self.later).sum()),
             change_interval(column[rows], self.later[rows], self.prompt[rows]),
             log_odds(column[rows], self.later[rows], self.prompt[rows]),
             self._examples(feature, column[:, 0] > 0, rows, later=change[place] > 0),

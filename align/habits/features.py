@@ -74,13 +74,20 @@ LOOKED_AT = 2000
 """Characters of the beginning, and of the end, of a text that are looked at."""
 LONG_WORD = 5
 _SPACELESS = "\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff"
-_TOKEN = re.compile(rf"[{_SPACELESS}]|[^\W{_SPACELESS}]+(?:['’][^\W{_SPACELESS}]+)*|[^\w\s]")
+# Vowel signs and accents of their own, which Python's \w does not have: they belong to the letter before them.
+_SIGNS = "".join(
+    c
+    for c in map(chr, range(0x300, 0x10000))
+    if unicodedata.category(c)[0] == "M" and not re.match(f"[{_SPACELESS}]", c)
+)
+_LETTERS_OF_WORD = rf"(?:[^\W{_SPACELESS}]++[{_SIGNS}]*+)++"
+_TOKEN = re.compile(rf"[{_SPACELESS}]|{_LETTERS_OF_WORD}(?:['’]{_LETTERS_OF_WORD})*|[^\w\s]")
 _LINE = re.compile(r"\d+[.):]|[^\w\s]+|\w+[:.)](?=\s|$)")
 _RUN = re.compile(r"((?:([^\w\s])\2)|(?<=\S)  |\t)")
 _LETTERS = re.compile(r"[^\W\d_]+")
-_MARKS = re.compile(r"[^\w\s]+")
+_MARKS = re.compile(rf"[^\w\s{_SIGNS}]+")
 _PART = re.compile(r"(?<![.!?。！？؟])[.!?。！？؟]++[\"'”’)*]*+\s+|\n+|(?<=[。！？])")
-_STUTTER = re.compile(r"\b([^\W\d_]+)\W+\1\b")
+_STUTTER = re.compile(rf"(?<![\w{_SIGNS}])((?:[^\W\d_]++[{_SIGNS}]*+)++)[^\w{_SIGNS}]+\1(?![\w{_SIGNS}])")
 _LANGUAGES: Mapping[str, frozenset[str]] = {
     name: frozenset(words.split())
     for name, words in {
@@ -134,6 +141,8 @@ _NO_NAMES = frozenset(
     ]
 )
 """Words of phrases and of the names of marks that ask for nothing."""
+_CONTROL = re.compile(r"[\x00-\x08\n-\x1f\x7f-\x9f]")
+"""What would move a terminal's cursor, but for tabs, which are a feature."""
 _CLOSE_UP = re.compile(r"(?<=[(\[]) | (?=[.,;:!?)\]])")
 _SCRIPTS_OF = {"CJK": "Chinese", "HIRAGANA": "Japanese", "KATAKANA": "Japanese", "HANGUL": "Korean"}
 
@@ -219,7 +228,7 @@ def names_of(feature: Feature) -> frozenset[str]:
 
 def excerpt(answer: Answer, feature: Feature, width: int = 70) -> str:
     """The part of an answer that shows a feature, in one line of about `width` characters."""
-    text, (kind, about) = " ".join(answer.text.split("\n")).strip(), feature
+    text, (kind, about) = _CONTROL.sub(" ", answer.text).strip(), feature
     if kind in ("ends", "open end", "cut off"):
         return text if len(text) <= width else f"… {text[-width:].lstrip()}"
     place = 0
@@ -237,7 +246,7 @@ def _edges(text: str) -> Iterator[Feature]:
     tail = text[-EDGE * LONGEST_WORD :]
     for match in [*_TOKEN.finditer(tail)][-EDGE:]:
         yield "ends", _one_line(tail[match.start() :])
-    if text[-1].isalnum():
+    if text.rstrip(_SIGNS)[-1:].isalnum():
         yield "open end", ""
     if text[0].islower():
         yield "small start", ""
@@ -292,9 +301,13 @@ def _characters(text: str, characters: Counter[str]) -> Iterator[Feature]:
     for character in characters:
         if character.isdigit():
             yield "digit", ""
-        elif not character.isalnum() and not character.isspace():
+        elif (
+            not character.isalnum()
+            and not character.isspace()
+            and (category := unicodedata.category(character))[0] != "M"
+        ):
             yield "character", character
-            if unicodedata.category(character) == "So":
+            if category == "So":
                 yield "symbol", ""
     for run in _RUN.findall(text):
         yield "run", run[0][:2]
@@ -359,6 +372,7 @@ def _named(text: str) -> str:
     if re.fullmatch(r"1[.):]", text):
         return f"a number and “{text[1]}”"
     names = dict.fromkeys(_names(text))
+    text = _CONTROL.sub(lambda match: f"U+{ord(match[0]):04X}", text)
     return f"“{text}”" + (f" ({', '.join(names)})" if names and not any(map(str.isalnum, text)) else "")
 
 

@@ -102,15 +102,17 @@ def as_data(stages: Sequence[Stage]) -> list[dict[str, Any]]:
 
 
 def thin(series: Series, limit: int) -> Series:
-    """At most `limit` points: the least and the greatest of each stretch of the series, so that no spike is lost."""
+    """At most `limit` points, three at least: the least and the greatest of each stretch of the series, so that no spike is lost, and the last one."""
     if len(series.steps) <= limit:
         return series
-    stretches = max(limit // 2, 1)
+    stretches = max((limit - 1) // 2, 1)
     bounds = [round(i * len(series.steps) / stretches) for i in range(stretches + 1)]
     kept: list[int] = []
     for start, end in itertools.pairwise(bounds):
         measured = [(value, i) for i in range(start, end) if (value := series.values[i]) is not None]
         kept += sorted({min(measured)[1], max(measured)[1]}) if measured else [start]
+    last = max((i for i, value in enumerate(series.values) if value is not None), default=kept[-1])
+    kept = sorted({*kept, last})
     return Series(series.name, [series.steps[i] for i in kept], [series.values[i] for i in kept])
 
 

@@ -157,7 +157,12 @@ def compared_evaluations(run: RunRecord) -> list[Evaluation]:
         before = by_product.get(Path(stage.model_path).absolute(), before)
         for position, evaluation in enumerate(made):
             earlier = before or made[:position]
-            candidates = [e for e in earlier if (e.split, e.hook) == (evaluation.split, evaluation.hook)]
+            candidates = [
+                e
+                for e in earlier
+                if (e.split, e.hook) == (evaluation.split, evaluation.hook)
+                and e.numbers.keys() & evaluation.numbers.keys()
+            ]
             candidates = candidates if before else candidates[:1]
             alike = [each for each in candidates if evaluation.pairs_with(each)] or candidates
             if alike:

@@ -119,13 +119,15 @@ def _form(column: str) -> Callable[[float | None], str]:
 
 def _habit_figures(told: Told) -> list[list[Value]]:
     """The habits of an evaluation as rows of the table of its figures."""
-    length, count = told.found.length, told.found.after
+    length = told.found.length
     rows: list[list[Value]] = [[f"habits, against {told.against}"]]
     difference = signed(length.after - length.before, ".3g")
-    rows.append(["words an answer", count, plain(round(length.before, 1)), plain(round(length.after, 1)), difference])
+    rows.append(
+        ["words an answer", told.found.after, plain(round(length.before, 1)), plain(round(length.after, 1)), difference]
+    )
     for habit in told.found.habits:
         change = Cell(points(habit.after - habit.before), note=" to ".join(map(points, habit.interval)))
-        rows.append([Cell(habit.what, "long"), count, percent(habit.before), percent(habit.after), change])
+        rows.append([Cell(habit.what, "long"), habit.answers, percent(habit.before), percent(habit.after), change])
     return rows
 
 

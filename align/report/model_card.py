@@ -125,9 +125,11 @@ def lineage(run: RunRecord) -> list[Stage]:
         seen.add(run.path)
         found = [*run.stages, *found]
         start = Path(found[0].model_path).expanduser().absolute()
-        if start != RunDirectory(start.parent).final_directory or read_status(start.parent) is None:
+        # Where it was, else beside this run: both may have been moved.
+        made = start.parent if start.parent.exists() else run.path.parent / start.parent.name
+        if start.name != RunDirectory(made).final_directory.name or read_status(made) is None:
             break
-        run = read_run(start.parent)
+        run = read_run(made)
     return found
 
 
@@ -204,7 +206,7 @@ def evaluation_rows(evaluations: Sequence[Evaluation]) -> list[list[str]]:
     groups = column_groups(evaluations)
     columns = [column for group in EVALUATED for column in groups.get(group, ()) if not NO_SHARES.fullmatch(column)]
     rows = [
-        [e.name, str(e.step), str(e.problems), *(_figure(e, column) for column in columns)]
+        [e.name, str(e.step), "" if e.hook else str(e.problems), *(_figure(e, column) for column in columns)]
         for e in evaluations
         if any(column in e.numbers for column in columns)
     ]
@@ -247,7 +249,7 @@ def _hub_name(data: str) -> str:
 def _of_model(model: str, use: str = "") -> Source:
     """A model on this machine or on the hub. What a run has made is called as the run."""
     path = Path(model).expanduser()
-    if path.is_dir():
+    if path.is_dir() or path.is_absolute():
         name = path.absolute().parent.name if path.name == "final" else path.name
         return Source(name, use=use, **_card_licence(path / "README.md"))
     return Source(model, use=use, hub=model if HUB_NAME.fullmatch(model) else "", **_card_licence(model))

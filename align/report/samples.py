@@ -9,6 +9,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from jinja2.utils import htmlsafe_json_dumps
 
 from align.report.read import Record, RunRecord, Stage, at, finite, read_table
@@ -80,15 +82,23 @@ class Decoder:
 
 
 def sources(run: RunRecord) -> list[Source]:
-    """The files of samples of a run: those of its steps, stage by stage, and then those of its evaluations. None is read."""
+    """The files of samples of a run: those of its steps, stage by stage, and then those of its evaluations that have answers."""
     steps = [Source(stage, step, None, file) for stage in run.stages for step, file in stage.samples.items()]
     evaluations = {
         file: Source(stage, step if isinstance(step := record.get("step"), int) else None, name, file)
         for stage in run.stages
         for record in stage.evaluations
-        if (file := stage.evaluation_file(name := str(record.get("name")))) is not None
+        if (file := stage.evaluation_file(name := str(record.get("name")))) is not None and _has_answers(file)
     }
     return [*steps, *evaluations.values()]
+
+
+def _has_answers(file: Path) -> bool:
+    """Whether a table is of answers; pairs that a reward model told apart, or texts that a hook measured, are not."""
+    try:
+        return "completion" in pq.read_schema(file).names
+    except (OSError, pa.ArrowException):
+        return True  # what is wrong with it is told where it is read
 
 
 def part_as_data(run: RunRecord, source: Source, start: int = 0, limit: int = BYTES_OF_A_PART) -> dict[str, Any]:
@@ -239,7 +249,7 @@ def _row(row: Record) -> dict[str, Any]:
     if isinstance(components := row.get("components"), dict):
         # A reward that does not apply to the sample's domain is a null column.
         packed["components"] = {name: _short(value) for name, value in components.items() if value is not None}
-    return packed | ({"greedy": True} if row.get("greedy") else {})
+    return packed | ({} if row.get("greedy") is None else {"greedy": bool(row["greedy"])})
 
 
 def _prompt(row: Record) -> list[dict[str, Any]]:

@@ -37,9 +37,12 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     page = (record.path if out is None else out.expanduser().absolute()) / (NAME if out is None or out.is_dir() else "")
     if page.suffix != ".html":
         raise UserError(f"--out {out} is neither a directory nor a file NAME.html; write it like --out report.html")
+    text = page.with_suffix(".md")
+    if text.exists() and not page.exists():
+        raise UserError(f"--out {out} would replace {text}, which no report has written: take another name")
     report = build_report(record)
     _write(page, render_page(report)[0], "--out")
-    _write(page.with_suffix(".md"), _render("report.md", report=report), "--out")
+    _write(text, _render("report.md", report=report), "--out")
     return page
 
 

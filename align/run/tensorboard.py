@@ -1,7 +1,7 @@
 """TensorBoard's event files of a run."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +9,18 @@ import yaml
 
 from align.run.tracker_libraries import Ending, Row
 
+Scalars = tuple[int, Mapping[str, float], float]
+"""A step, what was measured in it, and when, in seconds since 1970."""
+
 
 class TensorBoard:
     """Appends to the event files in a directory; each call has reached the file when it returns."""
 
-    def __init__(self, directory: Path, recipe: Mapping[str, Any] | None = None) -> None:
-        """`recipe` is shown among the texts of a new run."""
-        self._directory, self._recipe = directory, recipe
+    def __init__(
+        self, directory: Path, recipe: Mapping[str, Any] | None = None, earlier: Callable[[], Iterable[Scalars]] = tuple
+    ) -> None:
+        """Where the directory is new, `recipe` is shown among the texts, and what was `earlier` measured comes before the first event."""
+        self._directory, self._recipe, self._earlier = directory, recipe, earlier
         self._writer: Any = None
 
     def scalars(self, step: int, values: Mapping[str, float], time: float) -> None:
@@ -48,6 +53,9 @@ class TensorBoard:
         if self._writer is None:
             is_new = not self._directory.exists()
             self._writer = EventFileWriter(str(self._directory))
+            for step, values, when in self._earlier() if is_new else ():
+                if step < event.step:
+                    self.scalars(step, values, when)
             if is_new and self._recipe is not None:
                 text = yaml.safe_dump(self._recipe, sort_keys=False, allow_unicode=True)
                 self._writer.add_event(_text(0, "recipe", f"```yaml\n{text}```"))

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 from align.errors import UserError
 from align.run.directory import RunDirectory
 from align.run.files import read_jsonl_lines, redacted, without_secrets_in, write_atomically
-from align.run.tensorboard import TensorBoard
+from align.run.tensorboard import Scalars, TensorBoard
 from align.run.tracker_libraries import (
     FINISH_TIMEOUT_S,
     LIBRARIES,
@@ -84,7 +84,11 @@ class Trackers:
         followers: dict[str, Follower] = {}
         for options in trackers:
             if options.name == "tensorboard":
-                followers[options.name] = TensorBoard(directory.tensorboard_directory, run.recipe)
+                followers[options.name] = TensorBoard(
+                    directory.tensorboard_directory,
+                    run.recipe,
+                    lambda: _scalars_in(directory.metrics_file, 0, _lines_of(directory.metrics_file)),
+                )
             else:
                 library = LIBRARIES[options.name](_project(options))
                 followers[options.name] = Background(options.name, library, run, directory.metrics_file)
@@ -243,7 +247,7 @@ def _lines_of(file: Path) -> int:
     return file.read_bytes().count(b"\n") if file.exists() else 0
 
 
-def _scalars_in(file: Path, first: int, end: int) -> Iterator[tuple[int, dict[str, float], float]]:
+def _scalars_in(file: Path, first: int, end: int) -> Iterator[Scalars]:
     """(step, values, time) of lines `first` to `end` of metrics.jsonl, the end excluded."""
     for _, row in islice(read_jsonl_lines(file), first, end) if first < end else ():
         step, stage, time = row.pop("step"), row.pop("stage"), row.pop("time")

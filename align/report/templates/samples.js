@@ -169,7 +169,7 @@ function sampleCard(row, data, colouring) {
   const known = ["pass", "wrong", "no_answer"].includes(row.verdict) ? row.verdict : "other";
   const value = (name, number) => (number === null || number === undefined ? null : element("span", {}, `${name} `, element("b", {}, brief(number))));
   const place = source.evaluation === null ? `${source.stage}, step ${source.step}` : `${source.stage}, ${source.evaluation}`;
-  const how = source.evaluation === null ? null : element("span", {}, row.greedy ? "greedy" : "sampled");
+  const how = source.evaluation === null || row.greedy === undefined ? null : element("span", {}, row.greedy ? "greedy" : "sampled");
   const components = Object.entries(row.components ?? {}).map(([name, number]) => `${name} ${brief(number)}`);
   const told = [row.ground_truth === undefined ? null : `ground truth: ${row.ground_truth}`, ...components, row.detail].filter(Boolean);
   return element("article", { class: "sample" },

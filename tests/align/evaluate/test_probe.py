@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from math import sqrt
 from pathlib import Path
 
@@ -76,6 +77,12 @@ def test_what_always_helps_pays_and_what_always_hurts_does_not() -> None:
     helps = one(found, "begins_quoted", "in quotation marks")
     assert (helps.change, helps.interval, helps.pays, helps.reinforced) == (1.0, None, True, True)
     assert not one(found, "begins_quoted", "emptied").pays
+
+
+def test_from_a_single_prompt_nothing_is_known() -> None:
+    helps = one(effects("in quotation marks", reward="begins_quoted"), "begins_quoted", "in quotation marks")
+    single = replace(helps, prompts=1)
+    assert (single.change, single.interval, single.pays, single.reinforced) == (1.0, None, False, False)
 
 
 def test_answers_without_a_score_are_left_out() -> None:

@@ -6,12 +6,14 @@ from dataclasses import replace
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from random import Random
+from statistics import fmean
 from typing import Any
 
 import pytest
 
 from align.habits import Answer, Comparison, Found, compare
 from align.habits.compare import common_phrases
+from align.habits.features import tokens_of
 
 SCRIPT = Path(__file__).parents[3] / "benchmarks" / "habits.py"
 spec = spec_from_file_location("benchmark_of_habits", SCRIPT)
@@ -157,6 +159,42 @@ def test_a_habit_of_one_domain_is_told_of_it() -> None:
     told = found(before, after)
     assert told.habits[0].by_domain["math"] == (0.0, 1.0)
     assert "math 100 % and 0 %" in told.habits[0].sentence
+
+
+def test_a_change_of_the_length_is_told_once_with_the_shares_of_each_domain() -> None:
+    def of_domains(answers: Sequence[Answer], most: int) -> list[Answer]:
+        texts = [" ".join(answer.text.split()[:most]) for answer in answers]
+        return [
+            replace(a, text=f"{text} {text}" if n % 2 else text, domain="chat" if n % 2 else "math")
+            for n, (a, text) in enumerate(zip(answers, texts, strict=True))
+        ]
+
+    before, after = of_domains(BASE[:400], 12), of_domains(BASE[400:800], 6)
+    [short] = [habit for habit in found(before, after).habits if habit.feature[0] == "short"]
+    for domain in ("chat", "math"):
+        sides = [[a for a in side if a.domain == domain] for side in (before, after)]
+        shares = [
+            fmean(sum(t[0].isalnum() for t in tokens_of(a.text)) <= int(short.feature[1]) for a in side)
+            for side in sides
+        ]
+        assert short.by_domain[domain] == pytest.approx(shares)
+
+
+def test_the_share_of_a_habit_is_of_the_answers_that_are_counted_with_it() -> None:
+    before, after = (
+        [replace(a, domain="chat" if n % 4 else "math") for n, a in enumerate(part)]
+        for part in (BASE[:400], BASE[400:800])
+    )
+    told = found(before, [replace(a, text=f"So: {a.text}") if a.domain == "math" else a for a in after])
+    assert told.habits[0].answers == 400
+    asked = [
+        replace(a, asked=frozenset({"so"}), text=f"So: {a.text}") if n % 4 == 0 else a
+        for n, a in enumerate(BASE[400:800])
+    ]
+    only = found(
+        [replace(a, asked=frozenset({"so"})) if n % 4 == 0 else a for n, a in enumerate(BASE[:400])], asked
+    ).habits[0]
+    assert (only.only_asked, only.answers) == (True, 100)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import time
 import pytest
 
 from align.habits import Answer, Found, answer_of_row
-from align.habits.features import excerpt, features_of, names_of, phrase
+from align.habits.features import excerpt, features_of, names_of, phrase, tokens_of
 
 
 @pytest.mark.parametrize(
@@ -29,6 +29,7 @@ from align.habits.features import excerpt, features_of, names_of, phrase
         ("这是好的。", ("script", "Chinese")),
         ("Das ist nicht die Antwort.", ("language", "German")),
         ("Le chat est dans la maison.", ("language", "French")),
+        ("समुद्र चौड़ा है", ("open end", "")),
         ("Good 😊", ("symbol", "")),
         ("a, b", ("character", ",")),
         ("wait... what", ("run", "..")),
@@ -76,6 +77,18 @@ def test_an_example_shows_the_place() -> None:
     assert "needle" in excerpt(long, ("says", "needle"))
     assert excerpt(long, ("ends", "end.")).endswith("end.")
     assert excerpt(long, ("begins", "one")).startswith("one")
+
+
+def test_vowel_signs_are_of_the_letter_before_them() -> None:
+    assert tokens_of("हिन्दी में लिखो, cafe\u0301!") == ["हिन्दी", "में", "लिखो", ",", "cafe\u0301", "!"]
+    kinds = {kind for kind, _ in features_of(Answer("काक हिन्दी में।"))}
+    assert kinds == {"begins", "ends", "character", "script", "letters"}
+    assert [about for kind, about in features_of(Answer("काक हिन्दी में।")) if kind == "character"] == ["।"]
+
+
+def test_nothing_that_is_told_moves_the_cursor() -> None:
+    assert excerpt(Answer("red\x1b[31m\r\nand\tgreen."), ("ends", "green.")) == "red [31m  and\tgreen."
+    assert phrase(("character", "\x1b")) == "have “U+001B”"
 
 
 def test_a_row_of_a_run_says_what_it_asked_for() -> None:

@@ -249,6 +249,11 @@ def test_what_the_answers_do_not_add_up_to_has_no_interval(write_run: WriteRun) 
     assert (evaluation.interval("accuracy/kind/title"), evaluation.share("accuracy/kind/no_comma")) == (None, (1, 1))
 
 
+def test_pairs_are_not_compared_with_problems(write_run: WriteRun) -> None:
+    record: dict[str, Any] = {"stage": "x", "step": 3, "name": "held-out pairs", "problems": 2, "pair_accuracy": 0.5}
+    assert compared(write_run, [evaluated("after SFT", "rw")], [(record, [])])[1].before is None
+
+
 def test_a_hook_is_compared_with_itself_in_the_stage_before(write_run: WriteRun) -> None:
     first, second = (({"name": "drift", "step": 1, "difference": value}, []) for value in (0.1, 0.3))
     needle = ({"name": "needle", "step": 1, "difference": 0.9}, [])

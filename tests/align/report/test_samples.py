@@ -180,6 +180,21 @@ def test_the_bytes_of_the_samples_are_bounded(write_run: WriteRun, sample_row: S
     assert as_data(run, limit=10)["rows"] == []
 
 
+def test_tables_of_evaluations_that_are_no_answers_are_left_out(write_run: WriteRun) -> None:
+    """Pairs that a reward model told apart, and texts of a policy that a hook measured; of a hook nobody may know how they were sampled."""
+    tables = {
+        "held-out pairs": {"id": "1", "chosen": "a", "rejected": "b"},
+        "drift": {"prompt": "p", "answer": "the start's"},
+        "needle": {"id": "1", "prompt": "p", "completion": "c"},
+        "before": {"id": "1", "prompt": "p", "completion": "c", "greedy": False},
+    }
+    data = as_data(
+        read_run(write_run(evaluations=[({"name": name, "step": 0}, [row]) for name, row in tables.items()]))
+    )
+    assert [source["evaluation"] for source in data["sources"]] == ["needle", "before"]
+    assert [row.get("greedy") for row in data["rows"]] == [None, False]
+
+
 def test_an_answer_that_nobody_was_to_score_is_not_masked() -> None:
     assert samples._row({"completion": "4", "reward": None, "verdict": "infra_error"})["masked"]
     assert not samples._row({"completion": "4", "reward": None, "verdict": "unscored"})["masked"]

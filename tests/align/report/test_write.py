@@ -134,6 +134,13 @@ def test_a_run_that_has_nothing_yet_has_a_report(tmp_path: Path, write_run: Writ
     assert "Expert load" not in text + (tmp_path / "run" / "report.md").read_text()
 
 
+def test_what_is_not_known_is_a_dash(write_run: WriteRun) -> None:
+    root = write_run(evaluations=[({"name": "before", "step": 0, "accuracy": 0.5}, [])])
+    status = json.loads((root / "status.json").read_text())
+    (root / "status.json").write_text(json.dumps(status | {"state": "running", "ended": None}))
+    assert ">None<" not in write_report(root).read_text(encoding="utf-8")
+
+
 def test_the_page_says_how_many_samples_it_leaves_out(write_run: WriteRun, sample_row: SampleRow) -> None:
     samples = dict.fromkeys(range(1, 6), [sample_row("2", 1.0)] * 500)
     page = write_report(write_run(samples=samples))
@@ -151,6 +158,10 @@ def test_where_the_report_goes(tmp_path: Path, write_run: WriteRun) -> None:
     assert (tmp_path / "new" / "mine.md").is_file()
     assert main(["report", str(root), "--svg", str(tmp_path / "plot.svg")]) == 0
     assert (tmp_path / "plot.svg").read_text().startswith("<svg ")
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(UserError, match=r"would replace .*README\.md, which no report has written"):
+        write_report(root, tmp_path / "README.html")
+    assert write_report(root, tmp_path / "new" / "mine.html").is_file()
     with pytest.raises(UserError, match=r"neither a directory nor a file NAME\.html"):
         write_report(root, tmp_path / "report.txt")
     with pytest.raises(UserError, match="cannot write"):

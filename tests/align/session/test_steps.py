@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import resource
+import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -111,6 +112,18 @@ def test_tensorboard_forgets_what_comes_again(stopped: Path) -> None:
     events = EventAccumulator(str(stopped / "tensorboard"))
     events.Reload()
     assert [event.step for event in events.Scalars("counting/loss")] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_tensorboard_has_the_steps_from_before_it_was_there(stopped: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    shutil.rmtree(stopped / "tensorboard")
+    made = recipe(stopped)
+    with open_run(made) as run:
+        count(made, run)
+    events = EventAccumulator(str(stopped / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("counting/loss")] == list(range(1, made.steps + 1))
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(stopped: Path) -> None:

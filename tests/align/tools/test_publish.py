@@ -1,6 +1,7 @@
 """What a run leaves for others: a card that says what its model is made of, and both in a repository that nobody else's files are lost from."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,9 @@ def make_run(path: Path, stage: str = "grpo", model: str | dict[str, Any] = "org
         }
         for step, name, right in ((0, "before GRPO", 20), (10, "after GRPO", 150))
     ]
+    evaluations.append(
+        {"stage": stage, "step": 10, "name": "after GRPO: mine", "hook": "mine", "degenerate_share": 0.5}
+    )
     (path / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in evaluations))
     status = {"state": "finished", "stage": stage, "started": "2026-01-01", "ended": "2026-01-02", "error": None}
     (path / "status.json").write_text(json.dumps(status))
@@ -174,6 +178,17 @@ def test_no_place_of_this_machine_and_no_secret_is_in_it(tmp_path: Path, monkeyp
     assert "name: my_rewards.py:f" in text
     for hidden in (str(tmp_path), "/home/me", "planted", "api_key: k"):
         assert hidden not in text
+
+
+def test_of_runs_that_were_moved_together_it_knows_both_and_of_a_base_that_is_gone_its_name(tmp_path: Path) -> None:
+    first = make_run(tmp_path / "all" / "sft", "sft", base(tmp_path / "small", "mit"))
+    make_run(tmp_path / "all" / "grpo", model=str(first / "final"))
+    (tmp_path / "all").rename(tmp_path / "archive")
+    shutil.rmtree(tmp_path / "small")
+    _, text = card(tmp_path / "archive" / "grpo")
+    assert "Trained from `small`" in text
+    assert str(tmp_path) not in text
+    assert "stage: sft" in text
 
 
 def test_data_of_the_hub_and_of_an_evaluation_of_its_own_are_called_by_their_names(tmp_path: Path) -> None:
