@@ -23,7 +23,9 @@ help: ## this list
 setup: $(STAMP) ## install everything, pinned, into .venv (costs nothing the second time)
 
 # Compiled once, here: where PYTHONDONTWRITEBYTECODE is set, every process would compile what it imports, for ten seconds.
+# Of another ACCELERATOR nothing may stay: two packages hold vLLM, and a torch that is there counts as the one that is asked for.
 $(STAMP): $(LOCK) pyproject.toml
+	$(if $(filter-out $(STAMP),$(wildcard $(VENV)/.installed-*)),rm -rf $(VENV))
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
 	$(INSTALL) --compile-bytecode -r $(LOCK) \

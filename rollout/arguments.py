@@ -129,7 +129,8 @@ def gpu_arguments(options: EngineOptions) -> dict[str, Any]:
         # Without torch.compile: the kernels are those of the eager engine, and the start takes seconds more, not minutes.
         arguments["compilation_config"] = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
     if options.record_experts:
-        arguments |= {"enable_return_routed_experts": True, "enable_prefix_caching": True}
+        # Scheduled ahead, a batch leaves experts of a step that nobody reads any more, and the next one finds them (vLLM 0.32).
+        arguments |= {"enable_return_routed_experts": True, "enable_prefix_caching": True, "async_scheduling": False}
     if options.batch_invariant:
         # A prompt that is computed in parts, or whose beginning is cached, is computed by other kernels.
         arguments |= {"enable_prefix_caching": False, "enable_chunked_prefill": False}

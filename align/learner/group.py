@@ -27,6 +27,7 @@ from align.learner.objective import Objective, Sums
 from align.learner.policy import PolicyRank
 from align.learner.rank import LearnerRank, Trained
 from align.learner.routing import Changes
+from align.learner.state import WRITTEN_A_SECOND
 from align.recipe import LearnerOptions, ModelOptions, Replay
 from align.run.checkpoints import Entry
 from align.run.files import whole_directory
@@ -216,7 +217,8 @@ class RankGroup:
     def save_state(self, directory: Path) -> dict[str, Entry]:
         """Write all that the ranks need to go on exactly; returns the files' entries. Raises LearnerError, OSError."""
         calls = [rank.save_state.remote(directory.absolute()) for rank in self._at_work()]
-        parts = self._gather(calls, "saving their state")
+        # In bfloat16 the float32 masters and moments are six times what is sent, and more is not written.
+        parts = self._gather(calls, "saving their state", least_s=7 * self.trained.sent_bytes / WRITTEN_A_SECOND)
         return {name: entry for part in parts for name, entry in part.items()}
 
     def load_state(self, directory: Path) -> None:
@@ -243,11 +245,15 @@ class RankGroup:
             self._colocation.claim(self)
         return self._ranks
 
-    def _gather(self, references: Sequence[Any], doing: str, start_limit_s: float | None = None) -> list[Any]:
-        """What the ranks return; within `start_limit_s` seconds where that is given, else within those of a step."""
+    def _gather(
+        self, references: Sequence[Any], doing: str, start_limit_s: float | None = None, least_s: float = 0.0
+    ) -> list[Any]:
+        """What the ranks return; within `start_limit_s` seconds where that is given, else within those of a step, or `least_s` where that is more."""
         import ray
 
-        limit_s, key = (start_limit_s, "start") if start_limit_s else (self._options.step_timeout_s, "step")
+        limit_s, key = (
+            (start_limit_s, "start") if start_limit_s else (max(self._options.step_timeout_s, least_s), "step")
+        )
         try:
             results: list[Any] = ray.get(list(references), timeout=limit_s)
         except ray.exceptions.GetTimeoutError:
@@ -368,8 +374,7 @@ class LearnerGroup(RankGroup):
             norm = applied if math.isfinite(norm) else norm
             total.add(sums)
         self.has_moved = False
-        made = max(1, len(batches))
-        return replace(total, loss=total.loss / made, kl=total.kl / made), norm
+        return replace(total, loss=total.loss / max(1, len(batches))), norm
 
     def expert_load(self) -> dict[str, float]:
         """How evenly the tokens of all `accumulate` since the last time went to the experts, and the balance losses; see `load_metrics`, `balance_metrics`."""
@@ -420,7 +425,7 @@ class LearnerGroup(RankGroup):
         lengths = [len(s.token_ids) for s in sequences]
         costs = rows_after_prompts(sequences) if self._options.share_prompts else whole_rows(lengths)
         plan = plan_micro_batches(*costs, self._options.micro_batch_tokens, self._options.ranks)
-        return share_out(sequences, plan, replace(sequences[0], weight=0.0)), plan
+        return share_out(sequences, plan, replace(sequences[0], weight=0.0, experts=None)), plan
 
 
 def check_port(port: int) -> None:

@@ -192,7 +192,7 @@ def loss_and_sums(
         loss = loss + options.distill.weight * (teacher_kl * weights).sum()
         sums.teacher_kl = float(teacher_kl.detach()[counted].sum())
     sums.loss = float(loss.detach())
-    sums.kl = float((terms.kl * batch.weights).sum())
+    sums.kl = float(terms.kl.detach()[counted].sum())
     sums.clipped = int((terms.clipped & counted).sum())
     sums.log_probs = [sampled_values(at_sampling, batch)]
     if batch.sampler_log_probs is not None and sums.tokens:

@@ -127,7 +127,7 @@ class RoutingReplay:
             self._unchecked.discard(layer)
         known = (given >= 0).all(dim=-1)
         changed = known & (ordered != own.sort(dim=-1).values).any(dim=-1)
-        undecided = changed & is_tie(logits.detach(), own, given)
+        undecided = changed & rounding_decided(router, logits.detach(), own, given)
         fell_back = (given == UNKNOWN).any(dim=-1)
         counts = known, changed & ~undecided, undecided, fell_back, known & impossible
         counted = torch.stack([count.sum() for count in counts])
@@ -165,6 +165,24 @@ def weights_of(router: Any, logits: torch.Tensor, chosen: torch.Tensor) -> torch
         picked = picked / picked.sum(dim=-1, keepdim=True)
     scale: float = getattr(base, "route_scale", getattr(base, "routed_scaling_factor", 1.0))
     return picked * scale
+
+
+def rounding_decided(router: Any, logits: torch.Tensor, own: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+    """Where [T] bool the router of `logits` [T, E] could as well have chosen the experts `given` [T, k] as its `own` [T, k]: see `is_tie`.
+
+    A router with a correction bias chooses by sigmoid and bias, in the groups whose two best experts have the greatest sum (DeepSeek-V3, arXiv 2412.19437).
+    """
+    base = router.get_base_layer() if hasattr(router, "get_base_layer") else router
+    bias = getattr(base, "e_score_correction_bias", None)
+    if bias is None:
+        return is_tie(logits, own, given)
+    scores, groups = logits.float().sigmoid() + bias, getattr(base, "num_group", None) or 1
+    if groups == 1:
+        return is_tie(scores, own, given)
+    of_groups = scores.unflatten(-1, (groups, -1))
+    size = of_groups.shape[-1]
+    sums = of_groups.topk(2, dim=-1).values.sum(dim=-1)
+    return is_tie(scores, own, given) | is_tie(sums, own // size, given // size)
 
 
 def is_tie(logits: torch.Tensor, own: torch.Tensor, given: torch.Tensor) -> torch.Tensor:

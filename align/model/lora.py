@@ -117,6 +117,22 @@ def why_left_out(name: str) -> str:
     return "a router" if name.endswith(ROUTERS) else "add the target experts for it"
 
 
+def adapted_names(model: Any, options: LoraOptions) -> tuple[list[str], list[str]]:
+    """The modules, and the parameters beside, that get an adapter, as PEFT calls them.
+
+    Raises UserError for targets that the model has not, and for a dropout of adapters for which PEFT has none.
+    """
+    parts = chosen_parts(model, options.targets)
+    fused = has_fused_experts(model)
+    modules = [p.module for p in parts if p.is_linear and not (fused and p.module.split(".")[-1] in MOVED_BY_PEFT)]
+    parameters = [p.parameter for p in parts if p.module not in modules]
+    if options.dropout and parameters:
+        raise UserError(
+            f"learner.lora.dropout must be 0 for adapters of {without_layers(parameters[0])}: PEFT has none for them"
+        )
+    return modules, parameters
+
+
 def add_adapter(model: Any, options: LoraOptions, task: Task, base: str, *, apart: bool = True) -> Any:
     """`model`, frozen, in a PeftModel whose new adapter changes nothing yet; `base` is where `model` came from.
 
@@ -126,13 +142,7 @@ def add_adapter(model: Any, options: LoraOptions, task: Task, base: str, *, apar
     from peft import LoraConfig, get_peft_model
 
     parts = chosen_parts(model, options.targets)
-    fused = has_fused_experts(model)
-    modules = [p.module for p in parts if p.is_linear and not (fused and p.module.split(".")[-1] in MOVED_BY_PEFT)]
-    parameters = [p.parameter for p in parts if p.module not in modules]
-    if options.dropout and parameters:
-        raise UserError(
-            f"learner.lora.dropout must be 0 for adapters of {without_layers(parameters[0])}: PEFT has none for them"
-        )
+    modules, parameters = adapted_names(model, options)
     config = LoraConfig(
         task_type=task,
         r=options.rank,

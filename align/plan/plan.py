@@ -13,7 +13,7 @@ from align.model.sizes import ELEMENT_BYTES, KNOWN_NAMES, ModelSizes, sizes_of
 from align.plan import refusals
 from align.plan.memory import Work, at_rest, gib, parts_of_layers
 from align.plan.placement import Cluster, place
-from align.plan.roles import LEARNER, SCORING, WORKER, Role, demands, host_memory, roles_of, work_of
+from align.plan.roles import LEARNER, PINNED, SCORING, WORKER, Role, demands, host_memory, roles_of, work_of
 from align.plan.times import step_seconds
 from align.recipe import BFLOAT16_SUMS, MERGED_ADAPTERS, PlannedStage, PolicyRecipe, Recipe
 from align.recipe.load import apply_override
@@ -126,7 +126,9 @@ def notes(work: Work) -> list[str]:
     found.append(f"learner rank 0 has the whole model in its node's memory at the start and at the end: {whole}")
     if work.roles.colocated:
         rank = gib(at_rest(work.training))
-        found.append(f"in turns: at rest, a rank has {rank} in its node's memory, a rollout worker {whole}")
+        found.append(
+            f"in turns: at rest, a rank has {rank} in its node's memory, a rollout worker {gib(PINNED * work.weight_bytes)}"
+        )
     if work.roles.weights:
         sent, through = gib(work.sent * work.element), THROUGH[work.roles.weights.transport]
         found.append(f"{sent} of new weights go to the workers after an update, through {through}")

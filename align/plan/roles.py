@@ -13,6 +13,9 @@ from align.plan.placement import Cluster, Demand, Node
 from align.recipe import Roles
 
 WORKER, SCORING, LEARNER = "rollout worker", "scoring worker", "learner rank"
+PINNED = 1.5
+"""What a sleeping worker's weights take of its node's memory, for each byte of them: PyTorch pins a power of two of bytes for each tensor, of
+DeepSeek-V2-Lite half as much again as there is, of Qwen3-30B-A3B a third."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +124,7 @@ def rollout_role(work: Work, cluster: Cluster) -> Role | None:
     parts = memory.worker_memory(work.sizes, options, work.element, cluster.gpu_memory, adapter) | process
     gpus = options.tensor_parallel * options.gpus if cluster.gpus else 0
     shared = cluster.gpu_memory - GPU_PROCESS if work.roles.colocated else cluster.gpu_memory * options.gpu_memory_share
-    resting = work.weight_bytes if work.roles.colocated else 0
+    resting = PINNED * work.weight_bytes if work.roles.colocated else 0
     return Role(WORKER, options.workers, gpus, parts, shared, memory.WORKER_PROCESS + resting)
 
 

@@ -13,8 +13,8 @@ BFLOAT16_SUMS = (
     "under 1, 2 and 3 in float32"
 )
 MERGED_ADAPTERS = (
-    "in bfloat16 under learner.zero_stage 3, learner and workers have adapters merged into the weights, which rounds small ones away "
-    "(adapter/lost); under 0, 1 and 2 they have them beside the weights"
+    "in bfloat16 under learner.zero_stage 3, workers have adapters merged into the weights, which rounds small ones away (adapter/lost), and the "
+    "learner adds what they compute to outputs that are rounded already; under 0, 1 and 2 both have them beside the weights, in one product"
 )
 
 
@@ -46,7 +46,12 @@ class LoraOptions(Options):
 
     rank: int = Field(16, ge=1, description="rank of A and B")
     alpha: int = Field(32, ge=1, description="the adapter's product is scaled by alpha / rank")
-    dropout: float = Field(0.0, ge=0, lt=1, description="on what goes into attention's adapters; 0 for all others")
+    dropout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="on what goes into the adapters of linear layers; 0 where there are others, such as of experts",
+    )
     targets: list[str] = Field(
         ["attention"],
         min_length=1,

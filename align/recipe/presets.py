@@ -17,6 +17,7 @@ class Preset:
     usual: Mapping[str, Any]
 
 
+UNCLIPPED = "with a single update a step (grpo.updates_per_step) all ratios are 1, and nothing is clipped"
 CLIPPED = MappingProxyType({"level": "token", "clip_low": 0.2, "clip_high": 0.2})
 BY_STD = MappingProxyType({"advantage_scale": "std"})
 PRESETS: Mapping[str, Preset] = {
@@ -87,6 +88,13 @@ def contradiction(options: Mapping[str, Any]) -> str | None:
     return None
 
 
+def unclipped(options: Any) -> str:
+    """Which keys of a recipe's `grpo` that clip have no effect, and why; "" where there are none."""
+    fields, clipping = type(options).model_fields, ("clip_low", "clip_high", "cispo_max")
+    given = [f"grpo.{key}" for key in clipping if getattr(options, key) != fields[key].default]
+    return f"{', '.join(given)}: {UNCLIPPED}" if given and options.updates_per_step == 1 else ""
+
+
 def expansion(options: Any) -> str:
     """What the preset of a recipe's `grpo` stands for there."""
     preset = PRESETS[options.preset]
@@ -96,6 +104,4 @@ def expansion(options: Any) -> str:
         if given is not None:
             parts.append(f"{key}: {given}" + (f" (given, for {value})" if given != value else ""))
     told = f"grpo.preset: {options.preset} is {', '.join(parts)}".replace("True", "true")
-    if options.updates_per_step == 1:
-        told += ". With a single update a step (grpo.updates_per_step) all ratios are 1, and nothing is clipped"
-    return told
+    return f"{told}; {UNCLIPPED}" if options.updates_per_step == 1 else told

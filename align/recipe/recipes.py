@@ -194,6 +194,13 @@ class PolicyRecipe(SamplingRecipe, TrainingRecipe):
             )
         return self
 
+    @model_validator(mode="after")
+    def _routes_to_compare(self) -> Self:
+        if not self.roles().routes:
+            why = "no experts are recorded: set rollout.record_experts, or grpo.routing_replay"
+            refuse_without_effect(self, "agreement.stop_routing", why)
+        return self
+
     @model_validator(mode="before")
     @classmethod
     def _share_a_gpu(cls, data: Any) -> Any:

@@ -29,7 +29,7 @@ PANELS = (
     ("agreement of sampler and learner", "nats", True, r"agreement/(mean|max)"),
     ("agreement: k3", "nats", True, r"agreement/k3"),
     ("agreement: share of tokens equal to the last bit", "", False, r"agreement/equal"),
-    ("KL to the reference", "nats", False, r"kl|kl/.*"),
+    ("KL to the reference", "nats a token", False, r"kl|kl/.*"),
     ("KL to the teacher", "nats a token", False, r"distill/kl"),
     ("entropy", "nats", False, r"entropy"),
     ("expert load", "", False, r"experts/[^/]*"),

@@ -23,7 +23,7 @@ from align.evaluate.doctor import examine, positions_of, verdict
 from align.learner.balance import factors_of
 from align.learner.experts import check_spreadable
 from align.learner.group import check_port
-from align.model.lora import chosen_parts, left_out, parts_of
+from align.model.lora import adapted_names, left_out, parts_of
 from align.model.names import frozen_names
 from align.model.policy import find_config, load_tokenizer
 from align.model.reward_model import is_reward_model
@@ -43,7 +43,7 @@ from align.recipe import (
     check_model_directory,
 )
 from align.recipe.options import HUB_NAME
-from align.recipe.presets import expansion
+from align.recipe.presets import expansion, unclipped
 from align.recipe.roles import take
 from align.run import check_machine
 from align.run.machine import memory_bytes, object_store_bytes, shared_memory_bytes
@@ -92,7 +92,9 @@ def check_recipe(recipe: Recipe) -> list[str]:
         check_places(recipe, torch.cuda.device_count())
     if roles.learner is not None and roles.learner.port is not None:
         check_port(roles.learner.port)
-    notes = [expansion(recipe.grpo)] if isinstance(recipe, GrpoRecipe) and recipe.grpo.preset else []
+    notes: list[str] = []
+    if isinstance(recipe, GrpoRecipe):
+        notes += filter(None, [expansion(recipe.grpo) if recipe.grpo.preset else unclipped(recipe.grpo)])
     if isinstance(recipe, GrpoRecipe) and recipe.weights.precision != "model":
         notes.append(rounding_note(recipe.weights.precision, recipe.model.dtype, recipe.agreement))
     notes += check_model(recipe)
@@ -296,8 +298,8 @@ def check_model(recipe: Recipe) -> list[str]:
             check_spreadable(skeleton.config, learner.expert_parallel)
         factors_of(learner.balance, skeleton.config)
         frozen_names((name for name, _ in skeleton.named_parameters()), learner.freeze)
-        if learner.lora is not None and roles.trained == "policy":
-            chosen_parts(skeleton, learner.lora.targets)
+        if learner.lora is not None:
+            adapted_names(skeleton, learner.lora)
             notes += filter(None, [left_out(parts_of(skeleton), learner.lora.targets)])
     sizes = model_sizes(skeleton)
     if not sizes.is_mixture:

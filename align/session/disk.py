@@ -3,14 +3,13 @@
 import shutil
 
 from align.errors import UserError
+from align.learner.state import WRITTEN_A_SECOND
 from align.model.sizes import ELEMENT_BYTES, model_sizes, shapes_of
 from align.recipe import ModelOptions, TrainingRecipe
 from align.recipe.learner import LearnerOptions
 
 GB = 10**9
 LEAST_GRACE_S = 8.0
-WRITTEN_A_SECOND = 0.5 * GB
-"""Bytes that all learner ranks together are taken to write to the file system of the run directory, at least."""
 OPTIMIZER_BYTES = 12
 """Of a trained parameter: Adam's two moments and the copy in float32."""
 

@@ -19,7 +19,7 @@ from align.data.drawing import Source, items_of_step, left_out
 from align.data.entries import Notes, Reader, Room, entries_of
 from align.data.loader import load_preferences, refuse_one_file
 from align.data.types import Preference
-from align.errors import naming
+from align.errors import UserError, naming
 from align.evaluate.pairs import PairEvaluation, ScoredPair, evaluate_pairs, rows
 from align.learner.objective import learning_rate
 from align.learner.reward_model import RewardModelGroup, TrainingPair
@@ -69,7 +69,16 @@ def load_reward_model_data(recipe: RewardModelRecipe, tokenizer: Any, notes: Not
     test, held_out = reader.held_out_split(entries, "test", options.test_limit)
     validation, held_out = reader.held_out_split(entries, "validation", options.validation_limit, held_out)
     sources = reader.sources(entries, options.pairs_per_step, "reward_model.pairs_per_step", held_out)
+    if options.margin_scale and not any(has_margins(source) for source in sources):
+        raise UserError(
+            "reward_model.margin_scale has no effect: none of the training pairs has a margin; leave it out, or take data with a column margin"
+        )
     return RewardModelData(sources, validation, test, tokenizer_hash(tokenizer))
+
+
+def has_margins(source: Source[EncodedPair]) -> bool:
+    """Whether a pair of a source has a margin, as far as its pairs are known before a step draws them."""
+    return source.encode is not None or any(item.preference.margin is not None for item in source.items)
 
 
 def train_reward_model(

@@ -67,7 +67,7 @@ def step_metrics(
         "truncated": mean_of([answer.truncated for answer in answers]),
         "weight_version": float(answers[0].trajectory.weight_versions[-1].version),
         "loss": sums.loss,
-        "kl": sums.kl,
+        "kl": sums.kl / tokens,
         "entropy": sums.entropy / tokens,
         "clip_fraction": sums.clipped / tokens,
         "gradient_norm": norm,

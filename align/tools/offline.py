@@ -22,11 +22,11 @@ from align.experience import encode_problems
 from align.learner.group import LearnerGroup
 from align.learner.policy import FrugalRank
 from align.model.policy import DTYPES, load_tokenizer, stop_token_ids
-from align.model.sizes import model_sizes, read_config, skeleton_of
+from align.model.sizes import model_sizes, read_config, sent_bytes, skeleton_of
 from align.recipe import AgreementOptions, LearnerOptions, ModelOptions, OptimizerOptions
 from align.recipe.options import is_on_hub
 from align.run import RunDirectory, write_jsonl
-from align.run.machine import gpu_records
+from align.run.machine import gpu_records, memory_bytes, object_store_bytes, shared_memory_bytes
 from align.session.checks import check_columns, check_split
 from align.session.ray import local_ray
 from align.session.run import SHARE_TO_TELL
@@ -40,9 +40,9 @@ PROBES = ["What is 17 + 25?", "Write a sentence about the sea.", "1, 2, 3,", "na
 
 
 @contextmanager
-def running_fleet(model: ModelOptions, rollout: FleetOptions, tokenizer: Any) -> Iterator[Fleet]:
-    """Rollout workers with a model, under a Ray of their own; both end with the block."""
-    with local_ray():
+def running_fleet(model: ModelOptions, rollout: FleetOptions, tokenizer: Any, sent: int = 0) -> Iterator[Fleet]:
+    """Rollout workers with a model, under a Ray of their own, through which so many bytes of weights are `sent`; both end with the block."""
+    with local_ray(sent):
         check_sampler()
         stops = stop_token_ids(model, tokenizer)
         fleet = Fleet(model.path, model.dtype, rollout, stops, trust_remote_code=model.trust_remote_code)
@@ -156,7 +156,7 @@ def doctor(model: ModelOptions, rollout: FleetOptions, *, by_part: bool = False)
     if torch.cuda.is_available():
         rollout, options = on_gpus(model, rollout, options)
     with (
-        running_fleet(model, rollout, tokenizer) as fleet,
+        running_fleet(model, rollout, tokenizer, sendable_bytes(model)) as fleet,
         closing(LearnerGroup(model, options, seed=0, kind=FrugalRank)) as learner,
     ):
         fleet.wait_until_ready()
@@ -169,6 +169,16 @@ def doctor(model: ModelOptions, rollout: FleetOptions, *, by_part: bool = False)
         found = [Check("parts of the model", *parts(compared)), *found]
     show(found)
     return verdict([*checks, *found], model.path)
+
+
+def sendable_bytes(model: ModelOptions) -> int:
+    """The bytes of a model's weights; 0 where the object store has no room for them, so that they go over the disk."""
+    sent = sent_bytes(model, None)
+    try:
+        object_store_bytes(sent, shared_memory_bytes(), memory_bytes()[1])
+    except UserError:
+        return 0
+    return sent
 
 
 def on_gpus(model: ModelOptions, rollout: FleetOptions, learner: LearnerOptions) -> tuple[FleetOptions, LearnerOptions]:

@@ -98,7 +98,11 @@ def test_without_options_the_arguments_are_those_of_the_device_and_the_model(
             {"enforce_eager": False, "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}},
         ),
         (H100, {"batch_invariant": True}, {"enable_prefix_caching": False, "enable_chunked_prefill": False}),
-        (H100, {"record_experts": True}, {"enable_return_routed_experts": True, "enable_prefix_caching": True}),
+        (
+            H100,
+            {"record_experts": True},
+            {"enable_return_routed_experts": True, "enable_prefix_caching": True, "async_scheduling": False},
+        ),
         (CPU, {"record_experts": True}, {}),
     ],
 )

@@ -146,6 +146,16 @@ def test_the_gradient_is_that_of_the_papers_equation(
     assert (found - expected).norm() / expected.norm() < 1e-4
 
 
+@pytest.mark.parametrize("aggregation", ["sample_mean", "sequence_sum"])
+def test_the_kl_is_in_nats_a_token_however_the_loss_is_weighed(worker: Any, aggregation: Any) -> None:
+    policy, reference, sequences = network(0), network(1), drawn()
+    apart = [log_probs(reference, s, TEMPERATURE) - log_probs(policy, s, TEMPERATURE) for s in sequences]
+    expected = torch.cat([one.exp() - one - 1 for one in apart]).mean()
+    options = grpo(kl_coefficient=0.1, aggregation=aggregation)
+    sums = worker().accumulate([sequences], Objective(options, TEMPERATURE))
+    assert sums.kl / sums.tokens == pytest.approx(float(expected.detach()), rel=1e-4)
+
+
 def plain_weights(correction: dict[str, Any], learner: torch.Tensor, sampler: torch.Tensor) -> torch.Tensor:
     ratio = (learner - sampler).exp()
     if correction["kind"] == "tis":

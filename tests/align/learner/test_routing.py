@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from align.learner.batch import (
 from align.learner.experts import ExpertCounter, routers_of
 from align.learner.objective import LogProbs
 from align.learner.policy import checkpoint_in_every_mode
-from align.learner.routing import TIE, Routes, RoutingReplay, is_tie, routing_metrics
+from align.learner.routing import TIE, Routes, RoutingReplay, is_tie, rounding_decided, routing_metrics
 
 from ..small_models import CHOSEN, EXPERTS, LAYERS, WITH_EXPERTS, small_policy
 
@@ -165,6 +166,23 @@ def test_a_token_without_known_experts_and_a_pass_that_only_compares_leave_the_r
     loads = np.array(counter.take()[0])
     # Of the last token of each row nothing is known.
     assert (loads - np.bincount(forced.flatten(), minlength=EXPERTS) >= 0).all()
+
+
+def test_a_router_with_a_correction_bias_decides_by_what_it_chooses_by() -> None:
+    near = TIE / 4
+    logits = torch.tensor([[2.0, 0.0, -3.0, -4.0]])
+    bias = torch.tensor([0.0, 0.0, float(torch.tensor(0.0).sigmoid() - torch.tensor(-3.0).sigmoid()) + near, 0.0])
+    router = SimpleNamespace(e_score_correction_bias=bias)
+    own, given = torch.tensor([[0, 2]]), torch.tensor([[0, 1]])
+    assert not is_tie(logits, own, given)
+    assert rounding_decided(router, logits, own, given)
+    assert not rounding_decided(router, logits, own, torch.tensor([[0, 3]]))
+    # Two groups of the same sum, in which no two experts are near each other.
+    scores = torch.tensor([[0.9, 0.3, 0.7, 0.5 - near]])
+    grouped = SimpleNamespace(e_score_correction_bias=torch.zeros(4), num_group=2)
+    own, given = torch.tensor([[0, 1]]), torch.tensor([[2, 3]])
+    assert rounding_decided(grouped, scores.logit(), own, given)
+    assert not rounding_decided(SimpleNamespace(e_score_correction_bias=torch.zeros(4)), scores.logit(), own, given)
 
 
 def test_experts_of_a_tie_are_not_changed_but_undecided_and_the_first_layer_that_differs_is_told() -> None:

@@ -15,7 +15,7 @@ from align.model.lora import add_adapter
 from align.plan.memory import GIB, READING, adapted_parameters, adapter_size, changed_size
 from align.plan.placement import NODE_MEMORY_GIB, Cluster, Demand, cluster_of, place
 from align.plan.plan import Plan, make_plan
-from align.plan.roles import work_of
+from align.plan.roles import PINNED, work_of
 from align.recipe import BFLOAT16_SUMS, LoraOptions, load_recipe
 
 LITE, V2, NANO = "deepseek-ai/DeepSeek-V2-Lite", "deepseek-ai/DeepSeek-V2", "recipes/nano/policy"
@@ -133,10 +133,10 @@ def test_all_parameters_of_deepseek_v2_lite_fit_one_node_where_learners_and_work
     rank = LITE_SIZE * (2 + 2 + 4 + 12) / 8
     assert plan.seconds["taking turns"] == pytest.approx(2 * (rank + 2 * LITE_SIZE) / 5e9)
     # All that rests, what rank 0 reads and Ray's two copies; and what 20 processes take by themselves.
-    at_rest = 8 * (rank + 2 * LITE_SIZE) + (READING + 2) * 2 * LITE_SIZE
+    at_rest = 8 * (rank + PINNED * 2 * LITE_SIZE) + (READING + 2) * 2 * LITE_SIZE
     assert host == pytest.approx(at_rest + (8 * (0.75 + 1.0) + 4 * 0.13) * GIB)
     (refusal,) = planned(recipe, LITE, 1, 8, node_memory=500).refusals
-    assert "node 0 needs 636.2 GiB of 500.0 GiB of its own memory" in refusal
+    assert "node 0 needs 753.2 GiB of 500.0 GiB of its own memory" in refusal
     refusal = planned(recipe, LITE, 1, 4).refusals[0]
     assert "8 GPUs are wanted, one for each learner rank and the rollout worker that takes turns" in refusal
     (refusal,) = planned(recipe, LITE, 1, 8, "rollout.kv_cache_gb=60").refusals

@@ -75,6 +75,8 @@ ALONE: list[tuple[str, str, dict[str, Any]]] = [
     ),
     ("grpo", "weights.bucket_mb", {"weights.transport": "adapter", "learner.lora": {}, "weights.bucket_mb": 1}),
     ("grpo", "weights.precision", {"model.dtype": "bfloat16", "weights.precision": "bfloat16"}),
+    ("grpo", "agreement.stop_routing", {"agreement.stop_routing": 0.1}),
+    ("sft", "agreement.stop_routing", {"agreement.stop_routing": 0.1}),
     ("grpo", "grpo.kl", {"grpo.kl": "k2"}),
     ("grpo", "grpo.clip_low", {"grpo.cispo_max": 5, "grpo.clip_low": 0.1}),
     ("grpo", "grpo.clip_high", {"grpo.cispo_max": 5, "grpo.clip_high": 0.1}),

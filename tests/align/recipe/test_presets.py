@@ -7,7 +7,7 @@ import pytest
 
 from align.errors import UserError
 from align.recipe import GrpoRecipe, dump_recipe, load_recipe
-from align.recipe.presets import PRESETS, PresetName, expansion
+from align.recipe.presets import PRESETS, PresetName, expansion, unclipped
 
 ROOT = Path(__file__).parents[3]
 NANO = ROOT / "recipes/nano/grpo.yaml"
@@ -66,6 +66,13 @@ def test_a_given_key_wins_and_the_expansion_says_so() -> None:
     assert "cispo_max" not in text
     assert options("preset=reinforce++", "baseline=group").baseline == "group"
     assert options("preset=cispo", "cispo_max=8").cispo_max == 8
+
+
+def test_clipping_that_never_happens_is_told_with_a_preset_and_without() -> None:
+    never = "with a single update a step (grpo.updates_per_step) all ratios are 1, and nothing is clipped"
+    assert expansion(options("preset=grpo")).endswith(f"; {never}")
+    assert unclipped(options("clip_low=0.1", "clip_high=0.28")) == f"grpo.clip_low, grpo.clip_high: {never}"
+    assert unclipped(options("clip_high=0.28", "updates_per_step=2")) == unclipped(options()) == ""
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,26 @@ def test_routing_is_replayed_where_there_is_any_and_something_to_replay() -> Non
     assert not recipe("grpo.routing_replay=learner", "grpo.updates_per_step=2").roles().rollout.record_experts
 
 
+@pytest.mark.parametrize(
+    ("stage", "lora", "message"),
+    [
+        (
+            "chat_sft",
+            "{targets: [attention, experts], dropout: 0.1}",
+            r"dropout must be 0 for adapters of mlp\.experts",
+        ),
+        ("reward_model", "{targets: [no_such_part]}", "has nothing that is called 'no_such_part'"),
+    ],
+)
+def test_adapters_that_cannot_be_made_are_refused_before_a_model_is_loaded(stage: str, lora: str, message: str) -> None:
+    made = load_recipe(
+        Path(f"recipes/nano/{stage}.yaml"),
+        [f"learner.lora={lora}", "model.path=recipes/nano/policy", "model.init=random"],
+    )
+    with pytest.raises(UserError, match=message):
+        check_model(made)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU it can be served")
 def test_an_adapter_alone_is_refused_where_vllm_cannot_add_it() -> None:
     with pytest.raises(UserError, match="no adapters to a model with experts"):

@@ -298,6 +298,10 @@ def test_one_file_for_all_splits_is_refused(tmp_path: Path) -> None:
             {"reward_model": {"steps": 1, "loss": "pointwise", "margin_scale": 1.0}},
             "has no effect on the pointwise loss",
         ),
+        (
+            {"reward_model": {"steps": 1, "margin_scale": 1.0}},
+            r"margin_scale has no effect: none of the training pairs",
+        ),
         ({"reward_model": {"step": 1}}, r"unknown key 'reward_model.step' \(did you mean 'steps'"),
         ({"rewards": [{"name": "exact_answer"}]}, "unknown key 'rewards'"),
         ({"data": {"card": "nano_chat", "levels": [1]}}, "preferences have no levels"),
