@@ -17,7 +17,7 @@ from align.data.cards import DataCard, Stage, require_stage
 from align.data.entries import Entry, card_of, evaluated
 from align.data.loader import domains_of
 from align.data.types import Example, SplitName
-from align.errors import UserError, check_installed, naming, nearest
+from align.errors import UserError, check_installed, naming, nearest, reward_errors
 from align.evaluate import hooks
 from align.evaluate.doctor import examine, positions_of, verdict
 from align.learner.balance import factors_of
@@ -49,7 +49,7 @@ from align.run import check_machine
 from align.run.machine import memory_bytes, object_store_bytes, shared_memory_bytes
 from align.run.trackers import check_trackers
 from align.session.disk import bytes_needed, check_space
-from reward import Mixture, RewardError, RewardTerm
+from reward import Mixture, RewardTerm
 from reward.mixture import share_a_domain
 from reward.own import columns_of
 from rollout import FleetOptions, Precision
@@ -73,10 +73,8 @@ def check_rewards_ready(stages: Iterable[PlannedStage]) -> None:
         return
     for stage in stages:
         if rewards := stage.recipe.roles().rewards:
-            try:
+            with naming(f"{stage.file}: rewards"), reward_errors():
                 Mixture(rewards).check_ready()
-            except RewardError as error:
-                raise UserError(f"{stage.file}: rewards: {error}") from None
 
 
 def check_recipe(recipe: Recipe) -> list[str]:
@@ -166,10 +164,8 @@ def check_components(recipe: Recipe) -> None:
 
 def check_rewards(rewards: Sequence[RewardTerm], cards: Sequence[DataCard]) -> None:
     """Raise UserError for a reward that cannot be made, and for a domain of the cards that none with a weight is for; where all weights are 0, none at all."""
-    try:
+    with naming("rewards"), reward_errors():
         Mixture(rewards)
-    except RewardError as error:
-        raise UserError(f"rewards: {error}") from None
     measures = not any(term.weight for term in rewards)
     for domain in sorted({domain for card in cards for domain in domains_of(card)}):
         if not any((term.weight or measures) and term.applies_to(domain) for term in rewards):
