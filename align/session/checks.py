@@ -32,7 +32,6 @@ from align.recipe import (
     AgreementOptions,
     DataOptions,
     GrpoRecipe,
-    MachineOptions,
     ModelOptions,
     PlannedStage,
     PolicyRecipe,
@@ -83,7 +82,7 @@ def check_recipe(recipe: Recipe) -> list[str]:
     check_names(recipe.data, recipe.data_stage, roles)
     check_components(recipe)
     check_trackers(recipe.trackers)
-    check_size(recipe.machine)
+    check_machine(cores=recipe.machine.cores, memory_gb=recipe.machine.memory_gb)
     for hook in roles.evaluation.hooks if roles.evaluation is not None else ():
         hooks.check_ready(hook.name, hook.params, roles.longest)
     if "RAY_ADDRESS" not in os.environ:  # a cluster may grow
@@ -219,16 +218,6 @@ def check_split(card: DataCard, split: SplitName, stage: Stage, where: str) -> N
     require_stage(card, stage)
     if split not in card.splits:
         raise UserError(f"{where}: {card.called} has no split {split!r}, only {', '.join(sorted(card.splits))}")
-
-
-def check_size(machine: MachineOptions) -> None:
-    """Raise UserError where the machine has fewer cores or less free memory than the recipe says."""
-    check_machine(
-        cores=machine.cores,
-        memory_gb=machine.memory_gb,
-        hint="rollout.workers, rollout.kv_cache_gb and learner.ranks lower what is needed; then lower machine.cores and "
-        "machine.memory_gb to match",
-    )
 
 
 def check_places(recipe: Recipe, gpus: int) -> None:
