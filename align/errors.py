@@ -21,6 +21,17 @@ def naming(what: str) -> Iterator[None]:
         raise UserError(f"{what}: {error}") from error
 
 
+@contextmanager
+def reward_errors() -> Iterator[None]:
+    """Make a UserError of a RewardError that comes out of the block, or of the function that this decorates."""
+    from reward import RewardError
+
+    try:
+        yield
+    except RewardError as error:
+        raise UserError(str(error)) from error
+
+
 def check_installed(engines: Iterable[str]) -> None:
     """Raise UserError for engines that are not installed, with the command that installs them."""
     if missing := [name for name in engines if find_spec(name) is None]:

@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -74,12 +74,10 @@ def drill(random_kills_s: float) -> Iterator[Finding]:
 @contextmanager
 def fleet_of(policy: ModelOptions, max_restarts: int = OPTIONS.max_restarts) -> Iterator[WitnessedFleet]:
     witnessed = WitnessedFleet(policy.path, OPTIONS.model_copy(update={"max_restarts": max_restarts}))
-    try:
+    with closing(witnessed.fleet):
         witnessed.fleet.wait_until_ready()
         witnessed.until_healthy()
         yield witnessed
-    finally:
-        witnessed.fleet.close()
 
 
 def weights(policy: ModelOptions, noise: float) -> dict[str, torch.Tensor]:
@@ -181,15 +179,12 @@ def random_kills(witnessed: WitnessedFleet, seconds: float, every_s: float = 20)
 
 def learner_findings(witnessed: WitnessedFleet, policy: ModelOptions) -> Iterator[Finding]:
     options = LearnerOptions(ranks=2, optimizer=OptimizerOptions(learning_rate=1e-3))
-    learner = LearnerGroup(policy, options, seed=0)
-    try:
+    with closing(LearnerGroup(policy, options, seed=0)) as learner:
         learner.wait_until_ready()
         yield from disagreements(witnessed, learner)
         for name in ("advantage", "weight", "old_log_probs"):
             yield bad_number(learner, name)
         yield stopped_rank(learner)
-    finally:
-        learner.close()
 
 
 def batch() -> list[TrainingSequence]:

@@ -6,7 +6,7 @@ those that are judged, as they are where a sampler is some updates behind.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -99,16 +99,13 @@ def sampling(policy: ModelOptions, sampler: str, tokenizer: Any) -> Iterator[Fle
         start_timeout_s=1800,
     )
     dtype = "bfloat16" if sampler == "bfloat16" else "float32"
-    fleet = Fleet(policy.path, dtype, options, stop_token_ids(policy, tokenizer))
-    try:
+    with closing(Fleet(policy.path, dtype, options, stop_token_ids(policy, tokenizer))) as fleet:
         fleet.wait_until_ready()
         if sampler == "int8 grid":
             model: Any = load_policy(policy)
             named = to_checkpoint(model.named_parameters(), layout_of(model.config.model_type))
             fleet.load(stored({name: tensor.detach().clone() for name, tensor in rounded(named, "int8")}), 1)
         yield fleet
-    finally:
-        fleet.close()
 
 
 class Learner:

@@ -8,6 +8,7 @@ the share that it takes longer, with the 95 % interval of the mean of the pairs.
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
 from functools import partial
 from math import nan
 from pathlib import Path
@@ -45,20 +46,15 @@ def main() -> int:
 
 def record(model: ModelOptions) -> list[Trajectory]:
     """Sample with and without recording. Returns what was sampled, with its experts."""
-    fleets = [
-        Fleet(model.path, model.dtype, OPTIONS.model_copy(update={"record_experts": records}), [1])
-        for records in (False, True)
-    ]
-    try:
+    with ExitStack() as stack:
+        options = [OPTIONS.model_copy(update={"record_experts": records}) for records in (False, True)]
+        fleets = [stack.enter_context(closing(Fleet(model.path, model.dtype, each, [1]))) for each in options]
         for fleet in fleets:
             fleet.wait_until_ready()
         # First batches are slower, and who the process of a worker is shows once it has worked.
         plain, drawn = map(sampled, fleets)
         assert [list(t.token_ids) for t in plain] == [list(t.token_ids) for t in drawn]
         report("recording", *in_turn([partial(sampled, fleet) for fleet in fleets], [worker(f) for f in fleets]))
-    finally:
-        for fleet in fleets:
-            fleet.close()
     return drawn
 
 

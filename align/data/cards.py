@@ -76,14 +76,6 @@ class TableSource(Strict):
                 raise ValueError(f"splits {name} and {other_name} take the same rows of {split.table!r}")
         return self
 
-    @property
-    def has_demonstrations(self) -> bool:
-        return self.fields.response is not None
-
-    @property
-    def has_preferences(self) -> bool:
-        return self.fields.preference is not None
-
 
 class HubSource(TableSource):
     """A data set of the Hugging Face hub."""
@@ -124,9 +116,6 @@ class OwnSource(Strict):
     """Files whose columns say what is in them, see `align.data.forms`: a file, several by a pattern, or a directory with `train.jsonl` and
     others. What is not in files of its own is drawn from `train` by a hash of its prompts."""
 
-    has_demonstrations: ClassVar[bool] = True
-    has_preferences: ClassVar[bool] = True
-
     kind: Literal["own"]
     path: str
     splits: tuple[SplitName, ...] = ("train", "validation", "test")
@@ -155,7 +144,6 @@ class GeneratorSource(Strict):
     """Problems that this project generates, see `align.data.generators`; the generator decides the splits."""
 
     splits: ClassVar[tuple[SplitName, ...]] = ("train", "validation", "test")
-    has_demonstrations: ClassVar[bool] = True
 
     kind: Literal["generator"]
     name: str
@@ -169,10 +157,6 @@ class GeneratorSource(Strict):
             raise ValueError("params: " + "; ".join(_problem(detail) for detail in error.errors())) from None
         return self
 
-    @property
-    def has_preferences(self) -> bool:
-        return generator(self.name).preferences is not None
-
 
 class SeedRange(Strict):
     """Row i of a split is generated from `seed` + i."""
@@ -183,8 +167,6 @@ class SeedRange(Strict):
 
 class ReasoningGymSource(Strict):
     """A task of the library reasoning_gym."""
-
-    has_preferences: ClassVar[bool] = False
 
     kind: Literal["reasoning_gym"]
     task: str
@@ -204,10 +186,6 @@ class ReasoningGymSource(Strict):
                     f"so {next_name} must start at {split.seed + split.size} or later"
                 )
         return self
-
-    @property
-    def has_demonstrations(self) -> bool:
-        return self.solution is not None
 
 
 class Decontamination(Strict):
@@ -258,9 +236,18 @@ class DataCard(Strict):
             )
         if missing := sorted(set(self.decontamination.against) - set(self.splits)):
             raise ValueError(f"decontamination.against: there is no split {', '.join(missing)}")
-        if "sft" in self.stages and not self.source.has_demonstrations:
+        match self.source:
+            case TableSource(fields=fields):
+                demonstrations, preferences = fields.response is not None, fields.preference is not None
+            case OwnSource():
+                demonstrations = preferences = True
+            case GeneratorSource(name=name):
+                demonstrations, preferences = True, generator(name).preferences is not None
+            case ReasoningGymSource(solution=solution):
+                demonstrations, preferences = solution is not None, False
+        if "sft" in self.stages and not demonstrations:
             raise ValueError("stages: sft needs demonstrations, and the source has none")
-        if "reward_model" in self.stages and not self.source.has_preferences:
+        if "reward_model" in self.stages and not preferences:
             raise ValueError("stages: reward_model needs preferences, and the source has none")
         if "reward_model" in self.stages and self.instruction is not None:
             raise ValueError("instruction: preferences are about answers that were given without it")

@@ -12,7 +12,6 @@ from collections.abc import Collection, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from enum import StrEnum
-from math import log
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +28,8 @@ from rollout.arguments import Device, refusal
 
 ROUND_TRIP = "  What is 17 + 25?\n\n\tnaïve Größe, 你好，мир, 42,000.5 — \\boxed{-7} 🙂"
 EXPERT_TOLERANCE = 1e-4
-CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
-CPU_LATENTS = (576,)
+CPU_HEADS: Sequence[int] = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+CPU_LATENTS: Sequence[int] = (576,)
 """Those of vLLM's `CPUAttentionBackend` and `CPUMLABackend`, whose import takes seconds."""
 
 
@@ -183,18 +182,15 @@ def check_softmax_scale(skeleton: Any) -> Finding:
     attention = next((m for m in skeleton.modules() if hasattr(m, "qk_head_dim") and hasattr(m, "scaling")), None)
     if attention is None or rope.get("rope_type") != "yarn" or not rope.get("mscale_all_dim"):
         return SKIPPED, "the model has no YaRN correction of the softmax scale"
-    expected = attention.qk_head_dim**-0.5 * yarn_mscale(rope["factor"], rope["mscale_all_dim"]) ** 2
+    # YaRN's attention factor (Peng et al. 2023, arXiv 2309.00071, eq. 22).
+    mscale = 0.1 * rope["mscale_all_dim"] * math.log(max(rope["factor"], 1.0)) + 1.0
+    expected = attention.qk_head_dim**-0.5 * mscale**2
     if abs(attention.scaling - expected) < 1e-6:
         return OK, f"{expected:.7f}, YaRN's correction included"
     return FAILED, (
         f"is {attention.scaling:.7f}, but YaRN's correction makes it {expected:.7f}. Cause: a transformers older than 5.15. "
         "Cure: install the versions of the lock file (make setup)"
     )
-
-
-def yarn_mscale(factor: float, mscale: float) -> float:
-    """YaRN's attention factor, 0.1 m ln(s) + 1 (Peng et al. 2023, arXiv 2309.00071, eq. 22)."""
-    return 0.1 * mscale * log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def check_routing(config: Any) -> Finding:
@@ -346,16 +342,21 @@ def check_served(skeleton: Any, dtype: str, rollout: FleetOptions) -> Finding:
     name, heads = type(skeleton).__name__, config.num_attention_heads
     positions = positions_of(config)
     rope = getattr(config, "rope_parameters", None) or {}
-    size, refused = head_size(config), ""
+    if latent := getattr(config, "kv_lora_rank", None):  # of a head, vLLM keeps the latent and the rotary key
+        of, size, cpu_sizes = "kv_lora_rank + qk_rope_head_dim", latent + config.qk_rope_head_dim, CPU_LATENTS
+    else:
+        of, size, cpu_sizes = "a head", getattr(config, "head_dim", None) or config.hidden_size // heads, CPU_HEADS
+    refused = ""
     if not skeleton.config.architectures:
         refused = f'config.json names no architectures, without which vLLM loads no head. Cure: "architectures": ["{name}"] there'
     elif not is_known_to_vllm(skeleton):
+        import vllm  # the name of its package for CPUs is another
+
         refused = (
-            f"vLLM {vllm_version()} has no {skeleton.config.architectures[0]}. Cure: a model of another architecture"
+            f"vLLM {vllm.__version__} has no {skeleton.config.architectures[0]}. Cure: a model of another architecture"
         )
-    elif here and not torch.cuda.is_available() and size not in cpu_head_sizes(config):
-        takes = ", ".join(map(str, cpu_head_sizes(config)))
-        of = "kv_lora_rank + qk_rope_head_dim" if getattr(config, "kv_lora_rank", None) else "a head"
+    elif here and not torch.cuda.is_available() and size not in cpu_sizes:
+        takes = ", ".join(map(str, cpu_sizes))
         refused = f"{of} is {size} wide, and vLLM takes {takes} on a CPU. Cure: a model with another head_dim, or a GPU"
     elif rollout.max_length > positions:
         refused = f"rollout.max_length is {rollout.max_length}, and the model has {positions} positions. Cure: lower it to {positions}"
@@ -384,13 +385,6 @@ def short_positions(config: Any) -> int:
     return int(before or config.max_position_embeddings)
 
 
-def vllm_version() -> str:
-    """The version of vLLM, whose package for CPUs has another name."""
-    import vllm
-
-    return str(vllm.__version__)
-
-
 def is_known_to_vllm(skeleton: Any) -> bool:
     """Whether vLLM can load the architecture: through transformers, or by a class of its own."""
     if skeleton.is_backend_compatible():
@@ -398,18 +392,6 @@ def is_known_to_vllm(skeleton: Any) -> bool:
     from vllm.model_executor.models.registry import ModelRegistry
 
     return skeleton.config.architectures[0] in ModelRegistry.get_supported_archs()
-
-
-def head_size(config: Any) -> int:
-    """The width of what vLLM's attention keeps of a head: with latent attention, of the latent and the rotary key."""
-    if getattr(config, "kv_lora_rank", None):
-        return int(config.kv_lora_rank + config.qk_rope_head_dim)
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-
-
-def cpu_head_sizes(config: Any) -> Sequence[int]:
-    """The head sizes that vLLM's kernels for CPUs are made for."""
-    return CPU_LATENTS if getattr(config, "kv_lora_rank", None) else CPU_HEADS
 
 
 def verdict(checks: Sequence[Check], path: str) -> str:

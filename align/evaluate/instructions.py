@@ -10,10 +10,10 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from align.errors import UserError
+from align.errors import reward_errors
 from align.evaluate.hooks import EvaluationError, Metrics, PolicyCheckpoint, refuse_no_room, register
 from align.tasks.instructions import SIZES, generate
-from reward import RewardError, Sample
+from reward import Sample
 from reward.instructions import check, checkers
 from rollout import Fleet
 
@@ -21,10 +21,8 @@ from rollout import Fleet
 def ready(max_new_tokens: int = 512, max_length: int | None = None) -> None:
     """Raise UserError where the package with IFEval's checkers is not installed, EvaluationError where answers leave no room for a prompt."""
     refuse_no_room(max_new_tokens, max_length)
-    try:
+    with reward_errors():
         checkers()
-    except RewardError as error:
-        raise UserError(str(error)) from None
 
 
 @register("instructions", ready=ready)

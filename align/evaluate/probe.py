@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 
-from align.errors import UserError
+from align.errors import UserError, reward_errors
 from align.losses import AdvantageScale, group_advantages
 from align.recipe import ModelOptions
 from align.run.files import write_atomically
 from align.statistics import Interval, mean_interval
-from reward import Mixture, RewardError, RewardTerm, Sample, SampleReward, get
+from reward import Mixture, RewardTerm, Sample, SampleReward, get
 from reward.mixture import why_masked
 from reward.own.file import file_digest, files_of
 from reward.tricks import Trick
@@ -70,6 +70,7 @@ def surely_positive(mean: float, interval: Interval | None) -> bool:
     return mean > 0 if interval is None else interval[0] > 0
 
 
+@reward_errors()
 def probe(
     mixture: Mixture,
     samples: Sequence[Sample],
@@ -91,21 +92,18 @@ def probe(
         other[place % len(other)] for group, other in zip(groups, following, strict=True) for place in range(len(group))
     ]
     group_of = torch.tensor([number for number, group in enumerate(groups) for _ in group])
-    try:
-        mixture.make_ready()
-        before = scored(mixture, groups)
-        if not any(isfinite(score.value) for reward in before for score in reward.components.values()):
-            why = next(iter(why_masked(ordered, before)), "no reward is for them")
-            raise UserError(f"none of the {len(ordered)} answers could be scored: {why}")
-        found = []
-        for trick in tricks:
-            after = [trick.apply(*pair) for pair in zip(ordered, others, strict=True)]
-            changed = fmean(a.completion != b.completion for a, b in zip(after, ordered, strict=True))
-            rest = iter(after)
-            parts = [list(islice(rest, len(group))) for group in groups]
-            found.append((trick.name, changed, scored(mixture, parts) if changed else before))
-    except RewardError as error:
-        raise UserError(str(error)) from None
+    mixture.make_ready()
+    before = scored(mixture, groups)
+    if not any(isfinite(score.value) for reward in before for score in reward.components.values()):
+        why = next(iter(why_masked(ordered, before)), "no reward is for them")
+        raise UserError(f"none of the {len(ordered)} answers could be scored: {why}")
+    found = []
+    for trick in tricks:
+        after = [trick.apply(*pair) for pair in zip(ordered, others, strict=True)]
+        changed = fmean(a.completion != b.completion for a, b in zip(after, ordered, strict=True))
+        rest = iter(after)
+        parts = [list(islice(rest, len(group))) for group in groups]
+        found.append((trick.name, changed, scored(mixture, parts) if changed else before))
     names = list(dict.fromkeys(name for reward in before for name in reward.components))
     several = len(names) > 1 or mixture.terms[0].weight != 1
     return [

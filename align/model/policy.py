@@ -10,10 +10,9 @@ from typing import Any, Literal
 
 import torch
 
-from align.errors import UserError
+from align.errors import UserError, reward_errors
 from align.model.names import add_older_forms
 from align.recipe import ModelOptions
-from reward import RewardError
 from reward.chat import end_of_answer
 
 logger = logging.getLogger(__name__)
@@ -314,12 +313,10 @@ def ends_of(generation: Any, tokenizer: Any) -> list[int]:
     return sorted(ends - {None})
 
 
+@reward_errors()
 def turn_end(tokenizer: Any) -> int | None:
     """`reward.chat.end_of_answer`. Raises UserError where the chat template cannot be rendered."""
-    try:
-        return end_of_answer(tokenizer)
-    except RewardError as error:
-        raise UserError(str(error)) from None
+    return end_of_answer(tokenizer)
 
 
 def first_line(error: Exception) -> str:

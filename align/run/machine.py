@@ -49,11 +49,8 @@ def environment_record() -> dict[str, Any]:
     }
 
 
-def check_machine(*, cores: int, memory_gb: float, hint: str) -> None:
-    """Raise UserError if fewer than `cores` cores or less than `memory_gb` GiB of memory are available.
-
-    `hint` tells the user which recipe keys lower the requirement.
-    """
+def check_machine(*, cores: int, memory_gb: float) -> None:
+    """Raise UserError if fewer than `cores` cores or less than `memory_gb` GiB of memory are available, as the recipe says."""
     have_cores = cores_available()
     have_gb = memory_bytes()[1] / GIB
     lacks = []
@@ -62,7 +59,10 @@ def check_machine(*, cores: int, memory_gb: float, hint: str) -> None:
     if have_gb < memory_gb:
         lacks.append(f"{memory_gb:g} GiB of free memory, and {have_gb:.1f} GiB is free")
     if lacks:
-        raise UserError(f"this machine is too small: the recipe needs {'; and it needs '.join(lacks)}. {hint}")
+        raise UserError(
+            f"this machine is too small: the recipe needs {'; and it needs '.join(lacks)}. rollout.workers, rollout.kv_cache_gb and learner.ranks "
+            "lower what is needed; then lower machine.cores and machine.memory_gb to match"
+        )
 
 
 def object_store_bytes(sent: int, shared: int, available: int) -> tuple[int, str | None]:

@@ -17,7 +17,7 @@ from align.data.cards import DataCard, Stage, require_stage
 from align.data.entries import Entry, card_of, evaluated
 from align.data.loader import domains_of
 from align.data.types import Example, SplitName
-from align.errors import UserError, check_installed, naming, nearest
+from align.errors import UserError, check_installed, naming, nearest, reward_errors
 from align.evaluate import hooks
 from align.evaluate.doctor import examine, positions_of, verdict
 from align.learner.balance import factors_of
@@ -32,7 +32,6 @@ from align.recipe import (
     AgreementOptions,
     DataOptions,
     GrpoRecipe,
-    MachineOptions,
     ModelOptions,
     PlannedStage,
     PolicyRecipe,
@@ -49,7 +48,7 @@ from align.run import check_machine
 from align.run.machine import memory_bytes, object_store_bytes, shared_memory_bytes
 from align.run.trackers import check_trackers
 from align.session.disk import bytes_needed, check_space
-from reward import Mixture, RewardError, RewardTerm
+from reward import Mixture, RewardTerm
 from reward.mixture import share_a_domain
 from reward.own import columns_of
 from rollout import FleetOptions, Precision
@@ -73,10 +72,8 @@ def check_rewards_ready(stages: Iterable[PlannedStage]) -> None:
         return
     for stage in stages:
         if rewards := stage.recipe.roles().rewards:
-            try:
+            with naming(f"{stage.file}: rewards"), reward_errors():
                 Mixture(rewards).check_ready()
-            except RewardError as error:
-                raise UserError(f"{stage.file}: rewards: {error}") from None
 
 
 def check_recipe(recipe: Recipe) -> list[str]:
@@ -85,7 +82,7 @@ def check_recipe(recipe: Recipe) -> list[str]:
     check_names(recipe.data, recipe.data_stage, roles)
     check_components(recipe)
     check_trackers(recipe.trackers)
-    check_size(recipe.machine)
+    check_machine(cores=recipe.machine.cores, memory_gb=recipe.machine.memory_gb)
     for hook in roles.evaluation.hooks if roles.evaluation is not None else ():
         hooks.check_ready(hook.name, hook.params, roles.longest)
     if "RAY_ADDRESS" not in os.environ:  # a cluster may grow
@@ -168,10 +165,8 @@ def check_components(recipe: Recipe) -> None:
 
 def check_rewards(rewards: Sequence[RewardTerm], cards: Sequence[DataCard]) -> None:
     """Raise UserError for a reward that cannot be made, and for a domain of the cards that none with a weight is for; where all weights are 0, none at all."""
-    try:
+    with naming("rewards"), reward_errors():
         Mixture(rewards)
-    except RewardError as error:
-        raise UserError(f"rewards: {error}") from None
     measures = not any(term.weight for term in rewards)
     for domain in sorted({domain for card in cards for domain in domains_of(card)}):
         if not any((term.weight or measures) and term.applies_to(domain) for term in rewards):
@@ -225,16 +220,6 @@ def check_split(card: DataCard, split: SplitName, stage: Stage, where: str) -> N
     require_stage(card, stage)
     if split not in card.splits:
         raise UserError(f"{where}: {card.called} has no split {split!r}, only {', '.join(sorted(card.splits))}")
-
-
-def check_size(machine: MachineOptions) -> None:
-    """Raise UserError where the machine has fewer cores or less free memory than the recipe says."""
-    check_machine(
-        cores=machine.cores,
-        memory_gb=machine.memory_gb,
-        hint="rollout.workers, rollout.kv_cache_gb and learner.ranks lower what is needed; then lower machine.cores and "
-        "machine.memory_gb to match",
-    )
 
 
 def check_places(recipe: Recipe, gpus: int) -> None:

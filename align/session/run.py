@@ -149,16 +149,8 @@ class Run:
         facts: dict[str, Any] = {"problems": evaluation.problems, "verdicts": dict(evaluation.verdicts)}
         facts |= {"too_long": evaluation.too_long} if evaluation.too_long else {}
         facts |= {"split": split} if split else {}
-        self.record_numbers(
-            stage,
-            step,
-            name,
-            evaluation.summary(),
-            evaluation.rows,
-            facts,
-            split or "evaluation",
-            split or "evaluation",
-        )
+        called = split or "evaluation"
+        self.record_numbers(stage, step, name, evaluation.summary(), evaluation.rows, facts, called, called)
         self.progress.note(f"{name}: {describe(evaluation)}")
 
     def record_numbers(

@@ -4,13 +4,13 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from align.data.drawing import Source
-from align.errors import UserError
+from align.errors import UserError, naming, reward_errors
 from align.evaluate.doctor import examine, verdict
 from align.learner.group import LearnerDiedError, LearnerGroup, RankGroup
 from align.model.policy import first_line, load_tokenizer, stop_token_ids, write_random_policy
@@ -31,7 +31,7 @@ from align.run import Progress
 from align.session.ray import local_ray
 from align.session.run import Run, keep_recipe, open_run
 from align.session.steps import Steps
-from reward import Mixture, RewardError, RewardTerm, ScoringPool
+from reward import Mixture, RewardTerm, ScoringPool
 from reward.pool import START_S
 from rollout import (
     AdapterSync,
@@ -249,11 +249,7 @@ def scoring_pool(rewards: Sequence[RewardTerm], options: ScoringOptions) -> Iter
     models = reward_models(rewards)
     start = start_limit_s(options.start_timeout_s, START_S, *models)
     pool = ScoringPool(mixture, workers=options.workers, timeout_s=options.timeout_s, gpus=gpus, start_timeout_s=start)
-    try:
-        try:
+    with closing(pool):
+        with naming("rewards"), reward_errors():
             pool.wait_until_ready()
-        except RewardError as error:
-            raise UserError(f"rewards: {error}") from None
         yield pool
-    finally:
-        pool.close()

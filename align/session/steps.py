@@ -183,12 +183,8 @@ class Steps:
             self._run.checkpoints.write(self.done, facts, self._fill, best=self._best)
         except OSError as error:
             self._failures += 1
-            self._run.warn(
-                f"the checkpoint of step {self.done} could not be written ({error}); the one of step {self._saved} is still "
-                "there"
-                if self._saved
-                else f"the checkpoint of step {self.done} could not be written ({error})"
-            )
+            there = f"; the one of step {self._saved} is still there" if self._saved else ""
+            self._run.warn(f"the checkpoint of step {self.done} could not be written ({error}){there}")
             if self._failures == FAILURES:
                 raise SavingError(
                     f"{FAILURES} checkpoints in a row could not be written, the last because of: {error}. Free some space or "

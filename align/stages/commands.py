@@ -8,7 +8,7 @@ from align.data.cards import HubSource
 from align.data.entries import Notes, card_of, evaluated
 from align.data.files import first_rows
 from align.data.loader import NOTHING, HeldOutPrompts, domains_of
-from align.errors import UserError
+from align.errors import UserError, naming
 from align.evaluate.accuracy import Evaluation
 from align.evaluate.probe import notes_on
 from align.model.policy import load_tokenizer
@@ -70,10 +70,8 @@ def check_stages(stages: Sequence[PlannedStage], *, whole: bool) -> Findings:
         picks = any(data.levels for data in stage.recipe.data) or (evaluation is not None and evaluation.levels)
         with first_rows(None if picks else rows):
             found.notes += check([stage])
-            try:
+            with naming(str(stage.file)):
                 unseen = check_data(stage.recipe, rows, found)
-            except UserError as error:
-                raise UserError(f"{stage.file}: {error}") from None
         check_rewards_ready([stage])
         found.notes += [f"{stage.file}: not looked at: {what}" for what in unseen]
         if isinstance(stage.recipe, GrpoRecipe):

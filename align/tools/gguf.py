@@ -7,7 +7,7 @@ configuration that no longer says "quantised". The format: https://github.com/gg
 
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -177,6 +177,7 @@ def check_room(contents: Contents, directory: Path, bytes_each: int) -> None:
 
 def read_tokenizer(contents: Contents, template: str) -> Any:
     """The file's tokenizer with its chat template. Raises UserError where there is none or it does not fit the model."""
+    from tokenizers import pre_tokenizers
     from transformers import AutoTokenizer
 
     tokens = contents.fields.get("tokenizer.ggml.tokens")
@@ -195,12 +196,9 @@ def read_tokenizer(contents: Contents, template: str) -> Any:
             f"{contents.file}: transformers cannot read its tokenizer of kind {kind!r}: {first_line(error)}"
         ) from None
     types = contents.fields.get("tokenizer.ggml.token_type") or []
-    control = [token for token, type_ in zip(tokens, types, strict=False) if type_ == CONTROL]
+    control = {i: token for i, (token, type_) in enumerate(zip(tokens, types, strict=False)) if type_ == CONTROL}
     ends = [int(contents.fields[key]) for key in ("tokenizer.ggml.bos_token_id", *END_TOKENS) if key in contents.fields]
-    special = {index: tokens[index] for index in ends if index < len(tokens)}
-    special |= {
-        index: token for index, (token, type_) in enumerate(zip(tokens, types, strict=False)) if type_ == CONTROL
-    }
+    special = {index: tokens[index] for index in ends if index < len(tokens)} | control
     for index, token in special.items():
         if tokenizer.convert_tokens_to_ids(token) != index:
             raise UserError(
@@ -208,10 +206,11 @@ def read_tokenizer(contents: Contents, template: str) -> Any:
                 "directory instead"
             )
     # Only a token that is known as special is kept apart from a user's text.
-    tokenizer.add_special_tokens({"additional_special_tokens": control}, replace_extra_special_tokens=False)
-    split = PRE_TOKENIZERS.get(str(contents.fields.get("tokenizer.ggml.pre")))
-    if split is not None:
-        tokenizer.backend_tokenizer.pre_tokenizer = split()
+    tokenizer.add_special_tokens({"additional_special_tokens": [*control.values()]}, replace_extra_special_tokens=False)
+    if contents.fields.get("tokenizer.ggml.pre") == "smollm":
+        # transformers does not take from the file how a text is cut before it is merged.
+        parts = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(parts)
     tokenizer.chat_template = template
     context = contents.fields.get(f"{contents.fields['general.architecture']}.context_length")
     if context:
@@ -219,16 +218,8 @@ def read_tokenizer(contents: Contents, template: str) -> Any:
     return tokenizer
 
 
-def _smollm() -> Any:
-    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
-
-    return Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
-
-
-PRE_TOKENIZERS: dict[str, Callable[[], Any]] = {"smollm": _smollm}
-"""What cuts a text before it is merged, where transformers does not take it from the file."""
 END_TOKENS = tuple(f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
-READ_RIGHT = ("default", "gpt-2", "llama-bpe", "qwen2", *PRE_TOKENIZERS)
+READ_RIGHT = ("default", "gpt-2", "llama-bpe", "qwen2", "smollm")
 
 
 def write_model(contents: Contents, tokenizer: Any, directory: Path, dtype: str) -> list[int]:

@@ -12,7 +12,7 @@ from align.data.cards import load_card
 from align.data.loader import load_split
 from align.data.own import read_user_file
 from align.data.types import Example, SplitName
-from align.errors import UserError
+from align.errors import UserError, reward_errors
 from align.evaluate.accuracy import evaluate, mean_of, short_problems
 from align.evaluate.agreement import AgreementGate
 from align.evaluate.attribution import attribute
@@ -32,7 +32,7 @@ from align.session.ray import local_ray
 from align.session.run import SHARE_TO_TELL
 from align.session.session import check_sampler
 from align.tools.score_file import mixture_of, refuse_existing
-from reward import RewardError, RewardTerm, ScoringPool
+from reward import RewardTerm, ScoringPool
 from reward.rows import TRUTHS
 from rollout import Fleet, FleetOptions, Prompt
 
@@ -88,10 +88,8 @@ def evaluate_file(
         running_fleet(model, rollout, tokenizer) as fleet,
         closing(ScoringPool(mixture, workers=1, timeout_s=rollout.batch_timeout_s)) as judges,
     ):
-        try:
+        with reward_errors():
             judges.wait_until_ready()
-        except RewardError as error:
-            raise UserError(str(error)) from None
         fleet.wait_until_ready()
         result = evaluate(
             *(fleet, tokenizer, problems, judges),

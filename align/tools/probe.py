@@ -11,7 +11,7 @@ from rich.table import Table
 
 from align.data.chat import answer_text
 from align.data.drawing import Source, items_of_step
-from align.errors import UserError
+from align.errors import UserError, naming, reward_errors
 from align.evaluate.probe import Effect, keep, probe, record_of
 from align.experience import Problem, reward_sample
 from align.model.policy import load_tokenizer, write_random_policy
@@ -22,7 +22,7 @@ from align.stages.commands import Findings
 from align.stages.grpo import load_grpo_data
 from align.tools.offline import running_fleet
 from align.tools.score_file import refuse_existing, rows_of, sample_of_line
-from reward import Mixture, RewardError, Sample
+from reward import Mixture, Sample
 from reward.tricks import TRICKS, Trick, own_trick
 from rollout import Group
 
@@ -94,10 +94,8 @@ def probe_recipe(
 
 def tricks_with(own: Sequence[str]) -> list[Trick]:
     """All tricks, and those in files of the user's own. Raises UserError for one that cannot be used, or has the name of another."""
-    try:
+    with naming("--trick"), reward_errors():
         added = [own_trick(name) for name in own]
-    except RewardError as error:
-        raise UserError(f"--trick: {error}") from None
     names = [*TRICKS, *(trick.name for trick in added)]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UserError(f"--trick: two tricks are called {twice!r}: give the function another name")

@@ -11,12 +11,12 @@ from align.data.files import files_of, readable
 from align.data.forms import FORMS, conversation_of, holds_messages, with_system
 from align.data.rows import Row
 from align.data.types import Message
-from align.errors import UserError
+from align.errors import UserError, reward_errors
 from align.evaluate.accuracy import mean_of
 from align.experience import is_scored_row, sample_of
 from align.run import RunDirectory, read_status, write_jsonl
 from align.run.files import read_parquet
-from reward import Mixture, RewardError, RewardTerm, Sample, SampleReward
+from reward import Mixture, RewardTerm, Sample, SampleReward
 from reward.rows import as_messages, prompt_column, sample_of_row
 
 EXAMPLE = '{"id": "1", "completion": "It is \\\\boxed{4}.", "ground_truth": "4"}'
@@ -110,22 +110,18 @@ def refuse_existing(out: Path) -> None:
         )
 
 
+@reward_errors()
 def mixture_of(term: RewardTerm) -> Mixture:
     """A reward alone, however few samples it scores. Raises UserError where it cannot be used here now."""
-    try:
-        mixture = Mixture([term], infra_error_limit=1.0)
-        mixture.check_ready()
-        return mixture
-    except RewardError as error:
-        raise UserError(str(error)) from None
+    mixture = Mixture([term], infra_error_limit=1.0)
+    mixture.check_ready()
+    return mixture
 
 
+@reward_errors()
 def scored(mixture: Mixture, samples: Sequence[Sample]) -> list[SampleReward]:
     """The rewards of samples. Raises UserError where the reward breaks its contract."""
-    try:
-        return mixture.score(samples)
-    except RewardError as error:
-        raise UserError(str(error)) from None
+    return mixture.score(samples)
 
 
 def scored_in_groups(mixture: Mixture, samples: Sequence[Sample]) -> list[SampleReward]:

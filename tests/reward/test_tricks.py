@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from reward import RewardError, Sample
-from reward.tricks import TRICKS, own_trick, trick
+from reward.tricks import TRICKS, own_trick
 
 ANSWER = r"First we add, then we halve. It is \boxed{4}."
 OTHER = Sample("2#0", "What is 3 + 3?", "Six.", "6")
@@ -92,8 +92,3 @@ def test_a_file_that_is_no_trick_is_told_with_its_line(tmp_path: Path, text: str
     (tmp_path / "my_tricks.py").write_text(text)
     with pytest.raises(RewardError, match=why):
         own_trick(str(tmp_path / name) if ":" in name else name).apply(sample(), OTHER)
-
-
-def test_two_tricks_of_one_name_are_refused() -> None:
-    with pytest.raises(RewardError, match="already"):
-        trick("doubled")(lambda sample, other: "")

@@ -38,8 +38,8 @@ BEFORE = "align.stages.commands.policy_of"
 """Runs the stage before another, from a recipe of its own."""
 PLANS = "align.recipe.pipeline.load_stage"
 """Reads which stage that is."""
-MACHINE = ("align.session.checks.check_recipe", "align.session.checks.check_size")
-"""Read what the machine must have: to refuse a smaller one is the effect; and which other keys a preset has been expanded to."""
+MACHINE = "align.session.checks.check_recipe"
+"""Reads what the machine must have: to refuse a smaller one is the effect; and which other keys a preset has been expanded to."""
 
 BASE: dict[str, Any] = {"name": "a", "model": {"path": "p"}, "data": [{"card": "nano_math"}]}
 LEARNER = {"learner": {"optimizer": {"learning_rate": 1e-3}}}
@@ -232,7 +232,7 @@ def code() -> Code:
 def test_every_key_of_a_stage_is_read_by_what_it_runs_or_is_refused(code: Code, stage: str) -> None:
     keys = list(keys_of(STAGES[stage]))
     sections = {name_of(section) for _, section, _ in keys}
-    functions = code.run_by(COMMANDS[stage], (*CHECKS, BEFORE), sections) | {PLANS, *MACHINE}
+    functions = code.run_by(COMMANDS[stage], (*CHECKS, BEFORE), sections) | {PLANS, MACHINE}
     assert "align.session.run.open_run" in functions
     read = set[tuple[str, str]]().union(*(code.reads[function] for function in functions))
     unread = [

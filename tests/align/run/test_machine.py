@@ -128,21 +128,21 @@ def test_the_revision_is_recorded_and_whether_files_differ(tmp_path: Path) -> No
 
 
 def test_a_machine_too_small_is_refused_with_what_it_has_what_is_needed_and_the_hint() -> None:
-    check_machine(cores=1, memory_gb=0.01, hint="")
+    check_machine(cores=1, memory_gb=0.01)
     with pytest.raises(UserError) as refusal:
-        check_machine(cores=10_000, memory_gb=1e6, hint="Lower sampler.count.")
+        check_machine(cores=10_000, memory_gb=1e6)
     message = str(refusal.value)
     assert "10000 cores" in message
     assert "1e+06 GiB" in message
     assert f"{environment_module.cores_available():g} can be used" in message
-    assert message.endswith("Lower sampler.count.")
+    assert message.endswith("lower machine.cores and machine.memory_gb to match")
 
 
 def test_memory_is_counted_in_gib(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment_module, "memory_bytes", lambda: (8 * GIB, 7 * GIB))
-    check_machine(cores=1, memory_gb=7, hint="")
+    check_machine(cores=1, memory_gb=7)
     with pytest.raises(UserError, match=r"7\.4 GiB of free memory, and 7\.0 GiB is free"):
-        check_machine(cores=1, memory_gb=7.4, hint="")
+        check_machine(cores=1, memory_gb=7.4)
 
 
 @pytest.mark.parametrize(
