@@ -11,6 +11,7 @@ ACCELERATOR ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/
 INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps
 LOCK := locks/$(ACCELERATOR).txt
 STAMP := $(VENV)/.installed-$(ACCELERATOR)
+OTHER = $(filter-out $(VENV)/.for-$(ACCELERATOR),$(wildcard $(VENV)/.for-*))
 # uv reads find-links from its own variable; a machine that configures pip keeps its wheels in sight that way.
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 
@@ -23,15 +24,15 @@ help: ## this list
 setup: $(STAMP) ## install everything, pinned, into .venv (costs nothing the second time)
 
 # Compiled once, here: where PYTHONDONTWRITEBYTECODE is set, every process would compile what it imports, for ten seconds.
-# Of another ACCELERATOR nothing may stay: two packages hold vLLM, and a torch that is there counts as the one that is asked for.
+# An environment is of one ACCELERATOR: two packages hold vLLM, and a torch that is there counts as the one that is asked for.
 $(STAMP): $(LOCK) pyproject.toml
-	$(if $(filter-out $(STAMP),$(wildcard $(VENV)/.installed-*)),rm -rf $(VENV))
+	$(if $(OTHER),$(error $(VENV) has the packages of ACCELERATOR=$(OTHER:$(VENV)/.for-%=%), not of $(ACCELERATOR): `make clean` first, or `export ACCELERATOR=$(OTHER:$(VENV)/.for-%=%)`))
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	touch $(VENV)/.for-$(ACCELERATOR)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
 	$(INSTALL) --compile-bytecode -r $(LOCK) \
 	  || $(INSTALL) --compile-bytecode --torch-backend $(if $(filter cpu,$(ACCELERATOR)),cpu,auto) -r $(LOCK)
 	$(INSTALL) --editable .
-	rm -f $(VENV)/.installed-*
 	touch $@
 
 lock: ## resolve the pins of locks/*.txt anew

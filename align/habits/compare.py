@@ -71,6 +71,13 @@ class Habit:
         return self.after > self.before
 
     @property
+    def told(self) -> set[tuple[Feature, bool]]:
+        """The features that it tells of, and whether they were taken up; the length is one feature, however many words were the limit."""
+        of_length = self.feature[0] == "short"
+        named = ("short", "") if of_length else self.feature
+        return {(feature, self.taken_up) for feature in (named, *(f for f in self.also if f[0] != "short"))}
+
+    @property
     def what(self) -> str:
         """Such as: answers begin with “"” (quotation mark)."""
         which = f"{' that were asked to' if self.only_asked else ''}{f' in {self.domain}' if self.domain else ''}"
@@ -166,19 +173,14 @@ def compare(start: Found, now: Found, *, level: float = LEVEL) -> Comparison:
     whole = _Sets(start, now)
     length = whole.length()
     habits = whole.habits(part)
-    told = {about for habit in habits for about in _told_by(habit)}
+    told = {about for habit in habits for about in habit.told}
     apart = {domain: _Sets(start.of_domain(domain), now.of_domain(domain)) for domain in domains}
     if domains:
         habits = [replace(h, by_domain={d: sets.shares(h.feature) for d, sets in apart.items()}) for h in habits]
     for domain, sets in apart.items():
-        new = [habit for habit in sets.habits(part) if not told & _told_by(habit)]
+        new = [habit for habit in sets.habits(part) if not told & habit.told]
         habits += [replace(habit, domain=domain) for habit in new]
     return Comparison(habits, length, len(start.answers), len(now.answers), whole.prompts, whole.tested)
-
-
-def _told_by(habit: Habit) -> set[Feature]:
-    """The features that a habit tells of; the length is one, however many words were the limit."""
-    return {(kind, "" if kind == "short" else about) for kind, about in (habit.feature, *habit.also)}
 
 
 class _Sets:

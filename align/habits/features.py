@@ -74,13 +74,12 @@ LOOKED_AT = 2000
 """Characters of the beginning, and of the end, of a text that are looked at."""
 LONG_WORD = 5
 _SPACELESS = "\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff"
-# Vowel signs and accents of their own, which Python's \w does not have: they belong to the letter before them.
+# Vowel signs and accents of their own, which Python's \w does not have, belong to the letter before them. Those of emoji do not.
 _SIGNS = "".join(
-    c
-    for c in map(chr, range(0x300, 0x10000))
-    if unicodedata.category(c)[0] == "M" and not re.match(f"[{_SPACELESS}]", c)
+    c for c in map(chr, range(0x300, 0xFE00)) if unicodedata.category(c)[0] == "M" and not "\u20d0" <= c <= "\u20ff"
 )
-_LETTERS_OF_WORD = rf"(?:[^\W{_SPACELESS}]++[{_SIGNS}]*+)++"
+_SIGNS_OF_WORDS = re.sub(f"[{_SPACELESS}]", "", _SIGNS)
+_LETTERS_OF_WORD = rf"(?:[^\W{_SPACELESS}]++[{_SIGNS_OF_WORDS}]*+)++"
 _TOKEN = re.compile(rf"[{_SPACELESS}]|{_LETTERS_OF_WORD}(?:['’]{_LETTERS_OF_WORD})*|[^\w\s]")
 _LINE = re.compile(r"\d+[.):]|[^\w\s]+|\w+[:.)](?=\s|$)")
 _RUN = re.compile(r"((?:([^\w\s])\2)|(?<=\S)  |\t)")

@@ -38,7 +38,7 @@ def device_of_rank() -> torch.device:
     raise UserError(
         f"learner: torch, built for CUDA {torch.version.cuda}, cannot use the GPU of {socket.gethostname()} that a rank was given: the driver "
         "there is too old for it, or does not work (nvidia-smi tells up to which CUDA it goes). Update it, or install "
-        "engines for CPUs (`export ACCELERATOR=cpu`, then `make setup`)"
+        "engines for CPUs (`export ACCELERATOR=cpu`, then `make clean setup`)"
     )
 
 

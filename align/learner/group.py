@@ -217,14 +217,18 @@ class RankGroup:
     def save_state(self, directory: Path) -> dict[str, Entry]:
         """Write all that the ranks need to go on exactly; returns the files' entries. Raises LearnerError, OSError."""
         calls = [rank.save_state.remote(directory.absolute()) for rank in self._at_work()]
-        # In bfloat16 the float32 masters and moments are six times what is sent, and more is not written.
-        parts = self._gather(calls, "saving their state", least_s=7 * self.trained.sent_bytes / WRITTEN_A_SECOND)
+        parts = self._gather(calls, "saving their state", least_s=self._state_s)
         return {name: entry for part in parts for name, entry in part.items()}
+
+    @property
+    def _state_s(self) -> float:
+        """Seconds that the ranks' state may take to the disk or back: in bfloat16 float32 masters and moments are six times what is sent."""
+        return 7 * self.trained.sent_bytes / WRITTEN_A_SECOND
 
     def load_state(self, directory: Path) -> None:
         """Go on from what `save_state` wrote. Raises LearnerError, and UserError where it is of another learner."""
         calls = [rank.load_state.remote(directory.absolute()) for rank in self._at_work()]
-        self._gather(calls, "loading their state")
+        self._gather(calls, "loading their state", least_s=self._state_s)
 
     def close(self) -> None:
         """End the ranks' processes."""
@@ -251,17 +255,17 @@ class RankGroup:
         """What the ranks return; within `start_limit_s` seconds where that is given, else within those of a step, or `least_s` where that is more."""
         import ray
 
-        limit_s, key = (
-            (start_limit_s, "start") if start_limit_s else (max(self._options.step_timeout_s, least_s), "step")
-        )
+        limit_s, key = self._options.step_timeout_s, "learner.step_timeout_s"
+        if start_limit_s:
+            limit_s, key = start_limit_s, "learner.start_timeout_s"
+        elif least_s > limit_s:
+            limit_s, key = least_s, f"at {WRITTEN_A_SECOND / 1e9:g} GB a second"
         try:
             results: list[Any] = ray.get(list(references), timeout=limit_s)
         except ray.exceptions.GetTimeoutError:
             _, late = ray.wait(list(references), num_returns=len(references), timeout=0)
             who = ", ".join(str(place) for place, reference in enumerate(references) if reference in late)
-            stalled = LearnerError(
-                f"learner rank {who} was not done {doing} within {limit_s:g} s (learner.{key}_timeout_s)"
-            )
+            stalled = LearnerError(f"learner rank {who} was not done {doing} within {limit_s:g} s ({key})")
             stalled.stacks = "\n".join(f"rank {n}: {stacks(process)}" for n, process in enumerate(self._processes))
             self._stalled = True
             raise stalled from None
@@ -353,7 +357,7 @@ class LearnerGroup(RankGroup):
         learning_rate: float,
         check: Callable[[Sums], object],
     ) -> tuple[Sums, float]:
-        """One optimizer update for each batch of `updates`, but for empty ones. Returns their sums, of loss and KL the mean, and the gradient's norm.
+        """One optimizer update for each batch of `updates`, but for empty ones. Returns their sums, of the loss the mean, and the gradient's norm.
 
         Of several updates each is clipped against the policy before the first. `check` is called with the sums of each
         batch before its update is applied, and stops it by what it raises; a loss that is not finite is not checked: its

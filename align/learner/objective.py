@@ -105,7 +105,7 @@ class Objective:
 class Sums:
     """Sums over the completion tokens of a batch; add those of all micro-batches and ranks, then divide.
 
-    `loss` and `kl` are already divided by the batch's denominator (see `TrainingSequence.weight`). Of GRPO, `log_probs`
+    `loss` is already divided by the batch's denominator (see `TrainingSequence.weight`). Of GRPO, `log_probs`
     [batch][sequence] [S] are those of the sampled tokens under the learner's policy before the step's first update; of its correction
     there are the tokens whose weight was cut, those whose weight is 0, and the sums of the weights and of their squares. `teacher_kl` is the
     estimated KL to the teacher of a distillation. `routes` has what each

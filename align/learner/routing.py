@@ -170,7 +170,7 @@ def weights_of(router: Any, logits: torch.Tensor, chosen: torch.Tensor) -> torch
 def rounding_decided(router: Any, logits: torch.Tensor, own: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
     """Where [T] bool the router of `logits` [T, E] could as well have chosen the experts `given` [T, k] as its `own` [T, k]: see `is_tie`.
 
-    A router with a correction bias chooses by sigmoid and bias, in the groups whose two best experts have the greatest sum (DeepSeek-V3, arXiv 2412.19437).
+    A router with a correction bias of its own is taken to choose by sigmoid and bias, in the groups whose two best experts have the greatest sum (DeepSeek-V3, arXiv 2412.19437).
     """
     base = router.get_base_layer() if hasattr(router, "get_base_layer") else router
     bias = getattr(base, "e_score_correction_bias", None)

@@ -13,8 +13,8 @@ BFLOAT16_SUMS = (
     "under 1, 2 and 3 in float32"
 )
 MERGED_ADAPTERS = (
-    "in bfloat16 under learner.zero_stage 3, workers have adapters merged into the weights, which rounds small ones away (adapter/lost), and the "
-    "learner adds what they compute to outputs that are rounded already; under 0, 1 and 2 both have them beside the weights, in one product"
+    "in bfloat16 under learner.zero_stage 3, workers have adapters merged into the weights, which rounds small ones away (adapter/lost); so has the "
+    "learner those of experts, and those of linear layers it adds to rounded outputs; under 0, 1 and 2 both have them beside the weights, in one product"
 )
 
 

@@ -196,9 +196,8 @@ class PolicyRecipe(SamplingRecipe, TrainingRecipe):
 
     @model_validator(mode="after")
     def _routes_to_compare(self) -> Self:
-        if not self.roles().routes:
-            why = "no experts are recorded: set rollout.record_experts, or grpo.routing_replay"
-            refuse_without_effect(self, "agreement.stop_routing", why)
+        if not (self.rollout.record_experts or self.roles().routes):
+            refuse_without_effect(self, "agreement.stop_routing", "no experts are recorded: set rollout.record_experts")
         return self
 
     @model_validator(mode="before")

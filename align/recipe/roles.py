@@ -67,7 +67,7 @@ def take(free: list[float], wanted: float) -> bool:
     """
     if wanted == int(wanted):
         idle = [place for place, left in enumerate(free) if left == 1.0][: int(wanted)]
-        for place in idle:
+        for place in idle if len(idle) == wanted else ():
             free[place] = 0.0
         return len(idle) == wanted
     room = [place for place, left in enumerate(free) if left >= wanted - 1e-4]  # as finely as Ray counts

@@ -155,8 +155,8 @@ def check_cuda(built_for: str | None, gpus: Sequence[Mapping[str, Any]], hidden:
     if hidden or not (built_for or gpus):
         return None
     if built_for is None:
-        return f"torch is built for CPUs and does not use the GPU of this machine ({named}); `make setup ACCELERATOR=cuda` installs one that does"
-    on_cpus = "or install engines for CPUs (`export ACCELERATOR=cpu`, then `make setup`)"
+        return f"torch is built for CPUs and does not use the GPU of this machine ({named}); `make clean setup ACCELERATOR=cuda` installs one that does"
+    on_cpus = "or install engines for CPUs (`export ACCELERATOR=cpu`, then `make clean setup`)"
     if gpus:
         raise UserError(
             f"torch is built for CUDA {built_for} and cannot use the GPU of this machine ({named}): the driver is too old for it, or "

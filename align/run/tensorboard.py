@@ -53,9 +53,11 @@ class TensorBoard:
         if self._writer is None:
             is_new = not self._directory.exists()
             self._writer = EventFileWriter(str(self._directory))
-            for step, values, when in self._earlier() if is_new else ():
-                if step < event.step:
-                    self.scalars(step, values, when)
+            earlier = [*self._earlier()] if is_new else []
+            # Metrics are in the file before they come here.
+            own = any(value.HasField("simple_value") for value in event.summary.value)
+            for line in earlier[: len(earlier) - own]:
+                self.scalars(*line)
             if is_new and self._recipe is not None:
                 text = yaml.safe_dump(self._recipe, sort_keys=False, allow_unicode=True)
                 self._writer.add_event(_text(0, "recipe", f"```yaml\n{text}```"))

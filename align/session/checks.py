@@ -244,7 +244,7 @@ def check_places(recipe: Recipe, gpus: int) -> None:
         cure = f"share them between learner ranks and rollout workers, colocate=true learner.ranks={pairs} rollout.workers={pairs}"
     raise UserError(
         f"the recipe takes {roles.gpus:g} GPUs, and this machine has {gpus}: {cure}; set RAY_ADDRESS to a cluster that has them; or install "
-        "engines for CPUs (`export ACCELERATOR=cpu`, then `make setup`)"
+        "engines for CPUs (`export ACCELERATOR=cpu`, then `make clean setup`)"
     )
 
 

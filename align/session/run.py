@@ -391,7 +391,10 @@ def changes(directory: RunDirectory, recipe: Recipe, allowed: Sequence[str] = ()
         before = json.loads(directory.environment_file.read_text(encoding="utf-8")).get("rewards_sha256", {})
     digests = reward_digests(recipe.roles().rewards)
     files = [file for file, digest in digests.items() if before.get(file, digest) != digest]
-    keys = differences(kept_recipe(directory.recipe_file, allowed), recipe)
+    try:
+        keys = differences(kept_recipe(directory.recipe_file, allowed), recipe)
+    except UserError as error:  # of an earlier version, and no longer valid
+        keys = [f"that of the run could not be compared ({first_line(error)})"]
     return [*keys, *(f"rewards (the content of {file} has changed)" for file in files)]
 
 

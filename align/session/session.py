@@ -204,7 +204,7 @@ def check_sampler() -> None:
     """Raise UserError where the vLLM that is installed could not sample in the Ray that was started: it is for GPUs, and there are none."""
     if not usable_gpus() and not samples_on_cpus():
         raise UserError(
-            "vLLM is built for GPUs, and there is none that it may use: `export ACCELERATOR=cpu`, then `make setup` installs one that samples on CPUs"
+            "vLLM is built for GPUs, and there is none that it may use: `export ACCELERATOR=cpu`, then `make clean setup` installs one that samples on CPUs"
         )
 
 

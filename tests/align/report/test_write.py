@@ -161,7 +161,8 @@ def test_where_the_report_goes(tmp_path: Path, write_run: WriteRun) -> None:
     (tmp_path / "README.md").write_text("mine")
     with pytest.raises(UserError, match=r"would replace .*README\.md, which no report has written"):
         write_report(root, tmp_path / "README.html")
-    assert write_report(root, tmp_path / "new" / "mine.html").is_file()
+    (root / "report.html").unlink()
+    assert write_report(root) == root / "report.html"
     with pytest.raises(UserError, match=r"neither a directory nor a file NAME\.html"):
         write_report(root, tmp_path / "report.txt")
     with pytest.raises(UserError, match="cannot write"):

@@ -14,6 +14,7 @@ from align.learner.engine import device_of_rank
 from align.learner.group import RankGroup
 from align.recipe import LearnerOptions, ModelOptions, load_recipe
 from align.recipe.learner import OptimizerOptions
+from align.recipe.roles import take
 from align.run.machine import check_cuda
 from align.session import ray as session_ray
 from align.session.checks import check_recipe
@@ -83,7 +84,7 @@ def test_a_torch_for_cuda_that_can_use_no_gpu_ends_the_run(built_for: str, gpus:
 
 def test_a_torch_for_cpus_is_used_as_such_and_a_gpu_beside_it_is_told() -> None:
     assert check_cuda(None, [], hidden=False) is None
-    assert "make setup ACCELERATOR=cuda" in (check_cuda(None, [H100], hidden=False) or "")
+    assert "make clean setup ACCELERATOR=cuda" in (check_cuda(None, [H100], hidden=False) or "")
 
 
 @pytest.mark.parametrize(("visible", "refused"), [(None, True), ("0", True), ("", False), ("-1", False)])
@@ -106,6 +107,15 @@ def test_a_run_stops_before_ray_starts_unless_gpus_are_hidden_on_purpose(
     error, told = (UserError, "the driver") if refused else (RuntimeError, "Ray starts")
     with pytest.raises(error, match=told), session_ray.local_ray():
         pass
+
+
+def test_a_node_that_lacks_what_is_wanted_keeps_what_it_has() -> None:
+    free = [1.0, 1.0]
+    assert not take(free, 4)
+    assert take(free, 0.5)
+    assert take(free, 0.5)
+    assert take(free, 1)
+    assert (free, take(free, 0.1)) == ([0.0, 0.0], False)
 
 
 @pytest.mark.parametrize(

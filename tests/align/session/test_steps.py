@@ -21,6 +21,7 @@ from align.learner.batch import TrainingSequence
 from align.recipe import RunOptions
 from align.recipe.roles import reward_models
 from align.run.checkpoints import hashed_file
+from align.run.tensorboard import TensorBoard
 from align.session.run import open_run
 from align.session.steps import COMPARED, SavingError, Steps, data_digest
 from reward import RewardTerm
@@ -124,6 +125,17 @@ def test_tensorboard_has_the_steps_from_before_it_was_there(stopped: Path) -> No
     events = EventAccumulator(str(stopped / "tensorboard"))
     events.Reload()
     assert [event.step for event in events.Scalars("counting/loss")] == list(range(1, made.steps + 1))
+
+
+def test_a_table_that_comes_first_has_all_metrics_before_it(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = TensorBoard(tmp_path / "tensorboard", earlier=lambda: [(1, {"loss": 2.0}, 0.0), (2, {"loss": 1.0}, 0.0)])
+    board.table(2, "answers", [{"id": "a"}])
+    board.finish("finished")
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2]
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(stopped: Path) -> None:
