@@ -19,7 +19,9 @@ _MIXED = re.compile(r"([+-]?)([0-9]+) ([0-9]+)/([1-9][0-9]*)")
 _REPEATING = re.compile(r"([+-]?)([0-9]*)\.([0-9]*)\\(?:overline|bar|dot)\{([0-9]+)\}")
 _RATIONAL = re.compile(r"[+-]?[0-9]+(?:\.[0-9]+|/0*[1-9][0-9]*)?")
 _EXPONENT = r"(?:\^|\*\*)(?:\{\+?(-?[0-9]{1,3})\}|\(\+?(-?[0-9]{1,3})\)|\+?(-?[0-9]{1,3}))"
-_SCIENTIFIC = re.compile(r"([+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+))(?:\\times|\\cdot|\*|x) ?10" + _EXPONENT)
+_SCIENTIFIC = re.compile(
+    r"([+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+))(?:e\+?(-?[0-9]{1,3})|(?:\\times|\\cdot|\*|x) ?10" + _EXPONENT + ")"
+)
 _POWER_OF_TEN = re.compile("([+-]?)10" + _EXPONENT)
 _DECIMAL = re.compile(r"[+-]?([0-9]*)\.([0-9]+)")
 
