@@ -12,7 +12,7 @@ from decimal import Decimal
 from math import isfinite
 from typing import Any
 
-from reward.math.final_answer import boxed_answers, normalise
+from reward.math.final_answer import gold_answer, normalise
 from reward.types import Sample
 
 PROMPTS = ("messages", "prompt", "problem", "question")
@@ -63,7 +63,8 @@ def prompt_column(row: Mapping[str, Any]) -> str | None:
 def ground_truth_of(row: Mapping[str, Any]) -> str | None:
     r"""The ground truth of a row as text; None where it has none, or one of parts that only a reward of its own can read.
 
-    Of a whole solution it is the final answer: what follows `####` on the last line, or else the last `\boxed{}` with something in it.
+    Of a whole solution it is the final answer: what follows `####` on the last line, or else the last `\boxed{}`, with those that
+    are joined to it, if there is something in it.
     """
     for name in TRUTHS:
         value = row.get(name)
@@ -85,11 +86,11 @@ def _written(value: Any) -> str:
 
 
 def final_answer(text: str) -> str:
-    r"""What a gold solution ends in: after `####`, in the last `\boxed{}`; the text itself where it marks no answer."""
+    r"""What a gold solution ends in: after `####`, in the last `\boxed{}` and those joined to it; the text itself where it marks no answer."""
     if marked := _LAST_LINE.search(text):
         return marked[1]
-    boxes = boxed_answers(text) if r"\boxed" in text else []
-    return boxes[-1] if boxes and normalise(boxes[-1]) else text
+    boxed = gold_answer(text) if r"\boxed" in text else None
+    return boxed if boxed and normalise(boxed) else text
 
 
 def domain_of(row: Mapping[str, Any], default: str = DOMAIN) -> str:

@@ -12,7 +12,8 @@ from align.data.files import readable
 from align.data.rows import NothingToJudgeBy, Row, asked
 from align.data.types import Example, Item, Message, Preference, SplitName
 from align.errors import UserError
-from reward import boxed_answers, normalise
+from reward import normalise
+from reward.math.final_answer import gold_answer
 from reward.rows import metadata_of
 
 _log = logging.getLogger(__name__)
@@ -137,12 +138,12 @@ def _answer(row: Row, fields: Fields, column: str) -> str:
 
 
 def _last_box(text: str, row: Row, column: str) -> str:
-    answers = boxed_answers(text)
-    if not answers:
+    answer = gold_answer(text)
+    if answer is None:
         raise row.error(column, r"has no \boxed{} with the answer")
-    if not normalise(answers[-1]):
+    if not normalise(answer):
         raise NothingToJudgeBy(r"the last \boxed{} is blank")
-    return answers[-1]
+    return answer
 
 
 def _level(row: Row, column: str) -> int | None:

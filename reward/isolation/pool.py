@@ -7,7 +7,7 @@ The limits are kept from outside, by SIGKILL and by the kernel, and so they hold
 is JSON of bounded length; nothing is unpickled. `child.worker` is the other side, and says what a job is.
 
 The limit on time is processor time, so that a busy machine takes no reward away from an honest answer. A request that uses
-it up is the model's fault. A worker that ends otherwise, or gets no processor for `stuck_s`, is ours: the request is tried
+it up is the model's fault. A worker that ends otherwise, or is `stuck_s` without a processor, is ours: the request is tried
 again in fresh workers until two of them end alike, by a crash (CRASH) or by a fault of ours (INFRA, never a wrong answer).
 """
 
@@ -45,14 +45,13 @@ _CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal
 class WorkerLimits:
     """What one request may cost.
 
-    Each phase has `cpu_s` seconds of processor time, or what `phase_cpu_s` says; once `wall_s` have passed, half of
-    that will do, so that a busy machine bounds the wait too; after `stuck_s` without even that it is the worker that
-    is at fault. `memory_bytes` is on top of what a warm worker holds. `start_s` is for the imports of the job.
+    Each phase has `cpu_s` seconds of processor time, or what `phase_cpu_s` says, however busy the machine is; it is the
+    worker that is at fault, and the wait ends, after `stuck_s` more in which it got none. `memory_bytes` is on top of
+    what a warm worker holds. `start_s` is for the imports of the job.
     """
 
     cpu_s: float = 0.5
     phase_cpu_s: Mapping[str, float] = field(default_factory=dict)
-    wall_s: float = 0.9
     stuck_s: float = 10.0
     memory_bytes: int = 512 << 20
     request_bytes: int = 4 << 20
@@ -272,13 +271,11 @@ class Worker:
         wait = 0.0
         while not self._said.poll(1000 * wait):
             waited, used = monotonic() - begun, time.clock_gettime(self._clock) - cpu_before
-            enough = cpu_s if waited < limits.wall_s else cpu_s / 2
-            if used >= enough:
+            if used >= cpu_s:
                 return End.TIMEOUT, {"detail": f"not done after {used:.2f} s of processor time"}
-            if waited >= limits.stuck_s:
+            if waited - used >= limits.stuck_s:
                 return End.INFRA, {"detail": f"got {used:.2f} s of processor time within {waited:.0f} s"}
-            left = [limit - waited for limit in (limits.wall_s, limits.stuck_s) if waited < limit]
-            wait = min(max(enough - used, 0.01), *left)
+            wait = min(max(cpu_s - used, 0.01), limits.stuck_s - (waited - used))
         return End.DONE, self._message()
 
     def _message(self) -> Mapping[str, Any]:

@@ -121,6 +121,19 @@ def extract_final_answer(text: str) -> str | None:
     return answers[-1][1] if answers and normalise(answers[-1][1]) else None
 
 
+def gold_answer(solution: str) -> str | None:
+    r"""What a gold solution ends in, as one answer; blank where its last box is, None where it has none.
+
+    Boxes that belong together are listed, with their names where these tell them apart.
+    """
+    found = last_answers(solution) or [("", content) for content in boxed_answers(solution)[-1:]]
+    contents = [content for _, content in found]
+    if not is_spray(contents) or not all(map(normalise, contents)):
+        return contents[-1] if contents else None
+    named = len({label for label, _ in found}) > 1
+    return ", ".join(f"{label}={content}" if named and label else content for label, content in found)
+
+
 def is_spray(answers: Sequence[str]) -> bool:
     """Whether the answers differ in value: several tries are not an answer, whichever of them is right."""
     return any(not equal(answers[0], other) for other in answers[1:])

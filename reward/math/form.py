@@ -46,7 +46,13 @@ _NAME = re.compile(
     rf"(?:[A-Za-z ']|{_SUBSCRIPT}|\^\{{-1\}}|\((?:[^()]|\([^()]*\))*\)|\{{[A-Za-z\\ ]*\}}|\\(?!(?:{_FUNCTIONS})(?![a-zA-Z]))[a-zA-Z]+(?![a-zA-Z])"
     rf"|\\text\{{[A-Za-z .'()-]+\}})*)"
 )
-_NAMES_ONLY = re.compile(r"(?!-)(?:[A-Za-z+\-/(){} ]|\\(?:frac|cdot|angle|overline)(?![a-zA-Z])|_[A-Za-z0-9])+")
+_NUMBERED = re.compile(r"_(?:[0-9]|\{[0-9]+\})")
+_QUANTITY = (
+    r"frac|cdot|times|angle|triangle|overline|vec|hat|bar|text|sqrt|log|ln|exp|(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?"
+    "|alpha|beta|gamma|delta|epsilon|theta|lambda|mu|sigma|phi|omega"
+)
+"""Commands in what is asked for. No pi, which is a number."""
+_NAMES_ONLY = re.compile(rf"(?!-)(?:[A-Za-z+\-/(){{}}| ]|\\\||\\(?:{_QUANTITY})(?![a-zA-Z])|_[A-Za-z0-9])+")
 _CONDITION = re.compile(
     r"[,;]?(?:\\text\{\s*(?:for|where|with|when)\b|(?<![A-Za-z\\])(?:for|where|with|when)\b)(?!.*(?:\bor\b|\band\b|[,;]-?[0-9])).*"
     r"|\((?:\\text\{where\b|[a-z]\\in\\mathbb)[^()]*\)$",
@@ -318,21 +324,29 @@ def _equal_members(gold: Form, answer: Form, same: Same) -> bool | None:
     ends = {gold.ends, answer.ends}
     if len(gold.items) != len(answer.items):
         return False
-    if ends == {",", "()"} or (ends in UNORDERED and (_are_named(gold) or _are_named(answer))):
+    if ends == {",", "()"} or (ends in UNORDERED and _are_named(gold) and _names(gold) == _names(answer)):
         return _equal_in_order(_by_name(gold), _by_name(answer), same)
     if ends in UNORDERED or ends == {",", "∪"}:
-        return _equal_in_any_order(gold.items, answer.items, same)
+        return _equal_in_any_order(_unnumbered(gold), _unnumbered(answer), same)
     return _equal_in_order(gold.items, answer.items, same) if gold.ends == answer.ends else False
+
+
+def _names(form: Form) -> set[str]:
+    return {_bare(item.label) for item in form.items}
 
 
 def _are_named(form: Form) -> bool:
     """Whether each member has a name of its own, as in x=1, y=2."""
-    names = {_bare(item.label) for item in form.items}
-    return "" not in names and len(names) == len(form.items) > 1
+    return "" not in _names(form) and len(_names(form)) == len(form.items) > 1
 
 
 def _by_name(form: Form) -> tuple[Form, ...]:
     return tuple(sorted(form.items, key=lambda item: _bare(item.label))) if _are_named(form) else form.items
+
+
+def _unnumbered(form: Form) -> tuple[Form, ...]:
+    """The members without the numbers of their names: the roots x_1 and x_2 are both x, and come in any order."""
+    return tuple(replace(item, label=_NUMBERED.sub("", item.label)) for item in form.items)
 
 
 def _equal_in_order(golds: tuple[Form, ...], answers: tuple[Form, ...], same: Same) -> bool | None:

@@ -69,6 +69,9 @@ _UNICODE = {
     "₁₀": "_{10}",
     "€": "",
     "£": "",
+    "¥": "",
+    "₹": "",
+    "¢": r"\text{ cents}",
 } | {
     letter: rf"\{name} "
     for letter, name in zip(
@@ -115,12 +118,17 @@ _INVISIBLE = re.compile(
 )
 _COLOURED = re.compile(r"\\(?:textcolor\{[a-z]+\}|underline)(?=\{)")
 _THOUSANDS = re.compile(r"(?<=[0-9])(?:,\\!\s*|\\[,!]|\{,\})(?=[0-9]{3}(?![0-9]))")
+_DECIMAL_COMMA = re.compile(r"(?<![0-9.}])(0|[0-9]+(?=\{,\}(?![0-9]{3}(?![0-9]))))\{,\}(?=[0-9]+(?!\{,\}|[0-9]))")
+"""Not that of 1{,}000 and of 1{,}2{,}3."""
 _SPACED_THOUSANDS = re.compile(r"(?<![0-9.,] )(?<![0-9.,])[1-9][0-9]{0,2}(?: [0-9]{3})+(?![0-9]| [0-9])")
 _COMMA_THOUSANDS = re.compile(r"(?<![0-9.,])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9])")
 _LIST_OF_THREES = re.compile(r"(?<=[0-9]),(?:\s|~|\\[ ;:]|\\q?quad(?![a-zA-Z]))+(?=[0-9]{3}(?![0-9]))")
 _ESCAPED_TWICE = re.compile(r"\\(?=\\[a-zA-Z])")
 _EULER_MINUS = re.compile(r"(?<=[0-9])e(?= [-+] ?[0-9])")
-_SCIENTIFIC = re.compile(r"(?<![A-Za-z0-9.\\_^{])([0-9]+\.?[0-9]*|\.[0-9]+)[eE]\+?(-?[0-9]{1,3})(?![0-9A-Za-z.])")
+_SCIENTIFIC = re.compile(
+    r"(?<![A-Za-z0-9.\\_^{])(?!\A(?:[2-9]|[1-9][0-9]+)e[-+][1-9][0-9]*\Z)([0-9]+\.?[0-9]*|\.[0-9]+)[eE]\+?(-?[0-9]{1,3})(?![0-9A-Za-z.])"
+)
+"""Not of an answer such as 2e-1, which may be 0.2 and may be one less than 2e: it is as it is, and equal to both."""
 _SPACES = re.compile(r"(?:(?<!\\)\\(?:[,;: ]|q?quad(?![a-zA-Z])|$)|~|\s)+")
 _BOX_COMMAND = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])")
 _BLANK_BOX = re.compile(
@@ -258,7 +266,7 @@ def _tidied_once(text: str) -> str:
         text = inner[1]
     if r"\begin" not in text:
         text = _ESCAPED_TWICE.sub("", text)
-    text = _SCIENTIFIC.sub(r"\1\\times 10^{\2}", _EULER_MINUS.sub(r"\\cdot e", text))
+    text = _DECIMAL_COMMA.sub(r"\1.", _EULER_MINUS.sub(r"\\cdot e", text))
     text = _INVISIBLE.sub("", _COLOURED.sub("", _LIST_OF_THREES.sub(";", _THOUSANDS.sub("", text))))
     if ", " in text:  # what separates, so that the other commas group digits
         text = _COMMA_THOUSANDS.sub(lambda match: match.group().replace(",", ""), text)
@@ -273,7 +281,7 @@ def _tidied_once(text: str) -> str:
         text = match[1]
     if text.startswith("{") and text.endswith("}") and _closes_at_end(text):
         text = text[1:-1]
-    return _LOOSE_SPACE.sub("", text)
+    return _SCIENTIFIC.sub(r"\1\\times 10^{\2}", _LOOSE_SPACE.sub("", text))
 
 
 def _closes_at_end(text: str) -> bool:

@@ -19,7 +19,9 @@ _MIXED = re.compile(r"([+-]?)([0-9]+) ([0-9]+)/([1-9][0-9]*)")
 _REPEATING = re.compile(r"([+-]?)([0-9]*)\.([0-9]*)\\(?:overline|bar|dot)\{([0-9]+)\}")
 _RATIONAL = re.compile(r"[+-]?[0-9]+(?:\.[0-9]+|/0*[1-9][0-9]*)?")
 _EXPONENT = r"(?:\^|\*\*)(?:\{\+?(-?[0-9]{1,3})\}|\(\+?(-?[0-9]{1,3})\)|\+?(-?[0-9]{1,3}))"
-_SCIENTIFIC = re.compile(r"([+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+))(?:\\times|\\cdot|\*|x) ?10" + _EXPONENT)
+_SCIENTIFIC = re.compile(
+    r"([+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+))(?:e\+?(-?[0-9]{1,3})|(?:\\times|\\cdot|\*|x) ?10" + _EXPONENT + ")"
+)
 _POWER_OF_TEN = re.compile("([+-]?)10" + _EXPONENT)
 _DECIMAL = re.compile(r"[+-]?([0-9]*)\.([0-9]+)")
 
@@ -27,7 +29,7 @@ _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 
 _SHORT_UNITS = r"mm|cm|dm|km|mg|kg|ml|mL|ms|sec|min|hrs?|ft|yd|lbs?|oz|mph|kJ|kW|Hz|Pa|am|pm|AM|PM|a\.m\.?|p\.m\.?"
 _LETTER_UNITS = "[mgslLhJWVANKCF]|in|mi"
 """Units only after a space: `5 m` is a length and `5m` a product."""
-_POWER = r"(?:\^\{?-?[0-9]\}?)?"
+_POWER = r"(?:\^\{?-?[0-9]\}?| squared| cubed)?"
 _ONE_TEXT_UNIT = rf"\\text\{{(?:[A-Za-z%][A-Za-z .'/^0-9%-]*|\([A-Za-z%][A-Za-z .'/^0-9%-]*\))\}}{_POWER}"
 _UNIT = re.compile(
     rf"(?P<value>.*[0-9A-Za-z)}}\]!|])(?P<unit>(?:(?:/|\\cdot)?{_ONE_TEXT_UNIT})+|\\frac\{{{_ONE_TEXT_UNIT}\}}\{{{_ONE_TEXT_UNIT}\}}"
@@ -41,12 +43,18 @@ _WORD_UNIT = re.compile(
     rf"| ?\((?:(?=[^()]*(?:[A-Za-z]{{3}}|%|/))[A-Za-z% .,/'-]+|{_SHORT_UNITS})\)"
     rf"| [A-Za-z][A-Za-z.'/-]{{2,}}(?: [A-Za-z.'/-]+)*{_POWER})"
 )
-RETRACTED = re.compile(r"\b(?:not|wrong|incorrect|never|except|if|else|unless|maybe|either)\b|n't\b", re.IGNORECASE)
+_DOUBTS = "not|wrong|incorrect|never|except|if|else|unless|maybe|either"
+RETRACTED = re.compile(rf"\b(?:{_DOUBTS})\b|n't\b", re.IGNORECASE)
+_FACTOR = (
+    r"(?:the|(?!a (?!squared|cubed)[a-z]{2})[a-z]|(?-i:[A-Z]+)|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve"
+    r"|twenty|thirty|forty|fifty|hundred|thousand|million)"
+)
 _NO_UNIT = re.compile(
-    r"\b(?:and|or|pi|sqrt|mod|sin|cos|tan|log|ln|factorial|times|plus|minus|over|to|base|than|squared|cubed|halves|thirds?"
-    r"|(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand|million)ths?|choose|remainder|of [a-z])\b",
+    rf"^(?:squared|cubed)\b|\b(?:and|or|pi|sqrt|mod|sin|cos|tan|log|ln|factorial|(?:times|over|to) {_FACTOR}|plus|minus|base|than"
+    r"|halves|thirds?|(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand|million)ths?|choose|remainder|of [a-z])\b",
     re.IGNORECASE,
 )
+"""What makes an expression of a number: 5 times two and 5 squared are not 5, but 5 times, 5 to go and 5 units squared are."""
 _UNITS = """
 mm millimeter millimetre|cm centimeter centimetre|dm decimeter decimetre|m meter metre|km kilometer kilometre|in inch inche
 ft foot feet|yd yard|mi mile|mg milligram|g gram|kg kilogram|oz ounce|lb pound|ton tonne|ms millisecond|s sec second|min minute|h hr hour
@@ -66,9 +74,12 @@ _TIME = re.compile(r"([0-9]{1,2}):([0-5][0-9]) ?(?:([ap])\.? ?m\.?)?", re.IGNORE
 
 _CHOICE = re.compile(r"\(?([A-J])[).]?")
 _CHOICE_WITH_VALUE = re.compile(
-    r"(?:(?i:option|choice|answer) ?:? ?)?(?:\(([A-J])\)[.:]?|([A-J])(?:[.:)]|$))(?!\s*(?:or\b|and\b|[,;^+*/=-]))(?!.*\b[A-J]\b).*",
+    r"(?:(?i:option|choice|answer) ?:? ?)?(?:\(([A-J])\)[.:]?|([A-J])(?:[.:)]|$))"
+    rf"(?!\s*(?:(?:or|and|is|are|was|{_DOUBTS})\b|[,;^+*/=-]))"
+    r"(?!.*\b(?:[B-HJ]\b|A\b(?! (?!(?:or|and|is)\b)[a-z])|(?<=\()I\)|wrong\b|incorrect\b|maybe\b)).*",
     re.DOTALL,
 )
+"""A choice with what it stands for, which may say "not", "a triangle" or "I and II only", but names no other choice."""
 _NOTHING = re.compile(r"\\emptyset|\\\{\\\}|(?:there (?:is|are) )?no (?:real )?solutions?", re.IGNORECASE)
 _REALS = re.compile(
     r"(?:[a-z]\\in ?)?\\mathbb\{R\}|\(-\\infty,\+?\\infty\)|(?:[a-z] is )?(?:the set of )?all (?:the )?real(?:s| numbers| values)?(?: of [a-z]| [a-z])?"
@@ -167,7 +178,8 @@ def quantity(tidied: str) -> Quantity | None:
 
 def _known_unit(unit: str) -> tuple[str, Counter[str]] | None:
     """A unit by its abbreviation, and what it is divided by, how many times; None where one of them is not among those of which one is never the other."""
-    whole, _, power = re.sub(r"[.\s{}]", "", unit).lower().partition("^")
+    spelled = re.sub(r"[.\s{}]", "", unit).lower().replace("squared", "^2").replace("cubed", "^3")
+    whole, _, power = spelled.partition("^")
     parts = re.split(r"/|(?<=\w)per(?=\w)", _RATES.get(whole, whole))
     first, *below = [_EXCLUSIVE.get(part) or _EXCLUSIVE.get(part.removesuffix("s"), "") for part in parts]
     if not first or not all(below):

@@ -15,7 +15,8 @@ import sys
 import threading
 import traceback
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, MappingView
+from itertools import islice
 from typing import Any, NoReturn
 
 from . import plain, tester
@@ -77,14 +78,26 @@ def _server(job: Mapping[str, Any]) -> NoReturn:
         stage = "call"
         try:
             value = function(*args, **kwargs)
+            lazy = isinstance(value, Iterator | MappingView | range)
+            value = list(islice(value, plain.LONGEST // 2)) if lazy else value
             stage = "result"
-            reply = plain.dumps({"value": plain.encode(value)})
+            tree = plain.encode(value)
+            left = _left([*args, *kwargs.values()]) if value is None else []
+            reply = plain.dumps({"value": {"iterator": tree} if lazy else tree, "left": left})
         except BaseException as error:
             reply = plain.dumps({"error": described(error, stage)})
         if len(reply) > plain.LONGEST:
             reply = plain.dumps({"error": {"stage": "size"}})
         plain.send(_OUT, reply)
     _exit(0)
+
+
+def _left(args: list[Any]) -> Any:
+    """The arguments as a call left them; none where it put in what is no plain data."""
+    try:
+        return plain.encode(args)
+    except (plain.NotPlain, RecursionError):
+        return []
 
 
 def _load(job: Mapping[str, Any]) -> Any:

@@ -74,6 +74,8 @@ def _decode_tagged(tag: str, content: Any) -> Any:
     match tag:
         case "int":
             return int(content, 16)
+        case "iterator":
+            return iter(decode(list(content)))
         case "tuple":
             return tuple(decode(list(content)))
         case "set":

@@ -54,6 +54,9 @@ class Proxy:
         reply = self._ask(call)
         if "error" in reply:
             raise _rebuilt(reply["error"])
+        if reply["value"] is None:  # else it would change what its value is compared with
+            for old, new in zip([*args, *kwargs.values()], reply["left"], strict=False):
+                _put_into(old, new)
         return reply["value"]
 
     def _ask(self, call: bytes) -> dict[str, Any]:
@@ -64,13 +67,29 @@ class Proxy:
             if isinstance(reply, dict) and isinstance(reply.get("error"), dict):
                 return {"error": reply["error"]}
             if isinstance(reply, dict) and "value" in reply:
-                return {"value": plain.decode(reply["value"])}
+                left = plain.decode(reply.get("left"))
+                return {"value": plain.decode(reply["value"]), "left": left if isinstance(left, list) else []}
         except (plain.Malformed, BrokenPipeError, RecursionError):
             pass  # the candidate's doing, as is a missing reply
         except OSError as error:
             raise TestsUnusable(f"the pipe to the candidate failed: {error}") from None
         self.gone = True
         raise CandidateGone
+
+
+def _put_into(old: Any, new: Any) -> None:
+    """Make an argument what the candidate's copy of it has become."""
+    match old, new:
+        case _ if old == new:
+            pass
+        case list(), list():
+            old[:] = new
+        case set(), set():
+            old.clear()
+            old.update(new)
+        case dict(), dict():
+            old.clear()
+            dict.update(old, new)
 
 
 def _rebuilt(error: Mapping[str, Any]) -> BaseException:

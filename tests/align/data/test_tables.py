@@ -29,6 +29,14 @@ def test_the_answer_of_math_is_the_last_box_of_its_solution(tmp_path):
     assert example.prompt_text == "What is 2 + 2?\nPut the final answer in \\boxed{}."
 
 
+def test_boxes_that_are_joined_are_one_answer(tmp_path):
+    [example] = load_math(tmp_path, math_row(r"So $x=\boxed{2}$ or $x=\boxed{3}$."))
+    assert example.answer == "2, 3"
+    completions = {r"\boxed{3} and \boxed{2}": Verdict.PASS, r"\boxed{2, 3}": Verdict.PASS, r"\boxed{3}": Verdict.WRONG}
+    samples = [Sample(said, example.prompt_text, said, example.answer, "math") for said in completions]
+    assert [score.verdict for score in math_answer(samples)] == list(completions.values())
+
+
 def test_the_reward_math_judges_examples_of_math(tmp_path):
     [example] = load_math(tmp_path, math_row())
     answers = {"4": Verdict.PASS, r"\frac{16}{4}": Verdict.PASS, "5": Verdict.WRONG}

@@ -16,6 +16,15 @@ from ..corpus.code_corpus import ASSERTS, CALLS, NEEDS_ISOLATION, REFUSING, TASK
 GOOD = "def double(n):\n    return 2 * n\n"
 
 
+FORGER = """
+import os
+def f(xs):
+    reply = b'{"value": [], "left": [[]]}'
+    os.write(5, len(reply).to_bytes(4, "big") + reply)
+"""
+"""It says in our place that it returned a value and emptied its argument."""
+
+
 def sample(source: str, tests: Any, fence: str = "```python") -> Sample:
     return Sample("s", "", f"Here it is.\n{fence}\n{source}\n```\nDone.", None, "code", metadata={"tests": tests})
 
@@ -143,6 +152,43 @@ class TestVerdicts:
         source = "def double(n):\n    if isinstance(n, str):\n        raise TypeError('no text')\n    return 2 * n"
         assert score(source, tests).verdict is Verdict.PASS
         assert score(GOOD, tests).verdict is Verdict.WRONG
+
+    @pytest.mark.parametrize(
+        ("source", "code"),
+        [
+            ("def f(xs): xs.sort()", "xs = [2, 1]\nf(xs)\nassert xs == [1, 2]"),
+            ("def f(xs): xs[0].append(1)", "xs = [[]]\nf(xs=xs)\nassert xs == [[1]]"),
+            ("def f(seen, last): seen.add(last)", "seen = {1}\nf(seen, 2)\nassert seen == {1, 2}"),
+            ("def f(d): del d['a']", "d = {'a': 1, 'b': 2}\nf(d)\nassert d == {'b': 2}"),
+            ("def f(n):\n    yield from range(n)", "assert list(f(3)) == [0, 1, 2]"),
+            (
+                "def f(n): return map(str, range(n))",
+                "first, *others = f(3)\nassert (first, others) == ('0', ['1', '2'])",
+            ),
+            ("def f(n): return {n: n}.items()", "assert dict(f(3)) == {3: 3}"),
+            (
+                "def f(n):\n    yield 1 // n",
+                "try:\n    list(f(0))\nexcept ZeroDivisionError:\n    pass\nelse:\n    assert 0",
+            ),
+        ],
+    )
+    def test_a_function_may_work_in_place_or_give_its_values_one_by_one(self, source: str, code: str) -> None:
+        assert score(source, {"kind": "assert", "entry_point": "f", "code": code}).verdict is Verdict.PASS
+
+    @pytest.mark.parametrize(
+        ("source", "verdict"),
+        [
+            ("def f(xs):\n    xs.clear()\n    return xs", Verdict.WRONG),
+            (FORGER, Verdict.WRONG),
+            ("def f(xs): return iter(xs)", Verdict.WRONG),
+            ("def f(xs):\n    while True:\n        yield 0", Verdict.OUTPUT),
+        ],
+    )
+    def test_no_function_changes_what_its_value_is_compared_with_or_gives_values_for_ever(
+        self, source: str, verdict: Verdict
+    ) -> None:
+        tests = {"kind": "assert", "entry_point": "f", "code": "xs = [2, 1]\nassert f(xs) == sorted(xs)"}
+        assert score(source, tests).verdict is verdict
 
     def test_what_asks_the_candidate_nothing_is_no_case(self) -> None:
         code = "import random\nrandom.seed(0)\nprint(1)\nassert double(2) == 4\nfor n in (1, 2):\n    assert double(n) == 2 * n"

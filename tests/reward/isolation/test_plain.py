@@ -75,7 +75,17 @@ def test_what_is_no_json_is_malformed(data: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    "tree", [{}, {"set": [[]]}, {"set": [], "dict": []}, {"int": 4}, {"dict": [[1]]}, {"bytes": "xy"}, {"other": 1}]
+    "tree",
+    [
+        {},
+        {"set": [[]]},
+        {"set": [], "dict": []},
+        {"int": 4},
+        {"dict": [[1]]},
+        {"bytes": "xy"},
+        {"iterator": 1},
+        {"other": 1},
+    ],
 )
 def test_what_is_no_tree_is_malformed(tree: Any) -> None:
     with pytest.raises(plain.Malformed):

@@ -198,7 +198,7 @@ WARM = "def warm():\n    pass\n"
 )
 @pytest.mark.parametrize("completion", [r"\boxed{2\sqrt{3}}", "none"])
 def test_a_fault_of_ours_is_never_a_reward(broken_workers: Any, source: str, detail: str, completion: str) -> None:
-    broken_workers(source, cpu_s=0.1, wall_s=0.2, stuck_s=0.3)
+    broken_workers(source, cpu_s=0.1, stuck_s=0.3)
     score = judged(completion, r"\sqrt{12}")
     assert score.verdict is Verdict.INFRA_ERROR
     assert math.isnan(score.value)
