@@ -36,7 +36,7 @@ class Fields(Strict):
     answer_after: str | None = None
     """The answer is what follows the last of these marks in its column."""
     answer_boxed: bool = False
-    r"""The answer is what the last \boxed{} in its column holds; a row whose box is blank is left out."""
+    r"""The answer is what the last \boxed{} in its column holds, or the last ones that are joined; a row whose box is blank is left out."""
     level: str | None = None
     """The difficulty: a whole number, or text that ends in one, such as "Level 3"."""
     tests: CodeRows | None = None

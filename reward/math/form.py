@@ -326,6 +326,10 @@ def _equal_members(gold: Form, answer: Form, same: Same) -> bool | None:
         return False
     if ends == {",", "()"} or (ends in UNORDERED and _are_named(gold) and _names(gold) == _names(answer)):
         return _equal_in_order(_by_name(gold), _by_name(answer), same)
+    if ends in UNORDERED and _names(answer) == {""} and _are_named(replace(gold, items=_unnumbered(gold))):
+        # Bare values of several unknowns come in the order of the ground truth, or of the names.
+        verdicts = {_equal_in_order(order, answer.items, same) for order in (gold.items, _by_name(gold))}
+        return True if True in verdicts else None if None in verdicts else False
     if ends in UNORDERED or ends == {",", "∪"}:
         return _equal_in_any_order(_unnumbered(gold), _unnumbered(answer), same)
     return _equal_in_order(gold.items, answer.items, same) if gold.ends == answer.ends else False
