@@ -11,7 +11,7 @@ ACCELERATOR ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/
 INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps
 LOCK := locks/$(ACCELERATOR).txt
 STAMP := $(VENV)/.installed-$(ACCELERATOR)
-OTHER = $(filter-out $(VENV)/.for-$(ACCELERATOR),$(wildcard $(VENV)/.for-*))
+OTHER = $(filter-out $(ACCELERATOR),$(sort $(patsubst $(VENV)/.for-%,%,$(patsubst $(VENV)/.installed-%,%,$(wildcard $(VENV)/.for-* $(VENV)/.installed-*)))))
 # uv reads find-links from its own variable; a machine that configures pip keeps its wheels in sight that way.
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 
@@ -26,7 +26,7 @@ setup: $(STAMP) ## install everything, pinned, into .venv (costs nothing the sec
 # Compiled once, here: where PYTHONDONTWRITEBYTECODE is set, every process would compile what it imports, for ten seconds.
 # An environment is of one ACCELERATOR: two packages hold vLLM, and a torch that is there counts as the one that is asked for.
 $(STAMP): $(LOCK) pyproject.toml
-	$(if $(OTHER),$(error $(VENV) has the packages of ACCELERATOR=$(OTHER:$(VENV)/.for-%=%), not of $(ACCELERATOR): `make clean` first, or `export ACCELERATOR=$(OTHER:$(VENV)/.for-%=%)`))
+	$(if $(OTHER),$(error $(VENV) has the packages of ACCELERATOR=$(OTHER), not of $(ACCELERATOR): `make clean` first, or `export ACCELERATOR=$(OTHER)`))
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	touch $(VENV)/.for-$(ACCELERATOR)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)

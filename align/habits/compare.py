@@ -71,11 +71,14 @@ class Habit:
         return self.after > self.before
 
     @property
-    def told(self) -> set[tuple[Feature, bool]]:
-        """The features that it tells of, and whether they were taken up; the length is one feature, however many words were the limit."""
-        of_length = self.feature[0] == "short"
-        named = ("short", "") if of_length else self.feature
-        return {(feature, self.taken_up) for feature in (named, *(f for f in self.also if f[0] != "short"))}
+    def named(self) -> Feature:
+        """Its feature; the length is one, however many words were the limit."""
+        return ("short", "") if self.feature[0] == "short" else self.feature
+
+    @property
+    def tells(self) -> set[Feature]:
+        """The features that are told with it, but for a length that only goes with it."""
+        return {self.named, *(feature for feature in self.also if feature[0] != "short")}
 
     @property
     def what(self) -> str:
@@ -173,12 +176,12 @@ def compare(start: Found, now: Found, *, level: float = LEVEL) -> Comparison:
     whole = _Sets(start, now)
     length = whole.length()
     habits = whole.habits(part)
-    told = {about for habit in habits for about in habit.told}
+    told = {about for habit in habits for about in habit.tells}
     apart = {domain: _Sets(start.of_domain(domain), now.of_domain(domain)) for domain in domains}
     if domains:
         habits = [replace(h, by_domain={d: sets.shares(h.feature) for d, sets in apart.items()}) for h in habits]
     for domain, sets in apart.items():
-        new = [habit for habit in sets.habits(part) if not told & habit.told]
+        new = [habit for habit in sets.habits(part) if habit.named not in told]
         habits += [replace(habit, domain=domain) for habit in new]
     return Comparison(habits, length, len(start.answers), len(now.answers), whole.prompts, whole.tested)
 

@@ -51,8 +51,8 @@ def run_habits(path: Path, start: Path | None) -> Iterator[str]:
         known: set[object] = set()
         for each in step_habits(stage, start=given):
             compared += 1
-            new = [h for h in each.found.habits if not known & {(h.domain, about) for about in h.told}]
-            known |= {(habit.domain, about) for habit in each.found.habits for about in habit.told}
+            new = [h for h in each.found.habits if (h.domain, h.named, h.taken_up) not in known]
+            known |= {(h.domain, feature, h.taken_up) for h in each.found.habits for feature in h.tells}
             length = [each.found.length.sentence] if each.found.length.changed and "length" not in known else []
             known |= {"length"} if length else set()
             for sentence, examples in [(text, ()) for text in length] + [(h.sentence, h.examples) for h in new]:
