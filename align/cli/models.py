@@ -79,12 +79,19 @@ def evaluate(
         if run is None:
             raise UserError(f"--out is missing: {model} is in no run, below which the answers would be written")
         out = default_out(run, f"eval-{Path(data).stem}-{term.component}")
-    given = {"max_new_tokens": max_new_tokens, "max_length": max_length, "dtype": dtype}
-    asked = offline.asked_in(run) | {name: value for name, value in given.items() if value is not None}
-    fleet = FleetOptions(workers=workers, max_length=asked["max_length"], kv_cache_gb=asked["kv_cache_gb"])
+    asked = offline.asked_in(run)
+    longest = {} if max_length is None else {"max_length": max_length}
+    fleet = FleetOptions(**asked["rollout"] | longest | {"workers": workers})
     print(
         offline.evaluate_file(
-            *(model_of(model, asked["dtype"]), data, out, fleet, asked["max_new_tokens"], term),
+            *(
+                model_of(model, dtype or asked["dtype"]),
+                data,
+                out,
+                fleet,
+                max_new_tokens or asked["max_new_tokens"],
+                term,
+            ),
             split=split,
             samples=samples,
             temperature=temperature or 1.0,

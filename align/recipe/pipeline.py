@@ -41,7 +41,9 @@ class PipelineOptions(Options):
     """What a pipeline file holds."""
 
     name: str = Field(pattern=NAME)
-    seed: int = Field(0, ge=0, description="the seed of every stage that sets none of its own")
+    seed: int | None = Field(
+        None, ge=0, description="the seed of every stage, whatever its recipe's is, but for those that `set` another"
+    )
     run: RunOptions = RunOptions()
     stages: list[StageEntry] = Field(min_length=1)
 
@@ -131,8 +133,9 @@ def _planned(entry: StageEntry, options: PipelineOptions, directory: Path, path:
     try:
         if read_yaml(entry.recipe)[0].get("stage") == "preferences":  # which always begins anew
             run.pop("allow_changes", None)
+        seed = [] if options.seed is None else [f"seed={options.seed}"]
         of_run = [f"run.{key}={json.dumps(value)}" for key, value in run.items()]
-        overrides = [f"seed={options.seed}", *of_run, *given, *place]
+        overrides = [*seed, *of_run, *given, *place]
         return load_stage(entry.recipe, overrides, name=entry.name, pending=directory)
     except UserError as error:
         raise UserError(f"{path}: stage {entry.name!r}: {error}") from None

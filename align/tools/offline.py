@@ -36,6 +36,19 @@ from reward import RewardTerm, ScoringPool
 from reward.rows import TRUTHS
 from rollout import Fleet, FleetOptions, Prompt
 
+DAY_S = 86_400.0
+OF_A_RUN = (
+    "max_length",
+    "kv_cache_gb",
+    "batch_sequences",
+    "batch_timeout_s",
+    "stall_timeout_s",
+    "threads",
+    "tensor_parallel",
+    "gpu_memory_share",
+    "cuda_graphs",
+)
+"""Options of `rollout` that `align eval` takes from a model's run."""
 PROBES = ["What is 17 + 25?", "Write a sentence about the sea.", "1, 2, 3,", "naïve Größe, 你好"]
 
 
@@ -86,7 +99,7 @@ def evaluate_file(
     short_problems(problems, longest, "--max-length")
     with (
         running_fleet(model, rollout, tokenizer) as fleet,
-        closing(ScoringPool(mixture, workers=1, timeout_s=rollout.batch_timeout_s)) as judges,
+        closing(ScoringPool(mixture, workers=1, timeout_s=FleetOptions().batch_timeout_s)) as judges,
     ):
         with reward_errors():
             judges.wait_until_ready()
@@ -113,17 +126,19 @@ def evaluate_file(
 
 
 def asked_in(run: Path | None) -> dict[str, Any]:
-    """The `max_new_tokens`, `max_length`, `dtype` and `kv_cache_gb` of a run's own evaluations; the defaults where there is no run, or one without evaluations."""
-    usual = {"max_new_tokens": 64, "max_length": 512, "dtype": "float32", "kv_cache_gb": FleetOptions().kv_cache_gb}
+    """The `max_new_tokens`, `dtype` and `rollout` options of a run's own evaluations; the defaults where there is no run, or one without evaluations."""
     try:
         recipe = yaml.safe_load(RunDirectory(run).recipe_file.read_text(encoding="utf-8")) if run else {}
-        of_rollout = {name: recipe["rollout"][name] for name in ("max_length", "kv_cache_gb")}
-        return of_rollout | {
+        rollout = {name: recipe["rollout"][name] for name in OF_A_RUN if name in recipe["rollout"]}
+        return {
             "max_new_tokens": recipe["evaluation"]["max_new_tokens"],
             "dtype": recipe["model"]["dtype"],
+            "rollout": rollout,
         }
     except (KeyError, TypeError, OSError, yaml.YAMLError):
-        return usual
+        # However long it takes: a worker that hangs is found by `stall_timeout_s`.
+        slow = {"batch_timeout_s": DAY_S}
+        return {"max_new_tokens": 64, "dtype": "float32", "rollout": {"max_length": 512, **slow}}
 
 
 def problems_of(data: str, split: SplitName | None) -> list[Example]:

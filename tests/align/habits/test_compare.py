@@ -165,7 +165,7 @@ def test_a_change_of_the_length_is_told_once_with_the_shares_of_each_domain() ->
     def of_domains(answers: Sequence[Answer], most: int) -> list[Answer]:
         texts = [" ".join(answer.text.split()[:most]) for answer in answers]
         return [
-            replace(a, text=f"{text} {text}" if n % 2 else text, domain="chat" if n % 2 else "math")
+            replace(a, text=f"{text} " * (1 + n % 9) * (1 + n % 2), domain="chat" if n % 2 else "math")
             for n, (a, text) in enumerate(zip(answers, texts, strict=True))
         ]
 

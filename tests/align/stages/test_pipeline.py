@@ -1,5 +1,6 @@
 """Which stages of a pipeline run: what is done is skipped, and nothing is mixed with what another recipe made."""
 
+import re
 import socket
 from pathlib import Path
 from types import SimpleNamespace
@@ -50,6 +51,10 @@ def test_a_stage_takes_what_stages_before_it_made(tmp_path: Path) -> None:
     assert more.recipe.reference == tmp_path / "run" / "sft" / "final"  # type: ignore[attr-defined]
     own = pipeline(tmp_path, "seed=7", text=STAGES.replace("sft.steps=5", "sft.steps=5, seed=3"))
     assert [stage.recipe.seed for stage in own.stages] == [3, 7, 7]
+    recipe = re.sub("(?m)^seed: .*$", "seed: 5", Path("recipes/nano/sft.yaml").read_text())
+    (tmp_path / "own.yaml").write_text(recipe)
+    text = STAGES.replace("recipes/nano/sft.yaml", str(tmp_path / "own.yaml"))
+    assert [stage.recipe.seed for stage in pipeline(tmp_path, text=text).stages] == [5, 0, 0]
     assert sft.recipe.sft.steps == 5  # type: ignore[attr-defined]
     assert {stage.recipe.seed for stage in plan.stages} == {7}
     assert more.recipe.directory == tmp_path / "run" / "more"

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import yaml
 
 from align.cli import main
 from align.errors import UserError
@@ -92,13 +93,15 @@ def test_more_new_tokens_than_there_is_room_for_are_told_by_the_options_of_the_c
 
 
 def test_the_policy_of_a_run_is_asked_as_in_its_evaluations(tmp_path: Path) -> None:
-    usual = {"max_new_tokens": 64, "max_length": 512, "dtype": "float32", "kv_cache_gb": 1.0}
-    assert asked_in(None) == usual
+    usual = asked_in(None)
+    assert (usual["max_new_tokens"], usual["dtype"], usual["rollout"]["max_length"]) == (64, "float32", 512)
+    # Nobody could raise a limit that long answers meet; a worker that hangs is found by its own.
+    assert FleetOptions(**usual["rollout"]).batch_timeout_s > 3600 > FleetOptions(**usual["rollout"]).stall_timeout_s
     recipe = tmp_path / "recipe.yaml"
     for text in ("stage: reward_model", "- damaged"):
         recipe.write_text(text)
         assert asked_in(tmp_path) == usual
-    told = {"max_new_tokens": 1024, "max_length": 2048, "dtype": "bfloat16", "kv_cache_gb": 4.0}
-    rollout = "rollout: {max_length: 2048, kv_cache_gb: 4.0}"
-    recipe.write_text(f"evaluation: {{max_new_tokens: 1024}}\n{rollout}\nmodel: {{dtype: bfloat16}}")
-    assert asked_in(tmp_path) == told
+    rollout = {"max_length": 2048, "kv_cache_gb": 4.0, "batch_timeout_s": 3600, "tensor_parallel": 2}
+    text = yaml.safe_dump({"rollout": rollout | {"workers": 3}})
+    recipe.write_text(f"evaluation: {{max_new_tokens: 1024}}\n{text}\nmodel: {{dtype: bfloat16}}")
+    assert asked_in(tmp_path) == {"max_new_tokens": 1024, "dtype": "bfloat16", "rollout": rollout}
