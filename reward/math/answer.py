@@ -18,7 +18,7 @@ from reward.isolation.pool import FAULTS, End, Outcome, WorkerLimits, WorkerPool
 from reward.math.final_answer import normalise, verdict_detail
 from reward.math.form import Form, equal, read
 from reward.math.text import LONGEST_ANSWER, compare, is_evident, stated_answers, takes_back, tidy, unreadable
-from reward.math.value import choice, is_choice
+from reward.math.value import has_own_text, is_choice
 from reward.registry import register
 from reward.types import Sample, Score, UnusableAnswer, Verdict
 
@@ -150,7 +150,7 @@ def _settled(gold: str, form: Form | None, answer: str) -> Score | None:
         return Score(0.0, Verdict.WRONG)
     if reason := unreadable(answer):
         return Score(0.0, Verdict.WRONG, reason)
-    if takes_back(answer) and not takes_back(gold) and not (is_choice(gold) and choice(answer)):
+    if takes_back(answer) and not takes_back(gold) and not (is_choice(gold) and has_own_text(answer)):
         return Score(0.0, Verdict.WRONG, "it takes back or conditions what it says")
     verdict = compare(gold, answer)
     if verdict is None and form:

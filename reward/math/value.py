@@ -43,8 +43,8 @@ _WORD_UNIT = re.compile(
     rf"| ?\((?:(?=[^()]*(?:[A-Za-z]{{3}}|%|/))[A-Za-z% .,/'-]+|{_SHORT_UNITS})\)"
     rf"| [A-Za-z][A-Za-z.'/-]{{2,}}(?: [A-Za-z.'/-]+)*{_POWER})"
 )
-_DOUBTS = "not|wrong|incorrect|never|except|if|else|unless|maybe|either"
-RETRACTED = re.compile(rf"\b(?:{_DOUBTS})\b|n't\b", re.IGNORECASE)
+_DOUBTS = "wrong|incorrect|except|if|else|unless|maybe"
+RETRACTED = re.compile(rf"\b(?:not|never|either|{_DOUBTS})\b|n't\b", re.IGNORECASE)
 _FACTOR = (
     r"(?:the|(?!a (?!squared|cubed)[a-z]{2})[a-z]|(?-i:[A-Z]+)|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve"
     r"|twenty|thirty|forty|fifty|hundred|thousand|million)"
@@ -73,13 +73,14 @@ _BASES = {
 _TIME = re.compile(r"([0-9]{1,2}):([0-5][0-9]) ?(?:([ap])\.? ?m\.?)?", re.IGNORECASE)
 
 _CHOICE = re.compile(r"\(?([A-J])[).]?")
-_CHOICE_WITH_VALUE = re.compile(
-    r"(?:(?i:option|choice|answer) ?:? ?)?(?:\(([A-J])\)[.:]?|([A-J])(?:[.:)]|$))"
-    rf"(?!\s*(?:(?:or|and|is|are|was|{_DOUBTS})\b|[,;^+*/=-]))"
-    r"(?!.*\b(?:[B-HJ]\b|A\b(?! (?!(?:or|and|is)\b)[a-z])|(?<=\()I\)|wrong\b|incorrect\b|maybe\b)).*",
+_LETTER = r"(?:(?i:option|choice|answer) ?:? ?)?(?:\(([A-J])\)[.:]?|([A-J])(?:[.:)]|$))"
+_CHOICE_WITH_VALUE = re.compile(rf"{_LETTER}(?!\s*(?:or\b|and\b|[,;^+*/=-]))(?!.*\b[A-J]\b).*", re.DOTALL)
+_CHOICE_WITH_TEXT = re.compile(
+    rf"{_LETTER}\s*(?:A (?!(?:or|and|is|was)\b)(?=[a-z])|(?=[A-Z]))(?!.*\b(?:[A-HJ]|I(?! only| (?:and|or) I|,I))\b)"
+    rf"(?!.*\b(?i:{_DOUBTS}|not (?:correct|right|true|it|this|that))\b|Not\W*$).*",
     re.DOTALL,
 )
-"""A choice with what it stands for, which may say "not", "a triangle" or "I and II only", but names no other choice."""
+"""A choice with a text that begins with a capital, which may say "not", "A triangle" or "I and II", but names no other choice."""
 _NOTHING = re.compile(r"\\emptyset|\\\{\\\}|(?:there (?:is|are) )?no (?:real )?solutions?", re.IGNORECASE)
 _REALS = re.compile(
     r"(?:[a-z]\\in ?)?\\mathbb\{R\}|\(-\\infty,\+?\\infty\)|(?:[a-z] is )?(?:the set of )?all (?:the )?real(?:s| numbers| values)?(?: of [a-z]| [a-z])?"
@@ -254,12 +255,17 @@ def is_reals(tidied: str) -> bool:
 
 
 def choice(tidied: str) -> str | None:
-    r"""The letter of a multiple choice that an answer plainly is: A, (A), \text{(A)} 5, Option A, A. 14."""
+    r"""The letter of a multiple choice that an answer plainly is: A, (A), \text{(A)} 5, Option A, A. 14, A. Not both."""
     text = TEXT.sub(r" \1 ", tidied).strip()
     if match := _CHOICE.fullmatch(text):
         return match[1]
-    match = _CHOICE_WITH_VALUE.fullmatch(text)
+    match = _CHOICE_WITH_VALUE.fullmatch(text) or _CHOICE_WITH_TEXT.fullmatch(text)
     return match[1] or match[2] if match else None
+
+
+def has_own_text(tidied: str) -> bool:
+    """Whether an answer is a choice with a text, whose "not" takes nothing back."""
+    return _CHOICE_WITH_TEXT.fullmatch(TEXT.sub(r" \1 ", tidied).strip()) is not None
 
 
 def is_choice(tidied: str) -> bool:

@@ -239,6 +239,12 @@ FAMILIES = {
         ("C", r"\text{(C) I and II only}", "(C) and (B)"),
         ("B", "B. A triangle", "B. A"),
         (r"\text{(B) It does not change}", "B", "(B) if x > 0"),
+        ("B", r"\text{(B) is odd}", "(B) Not it"),
+        ("B", "B. I and II only", "B. I"),
+        (r"\text{(B) is odd}", "B", "C"),
+        (r"\text{(D) never}", "D", "A"),
+        (r"\text{(C) Both statements are incorrect}", "C", "B"),
+        ("C", r"\text{(C) A rhombus, not a square}", r"\text{(C) No, A fits}"),
     ],
     "what no parser reads": [
         ("①③", "①③", "①④"),
@@ -307,6 +313,7 @@ STATED = [
         "If the answer is 14, it fails. So the answer is 12.",
     ),
     ("14", "The answer is not 12. The answer is 14.", "The answer is 12. The answer is 14."),
+    ("B", "Answer: (B) is correct.", "Answer: (B) is not correct."),
     ("B", "The correct answer is B) 12.", "The correct answer is A) 12."),
     ("3, 5", "The answer is 3, 5.", "The answer is 3."),
 ]
