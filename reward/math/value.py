@@ -45,24 +45,26 @@ _WORD_UNIT = re.compile(
 )
 _DOUBTS = "wrong|incorrect|except|if|else|unless|maybe"
 RETRACTED = re.compile(rf"\b(?:not|never|either|{_DOUBTS})\b|n't\b", re.IGNORECASE)
-_FACTOR = (
-    r"(?:the|(?!a (?!squared|cubed)[a-z]{2})[a-z]|(?-i:[A-Z]+)|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve"
-    r"|twenty|thirty|forty|fifty|hundred|thousand|million)"
-)
 _NO_UNIT = re.compile(
-    rf"^(?:squared|cubed)\b|\b(?:and|or|pi|sqrt|mod|sin|cos|tan|log|ln|factorial|(?:times|over|to) {_FACTOR}|plus|minus|base|than"
-    r"|halves|thirds?|(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand|million)ths?|choose|remainder|of [a-z])\b",
+    r"\b(?:and|or|pi|sqrt|mod|sin|cos|tan|log|ln|factorial|times|plus|minus|over|to|base|than|squared|cubed|halves|thirds?"
+    r"|(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand|million)ths?|choose|remainder|of [a-z])\b",
     re.IGNORECASE,
 )
-"""What makes an expression of a number: 5 times two and 5 squared are not 5, but 5 times, 5 to go and 5 units squared are."""
+"""What makes an expression of a number, unless it is among the `_ENDINGS` of a unit."""
 _UNITS = """
 mm millimeter millimetre|cm centimeter centimetre|dm decimeter decimetre|m meter metre|km kilometer kilometre|in inch inche
 ft foot feet|yd yard|mi mile|mg milligram|g gram|kg kilogram|oz ounce|lb pound|ton tonne|ms millisecond|s sec second|min minute|h hr hour
 day|week|month|year yr|ml milliliter millilitre|l liter litre|gallon|dollar|cent|euro|am|pm|j joule|kj kilojoule|w watt|kw kilowatt|v volt
-a ampere|n newton|k kelvin|c celsius|f fahrenheit|hz hertz|pa pascal
+a ampere|n newton|k kelvin|c celsius|f fahrenheit|hz hertz|pa pascal|times
 """
 _EXCLUSIVE = {name: names.split()[0] for names in re.split(r"[|\n]", _UNITS.strip()) for name in names.split()}
 """Units of which one is never the other, by what they are called; unknown ones are taken to say the same in other words."""
+_ENDINGS = re.compile(
+    rf"(?:^|\bper |/)(?!times)(?:m|s|units?|(?:{'|'.join(name for name in _EXCLUSIVE if len(name) > 1)})s?) (?:squared|cubed)$"
+    r"|\b(?:times(?: as (?:many|much)| (?:a|per|each|every) (?:second|minute|hour|day|week|month|year))?|left over|to go)$",
+    re.IGNORECASE,
+)
+"""5 cm squared, 5 times a day, 2 left over and 5 to go are quantities; 5 squared and 5 times ten are expressions."""
 _RATES = {"mph": "mi/h", "kph": "km/h", "kmh": "km/h"}
 
 _BASE = re.compile(r"\(?([0-9A-Fa-f]+(?:\.[0-9A-Fa-f]+)?)\)?_(?:\{(?:\\text\{)?([a-z]+|[0-9]+)\}?\}|([0-9]))")
@@ -160,7 +162,7 @@ def split_unit(tidied: str) -> tuple[str, str]:
     if match is None:
         return tidied, ""
     unit = " ".join(TEXT.sub(r" \1 ", match["unit"]).split()).strip("() ")
-    return (tidied, "") if _NO_UNIT.search(unit) or RETRACTED.search(unit) else (match["value"], unit)
+    return (tidied, "") if _NO_UNIT.search(_ENDINGS.sub("", unit)) or RETRACTED.search(unit) else (match["value"], unit)
 
 
 def quantity(tidied: str) -> Quantity | None:
@@ -179,7 +181,8 @@ def quantity(tidied: str) -> Quantity | None:
 
 def _known_unit(unit: str) -> tuple[str, Counter[str]] | None:
     """A unit by its abbreviation, and what it is divided by, how many times; None where one of them is not among those of which one is never the other."""
-    spelled = re.sub(r"[.\s{}]", "", unit).lower().replace("squared", "^2").replace("cubed", "^3")
+    spelled = re.sub(r"^times (?:a|each|every) ", "times/", re.sub(" (?:left over|to go)$", "", unit.lower()))
+    spelled = re.sub(r"[.\s{}]", "", spelled).replace("squared", "^2").replace("cubed", "^3")
     whole, _, power = spelled.partition("^")
     parts = re.split(r"/|(?<=\w)per(?=\w)", _RATES.get(whole, whole))
     first, *below = [_EXCLUSIVE.get(part) or _EXCLUSIVE.get(part.removesuffix("s"), "") for part in parts]
