@@ -135,10 +135,11 @@ _COMMA_THOUSANDS = re.compile(r"(?<![0-9.,])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9
 _LIST_OF_THREES = re.compile(r"(?<=[0-9]),(?:\s|~|\\[ ;:]|\\q?quad(?![a-zA-Z]))+(?=[0-9]{3}(?![0-9]))")
 _ESCAPED_TWICE = re.compile(r"\\(?=\\[a-zA-Z])")
 _EULER_MINUS = re.compile(r"(?<=[0-9])e(?= [-+] ?[0-9])")
+_DIFFERENCE = r"(?:[2-9]|[1-9][0-9]+)e[-+][1-9][0-9]{0,2}"
+"""Such as 2e-1, which may be 0.2 and may be one less than 2e: as a whole answer it stays as it is, and is equal to both."""
 _SCIENTIFIC = re.compile(
-    r"(?<![A-Za-z0-9.\\_^{])(?!\A(?:[2-9]|[1-9][0-9]+)e[-+][1-9][0-9]*\Z)([0-9]+\.?[0-9]*|\.[0-9]+)[eE]\+?(-?[0-9]{1,3})(?![0-9A-Za-z.])"
+    rf"(?<![A-Za-z0-9.\\_^{{])(?!\A{_DIFFERENCE}\Z)([0-9]+\.?[0-9]*|\.[0-9]+)[eE]\+?(-?[0-9]{{1,3}})(?![0-9A-Za-z.])"
 )
-"""Not of an answer such as 2e-1, which may be 0.2 and may be one less than 2e: it is as it is, and equal to both."""
 _SPACES = re.compile(r"(?:(?<!\\)\\(?:[,;: ]|q?quad(?![a-zA-Z])|$)|~|\s)+")
 _BOX_COMMAND = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])")
 _BLANK_BOX = re.compile(
@@ -306,6 +307,14 @@ def _tidied_once(text: str) -> str:
     if text.startswith("{") and text.endswith("}") and _closes_at_end(text):
         text = text[1:-1]
     return _SCIENTIFIC.sub(r"\1\\times 10^{\2}", _LOOSE_SPACE.sub("", text))
+
+
+def readings(tidied: str) -> list[str]:
+    r"""What a tidied answer may say: 2e-1 is 2\times 10^{-1} too."""
+    if not re.fullmatch(_DIFFERENCE, tidied):
+        return [tidied]
+    factor, _, exponent = tidied.partition("e")
+    return [tidied, rf"{factor}\times 10^{{{exponent.removeprefix('+')}}}"]
 
 
 def _closes_at_end(text: str) -> bool:
