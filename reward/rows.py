@@ -12,7 +12,8 @@ from decimal import Decimal
 from math import isfinite
 from typing import Any
 
-from reward.math.final_answer import gold_answer, normalise
+from reward.math.final_answer import normalise
+from reward.math.text import gold_answer
 from reward.types import Sample
 
 PROMPTS = ("messages", "prompt", "problem", "question")
@@ -64,7 +65,7 @@ def ground_truth_of(row: Mapping[str, Any]) -> str | None:
     r"""The ground truth of a row as text; None where it has none, or one of parts that only a reward of its own can read.
 
     Of a whole solution it is the final answer: what follows `####` on the last line, or else the last `\boxed{}`, with those that
-    are joined to it, if there is something in it.
+    are listed with it, if there is something in it.
     """
     for name in TRUTHS:
         value = row.get(name)
@@ -86,7 +87,7 @@ def _written(value: Any) -> str:
 
 
 def final_answer(text: str) -> str:
-    r"""What a gold solution ends in: after `####`, in the last `\boxed{}` and those joined to it; the text itself where it marks no answer."""
+    r"""What a gold solution ends in: after `####`, in the last `\boxed{}` and those listed with it; the text itself where it marks no answer."""
     if marked := _LAST_LINE.search(text):
         return marked[1]
     boxed = gold_answer(text) if r"\boxed" in text else None

@@ -13,7 +13,7 @@ from align.data.rows import NothingToJudgeBy, Row, asked
 from align.data.types import Example, Item, Message, Preference, SplitName
 from align.errors import UserError
 from reward import normalise
-from reward.math.final_answer import gold_answer
+from reward.math.text import gold_answer
 from reward.rows import metadata_of
 
 _log = logging.getLogger(__name__)

@@ -46,8 +46,9 @@ class WorkerLimits:
     """What one request may cost.
 
     Each phase has `cpu_s` seconds of processor time, or what `phase_cpu_s` says, however busy the machine is; it is the
-    worker that is at fault, and the wait ends, after `stuck_s` more in which it got none. `memory_bytes` is on top of
-    what a warm worker holds. `start_s` is for the imports of the job.
+    worker that is at fault, and the wait ends, after `stuck_s` more in which it got none; a phase that may take longer
+    than `cpu_s` may wait as much longer. `memory_bytes` is on top of what a warm worker holds. `start_s` is for the
+    imports of the job.
     """
 
     cpu_s: float = 0.5
@@ -267,15 +268,17 @@ class Worker:
         """The next message, within the time of the phase that begins now; or TIMEOUT or INFRA and why."""
         limits = self._limits
         cpu_s = limits.phase_cpu_s.get(self._phase, limits.cpu_s)
+        # So that on a busy machine a long phase, too, ends by its own fault and is not begun again and again.
+        stuck_s = limits.stuck_s * max(1.0, cpu_s / limits.cpu_s)
         begun, cpu_before = monotonic(), time.clock_gettime(self._clock)
         wait = 0.0
         while not self._said.poll(1000 * wait):
             waited, used = monotonic() - begun, time.clock_gettime(self._clock) - cpu_before
             if used >= cpu_s:
                 return End.TIMEOUT, {"detail": f"not done after {used:.2f} s of processor time"}
-            if waited - used >= limits.stuck_s:
+            if waited - used >= stuck_s:
                 return End.INFRA, {"detail": f"got {used:.2f} s of processor time within {waited:.0f} s"}
-            wait = min(max(cpu_s - used, 0.01), limits.stuck_s - (waited - used))
+            wait = min(max(cpu_s - used, 0.01), stuck_s - (waited - used))
         return End.DONE, self._message()
 
     def _message(self) -> Mapping[str, Any]:

@@ -17,8 +17,8 @@ from pathlib import Path
 from reward.isolation.pool import FAULTS, End, Outcome, WorkerLimits, WorkerPool
 from reward.math.final_answer import normalise, verdict_detail
 from reward.math.form import Form, equal, read
-from reward.math.text import LONGEST_ANSWER, compare, is_evident, stated_answers, takes_back, tidy, unreadable
-from reward.math.value import choice, is_choice
+from reward.math.text import LONGEST_ANSWER, compare, is_evident, readings, stated_answers, takes_back, tidy, unreadable
+from reward.math.value import has_own_text, is_choice
 from reward.registry import register
 from reward.types import Sample, Score, UnusableAnswer, Verdict
 
@@ -104,6 +104,10 @@ def _compared(gold: Form, answer: str, outcomes: Mapping[Ask, Outcome], asked: d
     """Whether an answer is the ground truth by what is known, and which pairs of values that rests on."""
 
     def same(one: str, other: str) -> bool | None:
+        verdicts = {said(each, its) for each in readings(one) for its in readings(other)}
+        return True if True in verdicts else None if None in verdicts else False
+
+    def said(one: str, other: str) -> bool | None:
         verdict = compare(one, other)
         if verdict is not None:
             return verdict
@@ -150,7 +154,7 @@ def _settled(gold: str, form: Form | None, answer: str) -> Score | None:
         return Score(0.0, Verdict.WRONG)
     if reason := unreadable(answer):
         return Score(0.0, Verdict.WRONG, reason)
-    if takes_back(answer) and not takes_back(gold) and not (is_choice(gold) and choice(answer)):
+    if takes_back(answer) and not takes_back(gold) and not (is_choice(gold) and has_own_text(answer)):
         return Score(0.0, Verdict.WRONG, "it takes back or conditions what it says")
     verdict = compare(gold, answer)
     if verdict is None and form:

@@ -91,23 +91,23 @@ def without_thought(completion: str) -> str:
     return text.rpartition("</think>")[2]  # of a thought that the prompt opened
 
 
-def last_answers(text: str) -> list[tuple[str, str]]:
+def last_answers(text: str, joined: re.Pattern[str] = _JOINED) -> list[tuple[str, str]]:
     r"""The boxes that together are the last answer of a text, each as its label and its content; none where it is cut off.
 
-    Earlier boxes belong to it as long as nothing but punctuation, conjunctions and names stands between:
+    Earlier boxes belong to it as long as nothing but what is `joined` stands between, punctuation, conjunctions and names:
     `x=\boxed{1} or x=\boxed{2}` are one answer of two, `x=\boxed{1}, so x+1=\boxed{2}` ends in one answer.
     """
     found, left_open = _scan(text)
     if not found or left_open > found[-1].start:
         return []
     first = len(found) - 1
-    while first and _belong_together(text[found[first - 1].end : found[first].start]):
+    while first and _belong_together(text[found[first - 1].end : found[first].start], joined):
         first -= 1
     return [(_label(text[max(0, box.start - 40) : box.start]), box.content.strip()) for box in found[first:]]
 
 
-def _belong_together(between: str) -> bool:
-    return len(between) <= _FARTHEST and _JOINED.fullmatch(between) is not None
+def _belong_together(between: str, joined: re.Pattern[str]) -> bool:
+    return len(between) <= _FARTHEST and joined.fullmatch(between) is not None
 
 
 def _label(before: str) -> str:
@@ -121,17 +121,10 @@ def extract_final_answer(text: str) -> str | None:
     return answers[-1][1] if answers and normalise(answers[-1][1]) else None
 
 
-def gold_answer(solution: str) -> str | None:
-    r"""What a gold solution ends in, as one answer; blank where its last box is, None where it has none.
-
-    Boxes that belong together are listed, with their names where these tell them apart.
-    """
-    found = last_answers(solution) or [("", content) for content in boxed_answers(solution)[-1:]]
-    contents = [content for _, content in found]
-    if not is_spray(contents) or not all(map(normalise, contents)):
-        return contents[-1] if contents else None
-    named = len({label for label, _ in found}) > 1
-    return ", ".join(f"{label}={content}" if named and label else content for label, content in found)
+def together(labelled: Sequence[tuple[str, str]]) -> str:
+    """Labelled boxes as one list, with their names where these tell them apart."""
+    named = len({label for label, _ in labelled}) > 1
+    return ", ".join(f"{label}={content}" if named and label else content for label, content in labelled)
 
 
 def is_spray(answers: Sequence[str]) -> bool:
@@ -172,6 +165,12 @@ def _value(answer: str) -> Fraction | str:
     return text
 
 
+def _members(listed: str) -> list[Fraction | str]:
+    """The values of a list. Commas without a space group the digits of a number, and of a list with other commas."""
+    whole = _value(listed)
+    return [whole] if isinstance(whole, Fraction) else list(map(_value, listed.split(", " if ", " in listed else ",")))
+
+
 def sole_answer(sample: Sample, wrong: float) -> str | Score:
     """The answer that the completion commits itself to, or the score it gets for none or for several.
 
@@ -203,11 +202,14 @@ def exact_answer(sample: Sample, *, right: float = 1.0, wrong: float = 0.0) -> S
     r"""Whether the last `\boxed{}` equals the ground truth, as text or as a rational number.
 
     What `<think>` holds does not count, nor do earlier boxes, unless they are offered together with the last one
-    ("\boxed{1} or \boxed{2}"): then different ones are wrong even if one of them is right. Raises UnusableAnswer
-    without a ground truth.
+    ("\boxed{1} or \boxed{2}"): then different ones are wrong even if one of them is right, unless the ground truth is
+    the list of all of them in their order ("1, 2"). Raises UnusableAnswer without a ground truth.
     """
     if sample.ground_truth is None or not normalise(sample.ground_truth):
         raise UnusableAnswer(sample.id, "no ground truth to compare with")
+    stated = together(last_answers(without_thought(sample.completion)))
+    if ", " in sample.ground_truth and _members(stated) == _members(sample.ground_truth):
+        return Score(right, Verdict.PASS)
     answer = sole_answer(sample, wrong)
     if isinstance(answer, Score):
         return answer

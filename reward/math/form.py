@@ -47,12 +47,14 @@ _NAME = re.compile(
     rf"|\\text\{{[A-Za-z .'()-]+\}})*)"
 )
 _NUMBERED = re.compile(r"_(?:[0-9]|\{[0-9]+\})")
-_QUANTITY = (
-    r"frac|cdot|times|angle|triangle|overline|vec|hat|bar|text|sqrt|log|ln|exp|(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?"
-    "|alpha|beta|gamma|delta|epsilon|theta|lambda|mu|sigma|phi|omega"
+_NAMES_ONLY = re.compile(r"(?!-)(?:[A-Za-z+\-/(){} ]|\\(?:frac|cdot|angle|overline)(?![a-zA-Z])|_[A-Za-z0-9])+")
+_ANGLE = r"(?:\\angle ?)?(?:[A-Z]+|\\(?:alpha|beta|gamma|delta|epsilon|theta|lambda|mu|sigma|phi|omega)(?![a-zA-Z]))"
+_VECTOR = r"\\(?:text|vec)\{[A-Za-z]+\}"
+_QUANTITY = re.compile(
+    rf"\\(?:sin|cos|tan|cot|sec|csc)(?![a-zA-Z]) ?[({{]*{_ANGLE}(?:[+-]{_ANGLE})*[)}}]*"
+    rf"|\|(?:z(?:_[0-9])?|[A-Z]+|\\vec\{{[A-Za-z]+\}})\||{_VECTOR}(?:\\cdot|\\times) ?{_VECTOR}"
 )
-"""Commands in what is asked for. No pi, which is a number."""
-_NAMES_ONLY = re.compile(rf"(?!-)(?:[A-Za-z+\-/(){{}}| ]|\\\||\\(?:{_QUANTITY})(?![a-zA-Z])|_[A-Za-z0-9])+")
+"""What may be asked for, as a name is: cos A, |z| or a·b. Not ln x or |x|, of which an equation is one to solve."""
 _CONDITION = re.compile(
     r"[,;]?(?:\\text\{\s*(?:for|where|with|when)\b|(?<![A-Za-z\\])(?:for|where|with|when)\b)(?!.*(?:\bor\b|\band\b|[,;]-?[0-9])).*"
     r"|\((?:\\text\{where\b|[a-z]\\in\\mathbb)[^()]*\)$",
@@ -315,7 +317,8 @@ def _equal_chains(gold: Form, answer: Form, same: Same) -> bool | None:
     chain, other = (answer, gold) if answer.ends == "=" else (gold, answer)
     if other.label and not chain.label:
         return same(gold.whole, answer.whole)
-    sides = [side for side in chain.items if not _NAMES_ONLY.fullmatch(side.text)] or list(chain.items[-1:])
+    said = [side for side in chain.items if not _NAMES_ONLY.fullmatch(side.text)]
+    sides = [side for side in said if not _QUANTITY.fullmatch(side.whole)] or said or list(chain.items[-1:])
     verdicts = [equal(other, side, same) if chain is answer else equal(side, other, same) for side in sides]
     return False if False in verdicts else None if None in verdicts else True
 
@@ -326,12 +329,18 @@ def _equal_members(gold: Form, answer: Form, same: Same) -> bool | None:
         return False
     if ends == {",", "()"} or (ends in UNORDERED and _are_named(gold) and _names(gold) == _names(answer)):
         return _equal_in_order(_by_name(gold), _by_name(answer), same)
-    if ends in UNORDERED and _names(answer) == {""} and _are_named(replace(gold, items=_unnumbered(gold))):
-        # Bare values of several unknowns come in the order of the ground truth, or of the names.
-        verdicts = {_equal_in_order(order, answer.items, same) for order in (gold.items, _by_name(gold))}
-        return True if True in verdicts else None if None in verdicts else False
-    if ends in UNORDERED or ends == {",", "∪"}:
-        return _equal_in_any_order(_unnumbered(gold), _unnumbered(answer), same)
+    if ends in UNORDERED:
+        one, other = (
+            (gold, answer) if _are_numbered(gold) and _are_numbered(answer) else map(_unnumbered, (gold, answer))
+        )
+        if {""} in (_names(one), _names(other)) and (_are_named(one) or _are_named(other)):
+            # Bare values of several unknowns come in the order that is written, or in that of the names.
+            orders = (one.items, other.items), (_by_name(one), _by_name(other))
+            verdicts = {_equal_in_order(golds, answers, same) for golds, answers in orders}
+            return True if True in verdicts else None if None in verdicts else False
+        return _equal_in_any_order(one.items, other.items, same)
+    if ends == {",", "∪"}:
+        return _equal_in_any_order(gold.items, answer.items, same)
     return _equal_in_order(gold.items, answer.items, same) if gold.ends == answer.ends else False
 
 
@@ -348,9 +357,13 @@ def _by_name(form: Form) -> tuple[Form, ...]:
     return tuple(sorted(form.items, key=lambda item: _bare(item.label))) if _are_named(form) else form.items
 
 
-def _unnumbered(form: Form) -> tuple[Form, ...]:
-    """The members without the numbers of their names: the roots x_1 and x_2 are both x, and come in any order."""
-    return tuple(replace(item, label=_NUMBERED.sub("", item.label)) for item in form.items)
+def _are_numbered(form: Form) -> bool:
+    return any(_NUMBERED.search(item.label) for item in form.items)
+
+
+def _unnumbered(form: Form) -> Form:
+    """Members without the numbers of their names: the roots x_1 and x_2 are both x, and come in any order."""
+    return replace(form, items=tuple(replace(item, label=_NUMBERED.sub("", item.label)) for item in form.items))
 
 
 def _equal_in_order(golds: tuple[Form, ...], answers: tuple[Form, ...], same: Same) -> bool | None:

@@ -8,8 +8,10 @@ bounded length. `compare` answers only where it is sure, and leaves the rest to 
 from __future__ import annotations
 
 import re
+from fractions import Fraction
+from itertools import combinations
 
-from reward.math.final_answer import last_answers, normalise, without_thought
+from reward.math.final_answer import boxed_answers, last_answers, normalise, together, without_thought
 from reward.math.value import (
     RETRACTED,
     TEXT,
@@ -34,6 +36,8 @@ DEEPEST_ANSWER = 40
 """Open brackets of all kinds; more is no final answer."""
 LONGEST_CLAUSE = 200
 """Characters before "the answer is" in which it may be supposed only."""
+MOST_LISTED = 20
+"""Boxes of a gold solution that are read as one list."""
 SHORTEST_ECHO = 40
 """Characters; a shorter line that the prompt has too can be an answer, such as "The answer is 5."."""
 
@@ -84,6 +88,12 @@ _UNICODE = {
 _FOREIGN = re.compile("|".join(map(re.escape, _UNICODE)))
 _ROOT = re.compile(r"√(\d+|[a-z])(?!\w)", re.ASCII)
 
+_GAP = r"(?:[\s$~{}]|\\(?:[,;: ()\[\]]|(?:q?quad|text|mathrm)(?![a-zA-Z])))*+"
+_LISTED = re.compile(
+    rf"{_GAP}(?:,{_GAP}(?:(?:and|or)\b)?|(?:and|or)\b){_GAP}(?:[a-zA-Z](?:_\{{?\w+\}}?)?\s*={_GAP})?", re.IGNORECASE
+)
+"""What stands between boxes that a gold solution lists, within a sentence: a comma, "and" or "or", and a name."""
+
 _HASHES = re.compile(r"^[ \t]*####[ \t]*(\S.*)$", re.MULTILINE)
 _ANSWER_IS = re.compile(
     r"\b(?:the[ \t]+)?(?:(?:final|correct)[ \t]+)?(?:answer|final result)(?:\*\*)?[ \t]+is\b[ \t]*:?"
@@ -125,10 +135,11 @@ _COMMA_THOUSANDS = re.compile(r"(?<![0-9.,])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9
 _LIST_OF_THREES = re.compile(r"(?<=[0-9]),(?:\s|~|\\[ ;:]|\\q?quad(?![a-zA-Z]))+(?=[0-9]{3}(?![0-9]))")
 _ESCAPED_TWICE = re.compile(r"\\(?=\\[a-zA-Z])")
 _EULER_MINUS = re.compile(r"(?<=[0-9])e(?= [-+] ?[0-9])")
+_DIFFERENCE = r"(?:[2-9]|[1-9][0-9]+)e[-+][1-9][0-9]{0,2}"
+"""Such as 2e-1, which may be 0.2 and may be one less than 2e: as a whole answer it stays as it is, and is equal to both."""
 _SCIENTIFIC = re.compile(
-    r"(?<![A-Za-z0-9.\\_^{])(?!\A(?:[2-9]|[1-9][0-9]+)e[-+][1-9][0-9]*\Z)([0-9]+\.?[0-9]*|\.[0-9]+)[eE]\+?(-?[0-9]{1,3})(?![0-9A-Za-z.])"
+    rf"(?<![A-Za-z0-9.\\_^{{])(?!\A{_DIFFERENCE}\Z)([0-9]+\.?[0-9]*|\.[0-9]+)[eE]\+?(-?[0-9]{{1,3}})(?![0-9A-Za-z.])"
 )
-"""Not of an answer such as 2e-1, which may be 0.2 and may be one less than 2e: it is as it is, and equal to both."""
 _SPACES = re.compile(r"(?:(?<!\\)\\(?:[,;: ]|q?quad(?![a-zA-Z])|$)|~|\s)+")
 _BOX_COMMAND = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])")
 _BLANK_BOX = re.compile(
@@ -193,6 +204,20 @@ def stated_answers(completion: str, prompt: str) -> list[str]:
     else:
         found = _HEADING.findall(text) or _clauses(text)
     return [answer for one in found if (answer := one.replace("**", "").strip()) and normalise(answer)]
+
+
+def gold_answer(solution: str) -> str | None:
+    r"""What a gold solution ends in, as one answer; blank where its last box is, None where it has none.
+
+    Boxes that it lists are one answer of several where they are plain numbers, or points of them, that surely differ; else
+    they may be one answer written twice, as `\boxed{\frac12} or \boxed{0.5}` and `\boxed{5}, \boxed{5\text{ cm}}` are.
+    """
+    found = last_answers(solution, _LISTED) or [("", content) for content in boxed_answers(solution)[-1:]]
+    if 1 < len(found) <= MOST_LISTED:
+        rows = [_numbers(tidy(content)) for _, content in found]
+        if all(_surely_differ(one, other) for one, other in combinations(rows, 2)):
+            return together(found)
+    return found[-1][1] if found else None
 
 
 def _clauses(text: str) -> list[str]:
@@ -284,6 +309,14 @@ def _tidied_once(text: str) -> str:
     return _SCIENTIFIC.sub(r"\1\\times 10^{\2}", _LOOSE_SPACE.sub("", text))
 
 
+def readings(tidied: str) -> list[str]:
+    r"""What a tidied answer may say: 2e-1 is 2\times 10^{-1} too."""
+    if not re.fullmatch(_DIFFERENCE, tidied):
+        return [tidied]
+    factor, _, exponent = tidied.partition("e")
+    return [tidied, rf"{factor}\times 10^{{{exponent.removeprefix('+')}}}"]
+
+
 def _closes_at_end(text: str) -> bool:
     """Whether the brace that opens the text is closed by its last character."""
     depth = 0
@@ -330,10 +363,36 @@ def compare(gold: str, answer: str) -> bool | None:
     return None
 
 
-def _row(tidied: str) -> tuple[tuple[str, str, int], list[Quantity]] | None:
-    """The brackets and the length of a point or an interval, and its numbers if all are plain; else None."""
+_Row = tuple[tuple[str, str, int], list[Quantity]]
+"""The brackets and the length of a point or an interval, and its numbers."""
+
+
+def _row(tidied: str) -> _Row | None:
+    """A point or an interval whose numbers are all plain; else None."""
     if not tidied.startswith(("(", "[")) or not tidied.endswith((")", "]")) or len(tidied) > LONGEST_ANSWER:
         return None
     numbers = [value for part in tidied[1:-1].split(",") if (value := quantity(part.strip())) is not None]
     count = tidied.count(",") + 1
     return ((tidied[0], tidied[-1], count), numbers) if count > 1 and len(numbers) == count else None
+
+
+def _numbers(tidied: str) -> _Row:
+    """A row, or a plain number as one without brackets; of anything else, a row without numbers."""
+    return _row(tidied) or (("", "", 1), [value] if (value := quantity(tidied)) else [])
+
+
+def _surely_differ(one: _Row, other: _Row) -> bool:
+    """Whether numbers of the same units differ, none of them being the other rounded."""
+    (shape, values), (other_shape, others) = one, other
+    if not values or shape != other_shape or [each.unit for each in values] != [each.unit for each in others]:
+        return False
+    return any(
+        abs(each.value - its.value) >= max(_last_place(each), _last_place(its)) and each.value != its.value
+        for each, its in zip(values, others, strict=True)
+    )
+
+
+def _last_place(number: Quantity) -> Fraction:
+    """What the last decimal of a number counts; 0 where it has no decimal point."""
+    _, point, decimals = number.written.partition(".")
+    return Fraction(1, 10 ** len(decimals)) if point else Fraction(0)

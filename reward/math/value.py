@@ -43,26 +43,28 @@ _WORD_UNIT = re.compile(
     rf"| ?\((?:(?=[^()]*(?:[A-Za-z]{{3}}|%|/))[A-Za-z% .,/'-]+|{_SHORT_UNITS})\)"
     rf"| [A-Za-z][A-Za-z.'/-]{{2,}}(?: [A-Za-z.'/-]+)*{_POWER})"
 )
-_DOUBTS = "not|wrong|incorrect|never|except|if|else|unless|maybe|either"
-RETRACTED = re.compile(rf"\b(?:{_DOUBTS})\b|n't\b", re.IGNORECASE)
-_FACTOR = (
-    r"(?:the|(?!a (?!squared|cubed)[a-z]{2})[a-z]|(?-i:[A-Z]+)|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve"
-    r"|twenty|thirty|forty|fifty|hundred|thousand|million)"
-)
+_DOUBTS = "wrong|incorrect|except|if|else|unless|maybe"
+RETRACTED = re.compile(rf"\b(?:not|never|either|{_DOUBTS})\b|n't\b", re.IGNORECASE)
 _NO_UNIT = re.compile(
-    rf"^(?:squared|cubed)\b|\b(?:and|or|pi|sqrt|mod|sin|cos|tan|log|ln|factorial|(?:times|over|to) {_FACTOR}|plus|minus|base|than"
-    r"|halves|thirds?|(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand|million)ths?|choose|remainder|of [a-z])\b",
+    r"\b(?:and|or|pi|sqrt|mod|sin|cos|tan|log|ln|factorial|times|plus|minus|over|to|base|than|squared|cubed|halves|thirds?"
+    r"|(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand|million)ths?|choose|remainder|of [a-z])\b",
     re.IGNORECASE,
 )
-"""What makes an expression of a number: 5 times two and 5 squared are not 5, but 5 times, 5 to go and 5 units squared are."""
+"""What makes an expression of a number, unless it is among the `_ENDINGS` of a unit."""
 _UNITS = """
 mm millimeter millimetre|cm centimeter centimetre|dm decimeter decimetre|m meter metre|km kilometer kilometre|in inch inche
 ft foot feet|yd yard|mi mile|mg milligram|g gram|kg kilogram|oz ounce|lb pound|ton tonne|ms millisecond|s sec second|min minute|h hr hour
 day|week|month|year yr|ml milliliter millilitre|l liter litre|gallon|dollar|cent|euro|am|pm|j joule|kj kilojoule|w watt|kw kilowatt|v volt
-a ampere|n newton|k kelvin|c celsius|f fahrenheit|hz hertz|pa pascal
+a ampere|n newton|k kelvin|c celsius|f fahrenheit|hz hertz|pa pascal|times
 """
 _EXCLUSIVE = {name: names.split()[0] for names in re.split(r"[|\n]", _UNITS.strip()) for name in names.split()}
 """Units of which one is never the other, by what they are called; unknown ones are taken to say the same in other words."""
+_ENDINGS = re.compile(
+    rf"(?:^|\bper |/)(?!times)(?:m|s|units?|(?:{'|'.join(name for name in _EXCLUSIVE if len(name) > 1)})s?) (?:squared|cubed)$"
+    r"|\b(?:times(?: as (?:many|much)| (?:a|per|each|every) (?:second|minute|hour|day|week|month|year))?|left over|to go)$",
+    re.IGNORECASE,
+)
+"""5 cm squared, 5 times a day, 2 left over and 5 to go are quantities; 5 squared and 5 times ten are expressions."""
 _RATES = {"mph": "mi/h", "kph": "km/h", "kmh": "km/h"}
 
 _BASE = re.compile(r"\(?([0-9A-Fa-f]+(?:\.[0-9A-Fa-f]+)?)\)?_(?:\{(?:\\text\{)?([a-z]+|[0-9]+)\}?\}|([0-9]))")
@@ -73,13 +75,14 @@ _BASES = {
 _TIME = re.compile(r"([0-9]{1,2}):([0-5][0-9]) ?(?:([ap])\.? ?m\.?)?", re.IGNORECASE)
 
 _CHOICE = re.compile(r"\(?([A-J])[).]?")
-_CHOICE_WITH_VALUE = re.compile(
-    r"(?:(?i:option|choice|answer) ?:? ?)?(?:\(([A-J])\)[.:]?|([A-J])(?:[.:)]|$))"
-    rf"(?!\s*(?:(?:or|and|is|are|was|{_DOUBTS})\b|[,;^+*/=-]))"
-    r"(?!.*\b(?:[B-HJ]\b|A\b(?! (?!(?:or|and|is)\b)[a-z])|(?<=\()I\)|wrong\b|incorrect\b|maybe\b)).*",
+_LETTER = r"(?:(?i:option|choice|answer) ?:? ?)?(?:\(([A-J])\)[.:]?|([A-J])(?:[.:)]|$))"
+_CHOICE_WITH_VALUE = re.compile(rf"{_LETTER}(?!\s*(?:or\b|and\b|[,;^+*/=-]))(?!.*\b[A-J]\b).*", re.DOTALL)
+_CHOICE_WITH_TEXT = re.compile(
+    rf"{_LETTER}\s*(?:A (?!(?:or|and|is|was)\b)(?=[a-z])|(?=[A-Z]))(?!.*\b(?:[A-HJ]|I(?! only| (?:and|or) I|,I))\b)"
+    rf"(?!.*\b(?i:{_DOUBTS}|not (?:correct|right|true|it|this|that))\b|Not\W*$).*",
     re.DOTALL,
 )
-"""A choice with what it stands for, which may say "not", "a triangle" or "I and II only", but names no other choice."""
+"""A choice with a text that begins with a capital, which may say "not", "A triangle" or "I and II", but names no other choice."""
 _NOTHING = re.compile(r"\\emptyset|\\\{\\\}|(?:there (?:is|are) )?no (?:real )?solutions?", re.IGNORECASE)
 _REALS = re.compile(
     r"(?:[a-z]\\in ?)?\\mathbb\{R\}|\(-\\infty,\+?\\infty\)|(?:[a-z] is )?(?:the set of )?all (?:the )?real(?:s| numbers| values)?(?: of [a-z]| [a-z])?"
@@ -159,7 +162,7 @@ def split_unit(tidied: str) -> tuple[str, str]:
     if match is None:
         return tidied, ""
     unit = " ".join(TEXT.sub(r" \1 ", match["unit"]).split()).strip("() ")
-    return (tidied, "") if _NO_UNIT.search(unit) or RETRACTED.search(unit) else (match["value"], unit)
+    return (tidied, "") if _NO_UNIT.search(_ENDINGS.sub("", unit)) or RETRACTED.search(unit) else (match["value"], unit)
 
 
 def quantity(tidied: str) -> Quantity | None:
@@ -178,7 +181,8 @@ def quantity(tidied: str) -> Quantity | None:
 
 def _known_unit(unit: str) -> tuple[str, Counter[str]] | None:
     """A unit by its abbreviation, and what it is divided by, how many times; None where one of them is not among those of which one is never the other."""
-    spelled = re.sub(r"[.\s{}]", "", unit).lower().replace("squared", "^2").replace("cubed", "^3")
+    spelled = re.sub(r"^times (?:a|each|every) ", "times/", re.sub(" (?:left over|to go)$", "", unit.lower()))
+    spelled = re.sub(r"[.\s{}]", "", spelled).replace("squared", "^2").replace("cubed", "^3")
     whole, _, power = spelled.partition("^")
     parts = re.split(r"/|(?<=\w)per(?=\w)", _RATES.get(whole, whole))
     first, *below = [_EXCLUSIVE.get(part) or _EXCLUSIVE.get(part.removesuffix("s"), "") for part in parts]
@@ -254,12 +258,17 @@ def is_reals(tidied: str) -> bool:
 
 
 def choice(tidied: str) -> str | None:
-    r"""The letter of a multiple choice that an answer plainly is: A, (A), \text{(A)} 5, Option A, A. 14."""
+    r"""The letter of a multiple choice that an answer plainly is: A, (A), \text{(A)} 5, Option A, A. 14, A. Not both."""
     text = TEXT.sub(r" \1 ", tidied).strip()
     if match := _CHOICE.fullmatch(text):
         return match[1]
-    match = _CHOICE_WITH_VALUE.fullmatch(text)
+    match = _CHOICE_WITH_VALUE.fullmatch(text) or _CHOICE_WITH_TEXT.fullmatch(text)
     return match[1] or match[2] if match else None
+
+
+def has_own_text(tidied: str) -> bool:
+    """Whether an answer is a choice with a text, whose "not" takes nothing back."""
+    return _CHOICE_WITH_TEXT.fullmatch(TEXT.sub(r" \1 ", tidied).strip()) is not None
 
 
 def is_choice(tidied: str) -> bool:

@@ -48,27 +48,30 @@ class Proxy:
             raise CandidateGone
         self.count += 1
         try:
-            call = plain.dumps({"args": plain.encode(list(args)), "kwargs": plain.encode(kwargs)})
+            sent = [plain.encode(arg) for arg in (*args, *kwargs.values())]
         except plain.NotPlain as error:
             raise TestsUnusable(f"an argument cannot be passed to the candidate: {error}") from None
-        reply = self._ask(call)
+        named = {"dict": list(zip(kwargs, sent[len(args) :], strict=True))}
+        reply = self._ask(plain.dumps({"args": sent[: len(args)], "kwargs": named}))
         if "error" in reply:
             raise _rebuilt(reply["error"])
         if reply["value"] is None:  # else it would change what its value is compared with
-            for old, new in zip([*args, *kwargs.values()], reply["left"], strict=False):
-                _put_into(old, new)
+            for old, before, (after, new) in zip((*args, *kwargs.values()), sent, reply["left"], strict=False):
+                # Trees have dictionaries in their order. Of an argument that is given twice, the copy that was changed counts.
+                if plain.text(before) != plain.text(after):
+                    _put_into(old, new)
         return reply["value"]
 
     def _ask(self, call: bytes) -> dict[str, Any]:
-        """The reply, as {"value"} or as {"error"} with a usable description."""
+        """The reply, as {"value"} with trees and values of the arguments, or as {"error"} with a usable description."""
         try:
             plain.send(self.calls, call)
             reply = plain.receive(self.replies)
             if isinstance(reply, dict) and isinstance(reply.get("error"), dict):
                 return {"error": reply["error"]}
             if isinstance(reply, dict) and "value" in reply:
-                left = plain.decode(reply.get("left"))
-                return {"value": plain.decode(reply["value"]), "left": left if isinstance(left, list) else []}
+                left = reply["left"] if isinstance(reply.get("left"), list) else []
+                return {"value": plain.decode(reply["value"]), "left": [(tree, plain.decode(tree)) for tree in left]}
         except (plain.Malformed, BrokenPipeError, RecursionError):
             pass  # the candidate's doing, as is a missing reply
         except OSError as error:
@@ -80,16 +83,11 @@ class Proxy:
 def _put_into(old: Any, new: Any) -> None:
     """Make an argument what the candidate's copy of it has become."""
     match old, new:
-        case _ if old == new:
-            pass
         case list(), list():
             old[:] = new
-        case set(), set():
+        case (set(), set()) | (dict(), dict()):
             old.clear()
             old.update(new)
-        case dict(), dict():
-            old.clear()
-            dict.update(old, new)
 
 
 def _rebuilt(error: Mapping[str, Any]) -> BaseException:

@@ -160,6 +160,21 @@ class TestVerdicts:
             ("def f(xs): xs[0].append(1)", "xs = [[]]\nf(xs=xs)\nassert xs == [[1]]"),
             ("def f(seen, last): seen.add(last)", "seen = {1}\nf(seen, 2)\nassert seen == {1, 2}"),
             ("def f(d): del d['a']", "d = {'a': 1, 'b': 2}\nf(d)\nassert d == {'b': 2}"),
+            ("def f(xs, ys): xs.sort()", "xs = [2, 1]\nf(xs, xs)\nassert xs == [1, 2]"),
+            ("def f(xs, *, ys): ys.sort()", "xs = [2, 1]\nf(xs, ys=xs)\nassert xs == [1, 2]"),
+            (
+                "def f(d):\n    items = sorted(d.items())\n    d.clear()\n    d.update(items)",
+                "d = {'b': 1, 'a': 2}\nf(d)\nassert list(d) == ['a', 'b']\nds = [{2: 1, 1: 2}]\nf(ds[0])\nassert list(ds[0]) == [1, 2]",
+            ),
+            (
+                "def f(d):\n    last = d.pop('a')\n    d['c'] = 3\n    d['a'] = last",
+                "from collections import OrderedDict\nd = OrderedDict(a=1, b=2)\nf(d)\n"
+                "assert (list(d), type(d)) == (['b', 'c', 'a'], OrderedDict) and d.popitem() == ('a', 1)",
+            ),
+            (
+                "def f(d): d['a'] += 1",
+                "from collections import Counter\nd = Counter('aab')\nf(d)\nassert d == Counter('aaab')",
+            ),
             ("def f(n):\n    yield from range(n)", "assert list(f(3)) == [0, 1, 2]"),
             (
                 "def f(n): return map(str, range(n))",

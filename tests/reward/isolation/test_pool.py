@@ -192,6 +192,13 @@ def test_who_waits_for_a_processor_has_all_of_the_time_afterwards(job: Path) -> 
     pool.close()
 
 
+def test_who_may_take_longer_may_wait_longer_for_a_processor(job: Path) -> None:
+    pool = WorkerPool(job, workers=1, limits=WorkerLimits(cpu_s=0.05, phase_cpu_s={"first": 1.0}, stuck_s=1.0))
+    ends = [pool.run([{"do": "work", "after": 1.5, "seconds": seconds}])[0].end for seconds in (0.1, 60.0)]
+    assert ends == [End.DONE, End.TIMEOUT]
+    pool.close()
+
+
 def test_a_request_beyond_the_limit_is_not_sent(job: Path) -> None:
     pool = WorkerPool(job, limits=WorkerLimits(request_bytes=100))
     outcomes = pool.run([{"do": "x" * 1000}, {"do": "a"}])

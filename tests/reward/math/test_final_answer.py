@@ -225,6 +225,21 @@ def test_exact_answer(completion: str, verdict: Verdict, value: float) -> None:
     assert (score.verdict, score.value) == (verdict, value)
 
 
+@pytest.mark.parametrize(
+    ("gold", "right", "miss"),
+    [
+        ("2, 3", r"\boxed{2} or \boxed{3}", r"\boxed{2} or \boxed{4}"),
+        ("2, 3", r"$x=\boxed{2.0}$ or $x=\boxed{3}$", r"\boxed{3}"),
+        ("2, 3", r"\boxed{2,3}", r"\boxed{2}, \boxed{3}, \boxed{4}"),
+        ("x=2, y=3", r"$x=\boxed{2}$ and $y=\boxed{3}$", r"$x=\boxed{3}$ and $y=\boxed{2}$"),
+        ("1,234, 5", r"\boxed{1234}, \boxed{5}", r"\boxed{1,234,5}"),
+        ("1, 234", r"\boxed{1} and \boxed{234}", r"\boxed{1,234}"),
+    ],
+)
+def test_a_list_is_its_members_in_their_order(gold: str, right: str, miss: str) -> None:
+    assert [exact_answer(sample(said, gold)).verdict for said in (right, miss)] == [Verdict.PASS, Verdict.WRONG]
+
+
 @given(st.permutations(["40", "41", "42"]), st.integers(2, 3))
 def test_a_spray_is_wrong_wherever_the_right_answer_stands(tries: list[str], count: int) -> None:
     completion = " ".join(rf"\boxed{{{one}}}" for one in tries[:count])
