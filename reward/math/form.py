@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from string import ascii_lowercase
 
 from reward.math.value import is_reals, number, split_unit
 
@@ -334,8 +335,10 @@ def _equal_members(gold: Form, answer: Form, same: Same) -> bool | None:
             (gold, answer) if _are_numbered(gold) and _are_numbered(answer) else map(_unnumbered, (gold, answer))
         )
         if {""} in (_names(one), _names(other)) and (_are_named(one) or _are_named(other)):
-            # Bare values of several unknowns come in the order that is written, or in that of the names.
-            orders = (one.items, other.items), (_by_name(one), _by_name(other))
+            # Bare values of several unknowns come in the order of the names; of r and h, which is none, in the one that is written too.
+            orders = [(_by_name(one), _by_name(other))]
+            if "".join(sorted(_names(one) | _names(other))) not in ascii_lowercase:
+                orders.append((one.items, other.items))
             verdicts = {_equal_in_order(golds, answers, same) for golds, answers in orders}
             return True if True in verdicts else None if None in verdicts else False
         return _equal_in_any_order(one.items, other.items, same)
