@@ -38,7 +38,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     if page.suffix != ".html":
         raise UserError(f"--out {out} is neither a directory nor a file NAME.html; write it like --out report.html")
     text = page.with_suffix(".md")
-    if text.exists() and not page.exists() and page.parent != record.path:
+    if text.exists() and not page.exists() and page != record.path / NAME:
         raise UserError(f"--out {out} would replace {text}, which no report has written: take another name")
     report = build_report(record)
     _write(page, render_page(report)[0], "--out")

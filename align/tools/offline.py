@@ -37,18 +37,8 @@ from reward.rows import TRUTHS
 from rollout import Fleet, FleetOptions, Prompt
 
 DAY_S = 86_400.0
-OF_A_RUN = (
-    "max_length",
-    "kv_cache_gb",
-    "batch_sequences",
-    "batch_timeout_s",
-    "stall_timeout_s",
-    "threads",
-    "tensor_parallel",
-    "gpu_memory_share",
-    "cuda_graphs",
-)
-"""Options of `rollout` that `align eval` takes from a model's run."""
+OF_A_RUN = ("max_length", "kv_cache_gb", "batch_sequences", "start_timeout_s", "stall_timeout_s", "threads")
+"""Options of `rollout` that `align eval` takes from a model's run; those that take a GPU's room or several GPUs may not be for this machine."""
 PROBES = ["What is 17 + 25?", "Write a sentence about the sea.", "1, 2, 3,", "naïve Größe, 你好"]
 
 
@@ -130,15 +120,11 @@ def asked_in(run: Path | None) -> dict[str, Any]:
     try:
         recipe = yaml.safe_load(RunDirectory(run).recipe_file.read_text(encoding="utf-8")) if run else {}
         rollout = {name: recipe["rollout"][name] for name in OF_A_RUN if name in recipe["rollout"]}
-        return {
-            "max_new_tokens": recipe["evaluation"]["max_new_tokens"],
-            "dtype": recipe["model"]["dtype"],
-            "rollout": rollout,
-        }
+        found = {"max_new_tokens": recipe["evaluation"]["max_new_tokens"], "dtype": recipe["model"]["dtype"]}
     except (KeyError, TypeError, OSError, yaml.YAMLError):
-        # However long it takes: a worker that hangs is found by `stall_timeout_s`.
-        slow = {"batch_timeout_s": DAY_S}
-        return {"max_new_tokens": 64, "dtype": "float32", "rollout": {"max_length": 512, **slow}}
+        found, rollout = {"max_new_tokens": 64, "dtype": "float32"}, {"max_length": 512}
+    # However long it takes: a worker that hangs is found by `stall_timeout_s`.
+    return found | {"rollout": rollout | {"batch_timeout_s": DAY_S}}
 
 
 def problems_of(data: str, split: SplitName | None) -> list[Example]:

@@ -331,13 +331,12 @@ def _equal_members(gold: Form, answer: Form, same: Same) -> bool | None:
     if ends == {",", "()"} or (ends in UNORDERED and _are_named(gold) and _names(gold) == _names(answer)):
         return _equal_in_order(_by_name(gold), _by_name(answer), same)
     if ends in UNORDERED:
-        one, other = (
-            (gold, answer) if _are_numbered(gold) and _are_numbered(answer) else map(_unnumbered, (gold, answer))
-        )
+        one, other = map(_unnumbered, (gold, answer)) if _are_roots(gold, answer) else (gold, answer)
         if {""} in (_names(one), _names(other)) and (_are_named(one) or _are_named(other)):
-            # Bare values of several unknowns come in the order of the names; of r and h, which is none, in the one that is written too.
+            # Bare values of several unknowns come in the order of the names; of letters that have none, as r and h, in the one that is written too.
             orders = [(_by_name(one), _by_name(other))]
-            if "".join(sorted(_names(one) | _names(other))) not in ascii_lowercase:
+            letters = "".join(sorted(_names(one) | _names(other)))
+            if len(letters) == len(one.items) and letters not in ascii_lowercase and not set(letters) <= set("wxyz"):
                 orders.append((one.items, other.items))
             verdicts = {_equal_in_order(golds, answers, same) for golds, answers in orders}
             return True if True in verdicts else None if None in verdicts else False
@@ -364,8 +363,17 @@ def _are_numbered(form: Form) -> bool:
     return any(_NUMBERED.search(item.label) for item in form.items)
 
 
+def _are_roots(gold: Form, answer: Form) -> bool:
+    """Whether one side alone numbers its members, two values of one unknown, such as x_1 and x_2: the letter tells it, or the other side."""
+    if _are_numbered(gold) == _are_numbered(answer):
+        return False
+    numbered, plain = (gold, answer) if _are_numbered(gold) else (answer, gold)
+    letters = _names(_unnumbered(numbered))
+    return len(letters) == 1 and (letters == _names(plain) or (len(gold.items) == 2 and letters <= set("xyzt")))
+
+
 def _unnumbered(form: Form) -> Form:
-    """Members without the numbers of their names: the roots x_1 and x_2 are both x, and come in any order."""
+    """Members without the numbers of their names: the roots x_1 and x_2 are both x."""
     return replace(form, items=tuple(replace(item, label=_NUMBERED.sub("", item.label)) for item in form.items))
 
 

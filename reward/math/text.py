@@ -363,6 +363,8 @@ def compare(gold: str, answer: str) -> bool | None:
     return None
 
 
+_SCALED = re.compile(r"times|cdot|\^|e|\A\Z")
+"""In a number as it was written, what says that its last decimal counts something else, such as a power of ten; a number of words is not written."""
 _Row = tuple[tuple[str, str, int], list[Quantity]]
 """The brackets and the length of a point or an interval, and its numbers."""
 
@@ -385,6 +387,8 @@ def _surely_differ(one: _Row, other: _Row) -> bool:
     """Whether numbers of the same units differ, none of them being the other rounded."""
     (shape, values), (other_shape, others) = one, other
     if not values or shape != other_shape or [each.unit for each in values] != [each.unit for each in others]:
+        return False
+    if any(_SCALED.search(each.written) for each in (*values, *others)):
         return False
     return any(
         abs(each.value - its.value) >= max(_last_place(each), _last_place(its)) and each.value != its.value

@@ -163,6 +163,9 @@ def test_where_the_report_goes(tmp_path: Path, write_run: WriteRun) -> None:
         write_report(root, tmp_path / "README.html")
     (root / "report.html").unlink()
     assert write_report(root) == root / "report.html"
+    (root / "notes.md").write_text("mine")
+    with pytest.raises(UserError, match=r"would replace .*notes\.md"):
+        write_report(root, root / "notes.html")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "report.md").write_text("mine")
     with pytest.raises(UserError, match=r"would replace .*report\.md, which no report has written"):

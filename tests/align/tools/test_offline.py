@@ -12,7 +12,7 @@ from align.cli import main
 from align.errors import UserError
 from align.model.policy import load_tokenizer
 from align.recipe import ModelOptions
-from align.tools.offline import asked_in, evaluate_file, problems_of, running_fleet
+from align.tools.offline import DAY_S, asked_in, evaluate_file, problems_of, running_fleet
 from reward import RewardTerm
 from rollout import Fleet, FleetOptions
 
@@ -101,7 +101,11 @@ def test_the_policy_of_a_run_is_asked_as_in_its_evaluations(tmp_path: Path) -> N
     for text in ("stage: reward_model", "- damaged"):
         recipe.write_text(text)
         assert asked_in(tmp_path) == usual
-    rollout = {"max_length": 2048, "kv_cache_gb": 4.0, "batch_timeout_s": 3600, "tensor_parallel": 2}
-    text = yaml.safe_dump({"rollout": rollout | {"workers": 3}})
+    rollout = {"max_length": 2048, "kv_cache_gb": 4.0, "threads": 2}
+    text = yaml.safe_dump({"rollout": rollout | {"workers": 3, "batch_timeout_s": 600, "tensor_parallel": 2}})
     recipe.write_text(f"evaluation: {{max_new_tokens: 1024}}\n{text}\nmodel: {{dtype: bfloat16}}")
-    assert asked_in(tmp_path) == {"max_new_tokens": 1024, "dtype": "bfloat16", "rollout": rollout}
+    assert asked_in(tmp_path) == {
+        "max_new_tokens": 1024,
+        "dtype": "bfloat16",
+        "rollout": rollout | {"batch_timeout_s": DAY_S},
+    }
