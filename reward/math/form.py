@@ -331,7 +331,7 @@ def _equal_members(gold: Form, answer: Form, same: Same) -> bool | None:
     if ends == {",", "()"} or (ends in UNORDERED and _are_named(gold) and _names(gold) == _names(answer)):
         return _equal_in_order(_by_name(gold), _by_name(answer), same)
     if ends in UNORDERED:
-        one, other = map(_unnumbered, (gold, answer)) if _are_roots(gold, answer) else (gold, answer)
+        one, other = map(_unnumbered, (gold, answer)) if _numbers_say_nothing(gold, answer) else (gold, answer)
         if {""} in (_names(one), _names(other)) and (_are_named(one) or _are_named(other)):
             # Bare values of several unknowns come in the order of the names; of letters that have none, as r and h, in the one that is written too.
             orders = [(_by_name(one), _by_name(other))]
@@ -363,13 +363,13 @@ def _are_numbered(form: Form) -> bool:
     return any(_NUMBERED.search(item.label) for item in form.items)
 
 
-def _are_roots(gold: Form, answer: Form) -> bool:
-    """Whether one side alone numbers its members, two values of one unknown, such as x_1 and x_2: the letter tells it, or the other side."""
+def _numbers_say_nothing(gold: Form, answer: Form) -> bool:
+    """Whether one side alone numbers its members, and the numbers say nothing: the other has the same letters, or x_1 and x_2 are two values of x."""
     if _are_numbered(gold) == _are_numbered(answer):
         return False
     numbered, plain = (gold, answer) if _are_numbered(gold) else (answer, gold)
     letters = _names(_unnumbered(numbered))
-    return len(letters) == 1 and (letters == _names(plain) or (len(gold.items) == 2 and letters <= set("xyzt")))
+    return letters == _names(plain) or (len(letters) == 1 and len(gold.items) == 2 and letters <= set("xyzt"))
 
 
 def _unnumbered(form: Form) -> Form:

@@ -43,7 +43,7 @@ def test_what_a_preset_stands_for_is_shown(tmp_path: Path) -> None:
     ]
     assert shown == (
         "recipes/nano/grpo.yaml: grpo.preset: gspo is advantage_scale: std, clip_low: 0.0003, clip_high: 0.01 (given, for 0.0004), "
-        "baseline: group, level: geometric, aggregation: sample_mean. With a single update a step (grpo.updates_per_step) all ratios are 1, and "
+        "baseline: group, level: geometric, aggregation: sample_mean; with a single update a step (grpo.updates_per_step) all ratios are 1, and "
         "nothing is clipped"
     )
 
