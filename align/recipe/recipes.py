@@ -197,7 +197,11 @@ class PolicyRecipe(SamplingRecipe, TrainingRecipe):
     @model_validator(mode="after")
     def _routes_to_compare(self) -> Self:
         if not (self.rollout.record_experts or self.roles().routes):
-            refuse_without_effect(self, "agreement.stop_routing", "no experts are recorded: set rollout.record_experts")
+            refuse_without_effect(
+                self,
+                "agreement.stop_routing",
+                "no experts are recorded to compare; rollout.record_experts records them",
+            )
         return self
 
     @model_validator(mode="before")

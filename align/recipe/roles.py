@@ -61,9 +61,9 @@ class Roles:
 
 
 def take(free: list[float], wanted: float) -> bool:
-    """Take `wanted` GPUs of a node, of each of which so much is `free`, in place, where it has them.
+    """Take `wanted` GPUs from a node, given how much of each is `free`, and return whether there was room; `free` changes only then.
 
-    As Ray places processes: on whole ones, or on a part of the one of which least is left.
+    A process is placed as Ray places it: on whole GPUs, or on the one of which least is left.
     """
     if wanted == int(wanted):
         idle = [place for place, left in enumerate(free) if left == 1.0][: int(wanted)]

@@ -4,12 +4,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from align.errors import UserError
+from align.learner.batch import TrainingSequence
 from align.learner.group import LearnerGroup
 from align.learner.objective import Objective, Sums
-from align.learner.rank import LearnerRank
+from align.learner.rank import LearnerRank, Trained
 from align.recipe import LearnerOptions, OptimizerOptions
 
 
@@ -34,6 +36,31 @@ def test_the_loss_of_several_updates_is_their_mean() -> None:
     made.accumulate, made.apply = lambda batch, objective: next(of_updates), lambda rate: 1.0
     total, _ = made.update([["a"], [], ["b"]], Objective(), 1e-3, lambda sums: None)
     assert (total.loss, total.kl, total.tokens) == (2.0, 2.0, 8)
+
+
+def test_a_rank_without_work_gives_no_routes() -> None:
+    made = group()
+    made._options = made._options.model_copy(update={"ranks": 2})
+    experts = np.zeros((3, 1, 2), dtype=np.uint8)
+    work, _ = made._split([TrainingSequence.of_completion([1, 2, 3, 4], 2, 1.0, experts=experts)])
+    ranks = sorted((sequence for [[sequence]] in work), key=lambda sequence: sequence.weight)
+    assert [sequence.weight for sequence in ranks] == [0.0, 1.0]
+    assert [sequence.experts is None for sequence in ranks] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("sent", "start_s", "expected"),
+    [(0, None, 1800), (10**9, None, 1800), (2 * 236 * 10**9, None, 6608), (2 * 236 * 10**9, 5.0, 5.0)],
+)
+def test_a_large_state_has_the_time_that_its_bytes_take(
+    sent: int, start_s: float | None, expected: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits: list[float] = []
+    monkeypatch.setattr("ray.get", lambda references, timeout: limits.append(timeout))
+    made = group()
+    made.trained = Trained("all", None, sent)
+    LearnerGroup._gather(made, [], "saving their state", start_s, made._state_s)
+    assert limits == [expected]
 
 
 def test_a_model_that_this_machine_does_not_see_is_not_taken_for_saved(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from align.cli import main
 from align.errors import UserError
 from align.model.policy import load_tokenizer
 from align.recipe import ModelOptions
+from align.tools import offline
 from align.tools.offline import DAY_S, asked_in, evaluate_file, problems_of, running_fleet
 from reward import RewardTerm
 from rollout import Fleet, FleetOptions
@@ -90,6 +91,14 @@ def test_more_new_tokens_than_there_is_room_for_are_told_by_the_options_of_the_c
                 *(policy, str(file), tmp_path / "out.jsonl", FleetOptions(workers=1, max_length=512), tokens),
                 RewardTerm(name="exact_answer"),
             )
+
+
+def test_weights_go_through_an_object_store_that_has_room_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offline, "sent_bytes", lambda model, lora: 30 * 2**30)
+    for free, expected in ((200 * 2**30, 30 * 2**30), (2**26, 0)):
+        monkeypatch.setattr(offline, "shared_memory_bytes", lambda free=free: free)
+        monkeypatch.setattr(offline, "memory_bytes", lambda: (2**40, 2**40))
+        assert offline.sendable_bytes(ModelOptions(path="p")) == expected
 
 
 def test_the_policy_of_a_run_is_asked_as_in_its_evaluations(tmp_path: Path) -> None:
