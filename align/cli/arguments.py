@@ -23,3 +23,9 @@ A_REWARD = "name of a reward, as `align rewards list` shows them, or a function 
 BELOW_RUN = "; a new file in the run's scores/ when not given"
 Params = Annotated[str, Option(help='the reward\'s parameters as YAML, for example "{partial: true}"')]
 Workers = Annotated[int, Option(min=1, help="rollout workers")]
+TrustRemoteCode = Annotated[
+    bool,
+    Option(
+        "--trust-remote-code", help="run the Python code that comes with the model; only for code that you have read"
+    ),
+]

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from typer import Argument, Option
 
-from align.cli.arguments import A_REWARD, BELOW_RUN, Dtype, MaxLength, Model, Params, Workers
+from align.cli.arguments import A_REWARD, BELOW_RUN, Dtype, MaxLength, Model, Params, TrustRemoteCode, Workers
 from align.cli.scores import reward_term, run_of
 from align.errors import ENGINES, UserError, check_installed
 
@@ -24,6 +24,7 @@ def doctor(
     agreement: Annotated[
         bool, Option("--agreement", help="also say how far both engines are apart in each part of each layer")
     ] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """check that a model is fit to be trained and that the engines agree on it"""
     check_installed(ENGINES)
@@ -33,7 +34,7 @@ def doctor(
 
     print(
         offline.doctor(
-            model_of(model, dtype or dtype_here(model)),
+            model_of(model, dtype or dtype_here(model, trust_remote_code=trust_remote_code), trust_remote_code),
             FleetOptions(workers=workers, max_length=max_length),
             by_part=agreement,
         )
@@ -61,6 +62,10 @@ def evaluate(
         int | None, Option(min=16, help="prompt and completion, in tokens; of another model 512")
     ] = None,
     workers: Workers = 1,
+    tensor_parallel: Annotated[
+        int, Option(min=1, help="processes that hold one copy of the model together, each on a GPU where there are any")
+    ] = 1,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """let a model answer a file of problems and score the answers
 
@@ -81,11 +86,11 @@ def evaluate(
         out = default_out(run, f"eval-{Path(data).stem}-{term.component}")
     asked = offline.asked_in(run)
     longest = {} if max_length is None else {"max_length": max_length}
-    fleet = FleetOptions(**asked["rollout"] | longest | {"workers": workers})
+    fleet = FleetOptions(**asked["rollout"] | longest | {"workers": workers, "tensor_parallel": tensor_parallel})
     print(
         offline.evaluate_file(
             *(
-                model_of(model, dtype or asked["dtype"]),
+                model_of(model, dtype or asked["dtype"], trust_remote_code),
                 data,
                 out,
                 fleet,
@@ -115,6 +120,7 @@ def chat(
     seed: int = 0,
     dtype: Dtype = "float32",
     max_length: MaxLength = 2048,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """talk with a model in the terminal"""
     from align.tools.chat import chat_in_terminal
@@ -123,7 +129,7 @@ def chat(
     refuse_too_low(temperature)
     sampling = SamplingOptions(temperature=temperature, max_new_tokens=max_new_tokens)
     engine = EngineOptions(max_length=max_length, batch_sequences=1)
-    chat_in_terminal(model_of(model, dtype), engine, sampling, system=system, seed=seed)
+    chat_in_terminal(model_of(model, dtype, trust_remote_code), engine, sampling, system=system, seed=seed)
 
 
 def merge(
@@ -154,12 +160,12 @@ def convert(
         print(line)
 
 
-def model_of(path: str, dtype: Literal["float32", "bfloat16"]) -> "ModelOptions":
+def model_of(path: str, dtype: Literal["float32", "bfloat16"], trust_remote_code: bool) -> "ModelOptions":
     """The model that a command names. Raises UserError for a directory that lacks something, and where no engine is installed to load it."""
     check_installed(ENGINES)
     from align.recipe import ModelOptions, check_model_directory
 
-    model = ModelOptions(path=path, dtype=dtype)
+    model = ModelOptions(path=path, dtype=dtype, trust_remote_code=trust_remote_code)
     if Path(path).is_dir():
         check_model_directory(Path(path), model)
     return model

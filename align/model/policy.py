@@ -62,10 +62,12 @@ def find_config(path: str | Path, *, trust_remote_code: bool = False) -> Any:
         raise UserError(f"model.path: {path}/config.json is not valid: {reason}") from None
 
 
-def dtype_here(path: str | Path, *, on_gpu: bool | None = None) -> Literal["float32", "bfloat16"]:
+def dtype_here(
+    path: str | Path, *, on_gpu: bool | None = None, trust_remote_code: bool = False
+) -> Literal["float32", "bfloat16"]:
     """bfloat16 on a GPU (this machine's, unless told) for a model that is stored so by its configuration, else float32."""
     on_gpu = torch.cuda.is_available() if on_gpu is None else on_gpu
-    stored = getattr(find_config(path), "dtype", None)
+    stored = getattr(find_config(path, trust_remote_code=trust_remote_code), "dtype", None)
     return "bfloat16" if on_gpu and stored in (torch.bfloat16, "bfloat16") else "float32"
 
 

@@ -140,7 +140,9 @@ class DataOptions(Options):
     )
     levels: list[int] | None = Field(None, description="difficulty levels to keep; all when not given")
     limit: int | None = Field(None, ge=1, description="first so many examples, after a seeded shuffle")
-    params: dict[str, Any] = Field({}, description="parameters of a generated source")
+    params: dict[str, Any] = Field(
+        {}, description="parameters of a generated source, for what is trained on; evaluations take the card as it is"
+    )
     share: float = Field(1.0, gt=0, description="part of each step that comes from here, relative to the others")
     too_long: Literal["leave_out", "refuse"] = Field(
         "leave_out", description="what becomes of an example that has more tokens than there is room for"

@@ -223,6 +223,9 @@ class PolicyRecipe(SamplingRecipe, TrainingRecipe):
             raise ValueError(
                 "colocate: a rank and a worker are in one place; leave out learner.resources and rollout.resources"
             )
+        refuse_without_effect(
+            self, "rollout.gpu_memory_share", "rollout.kv_cache_gb is what a worker has beside its weights"
+        )
         if self.weights.transport == "broadcast":
             raise ValueError(
                 "colocate: weights.transport: broadcast wants a GPU for each process; leave one of them out"
@@ -417,6 +420,7 @@ class PreferencesRecipe(SamplingRecipe):
         "run.allow_changes": "this stage begins anew when it was interrupted",
         "data.split": ALL_ANSWERED,
         "data.share": ALL_ANSWERED,
+        "rollout.record_experts": "no samples are written",
     }
     data_stage: ClassVar = "grpo"
 

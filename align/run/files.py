@@ -66,6 +66,20 @@ def whole_directory(path: Path) -> Iterator[Path]:
     sync_directory(path.parent)
 
 
+def refuse_existing(out: Path) -> None:
+    """Raise UserError where what a command is to write is there already, or cannot be written."""
+    if out.exists():
+        raise UserError(f"{out} exists already; name another one, or take it away")
+    check_writable(out)
+
+
+def check_writable(out: Path) -> None:
+    """Raise UserError where a file or directory of this path cannot be made."""
+    place = next(parent for parent in out.absolute().parents if parent.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise UserError(f"{out} cannot be written: {place} is not a directory that you may write to; name another one")
+
+
 def remove_whole(directory: Path) -> None:
     """Remove a directory atomically: no reader ever sees part of it."""
     hidden = _hidden(directory)

@@ -80,7 +80,7 @@ def chat_in_terminal(
     tokenizer = load_tokenizer(model.path, trust_remote_code=model.trust_remote_code)
     encode_prompt(tokenizer, [{"role": "user", "content": "?"}])
     stops = stop_token_ids(model, tokenizer)
-    check_context(model.path, options.max_length)
+    check_context(model, options.max_length)
     os.environ |= environment(os.cpu_count() or 1) | {"VLLM_LOGGING_LEVEL": "ERROR"}
     from rollout.engine import Engine
 
@@ -98,17 +98,19 @@ def chat_in_terminal(
     talk(conversation, sys.stdin, sys.stdout)
 
 
-def check_context(path: str, max_length: int) -> None:
+def check_context(model: ModelOptions, max_length: int) -> None:
     """Raise UserError where the model's context is shorter than what was asked for."""
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError) as error:
-        raise UserError(f"--model: transformers cannot load the configuration of {path}: {first_line(error)}") from None
+        raise UserError(
+            f"--model: transformers cannot load the configuration of {model.path}: {first_line(error)}"
+        ) from None
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and max_length > longest:
-        raise UserError(f"--max-length {max_length}: {path} has a context of {longest} tokens; give that or less")
+        raise UserError(f"--max-length {max_length}: {model.path} has a context of {longest} tokens; give that or less")
 
 
 def talk(conversation: Conversation, asked: TextIO, answers: TextIO) -> None:

@@ -24,7 +24,7 @@ from align.model.policy import (
     turn_end,
 )
 from align.recipe import ModelOptions, check_model_directory
-from align.run.files import whole_directory
+from align.run.files import check_writable, whole_directory
 
 MAGIC = b"GGUF"
 PLAIN_TYPES = ("F32", "F16", "BF16", "F64")
@@ -56,6 +56,7 @@ def convert_gguf(file: Path, directory: Path, *, dtype: str, chat_template: Path
     """
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"{directory} is there already and not an empty directory; name another one")
+    check_writable(directory)
     contents = read_gguf(file)
     template = template_of(contents, chat_template)
     check_room(contents, directory, DTYPES[dtype].itemsize)

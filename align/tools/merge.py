@@ -15,7 +15,7 @@ from align.errors import UserError
 from align.model.lora import ADAPTER_DIRECTORY
 from align.model.policy import check_written, first_line, load_tokenizer, no_progress_bars, probe_logits, save_policy
 from align.model.reward_model import head_options
-from align.run.files import whole_directory
+from align.run.files import refuse_existing, whole_directory
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -27,8 +27,7 @@ def merge_adapter(adapter: Path, out: Path, base: str | None = None, dtype: str 
     compute. Raises UserError where they do not belong together, or the checkpoint differs from them; there is no `out` then.
     """
     config = read_adapter_config(adapter)
-    if out.exists():
-        raise UserError(f"{out} exists already; give another directory, or take it away")
+    refuse_existing(out)
     origin = base or config["base_model_name_or_path"]
     if Path(origin).is_absolute() and not Path(origin).is_dir():
         raise UserError(f"{adapter}: its base {origin} is not there (any more); say with --base where it is now")

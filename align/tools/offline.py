@@ -26,12 +26,13 @@ from align.model.sizes import model_sizes, read_config, sent_bytes, skeleton_of
 from align.recipe import AgreementOptions, LearnerOptions, ModelOptions, OptimizerOptions
 from align.recipe.options import is_on_hub
 from align.run import RunDirectory, write_jsonl
+from align.run.files import refuse_existing
 from align.run.machine import gpu_records, memory_bytes, object_store_bytes, shared_memory_bytes
 from align.session.checks import check_columns, check_split
 from align.session.ray import local_ray
 from align.session.run import SHARE_TO_TELL
 from align.session.session import check_sampler
-from align.tools.score_file import mixture_of, refuse_existing
+from align.tools.score_file import mixture_of
 from reward import RewardTerm, ScoringPool
 from reward.rows import TRUTHS
 from rollout import Fleet, FleetOptions, Prompt
@@ -146,7 +147,8 @@ def doctor(model: ModelOptions, rollout: FleetOptions, *, by_part: bool = False)
 
     The learner holds the weights alone. On a machine with one GPU it shares that with the worker; raises UserError where both do not fit.
     """
-    read_config(model.path)
+    if not model.trust_remote_code:
+        read_config(model.path)
     tokenizer = load_tokenizer(model.path, trust_remote_code=model.trust_remote_code)
     checks = examine(model, tokenizer, rollout=rollout)
     show(checks)

@@ -17,11 +17,12 @@ from align.experience import Problem, reward_sample
 from align.model.policy import load_tokenizer, write_random_policy
 from align.recipe import GrpoRecipe, ModelOptions, PlannedStage
 from align.run import read_status, write_atomically
+from align.run.files import refuse_existing
 from align.session.checks import check, check_names
 from align.stages.commands import Findings
 from align.stages.grpo import load_grpo_data
 from align.tools.offline import running_fleet
-from align.tools.score_file import refuse_existing, rows_of, sample_of_line
+from align.tools.score_file import rows_of, sample_of_line
 from reward import Mixture, Sample
 from reward.tricks import TRICKS, Trick, own_trick
 from rollout import Group

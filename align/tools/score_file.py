@@ -1,6 +1,5 @@
 """Completions scored by a reward, without a model: a file of them, or those that a run has stored of its steps."""
 
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import count, groupby
@@ -15,7 +14,7 @@ from align.errors import UserError, reward_errors
 from align.evaluate.accuracy import mean_of
 from align.experience import is_scored_row, sample_of
 from align.run import RunDirectory, read_status, write_jsonl
-from align.run.files import read_parquet
+from align.run.files import read_parquet, refuse_existing
 from reward import Mixture, RewardTerm, Sample, SampleReward
 from reward.rows import as_messages, prompt_column, sample_of_row
 
@@ -97,17 +96,6 @@ def default_out(run: Path, name: str) -> Path:
     directory = RunDirectory(run).scores_directory
     names = (directory / f"{name}{f'-{number}' if number > 1 else ''}.jsonl" for number in count(1))
     return next(path for path in names if not path.exists())
-
-
-def refuse_existing(out: Path) -> None:
-    """Raise UserError where the file to write is there already, or cannot be written."""
-    if out.exists():
-        raise UserError(f"--out {out} exists already; give another file, or take it away")
-    place = next(parent for parent in out.absolute().parents if parent.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        raise UserError(
-            f"--out {out} cannot be written: {place} is not a directory that you may write to; give another file"
-        )
 
 
 @reward_errors()

@@ -129,6 +129,11 @@ def test_contradictions_and_missing_files_are_refused(override: str, message: st
         load_recipe(NANO / "grpo.yaml", [override])
 
 
+def test_experts_are_recorded_where_samples_are_written() -> None:
+    with pytest.raises(UserError, match=r"rollout\.record_experts has no effect here \(no samples are written\)"):
+        load_recipe(NANO / "preferences.yaml", ["rollout.record_experts=true"])
+
+
 def test_the_targets_of_lora_are_one_or_several() -> None:
     for given, targets in (
         ("experts", ["experts"]),

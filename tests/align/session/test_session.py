@@ -60,6 +60,7 @@ def test_an_adapter_alone_wants_one() -> None:
         (["colocate=true", "learner=3"], "learner"),
         (["colocate=true", "rollout.tensor_parallel=2"], "for workers of one process"),
         (["colocate=true", "rollout.resources={fast: 1}"], "are in one place"),
+        (["colocate=true", "rollout.gpu_memory_share=0.5"], "rollout.gpu_memory_share has no effect here"),
         (["colocate=true", "weights.transport=broadcast"], "broadcast wants a GPU for each process"),
     ],
 )

@@ -53,8 +53,9 @@ def test_a_conversation_is_remembered_until_it_is_reset_and_one_too_long_says_so
     assert "error" not in after
 
 
+@pytest.mark.parametrize("trusted", [False, True])
 def test_the_command_loads_the_model_and_samples_as_its_flags_say(
-    policy: ModelOptions, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    policy: ModelOptions, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], trusted: bool
 ) -> None:
     made: list[Any] = []
 
@@ -70,12 +71,12 @@ def test_the_command_loads_the_model_and_samples_as_its_flags_say(
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("rollout.engine.Engine", Engine)
     monkeypatch.setattr("sys.stdin", StringIO("17 + 25?\n"))
-    flags = ["--temperature", "0", "--max-new-tokens", "12", "--max-length", "128"]
+    flags = ["--temperature", "0", "--max-new-tokens", "12", "--max-length", "128", *["--trust-remote-code"] * trusted]
     assert main(["chat", "--model", policy.path, *flags]) == 0
     assert capsys.readouterr().out == "> 42\n> "
-    ((path, dtype, options, stops), trusted), sampling = made
+    ((path, dtype, options, stops), named), sampling = made
     assert (path, dtype, options.max_length, stops) == (policy.path, "float32", 128, [1])
-    assert trusted == {"trust_remote_code": False}
+    assert named == {"trust_remote_code": trusted}
     assert (sampling.temperature, sampling.max_new_tokens) == (0, 12)
 
 

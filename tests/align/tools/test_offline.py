@@ -93,6 +93,22 @@ def test_more_new_tokens_than_there_is_room_for_are_told_by_the_options_of_the_c
             )
 
 
+@pytest.mark.parametrize("trusted", [False, True])
+def test_a_model_runs_code_of_its_own_and_has_several_gpus_where_the_command_says_so(
+    policy: ModelOptions, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, trusted: bool
+) -> None:
+    asked: list[tuple[ModelOptions, FleetOptions]] = []
+    monkeypatch.setattr(
+        offline, "evaluate_file", lambda model, data, out, fleet, *of, **named: asked.append((model, fleet))
+    )
+    monkeypatch.setattr(offline, "doctor", lambda model, fleet, **named: asked.append((model, fleet)))
+    said = ["--trust-remote-code"] * trusted
+    data = ["--data", "f.jsonl", "--out", str(tmp_path / "out.jsonl"), "--tensor-parallel", "2"]
+    assert main(["eval", "--model", policy.path, *data, *said]) == main(["doctor", policy.path, *said]) == 0
+    assert [model.trust_remote_code for model, _ in asked] == [trusted, trusted]
+    assert [fleet.tensor_parallel for _, fleet in asked] == [2, 1]
+
+
 def test_weights_go_through_an_object_store_that_has_room_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(offline, "sent_bytes", lambda model, lora: 30 * 2**30)
     for free, expected in ((200 * 2**30, 30 * 2**30), (2**26, 0)):

@@ -156,7 +156,7 @@ def test_a_reward_of_several_samples_gets_those_of_a_prompt_together(tmp_path: P
 
 def test_a_file_that_cannot_be_written_is_told_before_anything_is_scored(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"--out .*/file/out\.jsonl cannot be written"):
+    with pytest.raises(UserError, match=r"/file/out\.jsonl cannot be written"):
         score_file(
             EXACT, lines(tmp_path, {"id": "1", "completion": "4", "answer": ["4"]}), tmp_path / "file" / "out.jsonl"
         )
