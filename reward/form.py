@@ -82,7 +82,12 @@ def language_share(text: str, scripts: frozenset[str]) -> float | None:
     return counts[True] / counts.total() if counts else None
 
 
-@register("language_consistency")
+def _check_language(language: str = "en") -> None:
+    if language != "prompt" and language not in SCRIPTS:
+        raise RewardError(f"unknown language {language!r}; known: prompt, {', '.join(SCRIPTS)}")
+
+
+@register("language_consistency", ready=_check_language)
 def language_consistency(sample: Sample, *, language: str = "en", least: float = 0.95) -> Score:
     """The share of the words that are in the script of the language, in [0, 1]; it passes from `least` on.
 
@@ -91,12 +96,8 @@ def language_consistency(sample: Sample, *, language: str = "en", least: float =
     the script that most words of the prompt are in. A completion without any word gets 0. Raises RewardError for
     an unknown language.
     """
-    if language == "prompt":
-        scripts = _main_scripts(sample.prompt)
-    elif language in SCRIPTS:
-        scripts = SCRIPTS[language]
-    else:
-        raise RewardError(f"unknown language {language!r}; known: prompt, {', '.join(SCRIPTS)}")
+    _check_language(language)
+    scripts = _main_scripts(sample.prompt) if language == "prompt" else SCRIPTS[language]
     if not scripts:
         raise UnusableAnswer(sample.id, "its prompt has no word to tell a language by")
     share = language_share(sample.completion, scripts)
@@ -145,7 +146,14 @@ def overlong_penalty(length: int, max_length: int, cache: int) -> float:
     return -1.0
 
 
-@register("soft_overlong")
+def _check_lengths(max_length: int, cache: int, unit: str = "tokens") -> None:
+    if not 0 < cache <= max_length:
+        raise RewardError(f"soft_overlong needs 0 < cache <= max_length, not cache {cache} and {max_length}")
+    if unit not in ("tokens", "characters"):
+        raise RewardError(f"soft_overlong counts in tokens or in characters, not in {unit!r}")
+
+
+@register("soft_overlong", ready=_check_lengths)
 def soft_overlong(
     sample: Sample, *, max_length: int, cache: int, unit: Literal["tokens", "characters"] = "tokens"
 ) -> Score:
@@ -154,8 +162,7 @@ def soft_overlong(
     In tokens, of which `sample.metadata["completion_tokens"]` is the number (UnusableAnswer where it is missing),
     or in characters. Raises RewardError unless 0 < cache <= max_length.
     """
-    if not 0 < cache <= max_length:
-        raise RewardError(f"soft_overlong needs 0 < cache <= max_length, not cache {cache} and {max_length}")
+    _check_lengths(max_length, cache, unit)
     length = _length(sample, unit)
     penalty = overlong_penalty(length, max_length, cache)
     return Score(penalty, Verdict.PASS if penalty == 0.0 else Verdict.WRONG, f"{length} {unit}")
@@ -164,8 +171,6 @@ def soft_overlong(
 def _length(sample: Sample, unit: str) -> int:
     if unit == "characters":
         return len(sample.completion)
-    if unit != "tokens":
-        raise RewardError(f"soft_overlong counts in tokens or in characters, not in {unit!r}")
     tokens = sample.metadata.get("completion_tokens")
     if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 0:
         raise UnusableAnswer(sample.id, "its metadata needs completion_tokens, their number")
@@ -206,23 +211,29 @@ class Rule(BaseModel):
     name: str
     weight: float = Field(default=1.0, gt=0.0, allow_inf_nan=False)
     params: dict[str, Any] = Field(default_factory=dict)
+    label: str | None = None
 
 
 _RULES = TypeAdapter(list[Rule])
 
 
-@register("rule", batched=True)
+def _check_rules(rules: list[dict[str, Any]]) -> None:
+    _mixture(json.dumps(rules, sort_keys=True)).check_ready()
+
+
+@register("rule", batched=True, ready=_check_rules)
 def rule(samples: Sequence[Sample], *, rules: list[dict[str, Any]]) -> list[Score]:
     """The weighted mean of several rules, as one reward: the RM_rule of DeepSeek-V2's preference stage.
 
     (arXiv:2405.04434, section 4.2, equation 36.) `rules` is a list of `{name, weight: 1, params: {}}`, each the
-    name of a registered reward. With rules in [0, 1] the value is too. It passes if all of them do; the verdict is
+    name of a registered reward, with a `label` where one is there twice. With rules in [0, 1] the value is too. It passes if all of them do; the verdict is
     otherwise that of the first that does not. Where one of them cannot judge a sample, nor can this.
 
     Raises RewardError for a list that is empty or malformed, and what `Mixture` raises.
     """
-    given = json.dumps(rules, sort_keys=True)
-    mixture = _mixture(given)
+    mixture = _mixture(json.dumps(rules, sort_keys=True))
+    if not samples:
+        mixture.make_ready()
     total = sum(term.weight for term in mixture.terms)
     return [_mean(judged, total) for judged in mixture.score(samples)]
 

@@ -10,9 +10,11 @@ A trick takes a sample and another one, the answer to another prompt, and return
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from reward.own.child import BadFile, function_of, raised
@@ -106,6 +108,8 @@ def tests_printed(sample: Sample, other: Sample) -> str | None:
 def one_output(sample: Sample, other: Sample) -> str | None:
     """A program that returns or prints what the first of its tests expects, whatever it is given."""
     tests = sample.metadata.get("tests")
+    with suppress(ValueError):
+        tests = json.loads(tests) if isinstance(tests, str) else tests
     if not isinstance(tests, Mapping) or not tests.get("cases"):
         return None
     case = tests["cases"][0]

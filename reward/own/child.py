@@ -104,7 +104,7 @@ def function_of(path: str, text: str, name: str) -> Callable[..., Any]:
     module.__file__ = path
     sys.modules[module.__name__] = module  # where dataclasses and pickle look for it
     sys.path.insert(0, str(Path(path).parent))
-    exec(compile(text, path, "exec"), module.__dict__)
+    exec(compile(text, path, "exec", dont_inherit=True), module.__dict__)
     found: Callable[..., Any] | None = vars(module).get(name)
     if not callable(found):
         ours = [key for key, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]

@@ -1,6 +1,7 @@
 """Rules on the final box, language, repetition and length, and several of them as one reward."""
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -8,8 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reward import (
+    Mixture,
     RewardContractError,
     RewardError,
+    RewardTerm,
     Sample,
     Score,
     UnusableAnswer,
@@ -183,6 +186,45 @@ def test_several_rules_are_their_weighted_mean() -> None:
 def test_a_malformed_list_of_rules_is_refused(rules: list[dict[str, Any]], message: str) -> None:
     with pytest.raises(RewardError, match=message):
         rule([sample("x")], rules=rules)
+
+
+def test_a_rule_may_be_there_twice_under_two_labels() -> None:
+    rules = [{"name": "repetition", "params": {"n": n}, "label": f"of {n} words"} for n in (1, 8)]
+    (score,) = rule([sample("and so on and so on")], rules=rules)
+    assert score.value == (3 / 6 + 1.0) / 2
+    assert "of 1 words 0.5" in score.detail
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "message"),
+    [
+        ("language_consistency", {"language": "it"}, "unknown language 'it'"),
+        ("soft_overlong", {"max_length": 512, "cache": 1024}, "0 < cache <= max_length"),
+        ("soft_overlong", {"max_length": 512, "cache": 64, "unit": "words"}, "not in 'words'"),
+    ],
+)
+def test_values_that_no_rule_can_have_are_told_before_anything_is_sampled(
+    name: str, params: dict[str, Any], message: str
+) -> None:
+    for term in (
+        {"name": name, "params": params},
+        {"name": "rule", "params": {"rules": [{"name": name, "params": params}]}},
+    ):
+        with pytest.raises(RewardError, match=message):
+            Mixture([RewardTerm(**term)]).check_ready()
+
+
+@pytest.mark.usefixtures("own_rewards")
+def test_what_a_rule_needs_is_started_with_it() -> None:
+    calls = []
+
+    @register("needs_a_start", batched=True)
+    def needs_a_start(samples: Sequence[Sample]) -> list[Score]:
+        calls.append(len(samples))
+        return [Score(1.0, Verdict.PASS) for _ in samples]
+
+    Mixture([RewardTerm(name="rule", params={"rules": [{"name": "needs_a_start"}]})]).make_ready()
+    assert calls == [0]
 
 
 def test_a_rule_that_cannot_judge_masks_its_sample_alone() -> None:

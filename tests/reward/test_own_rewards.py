@@ -102,6 +102,11 @@ def test_scores_and_scalars_of_numpy_are_taken_as_they_are(write: Write) -> None
     assert (score.value, score.verdict, details([score])) == (0.7, Verdict.WRONG, ["nearly"])
 
 
+def test_a_file_is_run_as_python_runs_it(write: Write) -> None:
+    file = write("def f(sample, weight: float = 2.0): return f.__annotations__['weight'](1)")
+    assert [reward.value for reward in scored(f"{file}:f", [sample("a")])] == [1.0]
+
+
 def test_the_name_that_counts_may_be_a_label_and_domains_hold(write: Write) -> None:
     term = RewardTerm(name=f"{write('def f(sample): return 1')}:f", label="mine", domains=["own"])
     assert term.component == "mine"

@@ -1,5 +1,6 @@
 """Tricks: what they make of an answer, and those that a user adds in a file."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,14 @@ def test_programs_are_changed_inside_their_last_block() -> None:
     )
     tests = {"kind": "stdio", "cases": [{"input": "1", "output": "2\n"}]}
     assert "print('2\\n')" in TRICKS["one output for all tests"].apply(sample(code, tests=tests), OTHER).completion
+
+
+def test_tests_as_text_are_tricked_as_the_same_tests_are() -> None:
+    tests = {"kind": "stdio", "cases": [{"input": "1", "output": "2"}]}
+    for given in (tests, json.dumps(tests)):
+        made = TRICKS["one output for all tests"].apply(sample(tests=given), OTHER).completion
+        assert made == "```python\nprint('2')\n```"
+    assert TRICKS["one output for all tests"].apply(sample(tests="{"), OTHER).completion == ANSWER
 
 
 def test_an_answer_that_is_made_much_shorter_has_ended_by_itself() -> None:
