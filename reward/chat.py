@@ -98,6 +98,11 @@ def encode_example(
     return [*(ids[: ends[-around.ends]] if 0 < around.ends <= len(ends) else ids), around.end], length
 
 
+def encode_finished(tokenizer: Any, messages: Messages) -> list[int]:
+    """The ids of a whole conversation, with what the template writes behind its last turn. Raises RewardError as `encode_prompt` does."""
+    return _tokenised(tokenizer, messages, (), answering=False).ids
+
+
 def end_of_answer(tokenizer: Any) -> int | None:
     """The token that ends an answer in the chat template's rendering: the end of sequence, or the template's own end of turn.
 

@@ -14,7 +14,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -64,16 +64,18 @@ def reward_endpoint(
     Raises RewardError, naming the url, where the server cannot be asked when the reward is made ready.
     """
     tokenizer = _tokenizer(path)
+    encode = partial(encode_conversation, path, tokenizer)
     server = _Server(url.rstrip("/"), model, timeout_s, attempts, _key(api_key_env))
     scale = read_scale(path, normalise=normalise, clip=clip)
     if not samples:
         try:
-            server.ask([encode_conversation(tokenizer, [{"role": "user", "content": "?"}], "!")])
+            server.ask([encode([{"role": "user", "content": "?"}], "!")])
         except _Unanswered as error:
             raise RewardError(f"reward_endpoint: {server.url} cannot be used: {error}") from None
     return score_conversations(
         samples,
-        tokenizer,
+        encode,
+        bos=tokenizer.bos_token_id,
         longest=min(max_length or tokenizer.model_max_length, tokenizer.model_max_length),
         scale=scale,
         numbers=lambda conversations: server.numbers(conversations, batch_size),

@@ -10,11 +10,11 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
-from reward.chat import encode_example
+from reward.chat import encode_example, encode_finished
 from reward.registry import register
 from reward.rows import messages_of
 from reward.types import RewardError, Sample, Score, Verdict
@@ -67,20 +67,23 @@ def reward_model(
 
     Raises RewardError where the checkpoint cannot be used.
     """
+    scale = read_scale(path, normalise=normalise, clip=clip)
     model = _load(path, dtype, device)
     return score_conversations(
         samples,
-        model.tokenizer,
+        partial(encode_conversation, path, model.tokenizer),
+        bos=model.tokenizer.bos_token_id,
         longest=min(max_length or model.longest, model.longest),
-        scale=read_scale(path, normalise=normalise, clip=clip),
+        scale=scale,
         numbers=lambda conversations: model.numbers(conversations, batch_size),
     )
 
 
 def score_conversations(
     samples: Sequence[Sample],
-    tokenizer: Any,
+    encode: Callable[[Sequence[Mapping[str, Any]], str], list[int]],
     *,
+    bos: int | None,
     longest: int,
     scale: Scale,
     numbers: Callable[[Sequence[Sequence[int]]], Sequence[float | str]],
@@ -90,10 +93,10 @@ def score_conversations(
     conversations: dict[int, list[int]] = {}
     for place, sample in enumerate(samples):
         try:
-            conversations[place] = encode_conversation(tokenizer, messages_of(sample), sample.completion)
+            conversations[place] = encode(messages_of(sample), sample.completion)
         except (RewardError, KeyError, TypeError) as error:
             scores[place] = Score(math.nan, Verdict.INFRA_ERROR, f"its conversation cannot be read: {error!r}")
-    cut = {place: tuple(shortened(ids, longest, tokenizer.bos_token_id)) for place, ids in conversations.items()}
+    cut = {place: tuple(shortened(ids, longest, bos)) for place, ids in conversations.items()}
     # Each conversation once: the last digit of a number depends on its batch, and equal completions are to be worth the same.
     different = list(dict.fromkeys(cut.values()))
     found = dict(zip(different, numbers(different), strict=True)) if different else {}
@@ -120,7 +123,7 @@ def read_scale(path: str, *, normalise: bool, clip: float | None) -> Scale:
         return Scale(clip=clip)
     file = Path(path) / NOTES
     try:
-        notes = json.loads(file.read_text(encoding="utf-8"))
+        notes = json.loads((notes_file(path) or file).read_text(encoding="utf-8"))
         mean, std = float(notes["mean"]), float(notes["std"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RewardError(
@@ -132,6 +135,22 @@ def read_scale(path: str, *, normalise: bool, clip: float | None) -> Scale:
             f"{file}: rewards of mean {mean} and std {std} cannot be normalised: the model tells nothing apart"
         )
     return Scale(mean, std, clip)
+
+
+def notes_file(path: str) -> Path | None:
+    """What `align reward-model` wrote beside a checkpoint, in a directory or on the hub; None beside one that was trained elsewhere."""
+    file = Path(path) / NOTES
+    return (file if file.exists() else None) if Path(path).is_dir() else _fetched_notes(path)
+
+
+@lru_cache(maxsize=8)
+def _fetched_notes(name: str) -> Path | None:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(name, NOTES))
+    except (OSError, ValueError):  # also where there is no such model, which loading it tells
+        return None
 
 
 @dataclass(frozen=True)
@@ -183,24 +202,26 @@ def _load(path: str, dtype: str, device: str) -> _Model:
         why = f"lacks {min(missing)}" if missing else f"has {labels} labels"
         raise RewardError(f"{path} is no reward model: it needs weights for a classifier of one label, and {why}")
     padding = network.config.pad_token_id
-    if padding is None or padding == tokenizer.eos_token_id:
+    if padding in (None, encode_conversation(path, tokenizer, [{"role": "user", "content": "?"}], "!")[-1]):
         raise RewardError(
             f"{path}: config.json has pad_token_id {padding}, so that transformers would read the reward before the "
-            "end-of-sequence token; set it to another token, such as the BOS"
+            "token that ends a conversation; set it to another token, such as the BOS"
         )
     if any(name.endswith("experts.gate_up_proj") for name, _ in network.named_parameters()):
         network.set_experts_implementation("grouped_mm")
-    encode_conversation(tokenizer, [{"role": "user", "content": "?"}], "!")
     longest = tokenizer.model_max_length
     return _Model(tokenizer, network, min(getattr(network.config, "max_position_embeddings", longest), longest))
 
 
-def encode_conversation(tokenizer: Any, messages: Sequence[Mapping[str, Any]], completion: str) -> list[int]:
-    """The ids of prompt, completion and one end-of-sequence token: those that a reward model is trained on.
+def encode_conversation(path: str, tokenizer: Any, messages: Sequence[Mapping[str, Any]], completion: str) -> list[int]:
+    """The ids of prompt and completion as the reward model at `path` was trained on them.
 
-    Raises RewardError as `reward.chat.encode_example` does.
+    A reward model of `align reward-model` ends with the token that ends an answer. Others are trained and called on the whole rendering: where the
+    template writes a line break behind that token, there. Raises RewardError as `reward.chat.encode_example` does.
     """
-    return encode_example(tokenizer, messages, completion)[0]
+    if notes_file(path):
+        return encode_example(tokenizer, messages, completion)[0]
+    return encode_finished(tokenizer, [*messages, {"role": "assistant", "content": completion}])
 
 
 def shortened(ids: list[int], longest: int, bos: int | None) -> list[int]:

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from httpx import Request, Response
+from huggingface_hub.errors import RemoteEntryNotFoundError
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from reward import Mixture, RewardError, RewardTerm, Sample, Verdict
-from reward.learned.model import Scale, _score, messages_of, reward_model, shortened
+from reward.learned.model import Scale, _score, messages_of, notes_file, read_scale, reward_model, shortened
 
 COMPLETIONS = ["4", "It is four.", "I am sorry, but I can't help with that.", "", "4" * 60]
 
@@ -73,6 +75,37 @@ def test_the_numbers_are_transformers_own_however_they_are_batched(checkpoint: P
         )
         assert [score.value for score in scores] == pytest.approx(expected, abs=1e-5)
         assert [score.verdict for score in scores] == [Verdict.PASS if v > 0 else Verdict.WRONG for v in expected]
+
+
+def test_a_model_that_was_trained_elsewhere_reads_what_its_template_writes_behind_an_answer(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    path = Path(changed(checkpoint, tmp_path))
+    template = path / "chat_template.jinja"
+    template.write_text(template.read_text() + "{% if not add_generation_prompt %}{{ 'x' }}{% endif %}")
+    (ours,) = reward_model([sample("4")], path=str(path), normalise=False)
+    assert ours.value == pytest.approx(by_transformers(checkpoint, "4"), abs=1e-5)
+    (path / "reward_model.json").unlink()
+    (theirs,) = reward_model([sample("4")], path=str(path), normalise=False)
+    assert theirs.value == pytest.approx(by_transformers(path, "4"), abs=1e-5)
+    assert theirs.value != pytest.approx(ours.value, abs=1e-3)
+
+
+def test_a_model_that_was_published_brings_its_scale(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = {"me/ours": checkpoint / "reward_model.json"}
+
+    def fetched(name: str, file: str) -> str:
+        if name not in there:
+            raise RemoteEntryNotFoundError(
+                f"{name} has no {file}", response=Response(404, request=Request("GET", "http://hub"))
+            )
+        return str(there[name])
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fetched)
+    assert read_scale("me/ours", normalise=True, clip=None) == Scale(0.25, 0.5)
+    assert notes_file("them/theirs") is None
+    with pytest.raises(RewardError, match=r"them/theirs/reward_model\.json: cannot read the mean and std"):
+        reward_model([], path="them/theirs")
 
 
 def test_the_scale_is_that_of_the_notes_and_can_be_cut_off(checkpoint: Path) -> None:
