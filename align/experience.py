@@ -117,15 +117,10 @@ def gather(
     submitted: Mapping[str, Submitted],
     problems: Sequence[Problem],
     pool: ScoringPool | None,
-    earlier: Sequence[ScoredGroup] = (),
 ) -> list[ScoredGroup]:
-    """Wait for the rewards of all groups, which are unscored without a pool. Returns them in the order of the problems.
-
-    How many may fail to be scored is a share of them and of the `earlier` groups of the same step.
-    """
+    """Wait for the rewards of all groups, which are unscored without a pool. Returns them in the order of the problems."""
     tickets = [ticket for _, _, ticket in submitted.values() if ticket is not None]
-    before = [answer.reward for group in earlier for answer in group.trajectories]
-    found = pool.gather(tickets, before) if pool else ([UNSCORED] * len(texts) for _, texts, _ in submitted.values())
+    found = pool.gather(tickets) if pool else ([UNSCORED] * len(texts) for _, texts, _ in submitted.values())
     rewards = dict(zip(submitted, found, strict=True))
     scored = []
     for problem in problems:

@@ -92,6 +92,10 @@ class RewardTerm(BaseModel):
         return f"{self.weight:g} x {self.component} ({domains})"
 
 
+RECENT_BATCHES, RECENT_SAMPLES = 64, 256
+"""The share of samples that nobody could judge is one of so many at least, of a run's last."""
+
+
 class Mixture:
     """The reward of a run: `score(samples)`. Can be pickled if the functions of its rewards can be.
 
@@ -183,11 +187,12 @@ class Mixture:
         return self.score_each(samples)
 
     def refuse_too_many_masked(
-        self, samples: Sequence[Sample], rewards: Sequence[SampleReward], earlier: Sequence[SampleReward] = ()
+        self, samples: Sequence[Sample], rewards: Sequence[SampleReward], recent: Sequence[Sequence[SampleReward]] = ()
     ) -> None:
-        """Raise InfrastructureError where some of the rewards are None, and of them and the `earlier` ones more than `infra_error_limit`.
+        """Raise InfrastructureError where some of the rewards are None, and more than `infra_error_limit` of them or, where given, of `recent` batches.
 
-        Warn of fewer, and of components of weight 0 without a value.
+        Of fewer than `RECENT_BATCHES` and `RECENT_SAMPLES` the rest counts as judged, so that a prompt that no reward can judge does not end a
+        run of small steps; where nothing was judged at all, it ends. Warn of fewer, and of components of weight 0 without a value.
         """
         unmeasured = [
             (name, sample.id, score.detail or "no detail")
@@ -201,9 +206,11 @@ class Mixture:
         reasons = why_masked(samples, rewards)
         if not reasons:
             return
-        masked = len(reasons) + sum(reward.value is None for reward in earlier)
-        share = masked / (len(samples) + len(earlier))
-        if share > self.infra_error_limit:
+        masked = [reward.value is None for batch in recent or [rewards] for reward in batch]
+        share = sum(masked) / len(masked)
+        few = max(1.0, RECENT_BATCHES / len(recent), RECENT_SAMPLES / len(masked)) if recent else 1.0
+        nothing_judged = len(recent) > 1 and share == 1.0 > self.infra_error_limit
+        if share / few > self.infra_error_limit or nothing_judged:
             raise InfrastructureError(share, self.infra_error_limit, reasons[0])
         ids = [sample.id for sample, reward in zip(samples, rewards, strict=True) if reward.value is None]
         told = "%d of %d samples masked. The first: %s"

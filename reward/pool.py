@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from reward.mixture import Mixture
+from reward.mixture import RECENT_BATCHES, RECENT_SAMPLES, Mixture
 from reward.types import RewardContractError, RewardError, Sample, SampleReward, Score, Verdict
 
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -62,6 +62,7 @@ class ScoringPool:
         self._workers = [self._start() for _ in range(workers)]
         self._waiting = [0] * workers
         self._handed_out = 0
+        self._recent: list[Sequence[SampleReward]] = []
 
     def wait_until_ready(self) -> None:
         """Return when every worker is. Raises RewardError where this machine cannot run a reward of the mixture."""
@@ -88,8 +89,9 @@ class ScoringPool:
         self._hand_out(ticket)
         return ticket
 
-    def gather(self, tickets: Sequence[Ticket], earlier: Sequence[SampleReward] = ()) -> list[list[SampleReward]]:
-        """The rewards of each batch, in its order. Raises what `Mixture.score` does, for all batches and `earlier` rewards as one.
+    def gather(self, tickets: Sequence[Ticket]) -> list[list[SampleReward]]:
+        """The rewards of each batch, in its order. Raises what `Mixture.score_each` does, and InfrastructureError where too many of the
+        last batches' samples could not be judged (`Mixture.refuse_too_many_masked`).
 
         RewardContractError too, naming samples, when none is judged for `timeout_s`.
         """
@@ -107,10 +109,11 @@ class ScoringPool:
                 self._replace(ticket.worker, lost, found)
             open_ = [one for one in open_ if one not in found]
         rewards = [found[ticket] for ticket in tickets]
+        self._recent = recent_batches(self._recent, rewards)
         self.mixture.refuse_too_many_masked(
             [sample for ticket in tickets for sample in ticket.samples],
             [reward for batch in rewards for reward in batch],
-            earlier,
+            self._recent,
         )
         return rewards
 
@@ -178,6 +181,16 @@ class ScoringPool:
         names = ", ".join(term.name for term in self.mixture.terms)
         ids = f"{ticket.samples[0].id} … {ticket.samples[-1].id}"
         return RewardContractError(names, ids, f"none of them was judged within {self._timeout_s:g} s")
+
+
+def recent_batches(
+    before: Sequence[Sequence[SampleReward]], new: Sequence[Sequence[SampleReward]]
+) -> list[Sequence[SampleReward]]:
+    """The `new` batches, and of those before them so many that there are `RECENT_BATCHES` and `RECENT_SAMPLES` where there were."""
+    batches = [*before, *new]
+    while len(batches) > max(RECENT_BATCHES, len(new)) and sum(map(len, batches[1:])) >= RECENT_SAMPLES:
+        batches.pop(0)
+    return batches
 
 
 def _cause(error: Any) -> RewardError:

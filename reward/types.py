@@ -180,7 +180,7 @@ class InfrastructureError(RewardError):
 
     def __str__(self) -> str:
         return (
-            f"{self.share:.1%} of the samples could not be judged, the limit is {self.limit:.1%}. "
+            f"{self.share:.1%} of the samples could not be judged, the limit is {self.limit:.1%} (infra_error_limit). "
             f"The first: {self.first_reason}"
         )
 

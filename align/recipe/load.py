@@ -75,6 +75,7 @@ FREE = (
     "rollout.probe_interval_s",
     "rollout.probe_timeout_s",
     "rollout.max_restarts",
+    "scoring.infra_error_limit",
     "scoring.workers",
     "scoring.timeout_s",
     "scoring.start_timeout_s",

@@ -291,7 +291,10 @@ class ScoringOptions(Options):
         "files at 100 MB/s",
     )
     infra_error_limit: float = Field(
-        0.05, ge=0, le=1, description="share of samples that nobody could judge above which the run stops"
+        0.05,
+        ge=0,
+        le=1,
+        description="share of the samples that nobody could judge, of those of a step or evaluation and the last 64 prompts, above which the run stops",
     )
 
 

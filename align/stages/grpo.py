@@ -154,14 +154,13 @@ def sample_and_score(
     step: int,
     clock: Clock,
     problems: Sequence[Problem],
-    earlier: Sequence[ScoredGroup] = (),
 ) -> list[ScoredGroup]:
-    """A group of scored completions of each problem, in their order, after `earlier` ones of the step. Groups are scored while others are sampled."""
+    """A group of scored completions of each problem, in their order. Groups are scored while others are sampled."""
     prompts = [problem.prompt for problem in problems]
     groups = session.fleet.sample(prompts, group_size, sampling, seed=seed, step=step, keep_bad=True)
     submitted = submit(groups, problems, session.tokenizer, session.pool)
     clock.lap("sampling")
-    scored = gather(submitted, problems, session.pool, earlier)
+    scored = gather(submitted, problems, session.pool)
     clock.lap("scoring")
     return scored
 
@@ -170,7 +169,7 @@ def refilled(
     groups: Sequence[ScoredGroup],
     options: GrpoOptions,
     further: Callable[..., list[Problem | None]],
-    sample: Callable[[Sequence[Problem], Sequence[ScoredGroup]], list[ScoredGroup]],
+    sample: Callable[[Sequence[Problem]], list[ScoredGroup]],
 ) -> list[ScoredGroup]:
     """The groups of a step, groups of further problems in the place of those without variance; after them, those that these replaced.
 
@@ -184,7 +183,7 @@ def refilled(
         found = {place: problem for place in places if (problem := problems[place]) is not None}
         if not found:
             break
-        for place, group in zip(found, sample(list(found.values()), trained + replaced), strict=True):
+        for place, group in zip(found, sample(list(found.values())), strict=True):
             replaced.append(trained[place])
             trained[place] = group
     return trained + replaced

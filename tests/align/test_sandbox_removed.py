@@ -65,7 +65,10 @@ def test_above_the_limit_the_run_stops_and_says_why(tmp_path: Path, align: Any) 
     command = align(*RECIPE, f"run.dir={run}")
     run_without_sandbox(command, lambda: begun(run))
     output = command.ends(1, 60)
-    assert "of the samples could not be judged, the limit is 5.0%. The first: reward 'code_tests' on sample" in output
+    assert (
+        "of the samples could not be judged, the limit is 5.0% (infra_error_limit). The first: reward 'code_tests' on sample"
+        in output
+    )
     assert "Traceback" not in output
     assert json.loads((run / "status.json").read_text())["state"] == "failed"
     assert not list((run / "samples").glob("*.parquet"))

@@ -188,11 +188,21 @@ def test_too_many_masked_samples_stop_the_run() -> None:
     assert mixture.score(half)[0].value is None
     with pytest.raises(InfrastructureError, match=r"66.7%.*50.0%.*'exact_answer' on sample 'bare'.*no ground truth"):
         mixture.score([*half, sample(ground_truth=None)])
-    # In one of several batches of a step, of all of them.
-    bare = mixture.score_each(half[:1])
-    mixture.refuse_too_many_masked(half[:1], bare, mixture.score_each([sample()]))
-    with pytest.raises(InfrastructureError, match=r"66.7%"):
-        mixture.refuse_too_many_masked(half[:1], bare, mixture.score_each(half))
+
+
+def test_a_prompt_that_nobody_can_judge_ends_no_run_of_small_steps_and_a_judge_that_is_gone_does() -> None:
+    mixture = Mixture([RewardTerm(name="exact_answer")], infra_error_limit=0.05)
+    unusable = [sample(ground_truth=None)] * 16
+    bad, good_ones = mixture.score_each(unusable), mixture.score_each([sample()] * 16)
+    mixture.refuse_too_many_masked(unusable, bad, [*[good_ones] * 7, bad])
+    mixture.refuse_too_many_masked(unusable, bad, [bad])
+    for recent, share in (([*[good_ones] * 60, *[bad] * 4], "6.2%"), ([bad, bad], "100.0%")):
+        with pytest.raises(InfrastructureError, match=f"{share} of the samples"):
+            mixture.refuse_too_many_masked(unusable, bad, recent)
+    single = [[one] for one in good_ones] * 15
+    mixture.refuse_too_many_masked(unusable[:1], bad[:1], [*single, *[bad[:1]] * 12])
+    with pytest.raises(InfrastructureError, match=r"5\.1% of the samples"):
+        mixture.refuse_too_many_masked(unusable[:1], bad[:1], [*single, *[bad[:1]] * 13])
 
 
 def test_a_term_without_weight_measures_and_never_masks_and_that_it_could_not_is_told(

@@ -23,6 +23,7 @@ from reward import (
     Verdict,
     register,
 )
+from reward.pool import recent_batches
 
 pytestmark = pytest.mark.usefixtures("own_rewards", "ray_session")
 
@@ -87,7 +88,7 @@ def test_a_batch_whose_worker_died_is_judged_by_the_next(tmp_path: Path) -> None
     assert verdicts(rewards) == [[Verdict.PASS] * 2] * 4
 
 
-def test_a_batch_that_killed_two_workers_is_masked_and_no_other_and_the_limit_on_such_is_for_all_batches_together(
+def test_a_batch_that_killed_two_workers_is_masked_and_no_other_and_the_limit_is_for_all_batches_together(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     register("deadly")(deadly(tmp_path / "deaths", 2))
@@ -98,10 +99,18 @@ def test_a_batch_that_killed_two_workers_is_masked_and_no_other_and_the_limit_on
         refuse(mixture, samples, rewards, *earlier)
 
     monkeypatch.setattr(Mixture, "refuse_too_many_masked", seen)
-    with pytest.raises(InfrastructureError, match=r"25.0% of the samples.*limit is 20.0%.*died, twice"):
-        scored(Mixture([RewardTerm(name="deadly")], infra_error_limit=0.2), batches(4))
+    with pytest.raises(InfrastructureError, match=r"25.0% of the samples.*limit is 0.5%.*died, twice"):
+        scored(Mixture([RewardTerm(name="deadly")], infra_error_limit=0.005), batches(4))
     assert [reward.verdict for reward in found] == [Verdict.PASS] * 2 + [Verdict.INFRA_ERROR] * 2 + [Verdict.PASS] * 4
     assert [reward.value for reward in found[2:4]] == [None, None]
+
+
+def test_so_many_batches_are_remembered_that_a_single_one_is_a_small_share() -> None:
+    one, eight = [SampleReward(1.0, Verdict.PASS, {})], [SampleReward(1.0, Verdict.PASS, {})] * 8
+    assert len(recent_batches([eight] * 60, [eight] * 8)) == 64
+    assert len(recent_batches([one] * 60, [one] * 8)) == 68
+    assert len(recent_batches([one] * 300, [one] * 8)) == 256
+    assert len(recent_batches([], [eight] * 100)) == 100
 
 
 def test_what_only_measures_masks_nothing_when_its_workers_die(tmp_path: Path) -> None:
