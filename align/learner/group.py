@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors import SafetensorError
 
 from align.errors import NonFiniteError, UserError
 from align.learner.balance import balance_metrics
@@ -55,7 +56,7 @@ class LearnerDiedError(LearnerError, PublisherDiedError):
 class RankGroup:
     """DeepSpeed learners as Ray actors, data parallel, of any model.
 
-    `bad_updates` so many have failed in a row by now.
+    `updates` have begun by now, of which the last `bad_updates` failed. It `is_idle` unless what it was asked for last has not come.
     """
 
     def __init__(
@@ -83,7 +84,8 @@ class RankGroup:
         self._start_limit_s = start_limit_s(options.start_timeout_s, START_S, *models)
         self._processes: list[ProcessId] = []
         self._stalled = False
-        self.bad_updates = 0
+        self.updates = self.bad_updates = 0
+        self.is_idle = True
         self.trained = Trained("", None)
         self.weight_sync: WeightSync = ObjectStoreSync()
         self.precision: Precision = "model"
@@ -140,7 +142,9 @@ class RankGroup:
 
         When that is not finite nothing was changed. Raises NonFiniteError when it happens too often in a row.
         """
-        calls = [rank.apply.remote(learning_rate) for rank in self._at_work()]
+        ranks = self._at_work()
+        self.updates += 1
+        calls = [rank.apply.remote(learning_rate) for rank in ranks]
         norm = float(self._gather(calls, "updating the weights")[0])
         self.bad_updates = 0 if math.isfinite(norm) else self.bad_updates + 1
         if self.bad_updates >= self._options.stop_after_bad_steps:
@@ -260,8 +264,10 @@ class RankGroup:
             limit_s, key = start_limit_s, "learner.start_timeout_s"
         elif least_s > limit_s:
             limit_s, key = least_s, f"at {WRITTEN_A_SECOND / 1e9:g} GB a second"
+        self.is_idle = False
         try:
             results: list[Any] = ray.get(list(references), timeout=limit_s)
+            self.is_idle = True
         except ray.exceptions.GetTimeoutError:
             _, late = ray.wait(list(references), num_returns=len(references), timeout=0)
             who = ", ".join(str(place) for place, reference in enumerate(references) if reference in late)
@@ -272,6 +278,8 @@ class RankGroup:
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, UserError | OSError):
                 raise error.cause from None
+            if isinstance(error.cause, SafetensorError) and "os error" in str(error.cause):
+                raise OSError(str(error.cause)) from None
             if self._one_died(references):
                 raise LearnerDiedError(f"a learner rank died {doing}, and another failed for it") from None
             raise LearnerError(f"a learner rank failed {doing}:\n{error}") from None

@@ -11,16 +11,20 @@ import numpy as np
 import yaml
 
 from align.data.drawing import Source
-from align.errors import AlarmError, UserError
+from align.errors import AlarmError, RayDiedError, UserError
+from align.evaluate.agreement import AgreementError
 from align.learner.batch import TrainingSequence
-from align.learner.group import RankGroup
+from align.learner.group import LearnerError, RankGroup
 from align.learner.objective import learning_rate
+from align.model.policy import first_line
 from align.recipe import ModelOptions, OptimizerOptions, TrainingRecipe, dump_recipe
 from align.recipe.roles import reward_models
 from align.report.model_card import is_edited
 from align.run import write_atomically
 from align.run.checkpoints import Checkpoint, Entry, hash_files
 from align.session.run import Run, positions
+from reward import RewardError
+from rollout import RolloutError
 
 MODEL = "model"
 BAD_UPDATES = "bad_updates"
@@ -42,11 +46,15 @@ class SavingError(Exception):
     """Checkpoint after checkpoint could not be written."""
 
 
+UNSURE = (LearnerError, AgreementError, RayDiedError, SavingError)
+"""What leaves no learner to save, one that is not what was sampled from, or no place for it."""
+
+
 class Steps:
     """The steps that are still to be made, as numbers from 0; ends the learner when the block ends.
 
-    A checkpoint is written every `save_every` steps, after the last one, after the best one so far, when an alarm ends the run, and when it is
-    told to stop: then the step that is being made ends first, where `run.grace_s` allows. `state` is what the stage itself has to
+    A checkpoint is written every `save_every` steps, after the last one, after the best one so far, when the run is told to stop (then the step
+    that is being made ends first, where `run.grace_s` allows), and when an alarm or something other than the learner ends it. `state` is what the stage itself has to
     remember, ready for JSON.
     """
 
@@ -77,21 +85,29 @@ class Steps:
         }
         self.done = run.resume.step if run.resume else 0
         self.state = (state or {}) | (dict(run.resume.facts["state"]) if run.resume else {})
-        self._saved, self._failures, self._between = self.done, 0, False
+        self._saved, self._failures, self._between, self._updates = self.done, 0, False, 0
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
-            if kind is AlarmError and not self._between:
-                # A stage observes its alarms as the last thing of a step, so that this one is done.
-                self.done, self._between = self.done + 1, True
-            stopped = kind is not None and issubclass(kind, KeyboardInterrupt | AlarmError)
-            if stopped and self._between and self.done > self._saved:
+            if kind is not None and self._is_whole(kind) and self.done > self._saved:
                 self._save()
+        except (LearnerError, RolloutError) as error:
+            self._run.warn(f"the checkpoint of step {self.done} could not be written: {first_line(error)}")
         finally:
             self._learner.close()
+
+    def _is_whole(self, kind: type[BaseException]) -> bool:
+        """Whether what ends the run leaves the learner as it was after `done` steps."""
+        if issubclass(kind, UNSURE) or not self._learner.is_idle:
+            return False
+        updated = self._learner.updates > self._updates
+        if not self._between and (issubclass(kind, AlarmError) or (updated and issubclass(kind, RewardError))):
+            # Evaluations and alarms are the last things of a step, so that this one is done.
+            self.done, self._between = self.done + 1, True
+        return self._between or not updated
 
     def restore(self) -> None:
         """Give the learner, which must be ready, the state to go on from. Raises UserError where it is of another run."""
@@ -129,7 +145,7 @@ class Steps:
     def __iter__(self) -> Iterator[int]:
         for step in range(self.done, self._total):
             with self._run.stop.deferred():
-                self._between = False
+                self._between, self._updates = False, self._learner.updates
                 yield step
                 self.done, self._between = step + 1, True
                 every = self._recipe.save_every

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from align.data.drawing import Source
-from align.errors import AlarmError
 from align.recipe import RewardModelRecipe
 from align.run.checkpoints import Entry, hashed_file
 from align.session.run import Run
@@ -28,7 +27,8 @@ class Counter:
     def __init__(self) -> None:
         self.value = torch.zeros(1000, dtype=torch.int64)
         self.closed = False
-        self.bad_updates = 0
+        self.updates = self.bad_updates = 0
+        self.is_idle = True
 
     def save_state(self, directory: Path) -> dict[str, Entry]:
         with hashed_file(directory / "rank_00000.pt") as (file, entry):
@@ -61,9 +61,12 @@ def count(
     stop_at: int | None = None,
     data: Any = DATA,
     accuracies: Mapping[int, float] = MappingProxyType({}),
-    alarm_at: int | None = None,
+    fails: Mapping[tuple[int, str], Exception] = MappingProxyType({}),
 ) -> Counter:
-    """Make the steps of a recipe; at `stop_at` a signal comes in the middle of the step, at `alarm_at` an alarm at its end, `accuracies` are after some."""
+    """Make the steps of a recipe; at `stop_at` a signal comes in the middle of the step, `accuracies` are after some.
+
+    `fails` are raised in a step, at its "start", in its "update" or at its "end".
+    """
     learner = Counter()
     with Steps(made, run, learner, made.reward_model.steps, data, state={"seen": []}) as steps:  # type: ignore[arg-type]
         run.progress.stage("counting", made.reward_model.steps, completed=steps.done)
@@ -73,14 +76,20 @@ def count(
         for step in steps:
             if stop_at == step:
                 os.kill(os.getpid(), signal.SIGTERM)
+            if error := fails.get((step, "start")):
+                raise error
+            learner.updates += 1
+            if error := fails.get((step, "update")):
+                learner.is_idle = False
+                raise error
             learner.value += step
             learner.bad_updates = step
             steps.state["seen"].append(step)
             if step + 1 in accuracies:
                 steps.note_accuracy(step + 1, accuracies[step + 1])
             run.record_step("counting", step + 1, {"loss": float(step)}, ())
-            if step == alarm_at:
-                raise AlarmError("so")
+            if error := fails.get((step, "end")):
+                raise error
     assert learner.closed
     assert learner.bad_updates == made.reward_model.steps - 1
     assert steps.state["seen"] == list(range(steps.done))

@@ -17,14 +17,17 @@ import torch
 
 from align.data.drawing import Source
 from align.errors import AlarmError, Terminated, UserError
+from align.evaluate.agreement import AgreementError
 from align.learner.batch import TrainingSequence
+from align.learner.group import LearnerError
 from align.recipe import RunOptions
 from align.recipe.roles import reward_models
 from align.run.checkpoints import hashed_file
 from align.run.tensorboard import TensorBoard
 from align.session.run import open_run
 from align.session.steps import COMPARED, SavingError, Steps, data_digest
-from reward import RewardTerm
+from reward import RewardError, RewardTerm
+from rollout import RolloutError
 
 from .counting import DATA, Counter, count, recipe, status, steps_of
 
@@ -236,10 +239,30 @@ def test_the_end_of_a_run_says_how_much_of_an_adapter_is_lost_in_merged_weights(
     )
 
 
-def test_a_run_that_an_alarm_ends_is_saved_after_its_step(tmp_path: Path) -> None:
-    made = recipe(tmp_path / "run")
-    with pytest.raises(AlarmError), open_run(made) as run:
-        count(made, run, alarm_at=4)
-    assert (status(tmp_path / "run"), checkpoints(tmp_path / "run")) == ("failed", ["step_00004", "step_00005"])
+@pytest.mark.parametrize(
+    ("where", "error", "saved"),
+    [
+        ("end", AlarmError("so"), 6),
+        ("end", RewardError("the judge is down"), 6),
+        ("start", RewardError("the judge is down"), 5),
+        ("start", RolloutError("no worker is left"), 5),
+        ("start", UserError("row 7 cannot be read"), 5),
+        ("start", AgreementError("too far apart"), None),
+        ("start", LearnerError("gone"), None),
+        ("update", RewardError("asked from another thread"), None),
+        ("update", KeyboardInterrupt(), None),
+        ("start", KeyboardInterrupt(), 5),
+    ],
+)
+def test_what_ends_a_run_and_leaves_its_learner_whole_loses_no_step(
+    tmp_path: Path, where: str, error: Exception, saved: int | None
+) -> None:
+    made = recipe(tmp_path / "run").model_copy(update={"save_every": None})
+    with pytest.raises(type(error)), open_run(made) as run:
+        count(made, run, fails={(5, where): error})
+    assert status(tmp_path / "run") == ("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+    assert [step.name for step in (tmp_path / "run" / "checkpoints").glob("*")] == (
+        [f"step_{saved:05d}"] if saved else []
+    )
     with open_run(made) as run:
         assert int(count(made, run).value[0]) == sum(range(9))

@@ -128,6 +128,8 @@ class FakeLearner:
     asked: list[tuple[int, float, int]] = field(default_factory=list)
     trained: Any = field(default_factory=lambda: SimpleNamespace(description="fake", modules=None))
     bad_updates: int = 0
+    updates: int = 0
+    is_idle: bool = True
     reference: ModelOptions | None = None
     teacher: ModelOptions | None = None
     replay: str = "off"
