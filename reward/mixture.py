@@ -23,6 +23,7 @@ from reward import registry
 from reward.own import file as own_file
 from reward.registry import Reward
 from reward.types import (
+    Abstention,
     DomainError,
     InfrastructureError,
     RewardContractError,
@@ -240,6 +241,9 @@ def share_a_domain(one: RewardTerm, other: RewardTerm) -> bool:
 
 
 def _combine(scores: Sequence[tuple[RewardTerm, Score]]) -> SampleReward:
+    judging = [(term, score) for term, score in scores if not isinstance(score, Abstention)]
+    if any(term.weight for term, _ in judging) or not any(term.weight for term, _ in scores):
+        scores = judging or scores
     # A term of weight 0 masks nothing. It may have the value nan, and 0 * nan is nan.
     counting = [(term.weight, score) for term, score in scores if term.weight]
     masked = any(score.verdict is Verdict.INFRA_ERROR for _, score in counting)
@@ -254,7 +258,11 @@ def _combine(scores: Sequence[tuple[RewardTerm, Score]]) -> SampleReward:
 def _scores(reward: Reward, params: Mapping[str, Any], samples: Sequence[Sample]) -> list[Score]:
     """One score for each sample; those nobody could judge are asked for twice: alone, and of a reward that may compare samples only where they are all."""
     scores = _call(reward, params, samples)
-    failed = [row for row, score in enumerate(scores) if score.verdict is Verdict.INFRA_ERROR]
+    failed = [
+        row
+        for row, score in enumerate(scores)
+        if score.verdict is Verdict.INFRA_ERROR and not isinstance(score, Abstention)
+    ]
     if getattr(reward.function, "needs_whole_batch", False) and len(failed) < len(samples):
         return scores
     again = _call(reward, params, [samples[row] for row in failed])

@@ -93,13 +93,17 @@ class Score:
     seconds: float = 0.0
 
 
+class Abstention(Score):
+    """The score of a reward that leaves the sample to the others: TRL's None. Where no other judges it, nobody could."""
+
+
 @dataclass(frozen=True)
 class SampleReward:
     """The mixture's word on one sample.
 
     `value` is the weighted sum, or None where a component that counts could not judge: mask the sample.
     `verdict` is that of the primary component, the first term that applies to the sample's domain.
-    `components` holds every score by the name of its reward, in the order of the terms.
+    `components` holds every score by the name of its reward, in the order of the terms; not those of rewards that abstained beside others.
     """
 
     value: float | None

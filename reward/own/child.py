@@ -270,7 +270,7 @@ def answer(value: Any, loaded: Loaded) -> dict[str, Any]:
     if getattr(value, "shape", None) == () and hasattr(value, "item"):
         value = value.item()  # a scalar of NumPy or PyTorch
     if value is None:
-        return {"why": f"{at(loaded)} returned None: the sample is not scored"}
+        return {"why": f"{at(loaded)} returned None: the sample is not scored", "abstains": loaded.kind == "trl"}
     if isinstance(value, Score) and isinstance(value.verdict, Verdict):
         number, verdict, detail = value.value, value.verdict, str(value.detail)
         if verdict is Verdict.INFRA_ERROR:

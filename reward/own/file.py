@@ -26,7 +26,7 @@ from typing import Any
 
 from reward.own import columns_of
 from reward.registry import Parameter, Reward
-from reward.types import RewardError, Sample, Score, Verdict
+from reward.types import Abstention, RewardError, Sample, Score, Verdict
 
 NAME = re.compile(r"(?P<file>.+\.py):(?P<function>[^\W\d]\w*)")
 _NAMESPACE = object()
@@ -243,7 +243,8 @@ def told_lack(lacking: Sequence[str], there: Mapping[str, Any]) -> str:
 
 def _score(message: Mapping[str, Any]) -> Score:
     if "why" in message:
-        return Score(math.nan, Verdict.INFRA_ERROR, str(message["why"]))
+        kind = Abstention if message.get("abstains") else Score
+        return kind(math.nan, Verdict.INFRA_ERROR, str(message["why"]))
     value, verdict, detail = message["score"]
     return Score(float(value), Verdict(verdict), str(detail))
 

@@ -256,6 +256,29 @@ def test_none_is_not_scored_as_in_trl_and_the_reward_goes_back_to_trl(write: Wri
     assert reward(["p", "p"], ["c", "c"], answer=["?", "x"]) == [None, 1.0]
 
 
+def test_none_leaves_a_sample_to_the_other_rewards_as_in_trl(write: Write) -> None:
+    file = write(
+        "def f(completions, kind):\n    return [None if k == 'code' else 1.0 for k in kind]\n"
+        "def g(completions, kind):\n    return [0.5 if k == 'code' else None for k in kind]\n"
+    )
+    samples = [sample("1", kind="code"), sample("2", kind="math"), sample("3", kind="code")]
+    both = [RewardTerm(name=f"{file}:f"), RewardTerm(name=f"{file}:g"), RewardTerm(name="repetition", weight=0.0)]
+    found = Mixture(both).score(samples)
+    assert [reward.value for reward in found] == [0.5, 1.0, 0.5]
+    assert [list(reward.components) for reward in found] == [
+        ["g", "repetition"],
+        ["f", "repetition"],
+        ["g", "repetition"],
+    ]
+    assert [reward.verdict for reward in found] == [Verdict.PASS] * 3
+    alone = Mixture([both[0], both[2]], infra_error_limit=1.0).score(samples)
+    assert [(reward.value, reward.verdict) for reward in alone] == [
+        (None, Verdict.INFRA_ERROR), (1.0, Verdict.PASS), (None, Verdict.INFRA_ERROR)
+    ]  # fmt: skip
+    measured = Mixture([both[0].model_copy(update={"weight": 0.0}), both[1].model_copy(update={"weight": 0.0})])
+    assert [list(reward.components) for reward in measured.score(samples)] == [["g"], ["f"], ["g"]]
+
+
 def test_a_column_that_the_data_lack_is_named_beside_those_there_are(write: Write) -> None:
     file = write("def f(completions, unit):\n    return [1.0] * len(unit)\n")
     rewards = scored(f"{file}:f", [sample("1", unit="m"), sample("2", units="m")])
