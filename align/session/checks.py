@@ -181,6 +181,8 @@ def check_columns(rewards: Sequence[RewardTerm], examples: Iterable[Example]) ->
     if not rewards:
         return
     mixture = Mixture(rewards)
+    # These compare with the ground truth, which a column of that name need not hold; a function in a file reads the column.
+    registered = {term.component for term in rewards if term.file is None}
     firsts: dict[str, Example] = {}
     missing: dict[str, list[tuple[str, str]]] = {}
     for each in examples:
@@ -190,12 +192,17 @@ def check_columns(rewards: Sequence[RewardTerm], examples: Iterable[Example]) ->
             missing[each.domain] = [(component, column) for component, columns in wanted.items() for column in columns]
         if missing[each.domain]:
             there = columns_of({**each.metadata, **MADE_HERE}, each.answer)
-            missing[each.domain] = [pair for pair in missing[each.domain] if pair[1] not in there]
+            missing[each.domain] = [
+                (component, column)
+                for component, column in missing[each.domain]
+                if column not in there or (column == "answer" and component in registered and each.answer is None)
+            ]
     for domain, first in firsts.items():
         for component, column in missing[domain]:
             columns = sorted(columns_of({**first.metadata, **MADE_HERE}, first.answer))
+            lack = "have, but without text or a number in it" if column in columns else "lack"
             raise UserError(
-                f"rewards: {component} reads the column {column!r}, which the data of the domain {domain!r} lack (such as "
+                f"rewards: {component} reads the column {column!r}, which the data of the domain {domain!r} {lack} (such as "
                 f"{first.id}); their columns: {', '.join(columns)}. Add it to the data, or give the reward `domains`"
             )
 

@@ -1,6 +1,7 @@
 """What a run knows of the files that its rewards are in: their content when it goes on, and the columns that they read."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,10 @@ def test_a_column_that_a_reward_reads_and_the_data_lack_is_refused_before_an_eng
     (tmp_path / "mine.py").write_text("def f(completions, answer, unit, messages): return []\n")
     term = RewardTerm(name=f"{tmp_path / 'mine.py'}:f")
     check_columns([term], [example("a", unit="m"), example("a")])
+    with pytest.raises(
+        UserError, match=r"exact_answer reads the column 'answer', .* have, but without text or a number"
+    ):
+        check_columns([RewardTerm(name="exact_answer")], [replace(example("a", answer="yes"), answer=None)])
     with pytest.raises(UserError) as refused:
         check_columns([term], [example("a", unit="m"), example("b", units="m")])
     assert "rewards: f reads the column 'unit', which the data of the domain 'b' lack (such as b/1)" in str(
