@@ -12,7 +12,8 @@ from align.cli.arguments import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_TERMINATED, 
 from align.errors import ENGINES, Terminated, UserError, not_installed
 
 OUR_PACKAGES = ("align", "rollout", "reward")
-UNUSABLE_PLACES = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EISDIR, errno.ENOTDIR)
+FULL = (errno.ENOSPC, errno.EDQUOT)
+UNUSABLE_PLACES = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, *FULL)
 """What is wrong with a file or directory of the user's that cannot be read or written."""
 Commands = dict[str, Callable[..., int | None]]
 COMMANDS: Commands = {
@@ -91,9 +92,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say(f"error: {not_installed(engine)}")
         return EXIT_USER_ERROR
     except OSError as error:
-        if error.errno not in UNUSABLE_PLACES or not error.filename:
+        # What cannot be written whole has no name.
+        place = error.filename or ("a file could not be written" if error.errno in FULL else None)
+        if error.errno not in UNUSABLE_PLACES or not place:
             raise
-        say(f"error: {error.filename}: {error.strerror}")
+        say(f"error: {place}: {error.strerror}")
         return EXIT_USER_ERROR
     except Exception as error:
         if type(error).__module__.partition(".")[0] not in OUR_PACKAGES:

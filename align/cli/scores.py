@@ -77,10 +77,11 @@ def reward_term(name: str, params: str) -> "RewardTerm":
     """A reward by name, with parameters as YAML. Raises UserError where they are no mapping."""
     import yaml
 
+    from align.recipe.load import yaml_value
     from reward import RewardTerm
 
     try:
-        given = yaml.safe_load(params)
+        given = yaml_value(params)
     except yaml.YAMLError:
         given = None
     if not isinstance(given, dict) or not all(isinstance(name, str) for name in given):

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from glob import glob
 from pathlib import Path
@@ -82,6 +83,20 @@ FREE = (
 )
 
 
+class _Yaml(yaml.SafeLoader):
+    """YAML in which 1e-3 is a number, as in version 1.2; to PyYAML only 1.0e-3 is."""
+
+
+_Yaml.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+\Z"), [*"-+0123456789"]
+)
+
+
+def yaml_value(text: str) -> Any:
+    """A value as recipes, overrides and parameters write it. Raises yaml.YAMLError."""
+    return yaml.load(text, Loader=_Yaml)
+
+
 def load_recipe(path: Path, overrides: Sequence[str] = (), *, pending: Path | None = None) -> Recipe:
     """Read and check a recipe. Raises UserError that names the file, the line and the key of a mistake.
 
@@ -145,7 +160,7 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
         raise UserError(f"{path}: cannot be read as a recipe: {error}") from None
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text)
+        values = yaml_value(text)
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(values, dict):
@@ -237,7 +252,7 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     if not separator or not key:
         raise UserError(f"{override!r}: an override has the form key=value, for example grpo.steps=20")
     try:
-        value = yaml.safe_load(text)
+        value = yaml_value(text)
     except yaml.YAMLError as error:
         raise UserError(f"{override!r}: the value is not valid YAML: {error}") from None
     value = with_inputs_found(value, key_of(key), Path())

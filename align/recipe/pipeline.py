@@ -13,7 +13,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 from align.errors import UserError
 from align.options import Options
 from align.recipe.dtype import FASTEST
-from align.recipe.load import FREE, apply_override, explain, load_recipe, read_yaml
+from align.recipe.load import FREE, apply_override, explain, load_recipe, read_yaml, yaml_value
 from align.recipe.options import RunOptions
 from align.recipe.recipes import GrpoRecipe, Recipe, RewardModelRecipe
 from align.shipped import found
@@ -148,7 +148,7 @@ def with_products(override: str, directory: Path) -> str:
         return override
     try:
         # YAML reads the marked names as they stand, in a list or object too.
-        value = json.dumps(yaml.safe_load(PRODUCT.sub(r"/@\1@", text)), default=str, ensure_ascii=False)
+        value = json.dumps(yaml_value(PRODUCT.sub(r"/@\1@", text)), default=str, ensure_ascii=False)
     except yaml.YAMLError:
         return override
     filled = re.sub(

@@ -33,6 +33,9 @@ HEAD = ("gcs_server", "raylet")
 """Ray's processes without which nothing goes on."""
 LOOK_S = 1.0
 PATIENCE_S = 10.0
+LONGEST_ADDRESS = 107
+LONGEST_SOCKET = "/ray/session_2026-11-30_12-00-00_000000_1234567/sockets/plasma_store"
+"""The bytes of a socket's path on Linux, and what Ray puts behind its directory."""
 _log = logging.getLogger(__name__)
 DEAD = "Ray itself died: its process {name} ended with status {status}; `align resume RUN` goes on from the last checkpoint"
 
@@ -203,6 +206,23 @@ def kept_signal_handlers() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def short_places() -> dict[str, str]:
+    """Where Ray keeps its sockets, and spills to, in place of a TMPDIR in which their paths would be longer than Linux takes; empty where they fit.
+
+    Raises UserError for such a RAY_TMPDIR.
+    """
+    variable = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
+    place = os.environ.get(variable, "/tmp")
+    if len(os.fsencode(place)) + len(LONGEST_SOCKET) <= LONGEST_ADDRESS:
+        return {}
+    if variable == "RAY_TMPDIR":
+        raise UserError(
+            f"RAY_TMPDIR={place} is too long for the sockets of Ray below it: take a shorter one, such as /tmp"
+        )
+    _log.warning("TMPDIR=%s is too long for the sockets of Ray below it: they are in /tmp/ray", place)
+    return {"_temp_dir": "/tmp/ray", "object_spilling_directory": place}
+
+
 def start_node(store: int, attempts: int = 5) -> None:
     """Start Ray on this machine, with an object store of so many bytes. It gives itself 30 seconds, which are too few on a busy one: then it is tried again."""
     import ray
@@ -218,6 +238,7 @@ def start_node(store: int, attempts: int = 5) -> None:
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level="ERROR",
+                **short_places(),
             )
             return
         except Exception as error:  # Ray raises nothing more specific

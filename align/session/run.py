@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
@@ -286,8 +286,9 @@ def open_run(recipe: Recipe) -> Iterator[Run]:
             directory.discard()
         raise
     except BaseException as error:
-        file = directory.save_stacks(getattr(error, "stacks", ""))
-        metrics.event("error", str(error), type=type(error).__name__, **({"stacks": file} if file else {}))
+        with suppress(OSError):  # of a full disk, which may be what ended it
+            file = directory.save_stacks(getattr(error, "stacks", ""))
+            metrics.event("error", str(error), type=type(error).__name__, **({"stacks": file} if file else {}))
         directory.fail(error)
         raise
     else:

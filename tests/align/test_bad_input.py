@@ -188,15 +188,22 @@ def test_a_recipe_without_a_mistake_is_called_valid_and_what_is_still_to_be_made
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        ((errno.EACCES, "Permission denied", "/read-only/out"), "/read-only/out: Permission denied"),
+        ((errno.ENOSPC, "No space left on device"), "a file could not be written: No space left on device"),
+    ],
+)
 def test_a_place_that_cannot_be_used_is_one_sentence(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: tuple[Any, ...], told: str
 ) -> None:
     def merge(*_: object, **__: object) -> None:
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/read-only/out")
+        raise OSError(*error)
 
     monkeypatch.setattr("align.tools.merge.merge_adapter", merge)
     assert main(["merge", "adapter", "/read-only/out"]) == EXIT_USER_ERROR
-    assert capsys.readouterr().err == "error: /read-only/out: Permission denied\n"
+    assert capsys.readouterr().err == f"error: {told}\n"
 
 
 def test_a_misspelt_command_or_option_is_answered_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:

@@ -129,6 +129,20 @@ def test_contradictions_and_missing_files_are_refused(override: str, message: st
         load_recipe(NANO / "grpo.yaml", [override])
 
 
+def test_numbers_with_an_exponent_are_numbers_wherever_they_are_written(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text((NANO / "grpo.yaml").read_text() + "\nscoring: {infra_error_limit: 1e-1}\n")
+    given = [
+        "rewards=[{name: exact_answer, params: {wrong: -1e-3, right: 2E+1}}]",
+        "data=[{card: nano_math, params: {a: 1e3, b: e3}}]",
+    ]
+    loaded = load_recipe(recipe, [*given, f"model.path={NANO / 'policy'}", "init_from=null"])
+    assert isinstance(loaded, GrpoRecipe)
+    assert loaded.scoring.infra_error_limit == 0.1
+    assert loaded.rewards[0].params == {"wrong": -0.001, "right": 20.0}
+    assert loaded.data[0].params == {"a": 1000.0, "b": "e3"}
+
+
 def test_experts_are_recorded_where_samples_are_written() -> None:
     with pytest.raises(UserError, match=r"rollout\.record_experts has no effect here \(no samples are written\)"):
         load_recipe(NANO / "preferences.yaml", ["rollout.record_experts=true"])

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from align.errors import UserError
-from align.session.ray import check_address, check_stores, local_ray
+from align.session.ray import check_address, check_stores, local_ray, short_places
 
 GIB = 2**30
 
@@ -52,3 +52,17 @@ def test_a_node_whose_object_store_is_too_small_for_weights_twice_is_named(caplo
     assert f"--object-store-memory={75 * GIB + 1}" in told
     check_stores([head], 30 * GIB)
     assert "node head" in caplog.messages[1]
+
+
+def test_sockets_have_room_whatever_temporary_directory_a_batch_system_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    for place, expected in (
+        ("/tmp", {}),
+        ("/x" * 19, {}),
+        ("/x" * 20, {"_temp_dir": "/tmp/ray", "object_spilling_directory": "/x" * 20}),
+    ):
+        monkeypatch.setenv("TMPDIR", place)
+        assert short_places() == expected
+    monkeypatch.setenv("RAY_TMPDIR", "/x" * 20)
+    with pytest.raises(UserError, match=r"RAY_TMPDIR=/x/x.* is too long for the sockets of Ray"):
+        short_places()

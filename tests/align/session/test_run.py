@@ -1,5 +1,7 @@
 """What the console says of evaluations: a line of bounded width for each, and a table of the run's; and what a run goes on with."""
 
+import errno
+import json
 import shutil
 from contextlib import suppress
 from dataclasses import replace
@@ -132,6 +134,16 @@ def test_a_run_whose_model_has_moved_is_compared_and_goes_on_where_changes_are_a
         pass
     with open_run(sft(tmp_path, moved, "run.allow_changes=true")):
         pass
+
+
+def test_a_run_that_a_full_disk_ends_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"), open_run(sft(tmp_path)) as run:
+        monkeypatch.setattr(run.metrics, "event", full)
+        full()
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
 
 
 def test_preference_data_whose_gathering_was_interrupted_are_gathered_anew(tmp_path: Path) -> None:
