@@ -140,9 +140,13 @@ def test_a_run_that_a_full_disk_ends_has_failed(tmp_path: Path, monkeypatch: pyt
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(OSError, match="No space"), open_run(sft(tmp_path)) as run:
-        monkeypatch.setattr(run.metrics, "event", full)
-        full()
+    def begun() -> None:
+        with open_run(sft(tmp_path)) as run:
+            monkeypatch.setattr(run.metrics, "event", full)
+            full()
+
+    with pytest.raises(OSError, match="No space"):
+        begun()
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
 
 
