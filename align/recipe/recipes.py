@@ -241,6 +241,10 @@ class PolicyRecipe(SamplingRecipe, TrainingRecipe):
         return self
 
 
+SAMPLED_ALARMS = ("entropy", "variance", "reward", "refill", "idle")
+"""Alarms on what GRPO samples and scores in its steps."""
+
+
 class SftRecipe(PolicyRecipe):
     """Supervised fine-tuning."""
 
@@ -264,6 +268,14 @@ class SftRecipe(PolicyRecipe):
 
     def roles(self) -> Roles:
         return replace(super().roles(), trained_sequences=self.sft.sequences_per_step)
+
+    @model_validator(mode="after")
+    def _alarms_that_may_come(self) -> Self:
+        if never := [name for name in self.alarms.stop if name in SAMPLED_ALARMS]:
+            raise ValueError(
+                f"alarms.stop: {', '.join(never)} cannot come here (nothing is sampled in SFT): leave it out"
+            )
+        return self
 
 
 class RewardModelRecipe(TrainingRecipe):

@@ -76,6 +76,21 @@ def check_rewards_ready(stages: Iterable[PlannedStage]) -> None:
                 Mixture(rewards).check_ready()
 
 
+def check_reward_models(stages: Iterable[PlannedStage]) -> None:
+    """Raise UserError for a reward model that is not there, before a run that no other stage makes it for. In a cluster other machines load it."""
+    for stage in stages:
+        if missing := missing_reward_models(stage.recipe.roles().rewards) if "RAY_ADDRESS" not in os.environ else []:
+            raise UserError(
+                f"{stage.file}: rewards: {missing[0]} does not exist: name the final/ of a run of `align reward-model`"
+            )
+
+
+def missing_reward_models(rewards: Sequence[RewardTerm]) -> list[str]:
+    """The component and path of reward models that are neither there nor names on the hub."""
+    paths = [(term.component, str(term.params.get("path"))) for term in rewards if term.name == "reward_model"]
+    return [f"{name}: {path}" for name, path in paths if not Path(path).exists() and not HUB_NAME.fullmatch(path)]
+
+
 def check_recipe(recipe: Recipe) -> list[str]:
     """Look at one stage. Raises UserError for the first mistake; returns notes, such as what could not be looked at yet."""
     roles = recipe.roles()
@@ -95,13 +110,7 @@ def check_recipe(recipe: Recipe) -> list[str]:
     if isinstance(recipe, GrpoRecipe) and recipe.weights.precision != "model":
         notes.append(rounding_note(recipe.weights.precision, recipe.model.dtype, recipe.agreement))
     notes += check_model(recipe)
-    notes += [
-        f"not looked at: {term.component}: {path} is still to be made"
-        for term in roles.rewards
-        if term.name == "reward_model"
-        and not Path(path := str(term.params.get("path"))).exists()
-        and not HUB_NAME.fullmatch(path)
-    ]
+    notes += [f"not looked at: {missing} is still to be made" for missing in missing_reward_models(roles.rewards)]
     # Last, so that a machine without engines can tell what else is wrong with a recipe.
     engines = {"ray": True, "vllm": roles.rollout is not None, "deepspeed": roles.learner is not None}
     check_installed([name for name, is_used in engines.items() if is_used])

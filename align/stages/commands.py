@@ -26,7 +26,7 @@ from align.recipe import (
 )
 from align.recipe.options import is_on_hub
 from align.run import Progress, RunDirectory, read_status
-from align.session.checks import check, check_rewards_ready, to_be_made
+from align.session.checks import check, check_reward_models, check_rewards_ready, to_be_made
 from align.session.longer import make_longer
 from align.session.ray import local_ray
 from align.session.run import compare_stages, recorded_evaluations, refuse_changes
@@ -123,6 +123,7 @@ def run_stage(stage: PlannedStage, *, longer: bool = False) -> None:
     Raises UserError for what `check` and `make_longer` find.
     """
     check(stage.parts)
+    check_reward_models(stage.parts)
     check_rewards_ready(stage.parts)
     recipe = stage.recipe
     if longer and (later := make_longer(stage.directory, recipe)):

@@ -11,8 +11,10 @@ from pathlib import Path
 
 from align.errors import Terminated, UserError
 from align.recipe import Pipeline, PlannedStage
+from align.recipe.load import read_yaml
 from align.run import RunDirectory, environment_record, read_status
 from align.run.checkpoints import CheckpointDirectory
+from align.run.directory import LAYOUT
 from align.session.checks import check, check_rewards_ready
 from align.session.run import changes
 from align.session.signals import StopRequest
@@ -31,6 +33,7 @@ def run_pipeline(pipeline: Pipeline, start: str | None, last: str | None = None)
     recipe, or one to go on with was cut short with another, and when an evaluation of a stage to come could not be run, such as one whose
     judge is down.
     """
+    check_place(pipeline)
     due = stages_to_run(pipeline, start)
     goes_on = start is None and bool(due) and was_cut_short(due[0])
     if goes_on and (changed := changed_keys(due[0])) and not due[0].recipe.run.allow_changes:
@@ -67,6 +70,17 @@ def run_pipeline(pipeline: Pipeline, start: str | None, last: str | None = None)
     else:
         directory.finish()
     return 0
+
+
+def check_place(pipeline: Pipeline) -> None:
+    """Raise UserError where the pipeline's directory holds another run, and for a stage that is called like a part of a run."""
+    if named := [stage.name for stage in pipeline.stages if stage.name in LAYOUT]:
+        raise UserError(
+            f"stage {named[0]!r}: {pipeline.directory} has something else of that name; call the stage otherwise"
+        )
+    kept = RunDirectory(pipeline.directory).recipe_file
+    if kept.exists() and "stages" not in read_yaml(kept)[0]:
+        raise UserError(f"{pipeline.directory} holds a run of a single recipe: give the pipeline another run.dir")
 
 
 def forget(stage: PlannedStage) -> None:

@@ -195,7 +195,8 @@ def write_notes(directory: Path, about: Mapping[str, Any], validation: Sequence[
         **about,
     }
     write_atomically(directory / NOTES, json.dumps(notes, indent=2, ensure_ascii=False) + "\n")
-    write_usage(directory, load_tokenizer(directory), fmean(rewards), pstdev(rewards))
+    if not (directory / "README.md").exists():  # one that somebody has edited
+        write_usage(directory, load_tokenizer(directory), fmean(rewards), pstdev(rewards))
 
 
 def encode_pair(tokenizer: Any, preference: Preference, margin_scale: float) -> list[EncodedPair]:

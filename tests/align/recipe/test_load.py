@@ -143,6 +143,13 @@ def test_numbers_with_an_exponent_are_numbers_wherever_they_are_written(tmp_path
     assert loaded.data[0].params == {"a": 1000.0, "b": "e3"}
 
 
+def test_an_alarm_that_cannot_come_in_sft_is_refused() -> None:
+    with pytest.raises(
+        UserError, match=r"alarms\.stop: entropy, reward cannot come here \(nothing is sampled in SFT\)"
+    ):
+        load_recipe(NANO / "sft.yaml", ["alarms.stop=[entropy, habit, reward]"])
+
+
 def test_experts_are_recorded_where_samples_are_written() -> None:
     with pytest.raises(UserError, match=r"rollout\.record_experts has no effect here \(no samples are written\)"):
         load_recipe(NANO / "preferences.yaml", ["rollout.record_experts=true"])

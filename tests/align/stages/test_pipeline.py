@@ -208,6 +208,17 @@ def test_a_stage_that_was_cut_short_goes_on_with_its_recipe_or_is_refused_and_no
     assert not checkpoint.is_dir()
 
 
+def test_a_pipeline_leaves_other_runs_and_the_parts_of_its_own_as_they_are(tmp_path: Path) -> None:
+    plan = pipeline(tmp_path)
+    RunDirectory.create(tmp_path / "run").save_recipe("stage: grpo\nname: other\n")
+    with pytest.raises(UserError, match="holds a run of a single recipe: give the pipeline another"):
+        run_pipeline(plan, None)
+    with pytest.raises(UserError, match=r"stage 'final': .*new has something else of that name"):
+        run_pipeline(
+            pipeline(tmp_path, f"run.dir={tmp_path / 'new'}", text=STAGES.replace("name: more", "name: final")), None
+        )
+
+
 def test_what_runs_anew_runs_the_sft_of_its_init_from_anew(tmp_path: Path, ran: list[list[str]]) -> None:
     text = "name: one\nstages:\n  - {name: math, recipe: recipes/nano/grpo.yaml, set: ['machine={}']}\n"
     plan = pipeline(tmp_path, text=text)
