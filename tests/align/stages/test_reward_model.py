@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -14,13 +15,14 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from align.data.chat import encode_example
 from align.errors import UserError
 from align.evaluate.doctor import DoctorError, examine, verdict
+from align.evaluate.pairs import ScoredPair
 from align.model.policy import load_tokenizer
 from align.recipe import ModelOptions, RewardModelRecipe, load_recipe
 from align.run import read_samples
 from align.session.checks import check_names
 from align.session.run import open_run
 from align.session.session import Session, prepare_policy
-from align.stages.reward_model import load_reward_model_data, show, train_reward_model
+from align.stages.reward_model import load_reward_model_data, show, train_reward_model, write_notes
 from reward import Mixture, RewardTerm, Sample
 
 NANO = Path(__file__).parents[3] / "recipes" / "nano" / "policy"
@@ -315,3 +317,13 @@ def test_a_recipe_that_cannot_be_run(tmp_path: Path, changes: dict[str, Any], me
     run: Any = Told()
     with pytest.raises(UserError, match=message):
         load_reward_model_data(recipe(tmp_path, **changes), load_tokenizer(NANO), run)
+
+
+@pytest.mark.parametrize("edited", [False, True])
+def test_a_card_that_somebody_has_edited_stays_beside_new_notes(tmp_path: Path, edited: bool) -> None:
+    made = shutil.copytree(NANO, tmp_path / "final")
+    if edited:
+        (made / "README.md").write_text("mine")
+    write_notes(made, {}, [ScoredPair("1", "d", (1.0, 0.0), (3, 3))])
+    assert json.loads((made / "reward_model.json").read_text())["mean"] == 0.5
+    assert ((made / "README.md").read_text() == "mine") is edited
