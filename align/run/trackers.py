@@ -112,6 +112,13 @@ class Trackers:
         """Tell that `step` and what follows it is made again."""
         self._tell(lambda _, follower: follower.rewind(step))
 
+    def begin_anew(self) -> None:
+        """Have a run that goes on with another recipe followed as one of its own by trackers that have more of it than it has itself: they take no
+        number back."""
+        for follower in self._followers.values():
+            if isinstance(follower, Background):
+                follower.begin_anew()
+
     def finish(self, ending: Ending) -> None:
         """End the trackers; the second time it does nothing."""
         self._tell(lambda _, follower: follower.finish(ending))
@@ -176,6 +183,11 @@ class Background:
 
     def rewind(self, step: int) -> None:
         self._lines = _lines_of(self._metrics_file)
+
+    def begin_anew(self) -> None:
+        """Called before the thread starts."""
+        if Sent.read(self._state_file).lines > self._lines:
+            self._state_file.unlink()
 
     def finish(self, ending: Ending) -> None:
         """Raises TimeoutError where the tracker takes too long."""

@@ -130,6 +130,25 @@ def test_steps_that_are_made_again_are_sent_once_and_to_the_same_run(tmp_path: P
     assert recorder.endings == ["interrupted", "finished"]
 
 
+@pytest.mark.parametrize(("kept", "steps"), [(2, [1, 2, 3, 4, 1, 2, 3]), (4, [1, 2, 3, 4, 5])])
+def test_a_run_that_goes_back_with_another_recipe_has_a_new_run_with_all_its_metrics(
+    tmp_path: Path, kept: int, steps: list[int]
+) -> None:
+    recorder, run = Recorder(), tmp_path / "run"
+    log = open_log(run, recorder)
+    write(log, 1, 2, 3, 4)
+    end(log, "interrupted")
+    log = open_log(run, recorder)
+    cut_to(run, kept)
+    log.trackers.rewind(kept + 1)
+    log.trackers.begin_anew()
+    write(log, kept + 1, loss=0.25)
+    end(log)
+    assert recorder.runs == [("tiny", None), ("tiny", None if kept == 2 else "first")]
+    assert recorder.steps == steps
+    assert recorder.logged[-1][1] == {"sft/loss": 0.25}
+
+
 def test_a_copy_of_a_run_has_a_run_of_its_own_and_a_moved_one_goes_on_in_its_own(tmp_path: Path) -> None:
     recorder, run = Recorder(), tmp_path / "run"
     log = open_log(run, recorder)
