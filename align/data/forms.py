@@ -8,6 +8,7 @@ as `reward.rows` says.
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, Literal, NamedTuple
@@ -81,7 +82,8 @@ def example_of(form: Form, row: Row, identity: str, domain: str = DOMAIN) -> Exa
     demonstrated, last = form.kind == "conversations", len(turns)
     if demonstrated:
         last = max(place for place, turn in enumerate(turns) if turn["role"] == "assistant")
-    prompt = turns[:last]
+    # What nobody has answered is asked whole, and SFT learns from the answers before it.
+    prompt = turns if turns[-1]["role"] in ("user", "tool") else turns[:last]
     if not any(turn["role"] == "user" for turn in prompt):
         raise UserError(f"{row.where}: no message of the user comes before the {'answer' if demonstrated else 'end'}")
     return Example(
@@ -131,6 +133,8 @@ def _has_prompt_and(columns: Sequence[str]) -> Callable[[Row], bool]:
 def _is_asked_only(row: Row) -> bool:
     """Whether a row's messages are a prompt: only the user's and what stands before them, or, beside a ground truth, some that end by asking."""
     messages = row.values.get("messages")
+    with suppress(UserError):
+        messages = row.json("messages") if isinstance(messages, str) and holds_messages(messages) else messages
     if not isinstance(messages, list) or not all(isinstance(turn, Mapping) for turn in messages):
         return False
     roles = [str(turn.get("role", turn.get("from"))) for turn in messages]

@@ -260,8 +260,9 @@ def _at_levels(examples: Sequence[Example], levels: Sequence[int] | None, where:
 
 
 def _instructed(example: Example, instruction: str) -> Example:
-    *earlier, last = example.messages
-    told: Message = {**last, "content": f"{last['content']}\n{instruction}"}
-    messages = (*earlier, told)
-    answered = example.conversation[len(messages) :]
-    return replace(example, messages=messages, conversation=(*messages, *answered) if answered else ())
+    def told(turns: tuple[Message, ...]) -> tuple[Message, ...]:
+        last: list[Message] = [{**turn, "content": f"{turn['content']}\n{instruction}"} for turn in turns[-1:]]
+        return (*turns[:-1], *last)
+
+    conversation = (*told(example.conversation[:-1]), *example.conversation[-1:])
+    return replace(example, messages=told(example.messages), conversation=conversation)

@@ -52,8 +52,8 @@ class Example:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """What rewards may look at besides: the row's other columns, tests of a program, facts of a generated problem."""
     conversation: tuple[Message, ...] = field(default=(), repr=False)
-    """All turns of a demonstration up to the assistant's last, which `messages` and `response` are too; empty where the data have no more than
-    these. A row may say with `weight` which turns are trained on."""
+    """All turns of a demonstration up to the assistant's last, which `messages` and `response` are too, unless the row ends by asking: `messages`
+    are then all of it. Empty where the data have no more than these. A row may say with `weight` which turns are trained on."""
     tools: tuple[Mapping[str, Any], ...] = field(default=(), repr=False)
     """What the model may call in the conversation, as JSON schemas."""
 
@@ -74,7 +74,7 @@ class Example:
     def earlier_keys(self) -> list[str]:
         """The `prompt_key` of the prompts of several turns that the conversation goes on from: it is trained on their answers too."""
         answers = [place for place, turn in enumerate(self.conversation) if turn["role"] == "assistant"]
-        return [joined(self.conversation[:place]) for place in answers[1:-1]]
+        return [joined(self.conversation[:place]) for place in answers[1:] if place < len(self.messages)]
 
 
 @dataclass(frozen=True)

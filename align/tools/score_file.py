@@ -183,9 +183,9 @@ def _may_be_said(turn: Any) -> bool:
 
 
 def demonstrated_prompt(row: Row) -> tuple[tuple[Message, ...] | None, tuple[str, ...]]:
-    """The prompt of a row that is a conversation with its last answer, and the columns that it is from; None and none of any other row.
+    """The prompt of a row that is a conversation, and the columns that it is from; None and none of any other row.
 
-    It is what training and evaluation ask: the answer that is scored stands in the place of the one in the row.
+    It is what training and evaluation ask: the answer that is scored stands in the place of the one that the row may end in.
     """
     if prompt_column(row.values) not in (None, "messages"):
         return None, ()
@@ -193,4 +193,4 @@ def demonstrated_prompt(row: Row) -> tuple[tuple[Message, ...] | None, tuple[str
     if form is None or form.kind != "conversations":
         return None, ()
     turns, columns = conversation_of(form, row)
-    return (turns[:-1], columns) if turns[-1]["role"] == "assistant" else (None, ())
+    return turns[:-1] if turns[-1]["role"] == "assistant" else turns, columns

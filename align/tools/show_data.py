@@ -268,17 +268,16 @@ def seen_by_model(seen: Seen) -> Text:
 def as_written(item: Example | Preference) -> Text:
     """A row turn by turn, with a mark around what is trained on."""
     text = Text()
-    for message in item.messages:
-        text.append(f"{message['role']}: ", "bold").append(f"{CONTROL.sub('', message['content'])}\n")
-    answers = (
-        {"chosen": item.chosen, "rejected": item.rejected}
-        if isinstance(item, Preference)
-        else {"assistant": item.response, "ground truth": item.answer}
-    )
-    for who, said in answers.items():
-        if said is not None:
-            marked = f"⟦{CONTROL.sub('', said)}⟧" if who in ("assistant", "chosen") else CONTROL.sub("", said)
-            text.append(f"{who}: ", "bold").append(f"{marked}\n")
+    turns: list[tuple[str, str]] = [(message["role"], message["content"]) for message in item.messages]
+    if isinstance(item, Preference):
+        turns += [("chosen", f"⟦{item.chosen}⟧"), ("rejected", item.rejected)]
+    else:
+        if item.response is not None:  # in the place of what it may be followed by, which is asked
+            last = len(item.conversation or [*turns, item.response]) - 1
+            turns[last : last + 1] = [("assistant", f"⟦{item.response}⟧")]
+        turns += [] if item.answer is None else [("ground truth", item.answer)]
+    for who, said in turns:
+        text.append(f"{who}: ", "bold").append(f"{CONTROL.sub('', said)}\n")
     trained = "⟦ ⟧ is trained on" if "⟦" in text.plain else "nothing of it is trained on: the policy's own answers are"
     return text.append(f"({trained}; --model M shows it in the chat template of M)", "dim")
 

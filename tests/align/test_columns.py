@@ -62,6 +62,12 @@ FORM_ROWS: dict[str, dict[str, Any]] = {
     "prompt": {"prompt": "2 + 2?", "unit": "cm"},
 }
 """A row of each form that has prompts to answer; pairs are never sampled from."""
+MORE = [*TURNS, {"role": "user", "content": "And 2 + 2 again?"}]
+ENDING_BY_ASKING: dict[str, dict[str, Any]] = {
+    "messages that end by asking": {"messages": MORE, "unit": "cm"},
+    "their text": {"messages": json.dumps(MORE), "answer": "4", "unit": "cm"},
+    "sharegpt that ends by asking": {"conversations": MORE, "unit": "cm"},
+}
 
 
 @pytest.fixture
@@ -136,11 +142,11 @@ def test_every_form_has_a_row_here() -> None:
     assert FORM_ROWS.keys() == {form.name for form in FORMS if form.kind != "pairs"}
 
 
-@pytest.mark.parametrize("name", FORM_ROWS)
+@pytest.mark.parametrize("name", FORM_ROWS | ENDING_BY_ASKING)
 def test_a_row_of_every_form_is_the_same_sample_in_training_evaluation_and_for_align_score(
     name: str, tmp_path: Path, seen: list[Sample]
 ) -> None:
-    row = {"id": "of interest", **FORM_ROWS[name]}
+    row = {"id": "of interest", **(FORM_ROWS | ENDING_BY_ASKING)[name]}
     others = [changed(row, n) for n in range(5)]
     file = tmp_path / "mine.jsonl"
     file.write_text("".join(json.dumps(one) + "\n" for one in [row, *others]))
@@ -148,6 +154,7 @@ def test_a_row_of_every_form_is_the_same_sample_in_training_evaluation_and_for_a
     evaluated = next(answered(e) for e in read_user_file(file) if e.id == "of interest")
     assert replace(evaluated, id=trained.id) == trained
     assert trained.metadata["unit"] == "cm"
+    assert len(trained.metadata["messages"]) == 3 or name not in ENDING_BY_ASKING
     if name != "completion":  # there the column holds what is scored
         rescored = scored(tmp_path / "completions.jsonl", row, seen)
         assert replace(rescored, id=trained.id, metadata={**rescored.metadata, "completion_tokens": 3}) == trained

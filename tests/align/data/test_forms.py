@@ -1,12 +1,14 @@
 """The forms in which people have data: what a row of each gives, and why a row is refused."""
 
 import json
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 
 from align.data.forms import FORMS, example_of, form_of, preference_of
 from align.data.rows import Row
+from align.data.types import joined
 from align.errors import UserError
 from align.model.policy import load_tokenizer
 from align.stages.sft import encode_demonstration
@@ -31,12 +33,29 @@ def preference(values: dict[str, Any]) -> Any:
     return preference_of(form_of(row), row, "1")
 
 
-def test_a_conversation_that_ends_by_asking_is_a_whole_prompt_beside_a_ground_truth() -> None:
-    turns = (ASKED, SAID, {"role": "user", "content": "And twice that?"})
-    read = example({"messages": list(turns), "answer": "8"})
-    assert (read.messages, read.response, read.answer) == (turns, None, "8")
-    learned = example({"messages": list(turns)})
-    assert (learned.messages, learned.response) == ((ASKED,), SAID["content"])
+@pytest.mark.parametrize("turns", [(ASKED, SAID, {"role": "user", "content": "And?"}), (ASKED, CALLED, RESULT)])
+@pytest.mark.parametrize("written", [list, json.dumps])
+def test_a_conversation_that_ends_by_asking_is_asked_whole_and_learned_from_up_to_its_last_answer(
+    written: Callable[[Sequence[Any]], Any], turns: Sequence[Any]
+) -> None:
+    asked = example({"messages": written(turns), "answer": "8"})
+    learned = example({"messages": written(turns)})
+    assert (asked.response, asked.conversation, asked.answer) == (None, (), "8")
+    assert asked.messages == learned.messages == example({"prompt": written(turns)}).messages
+    assert len(learned.messages) == 3
+    assert learned.conversation == learned.messages[:2]
+    assert learned.response == learned.conversation[1]["content"]
+
+
+def test_all_that_is_learned_from_of_a_conversation_that_ends_by_asking_is_held_out() -> None:
+    turns = (ASKED, SAID, {"role": "user", "content": "And 3?"}, SAID, {"role": "user", "content": "And 4?"})
+    longer = example({"messages": [*turns, SAID]})
+    assert example({"messages": turns}).prompt_key == longer.prompt_key
+    assert example({"messages": turns}).earlier_keys == longer.earlier_keys == [joined(turns[:3])]
+
+
+def test_json_text_of_one_turn_is_a_prompt() -> None:
+    assert example({"messages": json.dumps([ASKED]), "unit": "cm"}).messages == (ASKED,)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +142,7 @@ def test_columns_of_tools_that_have_none_are_taken() -> None:
 def test_the_last_turn_of_the_assistant_is_the_response_and_the_whole_conversation_is_kept() -> None:
     developer = {"role": "developer", "content": "Use the tool."}
     tools = [{"type": "function", "function": {"name": "add"}}]
-    turns = [developer, ASKED, CALLED, RESULT, SAID | {"weight": 0}, ASKED, SAID | {"train": True}, ASKED]
+    turns = [developer, ASKED, CALLED, RESULT, SAID | {"weight": 0}, ASKED, SAID | {"train": True}]
     read = example({"messages": turns, "tools": json.dumps(tools)})
     assert [message["role"] for message in read.messages] == [
         "developer",

@@ -78,9 +78,13 @@ def test_a_path_beside_such_a_card_is_read_in_place_of_its_files(tmp_path: Path)
 
 
 def test_the_instruction_of_a_card_is_in_the_conversations_that_are_learned_from_too(tmp_path: Path) -> None:
-    write_rows(tmp_path / "data" / "chat.jsonl", chats(40))
+    more = {"role": "user", "content": "More."}
+    rows = chats(20) + [{"messages": [*row["messages"], more]} for row in chats(40)[20:]]
+    write_rows(tmp_path / "data" / "chat.jsonl", rows)
     files = {"kind": "own", "path": "data/chat.jsonl", "splits": ["train", "test"]}
     card = load_card(write_card(tmp_path / "told.md", files, instruction="Be brief."))
     for example in load_split(card, "train").examples:
+        asked, answered = example.conversation
         assert example.messages[-1]["content"].endswith(".\nBe brief.")
-        assert example.conversation == (*example.messages, {"role": "assistant", "content": example.response})
+        assert asked["content"].endswith(".\nBe brief.")
+        assert answered == {"role": "assistant", "content": example.response}

@@ -79,6 +79,11 @@ def test_pairs_are_shown_with_both_completions(tmp_path: Path) -> None:
     assert "chosen: ⟦Good.⟧\nrejected: Bad." in text
 
 
+def test_a_conversation_that_ends_by_asking_is_shown_whole(tmp_path: Path) -> None:
+    rows = [{"messages": [*row["messages"], {"role": "user", "content": "And?"}]} for row in chats(9)]
+    assert re.search(r"user: Say (\d)\.\nassistant: ⟦It is \1\.⟧\nuser: And\?", shown(written(tmp_path, rows)))
+
+
 def test_repeated_prompts_are_counted(tmp_path: Path) -> None:
     other = [row | {"id": f"other{n}", "answer": "5"} for n, row in enumerate(problems(20)[:3])]
     same = [row | {"id": f"same{n}"} for n, row in enumerate(problems(20)[:2])]
