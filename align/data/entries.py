@@ -10,7 +10,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from align.data.cards import DataCard, OwnSource, Stage, load_card, require_stage
 from align.data.drawing import BLOCK, Source, shares
 from align.data.loader import NOTHING, HeldOutPrompts, held_together
-from align.data.own import CURE, Rows, own_card, refusal, stream_of
+from align.data.own import CURE, Rows, cure_of, own_card, refusal, stream_of
 from align.data.types import Item, LoadedSplit, SplitName
 from align.errors import UserError
 from align.recipe import DataOptions
@@ -150,6 +150,39 @@ def evaluated(options: EvaluationOptions, data: Sequence[DataOptions]) -> list[E
     return found
 
 
+def encoded(
+    examples: Sequence[Item], encode: Callable[[Item], Sequence[T]], mark: str = ""
+) -> tuple[list[T], list[str]]:
+    """What `encode` gives for the examples, whose ids end in `mark`, and why it refuses others."""
+    items: list[T] = []
+    refused: list[str] = []
+    for item in examples:
+        try:
+            items += encode(replace(item, id=item.id + mark))
+        except UserError as error:
+            refused.append(str(error))
+    return items, refused
+
+
+def encode_rows(
+    examples: Sequence[Item], encode: Callable[[Item], Sequence[T]], entry: Entry, told: str, notes: Notes
+) -> list[T]:
+    """The examples of an entry, encoded. Rows of one's own files that cannot be are left out and noted, or all told together by a UserError;
+    any other example raises one."""
+    if entry.own is None:
+        return [item for example in examples for item in encode(replace(example, id=example.id + entry.mark))]
+    items, refused = encoded(examples, encode, entry.mark)
+    if refused and (entry.own.bad_rows == "refuse" or not items):
+        raise UserError("\n".join(refusal(told, refused, len(refused), len(examples), cure_of(entry.own))))
+    if refused:
+        notes.warn(
+            f"{told}: {len(refused)} of {len(examples)} rows cannot be encoded, and are left out. The first: {refused[0]}",
+            card=entry.name,
+            bad_rows=len(refused),
+        )
+    return items
+
+
 @dataclass(frozen=True, slots=True)
 class Reader(Generic[Item, T]):
     """How a stage reads its entries.
@@ -187,26 +220,8 @@ class Reader(Generic[Item, T]):
         )
 
     def _encoded(self, examples: Sequence[Item], entry: Entry, told: str) -> list[T]:
-        """The examples as the stage trains on them, those that there is room for. Of one's own files, rows that cannot be encoded are told
-        together, or left out."""
-        items: list[T] = []
-        refused: list[str] = []
-        for item in examples:
-            try:
-                items += self.encode(replace(item, id=item.id + entry.mark))
-            except UserError as error:
-                if entry.own is None:
-                    raise
-                refused.append(str(error))
-        if refused and (entry.own is None or entry.own.bad_rows == "refuse" or not items):
-            raise UserError("\n".join(refusal(told, refused, len(refused), len(examples), CURE)))
-        if refused:
-            self.notes.warn(
-                f"{told}: {len(refused)} of {len(examples)} rows cannot be encoded, and are left out. The first: {refused[0]}",
-                card=entry.name,
-                bad_rows=len(refused),
-            )
-        return self._short_enough(items, entry, told)
+        """The examples as the stage trains on them, those that there is room for."""
+        return self._short_enough(encode_rows(examples, self.encode, entry, told, self.notes), entry, told)
 
     def held_out_split(
         self, entries: Sequence[Entry], split: SplitName, limit: int, held_out: HeldOutPrompts = NOTHING

@@ -30,6 +30,8 @@ _log = logging.getLogger(__name__)
 SHOWN = 20
 """So many bad rows are told one by one."""
 CURE = "Correct them, or leave them out and have them counted: with data.bad_rows=leave_out, or in a card with bad_rows: leave_out in its source"
+TAKE_OUT = "Correct them, or take them out"
+"""The cure for files that are evaluated on alone."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -187,6 +189,7 @@ def read_source(source: OwnSource) -> Mapping[SplitName, OwnRows]:
             tuple(files),
             _stamps(files),
             source.bad_rows,
+            cure_of(source),
             domain=source.domain,
             head=head,
         )
@@ -247,7 +250,7 @@ def read_user_file(path: str | Path) -> list[Example]:
     Raises UserError with file and line.
     """
     files = hub_files(str(path), None, None, None, ("test",))["test"] if is_on_hub(path) else files_of(path)
-    rows = _read("", tuple(files), _stamps(files), "refuse", "Correct them, or take them out")
+    rows = _read("", tuple(files), _stamps(files), "refuse", TAKE_OUT)
     if rows.form.kind == "pairs":
         raise UserError(
             f"{path} has pairs of completions ({rows.form.columns}), where problems with a prompt each are asked for"
@@ -278,7 +281,7 @@ def _read(
     files: tuple[Path, ...],
     stamps: tuple[Any, ...],
     bad_rows: str,
-    cure: str = CURE,
+    cure: str,
     domain: str = DOMAIN,
     head: int | None = None,
 ) -> OwnRows:
@@ -343,6 +346,11 @@ def refusal(told: str, bad: Sequence[str], bad_count: int, count: int, cure: str
     yield f"{told}: {bad_count} of {count} rows cannot be used{':' if bad_count <= SHOWN else f', the first {SHOWN}:'}"
     yield from (f"  {why}" for why in bad[:SHOWN])
     yield cure
+
+
+def cure_of(source: OwnSource) -> str:
+    """What to do about rows of a source that cannot be used."""
+    return CURE if "train" in source.splits else TAKE_OUT
 
 
 def refuse_other_form(form: Form, row: Row) -> None:

@@ -46,7 +46,9 @@ class GrpoData:
 
 def load_grpo_data(recipe: GrpoRecipe, tokenizer: Any, notes: Notes) -> GrpoData:
     """Everything the recipe names, read and checked. Raises UserError for what cannot be used."""
-    held_out = load_problems(recipe.evaluation, recipe.data, recipe.rewards, recipe.rollout.max_length, tokenizer)
+    held_out = load_problems(
+        recipe.evaluation, recipe.data, recipe.rewards, recipe.rollout.max_length, tokenizer, notes
+    )
     reader = reader_of_prompts(recipe, tokenizer, notes)
     entries = entries_of(recipe.data, recipe.data_stage)
     sources = reader.sources(entries, recipe.grpo.prompts_per_step, "grpo.prompts_per_step", held_out.prompts)

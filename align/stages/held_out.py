@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from align.data.cards import DataCard
-from align.data.entries import evaluated
+from align.data.entries import Notes, encode_rows, evaluated
 from align.data.loader import first, load_split, refuse_one_file
 from align.data.types import Example, SplitName
 from align.errors import RayDiedError, UserError
@@ -62,29 +62,34 @@ def load_problems(
     rewards: Sequence[RewardTerm],
     max_length: int,
     tokenizer: Any,
+    notes: Notes,
 ) -> Problems:
     """The problems that a run on these data evaluates on, whose prompts and answers have at most `max_length` tokens.
 
-    Raises UserError for those that cannot be used, and where every prompt is too long.
+    What is left out goes into `notes`. Raises UserError for those that cannot be used, and where every prompt is too long.
     """
+
+    def encode(example: Example) -> list[Problem]:
+        return encode_problems(tokenizer, [example])
+
     entries = evaluated(options, data)
-    examples: dict[SplitName, list[Example]] = {options.split: []}
+    found: dict[SplitName, list[Problem]] = {options.split: []}
     if options.every is not None:
-        examples.setdefault("validation", [])
+        found.setdefault("validation", [])
     prompts: dict[str, frozenset[int]] = {}
-    for split, found in examples.items():
+    for split, encoded in found.items():
         for entry in entries:
             card = entry.card
             if split != options.split and split not in card.splits:
                 continue
-            refuse_one_file(card, entry.path, list(examples))
+            refuse_one_file(card, entry.path, list(found))
             loaded = load_split(card, split, path=entry.path, levels=options.levels)
             asked = first(loaded.examples, options.limit, 0)
-            found += [replace(one, id=f"{one.id}{entry.mark}") for one in asked] if entry.mark else asked
+            encoded += encode_rows(asked, encode, entry, f"{entry.called}, split {split}", notes)
             prompts[f"{card.name}{entry.mark}/{split}"] = loaded.prompts
     longest = max_length - options.max_new_tokens
-    problems = encode_problems(tokenizer, examples.pop(options.split))
-    watched = encode_problems(tokenizer, [example for found in examples.values() for example in found])
+    problems = found.pop(options.split)
+    watched = [problem for encoded in found.values() for problem in encoded]
     fitting = [problem.prompt for problem in short_problems(problems, longest)]
     short_problems(watched, longest)
     check_columns(rewards, [problem.example for problem in [*problems, *watched]])

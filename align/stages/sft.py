@@ -47,7 +47,9 @@ def load_sft_data(recipe: SftRecipe, tokenizer: Any, notes: Notes, also_held_out
     Raises UserError for what cannot be used.
     """
     options = recipe.sft
-    problems = load_problems(recipe.evaluation, recipe.data, recipe.rewards, recipe.rollout.max_length, tokenizer)
+    problems = load_problems(
+        recipe.evaluation, recipe.data, recipe.rewards, recipe.rollout.max_length, tokenizer, notes
+    )
     reader = Reader(
         load_split,
         partial(encode_demonstration, tokenizer, turns=options.turns),

@@ -9,8 +9,9 @@ import torch
 import yaml
 
 from align.data.cards import load_card
+from align.data.entries import encoded
 from align.data.loader import load_split
-from align.data.own import read_user_file
+from align.data.own import TAKE_OUT, read_user_file, refusal
 from align.data.types import Example, SplitName
 from align.errors import UserError, reward_errors
 from align.evaluate.accuracy import evaluate, mean_of, short_problems
@@ -86,7 +87,9 @@ def evaluate_file(
         raise UserError(
             f"--max-new-tokens {max_new_tokens} leaves no room for a prompt in --max-length {rollout.max_length}: lower the one, or raise the other"
         )
-    problems = encode_problems(tokenizer, examples)
+    problems, refused = encoded(examples, lambda example: encode_problems(tokenizer, [example]))
+    if refused:
+        raise UserError("\n".join(refusal(data, refused, len(refused), len(examples), TAKE_OUT)))
     short_problems(problems, longest, "--max-length")
     with (
         running_fleet(model, rollout, tokenizer) as fleet,

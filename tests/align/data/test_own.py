@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -268,21 +269,39 @@ def test_every_stage_takes_a_file_without_a_card_and_says_what_was_compared(
 
 
 @pytest.mark.parametrize("bad_rows", ["refuse", "leave_out"])
-def test_rows_that_the_template_has_no_place_for_are_told_together_or_left_out(bad_rows: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("evaluation", [{"cards": ["nano_math"]}, {}])
+def test_rows_that_the_template_has_no_place_for_are_told_together_or_left_out(
+    evaluation: dict[str, Any], bad_rows: str, tmp_path: Path
+) -> None:
     rows = chats(60)
     for row in rows[:30]:
         row["messages"].insert(0, {"role": "developer", "content": "Be brief."})
     file = write_rows(tmp_path / "mine.jsonl", rows)
-    made = small_recipe("sft", tmp_path, data={"path": file, "bad_rows": bad_rows}, evaluation={"cards": ["nano_math"]})
+    data = {"path": file, "bad_rows": bad_rows, "held_out": 0.2}
+    made = small_recipe("sft", tmp_path, data=data, evaluation=evaluation)
     with open_run(made) as run:
         if bad_rows == "leave_out":
-            [loaded] = load_sft_data(made, TOKENIZER, run).sources
-            assert 20 < len(loaded.items) <= 30
+            loaded = load_sft_data(made, TOKENIZER, run)
+            assert 10 < len(loaded.sources[0].items) <= 30
+            left_out = [event["message"].partition(":")[0] for event in events(tmp_path, "warning")]
+            assert f"{file}, split train" in left_out
+            assert (f"{file}, split test" in left_out) == (not evaluation)
             return
         with pytest.raises(UserError, match=r"mine\.jsonl, split \w+: [0-9]+ of [0-9]+ rows cannot be used") as refused:
             load_sft_data(made, TOKENIZER, run)
-    assert "example 'mine/" in str(refused.value)
+    assert ("example 'mine/" if evaluation else "prompt 'mine/") in str(refused.value)
     assert "data.bad_rows=leave_out" in str(refused.value)
+
+
+BRIEF = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "What is 1 + 1?"}]
+
+
+@pytest.mark.parametrize("bad_row", [{"question": "", "answer": "2"}, {"prompt": BRIEF, "answer": "2"}])
+def test_a_file_to_evaluate_on_has_its_rows_corrected_or_taken_out(bad_row: dict[str, Any], tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "mine.jsonl", [*problems(3), bad_row])
+    made = small_recipe("grpo", tmp_path, data={"path": file}, evaluation={"path": file})
+    with pytest.raises(UserError, match=r"1 of 4 rows cannot be used:\n.*\nCorrect them, or take them out\Z"):
+        load_problems(made.evaluation, made.data, made.rewards, 512, TOKENIZER, Mock())
 
 
 def test_columns_of_a_file_are_in_the_metadata_of_training(tmp_path: Path) -> None:
@@ -391,6 +410,6 @@ def test_files_of_one_name_are_evaluated_apart(tmp_path: Path) -> None:
     data = [{"path": file} for file in files]
     made = small_recipe("grpo", tmp_path, data=data, rewards=[{"name": "exact_answer"}], evaluation={"limit": 3})
     check_names(made.data, made.data_stage, made.roles())
-    found = load_problems(made.evaluation, made.data, made.rewards, 512, load_tokenizer(made.model.path))
+    found = load_problems(made.evaluation, made.data, made.rewards, 512, TOKENIZER, Mock())
     assert len({problem.example.id for problem in found.problems}) == 6
     assert list(found.prompts) == ["train/test", "train@2/test"]

@@ -59,7 +59,7 @@ def session(run: Run, made: GrpoRecipe, fleet: Fleet) -> Session:
 
 
 def problems_of(made: GrpoRecipe) -> Problems:
-    return load_problems(made.evaluation, made.data, made.rewards, made.rollout.max_length, TOKENIZER)
+    return load_problems(made.evaluation, made.data, made.rewards, made.rollout.max_length, TOKENIZER, MagicMock())
 
 
 def recipe(directory: Path, *overrides: str) -> GrpoRecipe:

@@ -93,6 +93,18 @@ def test_more_new_tokens_than_there_is_room_for_are_told_by_the_options_of_the_c
             )
 
 
+def test_rows_that_the_template_refuses_are_told_together(policy: ModelOptions, tmp_path: Path) -> None:
+    brief = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "1 + 1?"}]
+    file = write_rows(tmp_path / "problems.jsonl", [PROBLEM, *({"prompt": brief, "answer": "2"} for _ in range(2))])
+    with pytest.raises(
+        UserError, match=r"2 of 3 rows cannot be used:\n.*prompt '2'.*\n.*prompt '3'.*\nCorrect them, or take"
+    ):
+        evaluate_file(
+            *(policy, str(file), tmp_path / "out.jsonl", FleetOptions(workers=1, max_length=512), 8),
+            RewardTerm(name="exact_answer"),
+        )
+
+
 @pytest.mark.parametrize("trusted", [False, True])
 def test_a_model_runs_code_of_its_own_and_has_several_gpus_where_the_command_says_so(
     policy: ModelOptions, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, trusted: bool
