@@ -29,6 +29,8 @@ STAGES: Mapping[Kind, tuple[Literal["sft", "reward_model", "grpo", "eval"], ...]
 """The stages that rows of a kind are for. GRPO and evaluation ask the prompts of conversations, and take no notice of what was answered."""
 COMPLETIONS = ("completion", "response")
 SYSTEM = ("system", "system_prompt")
+MAYBE_PROMPTS = ("instruction", "input", "conversations", "conversation", "query", "context")
+"""Columns beside which texts are not looked through for a prompt that both begin with."""
 _MESSAGES = re.compile(r"""\s*\[\s*\{\s*["'](?:role|content|from|value)["']\s*:""")
 """How text begins that holds messages."""
 ASKING_ROLES = {"system", "developer", "user", "human"}
@@ -42,11 +44,12 @@ class Conversation(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """Two completions of a prompt, the better one first."""
+    """Two completions of a prompt, the better one first, and the columns that the prompt is from besides theirs."""
 
     prompt: Turns
     chosen: str
     rejected: str
+    columns: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,11 +158,15 @@ def _messages_in(column: str, *others: str) -> Callable[[Row], Conversation]:
 
 
 def _alpaca(row: Row) -> Conversation:
+    prompt, columns = _instruction(row)
+    return Conversation((*prompt, {"role": "assistant", "content": row.filled("output")}), columns)
+
+
+def _instruction(row: Row) -> Conversation:
+    """What Alpaca's columns ask, after the turns before it."""
     instruction, more = row.filled("instruction"), row.text("input", empty=True) if "input" in row.values else ""
     prompt = f"{instruction}\n\n{more}" if more.strip() else instruction
-    answer: Message = {"role": "assistant", "content": row.filled("output")}
-    turns = (*_history(row), *asked(prompt), answer)
-    return Conversation(turns, ("instruction", "input", "system", "history"))
+    return Conversation((*_history(row), *asked(prompt)), ("instruction", "input", "system", "history"))
 
 
 def _history(row: Row) -> Turns:
@@ -248,13 +255,25 @@ def _pair(row: Row) -> Pair:
     texts = [_is_answer_text(row, column) for column in ("chosen", "rejected")]
     if texts[0] != texts[1]:
         raise UserError(f"{row.where}: one of chosen and rejected is a text, and the other is not")
-    column = "prompt" if _filled(row, "prompt") else prompt_column(row.values)
-    prompt = _asked_in(row, column).turns if column else ()
+    prompt, columns = _prompt_beside(row)
     if not texts[0]:
-        return _pair_of_messages(row, prompt)
-    if prompt:
-        return Pair(prompt, row.filled("chosen"), row.filled("rejected"))
-    return _pair_of_texts(row)
+        pair = _pair_of_messages(row, prompt)
+    elif prompt:
+        pair = Pair(prompt, row.filled("chosen"), row.filled("rejected"))
+    else:
+        pair = _pair_of_texts(row)
+    return pair._replace(columns=columns)
+
+
+def _prompt_beside(row: Row) -> Conversation:
+    """The prompt of a pair that has columns of its own, which may be Alpaca's or distilabel's `input`; without turns where there is none."""
+    if column := "prompt" if _filled(row, "prompt") else prompt_column(row.values):
+        return _asked_in(row, column)
+    if _filled(row, "instruction") and isinstance(row.values["instruction"], str):
+        return _instruction(row)
+    if _filled(row, "input") and isinstance(row.values["input"], str):
+        return _asked_in(row, "input")
+    return Conversation((), ())
 
 
 def _pair_of_messages(row: Row, prompt: Turns) -> Pair:
@@ -283,6 +302,8 @@ def _pair_of_texts(row: Row) -> Pair:
             return Pair(*hh_pair(chosen, rejected))
         except NothingToJudgeBy as reason:
             raise UserError(f"{row.where}: {reason}") from None
+    if other := next((column for column in MAYBE_PROMPTS if _filled(row, column)), None):
+        raise row.error(other, "may be the prompt, and is not read as one: call it prompt, or take it out")
     alike = takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False))
     common = re.sub(r"\S*\Z", "", "".join(character for character, _ in alike))
     if not common.strip() or not chosen[len(common) :] or not rejected[len(common) :]:
@@ -315,8 +336,8 @@ FORMS: Sequence[Form] = (
     Form(
         "preferences",
         "pairs",
-        "chosen, rejected, maybe prompt",
-        "TRL, UltraFeedback, hh-rlhf",
+        "chosen, rejected, maybe prompt or instruction",
+        "TRL, UltraFeedback, hh-rlhf, LLaMA-Factory",
         _has("chosen", "rejected"),
         _pair,
     ),

@@ -263,6 +263,10 @@ def test_an_answer_may_be_other_json_than_messages(answer: str) -> None:
         {"prompt": TEXT, "chosen": [ASKED, SAID], "rejected": [ASKED, SAID | {"content": "5."}]},
         {"prompt": TEXT, "messages": [ASKED, SAID], "chosen": "4.", "rejected": "5."},
         {"messages": [ASKED], "chosen": "4.", "rejected": "5."},
+        {"instruction": TEXT, "input": "", "chosen": "4.", "rejected": "5."},
+        {"instruction": TEXT, "chosen": [SAID], "rejected": [SAID | {"content": "5."}]},
+        {"input": TEXT, "chosen": "4.", "rejected": "5."},
+        {"instruction": "Judge.", "chosen": [ASKED, SAID], "rejected": [ASKED, SAID | {"content": "5."}]},
     ],
 )
 def test_a_pair_is_read_of_each_form(values: dict[str, Any]) -> None:
@@ -270,6 +274,27 @@ def test_a_pair_is_read_of_each_form(values: dict[str, Any]) -> None:
     for margin in (2, "2", " 2.0e0"):  # a CSV file has text alone
         read = preference(values | {"margin": margin})
         assert (read.messages, read.chosen, read.rejected, read.margin) == ((ASKED,), "4.", "5.", 2.0)
+
+
+def test_the_prompt_of_a_pair_in_alpaca_s_columns_has_input_and_history() -> None:
+    read = preference(
+        {
+            "instruction": "Add.",
+            "input": "2, 3",
+            "history": [[TEXT, "4."]],
+            "chosen": "It is 5.",
+            "rejected": "It is 6.",
+        }
+    )
+    assert read.messages == (ASKED, SAID, {"role": "user", "content": "Add.\n\n2, 3"})
+    assert (read.chosen, read.rejected) == ("It is 5.", "It is 6.")
+
+
+@pytest.mark.parametrize("column", ["conversations", "query", "context", "input"])
+def test_texts_are_not_looked_through_for_a_prompt_beside_a_column_that_may_be_one(column: str) -> None:
+    with pytest.raises(UserError, match=f"column '{column}' may be the prompt, .* call it prompt"):
+        preference({column: [TEXT], "chosen": f"{TEXT} 4.", "rejected": f"{TEXT} 5."})
+    assert preference({column: None, "chosen": f"{TEXT} 4.", "rejected": f"{TEXT} 5."}).messages == (ASKED,)
 
 
 def test_the_common_prompt_of_two_texts_ends_before_the_word_in_which_they_differ() -> None:
