@@ -244,10 +244,15 @@ def holds_messages(text: str) -> bool:
 
 def with_system(row: Row, turns: Turns) -> Turns:
     """The turns after the text of a column `system` or `system_prompt`, where the row has one and the turns do not begin with another."""
-    column = next((name for name in SYSTEM if isinstance(row.values.get(name), str) and row.values[name].strip()), None)
-    if column is None or turns[0]["role"] in ("system", "developer"):
-        return turns
-    return ({"role": "system", "content": row.text(column)}, *turns)
+    column = system_column(row, turns)
+    return turns if column is None else ({"role": "system", "content": row.text(column)}, *turns)
+
+
+def system_column(row: Row, turns: Turns) -> str | None:
+    """The column whose text stands before the turns as a system message; None where there is none, or the turns begin with another."""
+    if turns[0]["role"] in ("system", "developer"):
+        return None
+    return next((name for name in SYSTEM if isinstance(row.values.get(name), str) and row.values[name].strip()), None)
 
 
 def _pair(row: Row) -> Pair:

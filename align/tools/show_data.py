@@ -18,7 +18,7 @@ from rich.text import Text
 from align.data.cards import CARDS, DataCard, OwnSource, list_cards, load_card
 from align.data.chat import encode_prompt
 from align.data.files import read_rows
-from align.data.forms import COMPLETIONS, Form
+from align.data.forms import COMPLETIONS, Form, Pair, Turns, system_column
 from align.data.loader import load_preferences, load_split
 from align.data.own import SHOWN, own_card, read_source, tables_of
 from align.data.rows import Row
@@ -27,7 +27,7 @@ from align.errors import UserError
 from align.model.policy import load_tokenizer
 from align.stages.reward_model import encode_pair
 from align.stages.sft import encode_demonstration
-from reward.rows import DOMAINS, TRUTHS, prompt_column
+from reward.rows import DOMAINS, TRUTHS
 
 MEASURED = 1000
 """Lengths are those of so many rows, evenly taken, where there are more."""
@@ -144,18 +144,23 @@ def uses_of(form: Form, row: Row) -> dict[str, str]:
     """What the columns of a row are read as, but those that rewards alone read."""
     truth = next((c for c in TRUTHS if row.has(c)), "") if form.kind != "pairs" else ""
     domain = next((c for c in DOMAINS if isinstance(row.values.get(c), str | list) and row.has(c)), "")
-    uses = {truth: "ground truth, and for rewards", domain: "domain, and for rewards"}
-    if form.kind == "pairs":
-        uses |= dict.fromkeys(row.values, "not read")
-        uses |= {
+    read = form.read(row)
+    turns: Turns = read.prompt if isinstance(read, Pair) else read.turns
+    system = system_column(row, turns) or ""
+    if isinstance(read, Pair):
+        uses = dict.fromkeys(row.values, "not read") | dict.fromkeys(read.columns, "prompt")
+        return uses | {
             "chosen": "the better completion",
             "rejected": "the worse completion",
             "margin": "margin",
+            "id": "id",
             domain: "domain",
+            system: "system message",
         }
-        return uses | {"id": "id", prompt_column(row.values) or "": "prompt"}
+    uses = {truth: "ground truth, and for rewards", domain: "domain, and for rewards"}
     uses |= {"id": "id, and for rewards", "level": "level, and for rewards", "tools": "tools, and for rewards"}
-    uses |= dict.fromkeys(form.read(row).columns, "conversation" if form.kind == "conversations" else "prompt")
+    uses |= dict.fromkeys(read.columns, "conversation" if form.kind == "conversations" else "prompt")
+    uses[system] = "system message" if system in read.columns else "system message, and for rewards"
     if form.name == "completion":
         uses[next(c for c in COMPLETIONS if row.has(c))] = "response, and for rewards"
     return uses

@@ -73,6 +73,22 @@ def test_what_is_trained_on_is_marked_in_the_model_s_own_tokens(tmp_path: Path) 
     assert [int(number) for number in line.split()[1:]][-1] < 60
 
 
+@pytest.mark.parametrize(
+    ("row", "column", "use"),
+    [
+        ({"prompt": "Hi {}.", "chosen": "A", "rejected": "B"}, "system_prompt", "system message"),
+        ({"instruction": "Hi {}.", "chosen": "A", "rejected": "B"}, "instruction", "prompt"),
+        ({"prompt": "Hi {}.", "chosen": "A", "rejected": "B"}, "unit", "not read"),
+        ({"instruction": "Hi {}.", "output": "A"}, "system", "system message"),
+        ({"prompt": "Hi {}."}, "system_prompt", "system message, and for rewards"),
+    ],
+)
+def test_a_column_is_said_to_be_what_it_is_read_as(row: dict[str, str], column: str, use: str, tmp_path: Path) -> None:
+    rows = [{column: "Be brief."} | {name: text.format(n) for name, text in row.items()} for n in range(9)]
+    [line] = lines(shown(written(tmp_path, rows)), f" {column} ", " 9 ")
+    assert line.rstrip().endswith(f"  {use}")
+
+
 def test_pairs_are_shown_with_both_completions(tmp_path: Path) -> None:
     text = shown(written(tmp_path, [{"prompt": f"Say {n}.", "chosen": "Good.", "rejected": "Bad."} for n in range(9)]))
     assert "mine.jsonl: for reward_model" in text
