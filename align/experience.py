@@ -21,6 +21,7 @@ from align.errors import UserError, naming
 from align.learner.batch import TrainingSequence
 from align.recipe import GrpoRecipe, PreferencesRecipe
 from reward import Sample, SampleReward, ScoringPool, Ticket, Verdict
+from reward.mixture import is_judged
 from reward.rows import added_metadata
 from rollout import FinishReason, Group, Prompt, Trajectory, Turn, Versions
 
@@ -86,9 +87,16 @@ def encode_problems(tokenizer: Any, examples: Sequence[Example]) -> list[Problem
 
 def reader_of_prompts(recipe: GrpoRecipe | PreferencesRecipe, tokenizer: Any, notes: Notes) -> Reader[Example, Problem]:
     """What reads the entries of a recipe as problems, whose prompts leave room for `sampling.max_new_tokens`."""
+
+    def encode(example: Example) -> list[Problem]:
+        # Of a stream the first rows alone were looked at before the start.
+        if recipe.rewards and not is_judged(recipe.rewards, example.domain):
+            raise UserError(f"prompt {example.id!r}: no reward of the recipe is for its domain {example.domain!r}")
+        return encode_problems(tokenizer, [example])
+
     return Reader(
         load_split,
-        lambda example: encode_problems(tokenizer, [example]),
+        encode,
         lambda problem: len(problem.prompt.token_ids),
         Room(
             recipe.rollout.max_length - recipe.sampling.max_new_tokens,

@@ -235,6 +235,12 @@ def why_masked(samples: Sequence[Sample], rewards: Sequence[SampleReward]) -> li
     return reasons
 
 
+def is_judged(terms: Sequence[RewardTerm], domain: str) -> bool:
+    """Whether a term with a weight is for samples of a domain; where all weights are 0, any term."""
+    measures = not any(term.weight for term in terms)
+    return any((term.weight or measures) and term.applies_to(domain) for term in terms)
+
+
 def share_a_domain(one: RewardTerm, other: RewardTerm) -> bool:
     """Whether there may be samples that both terms apply to."""
     return one.domains is None or other.domains is None or not set(one.domains).isdisjoint(other.domains)

@@ -214,8 +214,6 @@ def stream_of(source: OwnSource, head: Rows, held_out: Collection[int]) -> Strea
                     raise row
                 refuse_other_form(own.form, row)
                 item = item_of(own.form, row, f"{own.prefixes[file]}/{number}", own.domain)
-                if item.domain not in own.domains:
-                    raise UserError(f"{row.where}: the domain {item.domain!r} is none of the first {BLOCK} rows")
             except UserError as error:
                 yield error
                 continue

@@ -49,7 +49,7 @@ from align.run.machine import memory_bytes, object_store_bytes, shared_memory_by
 from align.run.trackers import check_trackers
 from align.session.disk import bytes_needed, check_space
 from reward import Mixture, RewardTerm
-from reward.mixture import share_a_domain
+from reward.mixture import is_judged, share_a_domain
 from reward.own import columns_of
 from rollout import FleetOptions, Precision
 
@@ -178,7 +178,7 @@ def check_rewards(rewards: Sequence[RewardTerm], cards: Sequence[DataCard]) -> N
         Mixture(rewards)
     measures = not any(term.weight for term in rewards)
     for domain in sorted({domain for card in cards for domain in domains_of(card)}):
-        if not any((term.weight or measures) and term.applies_to(domain) for term in rewards):
+        if not is_judged(rewards, domain):
             raise UserError(
                 f"rewards: none {'' if measures else 'with a weight '}is for the domain {domain!r} of the recipe's data or evaluation; "
                 f"add one such as {{name: NAME, domains: [{domain}]}}"

@@ -17,6 +17,7 @@ from align.errors import UserError
 from align.model.policy import load_tokenizer
 from align.session.run import open_run
 from align.session.steps import data_digest
+from align.stages.grpo import load_grpo_data
 from align.stages.sft import load_sft_data
 
 from ..rows import write_rows
@@ -188,3 +189,26 @@ def test_a_stream_of_files_holds_out_what_its_first_rows_and_their_hash_do(
     refusing, _ = loaded(tmp_path, path=tmp_path / "chat-*.jsonl", stream=True)
     with pytest.raises(UserError, match=r"chat-1\.jsonl, line 61: not JSON"):
         steps(refusing, 40)
+
+
+@pytest.mark.parametrize("domains", [None, ["late"], ["user"]])
+def test_a_domain_that_a_stream_comes_to_later_is_refused_where_no_reward_is_for_it(
+    domains: list[str] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("drawing", "own", "entries"):
+        monkeypatch.setattr(f"align.data.{module}.BLOCK", 40)
+    rows = [row | {"answer": "1", "domain": "user" if n < 40 else "late"} for n, row in enumerate(chats(80))]
+    file = write_rows(tmp_path / "chat.jsonl", rows)
+    source, _ = loaded(tmp_path, path=file, stream=True)
+    assert all(len(step) == 4 for step in steps(source, 15))
+    rewards = (
+        [{"name": "exact_answer"}] if domains is None else [{"name": "exact_answer", "domains": ["user", *domains]}]
+    )
+    made = small_recipe("grpo", tmp_path / "grpo", data={"path": file, "stream": True}, rewards=rewards)
+    with open_run(made) as run:
+        [prompts] = load_grpo_data(made, TOKENIZER, run).sources
+    if domains != ["user"]:
+        assert [items_of_step([prompts], seed=0, step=step) for step in range(30)]
+        return
+    with pytest.raises(UserError, match=r"prompt 'chat/[4-8][0-9]': no reward of the recipe is for its domain 'late'"):
+        [items_of_step([prompts], seed=0, step=step) for step in range(30)]
