@@ -16,6 +16,7 @@ import numpy.typing as npt
 from align.data.chat import answer_text, encode_prompt
 from align.data.entries import Notes, Reader, Room
 from align.data.loader import load_split
+from align.data.rows import refuse_lost_thoughts
 from align.data.types import Example
 from align.errors import UserError, naming
 from align.learner.batch import TrainingSequence
@@ -75,9 +76,10 @@ UNSCORED = SampleReward(None, Verdict.UNSCORED, {})
 
 
 def encode_problems(tokenizer: Any, examples: Sequence[Example]) -> list[Problem]:
-    """The examples with their prompts as token ids. Raises UserError for one that the chat template refuses."""
+    """The examples with their prompts as token ids. Raises UserError for one that the chat template refuses, and where thoughts would be lost."""
     problems = []
     for example in examples:
+        refuse_lost_thoughts(example.messages, f"prompt {example.id!r}")
         with naming(f"prompt {example.id!r}"):
             problems.append(
                 Problem(example, Prompt(example.id, encode_prompt(tokenizer, example.messages, example.tools)))

@@ -14,7 +14,7 @@ from itertools import takewhile
 from typing import Any, Literal, NamedTuple
 
 from align.data.pair_rows import hh_pair
-from align.data.rows import ROLES, NothingToJudgeBy, Row, asked, message_of
+from align.data.rows import ROLES, NothingToJudgeBy, Row, asked, message_of, refuse_lost_thoughts
 from align.data.types import Example, Message, Preference
 from align.errors import UserError
 from reward.rows import DOMAIN, PROMPTS, TRUTHS, domain_of, ground_truth_of, metadata_of, prompt_column
@@ -111,6 +111,7 @@ def conversation_of(form: Form, row: Row) -> Conversation:
 def preference_of(form: Form, row: Row, identity: str, domain: str = DOMAIN) -> Preference:
     """A row of pairs as a preference, of `domain` where it names none. Raises UserError where it cannot be used."""
     pair: Pair = form.read(row)
+    refuse_lost_thoughts(pair.prompt, f"{row.where}: the prompt")
     if _filled(row, "tools") and row.json("tools"):
         raise row.error("tools", "has no effect: completions are compared as texts, without tools")
     if pair.chosen == pair.rejected:
@@ -292,6 +293,7 @@ def _pair_of_messages(row: Row, prompt: Turns) -> Pair:
             raise row.error(column, "must be one message of the assistant after the prompt that both completions share")
         if turns[0].get("tool_calls"):
             raise row.error(column, "calls a tool, and completions are compared as texts")
+        refuse_lost_thoughts(turns, f"{row.where}: column {column!r}")
     if not any(turn["role"] == "user" for turn in prompt):
         raise UserError(
             f"{row.where}: chosen and rejected have no prompt of the user in common, and there is no column prompt"

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, get_args
 
 from align.data.types import Message, Role
@@ -108,7 +109,9 @@ class Row:
         """A completion: text, or a conversation of which it is the last message, the assistant's."""
         if isinstance(self.value(column), str):
             return self.text(column)
-        return self.messages(column, "assistant")[-1]["content"]
+        answer = self.messages(column, "assistant")[-1]
+        refuse_lost_thoughts([answer], f"{self.where}: column {column!r}")
+        return answer["content"]
 
     def messages(self, column: str, last: Role) -> tuple[Message, ...]:
         """A conversation that ends with a message of `last`."""
@@ -244,6 +247,16 @@ def _weight(item: Mapping[str, Any], where: str) -> float | None:
     if given[0] not in (0, 1):
         raise UserError(f"{where}: weight must be 0 or 1, and train true or false, not {given[0]!r:.40}")
     return float(given[0])
+
+
+def refuse_lost_thoughts(messages: Sequence[Message], where: str) -> None:
+    """Raise UserError where a turn of the assistant after the user's last has thoughts that are not read. Templates leave earlier ones out."""
+    said = takewhile(lambda message: message["role"] != "user", reversed(messages))
+    if any(message.get("has_thoughts") for message in said):
+        raise UserError(
+            f"{where} has thoughts beside the content, and every chat template writes them in its own way. Put them into the "
+            "content as the model's template does, such as <think>...</think> before the answer"
+        )
 
 
 def check_tool_results(messages: Sequence[Message], where: str) -> None:

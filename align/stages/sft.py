@@ -18,6 +18,7 @@ from align.data.chat import encode_conversation
 from align.data.drawing import Source, items_of_step, left_out
 from align.data.entries import Notes, Reader, Room, entries_of
 from align.data.loader import NOTHING, HeldOutPrompts, held_together, load_split, refuse_one_file
+from align.data.rows import refuse_lost_thoughts
 from align.data.types import Example, Message
 from align.errors import UserError, naming
 from align.evaluate.accuracy import Evaluation
@@ -137,11 +138,8 @@ def encode_demonstration(
             f"example {example.id!r}: message {places[0] + 1} is the assistant's, and no message of the user comes before it: "
             "give it a weight of 0, or set sft.turns=last"
         )
-    if any(conversation[place].get("has_thoughts") for place in places):
-        raise UserError(
-            f"example {example.id!r} has thoughts beside the content, and every chat template writes them in its own way. Put them into the "
-            "content as the model's template does, such as <think>...</think> before the answer"
-        )
+    for place in places:
+        refuse_lost_thoughts(conversation[: place + 1], f"example {example.id!r}")
     with naming(f"example {example.id!r}"):
         encoded = encode_conversation(tokenizer, conversation, places, example.tools)
     return [TrainingSequence(token_ids, np.array(learned), 0.0) for token_ids, learned in encoded]

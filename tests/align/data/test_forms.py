@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 
 from align.data.forms import FORMS, example_of, form_of, preference_of
+from align.data.pair_rows import ChosenRejected
 from align.data.rows import Row
 from align.data.types import joined
 from align.errors import UserError
+from align.experience import encode_problems
 from align.model.policy import load_tokenizer
 from align.stages.sft import encode_demonstration
 
@@ -129,6 +131,30 @@ def test_thoughts_beside_the_content_are_refused_by_what_would_learn_without_the
         encode_demonstration(tokenizer, read)
     for without in (SAID | {key: ""}, SAID | {key: True}, SAID | {key: "Hm.", "weight": 0}):
         assert encode_demonstration(tokenizer, example({"messages": [ASKED, without, ASKED, SAID]}))
+
+
+def test_thoughts_beside_the_content_are_refused_where_they_are_what_the_model_has_been_doing() -> None:
+    tokenizer = load_tokenizer("recipes/nano/policy")
+    thought = CALLED | {"reasoning_content": "I add."}
+    with pytest.raises(UserError, match="prompt '1' has thoughts beside the content"):
+        encode_problems(tokenizer, [example({"messages": [ASKED, thought, RESULT]})])
+    with pytest.raises(UserError, match="example '1' has thoughts beside the content"):
+        encode_demonstration(tokenizer, example({"messages": [ASKED, thought | {"weight": 0}, RESULT, SAID]}))
+    with pytest.raises(UserError, match="the prompt has thoughts beside the content"):
+        preference({"prompt": [ASKED, thought, RESULT], "chosen": "4.", "rejected": "5."})
+    before = [ASKED, SAID | {"reasoning_content": "2 and 2."}, ASKED]
+    assert encode_problems(tokenizer, [example({"messages": before})])
+    assert preference({"prompt": before, "chosen": "4.", "rejected": "5."}).chosen == "4."
+
+
+@pytest.mark.parametrize("column", ["chosen", "rejected"])
+def test_completions_are_not_compared_without_their_thoughts(column: str) -> None:
+    values = {"chosen": [SAID], "rejected": [SAID | {"content": "5."}]}
+    values[column] = [values[column][0] | {"reasoning_content": "2 and 2."}]
+    with pytest.raises(UserError, match=f"mine.jsonl, line 1: column '{column}' has thoughts beside the content"):
+        preference({"prompt": TEXT, **values})
+    with pytest.raises(UserError, match=f"column '{column}' has thoughts beside the content"):
+        ChosenRejected(format="chosen_rejected", chosen="chosen", rejected="rejected").pair(Row(values, ""))
 
 
 def test_columns_of_tools_that_have_none_are_taken() -> None:
