@@ -207,7 +207,7 @@ class Reader(Generic[Item, T]):
 
     def _loaded(self, entry: Entry, split: SplitName, limit: int | None, held_out: HeldOutPrompts) -> LoadedSplit[Item]:
         data = entry.data
-        levels = {"levels": data.levels} if data.levels else {}
+        levels = {"levels": data.levels, "demanded": split == data.split} if data.levels else {}
         return self.load(
             entry.card,
             split,

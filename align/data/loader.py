@@ -40,6 +40,7 @@ def load_split(
     path: str | Path | None = None,
     limit: int | None = None,
     levels: Sequence[int] | None = None,
+    demanded: bool = True,
     seed: int = 0,
     params: Mapping[str, Any] | None = None,
     held_out: HeldOutPrompts = NOTHING,
@@ -48,11 +49,11 @@ def load_split(
 
     Those whose prompt occurs in a split held out from this one, or in `held_out`, are dropped and counted, before anything
     else is chosen. `path`: local file or directory in place of the hub, see `align.data.tables.table_rows`; with one file
-    alone, some splits cannot be compared, and are named. `levels`: difficulties to keep. `seed` also draws what a generator
-    leaves to chance. `params` go before those of the card's source. Raises UserError when nothing is left.
+    alone, some splits cannot be compared, and are named. `levels`: difficulties to keep, each of which must be there if they
+    are `demanded`. `seed` also draws what a generator leaves to chance. `params` go before those of the card's source. Raises UserError when nothing is left.
     """
     read = _reader(card, _examples, path, seed, params)
-    loaded = _load(card, split, read, path, held_out, lambda found, where: _at_levels(found, levels, where))
+    loaded = _load(card, split, read, path, held_out, lambda found, where: _at_levels(found, levels, demanded, where))
     chosen = first(loaded.examples, limit, seed)
     if card.instruction is not None:
         chosen = [_instructed(example, card.instruction) for example in chosen]
@@ -248,12 +249,15 @@ def _comparable(card: DataCard, split: SplitName, other: SplitName, path: str | 
     return card.source.splits[split].table == card.source.splits[other].table
 
 
-def _at_levels(examples: Sequence[Example], levels: Sequence[int] | None, where: str) -> Sequence[Example]:
+def _at_levels(
+    examples: Sequence[Example], levels: Sequence[int] | None, demanded: bool, where: str
+) -> Sequence[Example]:
     if levels is None:
         return examples
     found = [example.level for example in examples]
     known = sorted({level for level in found if level is not None})
-    if unknown := sorted(set(levels) - set(known)):
+    unknown = sorted(set(levels) - set(known))
+    if unknown and (demanded or len(unknown) == len(set(levels))):
         has = f"only {', '.join(map(str, known))}" if known else "none at all"
         raise UserError(f"{where}: no level {', '.join(map(str, unknown))}; there are {has}")
     return picked(examples, np.array([place for place, level in enumerate(found) if level in levels], dtype=np.int64))

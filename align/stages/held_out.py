@@ -83,7 +83,7 @@ def load_problems(
             if split != options.split and split not in card.splits:
                 continue
             refuse_one_file(card, entry.path, list(found))
-            loaded = load_split(card, split, path=entry.path, levels=options.levels)
+            loaded = load_split(card, split, path=entry.path, levels=options.levels, demanded=split == options.split)
             asked = first(loaded.examples, options.limit, 0)
             encoded += encode_rows(asked, encode, entry, f"{entry.called}, split {split}", notes)
             prompts[f"{card.name}{entry.mark}/{split}"] = loaded.prompts

@@ -168,6 +168,33 @@ def test_one_file_is_not_read_as_training_and_validation_data_alike(tmp_path: Pa
             load(made, TOKENIZER, run)
 
 
+@pytest.mark.parametrize(
+    ("trained", "validated", "refused"),
+    [
+        ([1, 2, 3], [2, 3], None),
+        ([1, 3], [1, 2, 3], "split train: no level 2; there are only 1, 3"),
+        ([1, 2], [3], "split validation: no level 1, 2; there are only 3"),
+    ],
+)
+def test_the_levels_of_the_data_are_demanded_of_what_is_trained_on_alone(
+    trained: Sequence[int], validated: Sequence[int], refused: str | None, tmp_path: Path
+) -> None:
+    for split, levels in (("train", trained), ("validation", validated), ("test", [1])):
+        rows = ({"prompt": f"{split} {n}?", "completion": "1", "level": level} for n, level in enumerate(levels))
+        write_rows(tmp_path / "data" / f"{split}.jsonl", rows)
+    own = str(
+        write_card(tmp_path / "own.md", {"kind": "own", "path": "data", "splits": ["train", "validation", "test"]})
+    )
+    made = small_recipe("sft", tmp_path, data={"card": own, "levels": [1, 2]})
+    with open_run(made) as run:
+        if refused is None:
+            loaded = load_sft_data(made, TOKENIZER, run)
+            assert (len(loaded.sources[0].items), len(loaded.validation)) == (2, 1)
+            return
+        with pytest.raises(UserError, match=refused):
+            load_sft_data(made, TOKENIZER, run)
+
+
 LONG = "Sum? " + "1" * 500
 
 
