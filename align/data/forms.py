@@ -14,7 +14,7 @@ from itertools import takewhile
 from typing import Any, Literal, NamedTuple
 
 from align.data.pair_rows import hh_pair
-from align.data.rows import ROLES, NothingToJudgeBy, Row, asked, message_of, refuse_lost_thoughts
+from align.data.rows import ROLES, NothingToJudgeBy, Row, asked, level_of, message_of, refuse_lost_thoughts
 from align.data.types import Example, Message, Preference
 from align.errors import UserError
 from reward.rows import DOMAIN, PROMPTS, TRUTHS, domain_of, ground_truth_of, metadata_of, prompt_column
@@ -95,7 +95,7 @@ def example_of(form: Form, row: Row, identity: str, domain: str = DOMAIN) -> Exa
         response=turns[last]["content"] if demonstrated else None,
         answer=ground_truth_of(row.values),
         domain=domain_of(row.values, domain),
-        level=_level(row),
+        level=level_of(row.values.get("level")),
         metadata=metadata_of(row.values, columns),
         conversation=turns[: last + 1] if demonstrated else (),
         tools=_tools(row),
@@ -318,13 +318,6 @@ def _pair_of_texts(row: Row) -> Pair:
             f"{row.where}: no column prompt, and chosen and rejected do not begin with one that both complete"
         )
     return Pair(asked(common.strip()), chosen[len(common) :].strip(), rejected[len(common) :].strip())
-
-
-def _level(row: Row) -> int | None:
-    """The difficulty: a whole number, or the one that a text such as "Level 3" ends in."""
-    level = row.values.get("level")
-    number = re.search(r"[0-9]{1,9}\Z", level) if isinstance(level, str) else None
-    return int(number[0]) if number else level if type(level) is int else None
 
 
 def _tools(row: Row) -> tuple[Mapping[str, Any], ...]:

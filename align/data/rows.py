@@ -249,6 +249,16 @@ def _weight(item: Mapping[str, Any], where: str) -> float | None:
     return float(given[0])
 
 
+def level_of(value: Any) -> int | None:
+    """A whole number, as text or with a point too, or the one that a text such as "Level 3" ends in; None of anything else."""
+    if isinstance(value, str):
+        ending = re.search(r"[0-9]{1,9}\Z", value)
+        value = float(value) if _NUMBER.fullmatch(value) else int(ending[0]) if ending else None
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value // 1:
+        return None
+    return int(value)
+
+
 def refuse_lost_thoughts(messages: Sequence[Message], where: str) -> None:
     """Raise UserError where a turn of the assistant after the user's last has thoughts that are not read. Templates leave earlier ones out."""
     said = takewhile(lambda message: message["role"] != "user", reversed(messages))

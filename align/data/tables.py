@@ -1,7 +1,6 @@
 """Examples and preferences from rows that somebody else wrote: on the Hugging Face hub or in local files."""
 
 import logging
-import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -9,7 +8,7 @@ from align.data.cards import DataCard, Fields, FileSource, HubSource
 from align.data.code_rows import code_task
 from align.data.drawing import percentile
 from align.data.files import readable
-from align.data.rows import NothingToJudgeBy, Row, asked
+from align.data.rows import NothingToJudgeBy, Row, asked, level_of
 from align.data.types import Example, Item, Message, Preference, SplitName
 from align.errors import UserError
 from reward import normalise
@@ -151,10 +150,10 @@ def _level(row: Row, column: str) -> int | None:
     text = row.text(column, "level", numbers=True)
     if text.endswith("?"):
         return None
-    number = re.search(r"[0-9]{1,9}$", text)
-    if number is None:
+    level = level_of(text)
+    if level is None:
         raise row.error(column, f"must end in a whole number, the level, unlike {text[:40]!r}")
-    return int(number.group())
+    return level
 
 
 def _replacement(path: Path, table: str) -> Sequence[Path]:

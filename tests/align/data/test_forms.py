@@ -264,7 +264,13 @@ def test_a_prompt_that_begins_with_brackets_is_text_unless_it_holds_messages(tex
         example({"prompt": json.dumps([ASKED])[:-2]})
 
 
-@pytest.mark.parametrize(("level", "read"), [(3, 3), ("Level 5", 5), ("Level ?", None), ("hard", None), (True, None)])
+@pytest.mark.parametrize(
+    ("level", "read"),
+    [
+        *((3, 3), ("3", 3), (3.0, 3), ("3.0", 3), ("Level 5", 5)),
+        *((level, None) for level in ("Level ?", "hard", True, 2.5, "2.5", float("nan"), "1e999", None)),
+    ],
+)
 def test_a_level_is_a_whole_number_or_the_one_that_its_text_ends_in(level: Any, read: int | None) -> None:
     assert example({"prompt": TEXT, "level": level}).level == read
 

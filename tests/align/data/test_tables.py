@@ -44,7 +44,7 @@ def test_the_reward_math_judges_examples_of_math(tmp_path):
     assert [score.verdict for score in math_answer(samples)] == list(answers.values())
 
 
-@pytest.mark.parametrize(("published", "level"), [("Level 5", 5), (4, 4), ("Level ?", None)])
+@pytest.mark.parametrize(("published", "level"), [("Level 5", 5), (4, 4), (3.0, 3), ("3.0", 3), ("Level ?", None)])
 def test_a_level_is_the_number_it_ends_in(published, level, tmp_path):
     assert load_math(tmp_path, math_row(level=published))[0].level == level
 
@@ -67,6 +67,7 @@ def test_a_blank_box_is_left_out_and_counted(tmp_path, caplog):
     [
         (math_row("It is 4."), r"column 'solution' has no \\boxed\{\} with the answer"),
         (math_row(level="hard"), "column 'level' must end in a whole number, the level, unlike 'hard'"),
+        (math_row(level=2.5), "column 'level' must end in a whole number, the level, unlike '2.5'"),
         ({"problem": "?", "solution": r"\boxed{1}"}, "no column 'level' for the level"),
     ],
 )
