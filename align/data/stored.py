@@ -43,7 +43,7 @@ class StoredRows:
         self._numbers.extend((file, number, start, length, line))
 
     def __getitem__(self, place: int) -> Row:
-        """The row at a place, as it was appended. Raises UserError where its file has changed since."""
+        """The row at a place, as it was appended. Raises UserError where its file has changed since, or is gone."""
         file, _, start, length, line = self._numbers[place * NUMBERS : (place + 1) * NUMBERS]
         if not line:
             assert self._unpacked is not None
@@ -52,8 +52,13 @@ class StoredRows:
             return Row(values, where)
         path = self._paths[file]
         where = f"{path}, line {line}"
-        content = os.pread(self._open(file).fileno(), length, start)
-        if stamp(path) != self._stamps[file]:
+        try:
+            content, now = os.pread(self._open(file).fileno(), length, start), stamp(path)
+        except OSError as error:
+            raise UserError(
+                f"{where} cannot be read any more: {error.strerror}. Put the file back as it was, and start again"
+            ) from None
+        if now != self._stamps[file]:
             raise UserError(
                 f"{path} has changed since the run began to read it: put it back as it was, and start again"
             )

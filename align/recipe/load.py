@@ -247,7 +247,10 @@ def rename(values: dict[str, Any], lines: dict[tuple[str, ...], int], where: Pat
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:
-    """Set `a.b.c=value` (the value is read as YAML) in a nested mapping; files that it names are looked for in the working directory."""
+    """Set `a.b.c=value` (the value is read as YAML) in a nested mapping; files that it names are looked for in the working directory.
+
+    `data.KEY` is also a key of the only entry of a list, as which a run keeps its `data`.
+    """
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise UserError(f"{override!r}: an override has the form key=value, for example grpo.steps=20")
@@ -258,6 +261,9 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     value = with_inputs_found(value, key_of(key), Path())
     at: Any = values
     parts = key.split(".")
+    data = values.get("data")
+    if isinstance(data, list) and len(data) == 1 and key.startswith("data.") and not parts[1].isdigit():
+        parts.insert(1, "0")
     for number, part in enumerate(parts, start=1):
         place = _place_of(part, at, ".".join(parts[: number - 1]), override)
         if number == len(parts):

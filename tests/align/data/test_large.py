@@ -125,6 +125,16 @@ def test_rows_of_a_file_that_has_changed_are_not_taken_for_those_that_were_check
         items[3]
 
 
+@pytest.mark.parametrize("was_open", [False, True])
+def test_a_file_that_is_gone_is_named(was_open: bool, tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "chat.jsonl", chats(20))
+    items = read_source(OwnSource(kind="own", path=str(file)))["train"].items
+    assert not was_open or items[0]
+    file.unlink()
+    with pytest.raises(UserError, match=r"chat\.jsonl, line 4 cannot be read any more: No such file"):
+        items[3]
+
+
 def test_the_digest_of_a_large_file_knows_its_content_and_the_rows_that_are_taken(tmp_path: Path, large: None) -> None:
     rows = chats(60)
     digests = [loaded(tmp_path, path=write_rows(tmp_path / "chat.jsonl", rows))[0].digest]

@@ -81,6 +81,21 @@ def test_overrides_are_typed_and_named_when_wrong() -> None:
         load_recipe(NANO / "grpo.yaml", ["grpo.steps"])
 
 
+def test_a_key_of_the_data_is_that_of_their_only_entry_also_in_the_recipe_that_a_run_keeps(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(dump_recipe(load_recipe(NANO / "grpo.yaml")))
+    assert (
+        load_recipe(file, ["data.levels=[1, 2]", "data.params.x=1"]).data
+        == load_recipe(file, ["data.0.levels=[1, 2]", "data.0.params.x=1"]).data
+    )
+    with pytest.raises(UserError, match=r"data is a list and has no entry '7'; its entries are data\.0 to data\.0"):
+        load_recipe(file, ["data.7.levels=[1]"])
+    with pytest.raises(
+        UserError, match=r"data is a list and has no entry 'levels'; its entries are data\.0 to data\.1"
+    ):
+        load_recipe(file, ["data=[{card: nano_math}, {card: nano_code}]", "data.levels=[1]"])
+
+
 def test_old_names_of_keys_are_read_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = tmp_path / "recipe.yaml"
     old = (NANO / "grpo.yaml").read_text().replace("  group_size: 16", "  group_size: 16\n  drop_uniform_groups: true")
