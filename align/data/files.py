@@ -15,6 +15,8 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from datetime import date, time, timedelta
+from decimal import Decimal
 from glob import glob, has_magic
 from itertools import islice
 from pathlib import Path
@@ -30,6 +32,8 @@ SUFFIXES = (*JSON, ".parquet", *TABLES)
 COMPRESSED = (".gz", ".zst")
 HALF = re.compile(rb"\\u[dD][89a-fA-F]")
 """Where JSON may write half of a surrogate pair."""
+NOT_IN_JSON = re.compile(r"date|time|duration|decimal")
+"""Parquet's types of values that JSON has no form for; a field of an object may be called so too."""
 OBJECTS = {*PROMPTS, "conversations", "completion", "response", "chosen", "rejected", "tools"}
 """Columns of messages, and of tools."""
 KNOWN = f"{', '.join(SUFFIXES)}, also with {' or '.join(COMPRESSED)} behind it"
@@ -222,6 +226,17 @@ def without_fill(value: Any) -> Any:
     return [without_fill(item) for item in value] if isinstance(value, list) else value
 
 
+def as_json(value: Any) -> Any:
+    """A value as files of JSON have it: a decimal number as a number, and a date or a time as its text."""
+    if isinstance(value, dict):
+        return {key: as_json(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [as_json(item) for item in value]
+    if isinstance(value, Decimal):
+        return int(value) if value == value.to_integral_value() else float(value)
+    return str(value) if isinstance(value, date | time | timedelta) else value
+
+
 def without_fill_in_calls(tests: Any) -> Any:
     """Tests of a program, whose calls have no keyword arguments but their own. A null elsewhere may be meant."""
     if not isinstance(tests, dict) or not isinstance(tests.get("cases"), list):
@@ -239,6 +254,7 @@ def _parquet(path: Path) -> Iterator[Row | UserError]:
 
     try:
         with pq.ParquetFile(path) as file:
+            others = [field.name for field in file.schema_arrow if NOT_IN_JSON.search(str(field.type))]
             number = 0
             for batch in file.iter_batches(batch_size=1000):
                 for values in batch.to_pylist():
@@ -246,6 +262,7 @@ def _parquet(path: Path) -> Iterator[Row | UserError]:
                     filled = {name: without_fill(values[name]) for name in OBJECTS.intersection(values)}
                     if "tests" in values:
                         filled["tests"] = without_fill_in_calls(values["tests"])
+                    filled |= {name: as_json(filled.get(name, values[name])) for name in others}
                     yield Row(values | filled, f"{path}, row {number}")
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None

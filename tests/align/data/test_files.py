@@ -4,6 +4,8 @@ import gzip
 import json
 import re
 import time
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +126,28 @@ def test_parquet_keeps_its_types_and_counts_rows_from_one(tmp_path: Path) -> Non
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
     assert values(tmp_path / "rows.parquet") == rows
     assert [row.where for row in readable(tmp_path / "rows.parquet")][-1].endswith("rows.parquet, row 2500")
+
+
+def test_what_parquet_has_and_json_has_not_is_numbers_and_text_as_stored_samples_have_it(tmp_path: Path) -> None:
+    when, price = datetime(2026, 1, 2, 3, 4, tzinfo=UTC), Decimal("2.50")
+    row = {
+        "at": when,
+        "day": when.date(),
+        "took": timedelta(seconds=90),
+        "price": price,
+        "facts": {"all": [price, Decimal(3)]},
+    }
+    pq.write_table(pa.Table.from_pylist([row | {"plain": {"n": None}}]), tmp_path / "rows.parquet")
+    [read] = values(tmp_path / "rows.parquet")
+    assert read == json.loads(json.dumps(read))
+    assert read == {
+        "at": "2026-01-02 03:04:00+00:00",
+        "day": "2026-01-02",
+        "took": "0:01:30",
+        "price": 2.5,
+        "facts": {"all": [2.5, 3]},
+        "plain": {"n": None},
+    }
 
 
 def test_a_row_that_cannot_be_read_is_handed_on_with_its_line_and_the_others_are_read(tmp_path: Path) -> None:
