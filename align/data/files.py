@@ -227,13 +227,14 @@ def without_fill(value: Any) -> Any:
 
 
 def as_json(value: Any) -> Any:
-    """A value as files of JSON have it: a decimal number as a number, and a date or a time as its text."""
+    """A value as files of JSON have it: a decimal as a number, or as text where no float is the same; a date or a time as its text."""
     if isinstance(value, dict):
         return {key: as_json(item) for key, item in value.items()}
     if isinstance(value, list):
         return [as_json(item) for item in value]
     if isinstance(value, Decimal):
-        return int(value) if value == value.to_integral_value() else float(value)
+        number = int(value) if value == value.to_integral_value() else float(value)
+        return number if Decimal(repr(number)) == value else str(value)
     return str(value) if isinstance(value, date | time | timedelta) else value
 
 

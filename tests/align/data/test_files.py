@@ -135,6 +135,8 @@ def test_what_parquet_has_and_json_has_not_is_numbers_and_text_as_stored_samples
         "day": when.date(),
         "took": timedelta(seconds=90),
         "price": price,
+        "tenth": Decimal("0.1"),
+        "exact": Decimal("3.141592653589793238462643"),
         "facts": {"all": [price, Decimal(3)]},
     }
     pq.write_table(pa.Table.from_pylist([row | {"plain": {"n": None}}]), tmp_path / "rows.parquet")
@@ -145,6 +147,8 @@ def test_what_parquet_has_and_json_has_not_is_numbers_and_text_as_stored_samples
         "day": "2026-01-02",
         "took": "0:01:30",
         "price": 2.5,
+        "tenth": 0.1,
+        "exact": "3.141592653589793238462643",
         "facts": {"all": [2.5, 3]},
         "plain": {"n": None},
     }
