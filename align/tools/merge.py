@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from align.errors import UserError
-from align.model.lora import ADAPTER_DIRECTORY
+from align.model.lora import ADAPTER, ADAPTER_DIRECTORY
 from align.model.policy import check_written, first_line, load_tokenizer, no_progress_bars, probe_logits, save_policy
 from align.model.reward_model import head_options
 from align.run.files import refuse_existing, whole_directory
@@ -67,16 +67,45 @@ def load_base(adapter: Path, config: Mapping[str, Any], origin: str, dtype: str,
 
 
 def add_saved_adapter(model: Any, adapter: Path, origin: str) -> Any:
-    """The base with the adapter that was saved. Raises UserError where the adapter is not for this base."""
-    from peft import PeftModel
+    """The base with the adapter that was saved. Raises UserError where the adapter is not for this base, or PEFT would leave a part of it aside."""
+    from peft import PeftConfig, PeftModel
 
     try:
+        config: Any = PeftConfig.from_pretrained(str(adapter))
+        config.lora_dropout = 0.0  # which PEFT refuses for experts, and a merged model has not
+        name_moved_layers(config, model, adapter)
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="Found missing adapter keys")
-            return PeftModel.from_pretrained(model, str(adapter))
+            adapted = PeftModel.from_pretrained(model, str(adapter), config=config)
+        # Loaded once more, because PEFT tells only here which tensors of the file it has not used.
+        unexpected = adapted.load_adapter(str(adapter), ADAPTER).unexpected_keys
     except (RuntimeError, ValueError, UserWarning) as error:
         shapes = re.search(r"size mismatch for .*", str(error))
         raise UserError(f"{adapter}: is not for {origin}: {shapes[0] if shapes else first_line(error)}") from None
+    # A copy of an embedding is in the file twice.
+    if unused := [key for key in unexpected if ".lora_" in key]:
+        raise UserError(
+            f"{adapter}: PEFT finds no place in {origin} for {len(unused)} of its tensors, {unused[0]} for one; "
+            "merge it with the versions of PEFT and transformers that it was trained with"
+        )
+    return adapted
+
+
+def name_moved_layers(config: Any, model: Any, adapter: Path) -> None:
+    """Name, as parameters, the dense and shared layers of a saved adapter: PEFT would take them for the experts alone, which share their names."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    with safe_open(adapter / WEIGHTS, framework="pt") as tensors:
+        saved = {key.removeprefix("base_model.model.").partition(".lora_")[0] for key in list(tensors.keys())}
+    given = config.target_parameters or []
+    convert_peft_config_for_transformers(config, model, None)
+    if not config.target_parameters:
+        return
+    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    moved = [f"{n}.weight" for n in linear if n in saved and not check_target_module_exists(config, n)]
+    kept = config.target_parameters if any(".experts" in name for name in saved) else given
+    config.target_parameters = list(dict.fromkeys([*kept, *moved]))
 
 
 def prepare_embeddings(model: Any, adapter: Path, config: Mapping[str, Any]) -> None:

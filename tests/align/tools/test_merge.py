@@ -7,12 +7,15 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from align.errors import UserError
 from align.model.policy import load_tokenizer
 from align.tools import merge
 from align.tools.merge import merge_adapter
+
+from ..small_models import small_config
 
 NANO = Path(__file__).parents[3] / "recipes/nano/policy"
 IDS = torch.tensor([[3, 5, 8, 13, 21, 34, 55]])
@@ -117,3 +120,49 @@ def test_a_base_that_is_quantised_is_refused_where_nothing_reads_it(tmp_path: Pa
         UserError, match=r"cannot load its base .*; give the model as it was before it was quantised with --base"
     ):
         merge_adapter(tmp_path / "adapter", tmp_path / "out", str(origin))
+
+
+NAMED = ("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""What adapters made with transformers 4, whose experts are layers of their own, mostly name."""
+
+
+def adapted_by_older_peft(directory: Path, architecture: str, adapts: str, **changed: Any) -> dict[str, torch.Tensor]:
+    """Save a small base and an adapter as transformers 4 had it, of the layers named so that have `adapts` in their names; the sum of both."""
+    torch.manual_seed(0)
+    tokenizer = load_tokenizer(NANO)
+    config = small_config(architecture, vocab_size=len(tokenizer), **changed)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(directory / "base")
+    tokenizer.save_pretrained(directory / "base")
+    weights, saved = load_file(directory / "base" / "model.safetensors"), {}
+    for name, weight in weights.items():
+        layer = name.removesuffix(".weight")
+        if layer != name and layer.endswith(NAMED) and adapts in name:
+            a, b = torch.randn(4, weight.shape[1]), torch.randn(weight.shape[0], 4)
+            saved |= {f"base_model.model.{layer}.lora_A.weight": a, f"base_model.model.{layer}.lora_B.weight": b}
+            weights[name] = weight + 0.5 * b @ a
+    LoraConfig(
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=str(directory / "base"),
+        r=4,
+        lora_alpha=2,
+        lora_dropout=0.05,
+        target_modules=[f"{adapts}{name}" for name in NAMED],
+    ).save_pretrained(directory / "adapter")
+    save_file(saved, directory / "adapter" / "adapter_model.safetensors", metadata={"format": "pt"})
+    return weights
+
+
+@pytest.mark.parametrize("adapts", ["", "shared_experts."])
+def test_an_adapter_of_transformers_4_is_merged_into_dense_shared_and_routed_layers(
+    adapts: str, tmp_path: Path
+) -> None:
+    expected = adapted_by_older_peft(tmp_path, "DeepSeek-V2", adapts, first_k_dense_replace=1)
+    merge_adapter(tmp_path / "adapter", tmp_path / "out")
+    torch.testing.assert_close(load_file(tmp_path / "out" / "model.safetensors"), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_an_adapter_that_peft_would_read_in_part_is_refused(tmp_path: Path) -> None:
+    adapted_by_older_peft(tmp_path, "Qwen2-MoE", "")
+    with pytest.raises(UserError, match=r"no place in .* for 8 of its tensors, .*layers\.0\.mlp\.experts\..* for one"):
+        merge_adapter(tmp_path / "adapter", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
