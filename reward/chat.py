@@ -327,6 +327,11 @@ def _template(tokenizer: Any, tools: Tools = ()) -> str:
             f"the tokenizer of {name_of(tokenizer)} has no chat template (base models have none): put one into "
             "its directory as chat_template.jinja, for example that of the chat model of the same family"
         ) from None
+    except NotImplementedError:
+        raise RewardError(
+            f"the tokenizer of {name_of(tokenizer)} is a {type(tokenizer).__name__}, which keeps its chat template to itself: "
+            "load it with AutoTokenizer.from_pretrained(..., mistral_format=False)"
+        ) from None
     return template
 
 

@@ -33,7 +33,8 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
 
     config = find_config(path, trust_remote_code=trust_remote_code)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+        # Otherwise a tekken.json, which Mistral's models have beside tokenizer.json, makes it a class without chat templates.
+        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code, mistral_format=False)
     except (OSError, ValueError) as error:
         if len(Path(path).parts) > 2 and not Path(path).exists():
             raise UserError(f"model.path: {path} does not exist") from None

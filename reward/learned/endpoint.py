@@ -168,7 +168,7 @@ def _tokenizer(path: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path, mistral_format=False)
     except (OSError, ValueError) as error:
         raise RewardError(f"reward_endpoint: {path} has no tokenizer: {str(error).strip().splitlines()[0]}") from None
 

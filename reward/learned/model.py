@@ -188,7 +188,7 @@ def _load(path: str, dtype: str, device: str) -> _Model:
     where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, mistral_format=False)
         network, report = AutoModelForSequenceClassification.from_pretrained(
             path, dtype=getattr(torch, dtype), output_loading_info=True
         )

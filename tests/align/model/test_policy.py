@@ -18,6 +18,7 @@ from transformers import (
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
 )
 
 from align.errors import UserError
@@ -33,12 +34,14 @@ from align.model.policy import (
     stop_token_ids,
 )
 from align.recipe import LoraOptions, ModelOptions
+from reward.chat import encode_prompt
 
 NANO = Path(__file__).parents[3] / "recipes/nano/policy"
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+ASKED = [{"role": "user", "content": "What is 2 + 2?"}]
 SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
@@ -116,6 +119,15 @@ class TestEnds:
         written = json.loads((tmp_path / "generation_config.json").read_text())
         assert kept.items() <= written.items()
         assert 5 in written["eos_token_id"]
+
+
+def test_a_tokenizer_is_that_of_tokenizer_json_whatever_mistral_puts_beside_it(tmp_path: Path) -> None:
+    data = Path(pytest.importorskip("mistral_common").__file__).parent / "data"
+    tokenizer = tokenizer_with()
+    MistralConfig(vocab_size=131072, **SMALL).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "tekken.json").symlink_to(data / "tekken_240911.json")
+    assert encode_prompt(load_tokenizer(tmp_path), ASKED) == encode_prompt(tokenizer, ASKED)
 
 
 def test_the_buffers_of_a_checkpoint_are_those_that_persist() -> None:

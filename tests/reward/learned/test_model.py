@@ -11,10 +11,18 @@ import pytest
 import torch
 from httpx import Request, Response
 from huggingface_hub.errors import RemoteEntryNotFoundError
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    MistralConfig,
+    MistralForSequenceClassification,
+)
 
 from reward import Mixture, RewardError, RewardTerm, Sample, Verdict
-from reward.learned.model import Scale, _score, messages_of, notes_file, read_scale, reward_model, shortened
+from reward.chat import encode_prompt
+from reward.learned import endpoint
+from reward.learned.model import Scale, _load, _score, messages_of, notes_file, read_scale, reward_model, shortened
 
 COMPLETIONS = ["4", "It is four.", "I am sorry, but I can't help with that.", "", "4" * 60]
 
@@ -227,3 +235,22 @@ def test_what_files_can_tell_is_told_before_a_run_without_loading_a_model(
         ready(tmp_path)
     with pytest.raises(RewardError, match=r"has no config\.json"):
         ready(tmp_path, normalise=False)
+
+
+def test_a_tokenizer_is_that_of_tokenizer_json_whatever_mistral_puts_beside_it(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    data = Path(pytest.importorskip("mistral_common").__file__).parent / "data"
+    expected, asked = AutoTokenizer.from_pretrained(checkpoint), [{"role": "user", "content": "What is 2 + 2?"}]
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = MistralConfig(
+        vocab_size=131072, num_labels=1, pad_token_id=0, bos_token_id=0, num_key_value_heads=2, **small
+    )
+    MistralForSequenceClassification(config).save_pretrained(tmp_path)
+    expected.save_pretrained(tmp_path)
+    (tmp_path / "tekken.json").symlink_to(data / "tekken_240911.json")
+    ids = encode_prompt(expected, asked)
+    for tokenizer in (_load(str(tmp_path), "float32", "cpu").tokenizer, endpoint._tokenizer(str(tmp_path))):
+        assert encode_prompt(tokenizer, asked) == ids
+    with pytest.raises(RewardError, match=r"is a MistralCommonBackend, which .* mistral_format=False"):
+        encode_prompt(AutoTokenizer.from_pretrained(tmp_path), asked)
