@@ -263,20 +263,19 @@ def check_checkpoint(skeleton: Any, directory: Path | None) -> Finding:
         stored = stored_shapes(directory) if directory else {}
     except UserError as error:
         return FAILED, str(error)
-    if not stored and (otherwise := sorted(split.keys() ^ saved_names(skeleton, own))):
-        return (
-            FAILED,
-            f"checkpoints of {type(skeleton).__name__} call {otherwise[0]} otherwise. Cause: an architecture whose names are not known here, so that the sampler could not take new weights. Cure: another architecture",
-        )
     ignored = getattr(skeleton, "_keys_to_ignore_on_load_unexpected", None) or ()
     known = {*split, *tied, *(name for name, _ in persistent_buffers(skeleton))}
     unknown = {name for name in stored.keys() - known if not any(re.search(pattern, name) for pattern in ignored)}
     absent = split.keys() - stored
+    if (unknown or absent) and (otherwise := sorted(split.keys() ^ saved_names(skeleton, own))):
+        return (
+            FAILED,
+            f"checkpoints of {type(skeleton).__name__} call {otherwise[0]} otherwise. Cause: an architecture whose names are not known here, so that the sampler could not take new weights. Cure: another architecture",
+        )
     if stored and (unknown or absent):
-        example = sorted(unknown or absent)[0]
         return FAILED, (
             f"the files have {len(unknown)} tensors that the architecture does not know and lack {len(absent)} that it "
-            f"needs, {example} for one. Cause: another architecture, or a checkpoint saved by an incompatible version. "
+            f"needs, {min(unknown or absent)} for one. Cause: another architecture, or a checkpoint saved by an incompatible version. "
             "Cure: save it again with save_pretrained"
         )
     for name, tensor in split.items():

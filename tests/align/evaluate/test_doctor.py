@@ -72,11 +72,14 @@ def test_a_softmax_scale_without_yarns_correction(skeleton: Any) -> None:
     assert_failed(check_softmax_scale(skeleton), "YaRN", "transformers older than 5.15")
 
 
-def test_names_that_the_sampler_would_not_know_are_found_without_files() -> None:
-    small = {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 32, "vocab_size": 100}
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(GptOssConfig(num_local_experts=4, **small))
-    assert_failed(check_checkpoint(skeleton, None), "call model.layers.0.mlp.experts.0.down_proj.weight otherwise")
+@pytest.mark.parametrize("local", [True, False])
+def test_names_that_the_sampler_would_not_know_are_found_with_and_without_files(local: bool, tmp_path: Path) -> None:
+    small = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16, "vocab_size": 100}
+    model = AutoModelForCausalLM.from_config(GptOssConfig(num_local_experts=4, **small))
+    if local:
+        model.save_pretrained(tmp_path)
+    found = check_checkpoint(model.to("meta"), tmp_path if local else None)
+    assert_failed(found, "call model.layers.0.mlp.experts.0.down_proj.weight otherwise")
 
 
 def test_experts_that_disagree(skeleton: Any, monkeypatch: pytest.MonkeyPatch) -> None:
