@@ -49,6 +49,11 @@ class Evaluation:
         """Whether there were rewards to score the answers by."""
         return Verdict.UNSCORED not in self.verdicts
 
+    @property
+    def judged(self) -> int:
+        """How many problems `accuracy` is over: those whose answer could be judged."""
+        return self.problems - self.verdicts.get(Verdict.INFRA_ERROR, 0)
+
     @classmethod
     def of_record(cls, record: Mapping[str, Any], domains: Iterable[str]) -> "Evaluation":
         """The evaluation whose `summary`, `problems` and `verdicts` are in `record`, of problems of these domains; no rows."""

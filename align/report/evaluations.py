@@ -66,10 +66,15 @@ class Evaluation:
         self.changes: dict[str, Change] = {}
 
     @property
+    def judged(self) -> int:
+        """How many problems the accuracy is over: those whose answer could be judged."""
+        return (self.problems or 0) - dict(self.verdicts).get("infra_error", 0)
+
+    @property
     def right(self) -> int | None:
         """How many answers are right, where accuracy and problems say so."""
-        right = round(self.numbers.get("accuracy", -1.0) * (self.problems or 0))
-        return right if self.problems and 0 <= right <= self.problems else None
+        right = round(self.numbers.get("accuracy", -1.0) * self.judged)
+        return right if 0 <= right <= self.judged and self.judged else None
 
     @cached_property
     def greedy(self) -> dict[Any, Record]:
@@ -111,9 +116,7 @@ class Evaluation:
         """Of a column that is a share of problems: how many of them, and of how many. None where that is not known."""
         if values := [value for value in self.counted.get(column, {}).values() if isinstance(value, bool)]:
             return sum(values), len(values)
-        return (
-            (self.right, self.problems) if column == "accuracy" and self.right is not None and self.problems else None
-        )
+        return (self.right, self.judged) if column == "accuracy" and self.right is not None else None
 
     def interval(self, column: str) -> Interval | None:
         """The 95 % confidence interval of the number in a column, where the answers give one."""

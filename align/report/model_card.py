@@ -188,14 +188,14 @@ def results(run: RunRecord, evaluations: Sequence[Evaluation]) -> list[EvalResul
     last = next((e for e in reversed(evaluations) if e.right is not None and e.split is None), None)
     if last is None or last.step == 0:
         return []
-    low, high = wilson_interval(last.right or 0, last.problems or 1)
+    low, high = wilson_interval(last.right or 0, last.judged)
     return [
         EvalResult(
             task_type="text-generation",
             dataset_type=", ".join(map(_hub_name, names)),
             dataset_name=", ".join(names),
             metric_type="accuracy",
-            metric_name=f"accuracy of {last.problems} held-out problems (95 % interval {low:.3f} to {high:.3f})",
+            metric_name=f"accuracy of {last.judged} held-out problems (95 % interval {low:.3f} to {high:.3f})",
             metric_value=round(last.numbers["accuracy"], 4),
         )
     ]

@@ -207,11 +207,13 @@ def describe(evaluation: Evaluation) -> str:
         rates += f", {evaluation.truncated:.0%} of the answers cut off"
     too_long = evaluation.too_long
     not_asked = f"; {too_long} have prompts that are too long, and count as not right" if too_long else ""
+    unjudged = evaluation.problems - evaluation.judged
+    left_out = f"; {unjudged} could not be judged, and do not count" if unjudged else ""
     if not evaluation.scored:
         return (
             f"{evaluation.problems} held-out prompts answered in {evaluation.mean_length:.1f} tokens on average{rates}"
         )
-    return f"{evaluation.accuracy:.1%} of {evaluation.problems} held-out problems right{by_domain}{sampled}{rates}{not_asked}"
+    return f"{evaluation.accuracy:.1%} of {evaluation.judged} held-out problems right{by_domain}{sampled}{rates}{not_asked}{left_out}"
 
 
 def main_rates(evaluation: Evaluation) -> dict[str, float]:

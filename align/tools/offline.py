@@ -114,7 +114,7 @@ def evaluate_file(
         sampled += f"; {result.truncated:.0%} of the answers were cut off at {max_new_tokens} tokens"
     too_long = f"; {result.too_long} have prompts that are too long, and count as not right" if result.too_long else ""
     return (
-        f"{result.accuracy:.1%} of {result.problems} right by {term.component}, mean value {value:.3f}{sampled} ({verdicts}{too_long}); "
+        f"{result.accuracy:.1%} of {result.judged} right by {term.component}, mean value {value:.3f}{sampled} ({verdicts}{too_long}); "
         f"answers are in {out}"
     )
 

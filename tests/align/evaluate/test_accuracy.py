@@ -46,6 +46,7 @@ def test_an_answer_that_nobody_could_judge_is_not_a_wrong_one() -> None:
     assert found.by_domain["arithmetic"] == 1.0
     assert isnan(found.by_domain["code"])
     assert found.verdicts == {"pass": 1, "infra_error": 2}
+    assert (found.problems, found.judged) == (3, 1)
 
 
 def test_without_rewards_there_is_no_accuracy_but_answers_to_read(

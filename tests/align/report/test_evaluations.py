@@ -97,6 +97,13 @@ def test_what_an_evaluation_is_compared_with(
     assert " ".join(row.before.name if row.before else "-" for row in rows) == against
 
 
+def test_answers_that_could_not_be_judged_are_no_part_of_an_accuracy_without_its_rows(write_run: WriteRun) -> None:
+    verdicts = {"pass": 57, "wrong": 38, "infra_error": 5}
+    record = {"stage": "x", "step": 3, "name": "after", "problems": 100, "accuracy": 0.6, "verdicts": verdicts}
+    [made] = compared(write_run, [], [(record, [])])
+    assert (made.right, made.judged, made.share("accuracy")) == (57, 95, (57, 95))
+
+
 @pytest.mark.parametrize("is_gone", [True, False])
 def test_completions_that_are_gone_or_another_evaluations_do_not_count_as_pairs(
     write_run: WriteRun, is_gone: bool

@@ -43,6 +43,12 @@ def test_single_kinds_are_not_told_in_the_line_of_an_evaluation() -> None:
     assert describe(evaluated(20)) == told.format(" (0.0% to 19.0% in 20 domains)")
 
 
+def test_a_share_is_told_of_the_answers_that_could_be_judged() -> None:
+    told = describe(replace(evaluated(1), verdicts={"pass": 15, "infra_error": 3}))
+    assert told.startswith("25.0% of 57 held-out problems right, ")
+    assert told.endswith("; 3 could not be judged, and do not count")
+
+
 @pytest.mark.parametrize(("domains", "columns"), [(1, 0), (3, 3), (20, 0)])
 def test_the_table_of_a_run_has_no_column_for_each_kind_or_each_of_many_domains(domains: int, columns: int) -> None:
     told = []

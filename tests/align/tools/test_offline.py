@@ -4,12 +4,14 @@ import json
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import yaml
 
 from align.cli import main
 from align.errors import UserError
+from align.evaluate.accuracy import Evaluation
 from align.model.policy import load_tokenizer
 from align.recipe import ModelOptions
 from align.tools import offline
@@ -103,6 +105,21 @@ def test_rows_that_the_template_refuses_are_told_together(policy: ModelOptions, 
             *(policy, str(file), tmp_path / "out.jsonl", FleetOptions(workers=1, max_length=512), 8),
             RewardTerm(name="exact_answer"),
         )
+
+
+def test_the_share_that_is_right_is_told_of_the_answers_that_could_be_judged(
+    policy: ModelOptions, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    found = Evaluation(100, 1.0, 8.0, 0.0, verdicts={"infra_error": 90, "pass": 10})
+    for name, stand_in in {"running_fleet": nullcontext(Mock()), "ScoringPool": Mock(), "evaluate": found}.items():
+        monkeypatch.setattr(offline, name, lambda *_, stand_in=stand_in, **__: stand_in)
+    file = write_rows(tmp_path / "problems.jsonl", [PROBLEM])
+    told = evaluate_file(
+        *(policy, str(file), tmp_path / "out.jsonl", FleetOptions(workers=1, max_length=512), 8),
+        RewardTerm(name="exact_answer"),
+    )
+    assert told.startswith("100.0% of 10 right by exact_answer")
+    assert "(90 infra_error, 10 pass)" in told
 
 
 @pytest.mark.parametrize("trusted", [False, True])

@@ -103,6 +103,13 @@ def test_the_front_matter_is_what_the_hub_reads(run: Path) -> None:
     assert result["metrics"][0]["name"] == "accuracy of 200 held-out problems (95 % interval 0.686 to 0.805)"
 
 
+def test_its_interval_is_of_the_answers_that_could_be_judged(run: Path) -> None:
+    file = run / "evaluations.jsonl"
+    file.write_text(file.read_text().replace('{"pass": 150}', '{"pass": 135, "infra_error": 20}'))
+    [result] = card(run)[0]["model-index"][0]["results"]
+    assert result["metrics"][0]["name"] == "accuracy of 180 held-out problems (95 % interval 0.682 to 0.808)"
+
+
 def test_the_text_has_data_evaluations_curves_and_how_to_load_it(run: Path) -> None:
     _, text = card(run)
     assert (
