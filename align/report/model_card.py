@@ -193,7 +193,7 @@ def results(run: RunRecord, evaluations: Sequence[Evaluation]) -> list[EvalResul
         EvalResult(
             task_type="text-generation",
             dataset_type=", ".join(map(_hub_name, names)),
-            dataset_name=", ".join(names),
+            dataset_name=", ".join(map(_card_name, names)),
             metric_type="accuracy",
             metric_name=f"accuracy of {last.judged} held-out problems (95 % interval {low:.3f} to {high:.3f})",
             metric_value=round(last.numbers["accuracy"], 4),
@@ -227,7 +227,7 @@ def curve_rows(stage: Stage) -> list[list[str]]:
 def recipe_text(stage: Stage) -> str:
     """The recipe of a stage as YAML, without what belongs to the machine or is not given, and with names of local files in place of paths."""
     kept = {key: value for key, value in stage.recipe.items() if key not in MACHINE}
-    return yaml.safe_dump(_names_of_files(without_secrets_in(kept)), sort_keys=False, allow_unicode=True, width=110)
+    return yaml.safe_dump(names_of_files(without_secrets_in(kept)), sort_keys=False, allow_unicode=True, width=110)
 
 
 def usage_of(final: Path, name: str) -> str:
@@ -239,19 +239,28 @@ def usage_of(final: Path, name: str) -> str:
 
 
 def _hub_name(data: str) -> str:
-    """What the data of a card are called on the hub; the name itself of others."""
+    """What the data of a card are called on the hub; the name of others."""
     try:
-        return _of_card(load_card(data), "").hub or data
+        return _of_card(load_card(data), "").hub or _card_name(data)
     except UserError:
-        return data
+        return _card_name(data)
+
+
+def _card_name(data: str) -> str:
+    """The name of a data card that may be given by its path; other names as they are."""
+    return Path(data).stem if data.endswith(".md") else data
+
+
+def name_of_model(directory: Path) -> str:
+    """What a model on this machine is called: of what a run has made, the run."""
+    return directory.absolute().parent.name if directory.name == "final" else directory.name
 
 
 def _of_model(model: str, use: str = "") -> Source:
-    """A model on this machine or on the hub. What a run has made is called as the run."""
+    """A model on this machine or on the hub."""
     path = Path(model).expanduser()
     if path.is_dir() or path.is_absolute():
-        name = path.absolute().parent.name if path.name == "final" else path.name
-        return Source(name, use=use, **_card_licence(path / "README.md"))
+        return Source(name_of_model(path), use=use, **_card_licence(path / "README.md"))
     return Source(model, use=use, hub=model if HUB_NAME.fullmatch(model) else "", **_card_licence(model))
 
 
@@ -292,11 +301,12 @@ def _at(series: Series, step: int) -> str:
     return f"{values[-1]:.4g}" if values else ""
 
 
-def _names_of_files(value: Any) -> Any:
+def names_of_files(value: Any) -> Any:
+    """A value of JSON or YAML without what is null, and with names in place of the absolute paths in it."""
     if isinstance(value, Mapping):
-        return {key: _names_of_files(item) for key, item in value.items() if item is not None}
+        return {key: names_of_files(item) for key, item in value.items() if item is not None}
     if isinstance(value, list):
-        return [_names_of_files(item) for item in value]
+        return [names_of_files(item) for item in value]
     return re.sub(r"^[~/].*/", "", value) if isinstance(value, str) else value
 
 

@@ -1,5 +1,6 @@
 """A finished run made ready for others: a model card beside its weights, and both in a repository of the Hugging Face hub."""
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,10 +9,12 @@ from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
 from align.errors import UserError
+from align.model.lora import ADAPTER_DIRECTORY
 from align.model.policy import first_line
-from align.report.model_card import is_edited, model_card
+from align.report.model_card import is_edited, model_card, name_of_model, names_of_files
 from align.report.read import RunRecord, read_run
 from align.run import RunDirectory, redacted, write_atomically
+from reward.learned import NOTES
 
 CARD = "README.md"
 OF_GIT = ".gitattributes"
@@ -76,6 +79,8 @@ def check_name(to: str) -> None:
 def push(folder: Path, to: str, *, public: bool, overwrite: bool) -> str:
     """Commit the files of a folder to a repository, which is made where it is not there, private unless `public`; returns its address.
 
+    Those that name places of this machine are pushed as `with_names` has them.
+
     Raises UserError where the repository has files and `overwrite` is false, where it is public and `public` is false or the other way round,
     without a token, and for whatever the hub refuses.
     """
@@ -103,15 +108,35 @@ def push(folder: Path, to: str, *, public: bool, overwrite: bool) -> str:
                 else "public: give --public to push to it"
             )
             raise UserError(f"{to} is {how}")
-        named = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+        named = {file: file for file in sorted(folder.rglob("*")) if file.is_file()} | with_names(folder)
         # One commit, after everything is uploaded: whoever loads the model has all of one or all of the other.
         api.create_commit(
             to,
-            [CommitOperationAdd(file.relative_to(folder).as_posix(), file) for file in named],
+            [CommitOperationAdd(file.relative_to(folder).as_posix(), content) for file, content in named.items()],
             commit_message="Upload by align publish",
             parent_commit=there.sha,
         )
     return f"{constants.ENDPOINT}/{to}"
+
+
+def with_names(folder: Path) -> dict[Path, bytes]:
+    """What is pushed in place of the files of a model that name places of this machine: the same with names."""
+    found: dict[Path, bytes] = {}
+    if (notes := folder / NOTES).is_file():
+        found[notes] = as_json(names_of_files(json.loads(notes.read_text(encoding="utf-8"))))
+    config = folder / ADAPTER_DIRECTORY / "adapter_config.json"
+    about = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    if Path(base := str(about.get("base_model_name_or_path"))).is_absolute():
+        name, card = name_of_model(Path(base)), config.with_name(CARD)
+        found[config] = as_json(about | {"base_model_name_or_path": name})
+        if card.is_file():  # PEFT writes one
+            found[card] = card.read_text(encoding="utf-8").replace(base, name).encode()
+    return found
+
+
+def as_json(value: object) -> bytes:
+    """JSON as files have it."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 @contextmanager

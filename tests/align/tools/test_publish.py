@@ -288,6 +288,35 @@ def test_it_is_pushed_whole_in_one_commit_to_a_private_repository(run: Path, hub
     assert list(hub.objects.values()) == [WEIGHTS]
 
 
+def test_no_place_of_this_machine_is_pushed(tmp_path: Path, hub: Hub) -> None:
+    data_card = tmp_path / "stories.md"
+    kept = (POLICY.parents[2] / "data_cards" / "nano_math.md").read_text()
+    data_card.write_text(kept.replace("name: nano_math", "name: stories"))
+    run = make_run(tmp_path / "judge", "reward_model", evaluation={"cards": [str(data_card)]})
+    notes = {"mean": 1.5, "std": 2.0, "data": [{"card": str(data_card)}, {"path": str(tmp_path / "mine.jsonl")}]}
+    base = str(tmp_path / "sft" / "final")
+    written = {
+        "reward_model.json": json.dumps(notes),
+        "adapter/adapter_config.json": json.dumps({"base_model_name_or_path": base, "r": 4, "revision": None}),
+        "adapter/README.md": f"---\nbase_model: {base}\ntags:\n- base_model:adapter:{base}\n---\n",
+    }
+    (run / "final" / "adapter").mkdir()
+    for name, text in written.items():
+        (run / "final" / name).write_text(text)
+    assert main(["publish", str(run), "--to", "me/judge"]) == 0
+    files = hub.repositories["me/judge"].files
+    assert not [name for name, content in files.items() if str(tmp_path).encode() in content]
+    assert json.loads(files["reward_model.json"])["data"] == [{"card": "stories.md"}, {"path": "mine.jsonl"}]
+    assert json.loads(files["adapter/adapter_config.json"]) == {
+        "base_model_name_or_path": "sft",
+        "r": 4,
+        "revision": None,
+    }
+    assert "base_model: sft\n" in files["adapter/README.md"].decode()
+    assert b"    name: stories\n" in files["README.md"]
+    assert {name: (run / "final" / name).read_text() for name in written} == written
+
+
 def test_where_the_hubs_client_has_xet_the_weights_go_that_way(
     run: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
