@@ -168,9 +168,8 @@ def text_after_answer(tokenizer: Any) -> str:
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": ROUND_TRIP.strip()}]
     try:
         before, _, after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(ROUND_TRIP.strip())
-    except (
-        Exception
-    ):  # a template's own errors are jinja's, and whatever its expressions raise; `check_demonstrations` tells them
+    # A template's own errors are jinja's, and whatever its expressions raise; `check_demonstrations` tells them.
+    except Exception:
         return ""
     return str(after) if before else ""
 
@@ -344,7 +343,8 @@ def check_served(skeleton: Any, dtype: str, rollout: FleetOptions) -> Finding:
     if latent := getattr(config, "kv_lora_rank", None):  # of a head, vLLM keeps the latent and the rotary key
         of, size, cpu_sizes = "kv_lora_rank + qk_rope_head_dim", latent + config.qk_rope_head_dim, CPU_LATENTS
     else:
-        of, size, cpu_sizes = "a head", getattr(config, "head_dim", None) or config.hidden_size // heads, CPU_HEADS
+        widths = (getattr(layer, "head_dim", None) or layer.hidden_size // heads for layer in config.per_layer_config)
+        of, size, cpu_sizes = "a head", max(widths), CPU_HEADS
     refused = ""
     if not skeleton.config.architectures:
         refused = f'config.json names no architectures, without which vLLM loads no head. Cure: "architectures": ["{name}"] there'

@@ -257,13 +257,18 @@ def has_fused_experts(model: Any) -> bool:
 
 
 def attention_sizes(config: Any) -> tuple[int, int, int]:
-    """The heads of a model, and the widths of a head's keys and of its values, which differ in latent attention."""
+    """The heads of a model, and the widths of a head's keys and of its values, which differ in latent attention; of layers that differ, the widest."""
     config = config.get_text_config()
     heads = config.num_attention_heads
     if getattr(config, "kv_lora_rank", None):
         return heads, config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    width = max(map(head_width, config.per_layer_config))
     return heads, width, width
+
+
+def head_width(layer: Any) -> int:
+    """The width of a head of attention that is not latent, by the configuration of its layer: those of Gemma 4 differ."""
+    return getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
 
 
 def attention_kernel(model: Any, device: torch.device) -> str:

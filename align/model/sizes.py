@@ -15,7 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from align.errors import UserError
 from align.model.lora import block_of, chosen_parts
-from align.model.policy import first_line
+from align.model.policy import first_line, head_width
 from align.recipe import LoraOptions, ModelOptions
 from rollout.types import expert_dtype
 
@@ -159,24 +159,38 @@ def shapes_of(model: ModelOptions) -> Any:
 
 
 def model_sizes(model: Any) -> ModelSizes:
-    """The sizes of a model, whatever device it is on."""
+    """The sizes of a model, whatever device it is on. Raises UserError as `share_of_experts` does."""
     config = model.config.get_text_config()
     heads, layers = config.num_attention_heads, config.num_hidden_layers
     if getattr(config, "kv_lora_rank", None):
-        kv = config.kv_lora_rank + config.qk_rope_head_dim
+        kv = layers * (config.kv_lora_rank + config.qk_rope_head_dim)
     else:
-        head = getattr(config, "head_dim", None) or config.hidden_size // heads
-        kv = 2 * head * (getattr(config, "num_key_value_heads", None) or heads)
-    experts = getattr(config, "n_routed_experts", None) or getattr(config, "num_experts", None)
+        each = config.per_layer_config
+        kv = sum(2 * head_width(layer) * (getattr(layer, "num_key_value_heads", None) or heads) for layer in each)
     return ModelSizes(
         parameters={name: tuple(parameter.shape) for name, parameter in model.named_parameters()},
         layers=layers,
         hidden=config.hidden_size,
         vocabulary=config.vocab_size,
         heads=heads,
-        kv_a_token=kv * layers,
-        experts_a_token=config.num_experts_per_tok / experts if experts else 1.0,
+        kv_a_token=kv,
+        experts_a_token=share_of_experts(config),
     )
+
+
+def share_of_experts(config: Any) -> float:
+    """The share of its routed experts that a token goes through, by a model's configuration; 1 without any. Raises UserError where it names no such number."""
+    experts = getattr(config, "n_routed_experts", None) or getattr(config, "num_experts", None)
+    if not experts:
+        return 1.0
+    # Gemma 4 has a name of its own.
+    chosen = getattr(config, "num_experts_per_tok", None) or getattr(config, "top_k_experts", None)
+    if not isinstance(chosen, int):
+        raise UserError(
+            f"model.path: config.json of this {config.model_type} must say through how many of its {experts} experts a token goes "
+            f"(num_experts_per_tok), and it has {chosen}"
+        )
+    return chosen / experts
 
 
 def sizes_of(path: str) -> ModelSizes:

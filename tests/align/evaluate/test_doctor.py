@@ -28,6 +28,7 @@ from align.evaluate.doctor import (
     check_experts,
     check_round_trip,
     check_routing,
+    check_served,
     check_softmax_scale,
     check_template,
     examine,
@@ -300,6 +301,15 @@ def test_what_this_machine_does_not_take_the_nodes_of_a_cluster_may(
     narrow_heads(tmp_path / "model")
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     examined(tmp_path / "model")
+
+
+def test_of_layers_that_differ_the_widest_heads_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 64}
+    skeleton = empty_model({"model_type": "gemma4_text", "num_hidden_layers": 6, "global_head_dim": 128, **small})
+    skeleton.config.architectures = ["Gemma4ForCausalLM"]
+    monkeypatch.setattr("align.evaluate.doctor.is_known_to_vllm", lambda _: True)
+    status, detail = check_served(skeleton, "float32", FleetOptions(workers=1, max_length=64))
+    assert (status, detail) == (CheckStatus.OK, "takes Gemma4ForCausalLM with heads of 256")
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from align.errors import UserError
 from align.model.names import from_checkpoint, to_checkpoint
+from align.model.policy import attention_sizes
 from align.model.sizes import empty_model, model_sizes, read_config
 
 LITE, V2, NANO = "deepseek-ai/DeepSeek-V2-Lite", "deepseek-ai/DeepSeek-V2", "recipes/nano/policy"
@@ -117,6 +118,24 @@ def test_a_model_that_reads_images_too_has_the_sizes_of_its_text() -> None:
     }
     sizes = model_sizes(empty_model({"model_type": "gemma3", "text_config": text, "vision_config": vision}))
     assert (sizes.layers, sizes.hidden, sizes.kv_a_token) == (3, 64, 3 * 2 * 2 * 16)
+
+
+GEMMA = {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2, "num_hidden_layers": 2}
+GEMMA |= {"intermediate_size": 48, "moe_intermediate_size": 16, "vocab_size": 64, "num_experts": 8}
+
+
+def test_layers_of_gemma_4_have_heads_of_several_widths_and_its_experts_another_key() -> None:
+    kinds = {"layer_types": ["sliding_attention", "full_attention"], "head_dim": 16, "global_head_dim": 64}
+    gemma = empty_model({"model_type": "gemma4_text", "enable_moe_block": True, "top_k_experts": 2, **kinds, **GEMMA})
+    sizes = model_sizes(gemma)
+    assert (sizes.kv_a_token, sizes.experts_a_token) == (2 * 2 * (16 + 64), 2 / 8)
+    assert attention_sizes(gemma.config) == (2, 64, 64)
+
+
+def test_one_number_of_experts_a_token_is_wanted_of_all_layers() -> None:
+    hunyuan = empty_model({"model_type": "hunyuan_v1_moe", "moe_topk": [2, 4], "head_dim": 16, **GEMMA})
+    with pytest.raises(UserError, match=r"how many of its 8 experts .*num_experts_per_tok.*, and it has \[2, 4\]"):
+        model_sizes(hunyuan)
 
 
 def test_a_configuration_that_contradicts_itself_is_refused() -> None:
