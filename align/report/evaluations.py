@@ -134,6 +134,11 @@ class Evaluation:
         more = ("reward", "tokens", "finish_reason", "counted")
         return read_table(self.file, (*columns, *more)).to_pylist() if self.file else []
 
+    def comparable(self, others: Iterable["Evaluation"]) -> list["Evaluation"]:
+        """Those of the others that measured the same kind of thing: of the same split or by the same hook, and some of the same numbers."""
+        alike = [each for each in others if (each.split, each.hook) == (self.split, self.hook)]
+        return [each for each in alike if each.numbers.keys() & self.numbers.keys()]
+
     def pairs_with(self, before: "Evaluation") -> bool:
         """Whether both have the greedy answers to the same problems, which are those that their records counted."""
         return bool(self.counted and before.counted) and self.greedy.keys() == before.greedy.keys()
@@ -148,8 +153,8 @@ def compared_evaluations(run: RunRecord) -> list[Evaluation]:
     """The evaluations of all stages in the order in which they were made, each with its changes.
 
     Each is compared with the last one of the stage that made the policy, else of the stage before, on the same problems
-    where there is such a one; in the first stage, with that stage's first one. Evaluations by which checkpoints are
-    chosen are compared with one another alone, and so is what a hook measured. What the tables of completions count has a
+    where there is such a one; where there is none, with the first one of its own stage. Evaluations by which checkpoints
+    are chosen are compared with one another alone, and so is what a hook measured. What the tables of completions count has a
     95 % interval: paired where both hold the same problems; else shares have an unpaired one.
     """
     evaluations: list[Evaluation] = []
@@ -159,14 +164,7 @@ def compared_evaluations(run: RunRecord) -> list[Evaluation]:
         made = [Evaluation(stage, record) for record in stage.evaluations]
         before = by_product.get(Path(stage.model_path).absolute(), before)
         for position, evaluation in enumerate(made):
-            earlier = before or made[:position]
-            candidates = [
-                e
-                for e in earlier
-                if (e.split, e.hook) == (evaluation.split, evaluation.hook)
-                and e.numbers.keys() & evaluation.numbers.keys()
-            ]
-            candidates = candidates if before else candidates[:1]
+            candidates = evaluation.comparable(before) or evaluation.comparable(made[:position])[:1]
             alike = [each for each in candidates if evaluation.pairs_with(each)] or candidates
             if alike:
                 evaluation.before = alike[-1]

@@ -77,12 +77,12 @@ def test_other_problems_are_compared_as_two_samples(write_run: WriteRun) -> None
 @pytest.mark.parametrize(
     ("sft", "grpo", "against"),
     [
-        # The last evaluation of the stage before; in the first stage, its first one.
+        # The last evaluation of the stage before; where none fits, the first one of the same stage.
         (["before:wwww", "step 9:wwwr", "after:wwrr"], ["step 20:wrrr", "end:rrrr"], "- before before after after"),
         # Of several sets of problems, the same one.
         (["math:wwrr", "code:wwwww"], ["math 2:wrrr", "code 2:wwwwr"], "- math math code"),
         # Problems by which checkpoints are chosen are compared with one another alone.
-        (["sft:rwww"], ["v1:rrrw", "v2:rrrw", "end:rrww"], "- - - sft"),
+        (["sft:rwww"], ["v1:rrrw", "v2:rrrw", "end:rrww"], "- - v1 sft"),
         ([], ["start:rwww", "v1:rrrw", "v2:rrrw", "end:rrww"], "- - v1 start"),
     ],
 )
