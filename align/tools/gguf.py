@@ -9,6 +9,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import isclose
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,19 @@ def check_rope(file: Path, fields: Mapping[str, Any], tensors: Iterable[str]) ->
         )
 
 
+def check_rope_base(contents: Contents, config: Any) -> None:
+    """Raise UserError where transformers has another rotary base than the file: of StarCoder2, for one, it does not read it."""
+    base = contents.fields.get(f"{contents.fields['general.architecture']}.rope.freq_base")
+    rope = getattr(config, "rope_parameters", None) or {}
+    # Those of several kinds of layers have one for each.
+    read = [each["rope_theta"] for each in (rope, *rope.values()) if isinstance(each, dict) and "rope_theta" in each]
+    if base is not None and read and not any(isclose(base, each, rel_tol=1e-6) for each in read):
+        raise UserError(
+            f"{contents.file}: its rotary base is {base:g}, which transformers does not read from GGUF (it takes {read[0]:g}); take the model's "
+            "original Hugging Face directory instead"
+        )
+
+
 def check_types(file: Path, tensors: Sequence[Any]) -> None:
     """Raise UserError unless every tensor's quantisation can be taken back to numbers."""
     from gguf import dequantize
@@ -235,6 +249,7 @@ def write_model(contents: Contents, tokenizer: Any, directory: Path, dtype: str)
             )
     except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError) as error:
         raise UserError(f"{file}: transformers cannot load its weights: {first_line(error)}") from None
+    check_rope_base(contents, model.config.get_text_config())
     if lost := sorted(map(str, {*report["missing_keys"], *report["mismatched_keys"]} - tied_names(model))):
         raise UserError(
             f"{file}: {len(lost)} of its tensors do not have the shapes that its metadata give, or are not there, {lost[0]} for one"

@@ -71,7 +71,7 @@ def make(tmp_path: Path) -> Make:
         ):
             writer.add_uint32(f"{architecture}.{name}", value)
         writer.add_float32(f"{architecture}.attention.layer_norm_rms_epsilon", 1e-5)
-        writer.add_float32(f"{architecture}.rope.freq_base", 10_000.0)
+        writer.add_float32(f"{architecture}.rope.freq_base", fields.pop("base", 10_000.0))
         if scaling := fields.pop("scaling", None):
             writer.add_rope_scaling_type(scaling)
         names = fields.pop("tokens", tokens())
@@ -109,7 +109,7 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
 
 
 def test_the_directory_is_the_model(make: Make, tmp_path: Path) -> None:
-    told = convert_gguf(make(), tmp_path / "out", dtype="float32")
+    told = convert_gguf(make(base=999_999.4), tmp_path / "out", dtype="float32")
     assert "an answer ends with <|im_end|>" in told[0]
     assert not any("precision" in line for line in told), "nothing was quantised"
     stored = weights(tmp_path / "out")
@@ -118,6 +118,7 @@ def test_the_directory_is_the_model(make: Make, tmp_path: Path) -> None:
     np.testing.assert_array_equal(stored["model.layers.1.mlp.down_proj.weight"], original["blk.1.ffn_down.weight"])
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["tie_word_embeddings"] is True
+    assert config["rope_parameters"]["rope_theta"] == pytest.approx(999_999.4)
     assert "quantization_config" not in config
     from transformers import AutoModelForCausalLM
 
@@ -179,6 +180,7 @@ def test_a_template_can_be_given(make: Make, tmp_path: Path) -> None:
         ({"template": "{{ nothing.there }}"}, "refuses messages of user"),
         ({"scaling": gguf.RopeScalingType.YARN}, "its rotary frequencies are scaled"),
         ({"more": ["rope_freqs.weight"]}, "its rotary frequencies are scaled"),
+        ({"architecture": "starcoder2", "base": 999_999.4}, "its rotary base is 999999, which transformers does not"),
         (
             {"tokens": [*tokens()[:2], "<｜end｜>", *tokens()[3:]]},
             "does not read '<｜end｜>' as the token 2 that it is",
