@@ -149,13 +149,13 @@ def init_recipe(
     console.print(f"{out} is written. Next:\n  {command}", markup=False, highlight=False, soft_wrap=True)
 
 
-RATE = Choice("learner.optimizer.learning_rate", 1.0)
+RATE, ROOM = Choice("learner.optimizer.learning_rate", 1.0), Choice("rollout.max_length", 2**20)
 REQUIRED: Mapping[Stage, Sequence[Choice]] = {
-    "sft": [RATE, Choice("sft.steps", 1)],
-    "grpo": [RATE, Choice("grpo.steps", 1), Choice("grpo.prompts_per_step", 1), Choice("grpo.group_size", 2)],
+    "sft": [RATE, ROOM, Choice("sft.steps", 1)],
+    "grpo": [RATE, ROOM, Choice("grpo.steps", 1), Choice("grpo.prompts_per_step", 1), Choice("grpo.group_size", 2)],
     "reward_model": [RATE, Choice("reward_model.steps", 1)],
 }
-"""What a recipe must have, to be read before anything is chosen."""
+"""What a recipe must have, to be read before anything is chosen; with room for whatever the user wants sampled."""
 
 
 def from_(out: Path, name: str) -> str:
@@ -220,29 +220,42 @@ def fitting(
     tried.append(replace(tried[-1], checkpointing="less memory, more time"))
     if not machine.gpus:
         tried.append(replace(tried[-1], bfloat16="float32 takes more memory than is free"))
+    cluster, given = Cluster(1, machine.gpus, machine.gpu_memory), values_of([], overrides)
+    refused: Sequence[str] = []
     for attempt in tried:
-        choices = [*named, *chosen(stage, facts, attempt)]
+        choices = [*named, *chosen(stage, facts, attempt, given)]
         recipe = recipe_of(values_of(choices, overrides), out)
-        plan = make_plan(recipe, sizes, Cluster(1, machine.gpus, machine.gpu_memory))
+        plan = make_plan(recipe, sizes, cluster)
         need = sum(role.count * role.total for role in plan.roles)
-        if machine.gpus:
-            if not plan.refusals:
-                return recipe, choices
-            continue
-        if need <= FILLED * machine.memory:
+        refused = plan.refusals
+        if not machine.gpus and need > FILLED * machine.memory:
+            refused = [f"it needs {gib(need)} at least, on {machine}"]
+        elif not machine.gpus:
             choices.append(Choice("machine.memory_gb", math.ceil(need / GIB * 10) / 10, "what `align plan` counts"))
-            return recipe_of(values_of(choices, overrides), out), choices
-    refused = plan.refusals if machine.gpus else [f"it needs {gib(need)} at least, on {machine}"]
+            recipe = recipe_of(values_of(choices, overrides), out)
+            refused = make_plan(recipe, sizes, cluster).refusals
+        if not refused:
+            return recipe, choices
     raise UserError(f"the model cannot be trained on this machine: {'; '.join(refused)}")
 
 
-def chosen(stage: Stage, facts: Facts, thrift: Thrift) -> list[Choice]:
-    """All keys of a recipe but those that the user named."""
+def settled(choice: Choice, given: Mapping[str, Any]) -> Choice:
+    """The choice with the value that the user gave it, where there is one: what is chosen after it goes by that."""
+    value: Any = given
+    for name in choice.key.split("."):
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return choice if value is None else choice._replace(value=value)
+
+
+def chosen(stage: Stage, facts: Facts, thrift: Thrift, given: Mapping[str, Any]) -> list[Choice]:
+    """All keys of a recipe but those that the user named, which fit what the user has `given`."""
     machine = facts.machine
     processes = max(1, machine.gpus)
-    dtype = "bfloat16" if machine.gpus or thrift.bfloat16 else "float32"
-    whys = {"bfloat16": thrift.bfloat16 or "on a GPU", "float32": "which every CPU computes, and alike in all engines"}
-    found = [Choice("model.dtype", dtype, whys[dtype]), *stage_choices(stage, facts)]
+    wanted = Choice("model.dtype", "float32", "which every CPU computes, and alike in all engines")
+    if machine.gpus or thrift.bfloat16:
+        wanted = Choice("model.dtype", "bfloat16", thrift.bfloat16 or "on a GPU")
+    found = [settled(wanted, given), *stage_choices(stage, facts, given)]
+    dtype = found[0].value
     length = next(c.value for c in found if c.key.endswith("max_length"))
     if stage != "reward_model":
         found.append(Choice("rollout.workers", processes))
@@ -294,39 +307,43 @@ RATES: Mapping[Stage, tuple[float, float]] = {"sft": (1e-5, 2e-4), "grpo": (1e-6
 """The learning rate for all parameters, and for adapters."""
 
 
-def stage_choices(stage: Stage, facts: Facts) -> Iterator[Choice]:
+def stage_choices(stage: Stage, facts: Facts, given: Mapping[str, Any]) -> Iterator[Choice]:
     """How long sequences are, how many make a step, how many steps there are, and what is evaluated."""
     gpus = bool(facts.machine.gpus)
     if stage == "reward_model":
-        pairs = batch("reward_model.pairs_per_step", facts, 64 if gpus else 16)
-        yield length("reward_model.max_length", facts.sequences, facts.positions)
+        pairs = settled(batch("reward_model.pairs_per_step", facts, 64 if gpus else 16), given)
+        yield settled(length("reward_model.max_length", facts.sequences, facts.positions), given)
         yield pairs
-        yield steps("reward_model", pairs.value, facts)
+        yield settled(steps("reward_model", pairs.value, facts), given)
         return
     if stage == "sft":
         answer = up(nearest_rank(facts.answers, 0.95), 16)
         new, why = min(answer, 512 if gpus else 128), "as long as most answers of the data, within reason"
     else:
         new, why = (1024, "room to reason") if gpus else (128, "short, for a CPU: raise it for answers that reason")
-    if facts.positions is not None:
-        new = min(new, max(16, facts.positions - up(nearest_rank(facts.prompts, 0.99))))
-    needed = [*(facts.sequences if stage == "sft" else ()), *(prompt + new for prompt in facts.prompts)]
-    yield length("rollout.max_length", needed, facts.positions)
+    room = settled(Choice("rollout.max_length", facts.positions), given).value
+    if room is not None:
+        new = min(new, max(16, room - up(nearest_rank(facts.prompts, 0.99))))
+    answers = settled(Choice(f"{'evaluation' if stage == 'sft' else 'sampling'}.max_new_tokens", new, why), given)
+    asked = settled(Choice("evaluation.max_new_tokens", answers.value, why if stage == "sft" else ""), given)
+    longest = max(answers.value, asked.value)
+    needed = [*(facts.sequences if stage == "sft" else ()), *(prompt + longest for prompt in facts.prompts)]
+    yield settled(length("rollout.max_length", needed, facts.positions), given)
     if stage == "sft":
-        sequences = batch("sft.sequences_per_step", facts, 64 if gpus else 32)
+        sequences = settled(batch("sft.sequences_per_step", facts, 64 if gpus else 32), given)
         yield sequences
-        made = steps("sft", sequences.value, facts)
+        made = settled(steps("sft", sequences.value, facts), given)
         yield made
         yield Choice("sft.validate_every", max(1, made.value // 10))
         yield Choice("evaluation.limit", 256 if gpus else 32)
     else:
-        prompts = batch("grpo.prompts_per_step", facts, 32 if gpus else 8)
-        yield Choice("sampling.max_new_tokens", new, why)
+        prompts = settled(batch("grpo.prompts_per_step", facts, 32 if gpus else 8), given)
+        yield answers
         yield prompts
         yield Choice("grpo.group_size", 8)
-        yield steps("grpo", prompts.value, facts)
+        yield settled(steps("grpo", prompts.value, facts), given)
         yield Choice("evaluation.limit", 256 if gpus else 64)
-    yield Choice("evaluation.max_new_tokens", new, why if stage == "sft" else "")
+    yield asked
 
 
 def length(key: str, counts: Sequence[int], positions: int | None) -> Choice:

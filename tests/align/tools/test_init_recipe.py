@@ -52,11 +52,11 @@ def _desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Machine, "here", classmethod(lambda cls: LAPTOP))
 
 
-def init(out: str = "my_sft.yaml", *overrides: str, model: str = NANO, **options: Any) -> str:
+def init(out: str = "my_sft.yaml", *overrides: str, model: str = NANO, stage: Any = "sft", **options: Any) -> str:
     console = Console(width=200)
     with console.capture() as captured:
         given = ["model.init=random", "machine.cores=1", *overrides]
-        init_recipe.init_recipe("sft", "chat.jsonl", model, Path(out), given, console, **options)
+        init_recipe.init_recipe(stage, "chat.jsonl", model, Path(out), given, console, **options)
     return captured.get()
 
 
@@ -113,6 +113,30 @@ def test_sequences_have_room_for_what_the_data_need(
     assert length("rollout.max_length", counts, positions) == ("rollout.max_length", room, why)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "sampled", "evaluated", "room", "cache"),
+    [
+        ([], 128, 128, 192, 0.25),
+        (["sampling.max_new_tokens=1024"], 1024, 1024, 1088, 0.25),
+        (["evaluation={max_new_tokens: 600}"], 128, 600, 640, 0.25),
+        (["rollout.max_length=100"], 36, 36, 100, 0.25),
+        (["sampling.max_new_tokens=1024", "rollout.max_length=131072"], 1024, 1024, 131072, 0.5),
+    ],
+)
+def test_what_is_chosen_goes_by_the_lengths_that_are_given(
+    overrides: list[str], sampled: int, evaluated: int, room: int, cache: float
+) -> None:
+    recipe, _ = fitted("grpo", facts(positions=None), *overrides)
+    assert (recipe.sampling.max_new_tokens, recipe.evaluation.max_new_tokens) == (sampled, evaluated)
+    assert (recipe.rollout.max_length, recipe.rollout.kv_cache_gb) == (room, cache)
+    assert recipe.learner.micro_batch_tokens == max(room, 1024)
+
+
+def test_other_choices_go_by_what_is_given_too() -> None:
+    recipe, _ = fitted("sft", facts(), "sft.sequences_per_step=4", "model.dtype=bfloat16")
+    assert (recipe.sft.steps, recipe.sft.validate_every, recipe.agreement.warn_mean) == (200, 20, 0.08)
+
+
 @pytest.mark.parametrize(("rows", "count"), [(1, 1), (12, 1), (16, 2), (100, 8), (256, 32), (10**6, 32)])
 def test_a_step_takes_a_power_of_two_and_an_epoch_has_eight_steps(rows: int, count: int) -> None:
     assert batch("sft.sequences_per_step", facts(rows=rows), 32).value == count
@@ -151,6 +175,14 @@ def test_overrides_go_before_what_would_be_chosen() -> None:
     recipe: Any = load_recipe(Path("mine.yaml"))
     assert (recipe.sft.steps, recipe.learner.lora.rank, recipe.data[0].held_out) == (3, 4, 0.2)
     assert "passes over the data" not in said + Path("mine.yaml").read_text()
+
+
+@pytest.mark.usefixtures("_desk")
+def test_longer_answers_than_a_recipe_has_room_for_by_itself_can_be_asked_for() -> None:
+    Path("mine.py").write_text("def f(completions): return [1.0] * len(completions)\n")
+    init("mine.yaml", "sampling.max_new_tokens=1024", stage="grpo", reward="mine.py:f")
+    recipe: Any = load_recipe(Path("mine.yaml"))
+    assert recipe.evaluation.max_new_tokens == 1024 < recipe.rollout.max_length
 
 
 @pytest.mark.usefixtures("_desk")
