@@ -1,6 +1,7 @@
 """`align merge`: an adapter that PEFT wrote, and its base, as one checkpoint that computes what both compute together."""
 
 import json
+import math
 import re
 import warnings
 from collections.abc import Mapping
@@ -98,8 +99,11 @@ def name_moved_layers(config: Any, model: Any, adapter: Path) -> None:
 
     with safe_open(adapter / WEIGHTS, framework="pt") as tensors:
         saved = {key.removeprefix("base_model.model.").partition(".lora_")[0] for key in list(tensors.keys())}
-    given = config.target_parameters or []
+    given, scaled = config.target_parameters or [], set(config.alpha_pattern)
     convert_peft_config_for_transformers(config, model, None)
+    if config.use_rslora:  # PEFT has multiplied alpha like the rank, of which this scale has the root
+        for name in config.alpha_pattern.keys() - scaled:
+            config.alpha_pattern[name] = config.lora_alpha * math.sqrt(config.rank_pattern[name] / config.r)
     if not config.target_parameters:
         return
     linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]

@@ -126,7 +126,9 @@ NAMED = ("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """What adapters made with transformers 4, whose experts are layers of their own, mostly name."""
 
 
-def adapted_by_older_peft(directory: Path, architecture: str, adapts: str, **changed: Any) -> dict[str, torch.Tensor]:
+def adapted_by_older_peft(
+    directory: Path, architecture: str, adapts: str, *, rslora: bool = False, **changed: Any
+) -> dict[str, torch.Tensor]:
     """Save a small base and an adapter as transformers 4 had it, of the layers named so that have `adapts` in their names; the sum of both."""
     torch.manual_seed(0)
     tokenizer = load_tokenizer(NANO)
@@ -139,24 +141,25 @@ def adapted_by_older_peft(directory: Path, architecture: str, adapts: str, **cha
         if layer != name and layer.endswith(NAMED) and adapts in name:
             a, b = torch.randn(4, weight.shape[1]), torch.randn(weight.shape[0], 4)
             saved |= {f"base_model.model.{layer}.lora_A.weight": a, f"base_model.model.{layer}.lora_B.weight": b}
-            weights[name] = weight + 0.5 * b @ a
+            weights[name] = weight + 2 / (4**0.5 if rslora else 4) * b @ a
     LoraConfig(
         task_type="CAUSAL_LM",
         base_model_name_or_path=str(directory / "base"),
         r=4,
         lora_alpha=2,
         lora_dropout=0.05,
+        use_rslora=rslora,
         target_modules=[f"{adapts}{name}" for name in NAMED],
     ).save_pretrained(directory / "adapter")
     save_file(saved, directory / "adapter" / "adapter_model.safetensors", metadata={"format": "pt"})
     return weights
 
 
-@pytest.mark.parametrize("adapts", ["", "shared_experts."])
+@pytest.mark.parametrize(("adapts", "rslora"), [("", False), ("", True), ("shared_experts.", False)])
 def test_an_adapter_of_transformers_4_is_merged_into_dense_shared_and_routed_layers(
-    adapts: str, tmp_path: Path
+    adapts: str, rslora: bool, tmp_path: Path
 ) -> None:
-    expected = adapted_by_older_peft(tmp_path, "DeepSeek-V2", adapts, first_k_dense_replace=1)
+    expected = adapted_by_older_peft(tmp_path, "DeepSeek-V2", adapts, rslora=rslora, first_k_dense_replace=1)
     merge_adapter(tmp_path / "adapter", tmp_path / "out")
     torch.testing.assert_close(load_file(tmp_path / "out" / "model.safetensors"), expected, atol=1e-4, rtol=1e-4)
 
