@@ -1,5 +1,6 @@
 """Recipes: `options` and `recipes` say what they can hold, `load` gets one from a file, `pipeline` puts several in order."""
 
+from align.recipe.base import Recipe, SamplingRecipe, TrainingRecipe
 from align.recipe.learner import (
     BFLOAT16_SUMS,
     MERGED_ADAPTERS,
@@ -37,11 +38,8 @@ from align.recipe.recipes import (
     GrpoRecipe,
     PolicyRecipe,
     PreferencesRecipe,
-    Recipe,
     RewardModelRecipe,
-    SamplingRecipe,
     SftRecipe,
-    TrainingRecipe,
 )
 from align.recipe.roles import Roles
 

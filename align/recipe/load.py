@@ -13,9 +13,10 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from align.errors import UserError, nearest
+from align.recipe.base import Recipe
 from align.recipe.dtype import with_dtype_chosen
 from align.recipe.options import ModelOptions, is_on_hub
-from align.recipe.recipes import STAGES, GrpoRecipe, Recipe
+from align.recipe.recipes import STAGES, GrpoRecipe
 from align.shipped import found
 from reward.own.file import split as split_name
 
