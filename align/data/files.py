@@ -230,11 +230,11 @@ def as_json(value: Any) -> Any:
     """A value as files of JSON have it: a decimal as a number, or as text where no float is the same; a date or a time as its text."""
     if isinstance(value, dict):
         return {key: as_json(item) for key, item in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):  # a map of Parquet is a list of pairs
         return [as_json(item) for item in value]
     if isinstance(value, Decimal):
         number = int(value) if value == value.to_integral_value() else float(value)
-        return number if Decimal(repr(number)) == value else str(value)
+        return number if Decimal(repr(number)) == value else format(value, "f")
     return str(value) if isinstance(value, date | time | timedelta) else value
 
 

@@ -87,7 +87,7 @@ def example_of(form: Form, row: Row, identity: str, domain: str = DOMAIN) -> Exa
         last = max(place for place, turn in enumerate(turns) if turn["role"] == "assistant")
     # What nobody has answered is asked whole, and SFT learns from the answers before it.
     prompt = turns if turns[-1]["role"] in ("user", "tool") else turns[:last]
-    if not any(turn["role"] == "user" for turn in prompt):
+    if not any(turn["role"] == "user" for turn in turns[:last]):
         raise UserError(f"{row.where}: no message of the user comes before the {'answer' if demonstrated else 'end'}")
     return Example(
         id=identity,
@@ -261,32 +261,48 @@ def _pair(row: Row) -> Pair:
     texts = [_is_answer_text(row, column) for column in ("chosen", "rejected")]
     if texts[0] != texts[1]:
         raise UserError(f"{row.where}: one of chosen and rejected is a text, and the other is not")
-    prompt, columns = _prompt_beside(row)
+    column = "prompt" if _filled(row, "prompt") else prompt_column(row.values)
+    prompt, columns = _asked_in(row, column) if column else Conversation((), ())
     if not texts[0]:
-        pair = _pair_of_messages(row, prompt)
-    elif prompt:
-        pair = Pair(prompt, row.filled("chosen"), row.filled("rejected"))
-    else:
-        pair = _pair_of_texts(row)
-    return pair._replace(columns=columns)
+        chosen, rejected = row.conversation("chosen"), row.conversation("rejected")
+        if not prompt and not _shared(chosen, rejected):
+            prompt, columns = _instructed(row)
+        return _pair_of_messages(row, prompt, chosen, rejected)._replace(columns=columns)
+    if not prompt and not _begin_with_a_prompt(row):
+        prompt, columns = _instructed(row)
+    if prompt:
+        return Pair(prompt, row.filled("chosen"), row.filled("rejected"), columns)
+    return _pair_of_texts(row)
 
 
-def _prompt_beside(row: Row) -> Conversation:
-    """The prompt of a pair that has columns of its own, which may be Alpaca's or distilabel's `input`; without turns where there is none."""
-    if column := "prompt" if _filled(row, "prompt") else prompt_column(row.values):
-        return _asked_in(row, column)
-    if _filled(row, "instruction") and isinstance(row.values["instruction"], str):
-        return _instruction(row)
-    if _filled(row, "input") and isinstance(row.values["input"], str):
-        return _asked_in(row, "input")
-    return Conversation((), ())
+def _instructed(row: Row) -> Conversation:
+    """The prompt of a pair in Alpaca's columns, or in distilabel's `input`; without turns where there is none. Raises UserError beside other columns that
+    may be a part of it."""
+    columns = [column for column in MAYBE_PROMPTS if _filled(row, column)]
+    read = [column for column in ("instruction", "input") if isinstance(row.values.get(column), str)]
+    if other := next((column for column in columns if column not in read), None):
+        raise row.error(other, "may be the prompt, and is not read as one: call it prompt, or take it out")
+    if not columns:
+        return Conversation((), ())
+    return _instruction(row) if "instruction" in columns else _asked_in(row, "input")
 
 
-def _pair_of_messages(row: Row, prompt: Turns) -> Pair:
-    chosen, rejected = row.conversation("chosen"), row.conversation("rejected")
+def _begin_with_a_prompt(row: Row) -> bool:
+    """Whether both texts of a pair begin with a dialogue of hh-rlhf, or with what a column asks."""
+    both = (row.filled("chosen"), row.filled("rejected"))
+    asked_before = [row.values[c].strip() for c in ("instruction", "input") if isinstance(row.values.get(c), str)]
+    return any(start and all(text.startswith(start) for text in both) for start in ("\n\nHuman:", *asked_before))
+
+
+def _shared(chosen: Turns, rejected: Turns) -> bool:
+    """Whether two conversations differ in their last turn alone."""
+    return len(chosen) > 1 and chosen[:-1] == rejected[:-1]
+
+
+def _pair_of_messages(row: Row, prompt: Turns, chosen: Turns, rejected: Turns) -> Pair:
     if prompt and chosen[: len(prompt)] == rejected[: len(prompt)] == prompt:
         chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
-    elif len(chosen) > 1 and chosen[:-1] == rejected[:-1]:
+    elif _shared(chosen, rejected):
         prompt, chosen, rejected = chosen[:-1], chosen[-1:], rejected[-1:]
     for column, turns in (("chosen", chosen), ("rejected", rejected)):
         if [turn["role"] for turn in turns] != ["assistant"]:
@@ -309,8 +325,6 @@ def _pair_of_texts(row: Row) -> Pair:
             return Pair(*hh_pair(chosen, rejected))
         except NothingToJudgeBy as reason:
             raise UserError(f"{row.where}: {reason}") from None
-    if other := next((column for column in MAYBE_PROMPTS if _filled(row, column)), None):
-        raise row.error(other, "may be the prompt, and is not read as one: call it prompt, or take it out")
     alike = takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False))
     common = re.sub(r"\S*\Z", "", "".join(character for character, _ in alike))
     if not common.strip() or not chosen[len(common) :] or not rejected[len(common) :]:

@@ -92,7 +92,7 @@ def _answer(row: Row) -> Answer:
     if column is None or (column == "answer" and {"completion", "response"} & row.values.keys()):
         raise UserError(f"{row.where}: no answer; a row has it as text in `completion` or `response`")
     said = row.values[column]
-    text = said if isinstance(said, str) else row.completion(column)
+    text = said if isinstance(said, str) else row.messages(column, "assistant")[-1]["content"]
     asked = prompt_column(row.values)
     if asked:
         refuse_no_prompt(row, asked)

@@ -188,10 +188,16 @@ def read(data: DataOptions, stage: Stage, model: ModelOptions, machine: Machine,
     if not seen:
         encoded(every[0], tokenizer)
     answers = [last_answer(one.trained_on) for one in seen]
+    # A conversation that ends by asking is evaluated on more than SFT learns from.
+    longer = [item for item in every if isinstance(item, Example) and len(item.messages) > len(item.conversation) > 0]
+    asked = [replace(item, response=None, conversation=()) for item in longer]
     return Facts(
         rows=len(items["train"]),
         sequences=[len(one.token_ids) for one in seen],
-        prompts=[answer.start for answer in answers],
+        prompts=[
+            *(answer.start for answer in answers),
+            *(len(one.token_ids) for item in asked for one in encoded(item, tokenizer)),
+        ],
         answers=[len(answer) for answer in answers],
         sizes=model_sizes(skeleton),
         positions=getattr(skeleton.config.get_text_config(), "max_position_embeddings", None),

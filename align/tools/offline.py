@@ -88,6 +88,8 @@ def evaluate_file(
             f"--max-new-tokens {max_new_tokens} leaves no room for a prompt in --max-length {rollout.max_length}: lower the one, or raise the other"
         )
     problems, refused = encoded(examples, lambda example: encode_problems(tokenizer, [example]))
+    if refused and not problems:  # the model's fault, such as that it has no template
+        raise UserError(refused[0])
     if refused:
         raise UserError("\n".join(refusal(data, refused, len(refused), len(examples), TAKE_OUT)))
     short_problems(problems, longest, "--max-length")

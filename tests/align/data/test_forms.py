@@ -308,6 +308,29 @@ def test_a_pair_is_read_of_each_form(values: dict[str, Any]) -> None:
         assert (read.messages, read.chosen, read.rejected, read.margin) == ((ASKED,), "4.", "5.", 2.0)
 
 
+@pytest.mark.parametrize(
+    ("more", "before"),
+    [
+        ({"instruction": TEXT}, f"{TEXT} {{}}"),
+        ({"input": TEXT}, f"{TEXT} {{}}"),
+        ({"instruction": "Judge."}, f"\n\nHuman: {TEXT}\n\nAssistant: {{}}"),
+        ({"instruction": "Judge.", "input": [ASKED]}, [ASKED]),
+    ],
+)
+def test_a_prompt_that_both_completions_begin_with_goes_before_alpaca_s_columns(
+    more: dict[str, Any], before: Any
+) -> None:
+    said = [[*before, SAID | {"content": text}] if before == [ASKED] else before.format(text) for text in ("4.", "5.")]
+    read = preference({**more, "chosen": said[0], "rejected": said[1]})
+    assert (read.prompt_text, read.chosen, read.rejected) == (TEXT, "4.", "5.")
+
+
+@pytest.mark.parametrize("other", ["context", "query", "conversation"])
+def test_a_column_that_may_be_a_part_of_the_prompt_is_not_left_out_of_it(other: str) -> None:
+    with pytest.raises(UserError, match=f"column '{other}' may be the prompt"):
+        preference({"instruction": TEXT, other: "A passage.", "chosen": "4.", "rejected": "5."})
+
+
 def test_the_prompt_of_a_pair_in_alpaca_s_columns_has_input_and_history() -> None:
     read = preference(
         {
