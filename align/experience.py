@@ -127,10 +127,17 @@ def gather(
     submitted: Mapping[str, Submitted],
     problems: Sequence[Problem],
     pool: ScoringPool | None,
+    *,
+    alone: bool = False,
 ) -> list[ScoredGroup]:
-    """Wait for the rewards of all groups, which are unscored without a pool. Returns them in the order of the problems."""
+    """Wait for the rewards of all groups, which are unscored without a pool. Returns them in the order of the problems.
+
+    How many may fail to be scored is a share of the last groups, or of these `alone`.
+    """
     tickets = [ticket for _, _, ticket in submitted.values() if ticket is not None]
-    found = pool.gather(tickets) if pool else ([UNSCORED] * len(texts) for _, texts, _ in submitted.values())
+    found = (
+        pool.gather(tickets, alone=alone) if pool else ([UNSCORED] * len(texts) for _, texts, _ in submitted.values())
+    )
     rewards = dict(zip(submitted, found, strict=True))
     scored = []
     for problem in problems:

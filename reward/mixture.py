@@ -137,7 +137,10 @@ class Mixture:
     def check_ready(self) -> None:
         """Raise RewardError where a reward can tell, without loading anything, that it cannot be used on this machine now."""
         for term, reward in zip(self.terms, self._rewards, strict=True):
-            registry.call_ready(reward.ready, term.params)
+            try:
+                registry.call_ready(reward.ready, term.params)
+            except (TypeError, ValueError) as error:
+                raise RewardError(f"reward {term.name!r} with parameters {term.params} raised {error!r}") from error
 
     @property
     def depends_on_batch(self) -> bool:

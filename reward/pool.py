@@ -63,6 +63,7 @@ class ScoringPool:
         self._waiting = [0] * workers
         self._handed_out = 0
         self._recent: list[Sequence[SampleReward]] = []
+        self._most = RECENT_BATCHES
 
     def wait_until_ready(self) -> None:
         """Return when every worker is. Raises RewardError where this machine cannot run a reward of the mixture."""
@@ -89,9 +90,9 @@ class ScoringPool:
         self._hand_out(ticket)
         return ticket
 
-    def gather(self, tickets: Sequence[Ticket]) -> list[list[SampleReward]]:
-        """The rewards of each batch, in its order. Raises what `Mixture.score_each` does, and InfrastructureError where too many of the
-        last batches' samples could not be judged (`Mixture.refuse_too_many_masked`).
+    def gather(self, tickets: Sequence[Ticket], *, alone: bool = False) -> list[list[SampleReward]]:
+        """The rewards of each batch, in its order. Raises what `Mixture.score_each` does, and InfrastructureError where too many samples of these
+        batches could not be judged, and of those before them unless these stand `alone` (`Mixture.refuse_too_many_masked`).
 
         RewardContractError too, naming samples, when none is judged for `timeout_s`.
         """
@@ -109,11 +110,13 @@ class ScoringPool:
                 self._replace(ticket.worker, lost, found)
             open_ = [one for one in open_ if one not in found]
         rewards = [found[ticket] for ticket in tickets]
-        self._recent = recent_batches(self._recent, rewards)
+        if not alone:
+            self._most = max(self._most, len(rewards))
+            self._recent = recent_batches(self._recent, rewards, self._most)
         self.mixture.refuse_too_many_masked(
             [sample for ticket in tickets for sample in ticket.samples],
             [reward for batch in rewards for reward in batch],
-            self._recent,
+            () if alone else self._recent,
         )
         return rewards
 
@@ -184,11 +187,11 @@ class ScoringPool:
 
 
 def recent_batches(
-    before: Sequence[Sequence[SampleReward]], new: Sequence[Sequence[SampleReward]]
+    before: Sequence[Sequence[SampleReward]], new: Sequence[Sequence[SampleReward]], most: int = RECENT_BATCHES
 ) -> list[Sequence[SampleReward]]:
-    """The `new` batches, and of those before them so many that there are `RECENT_BATCHES` and `RECENT_SAMPLES` where there were."""
+    """The `new` batches, and of those before them so many that there are `most`, and `RECENT_SAMPLES`, where there were."""
     batches = [*before, *new]
-    while len(batches) > max(RECENT_BATCHES, len(new)) and sum(map(len, batches[1:])) >= RECENT_SAMPLES:
+    while len(batches) > most and sum(map(len, batches[1:])) >= RECENT_SAMPLES:
         batches.pop(0)
     return batches
 

@@ -87,7 +87,7 @@ def evaluate(
     def groups(count: int, temperature: float) -> list[ScoredGroup]:
         sampling = SamplingOptions(temperature=temperature, max_new_tokens=max_new_tokens)
         drawn = fleet.sample([problem.prompt for problem in asked], count, sampling, seed=seed, step=0)
-        scored = {id(g.problem): g for g in gather(submit(drawn, asked, tokenizer, pool), asked, pool)}
+        scored = {id(g.problem): g for g in gather(submit(drawn, asked, tokenizer, pool), asked, pool, alone=True)}
         nothing = SampleReward(0.0, Verdict.NO_ANSWER, {}) if pool else UNSCORED
         return [scored.get(id(p)) or unanswered(p, count, fleet.weight_version, nothing) for p in problems]
 

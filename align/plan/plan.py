@@ -19,6 +19,7 @@ from align.recipe import BFLOAT16_SUMS, MERGED_ADAPTERS, PlannedStage, PolicyRec
 from align.recipe.load import apply_override
 from align.recipe.roles import reward_models
 from align.run.machine import store_size
+from rollout import FleetOptions
 
 THROUGH = {
     "broadcast": "one broadcast from the device of rank 0 to theirs",
@@ -97,6 +98,8 @@ def way_to_share(recipe: Recipe, sizes: ModelSizes, cluster: Cluster, others: Ma
     each += " weights.transport=object_store" if recipe.weights.transport == "broadcast" else ""
     in_parts = "learner.gpus=0.6 rollout.gpus=0.4 rollout.gpu_memory_share=0.45"
     in_turn = f"colocate=true learner.zero_stage={2 if recipe.learner.lora else 3}"
+    if "gpu_memory_share" in recipe.rollout.model_fields_set:  # which has no effect there
+        in_turn += f" rollout.gpu_memory_share={FleetOptions().gpu_memory_share}"
     for changes in (f"{way} {each}" for way in (in_parts, in_turn) if gpus > 0):
         values = recipe.model_dump(mode="json", exclude_unset=True)
         for change in changes.split():

@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from align.errors import UserError, nearest
+from align.options import kept_options
 from align.recipe.base import Recipe
 from align.recipe.dtype import with_dtype_chosen
 from align.recipe.options import ModelOptions, is_on_hub
@@ -88,14 +89,24 @@ class _Yaml(yaml.SafeLoader):
     """YAML in which 1e-3 is a number, as in version 1.2; to PyYAML only 1.0e-3 is."""
 
 
-_Yaml.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+\Z"), [*"-+0123456789"]
-)
+class _Dumper(yaml.SafeDumper):
+    """What writes that YAML, and so quotes texts that are such numbers in it."""
+
+
+for _kind in (_Yaml, _Dumper):
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+\Z"), [*"-+0123456789"]
+    )
 
 
 def yaml_value(text: str) -> Any:
     """A value as recipes, overrides and parameters write it. Raises yaml.YAMLError."""
     return yaml.load(text, Loader=_Yaml)
+
+
+def yaml_text(value: Any, **form: Any) -> str:
+    """The text of a value that `yaml_value` reads back."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, **form)
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = (), *, pending: Path | None = None) -> Recipe:
@@ -114,14 +125,16 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), *, pending: Path | No
 
 def kept_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe that a run keeps. What it reads may have moved since, and is not looked for."""
-    return load_recipe(path, overrides, pending=ANYWHERE)
+    with kept_options():
+        return load_recipe(path, overrides, pending=ANYWHERE)
 
 
 def written_recipe(text: str, path: Path) -> Recipe:
     """A recipe as `dump_recipe` gave it, with the run whose recipe is at `path`; see `kept_recipe`."""
-    values = yaml.safe_load(text)
+    values = yaml_value(text)
     rename(values, {}, path)
-    return recipe_of(values, path, pending=ANYWHERE)
+    with kept_options():
+        return recipe_of(values, path, pending=ANYWHERE)
 
 
 def recipe_of(
@@ -147,7 +160,7 @@ def recipe_of(
 
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML that `load_recipe` reads back to an equal one."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml_text(recipe.model_dump(mode="json"))
 
 
 def read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
@@ -197,13 +210,13 @@ def override_with_inputs_found(override: str, directory: Path) -> str:
     """An override with whole paths; one that names no input, or is not valid, as it is."""
     key, _, text = override.partition("=")
     try:
-        value = yaml.safe_load(text)
+        value = yaml_value(text)
     except yaml.YAMLError:
         return override
     whole = with_inputs_found(value, key_of(key), directory)
     if whole == value:
         return override
-    return f"{key}={yaml.safe_dump(whole, default_flow_style=True, sort_keys=False, width=math.inf).removesuffix('...' + chr(10)).strip()}"
+    return f"{key}={yaml_text(whole, default_flow_style=True, width=math.inf).removesuffix('...' + chr(10)).strip()}"
 
 
 def key_of(path: str) -> str:

@@ -14,7 +14,7 @@ from align.errors import UserError
 from align.options import Options
 from align.recipe.base import Recipe
 from align.recipe.dtype import FASTEST
-from align.recipe.load import FREE, apply_override, explain, load_recipe, read_yaml, yaml_value
+from align.recipe.load import FREE, apply_override, explain, load_recipe, read_yaml, yaml_text, yaml_value
 from align.recipe.options import RunOptions
 from align.recipe.recipes import GrpoRecipe, RewardModelRecipe
 from align.shipped import found
@@ -116,7 +116,7 @@ def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> Pipeline:
         raise UserError("\n".join(explain(error, path, lines, PipelineOptions, single_data=False))) from None
     directory = (options.run.dir or Path("runs") / options.name).expanduser().absolute()
     stages = [_planned(stage, options, directory, path) for stage in options.stages]
-    text = yaml.safe_dump({"stage": "pipeline"} | options.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    text = yaml_text({"stage": "pipeline"} | options.model_dump(mode="json"))
     return Pipeline(options.name, directory, stages, text)
 
 

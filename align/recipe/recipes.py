@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from align.options import refuse_without_effect
+from align.options import is_kept, refuse_without_effect
 from align.recipe.base import STAGE, Recipe, SamplingRecipe, TrainingRecipe
 from align.recipe.learner import BalanceOptions
 from align.recipe.options import (
@@ -171,7 +171,7 @@ class SftRecipe(PolicyRecipe):
 
     @model_validator(mode="after")
     def _alarms_that_may_come(self) -> Self:
-        if never := [name for name in self.alarms.stop if name in SAMPLED_ALARMS]:
+        if (never := [name for name in self.alarms.stop if name in SAMPLED_ALARMS]) and not is_kept():
             raise ValueError(
                 f"alarms.stop: {', '.join(never)} cannot come here (nothing is sampled in SFT): leave it out"
             )

@@ -115,9 +115,7 @@ class Trackers:
     def begin_anew(self) -> None:
         """Have a run that goes on with another recipe followed as one of its own by trackers that have more of it than it has itself: they take no
         number back."""
-        for follower in self._followers.values():
-            if isinstance(follower, Background):
-                follower.begin_anew()
+        self._tell(lambda _, follower: follower.begin_anew() if isinstance(follower, Background) else None)
 
     def finish(self, ending: Ending) -> None:
         """End the trackers; the second time it does nothing."""

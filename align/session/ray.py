@@ -34,8 +34,8 @@ HEAD = ("gcs_server", "raylet")
 LOOK_S = 1.0
 PATIENCE_S = 10.0
 LONGEST_ADDRESS = 107
-LONGEST_SOCKET = "/ray/session_2026-11-30_12-00-00_000000_1234567/sockets/plasma_store"
-"""The bytes of a socket's path on Linux, and what Ray puts behind its directory."""
+LONGEST_SOCKET = "/ray/session_2026-11-30_12-00-00_000000_{}/sockets/plasma_store"
+"""The bytes of a socket's path on Linux, and what Ray puts behind its directory, of a process."""
 _log = logging.getLogger(__name__)
 DEAD = "Ray itself died: its process {name} ended with status {status}; `align resume RUN` goes on from the last checkpoint"
 
@@ -213,7 +213,7 @@ def short_places() -> dict[str, str]:
     """
     variable = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
     place = os.environ.get(variable, "/tmp")
-    if len(os.fsencode(place)) + len(LONGEST_SOCKET) <= LONGEST_ADDRESS:
+    if len(os.fsencode(place)) + len(LONGEST_SOCKET.format(os.getpid())) <= LONGEST_ADDRESS:
         return {}
     if variable == "RAY_TMPDIR":
         raise UserError(

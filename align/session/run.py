@@ -306,9 +306,9 @@ def go_on(run: Run, recipe: TrainingRecipe, changed: Sequence[str]) -> None:
     """
     run.rewind()
     refuse_fewer_steps(f"{recipe.stage}.steps", recipe.steps, run.resume)
-    if differences := list(dict.fromkeys([*changed, *changes_since(run.resume, run.directory, recipe)])):
+    if changed:
         run.metrics.trackers.begin_anew()
-    for key in differences:
+    for key in dict.fromkeys([*changed, *changes_since(run.resume, run.directory, recipe)]):
         run.warn(f"going on with another recipe: {key}")
     run.directory.note_checkpoint(run.resume.step if run.resume else None)
     if run.resume is None:

@@ -103,6 +103,8 @@ class Steps:
         """Whether what ends the run leaves the learner as it was after `done` steps."""
         if issubclass(kind, UNSURE) or not self._learner.is_idle:
             return False
+        if issubclass(kind, KeyboardInterrupt):
+            return self._between  # in a step no time is left: the step had it
         updated = self._learner.updates > self._updates
         if not self._between and (issubclass(kind, AlarmError) or (updated and issubclass(kind, RewardError))):
             # Evaluations and alarms are the last things of a step, so that this one is done.

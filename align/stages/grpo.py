@@ -83,6 +83,11 @@ def train_grpo(recipe: GrpoRecipe, data: GrpoData, session: Session) -> tuple[Mo
         if recipe.init_from is None and recipe.evaluation.before:
             evaluations |= held_out.evaluate_start("before GRPO", steps.done)
 
+        def rate_policy(step: int) -> None:
+            steps.note_accuracy(step, held_out.on_validation().evaluate(f"GRPO step {step}", step).accuracy)
+
+        if unrated := state.pop("unrated", None):  # the run ended in its evaluation
+            rate_policy(unrated)
         for step in steps:
             clock, name = Clock(), f"GRPO step {step + 1}"
             problems = items_of_step(data.sources, seed=recipe.seed, step=step)
@@ -124,7 +129,9 @@ def train_grpo(recipe: GrpoRecipe, data: GrpoData, session: Session) -> tuple[Mo
             if 0 < norm < math.inf and state["learning_steps"] == CENSUS_STEP:
                 steps.check_gradients(step + 1)
             if recipe.evaluation.every and (step + 1) % recipe.evaluation.every == 0 and step + 1 < options.steps:
-                steps.note_accuracy(step + 1, held_out.on_validation().evaluate(name, step + 1).accuracy)
+                state["unrated"] = step + 1
+                rate_policy(step + 1)
+                del state["unrated"]
             guards.observe(step + 1, scored, advantages, metrics)
 
         trained = steps.save_final(session.policy)

@@ -74,7 +74,7 @@ def run_pipeline(pipeline: Pipeline, start: str | None, last: str | None = None)
 
 def check_place(pipeline: Pipeline) -> None:
     """Raise UserError where the pipeline's directory holds another run, and for a stage that is called like a part of a run."""
-    if named := [stage.name for stage in pipeline.stages if stage.name in LAYOUT]:
+    if named := [stage.name for stage in pipeline.stages if stage.name in LAYOUT and not read_status(stage.directory)]:
         raise UserError(
             f"stage {named[0]!r}: {pipeline.directory} has something else of that name; call the stage otherwise"
         )

@@ -21,7 +21,7 @@ from align.plan.memory import GIB
 from align.plan.placement import Cluster
 from align.plan.plan import gib, make_plan
 from align.recipe import DataOptions, ModelOptions, PlannedStage, Recipe
-from align.recipe.load import apply_override, collect_lines, recipe_of
+from align.recipe.load import apply_override, collect_lines, recipe_of, yaml_text
 from align.run import read_status, write_atomically
 from align.run.machine import cores_available, memory_bytes
 from align.stages.commands import check_stages
@@ -415,5 +415,5 @@ def written(what: str, command: str, values: Mapping[str, Any], whys: Sequence[C
 
 def plain_yaml(value: Any, *, flow: bool = True) -> str:
     """A value as YAML."""
-    text = yaml.safe_dump(value, default_flow_style=flow, sort_keys=False, allow_unicode=True, width=math.inf)
+    text = yaml_text(value, default_flow_style=flow, width=math.inf)
     return text.removesuffix("\n...\n").strip()

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
@@ -17,6 +18,7 @@ from align.model.lora import ADAPTER, ADAPTER_DIRECTORY
 from align.model.policy import check_written, first_line, load_tokenizer, no_progress_bars, probe_logits, save_policy
 from align.model.reward_model import head_options
 from align.run.files import refuse_existing, whole_directory
+from reward.learned import NOTES
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -42,6 +44,8 @@ def merge_adapter(adapter: Path, out: Path, base: str | None = None, dtype: str 
     whole = adapted.merge_and_unload()
     with whole_directory(out.absolute()) as written:
         save_policy(whole, tokenizer, written)
+        if (notes := adapter.absolute().parent / NOTES).is_file():  # of a reward model, which is read by them
+            shutil.copy(notes, written)
         del model, adapted, whole
         check_written(written, expected)
     return f"{origin}, in {rounded}"

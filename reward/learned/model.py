@@ -126,6 +126,8 @@ def read_scale(path: str, *, normalise: bool, clip: float | None) -> Scale:
         notes = json.loads((notes_file(path) or file).read_text(encoding="utf-8"))
         mean, std = float(notes["mean"]), float(notes["std"])
     except (OSError, ValueError, KeyError, TypeError) as error:
+        if Path(path).is_absolute() and not Path(path).exists():
+            raise RewardError(f"reward model {path} does not exist") from None
         raise RewardError(
             f"{file}: cannot read the mean and std of the model's rewards ({error!r}); `align reward-model` writes them. "
             "For another model set normalise: false"

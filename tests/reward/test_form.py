@@ -201,6 +201,7 @@ def test_a_rule_may_be_there_twice_under_two_labels() -> None:
         ("language_consistency", {"language": "it"}, "unknown language 'it'"),
         ("soft_overlong", {"max_length": 512, "cache": 1024}, "0 < cache <= max_length"),
         ("soft_overlong", {"max_length": 512, "cache": 64, "unit": "words"}, "not in 'words'"),
+        ("soft_overlong", {"max_length": "512", "cache": 64}, "raised TypeError"),
     ],
 )
 def test_values_that_no_rule_can_have_are_told_before_anything_is_sampled(

@@ -105,12 +105,32 @@ def test_a_batch_that_killed_two_workers_is_masked_and_no_other_and_the_limit_is
     assert [reward.value for reward in found[2:4]] == [None, None]
 
 
+def test_an_evaluation_is_judged_by_its_own_answers() -> None:
+    register("lenient")(lambda sample: Score(1.0, Verdict.INFRA_ERROR if "bad" in sample.id else Verdict.PASS))
+    mixture = Mixture([RewardTerm(name="lenient")])
+    pool = ScoringPool(mixture, workers=1, timeout_s=60)
+    good, bad = (
+        [Sample(id=f"{name} {n}", prompt="?", completion="", ground_truth=None) for n in range(8)]
+        for name in ("good", "bad")
+    )
+    try:
+        pool.gather([pool.submit(good) for _ in range(64)])
+        pool.gather([pool.submit(bad)])
+        with pytest.raises(InfrastructureError, match=r"100.0% of the samples"):
+            pool.gather([pool.submit(bad)], alone=True)
+        pool.gather([pool.submit(bad)])
+    finally:
+        pool.close()
+
+
 def test_so_many_batches_are_remembered_that_a_single_one_is_a_small_share() -> None:
     one, eight = [SampleReward(1.0, Verdict.PASS, {})], [SampleReward(1.0, Verdict.PASS, {})] * 8
     assert len(recent_batches([eight] * 60, [eight] * 8)) == 64
     assert len(recent_batches([one] * 60, [one] * 8)) == 68
     assert len(recent_batches([one] * 300, [one] * 8)) == 256
-    assert len(recent_batches([], [eight] * 100)) == 100
+    assert len(recent_batches([eight] * 100, [eight] * 8, 100)) == 100, (
+        "a step's further groups are counted with the step"
+    )
 
 
 def test_what_only_measures_masks_nothing_when_its_workers_die(tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ class KindJudges:
     def submit(self, samples: Sequence[Sample]) -> Sequence[Sample]:
         return samples
 
-    def gather(self, tickets: Sequence[Sequence[Sample]]) -> list[list[SampleReward]]:
+    def gather(self, tickets: Sequence[Sequence[Sample]], *, alone: bool = False) -> list[list[SampleReward]]:
         return [[SampleReward(1.0, RIGHT, {}) for _ in samples] for samples in tickets]
 
 

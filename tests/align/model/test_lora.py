@@ -242,7 +242,9 @@ def test_a_reward_model_s_head_is_in_the_adapter_and_in_what_is_merged(policy: M
     adapter = saved(model, tmp_path / "adapter")
     again = AutoModelForSequenceClassification.from_pretrained(policy.path, num_labels=1, pad_token_id=0)
     torch.testing.assert_close(PeftModel.from_pretrained(again, str(adapter))(input_ids=IDS).logits, expected)
+    (tmp_path / "reward_model.json").write_text("{}")  # beside the adapter's directory, as in `final/`
     merge_adapter(adapter, tmp_path / "merged")
+    assert (tmp_path / "merged" / "reward_model.json").read_text() == "{}"
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert (config["pad_token_id"], config["problem_type"]) == (base.config.pad_token_id, "regression")
     whole = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")

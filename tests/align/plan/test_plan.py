@@ -83,6 +83,8 @@ def test_learners_and_rollout_workers_have_gpus_of_their_own_or_share_them_as_th
     assert plan.advice == "colocate=true learner.zero_stage=3 learner.ranks=8 rollout.workers=8"
     assert planned(recipe, LITE, 1, 8, *APART, *plan.advice.split()).refusals == []
     assert planned(recipe, LITE, 1, 2, *APART).advice == ""
+    given = planned(recipe, LITE, 1, 8, *APART, "rollout.gpu_memory_share=0.9").advice
+    assert given.split()[2] == "rollout.gpu_memory_share=0.85", "with colocate no other is taken"
 
 
 ONE_GPU = ["learner.ranks=1", "rollout.workers=1", "learner.micro_batch_tokens=4096"]

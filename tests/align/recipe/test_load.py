@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 import align.recipe.options
 from align.errors import UserError
-from align.recipe import STAGES, GrpoRecipe, dump_recipe, load_pipeline, load_recipe, load_stages
+from align.recipe import STAGES, GrpoRecipe, dump_recipe, kept_recipe, load_pipeline, load_recipe, load_stages
 from align.recipe.load import INPUTS, with_inputs_found
 from align.session.checks import check_names
 from align.shipped import found
@@ -163,6 +163,24 @@ def test_an_alarm_that_cannot_come_in_sft_is_refused() -> None:
         UserError, match=r"alarms\.stop: entropy, reward cannot come here \(nothing is sampled in SFT\)"
     ):
         load_recipe(NANO / "sft.yaml", ["alarms.stop=[entropy, habit, reward]"])
+
+
+def test_texts_that_look_like_numbers_stay_texts_in_a_run_s_own_copy(tmp_path: Path) -> None:
+    recipe = load_recipe(NANO / "sft.yaml", ["name='1e-5'", "seed=7"])
+    copy = tmp_path / "recipe.yaml"
+    copy.write_text(dump_recipe(recipe))
+    assert kept_recipe(copy) == recipe
+    assert recipe.name == "1e-5"
+
+
+def test_a_run_that_an_earlier_version_began_keeps_options_that_had_no_effect(tmp_path: Path) -> None:
+    copy = tmp_path / "recipe.yaml"
+    copy.write_text(
+        dump_recipe(load_recipe(NANO / "sft.yaml", ["alarms.stop=[habit]"])).replace("- habit", "- entropy")
+    )
+    assert kept_recipe(copy).alarms.stop == ["entropy"]  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match="entropy cannot come here"):
+        load_recipe(copy)
 
 
 def test_experts_are_recorded_where_samples_are_written() -> None:

@@ -56,6 +56,7 @@ def test_a_node_whose_object_store_is_too_small_for_weights_twice_is_named(caplo
 
 def test_sockets_have_room_whatever_temporary_directory_a_batch_system_sets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.setattr("os.getpid", lambda: 1234567)
     for place, expected in (
         ("/tmp", {}),
         ("/x" * 19, {}),

@@ -251,7 +251,7 @@ def test_the_end_of_a_run_says_how_much_of_an_adapter_is_lost_in_merged_weights(
         ("start", LearnerError("gone"), None),
         ("update", RewardError("asked from another thread"), None),
         ("update", KeyboardInterrupt(), None),
-        ("start", KeyboardInterrupt(), 5),
+        ("start", KeyboardInterrupt(), None),
     ],
 )
 def test_what_ends_a_run_and_leaves_its_learner_whole_loses_no_step(

@@ -100,7 +100,7 @@ class FakePool:
     def submit(self, samples: Sequence[Sample]) -> list[Sample]:
         return list(samples)
 
-    def gather(self, tickets: Sequence[list[Sample]]) -> list[list[SampleReward]]:
+    def gather(self, tickets: Sequence[list[Sample]], *, alone: bool = False) -> list[list[SampleReward]]:
         rewards = [[self._reward(self.fleet.worth[sample.id]) for sample in samples] for samples in tickets]
         mixture = Mixture([RewardTerm(name="exact_answer")], infra_error_limit=1.0)
         mixture.refuse_too_many_masked(list(chain(*tickets)), list(chain(*rewards)))
@@ -155,6 +155,7 @@ class FakeLearner:
         return sums
 
     def apply(self, learning_rate: float) -> float:
+        self.updates += 1
         self.batches[-1].rate = learning_rate
         return 1.0
 

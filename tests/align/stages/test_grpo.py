@@ -418,6 +418,6 @@ def test_a_run_that_goes_on_samples_with_the_weights_and_the_version_that_it_had
     with pytest.raises(KeyboardInterrupt):
         train("grpo", *SMALL, "grpo.steps=5", "save_every=2", write=stopped)
     stage = train("grpo", *SMALL, "grpo.steps=5", "save_every=2")
-    assert [(call["step"], call["version"]) for call in stage.fleet.calls] == [(3, 3), (4, 4)]
+    assert [(call["step"], call["version"]) for call in stage.fleet.calls] == [(2, 2), (3, 3), (4, 4)]
     assert [line["step"] for line in stage.steps] == [1, 2, 3, 4, 5]
-    assert stage.fleet.loaded == [(1, 3), (2, 4), (3, 5)]
+    assert stage.fleet.loaded == [(1, 2), (2, 3), (3, 4), (4, 5)]

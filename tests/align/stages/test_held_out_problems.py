@@ -48,7 +48,7 @@ class Judges:
     def submit(self, samples: Sequence[Sample]) -> Sequence[Sample]:
         return samples
 
-    def gather(self, tickets: Sequence[Sequence[Sample]]) -> list[list[SampleReward]]:
+    def gather(self, tickets: Sequence[Sequence[Sample]], *, alone: bool = False) -> list[list[SampleReward]]:
         return [[SampleReward(1.0, Verdict.PASS, {"exact_answer": RIGHT})] * len(samples) for samples in tickets]
 
 
@@ -152,13 +152,16 @@ def test_results_of_hooks_overwrite_nothing(hooks: str, message: str) -> None:
     load_recipe(NANO, ["evaluation.hooks=[{name: drift}, {name: drift, label: more drift, params: {count: 5}}]"])
 
 
-def test_what_grpo_rates_its_checkpoints_by_are_those_problems(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ended", [{}, {"unrated": 1}], ids=["a run", "one that ended in an evaluation"])
+def test_what_grpo_rates_its_checkpoints_by_are_those_problems(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ended: dict[str, int]
+) -> None:
     made = recipe(tmp_path / "run", "evaluation.every=2", "grpo.steps=5", "evaluation.before=false")
     held_out, steps, opened = MagicMock(), MagicMock(), MagicMock()
     held_out.on_validation.return_value.evaluate.side_effect = lambda name, step: SimpleNamespace(accuracy=step / 10)
     opened.learning.return_value.__enter__.return_value = steps
     steps.__iter__.return_value = range(5)
-    steps.state = {"weight_version": 0, "learning_steps": 0, "guard": [], "alarms": None}
+    steps.state = {"weight_version": 0, "learning_steps": 0, "guard": [], "alarms": None, **ended}
     opened.fleet.weight_version = 0
     opened.new_learner.return_value.update.return_value = (MagicMock(), 1.0)
     monkeypatch.setattr(grpo, "HeldOut", lambda *_: held_out)
@@ -168,7 +171,9 @@ def test_what_grpo_rates_its_checkpoints_by_are_those_problems(monkeypatch: pyte
     opened.new_learner.return_value.expert_load.return_value = {}
     monkeypatch.setattr(grpo, "items_of_step", lambda *_, **__: [])
     grpo.train_grpo(made, MagicMock(), opened)
-    assert steps.note_accuracy.call_args_list == [call(2, 0.2), call(4, 0.4)]
+    first = [call(step, step / 10) for step in ended.values()]
+    assert steps.note_accuracy.call_args_list == [*first, call(2, 0.2), call(4, 0.4)]
+    assert "unrated" not in steps.state
     assert [asked.args[0] for asked in held_out.evaluate.call_args_list] == ["after GRPO"]
 
 
