@@ -212,10 +212,21 @@ def last_answer(trained_on: Sequence[bool]) -> range:
     return range(start, end)
 
 
+def as_read(values: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that a user gave, as the recipe has them: numbers that were texts, and the dtype that is the fastest."""
+    return {
+        key: as_read(value, recipe[key])
+        if isinstance(value, Mapping) and isinstance(recipe[key], Mapping)
+        else recipe[key]
+        for key, value in values.items()
+    }
+
+
 def fitting(
     stage: Stage, named: Sequence[Choice], facts: Facts, overrides: Sequence[str], out: Path, lora: bool | None
 ) -> tuple[Recipe, list[Choice]]:
-    """The first recipe, of those that save more and more memory, which fits the machine. Raises UserError where none does."""
+    """The first recipe, of those that save more and more memory, which fits the machine. Raises UserError where none does, and where what the user
+    gave is refused although there is memory."""
     sizes, machine = facts.sizes, facts.machine
     how_many = f"the model has {sizes.total:,} parameters"
     tried = [Thrift()]
@@ -226,7 +237,8 @@ def fitting(
     tried.append(replace(tried[-1], checkpointing="less memory, more time"))
     if not machine.gpus:
         tried.append(replace(tried[-1], bfloat16="float32 takes more memory than is free"))
-    cluster, given = Cluster(1, machine.gpus, machine.gpu_memory), values_of([], overrides)
+    cluster, start = Cluster(1, machine.gpus, machine.gpu_memory), values_of([*named, *REQUIRED[stage]], overrides)
+    given = as_read(values_of([], overrides), recipe_of(start, out).model_dump(mode="json"))
     refused: Sequence[str] = []
     for attempt in tried:
         choices = [*named, *chosen(stage, facts, attempt, given)]
@@ -239,7 +251,8 @@ def fitting(
         elif not machine.gpus:
             choices.append(Choice("machine.memory_gb", math.ceil(need / GIB * 10) / 10, "what `align plan` counts"))
             recipe = recipe_of(values_of(choices, overrides), out)
-            refused = make_plan(recipe, sizes, cluster).refusals
+            if refused := make_plan(recipe, sizes, cluster).refusals:
+                break
         if not refused:
             return recipe, choices
     raise UserError(f"the model cannot be trained on this machine: {'; '.join(refused)}")

@@ -34,7 +34,10 @@ def merge_adapter(adapter: Path, out: Path, base: str | None = None, dtype: str 
     origin = base or config["base_model_name_or_path"]
     if Path(origin).is_absolute() and not Path(origin).is_dir():
         raise UserError(f"{adapter}: its base {origin} is not there (any more); say with --base where it is now")
-    tokenizer = load_tokenizer(adapter if (adapter / "tokenizer.json").is_file() else origin)
+    try:
+        tokenizer = load_tokenizer(adapter if (adapter / "tokenizer.json").is_file() else origin)
+    except UserError as error:
+        raise UserError(f"{adapter}: its base cannot be read ({error}); say with --base where it is") from None
     model = load_base(adapter, config, origin, dtype or "auto", tokenizer)
     rounded = str(model.dtype).removeprefix("torch.")
     check_names(adapter, config, model, origin)
@@ -112,7 +115,8 @@ def name_moved_layers(config: Any, model: Any, adapter: Path) -> None:
         return
     linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     moved = [f"{n}.weight" for n in linear if n in saved and not check_target_module_exists(config, n)]
-    kept = config.target_parameters if any(".experts" in name for name in saved) else given
+    experts, routers = any(".experts" in name for name in saved), any(name.endswith(".gate") for name in saved)
+    kept = [p for p in config.target_parameters if p in given or (routers if p == "gate.weight" else experts)]
     config.target_parameters = list(dict.fromkeys([*kept, *moved]))
 
 

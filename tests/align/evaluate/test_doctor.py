@@ -305,7 +305,9 @@ def test_what_this_machine_does_not_take_the_nodes_of_a_cluster_may(
 
 def test_of_layers_that_differ_the_widest_heads_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     small = {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 64}
-    skeleton = empty_model({"model_type": "gemma4_text", "num_hidden_layers": 6, "global_head_dim": 128, **small})
+    skeleton = empty_model(
+        {"model_type": "gemma4_text", "num_hidden_layers": 6, "head_dim": 128, "global_head_dim": 256, **small}
+    )
     skeleton.config.architectures = ["Gemma4ForCausalLM"]
     monkeypatch.setattr("align.evaluate.doctor.is_known_to_vllm", lambda _: True)
     status, detail = check_served(skeleton, "float32", FleetOptions(workers=1, max_length=64))

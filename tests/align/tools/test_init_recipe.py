@@ -132,6 +132,16 @@ def test_what_is_chosen_goes_by_the_lengths_that_are_given(
     assert recipe.learner.micro_batch_tokens == max(room, 1024)
 
 
+def test_what_is_given_is_read_as_the_recipe_reads_it() -> None:
+    recipe, _ = fitted("sft", facts(), 'sft.steps="400"', "model.dtype=fastest", 'rollout.max_length="512"')
+    assert (recipe.sft.steps, recipe.sft.validate_every, recipe.rollout.max_length) == (400, 40, 512)
+
+
+def test_what_is_refused_although_there_is_memory_is_no_reason_to_save_any() -> None:
+    with pytest.raises(UserError, match=r"machine\.memory_gb"):
+        fitted("sft", facts(), "machine.memory_gb=0.5")
+
+
 def test_other_choices_go_by_what_is_given_too() -> None:
     recipe, _ = fitted("sft", facts(), "sft.sequences_per_step=4", "model.dtype=bfloat16")
     assert (recipe.sft.steps, recipe.sft.validate_every, recipe.agreement.warn_mean) == (200, 20, 0.08)

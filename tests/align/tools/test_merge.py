@@ -127,7 +127,13 @@ NAMED = ("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def adapted_by_older_peft(
-    directory: Path, architecture: str, adapts: str, *, rslora: bool = False, **changed: Any
+    directory: Path,
+    architecture: str,
+    adapts: str,
+    *,
+    named: tuple[str, ...] = NAMED,
+    rslora: bool = False,
+    **changed: Any,
 ) -> dict[str, torch.Tensor]:
     """Save a small base and an adapter as transformers 4 had it, of the layers named so that have `adapts` in their names; the sum of both."""
     torch.manual_seed(0)
@@ -138,7 +144,7 @@ def adapted_by_older_peft(
     weights, saved = load_file(directory / "base" / "model.safetensors"), {}
     for name, weight in weights.items():
         layer = name.removesuffix(".weight")
-        if layer != name and layer.endswith(NAMED) and adapts in name:
+        if layer != name and layer.endswith(named) and adapts in name:
             a, b = torch.randn(4, weight.shape[1]), torch.randn(weight.shape[0], 4)
             saved |= {f"base_model.model.{layer}.lora_A.weight": a, f"base_model.model.{layer}.lora_B.weight": b}
             weights[name] = weight + 2 / (4**0.5 if rslora else 4) * b @ a
@@ -149,7 +155,7 @@ def adapted_by_older_peft(
         lora_alpha=2,
         lora_dropout=0.05,
         use_rslora=rslora,
-        target_modules=[f"{adapts}{name}" for name in NAMED],
+        target_modules=[f"{adapts}{name}" for name in named],
     ).save_pretrained(directory / "adapter")
     save_file(saved, directory / "adapter" / "adapter_model.safetensors", metadata={"format": "pt"})
     return weights
@@ -160,6 +166,15 @@ def test_an_adapter_of_transformers_4_is_merged_into_dense_shared_and_routed_lay
     adapts: str, rslora: bool, tmp_path: Path
 ) -> None:
     expected = adapted_by_older_peft(tmp_path, "DeepSeek-V2", adapts, rslora=rslora, first_k_dense_replace=1)
+    merge_adapter(tmp_path / "adapter", tmp_path / "out")
+    torch.testing.assert_close(load_file(tmp_path / "out" / "model.safetensors"), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["Mixtral", "Qwen3-MoE"])
+def test_an_adapter_of_transformers_4_may_be_of_routers_without_experts(architecture: str, tmp_path: Path) -> None:
+    expected = adapted_by_older_peft(tmp_path, architecture, "", named=("q_proj", ".gate"))
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(config.read_text().replace('".gate"', '"gate"'))
     merge_adapter(tmp_path / "adapter", tmp_path / "out")
     torch.testing.assert_close(load_file(tmp_path / "out" / "model.safetensors"), expected, atol=1e-4, rtol=1e-4)
 
