@@ -77,7 +77,7 @@ def reward_term(name: str, params: str) -> "RewardTerm":
     """A reward by name, with parameters as YAML. Raises UserError where they are no mapping."""
     import yaml
 
-    from align.recipe.load import yaml_value
+    from align.recipe.values import yaml_value
     from reward import RewardTerm
 
     try:

@@ -67,11 +67,9 @@ class RankGroup:
         *setup: Any,
         colocation: Colocation | None = None,
     ):
-        """Start the ranks (Ray must be running), on the GPUs of a colocation if given.
+        """Start the ranks (Ray must be running), on the GPUs of a colocation if given. Raises UserError when the port is in use.
 
         `setup` is what their method of that name needs besides the place to meet.
-
-        Raises UserError when the port is in use.
         """
         self._options = options
         if options.port is not None:

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from glob import glob
 from pathlib import Path
@@ -18,6 +17,7 @@ from align.recipe.base import Recipe
 from align.recipe.dtype import with_dtype_chosen
 from align.recipe.options import ModelOptions, is_on_hub
 from align.recipe.recipes import STAGES, GrpoRecipe
+from align.recipe.values import yaml_text, yaml_value
 from align.shipped import found
 from reward.own.file import split as split_name
 
@@ -83,30 +83,6 @@ FREE = (
     "scoring.timeout_s",
     "scoring.start_timeout_s",
 )
-
-
-class _Yaml(yaml.SafeLoader):
-    """YAML in which 1e-3 is a number, as in version 1.2; to PyYAML only 1.0e-3 is."""
-
-
-class _Dumper(yaml.SafeDumper):
-    """What writes that YAML, and so quotes texts that are such numbers in it."""
-
-
-for _kind in (_Yaml, _Dumper):
-    _kind.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+\Z"), [*"-+0123456789"]
-    )
-
-
-def yaml_value(text: str) -> Any:
-    """A value as recipes, overrides and parameters write it. Raises yaml.YAMLError."""
-    return yaml.load(text, Loader=_Yaml)
-
-
-def yaml_text(value: Any, **form: Any) -> str:
-    """The text of a value that `yaml_value` reads back."""
-    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, **form)
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = (), *, pending: Path | None = None) -> Recipe:

@@ -14,9 +14,10 @@ from align.errors import UserError
 from align.options import Options
 from align.recipe.base import Recipe
 from align.recipe.dtype import FASTEST
-from align.recipe.load import FREE, apply_override, explain, load_recipe, read_yaml, yaml_text, yaml_value
+from align.recipe.load import FREE, apply_override, explain, load_recipe, read_yaml
 from align.recipe.options import RunOptions
 from align.recipe.recipes import GrpoRecipe, RewardModelRecipe
+from align.recipe.values import yaml_text, yaml_value
 from align.shipped import found
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"

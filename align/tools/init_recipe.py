@@ -21,7 +21,8 @@ from align.plan.memory import GIB
 from align.plan.placement import Cluster
 from align.plan.plan import gib, make_plan
 from align.recipe import DataOptions, ModelOptions, PlannedStage, Recipe
-from align.recipe.load import apply_override, collect_lines, recipe_of, yaml_text
+from align.recipe.load import apply_override, collect_lines, recipe_of
+from align.recipe.values import yaml_text
 from align.run import read_status, write_atomically
 from align.run.machine import cores_available, memory_bytes
 from align.stages.commands import check_stages

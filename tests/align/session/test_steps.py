@@ -247,6 +247,7 @@ def test_the_end_of_a_run_says_how_much_of_an_adapter_is_lost_in_merged_weights(
         ("start", RewardError("the judge is down"), 5),
         ("start", RolloutError("no worker is left"), 5),
         ("start", UserError("row 7 cannot be read"), 5),
+        ("end", RolloutError("the weights went nowhere"), None),
         ("start", AgreementError("too far apart"), None),
         ("start", LearnerError("gone"), None),
         ("update", RewardError("asked from another thread"), None),

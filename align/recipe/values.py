@@ -1,0 +1,30 @@
+"""Values as recipes, overrides and parameters write them: YAML, in which `1e-3` is a number too."""
+
+import re
+from typing import Any
+
+import yaml
+
+
+class _Yaml(yaml.SafeLoader):
+    """YAML in which 1e-3 is a number, as in version 1.2; to PyYAML only 1.0e-3 is."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """What writes that YAML, and so quotes texts that are such numbers in it."""
+
+
+for _kind in (_Yaml, _Dumper):
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+\Z"), [*"-+0123456789"]
+    )
+
+
+def yaml_value(text: str) -> Any:
+    """A value as recipes, overrides and parameters write it. Raises yaml.YAMLError."""
+    return yaml.load(text, Loader=_Yaml)
+
+
+def yaml_text(value: Any, **form: Any) -> str:
+    """The text of a value that `yaml_value` reads back."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, **form)
