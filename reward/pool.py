@@ -116,7 +116,7 @@ class ScoringPool:
         self.mixture.refuse_too_many_masked(
             [sample for ticket in tickets for sample in ticket.samples],
             [reward for batch in rewards for reward in batch],
-            () if alone else self._recent,
+            rewards if alone else self._recent,
         )
         return rewards
 

@@ -31,6 +31,8 @@ COMPLETIONS = ("completion", "response")
 SYSTEM = ("system", "system_prompt")
 MAYBE_PROMPTS = ("instruction", "input", "conversations", "conversation", "query", "context")
 """Columns beside which texts are not looked through for a prompt that both begin with."""
+HH_START = "\n\nHuman:"
+LEAST_WORDS = 3
 _MESSAGES = re.compile(r"""\s*\[\s*\{\s*["'](?:role|content|from|value)["']\s*:""")
 """How text begins that holds messages."""
 ASKING_ROLES = {"system", "developer", "user", "human"}
@@ -87,7 +89,7 @@ def example_of(form: Form, row: Row, identity: str, domain: str = DOMAIN) -> Exa
         last = max(place for place, turn in enumerate(turns) if turn["role"] == "assistant")
     # What nobody has answered is asked whole, and SFT learns from the answers before it.
     prompt = turns if turns[-1]["role"] in ("user", "tool") else turns[:last]
-    if not any(turn["role"] == "user" for turn in turns[:last]):
+    if not any(turn["role"] == "user" for turn in prompt):
         raise UserError(f"{row.where}: no message of the user comes before the {'answer' if demonstrated else 'end'}")
     return Example(
         id=identity,
@@ -268,11 +270,21 @@ def _pair(row: Row) -> Pair:
         if not prompt and not _shared(chosen, rejected):
             prompt, columns = _instructed(row)
         return _pair_of_messages(row, prompt, chosen, rejected)._replace(columns=columns)
-    if not prompt and not _begin_with_a_prompt(row):
-        prompt, columns = _instructed(row)
+    chosen_text, rejected_text = row.filled("chosen"), row.filled("rejected")
     if prompt:
-        return Pair(prompt, row.filled("chosen"), row.filled("rejected"), columns)
-    return _pair_of_texts(row)
+        return Pair(prompt, chosen_text, rejected_text, columns)
+    if not all(text.startswith(HH_START) for text in (chosen_text, rejected_text)):
+        prompt, columns = _instructed(row)
+    return _without_prompt(Pair(prompt, chosen_text, rejected_text, columns)) if prompt else _pair_of_texts(row)
+
+
+def _without_prompt(pair: Pair) -> Pair:
+    """The pair with completions that do not repeat its prompt, where both do: one of several words, so that no answer begins with it by chance."""
+    asked_text = pair.prompt[-1]["content"]
+    said = [text.removeprefix(asked_text) for text in (pair.chosen, pair.rejected)]
+    if len(asked_text.split()) < LEAST_WORDS or not all(text[:1].isspace() and text.strip() for text in said):
+        return pair
+    return pair._replace(chosen=said[0].strip(), rejected=said[1].strip())
 
 
 def _instructed(row: Row) -> Conversation:
@@ -285,13 +297,6 @@ def _instructed(row: Row) -> Conversation:
     if not columns:
         return Conversation((), ())
     return _instruction(row) if "instruction" in columns else _asked_in(row, "input")
-
-
-def _begin_with_a_prompt(row: Row) -> bool:
-    """Whether both texts of a pair begin with a dialogue of hh-rlhf, or with what a column asks."""
-    both = (row.filled("chosen"), row.filled("rejected"))
-    asked_before = [row.values[c].strip() for c in ("instruction", "input") if isinstance(row.values.get(c), str)]
-    return any(start and all(text.startswith(start) for text in both) for start in ("\n\nHuman:", *asked_before))
 
 
 def _shared(chosen: Turns, rejected: Turns) -> bool:
@@ -320,7 +325,7 @@ def _pair_of_messages(row: Row, prompt: Turns, chosen: Turns, rejected: Turns) -
 def _pair_of_texts(row: Row) -> Pair:
     """A pair whose prompt is what both texts begin with, up to a white space; of hh-rlhf, the dialogue before the last turn."""
     chosen, rejected = row.filled("chosen"), row.filled("rejected")
-    if chosen.startswith("\n\nHuman:") and rejected.startswith("\n\nHuman:"):
+    if chosen.startswith(HH_START) and rejected.startswith(HH_START):
         try:
             return Pair(*hh_pair(chosen, rejected))
         except NothingToJudgeBy as reason:

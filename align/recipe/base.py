@@ -82,7 +82,7 @@ class TrainingRecipe(Recipe):
     save_every: int | None = Field(
         None,
         ge=1,
-        description="steps between checkpoints; when not given, one is written only where the run is told to stop, where an alarm (alarms.stop), a reward or a rollout worker ends it and, with evaluation.every, of the best step",
+        description="steps between checkpoints; when not given, one is written only where the run is told to stop and its step ends in time (run.grace_s), where an alarm (alarms.stop), a reward or a rollout worker ends it and, with evaluation.every, of the best step",
     )
     keep_checkpoints: int = Field(
         2, ge=1, description="checkpoints that stay, the newest; with evaluation.every also the most accurate one"

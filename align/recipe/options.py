@@ -294,7 +294,8 @@ class ScoringOptions(Options):
         0.05,
         ge=0,
         le=1,
-        description="share of the samples that nobody could judge, of those of a step or evaluation and the last 64 prompts, above which the run stops",
+        description="share of the samples that nobody could judge above which the run stops: of those of an evaluation, or of a step and those before it, "
+        "as a part of 64 prompts and 256 samples at least; where none at all was judged, it stops too",
     )
 
 

@@ -86,7 +86,8 @@ def train_grpo(recipe: GrpoRecipe, data: GrpoData, session: Session) -> tuple[Mo
         def rate_policy(step: int) -> None:
             steps.note_accuracy(step, held_out.on_validation().evaluate(f"GRPO step {step}", step).accuracy)
 
-        if unrated := state.pop("unrated", None):  # the run ended in its evaluation
+        unrated = state.pop("unrated", None)  # where the run ended in its evaluation
+        if unrated and recipe.evaluation.every:
             rate_policy(unrated)
         for step in steps:
             clock, name = Clock(), f"GRPO step {step + 1}"

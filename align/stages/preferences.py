@@ -60,7 +60,7 @@ def gather_preferences(recipe: PreferencesRecipe, splits: Sequence[SplitPrompts]
         prompts = [problem.prompt for problem in part.problems]
         drawn = session.fleet.sample(prompts, recipe.preferences.samples, recipe.sampling, seed=recipe.seed, step=step)
         submitted = submit(drawn, part.problems, session.tokenizer, session.pool)
-        groups = gather(submitted, part.problems, session.pool)
+        groups = gather(submitted, part.problems, session.pool, alone=True)
         for group in groups:
             found_pairs = pairs_of(group, recipe.preferences.pairs_per_prompt, recipe.seed)
             pairs.setdefault((group.problem.example.domain, part.split), []).extend(found_pairs)

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -27,6 +28,7 @@ from align.run import read_status, write_atomically
 from align.run.machine import cores_available, memory_bytes
 from align.stages.commands import check_stages
 from align.tools.show_data import (
+    Seen,
     encoded,
     loaded,
     nearest_rank,
@@ -191,13 +193,16 @@ def read(data: DataOptions, stage: Stage, model: ModelOptions, machine: Machine,
     answers = [last_answer(one.trained_on) for one in seen]
     # A conversation that ends by asking is evaluated on more than SFT learns from.
     longer = [item for item in every if isinstance(item, Example) and len(item.messages) > len(item.conversation) > 0]
-    asked = [replace(item, response=None, conversation=()) for item in longer]
+    asked: list[Seen] = []
+    for item in longer:
+        with suppress(UserError):  # a row that a run leaves out, or never asks
+            asked += encoded(replace(item, response=None, conversation=()), tokenizer)
     return Facts(
         rows=len(items["train"]),
         sequences=[len(one.token_ids) for one in seen],
         prompts=[
             *(answer.start for answer in answers),
-            *(len(one.token_ids) for item in asked for one in encoded(item, tokenizer)),
+            *(len(one.token_ids) for one in asked),
         ],
         answers=[len(answer) for answer in answers],
         sizes=model_sizes(skeleton),

@@ -117,8 +117,9 @@ def test_an_evaluation_is_judged_by_its_own_answers() -> None:
         pool.gather([pool.submit(good) for _ in range(64)])
         pool.gather([pool.submit(bad)])
         with pytest.raises(InfrastructureError, match=r"100.0% of the samples"):
-            pool.gather([pool.submit(bad)], alone=True)
+            pool.gather([pool.submit(bad), pool.submit(bad)], alone=True)
         pool.gather([pool.submit(bad)])
+        pool.gather([*(pool.submit(good) for _ in range(15)), pool.submit(bad)], alone=True)
     finally:
         pool.close()
 

@@ -325,6 +325,20 @@ def test_a_prompt_that_both_completions_begin_with_goes_before_alpaca_s_columns(
     assert (read.prompt_text, read.chosen, read.rejected) == (TEXT, "4.", "5.")
 
 
+@pytest.mark.parametrize(
+    ("asks", "said"),
+    [
+        ({"instruction": "Complete it.", "input": "def add(a, b):"}, "def add(a, b):\n    return a {} b"),
+        ({"instruction": "Hello"}, "Hello {}"),
+        ({"instruction": TEXT}, TEXT + "{}"),
+    ],
+)
+def test_completions_that_begin_like_a_column_keep_all_that_they_say(asks: dict[str, str], said: str) -> None:
+    read = preference({**asks, "chosen": said.format("+"), "rejected": said.format("-")})
+    assert read.prompt_text == "\n\n".join(asks.values())
+    assert (read.chosen, read.rejected) == (said.format("+"), said.format("-"))
+
+
 @pytest.mark.parametrize("other", ["context", "query", "conversation"])
 def test_a_column_that_may_be_a_part_of_the_prompt_is_not_left_out_of_it(other: str) -> None:
     with pytest.raises(UserError, match=f"column '{other}' may be the prompt"):
