@@ -26,7 +26,7 @@ def kept_options() -> Iterator[None]:
 
 
 def is_kept() -> bool:
-    """Whether the options that are read are those of a run that has begun."""
+    """Whether options are read in the block of `kept_options`."""
     return _kept.get()
 
 

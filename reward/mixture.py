@@ -195,8 +195,9 @@ class Mixture:
     ) -> None:
         """Raise InfrastructureError where some of the rewards are None, and more than `infra_error_limit` of them or, where given, of `recent` batches.
 
-        Of fewer than `RECENT_BATCHES` and `RECENT_SAMPLES` the rest counts as judged, so that a prompt that no reward can judge does not end a
-        run of small steps; where nothing was judged at all, it ends. Warn of fewer, and of components of weight 0 without a value.
+        Where the recent batches are fewer than `RECENT_BATCHES`, or their samples fewer than `RECENT_SAMPLES`, those that are missing count as judged:
+        a prompt that no reward can judge does not end a run of small steps. It ends where several batches were not judged at all. A warning
+        tells of a smaller share, and of components of weight 0 without a value.
         """
         unmeasured = [
             (name, sample.id, score.detail or "no detail")
@@ -250,6 +251,7 @@ def share_a_domain(one: RewardTerm, other: RewardTerm) -> bool:
 
 
 def _combine(scores: Sequence[tuple[RewardTerm, Score]]) -> SampleReward:
+    """The reward of a sample. Rewards that abstain are left out where another that counts has judged it, or where none counts."""
     judging = [(term, score) for term, score in scores if not isinstance(score, Abstention)]
     if any(term.weight for term, _ in judging) or not any(term.weight for term, _ in scores):
         scores = judging or scores
