@@ -173,9 +173,8 @@ class Mixture:
 
         Raises DomainError or RewardContractError.
         """
-        measures = not any(term.weight for term in self.terms)
         for sample in samples:
-            if not any((term.weight or measures) and term.applies_to(sample.domain) for term in self.terms):
+            if not is_judged(self.terms, sample.domain):
                 raise DomainError(sample.domain, sample.id, [str(term) for term in self.terms])
         judged: list[list[tuple[RewardTerm, Score]]] = [[] for _ in samples]
         for term, reward in zip(self.terms, self._rewards, strict=True):

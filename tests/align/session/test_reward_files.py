@@ -8,8 +8,8 @@ import pytest
 
 from align.data.types import Example
 from align.errors import UserError
-from align.recipe import Recipe, load_recipe
-from align.session.checks import check_columns
+from align.recipe import PlannedStage, Recipe, load_recipe
+from align.session.checks import check_columns, check_reward_models
 from align.session.run import changes, open_run
 from reward import RewardTerm
 
@@ -92,3 +92,20 @@ def test_a_column_that_a_reward_reads_and_the_data_lack_is_refused_before_an_eng
     )
     assert "their columns: answer, completion_tokens, ground_truth, messages, units" in str(refused.value)
     check_columns([term.model_copy(update={"domains": ["a"]})], [example("a", unit="m"), example("b")])
+
+
+def test_a_reward_model_that_is_not_there_is_refused_before_the_stages_of_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.py").write_text("def f(sample): return 1\n")
+
+    def stage(path: Path | str) -> PlannedStage:
+        made = recipe(tmp_path, f"rewards=[{{name: reward_model, label: helpful, params: {{path: '{path}'}}}}]")
+        return PlannedStage("grpo", Path("mine.yaml"), [], made)
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    check_reward_models([stage(tmp_path), stage("someone/reward-model")])
+    with pytest.raises(UserError, match=r"mine\.yaml: rewards: helpful: .*/rmm/final does not exist"):
+        check_reward_models([stage(tmp_path / "rmm" / "final")])
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    check_reward_models([stage(tmp_path / "rmm" / "final")])
