@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,8 +34,11 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
 
     config = find_config(path, trust_remote_code=trust_remote_code)
     try:
-        # Otherwise a tekken.json, which Mistral's models have beside tokenizer.json, makes it a class without chat templates.
-        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code, mistral_format=False)
+        with code_of(path, trusted=trust_remote_code):
+            # Otherwise a tekken.json, which Mistral's models have beside tokenizer.json, makes it a class without chat templates.
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(path), trust_remote_code=trust_remote_code, mistral_format=False
+            )
     except (OSError, ValueError) as error:
         if len(Path(path).parts) > 2 and not Path(path).exists():
             raise UserError(f"model.path: {path} does not exist") from None
@@ -49,13 +53,33 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
     return tokenizer
 
 
+@contextmanager
+def code_of(path: str | Path, *, trusted: bool) -> Iterator[None]:
+    """A block that runs the code which a model brings, where it is `trusted`. Raises UserError for names and packages that it does not find here."""
+    try:
+        yield
+    except (AttributeError, ImportError) as error:
+        if not trusted:
+            raise
+        config = find_config(path)
+        known = f"transformers knows {config.model_type!r} itself: leave model.trust_remote_code out" if config else ""
+        raise UserError(
+            f"model.path: the code that {path} brings does not run with transformers {version('transformers')}: {first_line(error)}. "
+            f"Cure: {known or 'install what it names, or take a model that transformers knows'}"
+        ) from None
+
+
 def find_config(path: str | Path, *, trust_remote_code: bool = False) -> Any:
-    """The configuration of a model directory or hub name; None where there is none, as beside an adapter. Raises UserError for sizes that contradict each other."""
+    """The configuration of a model directory or hub name; None where there is none, as beside an adapter.
+
+    Raises UserError for sizes that contradict each other, and as `code_of` does.
+    """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+        with code_of(path, trusted=trust_remote_code):
+            return AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
     except (OSError, ValueError):
         return None
     except StrictDataclassError as error:
@@ -101,7 +125,10 @@ def load_policy(options: ModelOptions, dtype: torch.dtype | None = None, *, empt
 
     read = partial(without_content, AutoModelForCausalLM) if empty else AutoModelForCausalLM.from_pretrained
     try:
-        model = read(options.path, dtype=dtype or DTYPES[options.dtype], trust_remote_code=options.trust_remote_code)
+        with code_of(options.path, trusted=options.trust_remote_code):
+            model = read(
+                options.path, dtype=dtype or DTYPES[options.dtype], trust_remote_code=options.trust_remote_code
+            )
     except (OSError, ValueError) as error:
         raise UserError(f"model.path: transformers cannot load {options.path}: {first_line(error)}") from None
     parameters = {name for name, _ in model.named_parameters()}
@@ -140,11 +167,12 @@ def write_random_policy(options: ModelOptions, directory: Path, seed: int) -> No
     """Draw the weights of a configuration from `seed` and write the policy to `directory`, tokenizer included."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(options.path, trust_remote_code=options.trust_remote_code)
+    trusted = {"trust_remote_code": options.trust_remote_code}
+    config = AutoConfig.from_pretrained(options.path, **trusted)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[options.dtype])
-    save_policy(model, load_tokenizer(options.path), directory)
+        model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[options.dtype], **trusted)
+    save_policy(model, load_tokenizer(options.path, **trusted), directory)
 
 
 def save_policy(model: Any, tokenizer: Any, directory: Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from align.errors import UserError
-from align.model.policy import DTYPES, first_line, turn_end, use_fast_experts, without_content
+from align.model.policy import DTYPES, code_of, first_line, turn_end, use_fast_experts, without_content
 from align.recipe import ModelOptions
 
 HEAD = "score.weight"
@@ -70,7 +70,7 @@ def load_reward_model(options: ModelOptions, tokenizer: Any, *, empty: bool = Fa
         if empty:
             model = without_content(Classifier, options.path, **how, **head)
         else:
-            with _no_load_report():
+            with code_of(options.path, trusted=options.trust_remote_code), _no_load_report():
                 model, report = Classifier.from_pretrained(options.path, **how, **head, output_loading_info=True)
             fill_head(model, set(report["missing_keys"]), options.path)
     except (OSError, ValueError, RuntimeError) as error:

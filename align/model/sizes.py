@@ -15,7 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from align.errors import UserError
 from align.model.lora import block_of, chosen_parts
-from align.model.policy import first_line, head_width
+from align.model.policy import code_of, first_line, head_width
 from align.recipe import LoraOptions, ModelOptions
 from rollout.types import expert_dtype
 
@@ -138,13 +138,13 @@ def empty_model(config: Mapping[str, Any]) -> Any:
 
 
 def skeleton_of(model: ModelOptions, *, reward_model: bool = False) -> Any:
-    """The model without weights, on the meta device. Raises UserError where transformers knows no such model."""
+    """The model without weights, on the meta device. Raises UserError where transformers knows no such model, and as `code_of` does."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     architecture = AutoModelForSequenceClassification if reward_model else AutoModelForCausalLM
     try:
-        config = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
-        with torch.device("meta"):
+        with code_of(model.path, trusted=model.trust_remote_code), torch.device("meta"):
+            config = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
             return architecture.from_config(config, trust_remote_code=model.trust_remote_code)
     except (KeyError, OSError, TypeError, ValueError) as error:
         kind = "sequence classifier" if reward_model else "causal language model"

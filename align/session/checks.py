@@ -19,7 +19,7 @@ from align.data.loader import domains_of
 from align.data.types import Example, SplitName
 from align.errors import UserError, check_installed, naming, nearest, reward_errors
 from align.evaluate import hooks
-from align.evaluate.doctor import examine, positions_of, verdict
+from align.evaluate.doctor import FAILED, check_checkpoint, examine, positions_of, verdict
 from align.learner.balance import factors_of
 from align.learner.experts import check_spreadable
 from align.learner.group import check_port
@@ -27,7 +27,7 @@ from align.model.lora import adapted_names, left_out, parts_of
 from align.model.names import frozen_names
 from align.model.policy import find_config, load_tokenizer
 from align.model.reward_model import is_reward_model
-from align.model.sizes import ModelSizes, model_sizes, read_config, sent_bytes, shapes_of
+from align.model.sizes import ModelSizes, model_sizes, read_config, sent_bytes, shapes_of, skeleton_of
 from align.recipe import (
     AgreementOptions,
     DataOptions,
@@ -286,14 +286,14 @@ def check_model(recipe: Recipe) -> list[str]:
     notes: list[str] = []
     rows, longest = skeleton.get_input_embeddings().weight.shape[0], roles.rollout.max_length if roles.rollout else 0
     if roles.teacher is not None:
-        notes += check_token_ids(
+        notes += check_scorer(
             "grpo.distill.teacher", ModelOptions(path=roles.teacher), model.path, tokenizer, rows, longest
         )
     if isinstance(recipe, GrpoRecipe) and recipe.reference is not None:
         reference = ModelOptions(path=str(recipe.reference), trust_remote_code=model.trust_remote_code)
         if recipe.reference.is_dir():
             check_model_directory(recipe.reference, reference, "reference")
-        notes += check_token_ids("reference", reference, model.path, tokenizer, rows, longest)
+        notes += check_scorer("reference", reference, model.path, tokenizer, rows, longest)
     if (learner := roles.learner) is not None:
         if learner.expert_parallel > 1:
             check_spreadable(skeleton.config, learner.expert_parallel)
@@ -316,11 +316,9 @@ def check_model(recipe: Recipe) -> list[str]:
     return notes
 
 
-def check_token_ids(
-    key: str, model: ModelOptions, policy: str, tokenizer: Any, rows: int, max_length: int
-) -> list[str]:
-    """Raise UserError unless the model that `key` of the recipe names has the token ids of the policy, whose embedding has `rows` rows, and
-    positions for `max_length` tokens.
+def check_scorer(key: str, model: ModelOptions, policy: str, tokenizer: Any, rows: int, max_length: int) -> list[str]:
+    """Raise UserError unless the model that `key` of the recipe names can score what the policy samples: it has the policy's token ids, of which
+    there are `rows`, positions for `max_length` tokens, and all of its weights.
 
     Returns a note where the model is still to be made.
     """
@@ -328,7 +326,8 @@ def check_token_ids(
     if Path(path).is_absolute() and not Path(path).exists():
         return [f"not looked at: {key}: {path} is still to be made"]
     try:
-        config, theirs = find_config(path), load_tokenizer(path, trust_remote_code=model.trust_remote_code).get_vocab()
+        config = find_config(path, trust_remote_code=model.trust_remote_code)
+        theirs = load_tokenizer(path, trust_remote_code=model.trust_remote_code).get_vocab()
     except UserError as error:
         raise UserError(f"{key}: {str(error).removeprefix('model.path: ')}") from None
     if config is None:
@@ -350,6 +349,10 @@ def check_token_ids(
         raise UserError(
             f"{key}: {path} has {positions:g} positions, and rollout.max_length is {max_length}: lower it, or take another model"
         )
+    if Path(path).is_dir() and not getattr(config, "quantization_config", None):
+        status, detail = check_checkpoint(skeleton_of(model), Path(path))
+        if status is FAILED:
+            raise UserError(f"{key}: {path}: {detail}")
     return []
 
 

@@ -12,6 +12,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from align.cli import EXIT_USER_ERROR, main
 from align.run import RunDirectory
@@ -151,6 +153,8 @@ def test_a_teacher_or_a_reference_that_is_not_for_this_policy_is_refused_before_
         file.write_text(json.dumps(config))
     elif change == "weights":
         (teacher / "model.safetensors").unlink()
+    elif change == "names":  # such as a reward model's
+        save_file({"score.weight": torch.zeros(1, 128)}, teacher / "model.safetensors", {"format": "pt"})
     else:
         shutil.rmtree(teacher)
     arguments = grpo(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from align.model.policy import (
     save_policy,
     stop_token_ids,
 )
+from align.model.sizes import skeleton_of
 from align.recipe import LoraOptions, ModelOptions
 from reward.chat import encode_prompt
 
@@ -152,6 +154,21 @@ def test_a_head_of_its_own_is_refused_where_the_config_says_that_it_is_the_embed
     else:
         with pytest.raises(UserError, match=r"has tie_word_embeddings, but lm_head\.weight in the files is another"):
             load_policy(ModelOptions(path=str(tmp_path)))
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_code_of_a_model_that_wants_another_transformers_is_refused(known: bool, tmp_path: Path) -> None:
+    shutil.copytree(NANO, tmp_path, dirs_exist_ok=True)
+    own = {"AutoConfig": "modeling_own.Config", "AutoModelForCausalLM": "modeling_own.Model"}
+    config = json.loads((tmp_path / "config.json").read_text()) | {"auto_map": own}
+    (tmp_path / "config.json").write_text(json.dumps(config | ({} if known else {"model_type": "own"})))
+    (tmp_path / "modeling_own.py").write_text("from transformers.utils.import_utils import of_version_4\n")
+    cure = (
+        "transformers knows 'deepseek_v2' itself: leave model.trust_remote_code out" if known else "take a model that"
+    )
+    for read in (load_policy, skeleton_of):
+        with pytest.raises(UserError, match=rf"the code that .* brings does not run.*of_version_4.*Cure: .*{cure}"):
+            read(ModelOptions(path=str(tmp_path), trust_remote_code=True))
 
 
 class TestVocabulary:
