@@ -16,6 +16,7 @@ from align.shipped import found
 
 STAGES = {
     "sft": "supervised fine-tuning of a policy",
+    "dpo": "direct preference optimisation of a policy on pairs of completions, after SFT where the recipe says so",
     "grpo": "reinforcement learning with GRPO, after SFT where the recipe says so",
     "reward-model": "a reward model from preferences, made of a policy",
     "preferences": "preference data from a policy's own answers, judged by the recipe's rewards",

@@ -409,6 +409,14 @@ class LearnerGroup(RankGroup):
         calls = [r.log_probs.remote(part, *how) for r, part in zip(self._at_work(), work, strict=True)]
         return in_order(plan, self._gather(calls, "computing log-probabilities"))
 
+    def reference_log_probs(
+        self, sequences: Sequence[TrainingSequence], temperature: float
+    ) -> list[npt.NDArray[np.float32]]:
+        """The reference's log-probabilities [S] of the sampled tokens of each sequence; the learner must have been given a reference."""
+        work, plan = self._split(sequences)
+        calls = [r.reference_log_probs.remote(part, temperature) for r, part in zip(self._at_work(), work, strict=True)]
+        return in_order(plan, self._gather(calls, "computing the reference's log-probabilities"))
+
     def part_distances(
         self, sequence: TrainingSequence, noted: Mapping[str, torch.Tensor]
     ) -> tuple[dict[str, Distance], npt.NDArray[np.float32]]:

@@ -100,6 +100,11 @@ class Objective:
     grpo: LossOptions | None = None
     temperature: float = 1.0
 
+    @property
+    def has_kl(self) -> bool:
+        """Whether the KL to a reference is part of the loss."""
+        return self.grpo is not None and self.grpo.kl_coefficient > 0
+
 
 @dataclass(slots=True)
 class Sums:

@@ -81,7 +81,9 @@ class PolicyRank(LearnerRank):
         for sequences in micro_batches:
             batch = self._collate(sequences)
             # First, for where it shares the policy's modules: backward must find them as the policy's forward left them.
-            reference = self._frozen_log_probs(self._reference, batch, objective.temperature)
+            reference = self._frozen_log_probs(
+                self._reference if objective.has_kl else None, batch, objective.temperature
+            )
             teacher = self._frozen_log_probs(self._teacher, batch, objective.temperature)
             counts = batch.token_counts()
             with self._routing.given(batch.routes, forced=replays), self._balance.watching(counts):
@@ -127,6 +129,15 @@ class PolicyRank(LearnerRank):
         with torch.no_grad(), off:
             log_probs: torch.Tensor = policy(**batch.inputs, temperature=temperature)[0]
         return log_probs
+
+    def reference_log_probs(
+        self, micro_batches: MicroBatches, temperature: float
+    ) -> list[list[npt.NDArray[np.float32]]]:
+        """What `log_probs` returns, under the frozen reference, whose routers choose for themselves."""
+        self._engine.eval()
+        batches = map(self._collate, micro_batches)
+        found = ((batch, self._frozen_log_probs(self._reference, batch, temperature)) for batch in batches)
+        return [sampled_values(values, batch) for batch, values in found if values is not None]
 
     def log_probs(
         self, micro_batches: MicroBatches, temperature: float, replays: bool = False, precision: Precision = "model"

@@ -40,7 +40,7 @@ from align.losses.options import (
     Level,
     LossOptions,
 )
-from align.losses.preference import pairwise_loss, pointwise_loss
+from align.losses.preference import dpo_loss, pairwise_loss, pointwise_loss
 
 __all__ = [
     "CORRECTIONS",
@@ -58,6 +58,7 @@ __all__ = [
     "completion_weights",
     "correction_weights",
     "distillation_loss",
+    "dpo_loss",
     "group_advantages",
     "grpo_token_loss",
     "kl_estimate",

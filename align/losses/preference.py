@@ -1,6 +1,6 @@
-"""Losses of reward models, of pairs of completions."""
+"""Losses of pairs of completions: of reward models, and of a policy itself."""
 
-from torch import Tensor
+from torch import Tensor, sigmoid
 from torch.nn.functional import logsigmoid
 
 
@@ -24,3 +24,14 @@ def pointwise_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
     ``sigmoid(r)`` is then the probability that a completion is right, and r > 0 says that it more likely is.
     """
     return -(logsigmoid(chosen) + logsigmoid(-rejected)) / 2
+
+
+def dpo_loss(margins: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """DPO's loss of each pair, ``-log sigmoid(beta m)``, and its slope ``beta sigmoid(-beta m)``, by which it falls as m grows; both ``[B]``.
+
+    Rafailov et al. 2023, arXiv:2305.18290, eq. 7: the loss of a reward model (:func:`pairwise_loss`) whose reward is ``beta log(pi / pi_ref)`` of
+    a completion. ``margins`` ``[B]`` are m, by how much more the policy has raised the log-probability of the chosen completion than that of the
+    rejected one. So the gradient is that of REINFORCE with the slope as the advantage of the chosen and its negative as that of the rejected
+    completion (eq. 8 of the paper).
+    """
+    return -logsigmoid(beta * margins), beta * sigmoid(-beta * margins)

@@ -22,6 +22,7 @@ from align.recipe.options import (
     AgreementOptions,
     AlarmOptions,
     DataOptions,
+    DpoOptions,
     EvaluationOptions,
     GrpoOptions,
     GuardOptions,
@@ -35,6 +36,7 @@ from align.recipe.options import (
 from align.recipe.pipeline import Pipeline, PlannedStage, load_pipeline, load_stage, load_stages
 from align.recipe.recipes import (
     STAGES,
+    DpoRecipe,
     GrpoRecipe,
     PolicyRecipe,
     PreferencesRecipe,
@@ -51,6 +53,8 @@ __all__ = [
     "AlarmOptions",
     "BalanceOptions",
     "DataOptions",
+    "DpoOptions",
+    "DpoRecipe",
     "EvaluationOptions",
     "GrpoOptions",
     "GrpoRecipe",

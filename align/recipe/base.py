@@ -25,7 +25,7 @@ class Recipe(Options):
     data_stage: ClassVar[DataStage]
     """The stage that the cards of its data must be meant for."""
 
-    stage: Literal["sft", "reward_model", "grpo", "preferences"] = Field(description=STAGE)
+    stage: Literal["sft", "reward_model", "dpo", "grpo", "preferences"] = Field(description=STAGE)
     name: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="what the run is called; it goes to runs/NAME"
     )

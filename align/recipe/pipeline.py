@@ -16,7 +16,7 @@ from align.recipe.base import Recipe
 from align.recipe.dtype import FASTEST
 from align.recipe.load import FREE, apply_override, explain, load_recipe, read_yaml
 from align.recipe.options import RunOptions
-from align.recipe.recipes import GrpoRecipe, RewardModelRecipe
+from align.recipe.recipes import DpoRecipe, GrpoRecipe, RewardModelRecipe
 from align.recipe.values import yaml_text, yaml_value
 from align.shipped import found
 
@@ -164,7 +164,7 @@ def load_stage(
 ) -> PlannedStage:
     """A recipe with the stage that its `init_from` names. Raises UserError as `load_recipe` does, for both."""
     recipe = load_recipe(path, overrides, pending=pending)
-    init_from = recipe.init_from if isinstance(recipe, GrpoRecipe | RewardModelRecipe) else None
+    init_from = recipe.init_from if isinstance(recipe, DpoRecipe | GrpoRecipe | RewardModelRecipe) else None
     before = None
     if init_from is not None:
         shared = recipe.model_dump(mode="json", include=set(SHARED), exclude={"rollout": {OWN}})

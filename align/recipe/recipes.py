@@ -13,6 +13,7 @@ from align.recipe.learner import BalanceOptions
 from align.recipe.options import (
     AgreementOptions,
     AlarmOptions,
+    DpoOptions,
     EvaluationOptions,
     GrpoOptions,
     GuardOptions,
@@ -145,36 +146,77 @@ SAMPLED_ALARMS = ("entropy", "variance", "reward", "refill", "idle")
 """Alarms on what GRPO samples and scores in its steps."""
 
 
-class SftRecipe(PolicyRecipe):
+NOTHING_SAMPLED: dict[str, str] = dict.fromkeys(
+    ("weights.precision", "alarms.entropy_share", "alarms.zero_variance_groups", "alarms.reward_jump"),
+    "nothing is sampled to be trained on",
+)
+
+
+class SupervisedRecipe(PolicyRecipe):
+    """A policy that learns from answers that are given. It answers held-out prompts before and after."""
+
+    rewards: list[RewardTerm] = Field(
+        [],
+        description="what scores the answers to held-out prompts; without any there are a validation loss and answers to read",
+    )
+
+    @model_validator(mode="after")
+    def _alarms_that_may_come(self) -> Self:
+        if (never := [name for name in self.alarms.stop if name in SAMPLED_ALARMS]) and not is_kept():
+            raise ValueError(
+                f"alarms.stop: {', '.join(never)} cannot come here (nothing is sampled to be trained on): leave it out"
+            )
+        return self
+
+
+class SftRecipe(SupervisedRecipe):
     """Supervised fine-tuning."""
 
     no_effect: ClassVar = {
         "evaluation.every": "SFT looks at the validation loss, every sft.validate_every steps",
         "data.split": "the validation split gives the validation loss",
         "learner.share_prompts": "no two conversations of SFT have their prompt in common",
-        "weights.precision": "nothing is sampled to be trained on in SFT",
-        **dict.fromkeys(
-            ("alarms.entropy_share", "alarms.zero_variance_groups", "alarms.reward_jump"), "nothing is sampled in SFT"
-        ),
+        **NOTHING_SAMPLED,
     }
     data_stage: ClassVar = "sft"
 
     stage: Literal["sft"] = Field(description=STAGE)
     sft: SftOptions
-    rewards: list[RewardTerm] = Field(
-        [],
-        description="what scores the answers to held-out prompts; without any there are a validation loss and answers to read",
-    )
 
     def roles(self) -> Roles:
         return replace(super().roles(), trained_sequences=self.sft.sequences_per_step)
 
+
+class DpoRecipe(SupervisedRecipe):
+    """Direct preference optimisation of a policy on pairs of completions."""
+
+    no_effect: ClassVar = {
+        "evaluation.every": "DPO looks at the validation pairs, every dpo.validate_every steps",
+        "data.levels": "preferences have no levels",
+        "data.split": "the validation split gives the validation pairs",
+        **NOTHING_SAMPLED,
+    }
+    data_stage: ClassVar = "reward_model"
+
+    stage: Literal["dpo"] = Field(description=STAGE)
+    init_from: Annotated[Path, AfterValidator(found)] | None = Field(None, description=INIT_FROM)
+    dpo: DpoOptions
+
+    def roles(self) -> Roles:
+        return replace(super().roles(), trained_sequences=2 * self.dpo.pairs_per_step, reference=True)
+
     @model_validator(mode="after")
-    def _alarms_that_may_come(self) -> Self:
-        if (never := [name for name in self.alarms.stop if name in SAMPLED_ALARMS]) and not is_kept():
+    def _problems_to_answer(self) -> Self:
+        if not self.evaluation.cards and (self.evaluation.path is None or any(data.card for data in self.data)):
             raise ValueError(
-                f"alarms.stop: {', '.join(never)} cannot come here (nothing is sampled in SFT): leave it out"
+                "evaluation: pairs have no problems for the policy to answer: name some, with evaluation.cards, or evaluation.path: FILE beside pairs in a file"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _no_dropout(self) -> Self:
+        if self.learner.lora is not None and self.learner.lora.dropout:
+            raise ValueError("learner.lora.dropout must be 0: margins are measured without it")
         return self
 
 
@@ -354,6 +396,7 @@ class PreferencesRecipe(SamplingRecipe):
 STAGES: dict[str, type[Recipe]] = {
     "sft": SftRecipe,
     "reward_model": RewardModelRecipe,
+    "dpo": DpoRecipe,
     "grpo": GrpoRecipe,
     "preferences": PreferencesRecipe,
 }

@@ -13,6 +13,7 @@ from align.evaluate.accuracy import Evaluation
 from align.evaluate.probe import notes_on
 from align.model.policy import load_tokenizer
 from align.recipe import (
+    DpoRecipe,
     GrpoRecipe,
     ModelOptions,
     PlannedStage,
@@ -31,6 +32,7 @@ from align.session.longer import make_longer
 from align.session.ray import local_ray
 from align.session.run import compare_stages, recorded_evaluations, refuse_changes
 from align.session.session import open_session
+from align.stages.dpo import load_dpo_data, train_dpo
 from align.stages.grpo import load_grpo_data, train_grpo
 from align.stages.preferences import gather_preferences, load_prompts
 from align.stages.reward_model import load_reward_model_data, show, train_reward_model
@@ -108,6 +110,8 @@ def check_data(recipe: Recipe, rows: int | None, found: Findings) -> list[str]:
         recipe = recipe.model_copy(update={"data": limited})
     if isinstance(recipe, SftRecipe):
         load_sft_data(recipe, tokenizer, found)
+    elif isinstance(recipe, DpoRecipe):
+        load_dpo_data(recipe, tokenizer, found)
     elif isinstance(recipe, GrpoRecipe):
         load_grpo_data(recipe, tokenizer, found)
     elif isinstance(recipe, RewardModelRecipe):
@@ -133,6 +137,8 @@ def run_stage(stage: PlannedStage, *, longer: bool = False) -> None:
         )
     if isinstance(recipe, SftRecipe):
         run_sft(recipe)
+    elif isinstance(recipe, DpoRecipe):
+        run_dpo(recipe, stage.before)
     elif isinstance(recipe, GrpoRecipe):
         run_grpo(recipe, stage.before)
     elif isinstance(recipe, RewardModelRecipe):
@@ -148,6 +154,18 @@ def run_sft(recipe: SftRecipe, also_held_out: HeldOutPrompts = NOTHING) -> None:
         session.start_sampling(recipe.roles())
         trained, evaluations = session.restarting(lambda: train_sft(recipe, data, session))
         finish(session.run.progress, trained, evaluations)
+
+
+def run_dpo(recipe: DpoRecipe, before: PlannedStage | None) -> None:
+    """DPO, from the policy of its recipe or of the stage before it to `final/`."""
+    with open_session(recipe) as session:
+        data = load_dpo_data(recipe, session.tokenizer, session.run)
+        evaluations: dict[str, Evaluation] = {}
+        if before is not None:
+            session.policy, evaluations = policy_of(before, session.policy, session.run, data.problems.prompts)
+        session.start_sampling(recipe.roles())
+        trained, after = session.restarting(lambda: train_dpo(recipe, data, session))
+        finish(session.run.progress, trained, evaluations | after)
 
 
 def run_grpo(recipe: GrpoRecipe, before: PlannedStage | None) -> None:

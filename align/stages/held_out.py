@@ -151,7 +151,7 @@ class HeldOut:
         before = recorded_evaluations(self._run.directory, self._problems.domains)
         if name in before:
             if told := last_evaluation_habits(self._run.directory.path, name):
-                self._stop_after_sft((alarm for _, alarm in habit_alarms(told.found, self._alarms)), step)
+                self._stop_after_steps((alarm for _, alarm in habit_alarms(told.found, self._alarms)), step)
             return before[name]
         self._run.progress.phase(f"evaluating ({name})")
         problems = self._problems.problems
@@ -175,7 +175,7 @@ class HeldOut:
     def _tell_habits(self, name: str, step: int) -> None:
         """Say what the answers of an evaluation took up or lost against the first one, and which of it is an alarm.
 
-        Raises AlarmError for an alarm of `alarms.stop` after the steps of SFT, whose evaluations alone have answers. In GRPO the steps are
+        Raises AlarmError for an alarm of `alarms.stop` after the steps of SFT and DPO, whose evaluations alone have answers. In GRPO the steps are
         watched; its evaluations may show what the SFT stage before has taught.
         """
         told = last_evaluation_habits(self._run.directory.path, name)
@@ -191,11 +191,11 @@ class HeldOut:
         self._run.tell("habits", "\n".join(lines), evaluation=name, habits=facts)
         for message, alarm in alarms.items():
             self._run.metrics.event("warning", f"{name}: {message}", alarm=alarm.kind, examples=list(alarm.samples))
-        self._stop_after_sft(alarms.values(), step)
+        self._stop_after_steps(alarms.values(), step)
 
-    def _stop_after_sft(self, alarms: Iterable[Alarm], step: int) -> None:
-        """Raise AlarmError for an alarm of `alarms.stop` where these are of an evaluation after the steps of SFT."""
-        if self._stage == "sft" and step:
+    def _stop_after_steps(self, alarms: Iterable[Alarm], step: int) -> None:
+        """Raise AlarmError for an alarm of `alarms.stop` where these are of an evaluation after the steps of a stage that samples nothing itself."""
+        if self._stage != "grpo" and step:
             stop_at(alarms, self._alarms, self._run.directory.path)
 
     def _rates(self, evaluation: Evaluation, examples: Sequence[Example]) -> dict[str, float]:

@@ -19,7 +19,7 @@ from align.session.checks import check, check_rewards_ready
 from align.session.run import changes
 from align.session.signals import StopRequest
 
-COMMANDS = {"sft": "sft", "reward_model": "reward-model", "preferences": "preferences", "grpo": "grpo"}
+COMMANDS = {"sft": "sft", "reward_model": "reward-model", "dpo": "dpo", "preferences": "preferences", "grpo": "grpo"}
 INTERRUPTED = {signal.SIGINT: 130, signal.SIGTERM: 75}
 """The exit status of a stage that was stopped by a signal."""
 PR_SET_PDEATHSIG = 1

@@ -24,7 +24,7 @@ from align.recipe import ModelOptions, PolicyRecipe, load_recipe
 from align.run.checkpoints import hashed_file
 from align.session.run import Run, open_run
 from align.session.session import Session
-from align.stages import grpo, sft
+from align.stages import dpo, grpo, sft
 from align.stages.held_out import HeldOut
 from reward import Mixture, RewardTerm, Sample, SampleReward, Score, Verdict
 from rollout import FinishReason, Group, Prompt, RolloutError, SamplingOptions, Trajectory
@@ -165,6 +165,9 @@ class FakeLearner:
         self.asked.append((len(sequences), temperature, len(self.batches)))
         return [-(n + 1) / np.arange(1, s.sampled_tokens + 1, dtype=np.float32) for n, s in enumerate(sequences)]
 
+    def reference_log_probs(self, sequences: Sequence[TrainingSequence], temperature: float) -> list[Any]:
+        return [2 * -(n + 1) / np.arange(1, s.sampled_tokens + 1, dtype=np.float32) for n, s in enumerate(sequences)]
+
     update, _before_updates = LearnerGroup.update, LearnerGroup._before_updates
 
     def expert_load(self) -> dict[str, float]:
@@ -236,14 +239,18 @@ def train(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Stag
         **learns: Any,
     ) -> Stage:
         learner = learns.pop("learner", None) or FakeLearner(**learns)
-        fixed = ["init_from=null"] if name == "grpo" else []
+        card = "nano_helpful" if name == "dpo" else "nano_math"
+        fixed = {
+            "grpo": ["init_from=null"],
+            "dpo": ["model={path: recipes/nano/policy, init: random}"],
+        }.get(name, [])
         recipe = load_recipe(
             Path(f"recipes/nano/{name}.yaml"),
             [
                 *fixed,
                 f"run.dir={tmp_path / 'run'}",
                 "evaluation.limit=4",
-                "data={card: nano_math, limit: 64}",
+                f"data={{card: {card}, limit: 64}}",
                 *overrides,
             ],
         )
@@ -278,6 +285,9 @@ def train(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Stag
             if name == "grpo":
                 stage.data = grpo.load_grpo_data(recipe, tokenizer, run)  # type: ignore[arg-type]
                 grpo.train_grpo(recipe, stage.data, session)  # type: ignore[arg-type]
+            elif name == "dpo":
+                stage.data = dpo.load_dpo_data(recipe, tokenizer, run)  # type: ignore[arg-type]
+                dpo.train_dpo(recipe, stage.data, session)  # type: ignore[arg-type]
             else:
                 stage.data = sft.load_sft_data(recipe, tokenizer, run)  # type: ignore[arg-type]
                 sft.train_sft(recipe, stage.data, session)  # type: ignore[arg-type]

@@ -1,0 +1,178 @@
+"""Direct preference optimisation: the advantages that make REINFORCE's gradient that of DPO, and what a stage measures of its pairs."""
+
+import math
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import log_softmax, logsigmoid
+
+from align.data.types import Preference
+from align.errors import UserError
+from align.learner.batch import TrainingSequence
+from align.learner.group import LearnerGroup
+from align.learner.objective import Objective
+from align.losses import LossOptions, dpo_loss
+from align.model.policy import load_policy, load_tokenizer
+from align.recipe import DpoOptions, LearnerOptions, ModelOptions, OptimizerOptions, load_recipe
+from align.stages.dpo import Margins, Pair, both, encode_pair, margins_of, weighted
+
+SMALL = ("dpo.steps=4", "dpo.pairs_per_step=3", "dpo.validation_limit=2", "learner.optimizer.warmup_steps=1")
+TOKENIZER = load_tokenizer("recipes/nano/policy")
+OPTIONS = DpoOptions(steps=1, pairs_per_step=2, beta=0.5, sft_weight=0.25)
+
+
+def pairs(count: int = 2) -> list[Pair]:
+    preferences = [
+        Preference(
+            f"p{n}", ({"role": "user", "content": f"Say {n}."},), f"It is {n}, I think.", f"No {n * 7} at all", "chat"
+        )
+        for n in range(count)
+    ]
+    return [pair for one in preferences for pair in encode_pair(TOKENIZER, one)]
+
+
+def test_the_completions_of_a_pair_are_trained_on_with_their_end_and_share_a_prompt() -> None:
+    [pair] = pairs(1)
+    for sequence, text in ((pair.chosen, " It is 0, I think."), (pair.rejected, " No 0 at all")):
+        sampled = [id_ for id_, s in zip(sequence.token_ids, sequence.sampled, strict=True) if s]
+        assert TOKENIZER.decode(sampled) == text + TOKENIZER.eos_token
+    assert [s.group for s in both(pairs(2))] == [0, 0, 1, 1]
+
+
+def test_the_slope_of_the_loss_is_its_derivative() -> None:
+    margins = torch.tensor([-30.0, -1.0, 0.0, 2.0, 400.0], requires_grad=True)
+    loss, slope = dpo_loss(margins, 0.3)
+    torch.testing.assert_close(loss, -logsigmoid(0.3 * margins))
+    (gradient,) = torch.autograd.grad(loss.sum(), margins)
+    torch.testing.assert_close(slope, -gradient)
+
+
+def test_the_chosen_completion_is_pushed_up_as_hard_as_the_rejected_one_is_pushed_down() -> None:
+    margins = Margins(torch.tensor([3.0, 0.0]), torch.tensor([1.0, 4.0]))
+    one, two, three, four = weighted(found := pairs(), margins, OPTIONS)
+    slopes = [0.5 / (1 + math.exp(0.5 * 2)), 0.5 / (1 + math.exp(0.5 * -4))]
+    more = [0.25 / pair.chosen.sampled_tokens for pair in found]
+    assert [one.advantage, three.advantage] == pytest.approx([slopes[0] + more[0], slopes[1] + more[1]])
+    assert [two.advantage, four.advantage] == pytest.approx([-slopes[0], -slopes[1]])
+    assert {s.weight for s in (one, two, three, four)} == {0.5}
+
+
+def test_a_margin_is_what_the_policy_has_raised_of_the_chosen_less_what_it_has_raised_of_the_rejected(
+    train: Any,
+) -> None:
+    stage = train("dpo", *SMALL)
+    lengths = [[s.sampled_tokens for s in batch.sequences] for batch in stage.learner.batches]
+    for line, of_batch in zip(stage.steps, lengths, strict=True):
+        # The fake learner's log-probabilities, and those of its reference, which are twice as low.
+        raised = [(n + 1) * sum(1 / t for t in range(1, length + 1)) for n, length in enumerate(of_batch)]
+        margins = torch.tensor(raised[::2]) - torch.tensor(raised[1::2])
+        assert line["margin"] == pytest.approx(float(margins.mean()), rel=1e-4)
+        assert line["accuracy"] == float((margins > 0).float().mean())
+        assert line["loss"] == line["pair_loss"] == pytest.approx(float(-logsigmoid(0.1 * margins).mean()), rel=1e-4)
+
+
+def test_the_validation_pairs_are_measured_every_so_many_steps_and_at_the_end(train: Any) -> None:
+    stage = train("dpo", *SMALL, "dpo.validate_every=3", "dpo.sft_weight=0.5")
+    assert ["validation_accuracy" in line for line in stage.steps] == [False, False, True, True]
+    assert [count for count, _, _ in stage.learner.asked] == [6, 6, 6, 4, 6, 4]
+    for line, batch in zip(stage.steps, stage.learner.batches, strict=True):
+        chosen = [s.weight for s in batch.sequences[::2]]  # the fake learner's cross-entropy
+        assert line["loss"] == pytest.approx(line["pair_loss"] + 0.5 * np.mean(chosen))
+
+
+def test_the_policy_of_the_start_is_the_reference_and_the_workers_get_what_was_trained(train: Any) -> None:
+    stage = train("dpo", *SMALL)
+    assert stage.learner.reference == stage.recipe.model
+    assert stage.fleet.loaded == [(1, 1)]
+    assert (stage.checked, stage.evaluated) == (["after DPO"], ["before DPO", "after DPO"])
+    again = train("dpo", *SMALL, "run.overwrite=true", weight_version=1)
+    assert again.fleet.loaded == [(1, 0), (2, 1)]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["evaluation.cards=[]"], "pairs have no problems for the policy to answer: name some, with evaluation.cards"),
+        (["learner.lora={dropout: 0.1}"], "margins are measured without it"),
+        (["alarms.stop=[entropy]"], "entropy cannot come here"),
+        (["data={card: nano_math}"], "nano_math"),
+        (["evaluation.every=2"], "DPO looks at the validation pairs"),
+    ],
+)
+def test_what_a_recipe_cannot_mean_is_refused(overrides: list[str], message: str, train: Any) -> None:
+    with pytest.raises(UserError, match=message):
+        train("dpo", *SMALL, *overrides)
+
+
+@pytest.fixture(scope="module")
+def moved(policy: ModelOptions, tmp_path_factory: pytest.TempPathFactory) -> ModelOptions:
+    """The policy after some training."""
+    model, directory = load_policy(policy), tmp_path_factory.mktemp("moved")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    model.save_pretrained(directory)
+    TOKENIZER.save_pretrained(directory)
+    return policy.model_copy(update={"path": str(directory)})
+
+
+@contextmanager
+def learner_of(policy: ModelOptions, reference: ModelOptions, **options: Any) -> Iterator[LearnerGroup]:
+    optimizer = OptimizerOptions(learning_rate=1e-2, clip_norm=1e9)
+    learner = LearnerGroup(policy, LearnerOptions(optimizer=optimizer, **options), seed=0, reference=reference)
+    with closing(learner):
+        learner.wait_until_ready()
+        yield learner
+
+
+def step(learner: LearnerGroup, found: list[Pair], margins: Margins) -> float:
+    learner.accumulate(weighted(found, margins, OPTIONS), Objective(LossOptions()))
+    return learner.apply(1e-2)
+
+
+def log_prob(model: Any, sequence: TrainingSequence) -> torch.Tensor:
+    ids = torch.tensor([sequence.token_ids])
+    values = log_softmax(model(input_ids=ids).logits[0, :-1], -1).gather(-1, ids[0, 1:, None])[:, 0]
+    return values[torch.tensor(sequence.sampled[1:])].sum()
+
+
+@pytest.mark.engines
+def test_an_update_is_that_of_the_loss_in_plain_pytorch(
+    policy: ModelOptions, moved: ModelOptions, ray_session: None
+) -> None:
+    found = pairs(3)
+    with learner_of(moved, policy) as learner:
+        norm = step(learner, found, margins := margins_of(learner, found))
+    plain, frozen = load_policy(moved), load_policy(policy)
+    loss = torch.zeros(())
+    for pair, measured in zip(found, margins.values.tolist(), strict=True):
+        with torch.no_grad():
+            before = log_prob(frozen, pair.chosen) - log_prob(frozen, pair.rejected)
+        chosen = log_prob(plain, pair.chosen)
+        margin = chosen - log_prob(plain, pair.rejected) - before
+        assert measured == pytest.approx(float(margin), abs=1e-4)
+        cross_entropy = -chosen / pair.chosen.sampled_tokens
+        loss = loss + (OPTIONS.sft_weight * cross_entropy - logsigmoid(OPTIONS.beta * margin)) / 3
+    loss.backward()
+    squares = [p.grad.double().square().sum() for p in plain.parameters() if p.grad is not None]
+    assert norm == pytest.approx(float(torch.stack(squares).sum().sqrt()), rel=1e-3)
+
+
+@pytest.mark.engines
+def test_of_an_adapter_the_model_below_it_is_the_reference(policy: ModelOptions, ray_session: None) -> None:
+    found = pairs(2)
+    with learner_of(policy, policy, lora={"rank": 4}) as learner:
+        margins = margins_of(learner, found)
+        assert margins.values.tolist() == [0.0, 0.0]
+        step(learner, found, margins)
+        assert (margins_of(learner, found).values > 0).all()
+
+
+def test_the_recipe_of_the_nano_model_needs_a_reference_beside_the_policy() -> None:
+    roles = load_recipe(Path("recipes/nano/dpo.yaml"), ["model={path: recipes/nano/policy, init: random}"]).roles()
+    assert (roles.trained, roles.reference, roles.trained_sequences) == ("policy", True, 64)
