@@ -7,10 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
-from align.data.cards import DataCard, OwnSource, Stage, load_card, require_stage
+from align.data.cards import DataCard, GeneratorSource, OwnSource, Stage, load_card, require_stage
 from align.data.drawing import BLOCK, Source, shares
 from align.data.loader import NOTHING, HeldOutPrompts, held_together
-from align.data.own import CURE, Rows, cure_of, own_card, refusal, stream_of
+from align.data.own import CURE, Rows, cure_of, name_of, own_card, refusal, stream_of
 from align.data.types import Item, LoadedSplit, SplitName
 from align.errors import UserError
 from align.recipe import DataOptions
@@ -35,7 +35,7 @@ class Notes(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """An entry of `recipe.data`, whose card is made of its files where it names none. `mark` is what the ids of a card's second entry end in, and its name: "@2"; empty for a first one."""
+    """An entry of `recipe.data`, whose card is made of its files where it names none. `mark` is what its name ends in, and its ids, where an entry before it has that name or such ids: "@2"; empty for a first one."""
 
     data: DataOptions
     card: DataCard
@@ -92,9 +92,27 @@ def entries_of(data: Sequence[DataOptions], stage: Stage) -> list[Entry]:
     for one in distinct:
         card = card_of(one)
         require_stage(card, stage)
-        before = sum(entry.card.name == card.name for entry in entries)
-        entries.append(Entry(one, card, f"@{before + 1}" if before else ""))
+        entries.append(Entry(one, card, _mark(card, entries)))
     return entries
+
+
+def _mark(card: DataCard, before: Sequence[Entry]) -> str:
+    """What tells an entry with this card from those before it, of which none with its name, or with ids that begin as its own, has that mark."""
+    taken = {
+        entry.mark for entry in before if entry.card.name == card.name or _begins_ids(entry.card) == _begins_ids(card)
+    }
+    marks = ("", *(f"@{number}" for number in range(2, len(before) + 2)))
+    return next(mark for mark in marks if mark not in taken)
+
+
+def _begins_ids(card: DataCard) -> str:
+    """What the ids of a card's examples begin with: two cards of like-named files, or of one generator, have the same."""
+    match card.source:
+        case OwnSource(path=path):
+            return name_of(path)
+        case GeneratorSource(name=name):
+            return name
+    return card.name
 
 
 def card_of(data: DataOptions) -> DataCard:
@@ -145,8 +163,9 @@ def evaluated(options: EvaluationOptions, data: Sequence[DataOptions]) -> list[E
         card = card_of(one)
         if one.card and one.path is not None:
             card = _with_files(card, str(one.path), options.split)
-        before = sum(entry.card.name == card.name for entry in found) if one.card is None else 0
-        found.append(Entry(one, card, f"@{before + 1}" if before else ""))
+        # Two cards of one name stay so, to be refused.
+        before = [entry for entry in found if one.card is None or entry.card.name != card.name]
+        found.append(Entry(one, card, _mark(card, before)))
     return found
 
 

@@ -112,7 +112,9 @@ def test_a_directory_has_a_file_for_a_split_and_the_others_are_drawn_from_train(
 
 
 def test_two_configurations_of_one_data_set_are_both_evaluated_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("align.data.entries.card_of", lambda data: SimpleNamespace(name="b", splits=("test",)))
+    monkeypatch.setattr(
+        "align.data.entries.card_of", lambda data: SimpleNamespace(name="b", splits=("test",), source=None)
+    )
     entries = [DataOptions(path=Path("a/b"), config=name) for name in ("x", "y", "x")]
     asked = evaluated(EvaluationOptions(), entries)
     assert [(entry.data.config, entry.name) for entry in asked] == [("x", "b"), ("y", "b@2")]

@@ -3,6 +3,8 @@
 from collections import Counter
 from pathlib import Path
 
+import pytest
+
 from align.data.cards import load_card
 from align.data.drawing import Stream
 from align.data.entries import entries_of, evaluated
@@ -88,3 +90,18 @@ def test_the_instruction_of_a_card_is_in_the_conversations_that_are_learned_from
         assert example.messages[-1]["content"].endswith(".\nBe brief.")
         assert asked["content"].endswith(".\nBe brief.")
         assert answered == {"role": "assistant", "content": example.response}
+
+
+@pytest.mark.parametrize("kind", ["own", "generator"])
+def test_two_cards_whose_examples_begin_their_ids_alike_have_ids_of_their_own(tmp_path: Path, kind: str) -> None:
+    held = {"against": ["validation", "test"], "why": "so"}
+    cards = []
+    for name in ("algebra", "geometry"):
+        own = {"kind": "own", "path": str(write_rows(tmp_path / name / "train.jsonl", problems(60)))}
+        source = own if kind == "own" else {"kind": "generator", "name": "nano_math"}
+        splits = dict.fromkeys(EVERY_SPLIT, "some")
+        cards.append(str(write_card(tmp_path / f"{name}.md", source, splits=splits, decontamination=held)))
+    data = [DataOptions(card=card) for card in cards]
+    chosen = EvaluationOptions(cards=cards)
+    for entries in (entries_of(data, "grpo"), evaluated(EvaluationOptions(), data), evaluated(chosen, data)):
+        assert [entry.mark for entry in entries] == ["", "@2"]
