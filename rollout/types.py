@@ -163,7 +163,9 @@ class SamplingOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    temperature: float = Field(1.0, ge=0, le=10, description="what logits are divided by; 0 takes the likeliest token")
+    temperature: float = Field(
+        1.0, ge=0, le=2, description="what logits are divided by, up to vLLM's 2; 0 takes the likeliest token"
+    )
     max_new_tokens: int = Field(64, ge=1, description="longest completion, in tokens")
 
     @model_validator(mode="after")

@@ -51,7 +51,7 @@ def evaluate(
     params: Params = "{}",
     samples: Annotated[int, Option(min=0, help="answers to sample beside the greedy one, for pass@k")] = 0,
     temperature: Annotated[
-        float | None, Option(min=0.01, max=10, help="of the sampled answers; 1 when not given")
+        float | None, Option(min=0.01, max=2, help="of the sampled answers; 1 when not given")
     ] = None,
     split: Annotated[
         Literal["train", "validation", "test"] | None, Option(help="of a data card; test when not given")
@@ -115,7 +115,7 @@ def refuse_too_low(temperature: float) -> None:
 def chat(
     model: Model,
     system: Annotated[str | None, Option(help="the system message; the template's own when not given")] = None,
-    temperature: Annotated[float, Option(min=0, max=10, help="0 takes the likeliest token each time")] = 0.7,
+    temperature: Annotated[float, Option(min=0, max=2, help="0 takes the likeliest token each time")] = 0.7,
     max_new_tokens: Annotated[int, Option(min=1, help="longest answer")] = 256,
     seed: int = 0,
     dtype: Dtype = "float32",

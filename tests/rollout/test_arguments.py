@@ -238,6 +238,8 @@ def test_a_kernel_that_triton_kept_of_another_precision_is_not_taken(monkeypatch
 def test_a_temperature_that_would_be_another_is_refused() -> None:
     with pytest.raises(ValidationError, match=r"vLLM samples at 0\.01 where less is given"):
         SamplingOptions(temperature=0.005)
+    with pytest.raises(ValidationError, match="less than or equal to 2"):
+        SamplingOptions(temperature=2.1)  # vLLM's own limit
     assert (SamplingOptions(temperature=0).temperature, SamplingOptions(temperature=0.01).temperature) == (0, 0.01)
 
 

@@ -84,6 +84,7 @@ def test_the_command_loads_the_model_and_samples_as_its_flags_say(
     ("flags", "message"),
     [
         (["--temperature", "-1"], "'--temperature': Input should be greater than or equal to 0"),
+        (["--temperature", "2.5"], "'--temperature': Input should be less than or equal to 2"),
         (["--temperature", "0.005"], "--temperature 0.005: the least above 0 is 0.01"),
         (["--max-new-tokens", "0"], "'--max-new-tokens': Input should be greater than or equal to 1"),
         (["--max-length", "8"], "'--max-length': Input should be greater than or equal to 16"),
