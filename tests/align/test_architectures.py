@@ -31,7 +31,7 @@ from align.evaluate.doctor import CheckStatus, examine
 from align.learner.loading import follow, layout
 from align.model.lora import chosen_parts, left_out, parts_of
 from align.model.names import from_checkpoint, layout_of, to_checkpoint
-from align.model.policy import load_policy, load_tokenizer, persistent_buffers
+from align.model.policy import load_policy, load_tokenizer, persistent_buffers, write_random_policy
 from align.model.sizes import model_sizes, sent_bytes
 from align.plan.memory import adapted_parameters
 from align.recipe import ModelOptions
@@ -215,6 +215,9 @@ def test_so_too_of_a_model_that_brings_its_code(tmp_path: Path, monkeypatch: pyt
     assert_same_without_content(model)
     own = sum(p.numel() for p in AutoModelForCausalLM.from_config(LlamaConfig(**SIZES)).parameters()) + 8 * 8 + 8
     assert sent_bytes(model, None) == 4 * own
+    drawn = model.model_copy(update={"init": "random"})
+    write_random_policy(drawn, tmp_path / "drawn", seed=0)
+    assert sent_bytes(drawn.model_copy(update={"path": str(tmp_path / "drawn")}), None) == 4 * own
 
 
 @pytest.mark.slow
