@@ -286,7 +286,12 @@ class FleetOptions(EngineOptions):
         gt=0,
         description="longest time a worker may take to load, in seconds; when not given, 300 and the time to read its files at 100 MB/s",
     )
-    batch_timeout_s: float = Field(600, gt=0, description="longest time one engine batch may take, in seconds")
+    batch_timeout_s: float | None = Field(
+        None,
+        gt=0,
+        description="longest time one engine batch may take, in seconds; when not given, as long as its engine makes steps. New weights "
+        "and offloading may take as long too, or 600 s",
+    )
     probe_interval_s: float = Field(5, gt=0, description="seconds between two probes of a worker")
     probe_timeout_s: float = Field(
         10, gt=0, description="time to answer a probe; a worker that leaves three unanswered is killed and restarted"

@@ -11,6 +11,8 @@ from rollout.processes import Actor, Pending, ProcessId
 from rollout.types import FleetOptions
 from rollout.worker import CONCURRENCY_GROUPS, RolloutWorker, environment
 
+TRANSFER_S = 600.0
+"""How long new weights, or moving them off a GPU and back, may take where `batch_timeout_s` does not say."""
 PROBES = 3
 """A worker that leaves so many probes in a row unanswered is taken for hung."""
 
@@ -153,6 +155,8 @@ class WorkerHandle:
             starting = doing is Doing.STARTING
             key = "start_timeout_s" if starting else "batch_timeout_s"
             limit = options.start_timeout_s if starting else options.batch_timeout_s
+            if limit is None and doing not in (Doing.STARTING, Doing.SAMPLING):  # no engine makes steps meanwhile
+                limit = TRANSFER_S
             if limit is not None and now - self.task.since > limit:
                 cure = "; raise it, or lower rollout.batch_sequences" if doing is Doing.SAMPLING else ""
                 # An engine that samples goes on; and of a first start nobody knows whether it would ever succeed.

@@ -38,7 +38,8 @@ from reward import RewardTerm, ScoringPool
 from reward.rows import TRUTHS
 from rollout import Fleet, FleetOptions, Prompt
 
-DAY_S = 86_400.0
+SCORING_S = 600.0
+"""How long scoring may take until one more answer is judged."""
 OF_A_RUN = ("max_length", "kv_cache_gb", "batch_sequences", "start_timeout_s", "stall_timeout_s", "threads")
 """Options of `rollout` that `align eval` takes from a model's run; those that take a GPU's room or several GPUs may not be for this machine."""
 PROBES = ["What is 17 + 25?", "Write a sentence about the sea.", "1, 2, 3,", "naïve Größe, 你好"]
@@ -95,7 +96,7 @@ def evaluate_file(
     short_problems(problems, longest, "--max-length")
     with (
         running_fleet(model, rollout, tokenizer) as fleet,
-        closing(ScoringPool(mixture, workers=1, timeout_s=FleetOptions().batch_timeout_s)) as judges,
+        closing(ScoringPool(mixture, workers=1, timeout_s=SCORING_S)) as judges,
     ):
         with reward_errors():
             judges.wait_until_ready()
@@ -129,8 +130,7 @@ def asked_in(run: Path | None) -> dict[str, Any]:
         found = {"max_new_tokens": recipe["evaluation"]["max_new_tokens"], "dtype": recipe["model"]["dtype"]}
     except (KeyError, TypeError, OSError, yaml.YAMLError):
         found, rollout = {"max_new_tokens": 64, "dtype": "float32"}, {"max_length": 512}
-    # However long it takes: a worker that hangs is found by `stall_timeout_s`.
-    return found | {"rollout": rollout | {"batch_timeout_s": DAY_S}}
+    return found | {"rollout": rollout}
 
 
 def problems_of(data: str, split: SplitName | None) -> list[Example]:

@@ -4,7 +4,7 @@ from queue import Empty
 
 import pytest
 
-from rollout import RolloutError, State, WeightUpdateError
+from rollout import FleetOptions, RolloutError, State, WeightUpdateError
 from rollout.supervisor import MOST_LOSSES
 from rollout.sync.object_store import StoredWeights
 from rollout.worker import RolloutWorker
@@ -217,6 +217,24 @@ def test_a_batch_that_goes_on_for_too_long_is_an_error_with_a_cure_and_the_stack
             world.steps += 1
             world.tick(10)
     assert found.value.stacks == "rollout worker 0: stacks of 100\nrollout worker 1: stacks of 101"
+
+
+def test_without_a_limit_a_batch_goes_on_while_its_engine_makes_steps_and_new_weights_do_not() -> None:
+    world = World(ONE.model_copy(update={"batch_timeout_s": FleetOptions().batch_timeout_s})).started()
+    world.job("a")
+    for _ in range(100):
+        world.steps += 1
+        world.tick(30)
+    assert world.faults() == []
+    world.tick(41)
+    assert "made no engine step for rollout.stall_timeout_s = 40 s; restart 1" in world.faults()[0]
+    world.end(0)
+    world.end(0, drawn("a"))
+    world.update(1)
+    world.faults()
+    assert world.doing(0) == "load"
+    world.tick(601)
+    assert "taking new weights within rollout.batch_timeout_s = 600 s; restart" in world.faults()[0]
 
 
 @pytest.mark.parametrize("doing", ["load", "offload", "onload"])

@@ -15,7 +15,7 @@ from align.evaluate.accuracy import Evaluation
 from align.model.policy import load_tokenizer
 from align.recipe import ModelOptions
 from align.tools import offline
-from align.tools.offline import DAY_S, asked_in, evaluate_file, problems_of, running_fleet
+from align.tools.offline import asked_in, evaluate_file, problems_of, running_fleet
 from reward import RewardTerm
 from rollout import Fleet, FleetOptions
 
@@ -149,8 +149,8 @@ def test_weights_go_through_an_object_store_that_has_room_for_them(monkeypatch: 
 def test_the_policy_of_a_run_is_asked_as_in_its_evaluations(tmp_path: Path) -> None:
     usual = asked_in(None)
     assert (usual["max_new_tokens"], usual["dtype"], usual["rollout"]["max_length"]) == (64, "float32", 512)
-    # Nobody could raise a limit that long answers meet; a worker that hangs is found by its own.
-    assert FleetOptions(**usual["rollout"]).batch_timeout_s > 3600 > FleetOptions(**usual["rollout"]).stall_timeout_s
+    # Nobody could raise a limit that long answers meet; a worker that hangs is found by `stall_timeout_s`.
+    assert FleetOptions(**usual["rollout"]).batch_timeout_s is None
     recipe = tmp_path / "recipe.yaml"
     for text in ("stage: reward_model", "- damaged"):
         recipe.write_text(text)
@@ -161,5 +161,5 @@ def test_the_policy_of_a_run_is_asked_as_in_its_evaluations(tmp_path: Path) -> N
     assert asked_in(tmp_path) == {
         "max_new_tokens": 1024,
         "dtype": "bfloat16",
-        "rollout": rollout | {"batch_timeout_s": DAY_S},
+        "rollout": rollout,
     }
