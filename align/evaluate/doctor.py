@@ -31,6 +31,8 @@ EXPERT_TOLERANCE = 1e-4
 CPU_HEADS: Sequence[int] = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 CPU_LATENTS: Sequence[int] = (576,)
 """Those of vLLM's `CPUAttentionBackend` and `CPUMLABackend`, whose import takes seconds."""
+STRETCHED: Sequence[str] = ("su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling")
+"""Types of ropes whose factor vLLM finds in `max_position_embeddings` already."""
 
 
 class CheckStatus(StrEnum):
@@ -358,7 +360,10 @@ def check_served(skeleton: Any, dtype: str, rollout: FleetOptions) -> Finding:
         takes = ", ".join(map(str, cpu_sizes))
         refused = f"{of} is {size} wide, and vLLM takes {takes} on a CPU. Cure: a model with another head_dim, or a GPU"
     elif rollout.max_length > positions:
-        refused = f"rollout.max_length is {rollout.max_length}, and the model has {positions} positions. Cure: lower it to {positions}"
+        refused = (
+            f"rollout.max_length is {rollout.max_length}, and the model has {positions:.0f} positions. Cure: lower it to {positions:.0f}"
+            f"{cure_of_yarn(rope, positions)}"
+        )
     elif rope.get("rope_type") == "longrope" and rollout.max_length > (short := short_positions(config)):
         refused = (
             f"rollout.max_length is {rollout.max_length}, and the model's LongRoPE has other factors for more than {short} positions, which vLLM then "
@@ -372,9 +377,23 @@ def check_served(skeleton: Any, dtype: str, rollout: FleetOptions) -> Finding:
 
 
 def positions_of(config: Any) -> float:
-    """How many positions a model has by its configuration; infinite where that does not say, or scales them."""
-    scaled = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default") != "default"
-    return math.inf if scaled else getattr(config, "max_position_embeddings", None) or math.inf
+    """How many positions vLLM takes of a model by its configuration; infinite where that does not say."""
+    longest: float = (
+        getattr(config, "model_max_length", None) or getattr(config, "max_position_embeddings", None) or math.inf
+    )
+    rope = getattr(config, "rope_parameters", None) or {}
+    ropes = [each for each in rope.values() if isinstance(each, dict)] or [rope]  # of kinds of layers, or one of all
+    factors = [each["factor"] for each in ropes if each.get("factor") and each.get("rope_type") not in STRETCHED]
+    return longest * factors[-1] if factors and "gemma3" not in config.model_type else longest
+
+
+def cure_of_yarn(rope: dict[str, Any], positions: float) -> str:
+    """What else helps where `max_position_embeddings` is not the length that YaRN stretches a model to."""
+    before, factor = rope.get("original_max_position_embeddings"), rope.get("factor")
+    stretched = int(before * factor) if before and factor and rope.get("rope_type") == "yarn" else 0
+    if stretched <= positions:
+        return ""
+    return f", or set max_position_embeddings in config.json to {stretched}, to which YaRN stretches the model"
 
 
 def short_positions(config: Any) -> int:

@@ -10,6 +10,7 @@ from typing import Any, TextIO
 from align.data.chat import answer_text, encode_prompt
 from align.data.types import Message
 from align.errors import UserError
+from align.evaluate.doctor import positions_of
 from align.model.policy import first_line, load_tokenizer, stop_token_ids
 from align.recipe import ModelOptions
 from rollout import EngineOptions, Prompt, RolloutError, SamplingOptions, sample_seed
@@ -108,9 +109,10 @@ def check_context(model: ModelOptions, max_length: int) -> None:
         raise UserError(
             f"--model: transformers cannot load the configuration of {model.path}: {first_line(error)}"
         ) from None
-    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if longest is not None and max_length > longest:
-        raise UserError(f"--max-length {max_length}: {model.path} has a context of {longest} tokens; give that or less")
+    if max_length > (longest := positions_of(config.get_text_config())):
+        raise UserError(
+            f"--max-length {max_length}: {model.path} has a context of {longest:.0f} tokens; give that or less"
+        )
 
 
 def talk(conversation: Conversation, asked: TextIO, answers: TextIO) -> None:

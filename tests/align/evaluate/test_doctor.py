@@ -1,10 +1,12 @@
 """The doctor passes a sound model, and names the cause and the cure of what is wrong with another."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -32,6 +34,7 @@ from align.evaluate.doctor import (
     check_softmax_scale,
     check_template,
     examine,
+    positions_of,
     verdict,
 )
 from align.model.policy import load_tokenizer
@@ -247,6 +250,7 @@ LONG_ROPE = {
     "short_factor": [1.0] * 16,
     "long_factor": [2.0] * 16,
 }
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "original_max_position_embeddings": 64, "factor": 4.0}
 ENDS = "{% for m in messages %}{{ m.role }}: {{ m.content }}END{% endfor %}"
 
 
@@ -262,6 +266,7 @@ ENDS = "{% for m in messages %}{{ m.role }}: {{ m.content }}END{% endfor %}"
         (values("config.json", vocab_size=1024), r"embed_tokens.weight is \[912, 128\] in the files and \[1024, 128\] by config.json"),
         (values("config.json", quantization_config={"quant_method": "gptq"}), r"quantised \(gptq\) and cannot be trained"),
         (values("config.json", max_position_embeddings=64), "max_length is 128, and the model has 64 positions"),
+        (values("config.json", max_position_embeddings=64, rope_parameters=YARN), "has 64 positions. Cure: lower it to 64, or set max_position_embeddings in config.json to 256"),
         (values("config.json", rope_parameters=LONG_ROPE), "max_length is 128, and the model's LongRoPE has other factors for more than 64"),
         (narrow_heads, "a head is 16 wide, and vLLM takes 32, 64"),
         (text("tokenizer.json", "{"), "has no tokenizer that transformers can load"),
@@ -312,6 +317,20 @@ def test_of_layers_that_differ_the_widest_heads_are_told(monkeypatch: pytest.Mon
     monkeypatch.setattr("align.evaluate.doctor.is_known_to_vllm", lambda _: True)
     status, detail = check_served(skeleton, "float32", FleetOptions(workers=1, max_length=64))
     assert (status, detail) == (CheckStatus.OK, "takes Gemma4ForCausalLM with heads of 256")
+
+
+@pytest.mark.parametrize(
+    ("rope", "expected"),
+    [("default", 100), ("linear", 400), ("dynamic", 400), ("yarn", 100), ("llama3", 100), ("longrope", 100)],
+)
+def test_a_model_has_the_positions_that_vllm_takes(rope: str, expected: int) -> None:
+    parameters = {"rope_type": rope, "factor": 1.0 if rope == "default" else 4.0}
+    config = SimpleNamespace(model_type="llama", max_position_embeddings=100, rope_parameters=parameters)
+    assert positions_of(config) == expected
+    config.rope_parameters = {"sliding_attention": {"rope_type": "default"}, "full_attention": parameters}
+    assert positions_of(config) == expected
+    config.rope_parameters, config.max_position_embeddings = None, None
+    assert positions_of(config) == math.inf
 
 
 @pytest.mark.slow
