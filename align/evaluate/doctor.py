@@ -13,7 +13,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -21,9 +21,9 @@ from align.data.chat import encode_example, encode_prompt
 from align.errors import UserError
 from align.model.names import from_checkpoint, layout_of, to_checkpoint
 from align.model.policy import has_fused_experts, persistent_buffers, stop_token_ids, tied_names, turn_end
-from align.model.sizes import skeleton_of
+from align.model.sizes import ELEMENT_BYTES, GIB, kv_elements, lacks_cache, skeleton_of
 from align.recipe import ModelOptions
-from rollout import FleetOptions
+from rollout import EngineOptions, FleetOptions
 from rollout.arguments import Device, refusal
 
 ROUND_TRIP = "  What is 17 + 25?\n\n\tnaïve Größe, 你好，мир, 42,000.5 — \\boxed{-7} 🙂"
@@ -31,8 +31,11 @@ EXPERT_TOLERANCE = 1e-4
 CPU_HEADS: Sequence[int] = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 CPU_LATENTS: Sequence[int] = (576,)
 """Those of vLLM's `CPUAttentionBackend` and `CPUMLABackend`, whose import takes seconds."""
+Options = TypeVar("Options", bound=EngineOptions)
 STRETCHED: Sequence[str] = ("su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling")
 """Types of ropes whose factor vLLM finds in `max_position_embeddings` already."""
+SPARE_TOKENS = 256
+"""Tokens of two blocks of the KV cache: what the last one leaves empty, and the one that vLLM keeps."""
 
 
 class CheckStatus(StrEnum):
@@ -371,9 +374,30 @@ def check_served(skeleton: Any, dtype: str, rollout: FleetOptions) -> Finding:
         )
     elif heads % rollout.tensor_parallel:
         refused = f"rollout.tensor_parallel is {rollout.tensor_parallel}, and {heads} heads cannot be divided by it. Cure: a divisor of {heads}"
-    elif here:
+    elif rollout.gpus < 1 or (here and not torch.cuda.is_available()):
+        refused = small_cache(config, dtype, rollout)
+    if here and not refused:
         refused = refusal(dtype, rollout, Device.here())
     return (FAILED, refused) if refused else (OK, f"takes {skeleton.config.architectures[0]} with heads of {size}")
+
+
+def small_cache(config: Any, dtype: str, rollout: EngineOptions) -> str:
+    """Why a sequence has no room in the KV cache of `rollout.kv_cache_gb`; empty where it has."""
+    needed, cache = sequence_bytes(config, dtype, rollout), rollout.kv_cache_gb * GIB
+    cure = "raise rollout.kv_cache_gb, or lower rollout.max_length"
+    return lacks_cache(rollout.max_length, needed, cache, cure) if cache < needed else ""
+
+
+def sequence_bytes(config: Any, dtype: str, rollout: EngineOptions, spare: int = 0) -> float:
+    """Bytes that a sequence of `max_length` and `spare` tokens takes in the KV cache of each of a worker's processes."""
+    processes = 1 if getattr(config, "kv_lora_rank", None) else rollout.tensor_parallel
+    return (rollout.max_length + spare) * kv_elements(config) * ELEMENT_BYTES[dtype] / processes
+
+
+def with_room(config: Any, dtype: str, options: Options) -> Options:
+    """The options with a KV cache that holds a sequence, where nobody chose its size."""
+    needed = sequence_bytes(config.get_text_config(), dtype, options, SPARE_TOKENS) / GIB
+    return options.model_copy(update={"kv_cache_gb": max(options.kv_cache_gb, needed)})
 
 
 def positions_of(config: Any) -> float:

@@ -28,6 +28,9 @@ KNOWN_NAMES = {
 }
 LAYER = re.compile(r"\.layers\.\d+\.")
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
+GIB = 2**30
+WITHOUT_CACHE = ("linear_attention", "conv", "mamba")
+"""Kinds of layers that keep a state of one size, however long a sequence is."""
 Shape = tuple[int, ...]
 
 
@@ -162,20 +165,43 @@ def model_sizes(model: Any) -> ModelSizes:
     """The sizes of a model, whatever device it is on. Raises UserError as `share_of_experts` does."""
     config = model.config.get_text_config()
     heads, layers = config.num_attention_heads, config.num_hidden_layers
-    if getattr(config, "kv_lora_rank", None):
-        kv = layers * (config.kv_lora_rank + config.qk_rope_head_dim)
-    else:
-        each = config.per_layer_config
-        kv = sum(2 * head_width(layer) * (getattr(layer, "num_key_value_heads", None) or heads) for layer in each)
     return ModelSizes(
         parameters={name: tuple(parameter.shape) for name, parameter in model.named_parameters()},
         layers=layers,
         hidden=config.hidden_size,
         vocabulary=config.vocab_size,
         heads=heads,
-        kv_a_token=kv,
+        kv_a_token=kv_elements(config),
         experts_a_token=share_of_experts(config),
     )
+
+
+def kv_elements(config: Any) -> int:
+    """The elements of the KV cache that a token takes in all layers, by the configuration of a model's text."""
+    layers, heads = config.num_hidden_layers, config.num_attention_heads
+    if getattr(config, "kv_lora_rank", None):
+        return int(layers * (config.kv_lora_rank + config.qk_rope_head_dim))
+    own = layers - (getattr(config, "num_kv_shared_layers", None) or 0)  # the last ones read those of others
+    kinds = getattr(config, "layer_types", None) or [""] * layers
+    each = [*zip(config.per_layer_config, kinds, strict=False)][:own]
+    return sum(
+        2 * head_width(layer) * (getattr(layer, "num_key_value_heads", None) or heads)
+        for layer, kind in each
+        if kind not in WITHOUT_CACHE
+    )
+
+
+def lacks_cache(max_length: int, needed: float, cache: float, cure: str, beside: str = "") -> str:
+    """What is said where one sequence has no room in a worker's KV cache, both in bytes."""
+    return (
+        f"a rollout worker has {gib(cache)} for its KV cache{beside}, and one sequence of rollout.max_length={max_length} needs "
+        f"{gib(needed)}: {cure}"
+    )
+
+
+def gib(size: float) -> str:
+    """Bytes in GiB."""
+    return f"{size / GIB:.2f} GiB" if size < 10 * GIB else f"{size / GIB:.1f} GiB"
 
 
 def share_of_experts(config: Any) -> float:

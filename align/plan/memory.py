@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from align.learner.head import TILE
 from align.model.lora import ROUTERS, Part, block_of, parts_meant, without_layers
 from align.model.rounding import is_rounded
-from align.model.sizes import ModelSizes, Shape
+from align.model.sizes import GIB, ModelSizes, Shape
 from align.recipe import LearnerOptions, Roles
 from rollout import FleetOptions
 
-GIB = 2**30
 # DeepSpeed 0.19's defaults, which this project leaves alone: elements reduced as one; and under ZeRO-3 those that stay gathered because they are soon
 # needed again, and those updated as one.
 REDUCE_BUCKET, GATHERED, SUB_GROUP = 5 * 10**8, 10**9, 10**9
@@ -224,8 +223,3 @@ def changed_size(sizes: ModelSizes, parameters: dict[str, Shape]) -> int:
     """Elements of the modules (an attention, an MLP, a bank of experts) that are sent after an update."""
     blocks = tuple({f"{block_of(name)}." for name in parameters})
     return sum(math.prod(shape) for name, shape in sizes.parameters.items() if name.startswith(blocks))
-
-
-def gib(size: float) -> str:
-    """Bytes in GiB."""
-    return f"{size / GIB:.2f} GiB" if size < 10 * GIB else f"{size / GIB:.1f} GiB"

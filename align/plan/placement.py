@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from align.errors import UserError
-from align.plan.memory import GIB
+from align.model.sizes import GIB
 from align.recipe.roles import take
 
 NODE_MEMORY_GIB = 1000.0

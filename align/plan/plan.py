@@ -9,9 +9,9 @@ from types import MappingProxyType
 from pydantic import ValidationError
 
 from align.model.lora import left_out
-from align.model.sizes import ELEMENT_BYTES, KNOWN_NAMES, ModelSizes, sizes_of
+from align.model.sizes import ELEMENT_BYTES, KNOWN_NAMES, ModelSizes, gib, sizes_of
 from align.plan import refusals
-from align.plan.memory import Work, at_rest, gib, parts_of_layers
+from align.plan.memory import Work, at_rest, parts_of_layers
 from align.plan.placement import Cluster, place
 from align.plan.roles import LEARNER, PINNED, SCORING, WORKER, Role, demands, host_memory, roles_of, work_of
 from align.plan.times import step_seconds

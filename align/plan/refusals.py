@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
+from align.model.sizes import GIB, gib, lacks_cache
 from align.plan import memory
-from align.plan.memory import GIB, GPU_PROCESS, Training, Work, gib
+from align.plan.memory import GPU_PROCESS, Training, Work
 from align.plan.placement import Cluster
 from align.plan.roles import WORKER, Role
 from align.recipe import Roles
@@ -97,10 +98,8 @@ def too_much_to_sample(work: Work, options: FleetOptions, role: Role, cluster: C
     if cache < needed:
         given = options.gpus < 1 or not cluster.gpus
         more = "raise rollout.kv_cache_gb" if given else "raise rollout.tensor_parallel or rollout.gpu_memory_share"
-        found.append(
-            f"a rollout worker has {gib(cache)} for its KV cache beside {gib(role.parts['weights'])} of weights, and one sequence of "
-            f"rollout.max_length={options.max_length} needs {gib(needed)}: {more}"
-        )
+        weights = f" beside {gib(role.parts['weights'])} of weights"
+        found.append(lacks_cache(options.max_length, needed, cache, more, weights))
     return found
 
 

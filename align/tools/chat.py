@@ -10,7 +10,7 @@ from typing import Any, TextIO
 from align.data.chat import answer_text, encode_prompt
 from align.data.types import Message
 from align.errors import UserError
-from align.evaluate.doctor import positions_of
+from align.evaluate.doctor import positions_of, with_room
 from align.model.policy import first_line, load_tokenizer, stop_token_ids
 from align.recipe import ModelOptions
 from rollout import EngineOptions, Prompt, RolloutError, SamplingOptions, sample_seed
@@ -81,7 +81,7 @@ def chat_in_terminal(
     tokenizer = load_tokenizer(model.path, trust_remote_code=model.trust_remote_code)
     encode_prompt(tokenizer, [{"role": "user", "content": "?"}])
     stops = stop_token_ids(model, tokenizer)
-    check_context(model, options.max_length)
+    options = with_room(config_within(model, options.max_length), model.dtype, options)
     os.environ |= environment(os.cpu_count() or 1) | {"VLLM_LOGGING_LEVEL": "ERROR"}
     from rollout.engine import Engine
 
@@ -99,8 +99,8 @@ def chat_in_terminal(
     talk(conversation, sys.stdin, sys.stdout)
 
 
-def check_context(model: ModelOptions, max_length: int) -> None:
-    """Raise UserError where the model's context is shorter than what was asked for."""
+def config_within(model: ModelOptions, max_length: int) -> Any:
+    """The model's configuration. Raises UserError where its context is shorter than what was asked for."""
     from transformers import AutoConfig
 
     try:
@@ -113,6 +113,7 @@ def check_context(model: ModelOptions, max_length: int) -> None:
         raise UserError(
             f"--max-length {max_length}: {model.path} has a context of {longest:.0f} tokens; give that or less"
         )
+    return config
 
 
 def talk(conversation: Conversation, asked: TextIO, answers: TextIO) -> None:

@@ -17,10 +17,9 @@ from align.data.own import read_source
 from align.data.types import Example
 from align.errors import UserError
 from align.model.policy import load_tokenizer
-from align.model.sizes import ModelSizes, model_sizes, shapes_of
-from align.plan.memory import GIB
+from align.model.sizes import GIB, ModelSizes, gib, model_sizes, shapes_of
 from align.plan.placement import Cluster
-from align.plan.plan import gib, make_plan
+from align.plan.plan import make_plan
 from align.recipe import DataOptions, ModelOptions, PlannedStage, Recipe
 from align.recipe.load import apply_override, collect_lines, recipe_of
 from align.recipe.values import yaml_text

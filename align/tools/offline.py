@@ -17,7 +17,7 @@ from align.errors import UserError, reward_errors
 from align.evaluate.accuracy import evaluate, mean_of, short_problems
 from align.evaluate.agreement import AgreementGate
 from align.evaluate.attribution import attribute
-from align.evaluate.doctor import Check, examine, verdict
+from align.evaluate.doctor import FAILED, Check, check_served, examine, verdict, with_room
 from align.evaluate.doctor_engines import examine_engines, parts, sampler_share
 from align.experience import encode_problems
 from align.learner.group import LearnerGroup
@@ -94,6 +94,11 @@ def evaluate_file(
     if refused:
         raise UserError("\n".join(refusal(data, refused, len(refused), len(examples), TAKE_OUT)))
     short_problems(problems, longest, "--max-length")
+    skeleton = skeleton_of(model)
+    rollout = with_room(skeleton.config, model.dtype, rollout)
+    status, detail = check_served(skeleton, model.dtype, rollout)
+    if status is FAILED:
+        raise UserError(f"{model.path}: {detail.replace('rollout.max_length', '--max-length')}")
     with (
         running_fleet(model, rollout, tokenizer) as fleet,
         closing(ScoringPool(mixture, workers=1, timeout_s=SCORING_S)) as judges,
@@ -155,6 +160,7 @@ def doctor(model: ModelOptions, rollout: FleetOptions, *, by_part: bool = False)
     if not model.trust_remote_code:
         read_config(model.path)
     tokenizer = load_tokenizer(model.path, trust_remote_code=model.trust_remote_code)
+    rollout = with_room(skeleton_of(model).config, model.dtype, rollout)
     checks = examine(model, tokenizer, rollout=rollout)
     show(checks)
     verdict(checks, model.path)

@@ -36,6 +36,7 @@ from align.evaluate.doctor import (
     examine,
     positions_of,
     verdict,
+    with_room,
 )
 from align.model.policy import load_tokenizer
 from align.model.sizes import empty_model, read_config
@@ -331,6 +332,25 @@ def test_a_model_has_the_positions_that_vllm_takes(rope: str, expected: int) -> 
     assert positions_of(config) == expected
     config.rope_parameters, config.max_position_embeddings = None, None
     assert positions_of(config) == math.inf
+
+
+@pytest.mark.parametrize("gpus", [1.0, 0.4])
+def test_a_cache_without_room_for_one_sequence_is_refused_and_made_larger_where_nobody_chose_it(
+    skeleton: Any, gpus: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("align.evaluate.doctor.is_known_to_vllm", lambda _: True)
+    options = FleetOptions(workers=1, max_length=400, kv_cache_gb=0.001, gpus=gpus)
+    status, detail = check_served(skeleton, "float32", options)
+    assert status is CheckStatus.FAILED
+    assert detail.endswith(
+        "one sequence of rollout.max_length=400 needs 0.00 GiB: raise rollout.kv_cache_gb, or lower rollout.max_length"
+    )
+    enough = with_room(skeleton.config, "float32", options)
+    assert enough.kv_cache_gb == (400 + 256) * 4 * 576 * 4 / 2**30
+    assert check_served(skeleton, "float32", enough)[0] is CheckStatus.OK
+    assert with_room(skeleton.config, "float32", FleetOptions(kv_cache_gb=2)).kv_cache_gb == 2
 
 
 @pytest.mark.slow

@@ -95,6 +95,18 @@ def test_more_new_tokens_than_there_is_room_for_are_told_by_the_options_of_the_c
             )
 
 
+def test_more_positions_than_the_model_has_are_told_before_engines_start(
+    policy: ModelOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(offline, "running_fleet", Mock(side_effect=AssertionError))
+    file = write_rows(tmp_path / "problems.jsonl", [PROBLEM])
+    with pytest.raises(UserError, match=r"--max-length is 999999, and the model has \d+ positions"):
+        evaluate_file(
+            *(policy, str(file), tmp_path / "out.jsonl", FleetOptions(workers=1, max_length=999_999), 8),
+            RewardTerm(name="exact_answer"),
+        )
+
+
 def test_rows_that_the_template_refuses_are_told_together(policy: ModelOptions, tmp_path: Path) -> None:
     brief = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "1 + 1?"}]
     file = write_rows(tmp_path / "problems.jsonl", [PROBLEM, *({"prompt": brief, "answer": "2"} for _ in range(2))])
