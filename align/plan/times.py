@@ -43,16 +43,17 @@ def step_seconds(work: Work, worker: Parts | None, gpus_per_node: int) -> dict[s
     seconds = {}
     if roles.sampling and roles.rollout and worker:
         options, new_tokens = roles.rollout, roles.sampling.max_new_tokens
-        each = -(-roles.sampled_sequences // options.workers)
+        batches = -(-roles.sampled_sequences // options.batch_sequences)
+        each = -(-roles.sampled_sequences // batches)
         in_cache = int(worker["KV cache"] // (work.kv_bytes * options.max_length))
-        together = min(each, max(1, min(options.concurrent_sequences or options.batch_sequences, in_cache)))
+        together = min(each, max(1, min(options.concurrent_sequences or each, in_cache)))
         # A step of decoding reads the weights and the cache once, or computes all sequences, whichever takes longer.
         read = (worker["weights"] + together * work.kv_bytes * new_tokens / 2) / rates.decode_bytes
         threads = 1 if gpus_per_node else options.threads
         compute = 2 * sizes.active * together / (rates.decode_flops * threads)
         launching = 0.0 if options.cuda_graphs else sizes.layers * rates.layer_s
-        batches = roles.sampling_rounds * -(-each // together)
-        seconds["sampling"] = batches * new_tokens * (max(read, compute) + launching)
+        rounds = roles.sampling_rounds * -(-batches // options.workers) * -(-each // together)
+        seconds["sampling"] = rounds * new_tokens * (max(read, compute) + launching)
     if job is None:
         return seconds
     checkpointing, threads = job.options.gradient_checkpointing, 1 if gpus_per_node else job.options.threads

@@ -109,12 +109,26 @@ def check_recipe(recipe: Recipe) -> list[str]:
         notes += filter(None, [expansion(recipe.grpo) if recipe.grpo.preset else unclipped(recipe.grpo)])
     if isinstance(recipe, GrpoRecipe) and recipe.weights.precision != "model":
         notes.append(rounding_note(recipe.weights.precision, recipe.model.dtype, recipe.agreement))
+    if roles.rollout is not None and roles.sampled_sequences:
+        notes += idle_workers(roles.rollout, roles.sampled_sequences)
     notes += check_model(recipe)
     notes += [f"not looked at: {missing} is still to be made" for missing in missing_reward_models(roles.rewards)]
     # Last, so that a machine without engines can tell what else is wrong with a recipe.
     engines = {"ray": True, "vllm": roles.rollout is not None, "deepspeed": roles.learner is not None}
     check_installed([name for name, is_used in engines.items() if is_used])
     return notes
+
+
+def idle_workers(rollout: FleetOptions, sequences: int) -> list[str]:
+    """What to say of workers that get none of the engine batches in which so many sequences are sampled together."""
+    batches = -(-sequences // rollout.batch_sequences)
+    if batches >= rollout.workers:
+        return []
+    return [
+        f"rollout.workers is {rollout.workers}, and the {sequences} sequences that are sampled at a time are {batches} engine "
+        f"batch{'es' if batches > 1 else ''} of at most rollout.batch_sequences = {rollout.batch_sequences}: the other workers have nothing to sample. "
+        f"Lower the one, or the other to {-(-sequences // rollout.workers)}"
+    ]
 
 
 def rounding_note(precision: Precision, dtype: str, given: AgreementOptions) -> str:

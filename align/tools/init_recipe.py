@@ -38,6 +38,7 @@ from align.tools.show_data import (
     some_of,
     table,
 )
+from rollout import FleetOptions
 
 Stage = Literal["sft", "grpo", "reward_model"]
 MOST_TRAINED_WHOLE = 10**9
@@ -282,7 +283,8 @@ def chosen(stage: Stage, facts: Facts, thrift: Thrift, given: Mapping[str, Any])
     dtype = found[0].value
     length = next(c.value for c in found if c.key.endswith("max_length"))
     if stage != "reward_model":
-        found.append(Choice("rollout.workers", processes))
+        workers = settled(Choice("rollout.workers", processes), given)
+        found += [workers, *batch_for_each(workers.value, {choice.key: choice.value for choice in found})]
         if machine.gpus:
             found.append(Choice("colocate", True, "learner ranks and rollout workers have the GPUs in turn"))
         else:
@@ -315,6 +317,15 @@ def chosen(stage: Stage, facts: Facts, thrift: Thrift, given: Mapping[str, Any])
         ]
     found.append(Choice("save_every", -(-steps // 4), "to go on after an interruption"))
     return [*found, *([] if machine.gpus else [Choice("machine.cores", machine.cores)])]
+
+
+def batch_for_each(workers: int, values: Mapping[str, Any]) -> list[Choice]:
+    """Smaller engine batches, where a step of GRPO has not one of the usual size for each worker."""
+    sequences = values.get("grpo.prompts_per_step", 0) * values.get("grpo.group_size", 0)
+    if not 0 < -(-sequences // FleetOptions().batch_sequences) < workers:
+        return []
+    why = f"of {sequences} sequences in a step, a batch for each worker"
+    return [Choice("rollout.batch_sequences", -(-sequences // workers), why)]
 
 
 def kv_cache(facts: Facts, length: int, element: int) -> Choice:
@@ -364,7 +375,7 @@ def stage_choices(stage: Stage, facts: Facts, given: Mapping[str, Any]) -> Itera
         prompts = settled(batch("grpo.prompts_per_step", facts, 32 if gpus else 8), given)
         yield answers
         yield prompts
-        yield Choice("grpo.group_size", 8)
+        yield settled(Choice("grpo.group_size", 8), given)
         yield settled(steps("grpo", prompts.value, facts), given)
         yield Choice("evaluation.limit", 256 if gpus else 64)
     yield asked

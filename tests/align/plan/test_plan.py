@@ -346,6 +346,22 @@ def test_a_teacher_is_counted_in_memory_and_time(zero: int) -> None:
     assert taught.refusals
 
 
+def test_workers_for_which_a_step_has_no_engine_batch_do_not_sample_faster() -> None:
+    cases = [(8, 2048), (16, 2048), (8, 128), (16, 64)]
+    seconds = []
+    for workers, size in cases:
+        step = [
+            "grpo.prompts_per_step=64",
+            "grpo.group_size=16",
+            f"rollout.workers={workers}",
+            f"rollout.batch_sequences={size}",
+            "rollout.concurrent_sequences=64",
+        ]
+        recipe = load_recipe(Path("recipes/v2/grpo_reasoning.yaml"), step)
+        seconds.append(make_plan(recipe, sizes_of(V2), cluster_of(40, 8, 80)).seconds["sampling"])
+    assert seconds[0] == seconds[1] > seconds[2] > seconds[3]
+
+
 def test_refill_is_counted_as_if_no_group_of_any_round_had_variance() -> None:
     """Two rounds are sampled one after the other, and the experts of all three times travel with what was sampled."""
     step = ["grpo.prompts_per_step=64", "grpo.group_size=16", "rollout.record_experts=true"]

@@ -13,7 +13,7 @@ from align.model.sizes import sent_bytes
 from align.recipe import GrpoRecipe, ModelOptions, load_recipe
 from align.recipe.learner import LoraOptions
 from align.run import machine
-from align.session.checks import check_model, check_recipe, refuse_without_experts
+from align.session.checks import check_model, check_recipe, idle_workers, refuse_without_experts
 from align.session.run import open_run
 from align.session.session import Session, weight_sync_of
 from rollout import AdapterSync, BroadcastSync, DirectorySync, FleetOptions, ObjectStoreSync, WeightOptions
@@ -76,6 +76,13 @@ def test_rounded_weights_are_refused_beside_an_adapter_and_told_of_by_check() ->
     assert [note for note in told if "by 0.3 nats a token" in note and note.endswith("by 0.001")] == told
     assert len(told) == 1
     assert [note for note in check_recipe(recipe()) if "weights.precision" in note] == []
+
+
+def test_workers_for_which_there_is_no_engine_batch_are_told() -> None:
+    [told] = idle_workers(FleetOptions(workers=8, batch_sequences=128), 256)
+    assert "8, and the 256 sequences that are sampled at a time are 2 engine batches of at most" in told
+    assert told.endswith("or the other to 32")
+    assert idle_workers(FleetOptions(workers=2, batch_sequences=128), 200) == []
 
 
 def test_routing_is_replayed_where_there_is_any_and_something_to_replay() -> None:

@@ -132,6 +132,14 @@ def test_what_is_chosen_goes_by_the_lengths_that_are_given(
     assert recipe.learner.micro_batch_tokens == max(room, 1024)
 
 
+def test_where_a_step_has_fewer_batches_of_the_usual_size_than_workers_each_gets_a_smaller_one() -> None:
+    known = facts(Machine(64, 400 * GIB, 8, 80 * GIB))
+    assert fitted("grpo", known)[0].rollout.batch_sequences == 32
+    assert fitted("grpo", known, "grpo.prompts_per_step=64", "rollout.workers=5")[0].rollout.batch_sequences == 103
+    for recipe in (fitted("grpo", known, "grpo.group_size=32")[0], fitted("sft", known)[0], fitted("grpo", facts())[0]):
+        assert "batch_sequences" not in recipe.rollout.model_fields_set
+
+
 def test_what_is_given_is_read_as_the_recipe_reads_it() -> None:
     recipe, _ = fitted("sft", facts(), 'sft.steps="400"', "model.dtype=fastest", 'rollout.max_length="512"')
     assert (recipe.sft.steps, recipe.sft.validate_every, recipe.rollout.max_length) == (400, 40, 512)
