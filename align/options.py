@@ -42,4 +42,6 @@ def refuse_without_effect(options: BaseModel, key: str, why: str, *, at: str = "
         for part in value if isinstance(value, list) else [value]:
             refuse_without_effect(part, rest, why, at=f"{at}{name}.")
     elif value != type(options).model_fields[name].default and not is_kept():
-        raise ValueError(f"{at}{name} has no effect here ({why}): leave it out")
+        default = type(options).model_fields[name].default
+        cure = f", or set it to its default, {default}" if isinstance(default, int | float | str) else ""
+        raise ValueError(f"{at}{name} has no effect here ({why}): leave it out{cure}")

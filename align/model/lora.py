@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 
 from align.errors import UserError
+from align.model.names import ATTENTION
 from align.model.policy import has_fused_experts, let_weights_be_read_like
 from align.recipe import LoraOptions
 from rollout.low_rank import Factors, experts_forward
@@ -89,7 +90,8 @@ def parts_meant(parts: Sequence[Part], target: str) -> list[Part]:
 
 def is_meant(part: Part, target: str) -> bool:
     """Whether a preset or a name, from any dot on, means the part."""
-    in_attention = part.is_linear and "attn" in part.name and not part.name.endswith(NOT_SERVED)
+    named = "attn" in part.name or re.search(rf"\b({ATTENTION})\.", part.name)
+    in_attention = bool(part.is_linear and named and not part.name.endswith(NOT_SERVED))
     match target:
         case "attention":
             return in_attention

@@ -85,11 +85,13 @@ def from_checkpoint(named_tensors: Mapping[str, torch.Tensor], layout: Layout = 
     return fused
 
 
+ATTENTION = "self_attn|attn|attention|linear_attn"
+"""What models call their attention, and layers that stand in its place."""
 PARTS = {
     "router": r"\.(gate|router)\.",
     "experts": r"\.experts\.",
     "shared_experts": r"\.shared_experts?(_gate)?\.",
-    "attention": r"\.(self_attn|attn|attention)\.",
+    "attention": rf"\.({ATTENTION})\.",
     "mlp": r"\.(mlp|feed_forward)\.(?!gate\.|router\.|experts\.|shared_expert)",
     "norms": r"norm[^.]*\.(weight|bias)$",
     "embeddings": r"\b(embed_tokens|wte)\.",

@@ -93,18 +93,19 @@ def fill_head(model: Any, missing: set[str], path: str) -> None:
 
 
 def padding_token_id(tokenizer: Any, path: str) -> int:
-    """What a reward model's batches are padded with, and its tokenizer from here on: never the end-of-sequence token.
+    """What a reward model's batches are padded with, and its tokenizer from here on: never the token that ends an answer.
 
     transformers scores a sequence at its last token that is no padding. Where padding and end are one token, as in
     DeepSeek-V2's tokenizer, that would be the token before the end. Raises UserError where there is no other token.
     """
-    for name in ("pad_token", "bos_token", "unk_token"):
+    end = turn_end(tokenizer)
+    for name in ("pad_token", "bos_token", "unk_token", "eos_token"):
         token_id = getattr(tokenizer, f"{name}_id")
-        if token_id is not None and token_id != tokenizer.eos_token_id:
+        if token_id is not None and token_id != end:
             tokenizer.pad_token = getattr(tokenizer, name)
             return int(token_id)
     raise UserError(
-        f"model.path: the tokenizer of {path} has no token to pad with but its end-of-sequence token, at which reward "
+        f"model.path: the tokenizer of {path} has no token to pad with but the one that ends an answer, at which reward "
         "models score; give it a pad_token of its own"
     )
 

@@ -19,7 +19,7 @@ from align.data.loader import domains_of
 from align.data.types import Example, SplitName
 from align.errors import UserError, check_installed, naming, nearest, reward_errors
 from align.evaluate import hooks
-from align.evaluate.doctor import FAILED, check_checkpoint, examine, positions_of, verdict
+from align.evaluate.doctor import FAILED, check_checkpoint, examine, positions_of, short_positions, verdict
 from align.learner.balance import factors_of
 from align.learner.experts import check_spreadable
 from align.learner.group import check_port
@@ -298,6 +298,8 @@ def check_model(recipe: Recipe) -> list[str]:
     verdict(examine(model, tokenizer, reward_model=goes_on, rollout=roles.rollout), model.path)
     skeleton = shapes_of(model)
     notes: list[str] = []
+    if roles.rollout is None:
+        check_length(skeleton.config.get_text_config(), roles.longest, model.path)
     rows, longest = skeleton.get_input_embeddings().weight.shape[0], roles.rollout.max_length if roles.rollout else 0
     if roles.teacher is not None:
         notes += check_scorer(
@@ -328,6 +330,17 @@ def check_model(recipe: Recipe) -> list[str]:
     if isinstance(recipe, TrainingRecipe) and not any(recipe.directory.glob("checkpoints/step_*")):
         check_space(recipe, bytes_needed(recipe, sizes.total))
     return notes
+
+
+def check_length(config: Any, longest: int, path: str) -> None:
+    """Raise UserError where a reward model, which is not sampled from, has other or no positions for its longest conversations."""
+    rope, positions = getattr(config, "rope_parameters", None) or {}, positions_of(config)
+    if rope.get("rope_type") == "longrope":  # beyond it the factors of a sequence are those of the longest beside it
+        positions = min(positions, short_positions(config))
+    if longest > positions:
+        raise UserError(
+            f"reward_model.max_length is {longest}, and {path} has {positions:.0f} positions: lower it to that, or take another model"
+        )
 
 
 def check_scorer(key: str, model: ModelOptions, policy: str, tokenizer: Any, rows: int, max_length: int) -> list[str]:

@@ -156,8 +156,18 @@ def test_batches_are_padded_with_anything_but_the_end(policy: ModelOptions) -> N
     assert padding_token_id(tokenizer, policy.path) == tokenizer.pad_token_id == tokenizer.bos_token_id
     tokenizer.bos_token = tokenizer.eos_token
     tokenizer.pad_token = tokenizer.eos_token
-    with pytest.raises(UserError, match="has no token to pad with but its end-of-sequence token"):
+    with pytest.raises(UserError, match="has no token to pad with but the one that ends an answer"):
         padding_token_id(tokenizer, policy.path)
+
+
+@pytest.mark.parametrize("pad", ["<unk>", "<turn>"])
+def test_where_another_token_ends_an_answer_the_end_of_sequence_is_padding_too(policy: ModelOptions, pad: str) -> None:
+    tokenizer = load_tokenizer(policy.path)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<turn>"]})
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role + ': ' + m.content }}{% if m.role == 'assistant' %}<turn>{% endif %}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    tokenizer.bos_token = tokenizer.unk_token = None
+    tokenizer.pad_token = tokenizer.eos_token if pad == "<unk>" else pad
+    assert padding_token_id(tokenizer, policy.path) == tokenizer.pad_token_id == tokenizer.eos_token_id
 
 
 def test_a_reward_model_keeps_its_head_and_a_classifier_of_more_labels_is_refused(
