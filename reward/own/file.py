@@ -34,8 +34,8 @@ TIMEOUT_S = 30.0
 """How long a call may take where the recipe does not say."""
 IMPORT_S = 120.0
 GRACE_S = 2.0
-MOST_LOST = 4
-"""So many hanging or dying calls of a batch are waited for; what is not scored by then is not tried."""
+MOST_LOST, SCORED_FOR_A_LOSS = 4, 16
+"""So many hanging or dying calls of a batch are waited for, and one more for so many samples with a score; what is left then is not tried."""
 
 
 def split(name: str) -> tuple[Path, str] | None:
@@ -181,7 +181,7 @@ class _Batch:
     def __init__(self, reward: OwnReward, samples: Sequence[Sample], params: Mapping[str, Any]) -> None:
         self._reward, self._samples, self._params = reward, samples, params
         self._found: dict[int, Score] = {}
-        self._lost = 0
+        self._lost = self._scored = 0
 
     def mask(self, place: int, why: str) -> None:
         """Note that a sample cannot be scored."""
@@ -221,14 +221,15 @@ class _Batch:
 
     def _ask(self, places: Sequence[int]) -> str | None:
         """Have samples scored. Returns why one of them was not."""
-        if self._lost >= MOST_LOST:
+        if self._lost >= MOST_LOST + self._scored // SCORED_FOR_A_LOSS:
             for place in places:
                 self.mask(
-                    place, f"not tried, since {MOST_LOST} calls before it in the same batch hung or ended the process"
+                    place, f"not tried, since {self._lost} calls before it in the same batch hung or ended the process"
                 )
             return None
         found, why, was_lost = self._reward.ask([self._samples[place] for place in places], self._params)
         self._lost += was_lost
+        self._scored += len(found)
         self._found.update({places[at]: score for at, score in found.items()})
         return why
 

@@ -187,6 +187,15 @@ def test_calls_that_hang_or_die_are_waited_for_a_few_times_only(write: Write) ->
     assert scores[-1].detail.startswith("not tried")
 
 
+def test_scored_samples_make_up_for_calls_that_die(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(own_file, "MOST_LOST", 1)
+    monkeypatch.setattr(own_file, "SCORED_FOR_A_LOSS", 2)
+    function = own_file.reward_of(write(FAULTS), "single").function
+    scores = function([sample(id_) for id_ in ("a", "a", "dies", "a", "dies", "a")])
+    assert [score.value == 1.0 for score in scores] == [True, True, False, True, False, False]
+    assert scores[-1].detail.startswith("not tried, since 2 calls")
+
+
 def test_what_raises_on_every_row_ends_the_batch_with_the_first_reason(write: Write) -> None:
     file = write("def f(sample):\n    return sample.metadata['unti']\n")
     with pytest.raises(InfrastructureError) as stopped:
