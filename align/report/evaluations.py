@@ -15,6 +15,7 @@ import yaml
 from align.report.read import Record, RunRecord, Stage, at, finite, read_table
 from align.run import RunDirectory
 from align.statistics import Interval, mean_interval, paired_interval, pass_at_k, unpaired_interval, wilson_interval
+from reward import Verdict
 
 PAIRED = "paired: score interval (Tango 1998, Statistics in Medicine 17:891-908), which agrees with McNemar's test"
 UNPAIRED = "unpaired: Newcombe 1998, Statistics in Medicine 17:873-890, method 10"
@@ -144,6 +145,11 @@ class Evaluation:
         return bool(self.counted and before.counted) and self.greedy.keys() == before.greedy.keys()
 
 
+def is_scored(row: Record) -> bool:
+    """Whether there were rewards to score the answer in a row of a table of completions by."""
+    return row.get("verdict") != Verdict.UNSCORED
+
+
 def is_right(row: Record) -> bool:
     """Whether the answer in a row of a table of completions is right."""
     return row.get("verdict") == "pass"
@@ -194,8 +200,8 @@ def column_groups(evaluations: Iterable[Evaluation]) -> dict[str, list[str]]:
 
 def find_pairs(evaluations: Sequence[Evaluation]) -> tuple[Evaluation, Evaluation, list[tuple[Record, Record]]] | None:
     """The first evaluation that has problems in common with the last one, that one, and the greedy answers of both to
-    these problems, as (before, after). None without two such evaluations of problems."""
-    found = [each for each in evaluations if "accuracy" in each.numbers and each.file]
+    these problems, as (before, after), scored or not. None without two such evaluations of problems."""
+    found = [each for each in evaluations if not each.hook and each.greedy]
     for first in found[:-1]:
         if shared := [(first.greedy[id_], row) for id_, row in found[-1].greedy.items() if id_ in first.greedy]:
             return first, found[-1], shared

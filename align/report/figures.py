@@ -5,7 +5,15 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import chain, zip_longest
 from typing import Any
 
-from align.report.evaluations import Change, Evaluation, column_groups, find_pairs, published_figures
+from align.report.evaluations import (
+    Change,
+    Evaluation,
+    column_groups,
+    find_pairs,
+    is_right,
+    is_scored,
+    published_figures,
+)
 from align.report.habits import Told
 from align.report.parts import Cell, Section, Table, Tone, Value, percent, plain, points, signed
 from align.report.read import Record, RunRecord, Stage
@@ -171,27 +179,39 @@ def _published(model: Mapping[str, Any]) -> Table:
 
 
 def answers_section(run: RunRecord, evaluations: Sequence[Evaluation]) -> Section:
-    """Problems that were answered twice: newly right, newly wrong, wrong and right both times, in turn."""
+    """Problems that were answered twice: newly right, newly wrong, wrong and right both times, in turn; of those that nothing scored, some."""
     key, title = "compared", "Before and after"
     found = find_pairs(evaluations)
     if found is None:
         return Section(key, title, "No two evaluations of this run answered the same problems.", only="page")
     first, last, pairs = found
-    by_outcome: dict[Any, list[tuple[Record, Record]]] = {outcome: [] for outcome in OUTCOMES}
-    for pair in pairs:
-        by_outcome[tuple(answer.get("verdict") == "pass" for answer in pair)].append(pair)
-    chosen = [pair for pair in chain(*zip_longest(*by_outcome.values())) if pair is not None][:SHOWN_PAIRS]
-    gained, lost, _, kept = map(len, by_outcome.values())
-    note = (
-        f"Greedy answers to the same held-out problems. Of {len(pairs)}, {gained} became right and {lost} "
-        f"wrong; {kept} were right both times. Shown are {len(chosen)}, newly right, newly wrong and unchanged ones in turn."
-    )
+    if all(map(is_scored, chain(*pairs))):
+        chosen, told = _in_turn(pairs)
+    else:
+        chosen = pairs[:: -(-len(pairs) // SHOWN_PAIRS)]
+        told = f"Not all of them were scored. Shown are {len(chosen)} of {len(pairs)}, evenly taken."
+    note = f"Greedy answers to the same held-out problems. {told}"
     names = [run.title_of(each.stage, each.name) for each in (first, last)]
     rows = [[Cell(_cut(after.get("prompt")), "text"), _answer(before), _answer(after)] for before, after in chosen]
     return Section(key, title, note, [Table(["prompt", *names], rows, kind="compared")], only="page")
 
 
+def _in_turn(pairs: Sequence[tuple[Record, Record]]) -> tuple[list[tuple[Record, Record]], str]:
+    """The pairs that are shown, by what became of them in turn, and a sentence on all of them."""
+    by_outcome: dict[Any, list[tuple[Record, Record]]] = {outcome: [] for outcome in OUTCOMES}
+    for pair in pairs:
+        by_outcome[tuple(map(is_right, pair))].append(pair)
+    chosen = [pair for pair in chain(*zip_longest(*by_outcome.values())) if pair is not None][:SHOWN_PAIRS]
+    gained, lost, _, kept = map(len, by_outcome.values())
+    return chosen, (
+        f"Of {len(pairs)}, {gained} became right and {lost} "
+        f"wrong; {kept} were right both times. Shown are {len(chosen)}, newly right, newly wrong and unchanged ones in turn."
+    )
+
+
 def _answer(row: Record) -> Cell:
+    if not is_scored(row):
+        return Cell(_cut(row.get("completion")), "text")
     verdict, detail = str(row.get("verdict") or ""), row.get("detail")
     note = _cut(f"{verdict}: {detail}" if detail else verdict)
     return Cell(_cut(row.get("completion")), "text", note, "good" if verdict == "pass" else "bad")

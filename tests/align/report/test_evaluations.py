@@ -315,6 +315,23 @@ def test_what_changed_comes_first_and_in_turn(write_run: WriteRun) -> None:
     ]
 
 
+def test_answers_that_nothing_scored_are_shown_side_by_side_without_right_and_wrong(write_run: WriteRun) -> None:
+    def unscored(name: str) -> Evaluated:
+        rows = [pair(str(n), name, "unscored", reward=None) for n in range(20)]
+        return {"name": name, "step": 0, "problems": 20, "verdicts": {"unscored": 20}, "mean_length": 3.0}, rows
+
+    hook = ({"name": "mine", "step": 1, "b": 1.0}, [pair("0", "of a hook", "unscored")])
+    found = section(write_run(evaluations=[unscored("before"), unscored("after"), hook]), "compared")
+    (table,) = found.tables
+    assert table.heads == ["prompt", "before", "after"]
+    assert [str(row[0]) for row in table.rows] == [f"prompt of {n}" for n in range(0, 20, 2)]
+    assert {(str(cell), cell.note, cell.tone) for row in table.rows for cell in row[1:]} == {
+        ("before", "", ""),
+        ("after", "", ""),
+    }
+    assert "right" not in found.note
+
+
 def test_sampled_answers_and_other_problems_are_left_out(write_run: WriteRun) -> None:
     elsewhere = held_out("elsewhere", pair("z", "x", "pass"))
     before = held_out("before", pair("a", "x", "wrong"), pair("a", "drawn", "pass", greedy=False))
