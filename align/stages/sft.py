@@ -119,16 +119,9 @@ def encode_demonstration(
 ) -> list[TrainingSequence]:
     """The sequences that an example is learned from: one, unless the chat template writes earlier turns of its conversation otherwise.
 
-    `turns` are the assistant's turns that are trained on; of all, those to which the data give no weight of 0. Raises UserError for an
-    example without a demonstration.
+    `turns` are those of `trained_turns`. Raises UserError for an example without a demonstration.
     """
-    if example.response is None:
-        raise UserError(f"example {example.id!r} has no response to learn from; SFT needs a card whose fields name one")
-    answered: Message = {"role": "assistant", "content": example.response}
-    conversation = example.conversation or (*example.messages, answered)
-    places = [i for i, m in enumerate(conversation) if m["role"] == "assistant" and m.get("weight") != 0]
-    if not example.conversation or turns == "last":
-        places = places[-1:]
+    conversation, places = trained_turns(example, turns)
     if not places:
         raise UserError(
             f"example {example.id!r}: every turn of the assistant has weight 0, so there is nothing to learn"
@@ -143,6 +136,17 @@ def encode_demonstration(
     with naming(f"example {example.id!r}"):
         encoded = encode_conversation(tokenizer, conversation, places, example.tools)
     return [TrainingSequence(token_ids, np.array(learned), 0.0) for token_ids, learned in encoded]
+
+
+def trained_turns(example: Example, turns: Literal["all", "last"] = "all") -> tuple[tuple[Message, ...], Sequence[int]]:
+    """The conversation of a demonstration, and the places of the assistant's turns in it that are trained on; of all, those to which the data
+    give no weight of 0. Raises UserError for an example without a demonstration."""
+    if example.response is None:
+        raise UserError(f"example {example.id!r} has no response to learn from; SFT needs a card whose fields name one")
+    answered: Message = {"role": "assistant", "content": example.response}
+    conversation = example.conversation or (*example.messages, answered)
+    places = [i for i, m in enumerate(conversation) if m["role"] == "assistant" and m.get("weight") != 0]
+    return conversation, places if example.conversation and turns == "all" else places[-1:]
 
 
 def mean_over_tokens(batch: Sequence[TrainingSequence]) -> list[TrainingSequence]:

@@ -26,7 +26,7 @@ from align.data.types import Example, Preference, SplitName
 from align.errors import UserError
 from align.model.policy import load_tokenizer
 from align.stages.reward_model import encode_pair
-from align.stages.sft import encode_demonstration
+from align.stages.sft import encode_demonstration, trained_turns
 from reward.rows import DOMAINS, TRUTHS
 
 MEASURED = 1000
@@ -278,8 +278,11 @@ def as_written(item: Example | Preference) -> Text:
         turns += [("chosen", f"⟦{item.chosen}⟧"), ("rejected", item.rejected)]
     else:
         if item.response is not None:  # in the place of what it may be followed by, which is asked
-            last = len(item.conversation or [*turns, item.response]) - 1
-            turns[last : last + 1] = [("assistant", f"⟦{item.response}⟧")]
+            conversation, places = trained_turns(item)
+            turns[: len(conversation)] = [
+                (turn["role"], f"⟦{turn['content']}⟧" if place in places else turn["content"])
+                for place, turn in enumerate(conversation)
+            ]
         turns += [] if item.answer is None else [("ground truth", item.answer)]
     for who, said in turns:
         text.append(f"{who}: ", "bold").append(f"{CONTROL.sub('', said)}\n")

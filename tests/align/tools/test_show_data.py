@@ -100,6 +100,14 @@ def test_a_conversation_that_ends_by_asking_is_shown_whole(tmp_path: Path) -> No
     assert re.search(r"user: Say (\d)\.\nassistant: ⟦It is \1\.⟧\nuser: And\?", shown(written(tmp_path, rows)))
 
 
+def test_without_a_model_every_turn_that_is_trained_on_is_marked(tmp_path: Path) -> None:
+    more = [{"role": "user", "content": "And?"}, {"role": "assistant", "content": "No.", "weight": 0}]
+    last = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+    rows = [{"messages": [*row["messages"], *more, *last]} for row in chats(9)]
+    marked = r"assistant: ⟦It is \d\.⟧\nuser: And\?\nassistant: No\.\nuser: Why\?\nassistant: ⟦So\.⟧\n"
+    assert re.search(marked, shown(written(tmp_path, rows)))
+
+
 def test_repeated_prompts_are_counted(tmp_path: Path) -> None:
     other = [row | {"id": f"other{n}", "answer": "5"} for n, row in enumerate(problems(20)[:3])]
     same = [row | {"id": f"same{n}"} for n, row in enumerate(problems(20)[:2])]
