@@ -316,7 +316,11 @@ def _call_one(reward: Reward, params: Mapping[str, Any], sample: Sample) -> Scor
 
 def _checked(reward: Reward, sample: Sample, score: Any, seconds: float) -> Score:
     if not isinstance(score, Score) or not isinstance(score.verdict, Verdict):
-        raise RewardContractError(reward.name, sample.id, f"returned {score!r}, not a Score with a Verdict")
+        raise RewardContractError(
+            reward.name,
+            sample.id,
+            f"returned {score!r}, not a Score with a Verdict: return reward.Score(value, reward.Verdict.PASS)",
+        )
     timed = replace(score, seconds=score.seconds or seconds)
     if score.verdict is Verdict.INFRA_ERROR:
         return replace(timed, value=math.nan)

@@ -177,5 +177,8 @@ def _key(variable: str | None) -> str | None:
     if variable is None:
         return None
     if not os.environ.get(variable):
-        raise RewardError(f"reward_endpoint: the environment variable {variable}, which api_key_env names, is not set")
+        raise RewardError(
+            f"reward_endpoint: the environment variable {variable}, which api_key_env names, is not set in the process that scores; on a Ray cluster that "
+            "others started, set it before `ray start` on every node"
+        )
     return os.environ[variable]

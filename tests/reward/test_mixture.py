@@ -224,7 +224,7 @@ def raises(sample: Sample) -> Score:
     ("function", "why"),
     [
         (raises, "raised KeyError"),
-        (lambda sample: 1.0, "not a Score"),
+        (lambda sample: 1.0, r"returned 1\.0, not a Score .*: return reward\.Score\(value, reward\.Verdict\.PASS\)"),
         (lambda sample: None, "not a Score"),
         (lambda sample: Score(1.0, "pass"), "not a Score with a Verdict"),  # type: ignore[arg-type]
     ],
