@@ -30,6 +30,8 @@ from rollout import FinishReason, Fleet, SamplingOptions
 
 ENTRY_POINT_GROUP = "moe_align.evaluations"
 _log = logging.getLogger(__name__)
+RECORD_KEYS = ("stage", "step", "name", "split", "problems", "verdicts", "too_long", "not_run")
+"""What a record of evaluations.jsonl says of an evaluation besides its numbers."""
 OURS = ("drift", "instructions", "judged", "lm_eval", "needle")
 
 
@@ -183,13 +185,17 @@ def run(name: str, checkpoint: PolicyCheckpoint, fleet: Fleet, params: Mapping[s
     """What the hook `name` measures on a checkpoint.
 
     Raises UserError for parameters that it cannot be called with, EvaluationError where it returns anything but
-    Metrics of finite numbers, and whatever it raises.
+    Metrics of finite numbers under names other than `RECORD_KEYS`, and whatever it raises.
     """
     arguments = _arguments(name, params)
     metrics = get(name).function(checkpoint, fleet, **arguments)
     if not isinstance(metrics, Metrics):
         raise EvaluationError(f"evaluation hook {name!r} must return Metrics, but returned {type(metrics).__name__}")
     for key, value in metrics.values.items():
+        if key in RECORD_KEYS:
+            raise EvaluationError(
+                f"evaluation hook {name!r}: a value cannot be called {key!r}, as the record of every evaluation has that key: give it another name"
+            )
         if not isinstance(value, Real) or not math.isfinite(value):
             raise EvaluationError(f"evaluation hook {name!r}: {key} is {value!r}, where a finite number is expected")
     # NumPy's numbers are none to JSON.

@@ -39,7 +39,7 @@ def win_rate(rows: Iterable[Row], others: Iterable[Row], *, reward: str) -> floa
     to every other, and all prompts count alike. Rows without a finite value of it are left out, and so are prompts
     that one side then has no answer to. Raises UserError where no prompt is left.
     """
-    ours, theirs = _values(rows, reward), _values(others, reward)
+    ours, theirs = values_of(rows, reward), values_of(others, reward)
     wins = [_beats(ours[asked], theirs[asked]) for asked in sorted(ours.keys() & theirs.keys())]
     if not wins:
         raise UserError(
@@ -49,7 +49,7 @@ def win_rate(rows: Iterable[Row], others: Iterable[Row], *, reward: str) -> floa
     return float(np.mean(wins))
 
 
-def _values(rows: Iterable[Row], reward: str) -> dict[tuple[str, str], list[float]]:
+def values_of(rows: Iterable[Row], reward: str) -> dict[tuple[str, str], list[float]]:
     """The values of a reward by id and prompt: ids that number the rows of a file may be those of other prompts elsewhere."""
     found = defaultdict(list)
     for row in rows:

@@ -18,7 +18,7 @@ from align.evaluate.accuracy import Evaluation, evaluate, short_problems
 from align.evaluate.agreement import AgreementGate, Disagreement, probe
 from align.evaluate.attribution import attributed
 from align.evaluate.hooks import EvaluationError, Metrics, PolicyCheckpoint
-from align.evaluate.rates import count_instructions, instruction_rates, task_rates, win_rate
+from align.evaluate.rates import count_instructions, instruction_rates, task_rates, values_of, win_rate
 from align.experience import Problem, encode_problems
 from align.learner.group import LearnerGroup
 from align.learner.objective import Sums
@@ -109,8 +109,8 @@ class HeldOut:
         self._split = ""
         self._longest = recipe.rollout.max_length - recipe.evaluation.max_new_tokens
         self._others = answers_of(recipe.evaluation.against.run) if recipe.evaluation.against else []
-        if recipe.evaluation.against:
-            check_same_prompts(problems.problems, self._others, recipe.evaluation.against.run)
+        if against := recipe.evaluation.against:
+            check_comparable(problems.problems, self._others, against.run, against.judge)
         self._max_length = recipe.rollout.max_length
         self._start = None if recipe.model.init == "random" else recipe.model.path
         if problems.too_long:
@@ -277,13 +277,22 @@ class HeldOut:
         self._run.record_numbers(self._stage, step, name, metrics.values, metrics.rows, facts, prefix=prefix)
 
 
-def check_same_prompts(problems: Sequence[Problem], others: Sequence[Mapping[str, Any]], run: Path) -> None:
-    """Raise UserError where the answers of another run are to none of the problems, by id and text."""
+def check_comparable(problems: Sequence[Problem], others: Sequence[Mapping[str, Any]], run: Path, judge: str) -> None:
+    """Raise UserError where the answers of another run are to none of the problems, by id and text, or none of the greedy ones has a value of `judge`."""
     asked = {(problem.example.id, problem.example.prompt_text) for problem in problems}
-    if asked.isdisjoint((row["id"], row["prompt"]) for row in others):
+    shared = [row for row in others if (row["id"], row["prompt"]) in asked]
+    if not shared:
         raise UserError(
             f"evaluation.against.run: the answers of {run} are to none of the prompts that are evaluated here, by id and text. Cure: evaluate the same "
             "file or cards in both, with the same instruction"
+        )
+    greedy = [row for row in shared if row["greedy"]]
+    if not values_of(greedy, judge):
+        names = dict.fromkeys(name for row in greedy for name in row["components"])
+        known = ", ".join(name for name in names if values_of(greedy, name))
+        raise UserError(
+            f"evaluation.against.judge: {run} scored none of its answers to these prompts by a reward called {judge!r}; it did by {known or 'none'}. "
+            "Cure: name one of its rewards that this recipe has too, or evaluate that run again with this one"
         )
 
 
@@ -293,7 +302,7 @@ def answers_of(run: Path) -> list[dict[str, Any]]:
     if directory.evaluations_file.exists():
         for record in reversed(read_jsonl(directory.evaluations_file)):
             file = directory.evaluations_directory / f"{record['name']}.parquet"
-            if "accuracy" in record and "split" not in record and file.exists():
+            if "accuracy" in record and "problems" in record and "split" not in record and file.exists():
                 return read_samples(file)
     raise UserError(
         f"evaluation.against.run: {run} has no evaluation of problems with answers to compare with. Cure: name a run that ended with one"

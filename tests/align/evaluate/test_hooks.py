@@ -116,8 +116,19 @@ def test_a_number_of_numpy_is_one(checkpoint: PolicyCheckpoint) -> None:
     assert json.dumps(dict(run("mine", checkpoint, NO_FLEET, {}).values)) == '{"a": 3.5, "b": 2.0, "c": 7}'
 
 
-@pytest.mark.parametrize("returned", [{"accuracy": 1.0}, Metrics({"accuracy": math.nan}), Metrics({"a": "1"})])
-def test_a_hook_returns_finite_numbers_or_is_refused(checkpoint: PolicyCheckpoint, returned: Any) -> None:
+@pytest.mark.parametrize(
+    "returned",
+    [
+        {"accuracy": 1.0},
+        Metrics({"accuracy": math.nan}),
+        Metrics({"a": "1"}),
+        Metrics({"problems": 3}),
+        Metrics({"step": 1}),
+    ],
+)
+def test_a_hook_returns_finite_numbers_with_names_of_their_own_or_is_refused(
+    checkpoint: PolicyCheckpoint, returned: Any
+) -> None:
     @register("mine")
     def mine(checkpoint: PolicyCheckpoint, fleet: Fleet) -> Any:
         return returned

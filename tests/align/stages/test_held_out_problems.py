@@ -19,7 +19,7 @@ from align.session.run import Run, open_run
 from align.session.session import Session
 from align.stages import grpo
 from align.stages import held_out as held_out_module
-from align.stages.held_out import HeldOut, Problems, check_same_prompts, load_problems
+from align.stages.held_out import HeldOut, Problems, answers_of, check_comparable, load_problems
 from reward import Sample, SampleReward, Score, Verdict
 from rollout import FinishReason, Group, Prompt, RolloutError, Trajectory
 
@@ -245,13 +245,24 @@ def test_what_a_run_goes_on_with_is_not_called_its_start(monkeypatch: pytest.Mon
         assert held_out.evaluate_start("before GRPO", 2) == {"before GRPO": "evaluated"}
 
 
-def test_the_answers_of_a_run_to_other_prompts_are_not_compared_with() -> None:
-    made = recipe(Path("run"))
-    problem = problems_of(made).problems[0]
-    row = {"id": problem.example.id, "prompt": problem.example.prompt_text}
-    check_same_prompts([problem], [row, {"id": "x", "prompt": "?"}], Path("other"))
+def test_answers_to_other_prompts_or_without_the_judge_are_not_compared_with() -> None:
+    problem = problems_of(recipe(Path("run"))).problems[0]
+    row = {"id": problem.example.id, "prompt": problem.example.prompt_text, "greedy": True}
+    row |= {"components": {"math": 1.0, "helpful": None}}
+    other = row | {"prompt": "Another?", "components": {"helpful": 1.0}}
+    drawn = row | {"greedy": False, "components": {"helpful": 1.0}}
+    check_comparable([problem], [row, other], Path("other"), "math")
     with pytest.raises(UserError, match="the answers of other are to none of the prompts that are evaluated here"):
-        check_same_prompts([problem], [row | {"prompt": "Another?"}], Path("other"))
+        check_comparable([problem], [other], Path("other"), "math")
+    with pytest.raises(UserError, match=r"judge: other scored none .* called 'helpful'; it did by math\. Cure: "):
+        check_comparable([problem], [row, other, drawn], Path("other"), "helpful")
+
+
+def test_what_a_hook_measured_is_no_evaluation_to_compare_with(tmp_path: Path) -> None:
+    with open_run(sft_recipe(tmp_path / "run")) as run:
+        run.record_numbers("sft", 0, "after", {"accuracy": 1.0}, [{"id": "a"}], {"problems": 1})
+        run.record_numbers("sft", 0, "mine", {"accuracy": 0.5}, [{"id": "of a hook"}])
+    assert answers_of(tmp_path / "run") == [{"id": "a"}]
 
 
 def test_a_hook_that_fails_is_a_warning_and_the_others_are_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
