@@ -186,7 +186,7 @@ class SftOptions(Options):
         description="turns of the assistant in a conversation that are trained on; of all, those without a weight of 0",
     )
     validate_every: int = Field(100, ge=1, description="steps between two validation losses")
-    validation_limit: int = Field(256, ge=1, description="examples of the validation loss")
+    validation_limit: int = Field(256, ge=1, description="examples of each entry of data for the validation loss")
 
 
 class RewardModelOptions(Options):

@@ -55,7 +55,9 @@ def probe_recipe(
         refuse_existing(out)
     all_tricks = tricks_with(tricks)
     check_names(recipe.data, recipe.data_stage, recipe.roles())
-    mixture = Mixture(recipe.rewards, infra_error_limit=1.0)
+    with naming("rewards"), reward_errors():
+        mixture = Mixture(recipe.rewards, infra_error_limit=1.0)
+        mixture.check_ready()
     if answers is not None:
         if prompts is not None or samples is not None:
             raise UserError(

@@ -142,6 +142,15 @@ class ParrotFleet:
             yield Group(prompt, list(answers))
 
 
+def test_a_reward_that_cannot_be_used_is_told_before_the_policy_answers(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tools, "running_fleet", lambda *_: pytest.fail("an engine starts"))
+    penalty = "rewards=[{name: exact_answer}, {name: soft_overlong, params: {max_length: 4, cache: 9}}]"
+    assert main(["rewards", "probe", GRPO, "machine={}", penalty]) == EXIT_USER_ERROR
+    assert "rewards: soft_overlong needs 0 < cache <= max_length" in capsys.readouterr().err
+
+
 def test_without_answers_the_start_policy_is_asked(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
