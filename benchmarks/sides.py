@@ -9,8 +9,8 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -142,15 +142,7 @@ def ours(task: Task) -> Result:
             "evaluation": {"limit": 1, "samples": 0, "max_new_tokens": 1},
         }
     )
-    ends: list[Reading] = []
-    write = MetricsLog.write
-
-    def write_and_note(*arguments: Any) -> None:
-        ends.append(read())
-        write(*arguments)
-
-    no_early_end = patch("align.session.session.stop_token_ids", return_value=[])
-    with no_early_end, patch.object(MetricsLog, "write", write_and_note):
+    with patch("align.session.session.stop_token_ids", return_value=[]), noted_steps() as ends:
         run_grpo(recipe, None)
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if "step_seconds" in row]
@@ -159,11 +151,26 @@ def ours(task: Task) -> Result:
     parts = {
         name: median(row[f"seconds/{name}"] for row in timed) for name in ("sampling", "scoring", "training", "weights")
     }
-    # From one line of metrics to the next, so that what a step does outside its own clock counts too.
-    return task.timed(ends[: len(rows)]) | {
+    # From one step's line of metrics to the next, so that what a step does outside its own clock counts too.
+    return task.timed(ends) | {
         "parts": parts,
         "note": f"train_grpo: {task.processes} rollout workers and learner ranks of {CORES // task.processes} threads",
     }
+
+
+@contextmanager
+def noted_steps() -> Iterator[list[Reading]]:
+    """A reading at the end of each step that a run in the block makes; what an evaluation writes is no step."""
+    ends: list[Reading] = []
+    write = MetricsLog.write
+
+    def write_and_note(log: MetricsLog, step: int, stage: str, metrics: Mapping[str, float]) -> None:
+        if "step_seconds" in metrics:
+            ends.append(read())
+        write(log, step, stage, metrics)
+
+    with patch.object(MetricsLog, "write", write_and_note):
+        yield ends
 
 
 def trl(task: Task) -> Result:
