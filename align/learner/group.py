@@ -1,7 +1,6 @@
 """The learner ranks together: one logical learner of one model."""
 
 import math
-import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +31,7 @@ from align.learner.state import WRITTEN_A_SECOND
 from align.recipe import LearnerOptions, ModelOptions, Replay
 from align.run.checkpoints import Entry
 from align.run.files import whole_directory
+from align.run.machine import check_port
 from rollout import Colocation, Fleet, ObjectStoreSync, Precision, WeightSync
 from rollout.parts import Distance
 from rollout.processes import ProcessId, in_placement_group, kill, stacks, start_limit_s, usable_gpus, visibility
@@ -398,24 +398,21 @@ class LearnerGroup(RankGroup):
         return self._gather(calls, "counting routes")
 
     def log_probs(
-        self, sequences: Sequence[TrainingSequence], temperature: float, *, as_sent: bool = False
+        self,
+        sequences: Sequence[TrainingSequence],
+        temperature: float,
+        *,
+        as_sent: bool = False,
+        of_reference: bool = False,
     ) -> list[npt.NDArray[np.float32]]:
         """The policy's log-probabilities [S] of the sampled tokens of each sequence, with the sampler's experts where these are replayed.
 
-        With `as_sent` under weights that are rounded as those of the rollout workers are.
+        With `as_sent` under weights that are rounded as those of the rollout workers are; with `of_reference` the frozen reference's.
         """
         work, plan = self._split(sequences)
-        how = temperature, self.replay == "sampler", self.precision if as_sent else "model"
+        how = temperature, self.replay == "sampler", self.precision if as_sent else "model", of_reference
         calls = [r.log_probs.remote(part, *how) for r, part in zip(self._at_work(), work, strict=True)]
         return in_order(plan, self._gather(calls, "computing log-probabilities"))
-
-    def reference_log_probs(
-        self, sequences: Sequence[TrainingSequence], temperature: float
-    ) -> list[npt.NDArray[np.float32]]:
-        """The reference's log-probabilities [S] of the sampled tokens of each sequence; the learner must have been given a reference."""
-        work, plan = self._split(sequences)
-        calls = [r.reference_log_probs.remote(part, temperature) for r, part in zip(self._at_work(), work, strict=True)]
-        return in_order(plan, self._gather(calls, "computing the reference's log-probabilities"))
 
     def part_distances(
         self, sequence: TrainingSequence, noted: Mapping[str, torch.Tensor]
@@ -444,15 +441,3 @@ class LearnerGroup(RankGroup):
         costs = rows_after_prompts(sequences) if self._options.share_prompts else whole_rows(lengths)
         plan = plan_micro_batches(*costs, self._options.micro_batch_tokens, self._options.ranks)
         return share_out(sequences, plan, replace(sequences[0], weight=0.0, experts=None)), plan
-
-
-def check_port(port: int) -> None:
-    """Raise UserError when something listens on the port already."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", port))
-        except OSError as error:
-            raise UserError(
-                f"learner.port: {port} cannot be used ({error.strerror}); give another, or leave it out for a free one"
-            ) from None

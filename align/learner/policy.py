@@ -130,19 +130,15 @@ class PolicyRank(LearnerRank):
             log_probs: torch.Tensor = policy(**batch.inputs, temperature=temperature)[0]
         return log_probs
 
-    def reference_log_probs(
-        self, micro_batches: MicroBatches, temperature: float
-    ) -> list[list[npt.NDArray[np.float32]]]:
-        """What `log_probs` returns, under the frozen reference, whose routers choose for themselves."""
-        self._engine.eval()
-        batches = map(self._collate, micro_batches)
-        found = ((batch, self._frozen_log_probs(self._reference, batch, temperature)) for batch in batches)
-        return [sampled_values(values, batch) for batch, values in found if values is not None]
-
     def log_probs(
-        self, micro_batches: MicroBatches, temperature: float, replays: bool = False, precision: Precision = "model"
+        self,
+        micro_batches: MicroBatches,
+        temperature: float,
+        replays: bool = False,
+        precision: Precision = "model",
+        of_reference: bool = False,
     ) -> list[list[npt.NDArray[np.float32]]]:
-        """Log-probabilities [S] of the sampled tokens of every sequence, in the shape of the micro-batches.
+        """Log-probabilities [S] of the sampled tokens of every sequence, in the shape of the micro-batches, under the policy or the frozen reference.
 
         Where it `replays`, tokens go through the experts that their sequences have. The weights are those that are sent at `precision`.
         """
@@ -151,7 +147,7 @@ class PolicyRank(LearnerRank):
             for sequences in micro_batches:
                 batch = self._collate(sequences)
                 with self._routing.given(batch.routes, forced=replays):
-                    results.append(sampled_values(self._values(batch, temperature), batch))
+                    results.append(sampled_values(self._values(batch, temperature, of_reference=of_reference), batch))
         return results
 
     def log_probs_and_experts(
@@ -178,9 +174,13 @@ class PolicyRank(LearnerRank):
             (values,) = sampled_values(self._values(batch, 1.0), batch)
         return found, values
 
-    def _values(self, batch: Batch, temperature: float) -> torch.Tensor:
+    def _values(self, batch: Batch, temperature: float, *, of_reference: bool = False) -> torch.Tensor:
         """Log-probabilities [B, K] of a batch's targets, without a gradient."""
         self._engine.eval()
+        if of_reference:
+            frozen = self._frozen_log_probs(self._reference, batch, temperature)
+            assert frozen is not None, "the learner has no reference"
+            return frozen
         with torch.no_grad():
             values: torch.Tensor = self._engine(**batch.inputs, temperature=temperature)[0]
         return values

@@ -22,7 +22,6 @@ from align.evaluate import hooks
 from align.evaluate.doctor import FAILED, check_checkpoint, examine, positions_of, short_positions, verdict
 from align.learner.balance import factors_of
 from align.learner.experts import check_spreadable
-from align.learner.group import check_port
 from align.model.lora import adapted_names, left_out, parts_of
 from align.model.names import frozen_names
 from align.model.policy import find_config, load_tokenizer
@@ -45,7 +44,7 @@ from align.recipe.options import HUB_NAME
 from align.recipe.presets import expansion, unclipped
 from align.recipe.roles import take
 from align.run import check_machine
-from align.run.machine import memory_bytes, object_store_bytes, shared_memory_bytes
+from align.run.machine import check_port, memory_bytes, object_store_bytes, shared_memory_bytes
 from align.run.trackers import check_trackers
 from align.session.disk import bytes_needed, check_space
 from reward import Mixture, RewardTerm

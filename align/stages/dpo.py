@@ -174,7 +174,7 @@ def both(pairs: Sequence[Pair]) -> list[TrainingSequence]:
 def margins_of(learner: LearnerGroup, pairs: Sequence[Pair]) -> Margins:
     """How far the policy has moved on the pairs from its reference."""
     sequences = both(pairs)
-    ours, reference = learner.log_probs(sequences, 1.0), learner.reference_log_probs(sequences, 1.0)
+    ours, reference = (learner.log_probs(sequences, 1.0, of_reference=frozen) for frozen in (False, True))
     raised = torch.tensor([float((new - old).sum()) for new, old in zip(ours, reference, strict=True)])
     return Margins(raised[::2], raised[1::2])
 

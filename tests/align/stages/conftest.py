@@ -160,13 +160,20 @@ class FakeLearner:
         return 1.0
 
     def log_probs(
-        self, sequences: Sequence[TrainingSequence], temperature: float, *, as_sent: bool = False
+        self,
+        sequences: Sequence[TrainingSequence],
+        temperature: float,
+        *,
+        as_sent: bool = False,
+        of_reference: bool = False,
     ) -> list[Any]:
+        if of_reference:  # twice as low
+            return [2 * values for values in self._log_probs(sequences)]
         self.asked.append((len(sequences), temperature, len(self.batches)))
-        return [-(n + 1) / np.arange(1, s.sampled_tokens + 1, dtype=np.float32) for n, s in enumerate(sequences)]
+        return self._log_probs(sequences)
 
-    def reference_log_probs(self, sequences: Sequence[TrainingSequence], temperature: float) -> list[Any]:
-        return [2 * -(n + 1) / np.arange(1, s.sampled_tokens + 1, dtype=np.float32) for n, s in enumerate(sequences)]
+    def _log_probs(self, sequences: Sequence[TrainingSequence]) -> list[Any]:
+        return [-(n + 1) / np.arange(1, s.sampled_tokens + 1, dtype=np.float32) for n, s in enumerate(sequences)]
 
     update, _before_updates = LearnerGroup.update, LearnerGroup._before_updates
 
