@@ -9,6 +9,7 @@ import typer
 
 from align.cli import init, listings, models, recipes, runs, scores
 from align.cli.arguments import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_TERMINATED, EXIT_USER_ERROR
+from align.cli.lasting import lasting_streams
 from align.errors import ENGINES, Terminated, UserError, not_installed
 
 OUR_PACKAGES = ("align", "rollout", "reward")
@@ -67,6 +68,7 @@ def plain(text: str) -> typer.Typer:
     return typer.Typer(help=text, add_completion=False, rich_markup_mode=None, context_settings=settings)
 
 
+@lasting_streams()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit status."""
     command = typer.main.get_command(application())
