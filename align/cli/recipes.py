@@ -95,7 +95,7 @@ def resume(run: RunPath, overrides: Overrides = None) -> int | None:
     with the weights, samples and numbers of a run that was never interrupted, to the last bit where the engines are exact. The command
     that began the run does the same when it is given again; so does `align pipeline` for its stages.
 
-    Checkpoints are written every `save_every` steps, when an alarm ends the run (alarms.stop), and when it is told to stop: Ctrl-C (exit status 130) and SIGTERM (75) let the
+    Checkpoints are written every `save_every` steps, when an alarm ends the run (alarms.stop), and when it is told to stop: Ctrl-C (exit status 130), SIGTERM and a closed terminal (75) let the
     step end that is being made, for `run.grace_s` seconds at most, and then write one. A second Ctrl-C ends at once.
 
     Damage: every file is verified against its SHA-256 before it is read; a damaged checkpoint is named and the one before taken.

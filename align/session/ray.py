@@ -197,8 +197,12 @@ def check_address(address: str, auth_mode: str | None) -> None:
 
 @contextmanager
 def kept_signal_handlers() -> Iterator[None]:
-    """Ray takes SIGTERM for itself when it starts; a run has to hear of it."""
+    """Ray takes SIGTERM for itself when it starts; a run has to hear of it.
+
+    Processes that are started in the block ignore SIGHUP: all of a terminal have it when that is closed, and the run still needs them to save.
+    """
     before = {number: signal.getsignal(number) for number in SIGNALS}
+    before[signal.SIGHUP] = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         yield
     finally:

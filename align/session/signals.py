@@ -10,11 +10,14 @@ from typing import Any, Self
 from align.errors import Terminated
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+ALIKE = (signal.SIGUSR1, signal.SIGHUP)
+"""What is taken as SIGTERM."""
 
 
 class StopRequest:
     """Ctrl-C as KeyboardInterrupt, and SIGTERM as its kind Terminated: where they come, or at the end of what is deferred. SIGUSR1, which batch
-    systems are often told to send ahead of their time limit, is taken as SIGTERM.
+    systems are often told to send ahead of their time limit, is taken as SIGTERM, and so is SIGHUP, which comes when a terminal is closed, unless
+    nohup lets the run outlive it.
 
     Should the exception be lost, it comes again at the next `check`: Python loses one that is raised inside a destructor or a
     callback of native code. A second Ctrl-C ends the process at once; a second SIGTERM does nothing, for whoever ends all processes of a job
@@ -31,7 +34,8 @@ class StopRequest:
     def __enter__(self) -> Self:
         for number in SIGNALS:
             self._before[number] = signal.signal(number, self._ask)
-        self._before[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, lambda _, frame: self._ask(signal.SIGTERM, frame))
+        for number in ALIKE if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else ALIKE[:1]:
+            self._before[number] = signal.signal(number, lambda _, frame: self._ask(signal.SIGTERM, frame))
         self._before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._raise)
         return self
 

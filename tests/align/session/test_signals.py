@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGUSR1 are never lost, let a step end within its grace, and end the process when they come twice."""
+"""Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP are never lost, let a step end within its grace, and end the process when they come twice."""
 
 import os
 import signal
@@ -10,10 +10,15 @@ import time
 import pytest
 
 from align.errors import Terminated
-from align.session.ray import _Head
+from align.session.ray import _Head, kept_signal_handlers
 from align.session.signals import StopRequest
 
-KINDS = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated, signal.SIGUSR1: Terminated}
+KINDS = {
+    signal.SIGINT: KeyboardInterrupt,
+    signal.SIGTERM: Terminated,
+    signal.SIGUSR1: Terminated,
+    signal.SIGHUP: Terminated,
+}
 
 
 @pytest.mark.parametrize("number", KINDS)
@@ -41,6 +46,26 @@ def test_what_is_deferred_ends_before_the_run_does(number: signal.Signals) -> No
         with pytest.raises(KINDS[number]):
             stop.check()
     assert ended
+
+
+def test_under_nohup_a_run_outlives_its_terminal() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            stop.check()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_what_ray_starts_outlives_the_terminal_too_and_the_run_still_hears_of_its_end() -> None:
+    code = "import os, signal; os.kill(os.getpid(), signal.SIGHUP)"
+    with StopRequest() as stop:
+        with kept_signal_handlers():
+            assert subprocess.run([sys.executable, "-c", code], timeout=30).returncode == 0
+        with pytest.raises(Terminated):
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.asked
 
 
 def test_a_signal_from_outside_is_not_the_death_of_ray() -> None:
