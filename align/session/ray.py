@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
@@ -75,7 +75,7 @@ def _joined(address: str, sent: int) -> Iterator[None]:
     check_address(address, os.environ.get("RAY_AUTH_MODE"))
     try:
         with kept_signal_handlers():
-            ray.init(log_to_driver=False)
+            ray.init(log_to_driver=False, job_config=job_config())
     except (ConnectionError, ray.exceptions.AuthenticationError) as error:
         raise UserError(f"RAY_ADDRESS={address}: {first_line(error)}") from None
     try:
@@ -210,6 +210,22 @@ def kept_signal_handlers() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+class _Importable(list[str]):
+    """Directories that Ray puts in front of where workers look for modules: those alone in which the run itself looks."""
+
+    def extend(self, places: Iterable[str]) -> None:
+        super().extend(place for place in places if place in map(os.path.abspath, sys.path))
+
+
+def job_config() -> Any:
+    """The run as a job of Ray whose workers find what the run imports: Ray would add the working directory, where a reward.py hides our package."""
+    from ray.job_config import JobConfig
+
+    config = JobConfig()
+    config._py_driver_sys_path = _Importable()
+    return config
+
+
 def short_places() -> dict[str, str]:
     """Where Ray keeps its sockets, and spills to, in place of a TMPDIR in which their paths would be longer than Linux takes; empty where they fit.
 
@@ -242,6 +258,7 @@ def start_node(store: int, attempts: int = 5) -> None:
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level="ERROR",
+                job_config=job_config(),
                 **short_places(),
             )
             return

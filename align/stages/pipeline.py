@@ -170,7 +170,8 @@ def stop_with_the_pipeline() -> None:
 
 def run_stage(stage: PlannedStage) -> int:
     """Run a stage in a process of its own; returns its exit status. Ctrl-C and SIGTERM are handed on, once."""
-    command = [sys.executable, "-m", "align.cli", COMMANDS[stage.recipe.stage], str(stage.file), *stage.overrides]
+    # -P: not with what the working directory has for our packages, such as a reward.py.
+    command = [sys.executable, "-P", "-m", "align.cli", COMMANDS[stage.recipe.stage], str(stage.file), *stage.overrides]
     if was_cut_short(stage):
         command.append("run.overwrite=false")
     process = subprocess.Popen(command, start_new_session=True, preexec_fn=stop_with_the_pipeline)

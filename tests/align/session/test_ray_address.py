@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from align.errors import UserError
-from align.session.ray import check_address, check_stores, local_ray, short_places
+from align.session.ray import check_address, check_stores, job_config, local_ray, short_places
 
 GIB = 2**30
 
@@ -67,3 +67,13 @@ def test_sockets_have_room_whatever_temporary_directory_a_batch_system_sets(monk
     monkeypatch.setenv("RAY_TMPDIR", "/x" * 20)
     with pytest.raises(UserError, match=r"RAY_TMPDIR=/x/x.* is too long for the sockets of Ray"):
         short_places()
+
+
+@pytest.mark.parametrize("given", [[], ["/elsewhere"]])
+def test_workers_look_into_the_working_directory_where_the_run_does_and_else_find_no_reward_py_in_it(
+    given: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.path", ["/scripts", *given])
+    config = job_config()
+    config._py_driver_sys_path.extend(["/scripts", "/elsewhere"])  # as `ray.init` does
+    assert list(config._get_proto_job_config().py_driver_sys_path) == ["/scripts", *given]

@@ -1,7 +1,9 @@
 """Which stages of a pipeline run: what is done is skipped, and nothing is mixed with what another recipe made."""
 
+import os
 import re
 import socket
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -179,6 +181,14 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     monkeypatch.setattr("align.stages.pipeline.check", list)
     monkeypatch.setattr("align.stages.pipeline.environment_record", dict)
     return commands
+
+
+def test_a_stage_imports_nothing_from_the_working_directory(tmp_path: Path, ran: list[list[str]]) -> None:
+    run_pipeline(pipeline(tmp_path), None)
+    (tmp_path / "align.py").write_text("raise SystemExit('not this one')")
+    command = [*ran[0][: ran[0].index("align.cli") + 1], "--help"]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": os.getcwd()}, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_a_stage_that_was_cut_short_goes_on_with_its_recipe_or_is_refused_and_nothing_of_it_is_lost(
