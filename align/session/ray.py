@@ -3,10 +3,11 @@
 import ipaddress
 import logging
 import os
+import secrets
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
@@ -95,6 +96,7 @@ def _started(store: int) -> Iterator[None]:
     # The variable tells the processes it starts; this one has read it already.
     os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
     ray_constants.ENABLE_RAY_CLUSTER = False
+    give_token(os.environ)
     with kept_signal_handlers():
         start_node(store)
     head = _Head()
@@ -208,6 +210,14 @@ def kept_signal_handlers() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def give_token(environment: MutableMapping[str, str]) -> None:
+    """Let Ray ask for a token that only this process and those it starts know, unless there is one already: Ray would write it into the home
+    directory, which need not be writable."""
+    given = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+    if not any(map(environment.get, given)) and not os.path.exists(os.path.expanduser("~/.ray/auth_token")):
+        environment["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
 class _Importable(list[str]):

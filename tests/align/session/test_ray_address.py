@@ -1,11 +1,12 @@
 """Which Ray cluster a run may connect to, and whether its nodes have room for the weights."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from align.errors import UserError
-from align.session.ray import check_address, check_stores, job_config, local_ray, short_places
+from align.session.ray import check_address, check_stores, give_token, job_config, local_ray, short_places
 
 GIB = 2**30
 
@@ -77,3 +78,21 @@ def test_workers_look_into_the_working_directory_where_the_run_does_and_else_fin
     config = job_config()
     config._py_driver_sys_path.extend(["/scripts", "/elsewhere"])  # as `ray.init` does
     assert list(config._get_proto_job_config().py_driver_sys_path) == ["/scripts", *given]
+
+
+def test_a_ray_of_our_own_has_the_token_that_is_there_and_else_one_that_no_file_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    environments: list[dict[str, str]] = [{}, {}, {"RAY_AUTH_TOKEN": "given"}, {"RAY_AUTH_TOKEN_PATH": "given"}]
+    for environment in environments:
+        give_token(environment)
+    first, second, *given = environments
+    assert len(first["RAY_AUTH_TOKEN"]) >= 32
+    assert first != second
+    assert given == [{"RAY_AUTH_TOKEN": "given"}, {"RAY_AUTH_TOKEN_PATH": "given"}]
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("written by Ray")
+    give_token(environment := {})
+    assert environment == {}
