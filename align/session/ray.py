@@ -201,15 +201,16 @@ def check_address(address: str, auth_mode: str | None) -> None:
 def kept_signal_handlers() -> Iterator[None]:
     """Ray takes SIGTERM for itself when it starts; a run has to hear of it.
 
-    Processes that are started in the block ignore SIGHUP: all of a terminal have it when that is closed, and the run still needs them to save.
+    What is started in the block never hears SIGHUP: all processes of a terminal have it when that is closed, and the run still needs these to save.
     """
     before = {number: signal.getsignal(number) for number in SIGNALS}
-    before[signal.SIGHUP] = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 def give_token(environment: MutableMapping[str, str]) -> None:
