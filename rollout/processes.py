@@ -56,6 +56,11 @@ def start_limit_s(given: float | None, least: float, *models: str) -> float:
     return least + sum(sizes) // SLOW_READ
 
 
+def cluster_address() -> str | None:
+    """The Ray cluster of others that RAY_ADDRESS names; None where a run starts a Ray of its own."""
+    return os.environ.get("RAY_ADDRESS") or None
+
+
 def usable_gpus() -> float:
     """GPUs of the Ray cluster, whoever has them now; 0 where this process hides its own on purpose, or torch is built for CPUs alone.
 

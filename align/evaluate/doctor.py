@@ -6,7 +6,6 @@ one line, and a failure with its cause and its cure.
 
 import json
 import math
-import os
 import re
 from collections.abc import Collection, Sequence
 from copy import deepcopy
@@ -25,6 +24,7 @@ from align.model.sizes import ELEMENT_BYTES, GIB, kv_elements, lacks_cache, skel
 from align.recipe import ModelOptions
 from rollout import EngineOptions, FleetOptions
 from rollout.arguments import Device, refusal
+from rollout.processes import cluster_address
 
 ROUND_TRIP = "  What is 17 + 25?\n\n\tnaïve Größe, 你好，мир, 42,000.5 — \\boxed{-7} 🙂"
 EXPERT_TOLERANCE = 1e-4
@@ -340,7 +340,7 @@ def check_served(skeleton: Any, dtype: str, rollout: FleetOptions) -> Finding:
 
     On the nodes of a cluster, which need not be like this one, the workers themselves refuse what their devices do not take.
     """
-    here = "RAY_ADDRESS" not in os.environ
+    here = not cluster_address()
     config = skeleton.config.get_text_config()
     name, heads = type(skeleton).__name__, config.num_attention_heads
     positions = positions_of(config)

@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from rollout.arguments import AMPERE, Device
+from rollout.processes import cluster_address
 
 Dtype = Literal["float32", "bfloat16"]
 FASTEST = "fastest"
@@ -53,7 +54,7 @@ def with_dtype_chosen(values: Mapping[str, Any], path: Path, *, in_pipeline: boo
 def dtype_of_machine() -> tuple[Dtype, str]:
     """The dtype that this machine computes fastest in, and why; that of GPUs where a cluster is joined by what is built for them."""
     device = Device.here()
-    joins_gpus = "RAY_ADDRESS" in os.environ and torch.version.cuda is not None
+    joins_gpus = cluster_address() is not None and torch.version.cuda is not None
     if (_for_gpus.get() or joins_gpus) and device.capability is None:
         return "bfloat16", "GPUs from Ampere on compute in it"
     return fastest_dtype(device, cpu_flags(Path("/proc/cpuinfo")), os.environ)

@@ -47,10 +47,12 @@ from align.run import check_machine
 from align.run.machine import check_port, memory_bytes, object_store_bytes, shared_memory_bytes
 from align.run.trackers import check_trackers
 from align.session.disk import bytes_needed, check_space
+from align.session.ray import check_address
 from reward import Mixture, RewardTerm
 from reward.mixture import is_judged, share_a_domain
 from reward.own import columns_of
 from rollout import FleetOptions, Precision
+from rollout.processes import cluster_address
 
 MADE_HERE = {"messages": None, "completion_tokens": None}
 """What `align.experience.reward_sample` adds to the columns of the data."""
@@ -67,7 +69,7 @@ def check(stages: Iterable[PlannedStage]) -> list[str]:
 
 def check_rewards_ready(stages: Iterable[PlannedStage]) -> None:
     """Raise UserError for a reward that this machine could not use now, such as one whose server is down. In a cluster other machines use them."""
-    if "RAY_ADDRESS" in os.environ:
+    if cluster_address():
         return
     for stage in stages:
         if rewards := stage.recipe.roles().rewards:
@@ -78,7 +80,7 @@ def check_rewards_ready(stages: Iterable[PlannedStage]) -> None:
 def check_reward_models(stages: Iterable[PlannedStage]) -> None:
     """Raise UserError for a reward model that is not there, before a run that no other stage makes it for. In a cluster other machines load it."""
     for stage in stages:
-        if missing := missing_reward_models(stage.recipe.roles().rewards) if "RAY_ADDRESS" not in os.environ else []:
+        if missing := missing_reward_models(stage.recipe.roles().rewards) if not cluster_address() else []:
             raise UserError(
                 f"{stage.file}: rewards: {missing[0]} does not exist: name the final/ of a run of `align reward-model`"
             )
@@ -99,7 +101,9 @@ def check_recipe(recipe: Recipe) -> list[str]:
     check_machine(cores=recipe.machine.cores, memory_gb=recipe.machine.memory_gb)
     for hook in roles.evaluation.hooks if roles.evaluation is not None else ():
         hooks.check_ready(hook.name, hook.params, roles.longest)
-    if "RAY_ADDRESS" not in os.environ:  # a cluster may grow
+    if address := cluster_address():
+        check_address(address, os.environ.get("RAY_AUTH_MODE"))
+    else:  # a cluster may grow
         check_places(recipe, torch.cuda.device_count())
     if roles.learner is not None and roles.learner.port is not None:
         check_port(roles.learner.port)
@@ -323,7 +327,7 @@ def check_model(recipe: Recipe) -> list[str]:
         refuse_without_experts(model.path, roles.rollout, replay)
     if roles.weights is not None and roles.weights.transport == "adapter":
         check_adapters_are_served(model.path, sizes)
-    if roles.weights is not None and roles.weights.transport == "object_store" and "RAY_ADDRESS" not in os.environ:
+    if roles.weights is not None and roles.weights.transport == "object_store" and not cluster_address():
         sent = sent_bytes(model, roles.learner.lora if roles.learner else None)
         notes += filter(None, [object_store_bytes(sent, shared_memory_bytes(), memory_bytes()[1])[1]])
     if isinstance(recipe, TrainingRecipe) and not any(recipe.directory.glob("checkpoints/step_*")):
@@ -384,7 +388,7 @@ def check_scorer(key: str, model: ModelOptions, policy: str, tokenizer: Any, row
 
 def check_adapters_are_served(path: str, sizes: ModelSizes) -> None:
     """Raise UserError where vLLM cannot add an adapter to a policy on this machine; of a cluster that is joined, nothing is known yet."""
-    if not torch.cuda.is_available() and "RAY_ADDRESS" not in os.environ and sizes.is_mixture:
+    if not torch.cuda.is_available() and not cluster_address() and sizes.is_mixture:
         raise UserError(
             f"weights.transport: vLLM adds no adapters to a model with experts ({path}) on a CPU; leave it out, and the workers "
             "get merged weights"

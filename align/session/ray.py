@@ -15,7 +15,6 @@ from urllib.parse import urlsplit
 import torch
 
 from align.errors import RayDiedError, UserError
-from align.model.policy import first_line
 from align.run.machine import (
     GIB,
     SPILLS_AT,
@@ -28,7 +27,7 @@ from align.run.machine import (
 )
 from align.run.watcher import watched
 from align.session.signals import SIGNALS
-from rollout.processes import HIDDEN, usable_gpus
+from rollout.processes import HIDDEN, cluster_address, usable_gpus
 
 HEAD = ("gcs_server", "raylet")
 """Ray's processes without which nothing goes on."""
@@ -49,8 +48,7 @@ def local_ray(sent: int = 0, gpus: float = 0) -> Iterator[None]:
     that has fewer now may grow, and is waited for. Raises UserError for a cluster that may not be used, where torch cannot
     use the GPUs that it is built for, and where the machine has no room for the object store.
     """
-    address = os.environ.get("RAY_ADDRESS")
-    if address:
+    if address := cluster_address():
         # In a cluster of others Ray itself ends the actors of a driver that is gone.
         with _joined(address, sent):
             if 0 < (there := usable_gpus()) < gpus:
@@ -77,8 +75,9 @@ def _joined(address: str, sent: int) -> Iterator[None]:
     try:
         with kept_signal_handlers():
             ray.init(log_to_driver=False, job_config=job_config())
-    except (ConnectionError, ray.exceptions.AuthenticationError) as error:
-        raise UserError(f"RAY_ADDRESS={address}: {first_line(error)}") from None
+    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.AuthenticationError) as error:
+        told = ": ".join(" ".join(str(each).split()) for each in (error, error.__cause__) if each is not None)
+        raise UserError(f"RAY_ADDRESS={address}: the cluster cannot be joined: {told}") from error
     try:
         check_gpus(usable_gpus(), [])
         check_stores([node for node in ray.nodes() if node["Alive"]], sent)
@@ -182,7 +181,13 @@ def check_stores(nodes: Sequence[Mapping[str, Any]], sent: int) -> None:
 
 
 def check_address(address: str, auth_mode: str | None) -> None:
-    """Raise UserError for a cluster that others can reach and that asks for no token: whoever reaches it runs what he likes."""
+    """Raise UserError for a cluster that others can reach and that asks for no token: whoever reaches it runs what he likes. And for the address
+    of a dashboard, which is where jobs are submitted."""
+    if address.startswith(("http://", "https://")):
+        raise UserError(
+            f"RAY_ADDRESS={address} is the dashboard of a cluster, where `ray job submit --address` hands in jobs, and not its head node: name that "
+            "(HOST:6379), or unset it"
+        )
     if address == "local" or (auth_mode or "").lower() == "token":
         return
     host = urlsplit(address if "://" in address else f"//{address}").hostname or ""

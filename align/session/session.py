@@ -1,7 +1,6 @@
 """What a stage runs on, opened and closed in one place: its run, Ray, rollout workers, scoring pool and learner."""
 
 import logging
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -45,7 +44,7 @@ from rollout import (
     WeightOptions,
     WeightSync,
 )
-from rollout.processes import samples_on_cpus, start_limit_s, usable_gpus
+from rollout.processes import cluster_address, samples_on_cpus, start_limit_s, usable_gpus
 from rollout.sync.base import MIB
 
 RESTARTS = 3
@@ -217,7 +216,7 @@ def shared_gpus(count: int, patience_s: float) -> Any:
 
     bundle = {"GPU": 1.0} if usable_gpus() else {"CPU": LITTLE_CPU}
     group = ray.util.placement_group([bundle] * count)
-    if not group.wait(max(PLACEMENT_TIMEOUT_S, patience_s if "RAY_ADDRESS" in os.environ else 0.0)):
+    if not group.wait(max(PLACEMENT_TIMEOUT_S, patience_s if cluster_address() else 0.0)):
         raise UserError(
             f"colocate: {count} GPUs are wanted, one for each learner rank and rollout worker, and Ray has "
             f"{ray.available_resources().get('GPU', 0):g} free; lower learner.ranks and rollout.workers"

@@ -24,9 +24,7 @@ def test_in_a_cluster_that_is_joined_by_what_is_built_for_gpus_it_is_theirs(monk
         (None, "10.0.0.1:6379", "float32"),
     ):
         monkeypatch.setattr(torch.version, "cuda", cuda)
-        monkeypatch.delenv("RAY_ADDRESS", raising=False)
-        if address:
-            monkeypatch.setenv("RAY_ADDRESS", address)
+        monkeypatch.setenv("RAY_ADDRESS", address)
         assert dtype_of_machine()[0] == expected
 
 

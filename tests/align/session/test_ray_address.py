@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 
 from align.errors import UserError
+from align.recipe import load_recipe
+from align.session.checks import check_recipe
 from align.session.ray import check_address, check_stores, give_token, job_config, local_ray, short_places
 
 GIB = 2**30
@@ -33,6 +35,36 @@ def test_a_run_is_refused_before_it_connects(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("RAY_ADDRESS", "192.0.2.1:6379")
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     with pytest.raises(UserError, match="anyone who reaches it"), local_ray():
+        pass
+
+
+@pytest.mark.parametrize(
+    ("address", "told"),
+    [
+        ("http://127.0.0.1:8265", "is the dashboard of a cluster"),
+        ("192.0.2.1:6379", "anyone who reaches it"),
+    ],
+)
+def test_a_check_refuses_the_cluster_that_the_run_would(
+    address: str, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    with pytest.raises(UserError, match=told):
+        check_recipe(load_recipe(Path("recipes/nano/sft.yaml"), ["machine={}"]))
+
+
+@pytest.mark.parametrize("kind", [ConnectionError, ValueError, RuntimeError])
+def test_why_a_cluster_cannot_be_joined_is_told_with_what_caused_it(
+    kind: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(**_: Any) -> None:
+        raise kind("Version mismatch:\n    Ray: 2.1") from RuntimeError("no node here")
+
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    monkeypatch.setattr("ray.init", refuse)
+    told = r"RAY_ADDRESS=127\.0\.0\.1:1: .*: Version mismatch: Ray: 2\.1: no node here"
+    with pytest.raises(UserError, match=told), local_ray():
         pass
 
 
