@@ -5,7 +5,6 @@ The harness runs in a process of its own: vLLM finds its environment there, and 
 
 import json
 import math
-import os
 from collections.abc import Collection, Mapping
 from functools import lru_cache
 from importlib import metadata
@@ -20,6 +19,7 @@ from align.errors import UserError, nearest
 from align.evaluate.hooks import EvaluationError, Metrics, PolicyCheckpoint, register
 from align.model.policy import first_line, load_policy, load_tokenizer
 from align.recipe import ModelOptions
+from align.run.machine import threads_available
 from rollout import EngineOptions, Fleet
 from rollout.arguments import prepare
 from rollout.processes import usable_gpus, visibility
@@ -142,7 +142,7 @@ def start_harness(gpus: float, *, unsafe_code: bool) -> Any:
     """The actor in which the harness runs, on so many GPUs."""
     import ray
 
-    variables = environment(os.cpu_count() or 1, on_gpu=gpus > 0) | visibility(gpus)
+    variables = environment(threads_available(), on_gpu=gpus > 0) | visibility(gpus)
     variables |= {"HF_ALLOW_CODE_EVAL": "1"} if unsafe_code else {}
     actor = ray.remote(num_cpus=0, num_gpus=gpus, max_restarts=0, runtime_env={"env_vars": variables})
     return actor(Harness).remote()

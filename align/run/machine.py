@@ -51,8 +51,11 @@ def environment_record() -> dict[str, Any]:
 
 
 def check_machine(*, cores: int, memory_gb: float) -> None:
-    """Raise UserError if fewer than `cores` cores or less than `memory_gb` GiB of memory are available, as the recipe says."""
-    have_cores = cores_available()
+    """Raise UserError if fewer than `cores` cores or less than `memory_gb` GiB of memory are available, as the recipe says.
+
+    A container that may use a part of a core has one.
+    """
+    have_cores = max(1.0, cores_available())
     have_gb = memory_bytes()[1] / GIB
     lacks = []
     if have_cores < cores:
@@ -103,6 +106,19 @@ def cores_available() -> float:
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = cgroup_limits().cores
     return affinity if quota is None else min(affinity, quota)
+
+
+def threads_available() -> int:
+    """How many threads compute at once: a container that may use a part of a core has one."""
+    return max(1, int(cores_available()))
+
+
+def gpu_bytes() -> list[int]:
+    """The memory of each GPU that this process may use: nvidia-smi would tell of those that CUDA_VISIBLE_DEVICES hides, and of whole cards."""
+    import torch
+
+    numbers = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    return [torch.cuda.get_device_properties(number).total_memory for number in numbers]
 
 
 def memory_bytes() -> tuple[int, int]:

@@ -19,11 +19,11 @@ from align.run.machine import (
     GIB,
     SPILLS_AT,
     check_cuda,
-    cores_available,
     gpu_records,
     memory_bytes,
     object_store_bytes,
     shared_memory_bytes,
+    threads_available,
 )
 from align.run.watcher import watched
 from align.session.signals import SIGNALS
@@ -268,7 +268,7 @@ def start_node(store: int, attempts: int = 5) -> None:
             ray.init(
                 address="local",  # whatever cluster others have started here
                 # Ray starts a worker for each at once: what the job may use, and not what the host has.
-                num_cpus=max(1, int(cores_available())),
+                num_cpus=threads_available(),
                 num_gpus=torch.cuda.device_count(),
                 object_store_memory=store,
                 include_dashboard=False,

@@ -13,6 +13,7 @@ from align.errors import UserError
 from align.evaluate.doctor import positions_of, with_room
 from align.model.policy import first_line, load_tokenizer, stop_token_ids
 from align.recipe import ModelOptions
+from align.run.machine import threads_available
 from rollout import EngineOptions, Prompt, RolloutError, SamplingOptions, sample_seed
 from rollout.worker import environment
 
@@ -82,7 +83,7 @@ def chat_in_terminal(
     encode_prompt(tokenizer, [{"role": "user", "content": "?"}])
     stops = stop_token_ids(model, tokenizer)
     options = with_room(config_within(model, options.max_length), model.dtype, options)
-    os.environ |= environment(os.cpu_count() or 1) | {"VLLM_LOGGING_LEVEL": "ERROR"}
+    os.environ |= environment(threads_available()) | {"VLLM_LOGGING_LEVEL": "ERROR"}
     from rollout.engine import Engine
 
     print(f"loading {model.path} ...", file=sys.stderr)

@@ -24,7 +24,7 @@ from align.recipe import DataOptions, ModelOptions, PlannedStage, Recipe
 from align.recipe.load import apply_override, collect_lines, recipe_of
 from align.recipe.values import yaml_text
 from align.run import read_status, write_atomically
-from align.run.machine import cores_available, memory_bytes
+from align.run.machine import gpu_bytes, memory_bytes, threads_available
 from align.stages.commands import check_stages
 from align.tools.show_data import (
     Seen,
@@ -72,12 +72,8 @@ class Machine:
     @classmethod
     def here(cls) -> "Machine":
         """This machine, or what a container leaves of it."""
-        import torch
-
-        numbers = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
-        # nvidia-smi would tell of GPUs that CUDA_VISIBLE_DEVICES hides.
-        gpus = [torch.cuda.get_device_properties(number).total_memory for number in numbers]
-        return cls(max(1, int(cores_available())), memory_bytes()[1], len(gpus), min(gpus, default=0))
+        gpus = gpu_bytes()
+        return cls(threads_available(), memory_bytes()[1], len(gpus), min(gpus, default=0))
 
     def __str__(self) -> str:
         gpus = f"{self.gpus} GPUs with {gib(self.gpu_memory)} each" if self.gpus else "no GPU"

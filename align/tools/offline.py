@@ -28,7 +28,7 @@ from align.recipe import AgreementOptions, LearnerOptions, ModelOptions, Optimiz
 from align.recipe.options import is_on_hub
 from align.run import RunDirectory, write_jsonl
 from align.run.files import refuse_existing
-from align.run.machine import gpu_records, memory_bytes, object_store_bytes, shared_memory_bytes
+from align.run.machine import gpu_bytes, memory_bytes, object_store_bytes, shared_memory_bytes
 from align.session.checks import check_columns, check_split
 from align.session.ray import local_ray
 from align.session.run import SHARE_TO_TELL
@@ -195,8 +195,8 @@ def sendable_bytes(model: ModelOptions) -> int:
 
 def on_gpus(model: ModelOptions, rollout: FleetOptions, learner: LearnerOptions) -> tuple[FleetOptions, LearnerOptions]:
     """The options with which the doctor's engines fit this machine's GPUs. Raises UserError where they do not."""
-    cards = [card["memory"] for card in gpu_records() if card["memory"]]
-    if torch.cuda.device_count() > rollout.workers or not cards:
+    cards = gpu_bytes()
+    if len(cards) > rollout.workers or not cards:
         return rollout, learner
     if rollout.workers > 1:
         raise UserError(f"--workers {rollout.workers}: each wants a GPU, and the learner one too; lower it")

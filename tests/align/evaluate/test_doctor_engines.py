@@ -1,5 +1,6 @@
 """What the doctor says of a sampler and a learner, and whether both fit the GPUs that are there."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -46,8 +47,9 @@ def engines_on(policy: ModelOptions, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A function of the number of cards of 80 GB and of workers: the options of the doctor's sampler and learner there."""
 
     def options(cards: int, workers: int) -> tuple[FleetOptions, LearnerOptions]:
+        monkeypatch.setattr("torch.cuda.is_available", lambda: True)
         monkeypatch.setattr("torch.cuda.device_count", lambda: cards)
-        monkeypatch.setattr("align.tools.offline.gpu_records", lambda: [{"memory": CARD}] * cards)
+        monkeypatch.setattr("torch.cuda.get_device_properties", lambda number: SimpleNamespace(total_memory=CARD))
         learner = LearnerOptions(ranks=1, optimizer=OptimizerOptions(learning_rate=1e-3))
         return on_gpus(policy, FleetOptions(workers=workers), learner)
 

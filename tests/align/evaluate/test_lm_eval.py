@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -209,6 +210,14 @@ def test_parameters_are_checked_before_anything_starts(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message):
             check_params("lm_eval", params)
     check_params("lm_eval", {"tasks": "deepseek_v2_report", "backend": "vllm", "engine": {"tensor_parallel": 2}})
+
+
+def test_the_harness_computes_with_the_cores_that_a_container_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr("align.run.machine.cores_available", lambda: 2.5)
+    monkeypatch.setattr("ray.remote", lambda **options: given.update(options) or MagicMock())
+    lm_eval.start_harness(0, unsafe_code=False)
+    assert given["runtime_env"]["env_vars"]["OMP_NUM_THREADS"] == "2"
 
 
 def test_where_every_gpu_is_taken_the_tasks_are_not_run_and_it_is_told(

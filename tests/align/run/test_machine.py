@@ -138,6 +138,13 @@ def test_a_machine_too_small_is_refused_with_what_it_has_what_is_needed_and_the_
     assert message.endswith("lower machine.cores and machine.memory_gb to match")
 
 
+def test_where_a_container_has_half_a_core_a_recipe_of_one_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment_module, "cores_available", lambda: 0.5)
+    check_machine(cores=1, memory_gb=0.01)
+    with pytest.raises(UserError, match="2 cores, and 1 can be used"):
+        check_machine(cores=2, memory_gb=0.01)
+
+
 def test_memory_is_counted_in_gib(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment_module, "memory_bytes", lambda: (8 * GIB, 7 * GIB))
     check_machine(cores=1, memory_gb=7)

@@ -1,5 +1,6 @@
 """`align chat`: a conversation through the real engine, and what a user can get wrong."""
 
+import os
 from io import StringIO
 from typing import Any
 
@@ -69,11 +70,13 @@ def test_the_command_loads_the_model_and_samples_as_its_flags_say(
 
     for name, value in environment(1).items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr("align.run.machine.cores_available", lambda: 2.5)
     monkeypatch.setattr("rollout.engine.Engine", Engine)
     monkeypatch.setattr("sys.stdin", StringIO("17 + 25?\n"))
     flags = ["--temperature", "0", "--max-new-tokens", "12", "--max-length", "128", *["--trust-remote-code"] * trusted]
     assert main(["chat", "--model", policy.path, *flags]) == 0
     assert capsys.readouterr().out == "> 42\n> "
+    assert os.environ["OMP_NUM_THREADS"] == "2", "of what a container leaves"
     ((path, dtype, options, stops), named), sampling = made
     assert (path, dtype, options.max_length, stops) == (policy.path, "float32", 128, [1])
     assert named == {"trust_remote_code": trusted}
