@@ -24,10 +24,11 @@ help: ## this list
 setup: $(STAMP) ## install everything, pinned, into .venv (costs nothing the second time)
 
 # Compiled once, here: where PYTHONDONTWRITEBYTECODE is set, every process would compile what it imports, for ten seconds.
+# Where venv found no ensurepip it has left a python without pip, and is asked again.
 # An environment is of one ACCELERATOR: two packages hold vLLM, and a torch that is there counts as the one that is asked for.
 $(STAMP): $(LOCK) pyproject.toml
 	$(if $(OTHER),$(error $(VENV) has the packages of ACCELERATOR=$(OTHER), not of $(ACCELERATOR): `make clean` first, or `export ACCELERATOR=$(OTHER)`))
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	touch $(VENV)/.for-$(ACCELERATOR)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
 	$(INSTALL) --compile-bytecode -r $(LOCK) \

@@ -55,6 +55,22 @@ def test_missing_engines_are_a_sentence_with_the_extras_that_bring_them(
         check_recipe(load_recipe(Path(f"recipes/nano/{stage}.yaml"), ["machine={}"]))
 
 
+@pytest.mark.parametrize("has_pip", [False, True])
+def test_an_environment_without_pip_is_made_again(has_pip: bool, tmp_path: Path) -> None:
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / "locks").mkdir()
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    for name in ("pyproject.toml", "locks/cpu.txt"):
+        (tmp_path / name).touch()
+    # As in .venv: `-m pip --version` is all that it can do.
+    scripts = {".venv/bin/python": f'test {has_pip:d} = 1 -a "$3" = --version', "python": 'echo "$@" >> made; exit 1'}
+    for name, text in scripts.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    subprocess.run(["make", "setup", "ACCELERATOR=cpu", "PYTHON=./python"], cwd=tmp_path, capture_output=True)
+    assert (tmp_path / "made").exists() != has_pip
+
+
 def test_a_reward_model_needs_no_sampler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.setitem(sys.modules, "vllm", None)
