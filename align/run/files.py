@@ -74,7 +74,9 @@ def refuse_existing(out: Path) -> None:
 
 
 def check_writable(out: Path) -> None:
-    """Raise UserError where a file or directory of this path cannot be made."""
+    """Raise UserError where a file or directory of this path cannot be made, or not be replaced as a whole."""
+    if out.is_mount():
+        raise UserError(f"{out} is where a file system is mounted, and cannot be replaced: name a directory inside it")
     place = next(parent for parent in out.absolute().parents if parent.exists())
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise UserError(f"{out} cannot be written: {place} is not a directory that you may write to; name another one")

@@ -227,7 +227,7 @@ def test_a_full_disk_is_noticed_before_anything_is_written(
 
 
 def test_the_command_refuses_what_is_no_gguf_and_what_is_in_the_way(
-    make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = tmp_path / "notes.gguf"
     text.write_text("not a model")
@@ -237,6 +237,10 @@ def test_the_command_refuses_what_is_no_gguf_and_what_is_in_the_way(
     assert "No such file" in capsys.readouterr().err
     assert main(["convert", str(make()), str(tmp_path)]) == EXIT_USER_ERROR
     assert "not an empty directory" in capsys.readouterr().err
+    (mounted := tmp_path / "mounted").mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == mounted)
+    assert main(["convert", str(make()), str(mounted)]) == EXIT_USER_ERROR
+    assert "name a directory inside it" in capsys.readouterr().err
 
 
 def test_heads_of_another_size_than_hidden_over_heads(make: Make, tmp_path: Path) -> None:
