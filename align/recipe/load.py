@@ -415,9 +415,23 @@ def check_model_directory(directory: Path, options: ModelOptions, key: str = "mo
 
 
 def differences(before: Recipe, now: Recipe) -> list[str]:
-    """The keys whose values matter and differ, such as "sft.steps (800 before, 900 now)"."""
+    """The keys whose values matter and differ, such as "sft.steps (800 before, 900 now)". What a pipeline made stays the same where it is moved."""
     first, second = (with_inputs_found(recipe.model_dump(mode="json"), "", Path()) for recipe in (before, now))
+    was, here = before.directory.absolute(), now.directory.absolute()
+    while was != here and was.name == here.name:  # a stage, or the SFT inside it
+        was, here = was.parent, here.parent
+        if (file := here / "recipe.yaml").exists() and "stages" in read_yaml(file)[0]:
+            first = _moved(first, f"{was}/", f"{here}/")
     return list(_differences(first, second, ""))
+
+
+def _moved(value: Any, was: str, here: str) -> Any:
+    """A value with paths that begin with `here` in place of those that begin with `was`."""
+    if isinstance(value, dict):
+        return {name: _moved(item, was, here) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_moved(item, was, here) for item in value]
+    return here + value.removeprefix(was) if isinstance(value, str) and value.startswith(was) else value
 
 
 def _differences(before: Any, now: Any, key: str) -> Iterator[str]:

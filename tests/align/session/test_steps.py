@@ -25,7 +25,7 @@ from align.recipe.roles import reward_models
 from align.run.checkpoints import hashed_file
 from align.run.tensorboard import TensorBoard
 from align.session.run import open_run
-from align.session.steps import COMPARED, SavingError, Steps, data_digest
+from align.session.steps import COMPARED, SavingError, Steps, compared, data_digest
 from reward import RewardError, RewardTerm
 from rollout import RolloutError
 
@@ -90,6 +90,9 @@ def test_the_weights_of_reward_models_among_the_rewards_are_compared() -> None:
     terms = [RewardTerm(name="reward_model", params={"path": "runs/rm/final"}), RewardTerm(name="repetition")]
     assert reward_models(terms) == ["runs/rm/final"]
     assert "reward models" in COMPARED
+    kept, moved, others = ({"/old/final": "a"}, {"/new/final": "a"}, {"/old/final": "b"})
+    assert compared("reward models", kept) == compared("reward models", moved) != compared("reward models", others)
+    assert compared("data", kept) != compared("data", moved)
 
 
 def test_what_was_measured_after_the_checkpoint_is_cut_off(stopped: Path) -> None:

@@ -158,6 +158,18 @@ def test_a_stage_that_was_run_with_another_recipe_is_never_taken_for_this_one(tm
     assert to_run(pipeline(tmp_path, "seed=1"), "sft") == ["sft", "math", "more"]
 
 
+def test_a_pipeline_that_was_moved_goes_on_with_what_it_made(tmp_path: Path) -> None:
+    plan = pipeline(tmp_path, "run.dir=" + str(tmp_path / "old"))
+    RunDirectory.create(plan.directory).save_recipe(plan.text)
+    finish(plan, "sft", "math", "more")
+    plan.directory.rename(tmp_path / "run")
+    assert to_run(pipeline(tmp_path)) == []
+    with pytest.raises(
+        UserError, match=r"stage 'more' was run with another recipe .*: reference \(.* before, None now\),"
+    ):
+        to_run(pipeline(tmp_path, text=STAGES.replace('"reference=${sft}", grpo.kl_coefficient=0.04, ', "")))
+
+
 def test_a_stage_that_was_interrupted_and_went_on_is_done_as_any_other(tmp_path: Path) -> None:
     """It then has the settings of a run that goes on."""
     plan = pipeline(tmp_path)
