@@ -17,7 +17,7 @@ import torch
 from align.data.chat import encode_example
 from align.data.drawing import Source, items_of_step, left_out
 from align.data.entries import Notes, Reader, Room, entries_of
-from align.data.loader import NOTHING, HeldOutPrompts, held_together, load_preferences, refuse_one_file
+from align.data.loader import load_preferences, refuse_one_file
 from align.data.types import Preference
 from align.errors import naming
 from align.evaluate.accuracy import Evaluation
@@ -79,11 +79,8 @@ class Margins:
         }
 
 
-def load_dpo_data(recipe: DpoRecipe, tokenizer: Any, notes: Notes, also_held_out: HeldOutPrompts = NOTHING) -> DpoData:
-    """Everything the recipe names, read and checked; `also_held_out` is what a stage after it is evaluated on.
-
-    Raises UserError for what cannot be used.
-    """
+def load_dpo_data(recipe: DpoRecipe, tokenizer: Any, notes: Notes) -> DpoData:
+    """Everything the recipe names, read and checked. Raises UserError for what cannot be used."""
     options, entries = recipe.dpo, entries_of(recipe.data, recipe.data_stage)
     problems = load_problems(
         recipe.evaluation, recipe.data, recipe.rewards, recipe.rollout.max_length, tokenizer, notes
@@ -98,8 +95,7 @@ def load_dpo_data(recipe: DpoRecipe, tokenizer: Any, notes: Notes, also_held_out
         recipe.seed,
         notes,
     )
-    held_out = held_together(problems.prompts, also_held_out)
-    validation, held_out = reader.held_out_split(entries, "validation", options.validation_limit, held_out)
+    validation, held_out = reader.held_out_split(entries, "validation", options.validation_limit, problems.prompts)
     sources = reader.sources(entries, options.pairs_per_step, "dpo.pairs_per_step", held_out)
     return DpoData(sources, validation, problems)
 

@@ -187,7 +187,9 @@ def pairs_of(
             yield "unasked", chosen, text
     if own is not None and own.strip() and not request.judged(own.strip()).passes:
         yield "own", chosen, own.strip()
-    yield "short", chosen, " ".join(chosen.split(" ")[: draw.randint(1, 10)]).strip()
+    start = " ".join(chosen.split()[: draw.randint(1, 10)])
+    if not request.judged(start).passes:
+        yield "short", chosen, start
     elsewhere = edited(said[other.plain], other.topic, request.asked, seed)
     if elsewhere and other.topic != request.topic:
         yield "another topic", chosen, elsewhere

@@ -1,0 +1,103 @@
+"""Pairs of a model's own words: the chosen completion does what was asked, and the rejected one differs in what makes it worse."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from align.run.files import read_jsonl, write_jsonl
+from align.tasks.instructions import generate
+
+SENTENCES = [
+    "A harbour is where ships rest, and where people meet them.",
+    "Many a town began around one, for trade came with the ships.",
+    "The water there is calm, since a wall of stone keeps the waves out.",
+    "Fishing boats leave before dawn, and come back with the evening.",
+    "Some harbours are deep enough for ships with thousands of boxes.",
+    "Others have only small boats, a few nets and a lamp at the end of the pier.",
+]
+
+
+@pytest.fixture
+def script(load_script: Callable[[str], ModuleType]) -> ModuleType:
+    return load_script("smollm2/pairs.py")
+
+
+@pytest.fixture
+def requests(script: ModuleType) -> list[Any]:
+    return script.about_few_requests(map(script.Request.of, generate("train", seed=0, plain_share=0.3)))[:300]
+
+
+def said_of(requests: list[Any]) -> dict[str, str]:
+    """Six sentences on the topic of each request."""
+    return {
+        request.plain: " ".join(f"{line[:-1]} of {' '.join(request.topic)}." for line in SENTENCES)
+        for request in requests
+    }
+
+
+@pytest.fixture
+def made(script: ModuleType, requests: list[Any]) -> list[tuple[Any, str, str, str]]:
+    said = said_of(requests)
+    neighbours = zip(requests, [*requests[1:], requests[0]], strict=True)
+    return [(r, *pair) for r, other in neighbours for pair in script.pairs_of(r, other, said, "No idea.")]
+
+
+def test_the_chosen_completion_passes_and_the_rejected_one_is_another(made: list[tuple[Any, str, str, str]]) -> None:
+    assert {kind for _, kind, _, _ in made} == {"left out", "unasked", "own", "short", "another topic"}
+    for request, kind, chosen, rejected in made:
+        assert request.judged(chosen).passes
+        assert rejected not in ("", chosen)
+        if kind in ("left out", "own", "short"):
+            assert not request.judged(rejected).passes, (kind, rejected)
+
+
+def test_what_nobody_asked_for_is_rejected_for_plain_requests_as_for_others(
+    made: list[tuple[Any, str, str, str]],
+) -> None:
+    unasked = [(request, chosen, rejected) for request, kind, chosen, rejected in made if kind == "unasked"]
+    plain = [(chosen, rejected) for request, chosen, rejected in unasked if not request.asked]
+    assert len(plain) > 20
+    assert len(plain) < len(unasked)
+    for mark in ('"', "<<"):
+        assert any(rejected.startswith(mark) and not chosen.startswith(mark) for chosen, rejected in plain)
+
+
+def test_an_instruction_that_is_at_odds_with_another_is_not_added(script: ModuleType) -> None:
+    assert script.fits(script.QUOTED, {})
+    assert not script.fits(script.QUOTED, {script.QUOTED: {}})
+    assert not script.fits(script.SMALL, {script.CAPITALS: {}})
+
+
+def test_a_request_about_a_topic_is_asked_in_few_wordings_and_no_prompt_comes_twice(requests: list[Any]) -> None:
+    wordings: dict[str, set[str]] = {}
+    for request in requests:
+        wordings.setdefault(" ".join(request.topic), set()).add(request.plain)
+        assert request.example.prompt_text.startswith(request.plain)
+    assert max(map(len, wordings.values())) <= 8
+    assert len({request.example.prompt_text for request in requests}) == len(requests)
+
+
+def test_the_same_models_pairs_are_left_as_they_are(
+    script: ModuleType, requests: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[float] = []
+
+    def answers(model: Any, prompts: list[str], temperature: float) -> dict[str, str]:
+        asked.append(temperature)
+        return said_of(script.about_few_requests(map(script.Request.of, generate("train", seed=0, plain_share=0.3))))
+
+    monkeypatch.setattr(script, "answers", answers)
+    monkeypatch.setattr(script, "check_model_directory", lambda path, options: None)
+    file = tmp_path / "pairs.jsonl"
+    assert script.pairs("one", file) == f"{script.PAIRS} pairs of one's own words are in {file}"
+    rows = list(read_jsonl(file))
+    assert len(rows) == script.PAIRS
+    assert {row["model"] for row in rows} == {"one"}
+    assert "already" in script.pairs("one", file)
+    assert asked == [script.TEMPERATURE, 0.0]
+    write_jsonl(file, rows[:3])
+    script.pairs("other", file)
+    assert len(asked) == 4
