@@ -42,15 +42,23 @@ PAIRS = [
     f"save_every={SAVE_EVERY}",
     f"reward_model={{steps: {PAIR_STEPS}, pairs_per_step: 8, validate_every: 3, validation_limit: 8, test_limit: 16}}",
 ]
+DPO = [
+    *PAIRS[:5],
+    "rollout={workers: 1, max_length: 160, kv_cache_gb: 0.25}",
+    "evaluation={cards: [nano_chat], limit: 4, samples: 0, max_new_tokens: 8}",
+    f"save_every={SAVE_EVERY}",
+    f"dpo={{steps: {PAIR_STEPS}, pairs_per_step: 8, validate_every: 3, validation_limit: 8}}",
+]
 COMMANDS = {
     "sft": ["sft", "recipes/nano/sft.yaml", *SFT],
     "grpo": ["grpo", "recipes/nano/grpo.yaml", "init_from=null", *GRPO],
     "reward_model": ["reward-model", "recipes/nano/reward_model.yaml", *PAIRS],
+    "dpo": ["dpo", "recipes/nano/dpo.yaml", *DPO],
 }
 # Routing replay, a correction, refill, rounded weights and a teacher beside the reward.
 REMEDIES = [*COMMANDS["grpo"], "grpo.routing_replay=sampler", "weights.precision=int8", "grpo.steps=4"]
 REMEDIES += ["learner.ranks=1", "rollout.batch_sequences=8", "evaluation.before=false"]
-STEPS = {"sft": SFT_STEPS, "grpo": GRPO_STEPS, "reward_model": PAIR_STEPS}
+STEPS = {"sft": SFT_STEPS, "grpo": GRPO_STEPS, "reward_model": PAIR_STEPS, "dpo": PAIR_STEPS}
 TIMES = ("time", "seconds", "per_second")
 
 

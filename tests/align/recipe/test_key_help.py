@@ -53,7 +53,7 @@ def test_defaults_are_those_that_a_recipe_gets(capsys: pytest.CaptureFixture[str
 def test_keys_of_a_prefix_are_those_of_all_stages(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["keys", "learner.lora."]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("learner.lora [sft, reward_model, grpo]: train adapters alone")
+    assert lines[0].startswith("learner.lora [sft, reward_model, dpo, grpo]: train adapters alone")
     assert {line.split()[0] for line in lines[1:] if line.startswith("  learner")} == {
         f"learner.lora.{name}" for name in ("rank", "alpha", "dropout", "targets")
     }

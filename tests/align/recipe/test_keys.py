@@ -47,19 +47,24 @@ REWARDS = {"rewards": [{"name": "exact_answer"}]}
 VALID: dict[str, dict[str, Any]] = {
     "sft": BASE | LEARNER | REWARDS | {"stage": "sft", "sft": {"steps": 1}},
     "reward_model": BASE | LEARNER | {"stage": "reward_model", "reward_model": {"steps": 1}},
+    "dpo": BASE
+    | LEARNER
+    | REWARDS
+    | {"stage": "dpo", "evaluation": {"cards": ["nano_math"]}, "dpo": {"steps": 1, "pairs_per_step": 1}},
     "grpo": BASE | LEARNER | REWARDS | {"stage": "grpo", "grpo": {"steps": 1, "prompts_per_step": 1, "group_size": 2}},
     "preferences": BASE | REWARDS | {"stage": "preferences"},
 }
+SUPERVISED: dict[str, Any] = {
+    "data.split": "validation",
+    "evaluation.every": 5,
+    "alarms.entropy_share": 0.5,
+    "alarms.zero_variance_groups": 0.5,
+    "alarms.reward_jump": 2.0,
+    "weights.precision": "int8",
+}
 REFUSED: dict[str, dict[str, Any]] = {
-    "sft": {
-        "data.split": "validation",
-        "evaluation.every": 5,
-        "alarms.entropy_share": 0.5,
-        "alarms.zero_variance_groups": 0.5,
-        "alarms.reward_jump": 2.0,
-        "weights.precision": "int8",
-        "learner.share_prompts": True,
-    },
+    "sft": SUPERVISED | {"learner.share_prompts": True},
+    "dpo": SUPERVISED | {"data.levels": [1]},
     "reward_model": {"data.split": "validation", "data.levels": [1], "learner.share_prompts": True},
     "grpo": {"reference": "somewhere"},
     "preferences": {"data.split": "validation", "data.share": 2.0, "run.allow_changes": True},
