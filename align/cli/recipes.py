@@ -100,7 +100,7 @@ def resume(run: RunPath, overrides: Overrides = None) -> int | None:
 
     Damage: every file is verified against its SHA-256 before it is read; a damaged checkpoint is named and the one before taken.
 
-    A finished run goes on where it gets more steps: grpo.steps=80 (sft.steps, reward_model.steps). Its final/ stays until the longer run has
+    A finished run goes on where it gets more steps: grpo.steps=80 (sft.steps, dpo.steps, reward_model.steps). Its final/ stays until the longer run has
     written its own. The learning rate is that of the longer run from there on: a constant one stays, a cosine rises again.
 
     Changes: a key that matters must be what it was; run.allow_changes=true goes on nevertheless. Where a run goes, its machine, workers,

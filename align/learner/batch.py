@@ -54,6 +54,19 @@ class TrainingSequence:
 
 
 @dataclass(frozen=True, slots=True)
+class PolicyPair:
+    """The two completions of a preference, each after their prompt; the first was found to be the better one."""
+
+    chosen: TrainingSequence
+    rejected: TrainingSequence
+
+    @property
+    def both(self) -> tuple[TrainingSequence, TrainingSequence]:
+        """The chosen one, then the rejected one."""
+        return self.chosen, self.rejected
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     """Padded tensors of B sequences; K positions, the last of each row, cover all sampled tokens.
 

@@ -34,7 +34,8 @@ Parts = Mapping[str, float]
 class Training:
     """What a learner rank trains: `trained` of the parameters, in `element` bytes a number.
 
-    A step gives it `step_tokens` in sequences of `longest` tokens at most. `reference_copy`, and the `teacher` of a distillation, are beside it.
+    A step gives it `step_tokens` in sequences of `longest` tokens at most. `reference_copy`, which `margins` cannot do without, and the `teacher`
+    of a distillation, are beside it.
     """
 
     sizes: ModelSizes
@@ -44,6 +45,7 @@ class Training:
     longest: int
     element: int
     reference_copy: bool
+    margins: bool = False
     teacher: ModelSizes | None = None
     logits: bool = True
 

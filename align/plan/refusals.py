@@ -54,7 +54,7 @@ def cure(training: Training, limit: float, ranks_to_add: int) -> str:
         return sum(memory.learner_memory(training, on_gpu=True).values()) + GPU_PROCESS
 
     said: list[str] = []
-    if training.reference_copy:
+    if training.reference_copy and not training.margins:
         training = replace(training, reference_copy=False)
         said.append("grpo.kl_coefficient=0 (or adapters), which needs no second model as the reference")
     changes = {"gradient_checkpointing": True, "zero_stage": 3, "micro_batch_tokens": max(2048, training.longest)}

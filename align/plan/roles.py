@@ -57,6 +57,7 @@ def work_of(
         longest=roles.longest,
         element=element,
         reference_copy=roles.reference and lora is None,
+        margins=roles.margins,
         teacher=others.get(roles.teacher, sizes) if roles.teacher else None,
         # A reward model has a number where a policy has logits.
         logits=roles.trained == "policy",

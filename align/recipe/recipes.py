@@ -203,7 +203,7 @@ class DpoRecipe(SupervisedRecipe):
     dpo: DpoOptions
 
     def roles(self) -> Roles:
-        return replace(super().roles(), trained_sequences=2 * self.dpo.pairs_per_step, reference=True)
+        return replace(super().roles(), trained_sequences=2 * self.dpo.pairs_per_step, reference=True, margins=True)
 
     @model_validator(mode="after")
     def _problems_to_answer(self) -> Self:

@@ -16,7 +16,8 @@ class Roles:
     """The processes that a recipe needs, each with its options (None where there are none of the kind), and their work in a step.
 
     `learner`: ranks that train `trained`, on `trained_sequences` of at most `longest` tokens; with a `reference` they hold the
-    policy a second time, for the KL, and of a distillation the model at the path `teacher`. `rollout`: workers that hold the policy and
+    policy a second time, for the KL or for DPO, which has `margins` to measure before it has a gradient, and of a distillation the model at the
+    path `teacher`. `rollout`: workers that hold the policy and
     sample `sampled_sequences` of at most `sampling.max_new_tokens`, `sampling_rounds` times at most (of preference data, all of them;
     none in SFT, where they only answer evaluations). `scoring`: processes that score what was sampled, by `rewards`. `evaluation`: what
     the policy is asked before and after the stage, by `weights` kept equal to the learner's. `colocated`: a rank and a worker share a
@@ -28,6 +29,7 @@ class Roles:
     trained_sequences: int = 0
     longest: int = 0
     reference: bool = False
+    margins: bool = False
     teacher: str | None = None
     rollout: FleetOptions | None = None
     sampling: SamplingOptions | None = None

@@ -151,7 +151,10 @@ def check_names(data: Sequence[DataOptions], stage: Stage, roles: Roles) -> None
         asked = evaluated(roles.evaluation, there)
     trained = [card_of(one) for one in there]
     if roles.rewards:
-        check_rewards(roles.rewards, [*trained, *(entry.card for entry in asked)])
+        judged = (
+            [] if stage == "reward_model" else trained
+        )  # of pairs nothing is scored but the answers to what is asked
+        check_rewards(roles.rewards, [*judged, *(entry.card for entry in asked)])
     for one, card in zip(there, trained, strict=True):
         check_split(card, one.split, stage, "data.split")
     if roles.evaluation is not None:

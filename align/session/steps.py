@@ -13,7 +13,7 @@ import yaml
 from align.data.drawing import Source
 from align.errors import AlarmError, RayDiedError, UserError
 from align.evaluate.agreement import AgreementError
-from align.learner.batch import TrainingSequence
+from align.learner.batch import PolicyPair, TrainingSequence
 from align.learner.group import LearnerError, RankGroup
 from align.learner.objective import learning_rate
 from align.model.policy import first_line
@@ -33,7 +33,7 @@ SAMPLED_BYTES = 2**20
 FAILURES = 3
 COMPARED = {
     "data": "the training data",
-    "reference": "the weights of the KL's reference",
+    "reference": "the weights of the reference",
     "teacher": "the weights of the teacher (grpo.distill)",
     "base": "the weights of what is not trained",
     "reward models": "the weights of reward models among the rewards",
@@ -248,12 +248,12 @@ def data_digest(items: Sequence[Any]) -> str:
     digest = hashlib.sha256()
     with np.printoptions(threshold=sys.maxsize):
         for item in items:
-            rest = item
-            if isinstance(item, TrainingSequence):
-                # As numbers: their text takes minutes where conversations are long.
-                digest.update(np.array(item.token_ids, dtype=np.int64).tobytes() + item.sampled.tobytes())
-                rest = replace(item, token_ids=[], sampled=item.sampled[:0])
-            digest.update(repr(rest).encode())
+            for rest in item.both if isinstance(item, PolicyPair) else [item]:
+                if isinstance(rest, TrainingSequence):
+                    # As numbers: their text takes minutes where conversations are long.
+                    digest.update(np.array(rest.token_ids, dtype=np.int64).tobytes() + rest.sampled.tobytes())
+                    rest = replace(rest, token_ids=[], sampled=rest.sampled[:0])
+                digest.update(repr(rest).encode())
     return digest.hexdigest()
 
 

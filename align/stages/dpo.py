@@ -17,11 +17,11 @@ import torch
 from align.data.chat import encode_example
 from align.data.drawing import Source, items_of_step, left_out
 from align.data.entries import Notes, Reader, Room, entries_of
-from align.data.loader import load_preferences, refuse_one_file
+from align.data.loader import held_together, load_preferences, refuse_one_file
 from align.data.types import Preference
 from align.errors import naming
 from align.evaluate.accuracy import Evaluation
-from align.learner.batch import TrainingSequence
+from align.learner.batch import PolicyPair, TrainingSequence
 from align.learner.group import LearnerGroup
 from align.learner.objective import Objective, learning_rate
 from align.losses import LossOptions, dpo_loss
@@ -31,28 +31,15 @@ from align.session.steps import CENSUS_STEP
 from align.stages.guards import Alarms, no_history
 from align.stages.held_out import HeldOut, Problems, load_problems
 
-SHOWN = ("loss", "accuracy", "margin", "validation_accuracy", "tokens_per_second")
-
-
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """The completions of a preference, each with its prompt."""
-
-    chosen: TrainingSequence
-    rejected: TrainingSequence
-
-    @property
-    def longest(self) -> int:
-        """The tokens of the longer one, prompt included."""
-        return max(len(self.chosen.token_ids), len(self.rejected.token_ids))
+SHOWN = ("loss", "pair_accuracy", "margin", "validation_pair_accuracy", "tokens_per_second")
 
 
 @dataclass(frozen=True, slots=True)
 class DpoData:
     """What the stage trains on, tokenised, what it watches, and what it is evaluated on."""
 
-    sources: Sequence[Source[Pair]]
-    validation: Sequence[Pair]
+    sources: Sequence[Source[PolicyPair]]
+    validation: Sequence[PolicyPair]
     problems: Problems
 
 
@@ -72,7 +59,7 @@ class Margins:
         """The mean loss of the pairs, how many have the chosen completion ahead, and the mean margin with its two parts, in nats."""
         return {
             "pair_loss": float(dpo_loss(self.values, beta)[0].mean()),
-            "accuracy": float((self.values > 0).float().mean()),
+            "pair_accuracy": float((self.values > 0).float().mean()),
             "margin": float(self.values.mean()),
             "chosen": float(self.chosen.mean()),
             "rejected": float(self.rejected.mean()),
@@ -90,12 +77,13 @@ def load_dpo_data(recipe: DpoRecipe, tokenizer: Any, notes: Notes) -> DpoData:
     reader = Reader(
         load_preferences,
         partial(encode_pair, tokenizer),
-        lambda pair: pair.longest,
+        lambda pair: max(len(sequence.token_ids) for sequence in pair.both),
         Room(recipe.rollout.max_length, "rollout.max_length"),
         recipe.seed,
         notes,
     )
-    validation, held_out = reader.held_out_split(entries, "validation", options.validation_limit, problems.prompts)
+    validation, watched = reader.held_out_split(entries, "validation", options.validation_limit)
+    held_out = held_together(problems.prompts, watched)
     sources = reader.sources(entries, options.pairs_per_step, "dpo.pairs_per_step", held_out)
     return DpoData(sources, validation, problems)
 
@@ -152,30 +140,30 @@ def train_dpo(recipe: DpoRecipe, data: DpoData, session: Session) -> tuple[Model
     return trained, evaluations
 
 
-def encode_pair(tokenizer: Any, preference: Preference) -> list[Pair]:
+def encode_pair(tokenizer: Any, preference: Preference) -> list[PolicyPair]:
     """A preference as the token ids of its completions, with the chat template of SFT. Raises UserError where the tokenizer has none."""
     with naming(f"preference {preference.id!r}"):
         encoded = (
             encode_example(tokenizer, preference.messages, text) for text in (preference.chosen, preference.rejected)
         )
-        return [Pair(*(TrainingSequence.of_completion(ids, length, 0.0) for ids, length in encoded))]
+        return [PolicyPair(*(TrainingSequence.of_completion(ids, length, 0.0) for ids, length in encoded))]
 
 
-def both(pairs: Sequence[Pair]) -> list[TrainingSequence]:
+def completions_of(pairs: Sequence[PolicyPair]) -> list[TrainingSequence]:
     """The chosen and the rejected completion of each pair, in turn. They share their prompt."""
-    found = [one for pair in pairs for one in (pair.chosen, pair.rejected)]
+    found = [one for pair in pairs for one in pair.both]
     return [replace(sequence, group=place // 2) for place, sequence in enumerate(found)]
 
 
-def margins_of(learner: LearnerGroup, pairs: Sequence[Pair]) -> Margins:
+def margins_of(learner: LearnerGroup, pairs: Sequence[PolicyPair]) -> Margins:
     """How far the policy has moved on the pairs from its reference."""
-    sequences = both(pairs)
+    sequences = completions_of(pairs)
     ours, reference = (learner.log_probs(sequences, 1.0, of_reference=frozen) for frozen in (False, True))
     raised = torch.tensor([float((new - old).sum()) for new, old in zip(ours, reference, strict=True)])
     return Margins(raised[::2], raised[1::2])
 
 
-def weighted(pairs: Sequence[Pair], margins: Margins, options: DpoOptions) -> list[TrainingSequence]:
+def weighted(pairs: Sequence[PolicyPair], margins: Margins, options: DpoOptions) -> list[TrainingSequence]:
     """The completions of the pairs, in turn, with the advantages that make REINFORCE's gradient that of the stage's loss."""
     slopes = dpo_loss(margins.values, options.beta)[1].tolist()
     advantages = [
@@ -183,7 +171,7 @@ def weighted(pairs: Sequence[Pair], margins: Margins, options: DpoOptions) -> li
         for pair, slope in zip(pairs, slopes, strict=True)
         for advantage in (slope + options.sft_weight / pair.chosen.sampled_tokens, -slope)
     ]
-    sequences = both(pairs)
+    sequences = completions_of(pairs)
     return [
         replace(sequence, weight=1 / len(pairs), advantage=advantage)
         for sequence, advantage in zip(sequences, advantages, strict=True)

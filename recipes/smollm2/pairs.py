@@ -173,7 +173,7 @@ def pairs_of(
 
     def otherwise(asked: Asked) -> Iterator[str]:
         text = edited(said[request.plain], request.topic, asked, seed)
-        if text is not None and text != chosen:
+        if text and text != chosen:
             yield text
 
     if left := sorted(EDITED & request.asked.keys()):

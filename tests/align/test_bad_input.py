@@ -125,6 +125,7 @@ def test_what_a_run_refuses_before_it_starts_check_refuses_in_the_same_words(
         ("rows", "has probabilities of 912 token ids, and"),
         ("positions", "has 64 positions, and rollout.max_length is"),
         ("weights", "has no weights (*.safetensors); give a trained model"),
+        ("names", "the files have 1 tensors that the architecture does not know and lack"),
         ("gone", " names "),
     ],
 )

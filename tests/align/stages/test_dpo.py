@@ -13,20 +13,22 @@ from torch.nn.functional import log_softmax, logsigmoid
 
 from align.data.types import Preference
 from align.errors import UserError
-from align.learner.batch import TrainingSequence
+from align.learner.batch import PolicyPair, TrainingSequence
 from align.learner.group import LearnerGroup
 from align.learner.objective import Objective
 from align.losses import LossOptions, dpo_loss
 from align.model.policy import load_policy, load_tokenizer
 from align.recipe import DpoOptions, LearnerOptions, ModelOptions, OptimizerOptions, load_recipe
-from align.stages.dpo import Margins, Pair, both, encode_pair, margins_of, weighted
+from align.session.checks import check_names
+from align.stages.dpo import Margins, completions_of, encode_pair, margins_of, weighted
 
 SMALL = ("dpo.steps=4", "dpo.pairs_per_step=3", "dpo.validation_limit=2", "learner.optimizer.warmup_steps=1")
 TOKENIZER = load_tokenizer("recipes/nano/policy")
+NANO = "model={path: recipes/nano/policy, init: random}"
 OPTIONS = DpoOptions(steps=1, pairs_per_step=2, beta=0.5, sft_weight=0.25)
 
 
-def pairs(count: int = 2) -> list[Pair]:
+def pairs(count: int = 2) -> list[PolicyPair]:
     preferences = [
         Preference(
             f"p{n}", ({"role": "user", "content": f"Say {n}."},), f"It is {n}, I think.", f"No {n * 7} at all", "chat"
@@ -41,7 +43,7 @@ def test_the_completions_of_a_pair_are_trained_on_with_their_end_and_share_a_pro
     for sequence, text in ((pair.chosen, " It is 0, I think."), (pair.rejected, " No 0 at all")):
         sampled = [id_ for id_, s in zip(sequence.token_ids, sequence.sampled, strict=True) if s]
         assert TOKENIZER.decode(sampled) == text + TOKENIZER.eos_token
-    assert [s.group for s in both(pairs(2))] == [0, 0, 1, 1]
+    assert [s.group for s in completions_of(pairs(2))] == [0, 0, 1, 1]
 
 
 def test_the_slope_of_the_loss_is_its_derivative() -> None:
@@ -72,13 +74,13 @@ def test_a_margin_is_what_the_policy_has_raised_of_the_chosen_less_what_it_has_r
         raised = [(n + 1) * sum(1 / t for t in range(1, length + 1)) for n, length in enumerate(of_batch)]
         margins = torch.tensor(raised[::2]) - torch.tensor(raised[1::2])
         assert line["margin"] == pytest.approx(float(margins.mean()), rel=1e-4)
-        assert line["accuracy"] == float((margins > 0).float().mean())
+        assert line["pair_accuracy"] == float((margins > 0).float().mean())
         assert line["loss"] == line["pair_loss"] == pytest.approx(float(-logsigmoid(0.1 * margins).mean()), rel=1e-4)
 
 
 def test_the_validation_pairs_are_measured_every_so_many_steps_and_at_the_end(train: Any) -> None:
     stage = train("dpo", *SMALL, "dpo.validate_every=3", "dpo.sft_weight=0.5")
-    assert ["validation_accuracy" in line for line in stage.steps] == [False, False, True, True]
+    assert ["validation_pair_accuracy" in line for line in stage.steps] == [False, False, True, True]
     assert [count for count, _, _ in stage.learner.asked] == [6, 6, 6, 4, 6, 4]
     for line, batch in zip(stage.steps, stage.learner.batches, strict=True):
         chosen = [s.weight for s in batch.sequences[::2]]  # the fake learner's cross-entropy
@@ -92,6 +94,20 @@ def test_the_policy_of_the_start_is_the_reference_and_the_workers_get_what_was_t
     assert (stage.checked, stage.evaluated) == (["after DPO"], ["before DPO", "after DPO"])
     again = train("dpo", *SMALL, "run.overwrite=true", weight_version=1)
     assert again.fleet.loaded == [(1, 0), (2, 1)]
+
+
+def test_validation_pairs_may_have_prompts_that_are_evaluated_and_training_pairs_may_not(train: Any) -> None:
+    stage = train("dpo", *SMALL, "evaluation.split=validation")
+    asked = {problem.example.prompt_text for problem in stage.data.problems.problems}
+    assert len(stage.data.validation) == 2
+    trained = {TOKENIZER.decode(pair.chosen.token_ids) for source in stage.data.sources for pair in source.items}
+    assert not any(text in prompt for text in asked for prompt in trained)
+
+
+def test_rewards_are_for_what_is_answered_and_not_for_the_pairs(tmp_path: Path) -> None:
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "Hello", "chosen": "Hi.", "rejected": "No."}\n')
+    recipe = load_recipe(Path("recipes/nano/dpo.yaml"), [NANO, f"data={{path: {tmp_path / 'pairs.jsonl'}}}"])
+    check_names(recipe.data, recipe.data_stage, recipe.roles())
 
 
 @pytest.mark.parametrize(
@@ -130,7 +146,7 @@ def learner_of(policy: ModelOptions, reference: ModelOptions, **options: Any) ->
         yield learner
 
 
-def step(learner: LearnerGroup, found: list[Pair], margins: Margins) -> float:
+def step(learner: LearnerGroup, found: list[PolicyPair], margins: Margins) -> float:
     learner.accumulate(weighted(found, margins, OPTIONS), Objective(LossOptions()))
     return learner.apply(1e-2)
 
@@ -174,5 +190,5 @@ def test_of_an_adapter_the_model_below_it_is_the_reference(policy: ModelOptions,
 
 
 def test_the_recipe_of_the_nano_model_needs_a_reference_beside_the_policy() -> None:
-    roles = load_recipe(Path("recipes/nano/dpo.yaml"), ["model={path: recipes/nano/policy, init: random}"]).roles()
-    assert (roles.trained, roles.reference, roles.trained_sequences) == ("policy", True, 64)
+    roles = load_recipe(Path("recipes/nano/dpo.yaml"), [NANO]).roles()
+    assert (roles.trained, roles.reference, roles.margins, roles.trained_sequences) == ("policy", True, True, 64)
