@@ -110,8 +110,8 @@ def _begins_ids(card: DataCard) -> str:
     match card.source:
         case OwnSource(path=path):
             return name_of(path)
-        case GeneratorSource(name=name):
-            return name
+        case GeneratorSource(name=name, params=params):
+            return f"{name}/{params.get('aspect', '')}"
     return card.name
 
 

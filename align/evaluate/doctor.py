@@ -20,7 +20,7 @@ from align.data.chat import encode_example, encode_prompt
 from align.errors import UserError
 from align.model.names import from_checkpoint, layout_of, to_checkpoint
 from align.model.policy import has_fused_experts, persistent_buffers, stop_token_ids, tied_names, turn_end
-from align.model.sizes import ELEMENT_BYTES, GIB, kv_elements, lacks_cache, skeleton_of
+from align.model.sizes import ELEMENT_BYTES, GIB, has_attention, kv_elements, lacks_cache, skeleton_of
 from align.recipe import ModelOptions
 from rollout import EngineOptions, FleetOptions
 from rollout.arguments import Device, refusal
@@ -396,6 +396,8 @@ def sequence_bytes(config: Any, dtype: str, rollout: EngineOptions, spare: int =
 
 def with_room(config: Any, dtype: str, options: Options) -> Options:
     """The options with a KV cache that holds a sequence, where nobody chose its size."""
+    if not has_attention(config):
+        return options
     needed = sequence_bytes(config.get_text_config(), dtype, options, SPARE_TOKENS) / GIB
     return options.model_copy(update={"kv_cache_gb": max(options.kv_cache_gb, needed)})
 

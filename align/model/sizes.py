@@ -191,6 +191,11 @@ def kv_elements(config: Any) -> int:
     )
 
 
+def has_attention(config: Any) -> bool:
+    """Whether a model has heads of attention, by its configuration: Mamba has none."""
+    return bool(getattr(config.get_text_config(), "num_attention_heads", None))
+
+
 def lacks_cache(max_length: int, needed: float, cache: float, cure: str, beside: str = "") -> str:
     """What is said where one sequence has no room in a worker's KV cache, both in bytes."""
     return (

@@ -200,11 +200,12 @@ def column_groups(evaluations: Iterable[Evaluation]) -> dict[str, list[str]]:
 
 def find_pairs(evaluations: Sequence[Evaluation]) -> tuple[Evaluation, Evaluation, list[tuple[Record, Record]]] | None:
     """The first evaluation that has problems in common with the last one, that one, and the greedy answers of both to
-    these problems, as (before, after), scored or not. None without two such evaluations of problems."""
-    found = [each for each in evaluations if not each.hook and each.greedy]
-    for first in found[:-1]:
-        if shared := [(first.greedy[id_], row) for id_, row in found[-1].greedy.items() if id_ in first.greedy]:
-            return first, found[-1], shared
+    these problems, as (before, after): of those with rewards, or else of all. None without two such evaluations of problems."""
+    everything = [each for each in evaluations if not each.hook and each.greedy]
+    for found in ([each for each in everything if "accuracy" in each.numbers], everything):
+        for first in found[:-1]:
+            if shared := [(first.greedy[id_], row) for id_, row in found[-1].greedy.items() if id_ in first.greedy]:
+                return first, found[-1], shared
     return None
 
 

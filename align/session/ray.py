@@ -74,7 +74,8 @@ def _joined(address: str, sent: int) -> Iterator[None]:
     check_address(address, os.environ.get("RAY_AUTH_MODE"))
     try:
         with kept_signal_handlers():
-            ray.init(log_to_driver=False, job_config=job_config())
+            # Through Ray's client (ray://) the options are sent as JSON, and no working directory is.
+            ray.init(log_to_driver=False, **({} if "://" in address else {"job_config": job_config()}))
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.AuthenticationError) as error:
         told = ": ".join(" ".join(str(each).split()) for each in (error, error.__cause__) if each is not None)
         raise UserError(f"RAY_ADDRESS={address}: the cluster cannot be joined: {told}") from error

@@ -280,7 +280,7 @@ def chosen(stage: Stage, facts: Facts, thrift: Thrift, given: Mapping[str, Any])
     length = next(c.value for c in found if c.key.endswith("max_length"))
     if stage != "reward_model":
         workers = settled(Choice("rollout.workers", processes), given)
-        found += [workers, *batch_for_each(workers.value, {choice.key: choice.value for choice in found})]
+        found += [workers, *batch_for_each(workers.value, {choice.key: choice.value for choice in found}, given)]
         if machine.gpus:
             found.append(Choice("colocate", True, "learner ranks and rollout workers have the GPUs in turn"))
         else:
@@ -315,13 +315,14 @@ def chosen(stage: Stage, facts: Facts, thrift: Thrift, given: Mapping[str, Any])
     return [*found, *([] if machine.gpus else [Choice("machine.cores", machine.cores)])]
 
 
-def batch_for_each(workers: int, values: Mapping[str, Any]) -> list[Choice]:
+def batch_for_each(workers: int, values: Mapping[str, Any], given: Mapping[str, Any]) -> list[Choice]:
     """Smaller engine batches, where a step of GRPO has not one of the usual size for each worker."""
     sequences = values.get("grpo.prompts_per_step", 0) * values.get("grpo.group_size", 0)
     if not 0 < -(-sequences // FleetOptions().batch_sequences) < workers:
         return []
     why = f"of {sequences} sequences in a step, a batch for each worker"
-    return [Choice("rollout.batch_sequences", -(-sequences // workers), why)]
+    least = settled(Choice("rollout.concurrent_sequences", 1), given).value
+    return [Choice("rollout.batch_sequences", max(-(-sequences // workers), least), why)]
 
 
 def kv_cache(facts: Facts, length: int, element: int) -> Choice:

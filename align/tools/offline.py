@@ -23,7 +23,7 @@ from align.experience import encode_problems
 from align.learner.group import LearnerGroup
 from align.learner.policy import FrugalRank
 from align.model.policy import DTYPES, load_tokenizer, stop_token_ids
-from align.model.sizes import model_sizes, read_config, sent_bytes, skeleton_of
+from align.model.sizes import has_attention, model_sizes, read_config, sent_bytes, skeleton_of
 from align.recipe import AgreementOptions, LearnerOptions, ModelOptions, OptimizerOptions
 from align.recipe.options import is_on_hub
 from align.run import RunDirectory, write_jsonl
@@ -94,11 +94,7 @@ def evaluate_file(
     if refused:
         raise UserError("\n".join(refusal(data, refused, len(refused), len(examples), TAKE_OUT)))
     short_problems(problems, longest, "--max-length")
-    skeleton = skeleton_of(model)
-    rollout = with_room(skeleton.config, model.dtype, rollout)
-    status, detail = check_served(skeleton, model.dtype, rollout)
-    if status is FAILED:
-        raise UserError(f"{model.path}: {detail.replace('rollout.max_length', '--max-length')}")
+    rollout = served(model, rollout)
     with (
         running_fleet(model, rollout, tokenizer) as fleet,
         closing(ScoringPool(mixture, workers=1, timeout_s=SCORING_S)) as judges,
@@ -125,6 +121,24 @@ def evaluate_file(
         f"{result.accuracy:.1%} of {result.judged} right by {term.component}, mean value {value:.3f}{sampled} ({verdicts}{too_long}); "
         f"answers are in {out}"
     )
+
+
+def served(model: ModelOptions, rollout: FleetOptions) -> FleetOptions:
+    """The options with a KV cache that holds a sequence. Raises UserError where vLLM does not take the model so.
+
+    Of what transformers cannot build here, and of models without attention, vLLM is the judge.
+    """
+    try:
+        skeleton = skeleton_of(model)
+    except UserError:
+        return rollout
+    if not has_attention(skeleton.config):
+        return rollout
+    rollout = with_room(skeleton.config, model.dtype, rollout)
+    status, detail = check_served(skeleton, model.dtype, rollout)
+    if status is FAILED:
+        raise UserError(f"{model.path}: {detail.replace('rollout.max_length', '--max-length')}")
+    return rollout
 
 
 def asked_in(run: Path | None) -> dict[str, Any]:

@@ -105,3 +105,8 @@ def test_two_cards_whose_examples_begin_their_ids_alike_have_ids_of_their_own(tm
     chosen = EvaluationOptions(cards=cards)
     for entries in (entries_of(data, "grpo"), evaluated(EvaluationOptions(), data), evaluated(chosen, data)):
         assert [entry.mark for entry in entries] == ["", "@2"]
+
+
+def test_cards_of_one_generator_whose_ids_differ_keep_them() -> None:
+    entries = entries_of([DataOptions(card=name) for name in ("nano_helpful", "nano_safety")], "reward_model")
+    assert [entry.name for entry in entries] == ["nano_helpful", "nano_safety"]

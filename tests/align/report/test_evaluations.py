@@ -332,6 +332,13 @@ def test_answers_that_nothing_scored_are_shown_side_by_side_without_right_and_wr
     assert "right" not in found.note
 
 
+def test_scored_answers_are_compared_with_scored_ones_before_any_others(write_run: WriteRun) -> None:
+    unscored = [pair("a", "first", "unscored", reward=None)]
+    start = ({"name": "start", "step": 0, "problems": 1, "verdicts": {"unscored": 1}, "mean_length": 3.0}, unscored)
+    both = [held_out("before", pair("a", "old", "wrong")), held_out("after", pair("a", "new", "pass"))]
+    assert "1 became right" in section(write_run(evaluations=[start, *both]), "compared").note
+
+
 def test_sampled_answers_and_other_problems_are_left_out(write_run: WriteRun) -> None:
     elsewhere = held_out("elsewhere", pair("z", "x", "pass"))
     before = held_out("before", pair("a", "x", "wrong"), pair("a", "drawn", "pass", greedy=False))

@@ -68,6 +68,20 @@ def test_why_a_cluster_cannot_be_joined_is_told_with_what_caused_it(
         pass
 
 
+@pytest.mark.parametrize(("address", "own"), [("127.0.0.1:1", True), ("ray://127.0.0.1:1", False)])
+def test_through_rays_client_go_only_options_that_are_json(
+    address: str, own: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def join(**options: Any) -> None:
+        assert ("job_config" in options) is own
+        raise ConnectionError("nobody")
+
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setattr("ray.init", join)
+    with pytest.raises(UserError, match="nobody"), local_ray():
+        pass
+
+
 def node(address: str, store: float, gpus: int) -> dict[str, Any]:
     return {
         "NodeManagerAddress": address,

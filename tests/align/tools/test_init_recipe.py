@@ -136,6 +136,7 @@ def test_where_a_step_has_fewer_batches_of_the_usual_size_than_workers_each_gets
     known = facts(Machine(64, 400 * GIB, 8, 80 * GIB))
     assert fitted("grpo", known)[0].rollout.batch_sequences == 32
     assert fitted("grpo", known, "grpo.prompts_per_step=64", "rollout.workers=5")[0].rollout.batch_sequences == 103
+    assert fitted("grpo", known, "rollout.concurrent_sequences=64")[0].rollout.batch_sequences == 64
     for recipe in (fitted("grpo", known, "grpo.group_size=32")[0], fitted("sft", known)[0], fitted("grpo", facts())[0]):
         assert "batch_sequences" not in recipe.rollout.model_fields_set
 

@@ -15,7 +15,7 @@ from align.evaluate.accuracy import Evaluation
 from align.model.policy import load_tokenizer
 from align.recipe import ModelOptions
 from align.tools import offline
-from align.tools.offline import asked_in, evaluate_file, problems_of, running_fleet
+from align.tools.offline import asked_in, evaluate_file, problems_of, running_fleet, served
 from reward import RewardTerm
 from rollout import Fleet, FleetOptions
 
@@ -148,6 +148,22 @@ def test_a_model_runs_code_of_its_own_and_has_several_gpus_where_the_command_say
     assert main(["eval", "--model", policy.path, *data, *said]) == main(["doctor", policy.path, *said]) == 0
     assert [model.trust_remote_code for model, _ in asked] == [trusted, trusted]
     assert [fleet.tensor_parallel for _, fleet in asked] == [2, 1]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "falcon_mamba", "hidden_size": 32, "state_size": 4, "num_hidden_layers": 1, "vocab_size": 64},
+        {"model_type": "qwen2_5_vl"},
+        {"model_type": "nobody_knows"},
+    ],
+)
+def test_of_what_transformers_cannot_build_or_has_no_attention_vllm_is_the_judge(
+    config: dict[str, object], tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    given = FleetOptions(workers=1, max_length=512)
+    assert served(ModelOptions(path=str(tmp_path)), given) == given
 
 
 def test_weights_go_through_an_object_store_that_has_room_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
