@@ -31,7 +31,7 @@ from align.session.checks import check, check_reward_models, check_rewards_ready
 from align.session.longer import make_longer
 from align.session.ray import local_ray
 from align.session.run import compare_stages, recorded_evaluations, refuse_changes
-from align.session.session import open_session
+from align.session.session import Session, open_session
 from align.stages.dpo import load_dpo_data, train_dpo
 from align.stages.grpo import load_grpo_data, train_grpo
 from align.stages.preferences import gather_preferences, load_prompts
@@ -160,9 +160,7 @@ def run_dpo(recipe: DpoRecipe, before: PlannedStage | None) -> None:
     """DPO, from the policy of its recipe or of the stage before it to `final/`."""
     with open_session(recipe) as session:
         data = load_dpo_data(recipe, session.tokenizer, session.run)
-        evaluations: dict[str, Evaluation] = {}
-        if before is not None:
-            session.policy, evaluations = policy_of(before, session.policy, session.run, data.problems.prompts)
+        evaluations = go_on_from(before, session, data.problems.prompts)
         session.start_sampling(recipe.roles())
         trained, after = session.restarting(lambda: train_dpo(recipe, data, session))
         finish(session.run.progress, trained, evaluations | after)
@@ -172,9 +170,7 @@ def run_grpo(recipe: GrpoRecipe, before: PlannedStage | None) -> None:
     """GRPO, from the policy of its recipe or of the stage before it to `final/`."""
     with open_session(recipe) as session:
         data = load_grpo_data(recipe, session.tokenizer, session.run)
-        evaluations: dict[str, Evaluation] = {}
-        if before is not None:
-            session.policy, evaluations = policy_of(before, session.policy, session.run, data.held_out.prompts)
+        evaluations = go_on_from(before, session, data.held_out.prompts)
         session.start_sampling(recipe.roles())
         trained, after = session.restarting(lambda: train_grpo(recipe, data, session))
         finish(session.run.progress, trained, evaluations | after)
@@ -184,8 +180,7 @@ def run_reward_model(recipe: RewardModelRecipe, before: PlannedStage | None) -> 
     """A reward model, from the policy of its recipe or of the stage before it to `final/`."""
     with open_session(recipe) as session:
         data = load_reward_model_data(recipe, session.tokenizer, session.run)
-        if before is not None:
-            session.policy, _ = policy_of(before, session.policy, session.run)
+        go_on_from(before, session)
         with local_ray(gpus=recipe.roles().gpus):
             trained, evaluation = session.restarting(lambda: train_reward_model(recipe, data, session))
         show(evaluation, session.run.progress)
@@ -198,6 +193,16 @@ def run_preferences(recipe: PreferencesRecipe) -> None:
         prompts = load_prompts(recipe, session.tokenizer, session.run)
         session.start_sampling(recipe.roles())
         gather_preferences(recipe, prompts, session)
+
+
+def go_on_from(
+    before: PlannedStage | None, session: Session, held_out: HeldOutPrompts = NOTHING
+) -> dict[str, Evaluation]:
+    """Give the session the policy of the stage `before`, where there is one, and return that one's evaluations; see `policy_of`."""
+    if before is None:
+        return {}
+    session.policy, evaluations = policy_of(before, session.policy, session.run, held_out)
+    return evaluations
 
 
 def policy_of(
