@@ -105,6 +105,6 @@ def losses(model: Any, prompts: Sequence[Sequence[int]], answers: Sequence[Seque
         ids = torch.tensor([[*prompt, *answer]])
         with torch.no_grad():
             logits = model(input_ids=ids, use_cache=False).logits[:, len(prompt) - 1 : -1].float()
-        log_probs, _ = token_log_probs(logits, ids[:, len(prompt) :])
+        log_probs = token_log_probs(logits, ids[:, len(prompt) :])
         found.append(-float(log_probs.sum()))
     return found

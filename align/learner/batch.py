@@ -255,13 +255,13 @@ def sampled_values(values: torch.Tensor, batch: Batch) -> list[npt.NDArray[np.fl
 
 
 Padded = Callable[[Sequence[int]], int]
-"""The tokens, padding included, of a micro-batch of these items, the longest first."""
+"""The tokens, padding included, of a micro-batch of these items."""
 
 
 def whole_rows(lengths: Sequence[int]) -> tuple[list[int], Padded]:
     """Items that are a row each: their order for a plan, and what a micro-batch of them takes."""
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    return order, lambda items: lengths[items[0]] * len(items)
+    return order, lambda items: max(lengths[i] for i in items) * len(items)
 
 
 def rows_after_prompts(sequences: Sequence[TrainingSequence]) -> tuple[list[int], Padded]:
@@ -280,13 +280,21 @@ def rows_after_prompts(sequences: Sequence[TrainingSequence]) -> tuple[list[int]
     return sorted(range(len(sequences)), key=lambda i: (-after[i], prompts[i], i)), padded
 
 
-def plan_micro_batches(order: Sequence[int], padded: Padded, token_budget: int, ranks: int) -> list[list[list[int]]]:
+def plan_micro_batches(
+    order: Sequence[int], padded: Padded, token_budget: int, ranks: int, together: int = 1
+) -> list[list[list[int]]]:
     """Items, in this order, as [rank][micro-batch][place], a micro-batch being no larger than the budget.
+
+    With `together` of 2, items 0 and 1 stay together, and so on, each pair where the first of its items is in the order.
 
     Every rank gets the same number of micro-batches, as ZeRO's collectives demand, and about the same number of tokens:
     of that number, the micro-batches are those whose largest is smallest. An item that is larger than the budget is a
-    micro-batch of its own. Where there are fewer items than micro-batches, some are empty lists.
+    micro-batch of its own, with those that it stays together with. Where there are fewer items than micro-batches, some are empty lists.
     """
+    if together > 1:
+        tuples = list(dict.fromkeys(i // together for i in order))
+        of_tuples = plan_micro_batches(tuples, lambda some: padded(members(some, together)), token_budget, ranks)
+        return [[members(micro_batch, together) for micro_batch in rank] for rank in of_tuples]
     fewest = len(fill(order, padded, token_budget))
     count = -(-fewest // ranks) * ranks
     too_small, enough = 0, token_budget
@@ -311,6 +319,11 @@ def plan_micro_batches(order: Sequence[int], padded: Padded, token_budget: int, 
     return plan
 
 
+def members(tuples: Sequence[int], size: int) -> list[int]:
+    """The items of these tuples of so many items."""
+    return [size * each + place for each in tuples for place in range(size)]
+
+
 def fill(order: Sequence[int], padded: Padded, capacity: int) -> list[list[int]]:
     """Micro-batches of at most `capacity` padded tokens, filled one after the other."""
     micro_batches: list[list[int]] = []
@@ -323,13 +336,13 @@ def fill(order: Sequence[int], padded: Padded, capacity: int) -> list[list[int]]
     return micro_batches
 
 
-def share_out(items: Sequence[T], plan: Sequence[Sequence[Sequence[int]]], idle: T) -> list[list[list[T]]]:
+def share_out(items: Sequence[T], plan: Sequence[Sequence[Sequence[int]]], *idle: T) -> list[list[list[T]]]:
     """The items as [rank][micro-batch][place].
 
     A micro-batch that would be empty holds `idle`, which should have weight 0: it takes part in the collectives and leaves
     the gradient as it is.
     """
-    return [[[items[i] for i in m] or [idle] for m in rank] for rank in plan]
+    return [[[items[i] for i in m] or list(idle) for m in rank] for rank in plan]
 
 
 def in_order(plan: Sequence[Sequence[Sequence[int]]], results: Sequence[Sequence[Sequence[T]]]) -> list[T]:

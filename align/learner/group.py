@@ -342,7 +342,7 @@ class LearnerGroup(RankGroup):
 
     def accumulate(self, sequences: Sequence[TrainingSequence], objective: Objective) -> Sums:
         """Forward and backward over a batch; its gradient waits for `apply`."""
-        work, plan = self._split(sequences)
+        work, plan = self._split(sequences, objective.together)
         replays = objective.grpo is not None and self.replay != "off"
         trained = max(1, sum(s.weight > 0 for s in sequences))
         calls = [
@@ -353,7 +353,9 @@ class LearnerGroup(RankGroup):
         total = Sums()
         for sums in found:
             total.add(sums)
-        total.log_probs = [in_order(plan, [sums.log_probs for sums in found])] if objective.grpo else []
+        total.log_probs = [] if objective.is_supervised else [in_order(plan, [sums.log_probs for sums in found])]
+        if objective.dpo is not None:
+            total.reference_log_probs = [in_order(plan, [sums.reference_log_probs for sums in found])]
         return total
 
     def update(
@@ -435,9 +437,10 @@ class LearnerGroup(RankGroup):
         return [replace(s, old_log_probs=one, experts=own) for s, (one, own) in zip(sequences, found, strict=True)]
 
     def _split(
-        self, sequences: Sequence[TrainingSequence]
+        self, sequences: Sequence[TrainingSequence], together: int = 1
     ) -> tuple[list[list[list[TrainingSequence]]], list[list[list[int]]]]:
         lengths = [len(s.token_ids) for s in sequences]
         costs = rows_after_prompts(sequences) if self._options.share_prompts else whole_rows(lengths)
-        plan = plan_micro_batches(*costs, self._options.micro_batch_tokens, self._options.ranks)
-        return share_out(sequences, plan, replace(sequences[0], weight=0.0, experts=None)), plan
+        plan = plan_micro_batches(*costs, self._options.micro_batch_tokens, self._options.ranks, together)
+        idle = [replace(one, weight=0.0, experts=None) for one in sequences[:together]]
+        return share_out(sequences, plan, *idle), plan

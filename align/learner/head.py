@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
-from align.losses import token_log_probs
+from align.losses import token_entropies, token_log_probs
 
 TILE = 2**24  # logits, which are 64 MiB in float32: up to four copies are in memory at a time
 MARK = 1000.0  # no cap and no scale leaves it as it is
@@ -46,27 +46,38 @@ def head_is_last(policy: Any, **arguments: Any) -> bool:
 
 
 def head_log_probs(
-    head: Any, forward: Callable[[Tensor], Tensor], states: Tensor, targets: Tensor, temperature: float
-) -> tuple[Tensor, Tensor]:
+    head: Any,
+    forward: Callable[[Tensor], Tensor],
+    states: Tensor,
+    targets: Tensor,
+    temperature: float,
+    *,
+    with_entropy: bool = False,
+) -> Tensor:
     """`align.losses.token_log_probs` of the logits that `head`, whose forward pass is `forward`, computes from `states` [B, K, H].
 
-    `targets` is [B, K] int64; both results are [B, K] float32, in nats; the entropy is detached. Backward computes the logits of each tile
-    again. The gradient of a linear layer adds up in float32, whatever the dtype of its weights. Any other head, such as a LoRA adapter on
-    one, is differentiated tile by tile.
+    `targets` is [B, K] int64. The result is [1, B, K] float32, in nats, and [2, B, K] `with_entropy`, which comes second and has no gradient.
+    Backward computes the logits of each tile again. The gradient of a linear layer adds up in float32, whatever the dtype of its weights. Any
+    other head, such as a LoRA adapter on one, is differentiated tile by tile.
     """
     rows, tokens = states.flatten(0, 1), targets.flatten()
     if type(head) is torch.nn.Linear:
-        log_probs, entropy = LinearLogProbs.apply(rows, head.weight, head.bias, tokens, temperature)
+        found = LinearLogProbs.apply(rows, head.weight, head.bias, tokens, temperature, with_entropy)
     else:
 
-        def of_tile(rows: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-            return token_log_probs(forward(rows)[None], tokens[None], temperature)
+        def of_tile(rows: Tensor, tokens: Tensor) -> Tensor:
+            return of_logits(forward(rows), tokens, temperature, with_entropy)
 
         size = rows_of_a_tile(head.out_features)
         tiles = zip(rows.split(size), tokens.split(size), strict=True)
-        parts = [checkpoint(of_tile, *tile, use_reentrant=False) for tile in tiles]
-        log_probs, entropy = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
-    return log_probs.view_as(targets), entropy.view_as(targets)
+        found = torch.cat([checkpoint(of_tile, *tile, use_reentrant=False) for tile in tiles], dim=1)
+    return found.view(-1, *targets.shape)
+
+
+def of_logits(logits: Tensor, targets: Tensor, temperature: float, with_entropy: bool) -> Tensor:
+    """What `head_log_probs` returns, of logits [..., V] and targets [...]: [1 or 2, ...]."""
+    log_probs = token_log_probs(logits[None], targets[None], temperature)
+    return torch.cat([log_probs, token_entropies(logits[None], temperature)]) if with_entropy else log_probs
 
 
 def rows_of_a_tile(vocabulary: int) -> int:
@@ -75,24 +86,27 @@ def rows_of_a_tile(vocabulary: int) -> int:
 
 
 class LinearLogProbs(torch.autograd.Function):
-    """`token_log_probs` of ``states @ weight.T + bias``, with ``states`` [N, H] and targets [N].
+    """`of_logits` of ``states @ weight.T + bias``, with ``states`` [N, H] and targets [N].
 
-    Its gradient by the logits is ``gradient * (onehot(target) - softmax) / temperature``.
+    The gradient of the log-probabilities by the logits is ``gradient * (onehot(target) - softmax) / temperature``.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any,
+        states: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        with_entropy: bool,
+    ) -> Tensor:
         ctx.save_for_backward(states, weight, bias, targets)
         ctx.temperature = temperature
-        log_probs = states.new_empty(len(states), dtype=torch.float32)
-        entropy = torch.empty_like(log_probs)
+        found = states.new_empty(1 + with_entropy, len(states), dtype=torch.float32)
         for tile in tiles_of(states, weight):
-            logits = linear(states[tile], weight, bias)
-            log_probs[None, tile], entropy[None, tile] = token_log_probs(logits[None], targets[None, tile], temperature)
-        ctx.mark_non_differentiable(entropy)
-        return log_probs, entropy
+            found[:, tile] = of_logits(linear(states[tile], weight, bias), targets[tile], temperature, with_entropy)
+        return found
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -102,7 +116,7 @@ class LinearLogProbs(torch.autograd.Function):
         by_weight = torch.zeros_like(weight, dtype=torch.float32) if of_weight else None
         by_bias = torch.zeros_like(bias, dtype=torch.float32) if of_bias else None
         for tile in tiles_of(states, weight):
-            gradient, target = gradients[0][tile, None], targets[tile, None]
+            gradient, target = gradients[0][0, tile, None], targets[tile, None]
             logits = linear(states[tile], weight, bias).float().div_(ctx.temperature)
             logits.sub_(logits.logsumexp(-1, keepdim=True)).exp_().mul_(-gradient)
             by_logits = logits.scatter_add_(-1, target, gradient).div_(ctx.temperature).to(states.dtype)
@@ -112,7 +126,7 @@ class LinearLogProbs(torch.autograd.Function):
                 add_product(by_weight, by_logits.T, states[tile])
             if by_bias is not None:
                 by_bias += by_logits.sum(0)
-        return by_states, *(x if x is None else x.to(weight.dtype) for x in (by_weight, by_bias)), None, None
+        return by_states, *(x if x is None else x.to(weight.dtype) for x in (by_weight, by_bias)), None, None, None
 
 
 def tiles_of(states: Tensor, weight: Tensor) -> Iterator[slice]:

@@ -11,15 +11,16 @@ import torch
 from torch.nn.functional import pad
 
 from align.learner.batch import Batch, sampled_values
-from align.learner.head import head_is_last, head_log_probs, head_replaced
+from align.learner.head import head_is_last, head_log_probs, head_replaced, of_logits
 from align.learner.routing import Changes
 from align.losses import (
+    DpoLossOptions,
     LossOptions,
     agreement,
     correction_weights,
     distillation_loss,
+    dpo_loss,
     grpo_token_loss,
-    token_log_probs,
 )
 from align.recipe import OptimizerOptions
 
@@ -48,8 +49,10 @@ class LogProbs(torch.nn.Module):
         prefixes: torch.Tensor | None = None,
         prefix_mask: torch.Tensor | None = None,
         prefix_of: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`token_ids` [B, T], `targets` [B, K] (their last K columns) -> log-probabilities and entropies [B, K] float32.
+        with_entropy: bool = False,
+    ) -> torch.Tensor:
+        """`token_ids` [B, T], `targets` [B, K] (their last K columns) -> log-probabilities [1, B, K] float32; before entropies, [2, B, K], where
+        these are asked for, which have no gradient.
 
         With `prefixes` [G, P], row b comes after the tokens of prefix `prefix_of[b]` where `prefix_mask` [G, P] is true;
         these are computed once for all rows.
@@ -62,13 +65,13 @@ class LogProbs(torch.nn.Module):
         # The last position predicts what nobody asks for; models that know no `logits_to_keep` return those before, too.
         targets = pad(targets, (0, 1))
         if not self.in_tiles:
-            log_probs, entropy = token_log_probs(self.policy(**inputs).logits[:, -kept - 1 :], targets, temperature)
-        else:
-            head = self.policy.get_output_embeddings()
-            of_states = partial(head_log_probs, head, head.forward, targets=targets, temperature=temperature)
-            with head_replaced(head, lambda states: torch.stack(of_states(states[:, -kept - 1 :]))):
-                log_probs, entropy = self.policy(**inputs).logits
-        return log_probs[:, :-1], entropy.detach()[:, :-1]
+            logits = self.policy(**inputs).logits[:, -kept - 1 :]
+            return of_logits(logits, targets, temperature, with_entropy)[..., :-1]
+        head = self.policy.get_output_embeddings()
+        of_states = partial(head_log_probs, head, head.forward, targets=targets, temperature=temperature)
+        with head_replaced(head, lambda states: of_states(states[:, -kept - 1 :], with_entropy=with_entropy)):
+            found: torch.Tensor = self.policy(**inputs).logits
+        return found[..., :-1]
 
     def _after(
         self, prefixes: torch.Tensor, mask: torch.Tensor, prefix_of: torch.Tensor, token_ids: torch.Tensor
@@ -95,23 +98,38 @@ class LogProbs(torch.nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """The loss to minimise: supervised when `grpo` is None. `temperature` is the sampler's."""
+    """The loss to minimise: supervised when `grpo` and `dpo` are None. `temperature` is the sampler's.
+
+    With `dpo` the sequences are the completions of pairs, in turn: the chosen one, then the rejected one.
+    """
 
     grpo: LossOptions | None = None
     temperature: float = 1.0
+    dpo: DpoLossOptions | None = None
 
     @property
-    def has_kl(self) -> bool:
-        """Whether the KL to a reference is part of the loss."""
-        return self.grpo is not None and self.grpo.kl_coefficient > 0
+    def is_supervised(self) -> bool:
+        """Whether the loss is of tokens that were given: no policy drew them, and dropout is for these alone."""
+        return self.grpo is None and self.dpo is None
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the log-probabilities of the frozen reference are part of the loss."""
+        return self.dpo is not None or (self.grpo is not None and self.grpo.kl_coefficient > 0)
+
+    @property
+    def together(self) -> int:
+        """How many sequences that follow each other are in the loss together, and so in one micro-batch."""
+        return 1 if self.dpo is None else 2
 
 
 @dataclass(slots=True)
 class Sums:
     """Sums over the completion tokens of a batch; add those of all micro-batches and ranks, then divide.
 
-    `loss` is already divided by the batch's denominator (see `TrainingSequence.weight`). Of GRPO, `log_probs`
-    [batch][sequence] [S] are those of the sampled tokens under the learner's policy before the step's first update; of its correction
+    `loss` is already divided by the batch's denominator (see `TrainingSequence.weight`). `log_probs` [batch][sequence] [S] are those of
+    the sampled tokens, of GRPO under the learner's policy before the step's first update, of DPO before its only one, with `reference_log_probs`
+    under the frozen reference. Of GRPO's correction
     there are the tokens whose weight was cut, those whose weight is 0, and the sums of the weights and of their squares. `teacher_kl` is the
     estimated KL to the teacher of a distillation. `routes` has what each
     rank counted of routes that were given, `prompt_routes` the (token, layer) of shared prompts that were given more than once, and
@@ -138,6 +156,7 @@ class Sums:
     prompt_routes: int = 0
     prompt_routes_changed: int = 0
     log_probs: list[list[npt.NDArray[np.float32]]] = field(default_factory=list)
+    reference_log_probs: list[list[npt.NDArray[np.float32]]] = field(default_factory=list)
 
     def add(self, other: "Sums") -> None:
         for name in self.__slots__:
@@ -148,16 +167,28 @@ class Sums:
 
 def loss_and_sums(
     log_probs: torch.Tensor,
-    entropy: torch.Tensor,
+    entropy: torch.Tensor | None,
     reference_log_probs: torch.Tensor | None,
     batch: Batch,
     objective: Objective,
     teacher_log_probs: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, Sums]:
-    """The micro-batch's part of the loss, a scalar with gradient, and its sums. All log-probabilities and `entropy` are [B, K]."""
+    """The micro-batch's part of the loss, a scalar with gradient, and its sums. All log-probabilities and `entropy` are [B, K].
+
+    Raises ValueError where a log-probability is missing that the objective is made of.
+    """
     counted = batch.mask & (batch.weights > 0)
     sums = Sums(tokens=int(counted.sum()), padded_tokens=batch.padded_tokens)
-    sums.entropy = float(entropy[counted].sum())
+    if entropy is not None:
+        sums.entropy = float(entropy[counted].sum())
+    if objective.dpo is not None:
+        if reference_log_probs is None:
+            raise ValueError("DPO needs the reference's log-probabilities")
+        loss = pair_loss(log_probs, reference_log_probs, batch, objective.dpo)
+        sums.loss = float(loss.detach())
+        sums.log_probs = [sampled_values(log_probs.detach(), batch)]
+        sums.reference_log_probs = [sampled_values(reference_log_probs, batch)]
+        return loss, sums
     if objective.grpo is None:
         loss = -(torch.where(counted, log_probs, 0.0) * batch.weights).sum()
         sums.loss = float(loss.detach())
@@ -208,6 +239,18 @@ def loss_and_sums(
         sums.max_difference = compared.max_abs
         sums.equal = compared.equal
     return loss, sums
+
+
+def pair_loss(
+    log_probs: torch.Tensor, reference_log_probs: torch.Tensor, batch: Batch, options: DpoLossOptions
+) -> torch.Tensor:
+    """The weighted loss of the pairs of which the batch has the completions in turn, a scalar with gradient; both log-probabilities are [B, K]."""
+    raised = torch.where(batch.mask, log_probs - reference_log_probs, 0.0).sum(dim=1)
+    losses = dpo_loss(raised[::2], raised[1::2], options.beta)
+    if options.sft_weight:
+        of_tokens = torch.where(batch.mask, log_probs, 0.0).sum(dim=1) / batch.mask.sum(dim=1)
+        losses = losses - options.sft_weight * of_tokens[::2]
+    return (losses * batch.weights.amax(dim=1)[::2]).sum()
 
 
 def learning_rate(step: int, total_steps: int, options: OptimizerOptions) -> float:

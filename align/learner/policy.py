@@ -71,25 +71,29 @@ class PolicyRank(LearnerRank):
     ) -> Sums:
         """Forward and backward passes of this rank's micro-batches, of a batch of `batch_size` sequences on all ranks; gradients add up until `apply`.
 
-        For GRPO without dropout, and whatever else is random in training alone: the policy that sampled has none. Where it `replays`, tokens go
-        through the experts that their sequences have.
+        For GRPO and DPO without dropout, and whatever else is random in training alone: the policy that sampled, and the reference, have none.
+        Where it `replays`, tokens go through the experts that their sequences have.
         """
         total = Sums()
-        self._engine.train(objective.grpo is None)
+        self._engine.train(objective.is_supervised)
         for layer in self._checkpointed:
             layer.training = True
         for sequences in micro_batches:
             batch = self._collate(sequences)
             # First, for where it shares the policy's modules: backward must find them as the policy's forward left them.
             reference = self._frozen_log_probs(
-                self._reference if objective.has_kl else None, batch, objective.temperature
+                self._reference if objective.has_reference else None, batch, objective.temperature
             )
             teacher = self._frozen_log_probs(self._teacher, batch, objective.temperature)
             counts = batch.token_counts()
             with self._routing.given(batch.routes, forced=replays), self._balance.watching(counts):
                 with self._expert_counter.counting(*counts):
-                    log_probs, entropy = self._engine(**batch.inputs, temperature=objective.temperature)
-                loss, sums = loss_and_sums(log_probs, entropy, reference, batch, objective, teacher)
+                    log_probs, *entropy = self._engine(
+                        **batch.inputs, temperature=objective.temperature, with_entropy=objective.grpo is not None
+                    )
+                loss, sums = loss_and_sums(
+                    log_probs, entropy[0] if entropy else None, reference, batch, objective, teacher
+                )
                 self._backward(loss + self._balance.loss(batch.prefix_of, batch_size))
             if self._options.share_prompts:
                 sums.prompt_routes_changed, sums.prompt_routes = prompts_routed_otherwise(sequences)

@@ -28,6 +28,7 @@ from align.losses.grpo import (
     group_advantages,
     grpo_token_loss,
     kl_estimate,
+    token_entropies,
     token_log_probs,
 )
 from align.losses.options import (
@@ -36,6 +37,7 @@ from align.losses.options import (
     Aggregation,
     CorrectionOptions,
     DistillOptions,
+    DpoLossOptions,
     KlEstimator,
     Level,
     LossOptions,
@@ -49,6 +51,7 @@ __all__ = [
     "Aggregation",
     "CorrectionOptions",
     "DistillOptions",
+    "DpoLossOptions",
     "KlEstimator",
     "Level",
     "LossOptions",
@@ -65,5 +68,6 @@ __all__ = [
     "pairwise_loss",
     "pointwise_loss",
     "routing_sums",
+    "token_entropies",
     "token_log_probs",
 ]

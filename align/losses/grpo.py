@@ -12,25 +12,32 @@ ZERO_STD = 1e-6  # at or below this, a group's rewards count as all equal
 MAX_LOG_RATIO = 20.0  # exp(20) = 4.9e8: far outside any trust region, far inside float32
 
 
-def token_log_probs(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target, and entropy of each distribution, of ``softmax(logits / temperature)``.
+def token_log_probs(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
+    """Log-probability of each target of ``softmax(logits / temperature)``: ``[B, T]`` float32, in nats.
 
     ``logits [B, T, V]`` of any floating dtype, ``targets [B, T]`` int64, already aligned: ``logits[b, t]``
-    predicts ``targets[b, t]``. Both results are ``[B, T]`` float32, in nats; the entropy is detached. The
-    vocabulary is reduced in float32 without keeping a log-softmax, for the entropy row by row. The
+    predicts ``targets[b, t]``. The vocabulary is reduced in float32 without keeping a log-softmax. The
     temperature must be the one the sampler's log-probabilities are of.
     """
+    scaled = _scaled(logits, temperature)
+    return scaled.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - scaled.logsumexp(-1)
+
+
+@torch.no_grad()
+def token_entropies(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Entropy of each distribution ``softmax(logits / temperature)``: ``[B, T]`` float32, in nats, without a gradient.
+
+    ``logits`` is ``[B, T, V]`` of any floating dtype; its rows are reduced in float32, one after the other.
+    """
+    scaled = _scaled(logits, temperature)
+    # entr(0) = 0: logits of -inf are fine
+    return torch.stack([torch.special.entr(row.softmax(-1)).sum(-1) for row in scaled])
+
+
+def _scaled(logits: Tensor, temperature: float) -> Tensor:
     if temperature <= 0:
         raise ValueError(f"temperature must be positive, not {temperature}")
-    scaled = logits.float()
-    if temperature != 1.0:
-        scaled = scaled / temperature
-    log_probs = scaled.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - scaled.logsumexp(-1)
-    with torch.no_grad():
-        entropy = torch.empty_like(log_probs)
-        for b, row in enumerate(scaled):
-            entropy[b] = torch.special.entr(row.softmax(-1)).sum(-1)  # entr(0) = 0: logits of -inf are fine
-    return log_probs, entropy
+    return logits.float() if temperature == 1.0 else logits.float() / temperature
 
 
 def group_advantages(

@@ -79,6 +79,21 @@ class DistillOptions(Options):
     weight: float = Field(1.0, gt=0, description="weight of that KL in the loss, beside the rewards or alone")
 
 
+class DpoLossOptions(Options):
+    """What of a recipe's `dpo` decides about the loss."""
+
+    beta: float = Field(
+        0.1,
+        gt=0,
+        description="weight of the log-ratios to the policy of the start: the larger, the less the policy moves",
+    )
+    sft_weight: float = Field(
+        0.0,
+        ge=0,
+        description="weight of the cross-entropy a token of the chosen completions, beside the loss of the pairs (RPO, arXiv 2404.19733)",
+    )
+
+
 class LossOptions(Options):
     """What of a recipe's `grpo` decides about the loss."""
 

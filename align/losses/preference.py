@@ -1,6 +1,6 @@
 """Losses of pairs of completions: of reward models, and of a policy itself."""
 
-from torch import Tensor, sigmoid
+from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 
@@ -26,12 +26,11 @@ def pointwise_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
     return -(logsigmoid(chosen) + logsigmoid(-rejected)) / 2
 
 
-def dpo_loss(margins: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """DPO's loss of each pair, ``-log sigmoid(beta m)``, and its slope ``beta sigmoid(-beta m)``, by which it falls as m grows; both ``[B]``.
+def dpo_loss(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
+    """DPO's loss of each pair, ``-log sigmoid(beta (chosen - rejected))``, ``[B]``, without its weight.
 
     Rafailov et al. 2023, arXiv:2305.18290, eq. 7: the loss of a reward model (:func:`pairwise_loss`) whose reward is ``beta log(pi / pi_ref)`` of
-    a completion. ``margins`` ``[B]`` are m, by how much more the policy has raised the log-probability of the chosen completion than that of the
-    rejected one. So the gradient is that of REINFORCE with the slope as the advantage of the chosen and its negative as that of the rejected
-    completion (eq. 8 of the paper).
+    a completion. ``chosen`` and ``rejected`` ``[B]`` are these logarithms, in nats: by how much the policy has raised the log-probability of each
+    completion against its reference.
     """
-    return -logsigmoid(beta * margins), beta * sigmoid(-beta * margins)
+    return pairwise_loss(beta * chosen, beta * rejected)

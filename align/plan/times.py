@@ -59,9 +59,9 @@ def step_seconds(work: Work, worker: Parts | None, gpus_per_node: int) -> dict[s
     checkpointing, threads = job.options.gradient_checkpointing, 1 if gpus_per_node else job.options.threads
     tokens = roles.trained_sequences * roles.longest / job.options.ranks
     # Operations a parameter and token: two forward and four backward, of which frozen weights save two.
-    passes = (6 if job.trained == sizes.total else 4) + 2 * (checkpointing + roles.reference + roles.margins)
+    passes = (6 if job.trained == sizes.total else 4) + 2 * (checkpointing + roles.reference)
     # Under ZeRO-3 every pass of a micro-batch fetches the weights.
-    gathers = (3 if checkpointing else 2) + job.reference_copy + roles.margins if job.options.zero_stage == 3 else 0
+    gathers = (3 if checkpointing else 2) + job.reference_copy if job.options.zero_stage == 3 else 0
     micro_batches = max(1, round(tokens / job.options.micro_batch_tokens))
     operations = sizes.active * passes + (2 * job.teacher.active if job.teacher else 0)
     seconds["training"] = tokens * operations / (rates.flops * threads)

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from align.losses import LossOptions
+from align.losses import DpoLossOptions, LossOptions
 from align.options import Options, refuse_without_effect
 from align.recipe.presets import PRESETS, PresetName, contradiction, spelled_out
 from align.shipped import NAMES, found
@@ -206,21 +206,11 @@ class RewardModelOptions(Options):
     test_limit: int = Field(1024, ge=1, description="test pairs of a data card, for the evaluation at the end")
 
 
-class DpoOptions(Options):
+class DpoOptions(DpoLossOptions):
     """Direct Preference Optimization (Rafailov et al. 2023, arXiv 2305.18290)."""
 
     steps: int = Field(ge=1, description="optimizer steps")
     pairs_per_step: int = Field(ge=1, description="pairs of a step, over all data")
-    beta: float = Field(
-        0.1,
-        gt=0,
-        description="weight of the log-ratios to the policy of the start: the larger, the less the policy moves",
-    )
-    sft_weight: float = Field(
-        0.0,
-        ge=0,
-        description="weight of the cross-entropy a token of the chosen completions, beside the loss of the pairs (RPO, arXiv 2404.19733)",
-    )
     validate_every: int = Field(50, ge=1, description="steps between two looks at the validation pairs")
     validation_limit: int = Field(256, ge=1, description="validation pairs of a data card")
 

@@ -16,7 +16,7 @@ class Roles:
     """The processes that a recipe needs, each with its options (None where there are none of the kind), and their work in a step.
 
     `learner`: ranks that train `trained`, on `trained_sequences` of at most `longest` tokens; with a `reference` they hold the
-    policy a second time, for the KL or for DPO, which has `margins` to measure before it has a gradient, and of a distillation the model at the
+    policy a second time, for the KL or for DPO, whose loss is of `margins` to it, and of a distillation the model at the
     path `teacher`. `rollout`: workers that hold the policy and
     sample `sampled_sequences` of at most `sampling.max_new_tokens`, `sampling_rounds` times at most (of preference data, all of them;
     none in SFT, where they only answer evaluations). `scoring`: processes that score what was sampled, by `rewards`. `evaluation`: what

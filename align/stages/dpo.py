@@ -2,16 +2,17 @@
 
 The loss of a pair is `-log sigmoid(beta m)` of its margin m: by how much more the policy has raised the log-probability of the chosen completion
 than that of the rejected one, against the policy that the stage began with. `dpo.sft_weight` adds the cross-entropy a token of the chosen
-completions (RPO, Pang et al. 2024, arXiv:2404.19733). A step measures the margins, and then follows the gradient, which is that of REINFORCE with
-the loss's slope as advantage. DeepSeek-V2 has no such stage: it is for pairs where nothing can be sampled and judged.
+completions (RPO, Pang et al. 2024, arXiv:2404.19733). DeepSeek-V2 has no such stage: it is for pairs where nothing can be sampled and judged.
 """
 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from align.data.chat import encode_example
@@ -24,13 +25,15 @@ from align.evaluate.accuracy import Evaluation
 from align.learner.batch import PolicyPair, TrainingSequence
 from align.learner.group import LearnerGroup
 from align.learner.objective import Objective, learning_rate
-from align.losses import LossOptions, dpo_loss
-from align.recipe import DpoOptions, DpoRecipe, ModelOptions
+from align.losses import dpo_loss
+from align.recipe import DpoRecipe, ModelOptions
 from align.session.session import Session
 from align.session.steps import CENSUS_STEP
 from align.stages.guards import Alarms, no_history
 from align.stages.held_out import HeldOut, Problems, load_problems
 
+LogProbs = npt.NDArray[np.float32]
+"""Of the tokens of a completion, [S]."""
 SHOWN = ("loss", "pair_accuracy", "margin", "validation_pair_accuracy", "tokens_per_second")
 
 
@@ -50,6 +53,12 @@ class Margins:
     chosen: torch.Tensor
     rejected: torch.Tensor
 
+    @classmethod
+    def of(cls, log_probs: Sequence[LogProbs], reference: Sequence[LogProbs]) -> Self:
+        """Of the log-probabilities of the completions, in turn, under the policy and under the reference."""
+        raised = torch.tensor([float((new - old).sum()) for new, old in zip(log_probs, reference, strict=True)])
+        return cls(raised[::2], raised[1::2])
+
     @property
     def values(self) -> torch.Tensor:
         """The margins [B]."""
@@ -58,7 +67,7 @@ class Margins:
     def metrics(self, beta: float) -> dict[str, float]:
         """The mean loss of the pairs, how many have the chosen completion ahead, and the mean margin with its two parts, in nats."""
         return {
-            "pair_loss": float(dpo_loss(self.values, beta)[0].mean()),
+            "pair_loss": float(dpo_loss(self.chosen, self.rejected, beta).mean()),
             "pair_accuracy": float((self.values > 0).float().mean()),
             "margin": float(self.values.mean()),
             "chosen": float(self.chosen.mean()),
@@ -91,7 +100,7 @@ def load_dpo_data(recipe: DpoRecipe, tokenizer: Any, notes: Notes) -> DpoData:
 def train_dpo(recipe: DpoRecipe, data: DpoData, session: Session) -> tuple[ModelOptions, dict[str, Evaluation]]:
     """Run the stage from the session's policy. Returns the trained policy, whose weights the rollout workers then hold, and its evaluations."""
     options, run, fleet = recipe.dpo, session.run, session.fleet
-    objective = Objective(LossOptions())
+    objective = Objective(dpo=options)
     held_out = HeldOut(recipe, data.problems, session)
     reference = session.policy
     learner = session.new_learner(recipe.learner, recipe.seed, reference)
@@ -106,16 +115,14 @@ def train_dpo(recipe: DpoRecipe, data: DpoData, session: Session) -> tuple[Model
         for step in steps:
             started = time.perf_counter()
             pairs = items_of_step(data.sources, seed=recipe.seed, step=step)
-            margins = margins_of(learner, pairs)
-            sums = learner.accumulate(weighted(pairs, margins, options), objective)
+            sums = learner.accumulate(completions_of(pairs), objective)
             rate = learning_rate(step, options.steps, recipe.learner.optimizer)
             norm = learner.apply(rate)
 
             seconds = time.perf_counter() - started
-            measured = margins.metrics(options.beta)
             metrics = {
-                "loss": measured["pair_loss"] + options.sft_weight * cross_entropy(sums.log_probs[0][::2]),
-                **measured,
+                "loss": sums.loss,
+                **Margins.of(sums.log_probs[0], sums.reference_log_probs[0]).metrics(options.beta),
                 "learning_rate": rate,
                 "gradient_norm": norm,
                 "tokens": sums.tokens,
@@ -152,32 +159,11 @@ def encode_pair(tokenizer: Any, preference: Preference) -> list[PolicyPair]:
 def completions_of(pairs: Sequence[PolicyPair]) -> list[TrainingSequence]:
     """The chosen and the rejected completion of each pair, in turn. They share their prompt."""
     found = [one for pair in pairs for one in pair.both]
-    return [replace(sequence, group=place // 2) for place, sequence in enumerate(found)]
+    return [replace(one, group=place // 2, weight=1 / len(pairs)) for place, one in enumerate(found)]
 
 
 def margins_of(learner: LearnerGroup, pairs: Sequence[PolicyPair]) -> Margins:
     """How far the policy has moved on the pairs from its reference."""
     sequences = completions_of(pairs)
     ours, reference = (learner.log_probs(sequences, 1.0, of_reference=frozen) for frozen in (False, True))
-    raised = torch.tensor([float((new - old).sum()) for new, old in zip(ours, reference, strict=True)])
-    return Margins(raised[::2], raised[1::2])
-
-
-def weighted(pairs: Sequence[PolicyPair], margins: Margins, options: DpoOptions) -> list[TrainingSequence]:
-    """The completions of the pairs, in turn, with the advantages that make REINFORCE's gradient that of the stage's loss."""
-    slopes = dpo_loss(margins.values, options.beta)[1].tolist()
-    advantages = [
-        advantage
-        for pair, slope in zip(pairs, slopes, strict=True)
-        for advantage in (slope + options.sft_weight / pair.chosen.sampled_tokens, -slope)
-    ]
-    sequences = completions_of(pairs)
-    return [
-        replace(sequence, weight=1 / len(pairs), advantage=advantage)
-        for sequence, advantage in zip(sequences, advantages, strict=True)
-    ]
-
-
-def cross_entropy(log_probs: Sequence[Any]) -> float:
-    """The mean over completions, each [S], of the cross-entropy a token, in nats."""
-    return -sum(float(values.mean()) for values in log_probs) / len(log_probs)
+    return Margins.of(ours, reference)

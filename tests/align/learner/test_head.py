@@ -13,7 +13,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForC
 from align.learner import head as tiles
 from align.learner.head import head_log_probs, head_replaced
 from align.learner.objective import LogProbs
-from align.losses import token_log_probs
+from align.losses import token_entropies, token_log_probs
 
 TEMPERATURE = 0.7
 VOCABULARY, HIDDEN = 50, 8
@@ -55,16 +55,19 @@ def test_values_and_gradients_are_those_of_the_whole_logits(name: str, positions
     targets = torch.randint(0, VOCABULARY, (2, positions))
     weights = torch.randn(2, positions)
     whole = states.clone().requires_grad_()
-    expected = token_log_probs(head(whole), targets, TEMPERATURE)
-    (expected[0] * weights).sum().backward()
+    logits = head(whole)
+    expected = token_log_probs(logits, targets, TEMPERATURE)
+    (expected * weights).sum().backward()
     exact = gradients(head, whole)
     tiled = states.clone().requires_grad_()
-    found = head_log_probs(head, head.forward, tiled, targets, TEMPERATURE)
-    (found[0] * weights).sum().backward()
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    found = head_log_probs(head, head.forward, tiled, targets, TEMPERATURE, with_entropy=True)
+    (found[0] * weights + found[1]).sum().backward()  # the entropy has no gradient
+    both = torch.stack([expected, token_entropies(logits, TEMPERATURE)])
+    torch.testing.assert_close(found, both, rtol=1e-6, atol=1e-6)
+    alone = head_log_probs(head, head.forward, states, targets, TEMPERATURE)
+    assert torch.equal(alone, found[:1])
     torch.testing.assert_close(gradients(head, tiled), exact, rtol=1e-5, atol=1e-6)
     assert exact
-    assert not found[1].requires_grad
 
 
 def test_in_bfloat16_the_weights_gradient_adds_up_in_float32() -> None:
@@ -73,7 +76,7 @@ def test_in_bfloat16_the_weights_gradient_adds_up_in_float32() -> None:
     targets = torch.randint(0, VOCABULARY, (300, 1))
     head_log_probs(head, head.forward, states, targets, 1.0)[0].sum().backward()
     rounded = head.weight.detach().float().requires_grad_()
-    token_log_probs(states.float() @ rounded.T, targets)[0].sum().backward()
+    token_log_probs(states.float() @ rounded.T, targets).sum().backward()
     assert rounded.grad is not None
     assert head.weight.grad is not None
     difference = head.weight.grad.float() - rounded.grad
@@ -153,13 +156,14 @@ def test_a_policy_s_log_probs_and_gradients_are_those_of_its_logits(model: Any, 
     targets = ids[:, 4:]
     module = LogProbs(model)
     assert module.in_tiles == in_tiles
-    found = module(ids, targets, TEMPERATURE)
-    found[0].sum().backward()
+    found = module(ids, targets, TEMPERATURE, with_entropy=True)
+    found.sum().backward()
     tiled = {name: p.grad for name, p in model.named_parameters()}
     model.zero_grad()
-    expected = token_log_probs(model(input_ids=ids).logits[:, 3:-1], targets, TEMPERATURE)
-    expected[0].sum().backward()
-    torch.testing.assert_close(found, expected)
+    logits = model(input_ids=ids).logits[:, 3:-1]
+    expected = token_log_probs(logits, targets, TEMPERATURE)
+    expected.sum().backward()
+    torch.testing.assert_close(found, torch.stack([expected, token_entropies(logits, TEMPERATURE)]))
     torch.testing.assert_close(tiled, {name: p.grad for name, p in model.named_parameters()})
 
 

@@ -49,6 +49,7 @@ from align.losses import (
     correction_weights,
     group_advantages,
     grpo_token_loss,
+    token_entropies,
     token_log_probs,
 )
 from align.recipe import GrpoOptions
@@ -129,7 +130,7 @@ class Case:
 
     def log_probs(self) -> Tensor:
         """Ours; the logits one place before each completion token predict it."""
-        return token_log_probs(self.model.logits[:, PROMPT - 1 : -1], self.targets, TEMPERATURE)[0]
+        return token_log_probs(self.model.logits[:, PROMPT - 1 : -1], self.targets, TEMPERATURE)
 
     def gradient(self, loss: Tensor) -> Tensor:
         (gradient,) = torch.autograd.grad(loss, self.model.logits)
@@ -214,9 +215,9 @@ def test_log_probs_are_trls() -> None:
     case = Case()
     trl_grpo().add_fused_lm_head(case.model, temperature=TEMPERATURE, outputs=("log_probs", "entropy"))
     theirs = case.model(labels=case.tokens, fused_lm_head=True)
-    log_probs, entropy = token_log_probs(case.model.logits[:, :-1], case.tokens[:, 1:], TEMPERATURE)
-    assert_same(log_probs, theirs.log_probs)
-    assert_same(entropy, theirs.entropy)
+    logits = case.model.logits[:, :-1]
+    assert_same(token_log_probs(logits, case.tokens[:, 1:], TEMPERATURE), theirs.log_probs)
+    assert_same(token_entropies(logits, TEMPERATURE), theirs.entropy)
 
 
 @pytest.mark.parametrize("loss_type", list(WEIGHTS))

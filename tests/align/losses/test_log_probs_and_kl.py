@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from align.losses import KlEstimator, kl_estimate, token_log_probs
+from align.losses import KlEstimator, kl_estimate, token_entropies, token_log_probs
 
 INF = float("inf")
 
@@ -19,7 +19,7 @@ def test_token_log_probs_and_entropy_are_those_of_the_tempered_softmax(dtype: to
     torch.manual_seed(0)
     logits = (torch.randn(3, 5, 11) * 4).to(dtype)
     targets = torch.randint(0, 11, (3, 5))
-    log_probs, entropy = token_log_probs(logits, targets, temperature)
+    log_probs, entropy = token_log_probs(logits, targets, temperature), token_entropies(logits, temperature)
     assert log_probs.dtype == entropy.dtype == torch.float32
     for b in range(3):
         for t in range(5):
@@ -35,18 +35,16 @@ def test_token_log_probs_gradient_is_one_hot_minus_softmax() -> None:
     torch.manual_seed(0)
     logits = torch.randn(2, 3, 5, requires_grad=True)
     targets = torch.randint(0, 5, (2, 3))
-    log_probs, entropy = token_log_probs(logits, targets, 0.5)
-    assert not entropy.requires_grad
-    log_probs.sum().backward()
+    assert not token_entropies(logits, 0.5).requires_grad
+    token_log_probs(logits, targets, 0.5).sum().backward()
     expected = (torch.nn.functional.one_hot(targets, 5) - (logits.detach() / 0.5).softmax(-1)) / 0.5
     torch.testing.assert_close(logits.grad, expected)
 
 
 def test_token_log_probs_allows_forbidden_tokens_and_refuses_temperature_zero() -> None:
     logits = torch.tensor([[[0.0, 0.0, -INF]]])
-    log_probs, entropy = token_log_probs(logits, torch.tensor([[1]]))
-    assert log_probs.item() == pytest.approx(-math.log(2))
-    assert entropy.item() == pytest.approx(math.log(2))
+    assert token_log_probs(logits, torch.tensor([[1]])).item() == pytest.approx(-math.log(2))
+    assert token_entropies(logits).item() == pytest.approx(math.log(2))
     with pytest.raises(ValueError, match="temperature"):
         token_log_probs(logits, torch.tensor([[1]]), 0.0)
 

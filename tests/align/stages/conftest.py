@@ -152,6 +152,9 @@ class FakeLearner:
         sums.teacher_kl = 0.25 * tokens
         sums.routes = self.routes[len(self.batches) - 1 :][:1]
         sums.log_probs = [[np.full(s.sampled_tokens, -s.weight, dtype=np.float32) for s in sequences]]
+        if objective.dpo is not None:
+            sums.log_probs = [self._log_probs(sequences)]
+            sums.reference_log_probs = [self._log_probs(sequences, of_reference=True)]
         return sums
 
     def apply(self, learning_rate: float) -> float:
@@ -167,13 +170,14 @@ class FakeLearner:
         as_sent: bool = False,
         of_reference: bool = False,
     ) -> list[Any]:
-        if of_reference:  # twice as low
-            return [2 * values for values in self._log_probs(sequences)]
-        self.asked.append((len(sequences), temperature, len(self.batches)))
-        return self._log_probs(sequences)
+        if not of_reference:
+            self.asked.append((len(sequences), temperature, len(self.batches)))
+        return self._log_probs(sequences, of_reference=of_reference)
 
-    def _log_probs(self, sequences: Sequence[TrainingSequence]) -> list[Any]:
-        return [-(n + 1) / np.arange(1, s.sampled_tokens + 1, dtype=np.float32) for n, s in enumerate(sequences)]
+    def _log_probs(self, sequences: Sequence[TrainingSequence], *, of_reference: bool = False) -> list[Any]:
+        """Twice as low of the reference."""
+        scale = -2 if of_reference else -1
+        return [scale * (n + 1) / np.arange(1, s.sampled_tokens + 1, dtype=np.float32) for n, s in enumerate(sequences)]
 
     update, _before_updates = LearnerGroup.update, LearnerGroup._before_updates
 

@@ -1,12 +1,10 @@
-"""Direct preference optimisation: the advantages that make REINFORCE's gradient that of DPO, and what a stage measures of its pairs."""
+"""Direct preference optimisation: an update, and what a stage measures of its pairs."""
 
-import math
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch.nn.functional import log_softmax, logsigmoid
@@ -15,17 +13,17 @@ from align.data.types import Preference
 from align.errors import UserError
 from align.learner.batch import PolicyPair, TrainingSequence
 from align.learner.group import LearnerGroup
-from align.learner.objective import Objective
-from align.losses import LossOptions, dpo_loss
+from align.learner.objective import Objective, Sums
+from align.losses import DpoLossOptions, dpo_loss
 from align.model.policy import load_policy, load_tokenizer
-from align.recipe import DpoOptions, LearnerOptions, ModelOptions, OptimizerOptions, load_recipe
+from align.recipe import LearnerOptions, ModelOptions, OptimizerOptions, load_recipe
 from align.session.checks import check_names
-from align.stages.dpo import Margins, completions_of, encode_pair, margins_of, weighted
+from align.stages.dpo import Margins, completions_of, encode_pair, margins_of
 
 SMALL = ("dpo.steps=4", "dpo.pairs_per_step=3", "dpo.validation_limit=2", "learner.optimizer.warmup_steps=1")
 TOKENIZER = load_tokenizer("recipes/nano/policy")
 NANO = "model={path: recipes/nano/policy, init: random}"
-OPTIONS = DpoOptions(steps=1, pairs_per_step=2, beta=0.5, sft_weight=0.25)
+OPTIONS = DpoLossOptions(beta=0.5, sft_weight=0.25)
 
 
 def pairs(count: int = 2) -> list[PolicyPair]:
@@ -43,25 +41,17 @@ def test_the_completions_of_a_pair_are_trained_on_with_their_end_and_share_a_pro
     for sequence, text in ((pair.chosen, " It is 0, I think."), (pair.rejected, " No 0 at all")):
         sampled = [id_ for id_, s in zip(sequence.token_ids, sequence.sampled, strict=True) if s]
         assert TOKENIZER.decode(sampled) == text + TOKENIZER.eos_token
-    assert [s.group for s in completions_of(pairs(2))] == [0, 0, 1, 1]
+    assert [(s.group, s.weight) for s in completions_of(pairs(2))] == [(0, 0.5), (0, 0.5), (1, 0.5), (1, 0.5)]
 
 
-def test_the_slope_of_the_loss_is_its_derivative() -> None:
-    margins = torch.tensor([-30.0, -1.0, 0.0, 2.0, 400.0], requires_grad=True)
-    loss, slope = dpo_loss(margins, 0.3)
-    torch.testing.assert_close(loss, -logsigmoid(0.3 * margins))
-    (gradient,) = torch.autograd.grad(loss.sum(), margins)
-    torch.testing.assert_close(slope, -gradient)
-
-
-def test_the_chosen_completion_is_pushed_up_as_hard_as_the_rejected_one_is_pushed_down() -> None:
-    margins = Margins(torch.tensor([3.0, 0.0]), torch.tensor([1.0, 4.0]))
-    one, two, three, four = weighted(found := pairs(), margins, OPTIONS)
-    slopes = [0.5 / (1 + math.exp(0.5 * 2)), 0.5 / (1 + math.exp(0.5 * -4))]
-    more = [0.25 / pair.chosen.sampled_tokens for pair in found]
-    assert [one.advantage, three.advantage] == pytest.approx([slopes[0] + more[0], slopes[1] + more[1]])
-    assert [two.advantage, four.advantage] == pytest.approx([-slopes[0], -slopes[1]])
-    assert {s.weight for s in (one, two, three, four)} == {0.5}
+def test_the_loss_is_the_papers_and_pushes_both_completions_equally_hard() -> None:
+    chosen = torch.tensor([-30.0, 3.0, 0.0, 400.0], requires_grad=True)
+    rejected = torch.tensor([0.0, 1.0, 0.0, 0.0], requires_grad=True)
+    loss = dpo_loss(chosen, rejected, 0.3)
+    torch.testing.assert_close(loss, -logsigmoid(0.3 * (chosen - rejected)))
+    up, down = torch.autograd.grad(loss.sum(), (chosen, rejected))
+    torch.testing.assert_close(up, -down)
+    torch.testing.assert_close(down, 0.3 * torch.sigmoid(-0.3 * (chosen - rejected)))
 
 
 def test_a_margin_is_what_the_policy_has_raised_of_the_chosen_less_what_it_has_raised_of_the_rejected(
@@ -75,16 +65,14 @@ def test_a_margin_is_what_the_policy_has_raised_of_the_chosen_less_what_it_has_r
         margins = torch.tensor(raised[::2]) - torch.tensor(raised[1::2])
         assert line["margin"] == pytest.approx(float(margins.mean()), rel=1e-4)
         assert line["pair_accuracy"] == float((margins > 0).float().mean())
-        assert line["loss"] == line["pair_loss"] == pytest.approx(float(-logsigmoid(0.1 * margins).mean()), rel=1e-4)
+        assert line["pair_loss"] == pytest.approx(float(-logsigmoid(0.1 * margins).mean()), rel=1e-4)
+    assert {batch.objective.dpo for batch in stage.learner.batches} == {stage.recipe.dpo}
 
 
 def test_the_validation_pairs_are_measured_every_so_many_steps_and_at_the_end(train: Any) -> None:
-    stage = train("dpo", *SMALL, "dpo.validate_every=3", "dpo.sft_weight=0.5")
+    stage = train("dpo", *SMALL, "dpo.validate_every=3")
     assert ["validation_pair_accuracy" in line for line in stage.steps] == [False, False, True, True]
-    assert [count for count, _, _ in stage.learner.asked] == [6, 6, 6, 4, 6, 4]
-    for line, batch in zip(stage.steps, stage.learner.batches, strict=True):
-        chosen = [s.weight for s in batch.sequences[::2]]  # the fake learner's cross-entropy
-        assert line["loss"] == pytest.approx(line["pair_loss"] + 0.5 * np.mean(chosen))
+    assert [(count, batches) for count, _, batches in stage.learner.asked] == [(4, 3), (4, 4)]
 
 
 def test_the_policy_of_the_start_is_the_reference_and_the_workers_get_what_was_trained(train: Any) -> None:
@@ -146,9 +134,9 @@ def learner_of(policy: ModelOptions, reference: ModelOptions, **options: Any) ->
         yield learner
 
 
-def step(learner: LearnerGroup, found: list[PolicyPair], margins: Margins) -> float:
-    learner.accumulate(weighted(found, margins, OPTIONS), Objective(LossOptions()))
-    return learner.apply(1e-2)
+def step(learner: LearnerGroup, found: list[PolicyPair]) -> tuple[Sums, float]:
+    sums = learner.accumulate(completions_of(found), Objective(dpo=OPTIONS))
+    return sums, learner.apply(1e-2)
 
 
 def log_prob(model: Any, sequence: TrainingSequence) -> torch.Tensor:
@@ -158,12 +146,16 @@ def log_prob(model: Any, sequence: TrainingSequence) -> torch.Tensor:
 
 
 @pytest.mark.engines
+@pytest.mark.parametrize("options", [{}, {"micro_batch_tokens": 1}, {"micro_batch_tokens": 1, "share_prompts": False}])
 def test_an_update_is_that_of_the_loss_in_plain_pytorch(
-    policy: ModelOptions, moved: ModelOptions, ray_session: None
+    options: dict[str, Any], policy: ModelOptions, moved: ModelOptions, ray_session: None
 ) -> None:
     found = pairs(3)
-    with learner_of(moved, policy) as learner:
-        norm = step(learner, found, margins := margins_of(learner, found))
+    with learner_of(moved, policy, **options) as learner:
+        margins = margins_of(learner, found)
+        sums, norm = step(learner, found)
+    together = Margins.of(sums.log_probs[0], sums.reference_log_probs[0])
+    torch.testing.assert_close(together.values, margins.values, atol=1e-5, rtol=1e-5)
     plain, frozen = load_policy(moved), load_policy(policy)
     loss = torch.zeros(())
     for pair, measured in zip(found, margins.values.tolist(), strict=True):
@@ -175,6 +167,7 @@ def test_an_update_is_that_of_the_loss_in_plain_pytorch(
         cross_entropy = -chosen / pair.chosen.sampled_tokens
         loss = loss + (OPTIONS.sft_weight * cross_entropy - logsigmoid(OPTIONS.beta * margin)) / 3
     loss.backward()
+    assert sums.loss == pytest.approx(float(loss), rel=1e-4)
     squares = [p.grad.double().square().sum() for p in plain.parameters() if p.grad is not None]
     assert norm == pytest.approx(float(torch.stack(squares).sum().sqrt()), rel=1e-3)
 
@@ -183,9 +176,8 @@ def test_an_update_is_that_of_the_loss_in_plain_pytorch(
 def test_of_an_adapter_the_model_below_it_is_the_reference(policy: ModelOptions, ray_session: None) -> None:
     found = pairs(2)
     with learner_of(policy, policy, lora={"rank": 4}) as learner:
-        margins = margins_of(learner, found)
-        assert margins.values.tolist() == [0.0, 0.0]
-        step(learner, found, margins)
+        assert margins_of(learner, found).values.tolist() == [0.0, 0.0]
+        step(learner, found)
         assert (margins_of(learner, found).values > 0).all()
 
 
