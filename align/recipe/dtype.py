@@ -1,10 +1,12 @@
 """`model.dtype: fastest`: the dtype that a machine computes fastest in, chosen when a run begins."""
 
 import logging
-import os
-from collections.abc import Collection, Iterator, Mapping
+import math
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,10 +18,8 @@ from rollout.processes import cluster_address
 
 Dtype = Literal["float32", "bfloat16"]
 FASTEST = "fastest"
-CPU_HAS_BFLOAT16 = {"amx_bf16", "avx512_bf16", "bf16", "svebf16"}
-"""Flags of /proc/cpuinfo: CPUs without one of these instruction sets take three times as long in bfloat16 as in float32."""
-ISA_WITHOUT = {"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI"}
-"""What oneDNN's ONEDNN_MAX_CPU_ISA may be limited to without such instructions."""
+SIDE, TRIES = 768, 6
+"""Of the matrices whose product is timed, and how often each: the first product of a dtype takes longer."""
 
 _for_gpus: ContextVar[bool] = ContextVar("for_gpus", default=False)
 logger = logging.getLogger(__name__)
@@ -57,20 +57,29 @@ def dtype_of_machine() -> tuple[Dtype, str]:
     joins_gpus = cluster_address() is not None and torch.version.cuda is not None
     if (_for_gpus.get() or joins_gpus) and device.capability is None:
         return "bfloat16", "GPUs from Ampere on compute in it"
-    return fastest_dtype(device, cpu_flags(Path("/proc/cpuinfo")), os.environ)
-
-
-def fastest_dtype(device: Device, flags: Collection[str], environment: Mapping[str, str]) -> tuple[Dtype, str]:
-    """The dtype and why, for a device, and the flags of its CPU in an environment that may limit oneDNN."""
     if device.capability is not None:
         fast = device.capability >= AMPERE
         return ("bfloat16" if fast else "float32"), f"{device.name} {'computes' if fast else 'does not compute'} in it"
-    limit = environment.get("ONEDNN_MAX_CPU_ISA", "").upper()
-    if limit in ISA_WITHOUT:
-        return "float32", f"ONEDNN_MAX_CPU_ISA={limit} leaves no instructions for bfloat16"
-    if found := sorted(CPU_HAS_BFLOAT16.intersection(flags)):
-        return "bfloat16", f"this CPU has {', '.join(found)}"
-    return "float32", "this CPU has no instructions for bfloat16"
+    speedup = bfloat16_speedup()
+    return (
+        "bfloat16" if speedup > 1 else "float32"
+    ), f"this CPU multiplies matrices in bfloat16 {speedup:.2g} times as fast as in float32"
+
+
+@cache
+def bfloat16_speedup() -> float:
+    """How many times as fast as in float32 this CPU multiplies matrices in bfloat16, timed; less than 1 where that is slower.
+
+    Its instruction sets do not tell: of CPUs with AVX512-BF16 and without AMX, some take twice as long in bfloat16, others half as long.
+    """
+    seconds = {torch.float32: math.inf, torch.bfloat16: math.inf}
+    for _ in range(TRIES):
+        for dtype in seconds:
+            left, right = torch.ones(SIDE, SIDE, dtype=dtype), torch.ones(SIDE, SIDE, dtype=dtype)
+            started = time.perf_counter()
+            torch.mm(left, right)
+            seconds[dtype] = min(seconds[dtype], time.perf_counter() - started)
+    return seconds[torch.float32] / seconds[torch.bfloat16]
 
 
 def dtype_of_run(recipe: Path) -> str | None:
@@ -79,12 +88,3 @@ def dtype_of_run(recipe: Path) -> str | None:
         return str(yaml.safe_load(recipe.read_text(encoding="utf-8"))["model"]["dtype"])
     except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
         return None
-
-
-def cpu_flags(cpuinfo: Path) -> set[str]:
-    """The instruction sets of the first processor; empty where they cannot be read."""
-    try:
-        lines = cpuinfo.read_text().split("\n\n")[0].splitlines()
-    except OSError:
-        return set()
-    return {flag for line in lines if line.lower().startswith(("flags", "features")) for flag in line.split()}

@@ -1,5 +1,8 @@
 """`model.dtype: fastest` is decided by the machine when a run begins, and stays what it was."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,16 +11,21 @@ import yaml
 
 from align.errors import UserError
 from align.recipe import dtype, load_recipe, load_stages
-from align.recipe.dtype import cpu_flags, dtype_of_machine, fastest_dtype
+from align.recipe.dtype import dtype_of_machine
 from align.shipped import found
 from rollout.arguments import Device
 
 CPU = Device()
 
 
-def test_in_a_cluster_that_is_joined_by_what_is_built_for_gpus_it_is_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True)
+def slow_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without a GPU that is half as fast in bfloat16."""
     monkeypatch.setattr(Device, "here", lambda: CPU)
-    monkeypatch.setattr("align.recipe.dtype.cpu_flags", lambda file: set())
+    monkeypatch.setattr(dtype, "bfloat16_speedup", lambda: 0.5)
+
+
+def test_in_a_cluster_that_is_joined_by_what_is_built_for_gpus_it_is_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
     for cuda, address, expected in (
         ("13.0", "10.0.0.1:6379", "bfloat16"),
         ("13.0", "", "float32"),
@@ -29,30 +37,31 @@ def test_in_a_cluster_that_is_joined_by_what_is_built_for_gpus_it_is_theirs(monk
 
 
 @pytest.mark.parametrize(
-    ("device", "flags", "environment", "expected"),
+    ("device", "speedup", "expected"),
     [
-        (CPU, {"avx512f", "avx512_bf16"}, {}, "bfloat16"),
-        (CPU, {"amx_bf16"}, {}, "bfloat16"),
-        (CPU, {"bf16"}, {}, "bfloat16"),
-        (CPU, {"avx512f", "avx2"}, {}, "float32"),
-        (CPU, set(), {}, "float32"),
-        (CPU, {"amx_bf16"}, {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}, "float32"),
-        (CPU, {"amx_bf16"}, {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}, "bfloat16"),
-        (Device((8, 0), "an A100"), set(), {}, "bfloat16"),
-        (Device((7, 5), "a T4"), {"amx_bf16"}, {}, "float32"),
+        (CPU, 4.1, ("bfloat16", "this CPU multiplies matrices in bfloat16 4.1 times as fast as in float32")),
+        (CPU, 0.58, ("float32", "this CPU multiplies matrices in bfloat16 0.58 times as fast as in float32")),
+        (Device((8, 0), "an A100"), 0.5, ("bfloat16", "an A100 computes in it")),
+        (Device((7, 5), "a T4"), 2.0, ("float32", "a T4 does not compute in it")),
     ],
 )
-def test_by_the_instructions_of_the_cpu_or_the_gpu(device, flags, environment, expected):
-    assert fastest_dtype(device, flags, environment)[0] == expected
+def test_by_what_the_cpu_or_the_gpu_is_good_at(
+    device: Device, speedup: float, expected: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Device, "here", lambda: device)
+    monkeypatch.setattr(dtype, "bfloat16_speedup", lambda: speedup)
+    assert dtype_of_machine() == expected
 
 
-def test_flags_of_x86_and_arm(tmp_path: Path):
-    (tmp_path / "x86").write_text("model name\t: Xeon\nflags\t\t: fpu avx512_bf16\n\nflags\t\t: other\n")
-    (tmp_path / "arm").write_text("Features\t: fp asimd bf16\n")
-    assert "avx512_bf16" in cpu_flags(tmp_path / "x86")
-    assert "other" not in cpu_flags(tmp_path / "x86")
-    assert "bf16" in cpu_flags(tmp_path / "arm")
-    assert cpu_flags(tmp_path / "none") == set()
+MEASURED = "from align.recipe.dtype import bfloat16_speedup; print(bfloat16_speedup())"
+
+
+def test_without_its_instructions_bfloat16_is_measured_to_be_slower() -> None:
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}
+    found = subprocess.run(
+        [sys.executable, "-c", MEASURED], capture_output=True, text=True, check=True, env=environment
+    )
+    assert 0 < float(found.stdout) < 1
 
 
 class TestARecipe:
