@@ -50,9 +50,11 @@ sft: $(STAMP) ## Chat SFT (RECIPE=recipes/nano/sft.yaml ARGS="key=value ...")
 grpo: $(STAMP) ## Chat SFT, then GRPO (RECIPE=recipes/nano/grpo.yaml ARGS="key=value ...")
 	$(BIN)/align grpo $(or $(RECIPE),recipes/nano/grpo.yaml) $(ARGS)
 
-smol: $(STAMP) ## GRPO of SmolLM2-135M-Instruct on checkable instructions (MODEL=DIR, else hub or package; ARGS="key=value ...")
+smol: $(STAMP) ## DPO of SmolLM2-135M-Instruct on pairs of its own words (MODEL=DIR, else hub or package; ARGS="key=value ...")
 	model=$$($(BIN)/python recipes/smollm2/find_model.py models/smollm2-135m-instruct $(MODEL)) \
-	  && $(BIN)/align grpo $(or $(RECIPE),recipes/smollm2/grpo.yaml) model.path=$$model $(ARGS)
+	  && pairs=models/$$(basename $$model)-pairs.jsonl \
+	  && $(BIN)/python recipes/smollm2/pairs.py $$model $$pairs \
+	  && $(BIN)/align dpo $(or $(RECIPE),recipes/smollm2/dpo.yaml) model.path=$$model data.path=$$pairs $(ARGS)
 
 reward-models: $(STAMP) ## the nano pipeline up to its reward models: helpful, safety, math, code (ARGS="key=value ...")
 	$(BIN)/align pipeline recipes/nano/pipeline.yaml --to rm_code $(ARGS)

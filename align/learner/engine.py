@@ -89,6 +89,7 @@ def new_optimizer(module: torch.nn.Module, learner: LearnerOptions) -> torch.opt
         lr=0.0,  # until `apply` sets it: DeepSpeed's empty step must not decay
         betas=options.betas,
         eps=options.eps,
+        fused=True,  # in one pass over each tensor, where else each operation would be one
     )
 
 

@@ -85,9 +85,10 @@ def test_the_same_models_pairs_are_left_as_they_are(
 ) -> None:
     asked: list[float] = []
 
-    def answers(model: Any, prompts: list[str], temperature: float) -> dict[str, str]:
-        asked.append(temperature)
-        return said_of(script.about_few_requests(map(script.Request.of, generate("train", seed=0, plain_share=0.3))))
+    def answers(model: Any, prompts: dict[float, list[str]]) -> list[dict[str, str]]:
+        asked.extend(prompts)
+        requests = script.about_few_requests(map(script.Request.of, generate("train", seed=0, plain_share=0.3)))
+        return [said_of(requests)] * len(prompts)
 
     monkeypatch.setattr(script, "answers", answers)
     monkeypatch.setattr(script, "check_model_directory", lambda path, options: None)
