@@ -181,19 +181,30 @@ def loss_and_sums(
     sums = Sums(tokens=int(counted.sum()), padded_tokens=batch.padded_tokens)
     if entropy is not None:
         sums.entropy = float(entropy[counted].sum())
-    if objective.dpo is not None:
+    if objective.grpo is not None:
+        loss = grpo_loss(log_probs, reference_log_probs, teacher_log_probs, batch, objective.grpo, sums)
+    elif objective.dpo is not None:
         if reference_log_probs is None:
             raise ValueError("DPO needs the reference's log-probabilities")
         loss = pair_loss(log_probs, reference_log_probs, batch, objective.dpo)
-        sums.loss = float(loss.detach())
         sums.log_probs = [sampled_values(log_probs.detach(), batch)]
         sums.reference_log_probs = [sampled_values(reference_log_probs, batch)]
-        return loss, sums
-    if objective.grpo is None:
+    else:
         loss = -(torch.where(counted, log_probs, 0.0) * batch.weights).sum()
-        sums.loss = float(loss.detach())
-        return loss, sums
-    options = objective.grpo
+    sums.loss = float(loss.detach())
+    return loss, sums
+
+
+def grpo_loss(
+    log_probs: torch.Tensor,
+    reference_log_probs: torch.Tensor | None,
+    teacher_log_probs: torch.Tensor | None,
+    batch: Batch,
+    options: LossOptions,
+    sums: Sums,
+) -> torch.Tensor:
+    """The weighted loss of the batch's tokens, a scalar with gradient; what is counted of them goes into `sums`. All log-probabilities are [B, K]."""
+    counted = batch.mask & (batch.weights > 0)
     at_sampling = (log_probs if batch.old_log_probs is None else batch.old_log_probs).detach()
     importance = None
     if options.correction.kind != "none":
@@ -227,7 +238,6 @@ def loss_and_sums(
         weights = batch.weights if importance is None else batch.weights * importance
         loss = loss + options.distill.weight * (teacher_kl * weights).sum()
         sums.teacher_kl = float(teacher_kl.detach()[counted].sum())
-    sums.loss = float(loss.detach())
     sums.kl = float(terms.kl.detach()[counted].sum())
     sums.clipped = int((terms.clipped & counted).sum())
     sums.log_probs = [sampled_values(at_sampling, batch)]
@@ -238,7 +248,7 @@ def loss_and_sums(
         sums.sampler_kl = compared.k3 * compared.tokens
         sums.max_difference = compared.max_abs
         sums.equal = compared.equal
-    return loss, sums
+    return loss
 
 
 def pair_loss(

@@ -102,3 +102,10 @@ def test_the_same_models_pairs_are_left_as_they_are(
     write_jsonl(file, rows[:3])
     script.pairs("other", file)
     assert len(asked) == 4
+
+
+def test_a_sentence_that_is_longer_than_an_answer_makes_no_pair(script: ModuleType, requests: list[Any]) -> None:
+    endless = f"{' and '.join(SENTENCES[0].split()[:1] * 200)}."
+    said = {request.plain: endless for request in requests}
+    made = [pair for r in requests[:50] for pair in script.pairs_of(r, requests[60], said, None)]
+    assert all(chosen.strip() and rejected.strip() for _, chosen, rejected in made)

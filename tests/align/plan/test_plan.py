@@ -399,3 +399,12 @@ def test_without_gpus_that_copy_is_among_the_memory_of_a_rank() -> None:
         for more in ([], ["weights.precision=bfloat16"])
     )
     assert rounded - plain == 4 * sizes_of(NANO).total
+
+
+def test_dpo_computes_its_reference_once_a_step_and_is_not_told_to_leave_it_out() -> None:
+    plan = planned("recipes/nano/dpo.yaml", NANO, 1, 0, "model.init=random")
+    supervised = planned("recipes/nano/sft.yaml", NANO, 1, 0, "rollout.max_length=160", "sft.sequences_per_step=64")
+    # Operations a token: two forward and four backward, and two of the reference.
+    assert plan.seconds["training"] == pytest.approx(supervised.seconds["training"] * 8 / 6)
+    (refused,) = planned("recipes/nano/dpo.yaml", LITE, 1, 8).refusals
+    assert "kl_coefficient" not in refused
