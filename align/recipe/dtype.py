@@ -61,16 +61,15 @@ def dtype_of_machine() -> tuple[Dtype, str]:
         fast = device.capability >= AMPERE
         return ("bfloat16" if fast else "float32"), f"{device.name} {'computes' if fast else 'does not compute'} in it"
     speedup = bfloat16_speedup()
-    return (
-        "bfloat16" if speedup > 1 else "float32"
-    ), f"this CPU multiplies matrices in bfloat16 {speedup:.2g} times as fast as in float32"
+    why = f"this CPU multiplies matrices in bfloat16 {speedup:.2g} times as fast as in float32"
+    return ("bfloat16" if speedup > 1 else "float32"), why
 
 
 @cache
 def bfloat16_speedup() -> float:
     """How many times as fast as in float32 this CPU multiplies matrices in bfloat16, timed; less than 1 where that is slower.
 
-    Its instruction sets do not tell: of CPUs with AVX512-BF16 and without AMX, some take twice as long in bfloat16, others half as long.
+    Its instruction sets do not tell: with AVX512-BF16, but without AMX, a Xeon took twice as long in bfloat16.
     """
     seconds = {torch.float32: math.inf, torch.bfloat16: math.inf}
     for _ in range(TRIES):
