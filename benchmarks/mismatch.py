@@ -138,8 +138,8 @@ class Learner:
         """One update of the clipped surrogate."""
         batch = collate(sequences, 1)
         with self._routing.given(batch.routes, forced=self._replays != "off"):
-            values, entropy = self._module(**batch.inputs, temperature=1.0)
-            loss, _ = loss_and_sums(values, entropy, None, batch, Objective(LossOptions()))
+            values, _ = self._module(**batch.inputs, temperature=1.0)
+            loss, _ = loss_and_sums(values, None, None, batch, Objective(LossOptions()))
             loss.backward()
         torch.nn.utils.clip_grad_norm_(self._module.parameters(), 1.0)
         self._optimizer.step()

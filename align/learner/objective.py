@@ -50,9 +50,8 @@ class LogProbs(torch.nn.Module):
         prefix_mask: torch.Tensor | None = None,
         prefix_of: torch.Tensor | None = None,
         with_entropy: bool = False,
-    ) -> torch.Tensor:
-        """`token_ids` [B, T], `targets` [B, K] (their last K columns) -> log-probabilities [1, B, K] float32; before entropies, [2, B, K], where
-        these are asked for, which have no gradient.
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`token_ids` [B, T], `targets` [B, K] (their last K columns) -> log-probabilities [B, K] float32, and entropies where these are asked for.
 
         With `prefixes` [G, P], row b comes after the tokens of prefix `prefix_of[b]` where `prefix_mask` [G, P] is true;
         these are computed once for all rows.
@@ -66,12 +65,13 @@ class LogProbs(torch.nn.Module):
         targets = pad(targets, (0, 1))
         if not self.in_tiles:
             logits = self.policy(**inputs).logits[:, -kept - 1 :]
-            return of_logits(logits, targets, temperature, with_entropy)[..., :-1]
-        head = self.policy.get_output_embeddings()
-        of_states = partial(head_log_probs, head, head.forward, targets=targets, temperature=temperature)
-        with head_replaced(head, lambda states: of_states(states[:, -kept - 1 :], with_entropy=with_entropy)):
-            found: torch.Tensor = self.policy(**inputs).logits
-        return found[..., :-1]
+            found = of_logits(logits, targets, temperature, with_entropy)
+        else:
+            head = self.policy.get_output_embeddings()
+            of_states = partial(head_log_probs, head, head.forward, targets=targets, temperature=temperature)
+            with head_replaced(head, lambda states: of_states(states[:, -kept - 1 :], with_entropy=with_entropy)):
+                found = self.policy(**inputs).logits
+        return found[0, :, :-1], found[1, :, :-1].detach() if with_entropy else None
 
     def _after(
         self, prefixes: torch.Tensor, mask: torch.Tensor, prefix_of: torch.Tensor, token_ids: torch.Tensor

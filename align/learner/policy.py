@@ -88,12 +88,10 @@ class PolicyRank(LearnerRank):
             counts = batch.token_counts()
             with self._routing.given(batch.routes, forced=replays), self._balance.watching(counts):
                 with self._expert_counter.counting(*counts):
-                    log_probs, *entropy = self._engine(
+                    log_probs, entropy = self._engine(
                         **batch.inputs, temperature=objective.temperature, with_entropy=objective.grpo is not None
                     )
-                loss, sums = loss_and_sums(
-                    log_probs, entropy[0] if entropy else None, reference, batch, objective, teacher
-                )
+                loss, sums = loss_and_sums(log_probs, entropy, reference, batch, objective, teacher)
                 self._backward(loss + self._balance.loss(batch.prefix_of, batch_size))
             if self._options.share_prompts:
                 sums.prompt_routes_changed, sums.prompt_routes = prompts_routed_otherwise(sequences)

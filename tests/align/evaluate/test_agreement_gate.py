@@ -65,7 +65,7 @@ class PlainLearner:
     ) -> list[Any]:
         batch = collate(sequences, pad_id=0)
         with torch.no_grad():
-            (values,) = self._module(batch.token_ids, batch.targets, temperature)
+            values, _ = self._module(batch.token_ids, batch.targets, temperature)
         return [np.asarray(row[mask]) for row, mask in zip(values, batch.mask, strict=True)]
 
     def take_routes(self) -> list[Any]:

@@ -156,14 +156,15 @@ def test_a_policy_s_log_probs_and_gradients_are_those_of_its_logits(model: Any, 
     targets = ids[:, 4:]
     module = LogProbs(model)
     assert module.in_tiles == in_tiles
-    found = module(ids, targets, TEMPERATURE, with_entropy=True)
+    found, entropy = module(ids, targets, TEMPERATURE, with_entropy=True)
     found.sum().backward()
     tiled = {name: p.grad for name, p in model.named_parameters()}
     model.zero_grad()
     logits = model(input_ids=ids).logits[:, 3:-1]
     expected = token_log_probs(logits, targets, TEMPERATURE)
     expected.sum().backward()
-    torch.testing.assert_close(found, torch.stack([expected, token_entropies(logits, TEMPERATURE)]))
+    torch.testing.assert_close((found, entropy), (expected, token_entropies(logits, TEMPERATURE)))
+    assert module(ids, targets, TEMPERATURE)[1] is None
     torch.testing.assert_close(tiled, {name: p.grad for name, p in model.named_parameters()})
 
 

@@ -58,7 +58,7 @@ def by_hand(policy: ModelOptions, sequences: Draw) -> tuple[dict[str, torch.Tens
     first, second = ({name: torch.zeros_like(m) for name, m in masters.items()} for _ in range(2))
     for step in range(STEPS):
         batch = collate(sequences(step), pad_id=0)
-        (log_probs,) = module(batch.token_ids, batch.targets, 1.0)
+        log_probs, _ = module(batch.token_ids, batch.targets, 1.0)
         module.zero_grad()
         (-(log_probs * batch.weights)[batch.mask].sum()).backward()
         gradients = {name: p.grad.float() for name, p in parameters.items()}

@@ -61,7 +61,7 @@ def plain_gradient(weights: dict[str, torch.Tensor], policy: ModelOptions, batch
     reference = LogProbs(load_policy(policy))
     module.policy.load_state_dict(from_checkpoint(weights))
     batch = collate(batch_of, pad_id=0)
-    (log_probs,) = module(batch.token_ids, batch.targets, 1.0)
+    log_probs, _ = module(batch.token_ids, batch.targets, 1.0)
     with torch.no_grad():
         before, _ = reference(batch.token_ids, batch.targets, 1.0)
     terms = grpo_token_loss(

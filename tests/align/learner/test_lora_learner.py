@@ -36,7 +36,7 @@ def peft_model(base: ModelOptions, adapter: Path, *, trainable: bool = False) ->
 def log_probs(model: Any, batch_of: list[TrainingSequence]) -> torch.Tensor:
     batch = collate(batch_of, pad_id=0)
     with torch.no_grad():
-        (values,) = LogProbs(model)(batch.token_ids, batch.targets, 1.0)
+        values, _ = LogProbs(model)(batch.token_ids, batch.targets, 1.0)
     return values[batch.mask]
 
 
@@ -92,7 +92,7 @@ def test_the_losses_are_those_of_plain_peft(trained: Trained, policy: ModelOptio
     losses = []
     for step in range(STEPS):
         batch = collate(sequences(step), pad_id=0)
-        (values,) = module(batch.token_ids, batch.targets, 1.0)
+        values, _ = module(batch.token_ids, batch.targets, 1.0)
         loss = -values[batch.mask].mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
@@ -106,8 +106,8 @@ def test_the_losses_are_those_of_plain_peft(trained: Trained, policy: ModelOptio
 def test_the_reference_is_the_policy_without_its_adapter(trained: Trained, policy: ModelOptions) -> None:
     batch = collate(trained.sampled, pad_id=0)
     assert batch.old_log_probs is not None
-    (now,) = LogProbs(peft_model(policy, trained.end / "adapter"))(batch.token_ids, batch.targets, 1.0)
-    (before,) = LogProbs(AutoModelForCausalLM.from_pretrained(policy.path))(batch.token_ids, batch.targets, 1.0)
+    now, _ = LogProbs(peft_model(policy, trained.end / "adapter"))(batch.token_ids, batch.targets, 1.0)
+    before, _ = LogProbs(AutoModelForCausalLM.from_pretrained(policy.path))(batch.token_ids, batch.targets, 1.0)
     terms = grpo_token_loss(
         now, batch.old_log_probs, before, batch.advantages, batch.mask, kl_coefficient=GRPO.kl_coefficient
     )

@@ -50,7 +50,7 @@ def computed(policy: LogProbs, replay: RoutingReplay, batch: Batch, **how: Any) 
     """The log-probabilities of a batch, and the gradient of their sum."""
     policy.zero_grad()
     with replay.given(how.get("experts", batch.routes), forced=how.get("forced", True)):
-        (values,) = policy(**batch.inputs, temperature=1.0)
+        values, _ = policy(**batch.inputs, temperature=1.0)
         torch.where(batch.mask, values, 0.0).sum().backward()
     gradients = {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
     return values.detach()[batch.mask], gradients
@@ -103,7 +103,7 @@ def forced_by_its_scores(policy: LogProbs, batch: Batch) -> tuple[torch.Tensor, 
             router.topk_method = "greedy"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "topk", forced)
-        (values,) = policy(**batch.inputs, temperature=1.0)
+        values, _ = policy(**batch.inputs, temperature=1.0)
     torch.where(batch.mask, values, 0.0).sum().backward()
     return values.detach()[batch.mask], {n: p.grad for n, p in policy.named_parameters() if p.grad is not None}
 
