@@ -85,7 +85,7 @@ class ModelOptions(Options):
     )
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32",
-        description="type of the weights, in learner and sampler; `fastest` is bfloat16 on GPUs and on CPUs that have instructions for it, "
+        description="type of the weights, in learner and sampler; `fastest` is bfloat16 on GPUs and on CPUs that multiply faster in it, "
         "else float32, chosen when a run begins and kept in its recipe",
     )
     trust_remote_code: bool = Field(
