@@ -32,8 +32,6 @@ from align.session.steps import CENSUS_STEP
 from align.stages.guards import Alarms, no_history
 from align.stages.held_out import HeldOut, Problems, load_problems
 
-LogProbs = npt.NDArray[np.float32]
-"""Of the tokens of a completion, [S]."""
 SHOWN = ("loss", "pair_accuracy", "margin", "validation_pair_accuracy", "tokens_per_second")
 
 
@@ -54,8 +52,8 @@ class Margins:
     rejected: torch.Tensor
 
     @classmethod
-    def of(cls, log_probs: Sequence[LogProbs], reference: Sequence[LogProbs]) -> Self:
-        """Of the log-probabilities of the completions, in turn, under the policy and under the reference."""
+    def of(cls, log_probs: Sequence[npt.NDArray[np.float32]], reference: Sequence[npt.NDArray[np.float32]]) -> Self:
+        """The margins by the log-probabilities [S] of the completions of pairs, in turn, under the policy and under the reference."""
         raised = torch.tensor([float((new - old).sum()) for new, old in zip(log_probs, reference, strict=True)])
         return cls(raised[::2], raised[1::2])
 
