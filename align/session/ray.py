@@ -208,15 +208,23 @@ def kept_signal_handlers() -> Iterator[None]:
     """Ray takes SIGTERM for itself when it starts; a run has to hear of it.
 
     What is started in the block never hears SIGHUP: all processes of a terminal have it when that is closed, and the run still needs these to save.
+    The run itself hears of it at the end of the block, whichever of its threads took the signal.
     """
-    before = {number: signal.getsignal(number) for number in SIGNALS}
+    put_off: list[int] = []
+    before = {number: signal.getsignal(number) for number in (*SIGNALS, signal.SIGHUP)}
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    if before[signal.SIGHUP] != signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, lambda number, _: put_off.append(number))
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        try:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        finally:  # a Ctrl-C is raised from any of these calls
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    if put_off:
+        signal.raise_signal(signal.SIGHUP)
 
 
 def give_token(environment: MutableMapping[str, str]) -> None:

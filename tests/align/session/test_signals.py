@@ -67,18 +67,42 @@ def test_under_nohup_a_run_outlives_its_terminal() -> None:
         signal.signal(signal.SIGHUP, before)
 
 
-def closed_while_ray_starts() -> None:
-    with kept_signal_handlers():
-        os.kill(os.getpid(), signal.SIGHUP)
-    time.sleep(30)  # where another thread takes the signal, this one hears of it a little later
-
-
-def test_what_ray_starts_outlives_the_terminal_too_and_the_run_still_hears_of_its_end() -> None:
+def test_what_ray_starts_outlives_the_terminal() -> None:
     code = "import os, signal; os.kill(os.getpid(), signal.SIGHUP)"
     with kept_signal_handlers():
         assert subprocess.run([sys.executable, "-c", code], timeout=30).returncode == 0
+
+
+@pytest.fixture
+def other_thread() -> Iterator[int]:
+    """The id of a thread that waits until the test is over, and takes signals as those of Ray and gRPC do."""
+    over = threading.Event()
+    thread = threading.Thread(target=over.wait)
+    thread.start()
+    yield thread.ident or 0
+    over.set()
+    thread.join()
+
+
+@pytest.mark.parametrize("takes", ["this thread", "another thread"])
+def test_a_run_hears_of_the_end_of_its_terminal_once_ray_has_started(takes: str, other_thread: int) -> None:
+    started = []
+
+    def start() -> None:
+        with kept_signal_handlers():
+            signal.pthread_kill(threading.get_ident() if takes == "this thread" else other_thread, signal.SIGHUP)
+            time.sleep(0.1)  # Python calls a handler a little after another thread has taken the signal
+            started.append("Ray")
+
     with StopRequest(), pytest.raises(Terminated):
-        closed_while_ray_starts()
+        start()
+    assert started
+    assert signal.SIGHUP not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_a_ctrl_c_while_ray_starts_leaves_no_signal_blocked() -> None:
+    with StopRequest(), pytest.raises(KeyboardInterrupt), kept_signal_handlers():
+        os.kill(os.getpid(), signal.SIGINT)
     assert signal.SIGHUP not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
