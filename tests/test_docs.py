@@ -74,7 +74,7 @@ def write(file: Path, row: Row) -> None:
 @pytest.fixture
 def _desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A working directory with what the text calls MODEL, its files, and the reward that it shows, on a machine with memory to spare."""
-    monkeypatch.setattr("align.tools.init_recipe.memory_bytes", lambda: (32 * GIB, 16 * GIB))
+    monkeypatch.setattr("align.tools.recipe_choices.memory_bytes", lambda: (32 * GIB, 16 * GIB))
     tokenizer = load_tokenizer(ROOT / "recipes/nano/policy")
     ends = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -100,7 +100,7 @@ def run(words: list[str]) -> str:
 @pytest.mark.usefixtures("_desk")
 def test_the_recipes_that_the_docs_have_written_are_valid(capsys: pytest.CaptureFixture[str]) -> None:
     written = [words[1:] for words in commands("align", "init")]
-    assert [words[1] for words in written] == ["sft", "grpo", "reward-model"]
+    assert [words[1] for words in written] == ["sft", "grpo", "reward-model", "dpo"]
     for words in written:
         [run_it] = commands("align", words[1])
         assert main(words) == 0

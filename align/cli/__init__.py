@@ -38,7 +38,12 @@ GROUPS: dict[str, tuple[str, Commands]] = {
     "rewards": ("the rewards that a recipe can name", {"list": listings.list_rewards, "probe": scores.probe}),
     "init": (
         "write a recipe for one's own data and model, and say what is in them",
-        {"sft": init.init_sft, "grpo": init.init_grpo, "reward-model": init.init_reward_model},
+        {
+            "sft": init.init_sft,
+            "grpo": init.init_grpo,
+            "dpo": init.init_dpo,
+            "reward-model": init.init_reward_model,
+        },
     ),
     "data": (
         "the data that a recipe can name, and one's own",

@@ -18,7 +18,7 @@ Out = Annotated[Path | None, Option(help="recipe to write; my_STAGE.yaml when no
 Overwrite = Annotated[bool, Option("--overwrite", help="replace the recipe that is there")]
 
 
-def from_data_and_model(stage: Literal["sft", "reward_model"], text: str) -> Callable[..., None]:
+def from_data_and_model(stage: Literal["sft", "dpo", "reward_model"], text: str) -> Callable[..., None]:
     """The command that writes a recipe of a stage which needs nothing more; `text` is its help."""
 
     def command(
@@ -36,6 +36,7 @@ def from_data_and_model(stage: Literal["sft", "reward_model"], text: str) -> Cal
 
 
 init_sft = from_data_and_model("sft", "a recipe for supervised fine-tuning on conversations")
+init_dpo = from_data_and_model("dpo", "a recipe for direct preference optimization on pairs of completions")
 init_reward_model = from_data_and_model("reward_model", "a recipe for a reward model from pairs of completions")
 
 
@@ -53,7 +54,7 @@ def init_grpo(
 
 
 def write_recipe(
-    stage: Literal["sft", "grpo", "reward_model"],
+    stage: Literal["sft", "grpo", "dpo", "reward_model"],
     data: str,
     model: str,
     out: Path | None,

@@ -24,9 +24,10 @@ Turns = tuple[Message, ...]
 STAGES: Mapping[Kind, tuple[Literal["sft", "reward_model", "grpo", "eval"], ...]] = {
     "conversations": ("sft", "grpo", "eval"),
     "problems": ("grpo", "eval"),
-    "pairs": ("reward_model",),
+    "pairs": ("reward_model", "eval"),
 }
-"""The stages that rows of a kind are for. GRPO and evaluation ask the prompts of conversations, and take no notice of what was answered."""
+"""The stages that rows of a kind are for; DPO is for what reward models are for. GRPO and evaluation ask the prompts of conversations, and evaluation
+those of pairs: they take no notice of what was answered."""
 COMPLETIONS = ("completion", "response")
 SYSTEM = ("system", "system_prompt")
 MAYBE_PROMPTS = ("instruction", "input", "conversations", "conversation", "query", "context")

@@ -3,7 +3,7 @@
 import inspect
 import random
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -45,7 +45,7 @@ def load_split(
     params: Mapping[str, Any] | None = None,
     held_out: HeldOutPrompts = NOTHING,
 ) -> LoadedSplit[Example]:
-    """The examples of `split`, in the order of the source, or `limit` of them after a shuffle by `seed`.
+    """The examples of `split`, of pairs without a card their prompts, in the order of the source, or `limit` of them after a shuffle by `seed`.
 
     Those whose prompt occurs in a split held out from this one, or in `held_out`, are dropped and counted, before anything
     else is chosen. `path`: local file or directory in place of the hub, see `align.data.tables.table_rows`; with one file
@@ -198,7 +198,8 @@ def _examples(
             made: list[Example] = reasoning_gym_task().generate_task(card, source, split, params)
             return made
         case OwnSource() as source:
-            return _of_kind(read_split(source, split), {"conversations", "problems"})
+            rows = read_split(source, split)
+            return _prompts_of(_of_kind(rows, {"pairs"})) or _of_kind(rows, {"conversations", "problems"})
         case source:
             return read_examples(card, source, split, path)
 
@@ -214,6 +215,14 @@ def _preferences(
     if isinstance(source, OwnSource):
         return _of_kind(read_split(source, split), {"pairs"})
     raise UserError(f"{card.called} has no preferences to train a reward model on")
+
+
+def _prompts_of(pairs: Iterable[Preference]) -> list[Example]:
+    """The prompts of pairs, each once, for a policy to answer: neither completion is known to be right."""
+    found: dict[str, Example] = {}
+    for pair in pairs:
+        found.setdefault(pair.prompt_key, Example(pair.id, pair.messages, None, None, pair.domain))
+    return list(found.values())
 
 
 def _of_kind(rows: Rows, kinds: Collection[Kind]) -> Sequence[Any]:

@@ -207,9 +207,9 @@ class DpoRecipe(SupervisedRecipe):
 
     @model_validator(mode="after")
     def _problems_to_answer(self) -> Self:
-        if not self.evaluation.cards and (self.evaluation.path is None or any(data.card for data in self.data)):
+        if not self.evaluation.cards and any(data.card for data in self.data):
             raise ValueError(
-                "evaluation: pairs have no problems for the policy to answer: name some, with evaluation.cards, or evaluation.path: FILE beside pairs in a file"
+                "evaluation: a card of pairs has no problems for the policy to answer: name cards that have, with evaluation.cards"
             )
         return self
 

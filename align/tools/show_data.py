@@ -101,7 +101,7 @@ def card_named(name: str) -> DataCard:
 
 def loaded(card: DataCard, split: SplitName) -> Items:
     """The rows of a split, without those whose prompts are held out from it."""
-    if card.stages == ["reward_model"]:
+    if {"reward_model"} <= set(card.stages) <= {"reward_model", "eval"}:
         return load_preferences(card, split).examples
     return load_split(card, split).examples
 

@@ -348,7 +348,7 @@ def test_domains_are_those_that_rows_say_and_a_reward_must_be_for_each(tmp_path:
     ("stage", "rows", "message"),
     [
         ("sft", problems(9), r"mine\.jsonl is not for sft, only for grpo, eval"),
-        ("sft", pairs(9), r"mine\.jsonl is not for sft, only for reward_model"),
+        ("sft", pairs(9), r"mine\.jsonl is not for sft, only for reward_model, eval"),
         ("reward_model", chats(9), r"mine\.jsonl is not for reward_model, only for sft, grpo, eval"),
         ("grpo", bad(9), r"9 of 9 rows cannot be used"),
     ],
@@ -397,6 +397,18 @@ def test_pairs_of_a_file_are_preferences(tmp_path: Path) -> None:
     card = own_card(source(write_rows(tmp_path / "mine.jsonl", pairs(40))))
     found = [pair for split in card.splits for pair in load_preferences(card, split).examples]
     assert sorted(pair.chosen for pair in found) == sorted(row["chosen"] for row in pairs(40))
+
+
+def test_a_policy_that_learns_from_pairs_of_a_file_answers_their_prompts_once_each(tmp_path: Path) -> None:
+    rows = [{**row, "rejected": rejected} for row in pairs(40) for rejected in ("No.", "Never.")]
+    card = own_card(source(write_rows(tmp_path / "mine.jsonl", rows)))
+    asked = load_split(card, "test").examples
+    held_out = load_preferences(card, "test").examples
+    assert len(asked) == len(held_out) / 2 > 0
+    assert {one.prompt_text for one in asked} == {pair.prompt_text for pair in held_out}
+    assert all(one.response is None and one.answer is None for one in asked)
+    trained = {pair.prompt_text for pair in load_preferences(card, "train").examples}
+    assert trained.isdisjoint(one.prompt_text for one in asked)
 
 
 @pytest.mark.skipif(not SHAREGPT.is_file(), reason="the published file is not on this machine")

@@ -101,7 +101,7 @@ def test_rewards_are_for_what_is_answered_and_not_for_the_pairs(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["evaluation.cards=[]"], "pairs have no problems for the policy to answer: name some, with evaluation.cards"),
+        (["evaluation.cards=[]"], "no problems for the policy to answer: name cards that have, with evaluation.cards"),
         (["learner.lora={dropout: 0.1}"], "margins are measured without it"),
         (["alarms.stop=[entropy]"], "entropy cannot come here"),
         (["data={card: nano_math}"], "nano_math"),

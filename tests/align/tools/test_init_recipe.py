@@ -14,7 +14,8 @@ from align.model.sizes import empty_model, model_sizes
 from align.plan.memory import GIB
 from align.recipe import load_recipe
 from align.tools import init_recipe
-from align.tools.init_recipe import Choice, Facts, Machine, batch, fitting, from_, last_answer, length, steps
+from align.tools.init_recipe import fitting, from_, last_answer
+from align.tools.recipe_choices import Choice, Facts, Machine, batch, length, steps
 
 from ..rows import write_rows
 
@@ -37,10 +38,10 @@ def facts(machine: Machine = LAPTOP, width: str = "small", **changed: Any) -> Fa
 
 
 def fitted(stage: Any, known: Facts, *overrides: str, lora: bool | None = None) -> tuple[Any, dict[str, Choice]]:
-    reward = [Choice("rewards", [{"name": "exact_answer"}])] if stage == "grpo" else []
+    more = {"grpo": [Choice("rewards", [{"name": "exact_answer"}])], "dpo": [Choice("evaluation.cards", ["nano_math"])]}
     named = [Choice("stage", stage), Choice("name", "a"), Choice("model.path", NANO), Choice("model.init", "random")]
     data = Choice("data.card", "nano_math")
-    recipe, choices = fitting(stage, [*named, data, *reward], known, overrides, Path("a.yaml"), lora)
+    recipe, choices = fitting(stage, [*named, data, *more.get(stage, [])], known, overrides, Path("a.yaml"), lora)
     return recipe, {choice.key: choice for choice in choices}
 
 
@@ -60,7 +61,7 @@ def init(out: str = "my_sft.yaml", *overrides: str, model: str = NANO, stage: An
     return captured.get()
 
 
-@pytest.mark.parametrize("stage", ["sft", "grpo", "reward_model"])
+@pytest.mark.parametrize("stage", ["sft", "grpo", "dpo", "reward_model"])
 @pytest.mark.parametrize(
     ("machine", "width"),
     [
@@ -186,6 +187,19 @@ def test_what_is_written_can_be_read_and_says_why() -> None:
     assert [line for line in said.splitlines() if "sft.steps" in line and "2 passes over the data" in line]
     assert said.endswith("my_sft.yaml is written. Next:\n  align sft my_sft.yaml\n")
     assert yaml.safe_load(text)["data"] == {"path": "chat.jsonl"}
+
+
+@pytest.mark.usefixtures("_desk")
+def test_pairs_alone_are_enough_for_dpo() -> None:
+    answers = {"chosen": "Here it is, and more.", "rejected": "No."}
+    write_rows(Path("chat.jsonl"), ({"prompt": f"Say {n}.", **answers} for n in range(40)))
+    said = init("my_dpo.yaml", stage="dpo")
+    recipe: Any = load_recipe(Path("my_dpo.yaml"))
+    assert (recipe.dpo.pairs_per_step, recipe.dpo.steps, recipe.dpo.validate_every) == (4, 17, 1)
+    assert recipe.evaluation.max_new_tokens >= 16
+    assert recipe.rollout.max_length >= recipe.evaluation.max_new_tokens + 16
+    assert recipe.learner.optimizer.learning_rate == 1e-6
+    assert said.endswith("my_dpo.yaml is written. Next:\n  align dpo my_dpo.yaml\n")
 
 
 @pytest.mark.usefixtures("_desk")
