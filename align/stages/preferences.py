@@ -104,13 +104,16 @@ def judged(groups: Sequence[ScoredGroup]) -> list[ScoredTrajectory]:
 
 
 def pairs_of(group: ScoredGroup, most: int, seed: int) -> Iterator[dict[str, Any]]:
-    """Right answers beside wrong ones, `most` pairs at most; every text comes once, and none that is empty or was found both right and wrong."""
+    """Right answers beside wrong ones, `most` pairs at most; every text comes once, and none that is empty or was found both right and wrong. A right
+    one that was cut off is in no pair: whoever learns from it would learn to end there."""
     example = group.problem.example
     scored = [answer for answer in group.trajectories if answer.scored and answer.reward.value is not None]
     found = {
         right: dict.fromkeys(a.text for a in scored if a.right is right and a.text.strip()) for right in (True, False)
     }
     right, wrong = ([text for text in found[one] if text not in found[not one]] for one in (True, False))
+    ended = {answer.text for answer in scored if not answer.truncated}
+    right = [text for text in right if text in ended]
     draw = Random(f"{seed}/{example.id}")
     draw.shuffle(right)
     draw.shuffle(wrong)

@@ -49,6 +49,14 @@ def test_an_empty_text_and_one_found_both_right_and_wrong_are_in_no_pair() -> No
     assert pairs(*both, most=5) == []
 
 
+def test_a_right_answer_that_was_cut_off_is_not_chosen_and_a_wrong_one_may_be_rejected() -> None:
+    def cut_off(one: ScoredTrajectory) -> ScoredTrajectory:
+        return replace(one, trajectory=replace(one.trajectory, finish_reason=FinishReason.LENGTH))
+
+    assert pairs(*map(cut_off, RIGHT), *WRONG, most=5) == []
+    assert len(pairs(*RIGHT, *map(cut_off, WRONG), most=5)) == 2
+
+
 def test_the_recipe_limits_the_pairs_of_a_prompt_and_they_are_drawn_by_its_seed() -> None:
     one = pairs(*RIGHT, *WRONG, most=1)
     assert len(one) == 1
