@@ -282,7 +282,8 @@ def list_cards(cards_dir: Path = CARDS) -> list[DataCard]:
 def require_stage(card: DataCard, stage: Stage) -> None:
     """Raises UserError where the card is not meant for `stage`."""
     if stage not in card.stages:
-        raise UserError(f"{card.called} is not for {stage}, only for {', '.join(card.stages)}")
+        learner = "reward models and DPO, which need pairs" if stage == "reward_model" else stage
+        raise UserError(f"{card.called} is not for {learner}, only for {', '.join(card.stages)}")
 
 
 def check(model: type[Model], data: Any, *, where: str, context: Path | None = None) -> Model:

@@ -198,6 +198,7 @@ def _table(file: BinaryIO, path: Path, delimiter: str) -> Iterator[Row | UserErr
     csv.field_size_limit(sys.maxsize)
     text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
     reader = csv.reader(text, delimiter=delimiter, strict=True)
+    before = 0
     try:
         header = next((row for row in reader if row), [])
         if len(set(header)) < len(header) or not all(header):
@@ -216,7 +217,7 @@ def _table(file: BinaryIO, path: Path, delimiter: str) -> Iterator[Row | UserErr
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 ({error.reason}). Save the file as UTF-8") from None
     except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num}: {error}") from None
+        raise UserError(f"{path}, line {before + 1}: {error}") from None
 
 
 def without_fill(value: Any) -> Any:
@@ -258,7 +259,7 @@ def _parquet(path: Path) -> Iterator[Row | UserError]:
             others = [field.name for field in file.schema_arrow if NOT_IN_JSON.search(str(field.type))]
             number = 0
             for batch in file.iter_batches(batch_size=1000):
-                for values in batch.to_pylist():
+                for values in _values_of(batch, f"{path}, rows {number + 1} to {number + len(batch)}"):
                     number += 1
                     filled = {name: without_fill(values[name]) for name in OBJECTS.intersection(values)}
                     if "tests" in values:
@@ -269,3 +270,15 @@ def _parquet(path: Path) -> Iterator[Row | UserError]:
         raise UserError(f"{path} does not exist") from None
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{path} is not a readable Parquet file: {error}") from error
+
+
+def _values_of(batch: Any, where: str) -> list[dict[str, Any]]:
+    """The rows of a batch of Parquet. Raises UserError for what Python has no value for: dates beyond the year 9999, unknown time zones, text that is not
+    UTF-8."""
+    try:
+        rows: list[dict[str, Any]] = batch.to_pylist()
+    except (ValueError, OverflowError, LookupError) as error:
+        raise UserError(
+            f"{where}: a value cannot be read ({error}). Write the column as text, or leave it out"
+        ) from None
+    return rows

@@ -3,7 +3,7 @@
 import inspect
 import random
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -16,7 +16,7 @@ from align.data.cards import DataCard, FileSource, GeneratorSource, HubSource, O
 from align.data.drawing import Hashes, key_hash
 from align.data.forms import Kind
 from align.data.generators import GIVEN, generator, reasoning_gym_task
-from align.data.own import Rows, earlier_keys, opening_of, read_source, read_split
+from align.data.own import Rows, earlier_keys, opening_of, prompts_of, read_source, read_split
 from align.data.tables import read_examples, read_preferences
 from align.data.types import Example, Item, LoadedSplit, Message, Preference, SplitName
 from align.errors import UserError, naming
@@ -199,7 +199,7 @@ def _examples(
             return made
         case OwnSource() as source:
             rows = read_split(source, split)
-            return _prompts_of(_of_kind(rows, {"pairs"})) or _of_kind(rows, {"conversations", "problems"})
+            return prompts_of(_of_kind(rows, {"pairs"})) or _of_kind(rows, {"conversations", "problems"})
         case source:
             return read_examples(card, source, split, path)
 
@@ -215,14 +215,6 @@ def _preferences(
     if isinstance(source, OwnSource):
         return _of_kind(read_split(source, split), {"pairs"})
     raise UserError(f"{card.called} has no preferences to train a reward model on")
-
-
-def _prompts_of(pairs: Iterable[Preference]) -> list[Example]:
-    """The prompts of pairs, each once, for a policy to answer: neither completion is known to be right."""
-    found: dict[str, Example] = {}
-    for pair in pairs:
-        found.setdefault(pair.prompt_key, Example(pair.id, pair.messages, None, None, pair.domain))
-    return list(found.values())
 
 
 def _of_kind(rows: Rows, kinds: Collection[Kind]) -> Sequence[Any]:

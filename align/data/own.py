@@ -3,7 +3,7 @@
 import hashlib
 import logging
 from array import array
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -29,6 +29,8 @@ from reward.rows import DOMAIN
 _log = logging.getLogger(__name__)
 SHOWN = 20
 """So many bad rows are told one by one."""
+OTHER_NAMES = ("valid", "val", "dev", "eval")
+"""What others call the validation split."""
 CURE = "Correct them, or leave them out and have them counted: with data.bad_rows=leave_out, or in a card with bad_rows: leave_out in its source"
 TAKE_OUT = "Correct them, or take them out"
 """The cure for files that are evaluated on alone."""
@@ -239,24 +241,34 @@ def tables_of(source: OwnSource) -> dict[SplitName, list[Path]]:
             f"{directory} is a directory without {source.splits[0]}.jsonl (or another of {', '.join(SUFFIXES)}); give a file, or a pattern such as "
             f"{directory}/*.jsonl"
         )
+    other = [file for name in OTHER_NAMES for file in _files_named(directory, name)]
+    if other and not found.get("validation", other):
+        raise UserError(
+            f"{other[0]} is not read, for a directory's splits are called {', '.join(found)}: rename it, or take it out"
+        )
     return {split: files for split, files in found.items() if files}
 
 
 def read_user_file(path: str | Path) -> list[Example]:
-    """A user's own problems, in their order and with the ids of their rows: any file that `align.data.files` reads, of any form with a prompt.
+    """A user's own problems, in their order and with the ids of their rows: any file that `align.data.files` reads, of any form; of pairs their prompts.
 
     Raises UserError with file and line.
     """
     files = hub_files(str(path), None, None, None, ("test",))["test"] if is_on_hub(path) else files_of(path)
     rows = _read("", tuple(files), _stamps(files), "refuse", TAKE_OUT)
-    if rows.form.kind == "pairs":
-        raise UserError(
-            f"{path} has pairs of completions ({rows.form.columns}), where problems with a prompt each are asked for"
-        )
-    return list(rows.items)
+    return prompts_of(rows.items) if rows.form.kind == "pairs" else list(rows.items)
 
 
-def _files_named(directory: Path, split: SplitName) -> list[Path]:
+def prompts_of(pairs: Iterable[Preference]) -> list[Example]:
+    """The prompts of pairs, each once, for a policy to answer: neither completion is known to be right."""
+    found: dict[str, Example] = {}
+    for pair in pairs:
+        asked = Example(pair.id, pair.messages, None, pair.answer, pair.domain, metadata=pair.metadata)
+        found.setdefault(pair.prompt_key, asked)
+    return list(found.values())
+
+
+def _files_named(directory: Path, split: str) -> list[Path]:
     files = [*directory.glob(f"{split}.*"), *directory.glob(f"{split}-*.*")]
     return sorted(file for file in files if any(suffix in SUFFIXES for suffix in file.suffixes) and suffix_of(file))
 

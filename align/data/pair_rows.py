@@ -109,9 +109,19 @@ def hh_pair(chosen: str, rejected: str) -> tuple[tuple[Message, ...], str, str]:
     return tuple(prompt), better["content"], worse["content"]
 
 
+def is_hh_dialogue(text: str) -> bool:
+    """Whether a text is "Human: ...\\n\\nAssistant: ...", with or without the line breaks that hh-rlhf has before it."""
+    return text.lstrip().startswith("Human:") and "\n\nAssistant:" in text
+
+
+def hh_prompt(dialogue: str) -> tuple[Message, ...]:
+    """The turns of a dialogue that ends in "Assistant:", where the assistant is to answer. Raises NothingToJudgeBy as `hh_turns` does."""
+    return tuple(hh_turns(f"{dialogue.rstrip()} ...")[:-1])
+
+
 def hh_turns(dialogue: str) -> list[Message]:
     """The turns of "\\n\\nHuman: ...\\n\\nAssistant: ...". Raises NothingToJudgeBy unless they alternate and have a text each."""
-    before, *parts = HH_TURN.split(dialogue)
+    before, *parts = HH_TURN.split(f"\n\n{dialogue.lstrip()}")
     turns: list[Message] = [
         {"role": HH_ROLES[speaker], "content": text.strip()}
         for speaker, text in zip(parts[::2], parts[1::2], strict=True)

@@ -89,6 +89,9 @@ class Preference:
     domain: str
     margin: float | None = None
     """By how much the first is better, in the units of its source; None where that was not measured."""
+    answer: str | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    """The ground truth and the other columns, for rewards of what a policy answers to the prompt."""
 
     @property
     def prompt_text(self) -> str:

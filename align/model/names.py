@@ -100,6 +100,17 @@ PARTS = {
 """By what is in their names, the parameters of the parts that `learner.freeze` can name. Those that are tied to the embeddings have no name of their own."""
 
 
+FIRST_LAYERS, LAYER = re.compile(r"first_(\d+)_layers"), re.compile(r"\b(?:layers|h|blocks)\.(\d+)\.")
+
+
+def is_part(name: str, part: str) -> bool:
+    """Whether a parameter is of a part that `learner.freeze` can name: by PARTS, or by the number of its layer."""
+    if first := FIRST_LAYERS.fullmatch(part):
+        layer = LAYER.search(name)
+        return layer is not None and int(layer[1]) < int(first[1])
+    return re.search(PARTS[part], name) is not None
+
+
 def frozen_names(names: Iterable[str], freeze: Sequence[str]) -> set[str]:
     """The parameters, of those with these names, that `freeze` means.
 
@@ -107,7 +118,7 @@ def frozen_names(names: Iterable[str], freeze: Sequence[str]) -> set[str]:
     """
     names, frozen = list(names), set[str]()
     for part in freeze:
-        found = {name for name in names if re.search(PARTS[part], name)}
+        found = {name for name in names if is_part(name, part)}
         if not found:
             there = [other for other, pattern in PARTS.items() if any(re.search(pattern, name) for name in names)]
             raise UserError(f"learner.freeze: the model has no {part} of its own; it has {', '.join(there)}")

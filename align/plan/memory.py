@@ -35,7 +35,7 @@ class Training:
     """What a learner rank trains: `trained` of the parameters, in `element` bytes a number.
 
     A step gives it `step_tokens` in sequences of `longest` tokens at most. `reference_copy`, which `margins` cannot do without, and the `teacher`
-    of a distillation, are beside it.
+    of a distillation, are beside it. `together` sequences are in one micro-batch whatever their length: the two of a pair.
     """
 
     sizes: ModelSizes
@@ -48,11 +48,17 @@ class Training:
     margins: bool = False
     teacher: ModelSizes | None = None
     logits: bool = True
+    together: int = 1
+
+    @property
+    def longest_together(self) -> int:
+        """The least tokens that a micro-batch has room for."""
+        return self.together * self.longest
 
     @property
     def tokens(self) -> int:
-        """Tokens of a micro-batch; a sequence that is longer than the budget is one of its own."""
-        return min(max(self.options.micro_batch_tokens, self.longest), self.step_tokens)
+        """Tokens of a micro-batch; a sequence or pair that is longer than the budget is one of its own."""
+        return min(max(self.options.micro_batch_tokens, self.longest_together), self.step_tokens)
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,7 +57,11 @@ def cure(training: Training, limit: float, ranks_to_add: int) -> str:
     if training.reference_copy and not training.margins:
         training = replace(training, reference_copy=False)
         said.append("grpo.kl_coefficient=0 (or adapters), which needs no second model as the reference")
-    changes = {"gradient_checkpointing": True, "zero_stage": 3, "micro_batch_tokens": max(2048, training.longest)}
+    changes = {
+        "gradient_checkpointing": True,
+        "zero_stage": 3,
+        "micro_batch_tokens": max(2048, training.longest_together),
+    }
     if training.options.expert_parallel > 1:
         del changes["zero_stage"]  # AutoEP's ZeRO-3 is not used here
     for key, value in changes.items():

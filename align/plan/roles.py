@@ -61,6 +61,7 @@ def work_of(
         teacher=others.get(roles.teacher, sizes) if roles.teacher else None,
         # A reward model has a number where a policy has logits.
         logits=roles.trained == "policy",
+        together=2 if roles.margins or roles.trained == "reward_model" else 1,
     )
     return Work(roles, sizes, element, training, sent if roles.rollout else 0, beside)
 

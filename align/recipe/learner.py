@@ -1,7 +1,7 @@
 """The options of a recipe's learner: ranks and ZeRO, optimizer, adapters, balance losses, what is frozen."""
 
 from contextlib import suppress
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -87,7 +87,10 @@ class BalanceOptions(Options):
         raise ValueError("should be a number of at least 0, or config")
 
 
-Freezable = Literal["router", "experts", "shared_experts", "attention", "mlp", "norms", "embeddings", "head"]
+Freezable = (
+    Literal["router", "experts", "shared_experts", "attention", "mlp", "norms", "embeddings", "head"]
+    | Annotated[str, Field(pattern=r"^first_[1-9]\d*_layers$")]
+)
 
 
 class LearnerOptions(Options):
@@ -117,7 +120,7 @@ class LearnerOptions(Options):
     )
     share_prompts: bool = Field(
         False,
-        description="GRPO: compute a prompt once for all completions of a group that are in a micro-batch: the same gradient for "
+        description="GRPO, DPO: compute a prompt once for all completions of a group or pair that are in a micro-batch: the same gradient for "
         "fewer tokens in one more pass, which pays where prompts are long",
     )
     port: int | None = Field(None, ge=1024, le=65535, description="where the ranks meet; a free port when not given")
@@ -126,7 +129,7 @@ class LearnerOptions(Options):
     freeze: list[Freezable] = Field(
         [],
         description="parts that stay as they are: router, experts (the routed ones), shared_experts, attention, mlp (of layers without experts), "
-        "norms, embeddings, head",
+        "norms, embeddings, head, and whole layers from the first one on, such as first_15_layers",
     )
     balance: BalanceOptions = BalanceOptions()
     resources: Resources = Field(

@@ -348,7 +348,9 @@ class EvaluationOptions(Options):
     levels: list[int] | None = Field(None, description="difficulty levels to keep of the only card")
     limit: int = Field(256, ge=1, description="problems of a card, after a seeded shuffle")
     samples: int = Field(4, ge=0, description="samples a problem for pass@k, drawn at temperature 1; 0 leaves it out")
-    before: bool = Field(True, description="also before the first step; not where the stage before has just done it")
+    before: bool = Field(
+        True, description="also before the first step; not where SFT, as `init_from`, has just been asked the same"
+    )
     every: int | None = Field(
         None,
         ge=1,

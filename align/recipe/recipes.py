@@ -209,7 +209,7 @@ class DpoRecipe(SupervisedRecipe):
     def _problems_to_answer(self) -> Self:
         if not self.evaluation.cards and any(data.card for data in self.data):
             raise ValueError(
-                "evaluation: a card of pairs has no problems for the policy to answer: name cards that have, with evaluation.cards"
+                "evaluation: a card of pairs has no problems for the policy to answer: name cards that have, with evaluation.cards (evaluation.path is for pairs in a file)"
             )
         return self
 

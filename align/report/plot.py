@@ -18,6 +18,8 @@ TICKS = 5
 REWARD = ("reward, mean of the step", False, {"reward": "reward"})
 LOSS = ("loss", False, {"loss": "training", "validation_loss": "validation"})
 ACCURACY = ("accuracy", False, {"accuracy": "training", "evaluation/accuracy": "held-out"})
+PAIRS = ("pairs in the right order", False, {"pair_accuracy": "training", "validation_pair_accuracy": "held-out"})
+SHARES = (ACCURACY[0], PAIRS[0])
 AGREEMENT = ("sampler–learner gap, nats/token", True, {"agreement/mean": "mean", "agreement/max": "largest"})
 
 
@@ -59,7 +61,7 @@ def build_plot(run: RunRecord) -> Plot:
     stage, series = next((each for each in reversed(by_stage) if "reward" in each[1]), by_stage[-1])
     steps = [step for each in series.values() for step in each.steps]
     panels = []
-    for title, log, names in (REWARD if "reward" in series else LOSS, ACCURACY, AGREEMENT):
+    for title, log, names in (REWARD if "reward" in series else LOSS, PAIRS, ACCURACY, AGREEMENT):
         shown = {name: thin(series[metric], MOST_POINTS) for metric, name in names.items() if metric in series}
         if shown:
             panels.append(_panel(title, log, shown, min(steps), max(*steps, min(steps) + 1)))
@@ -110,4 +112,4 @@ def _panel(title: str, log: bool, series: Mapping[str, Series], first: int, last
 
 
 def _text(title: str, value: float | None) -> str:
-    return f"{100 * value:.3g}%" if title == ACCURACY[0] and value is not None else plain(value)
+    return f"{100 * value:.3g}%" if title in SHARES and value is not None else plain(value)

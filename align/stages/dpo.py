@@ -20,7 +20,7 @@ from align.data.drawing import Source, items_of_step, left_out
 from align.data.entries import Notes, Reader, Room, entries_of
 from align.data.loader import held_together, load_preferences, refuse_one_file
 from align.data.types import Preference
-from align.errors import naming
+from align.errors import UserError, naming
 from align.evaluate.accuracy import Evaluation
 from align.learner.batch import PolicyPair, TrainingSequence
 from align.learner.group import LearnerGroup
@@ -63,10 +63,11 @@ class Margins:
         return self.chosen - self.rejected
 
     def metrics(self, beta: float) -> dict[str, float]:
-        """The mean loss of the pairs, how many have the chosen completion ahead, and the mean margin with its two parts, in nats."""
+        """The mean loss of the pairs, the share that has the chosen completion ahead, equal ones counted half, and the mean margin with its two parts, in
+        nats."""
         return {
             "pair_loss": float(dpo_loss(self.chosen, self.rejected, beta).mean()),
-            "pair_accuracy": float((self.values > 0).float().mean()),
+            "pair_accuracy": float((self.values.sign() + 1).mean() / 2),
             "margin": float(self.values.mean()),
             "chosen": float(self.chosen.mean()),
             "rejected": float(self.rejected.mean()),
@@ -107,8 +108,8 @@ def train_dpo(recipe: DpoRecipe, data: DpoData, session: Session) -> tuple[Model
         evaluations: dict[str, Evaluation] = {}
         if fleet.weight_version:  # of an end that was cut short, from which the stage is run again
             learner.sync_weights(fleet, 0)
-        if recipe.init_from is None and recipe.evaluation.before:
-            evaluations["before DPO"] = held_out.evaluate("before DPO", 0)
+        if recipe.evaluation.before and not held_out.was_asked_before():
+            evaluations |= held_out.evaluate_start("before DPO", steps.done)
 
         for step in steps:
             started = time.perf_counter()
@@ -151,7 +152,10 @@ def encode_pair(tokenizer: Any, preference: Preference) -> list[PolicyPair]:
         encoded = (
             encode_example(tokenizer, preference.messages, text) for text in (preference.chosen, preference.rejected)
         )
-        return [PolicyPair(*(TrainingSequence.of_completion(ids, length, 0.0) for ids, length in encoded))]
+        pair = PolicyPair(*(TrainingSequence.of_completion(ids, length, 0.0) for ids, length in encoded))
+        if pair.chosen.token_ids == pair.rejected.token_ids:
+            raise UserError("the chat template makes the chosen and the rejected completion the same tokens")
+    return [pair]
 
 
 def completions_of(pairs: Sequence[PolicyPair]) -> list[TrainingSequence]:

@@ -80,7 +80,7 @@ def train_grpo(recipe: GrpoRecipe, data: GrpoData, session: Session) -> tuple[Mo
             learner.sync_weights(fleet, state["weight_version"])
         held_out.check_agreement(learner, "before GRPO")
         evaluations: dict[str, Evaluation] = {}
-        if recipe.init_from is None and recipe.evaluation.before:
+        if recipe.evaluation.before and not held_out.was_asked_before():
             evaluations |= held_out.evaluate_start("before GRPO", steps.done)
 
         def rate_policy(step: int) -> None:

@@ -23,8 +23,10 @@ from align.experience import Problem, encode_problems
 from align.learner.group import LearnerGroup
 from align.learner.objective import Sums
 from align.recipe import AgreementOptions, DataOptions, EvaluationOptions, ModelOptions, PolicyRecipe
+from align.recipe.pipeline import FIRST
 from align.report.habits import last_evaluation_habits
 from align.run import RunDirectory, read_jsonl, read_samples
+from align.run.files import read_parquet
 from align.session.checks import check_columns
 from align.session.run import recorded_evaluations
 from align.session.session import Session
@@ -131,6 +133,12 @@ class HeldOut:
         if self._problems.watched:
             chosen._problems, chosen._split = replace(self._problems, problems=self._problems.watched), "validation"
         return chosen
+
+    def was_asked_before(self) -> bool:
+        """Whether the stage of `init_from` has ended by asking its policy all of these problems: then nothing is gained by asking it again."""
+        table = RunDirectory(self._run.directory.path / FIRST).evaluations_directory / "after SFT.parquet"
+        asked = set(read_parquet(table, ["id"])["id"].to_pylist()) if table.exists() else set()
+        return {problem.example.id for problem in self._problems.problems} <= asked
 
     def evaluate_start(self, name: str, done: int) -> dict[str, Evaluation]:
         """Evaluate the policy that the stage began with, which the rollout workers hold unless steps are `done`: nothing where it was not

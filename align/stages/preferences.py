@@ -55,6 +55,7 @@ def gather_preferences(recipe: PreferencesRecipe, splits: Sequence[SplitPrompts]
     run.progress.phase("starting rollout workers")
     session.fleet.wait_until_ready()
     pairs: dict[tuple[str, SplitName], list[dict[str, Any]]] = {}
+    cut_off = 0
     for step, part in enumerate(splits):
         run.progress.phase(f"sampling ({part.split} split of {part.problems[0].example.domain})")
         prompts = [problem.prompt for problem in part.problems]
@@ -64,29 +65,44 @@ def gather_preferences(recipe: PreferencesRecipe, splits: Sequence[SplitPrompts]
         for group in groups:
             found_pairs = pairs_of(group, recipe.preferences.pairs_per_prompt, recipe.seed)
             pairs.setdefault((group.problem.example.domain, part.split), []).extend(found_pairs)
-        right = [answer.right for answer in judged(groups)]
+        answers = judged(groups)
+        cut_off += sum(answer.right and answer.truncated for answer in answers)
         found = sum(len(rows) for rows in pairs.values())
         run.record_step(
             "preferences",
             step + 1,
-            {"prompts": len(prompts), "accuracy": mean_of(right), "pairs": found},
+            {
+                "prompts": len(prompts),
+                "accuracy": mean_of([a.right for a in answers]),
+                "pairs": found,
+                "right_but_cut_off": cut_off,
+            },
             SHOWN,
         )
-    write_pairs(pairs, run.directory.final_directory, run.progress.note)
+    write_pairs(pairs, run.directory.final_directory, run.progress.note, cut_off)
 
 
 def write_pairs(
-    pairs: Mapping[tuple[str, SplitName], Sequence[Mapping[str, Any]]], directory: Path, note: Callable[[str], None]
+    pairs: Mapping[tuple[str, SplitName], Sequence[Mapping[str, Any]]],
+    directory: Path,
+    note: Callable[[str], None],
+    cut_off: int = 0,
 ) -> None:
-    """Write the pairs of each domain and split. Raises UserError, when all others are written, for those that have none."""
+    """Write the pairs of each domain and split. Raises UserError, when all others are written, for those that have none; `cut_off` right answers are in
+    none."""
     for (domain, split), rows in pairs.items():
         if rows:
             (directory / domain).mkdir(parents=True, exist_ok=True)
             write_jsonl(directory / domain / f"{split}.jsonl", rows)
             note(f"{len(rows)} pairs of the {split} split of {domain} are in {directory / domain}")
     if without := [f"{split} prompt of domain {domain}" for (domain, split), rows in pairs.items() if not rows]:
+        too_short = (
+            f"{cut_off} right answers were cut off, and are in no pair: raise sampling.max_new_tokens; or "
+            if cut_off
+            else ""
+        )
         raise UserError(
-            f"no {' and no '.join(without)} had both right and wrong answers: raise preferences.samples, preferences.prompts or "
+            f"no {' and no '.join(without)} had both right and wrong answers: {too_short}raise preferences.samples, preferences.prompts or "
             "preferences.held_out_prompts, or take prompts that the policy finds neither too easy nor too hard"
         )
 

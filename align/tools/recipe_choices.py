@@ -98,9 +98,9 @@ def chosen(stage: Stage, facts: Facts, thrift: Thrift, given: Mapping[str, Any])
         found.append(Choice("learner.zero_stage", 2))
     else:
         found.append(Choice("learner.threads", machine.cores))
-    found.append(
-        Choice("learner.micro_batch_tokens", max(length, 4096 if machine.gpus else 1024), "tokens of a forward pass")
-    )
+    least = 2 * length if stage in ("dpo", "reward_model") else length  # a pair is not divided
+    tokens = max(least, 4096 if machine.gpus else 1024)
+    found.append(Choice("learner.micro_batch_tokens", tokens, "tokens of a forward pass"))
     if thrift.checkpointing:
         found.append(Choice("learner.gradient_checkpointing", True, thrift.checkpointing))
     if thrift.lora:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from align.data.files import files_of, readable
-from align.data.forms import FORMS, conversation_of, holds_messages, with_system
+from align.data.forms import FORMS, conversation_of
+from align.data.own_rows import holds_messages, with_system
 from align.data.rows import Row
 from align.data.types import Message
 from align.errors import UserError, reward_errors

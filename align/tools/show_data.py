@@ -18,9 +18,11 @@ from rich.text import Text
 from align.data.cards import CARDS, DataCard, OwnSource, list_cards, load_card
 from align.data.chat import encode_prompt
 from align.data.files import read_rows
-from align.data.forms import COMPLETIONS, Form, Pair, Turns, system_column
+from align.data.forms import COMPLETIONS, Form
 from align.data.loader import load_preferences, load_split
 from align.data.own import SHOWN, own_card, read_source, tables_of
+from align.data.own_pairs import Pair
+from align.data.own_rows import Turns, system_column
 from align.data.rows import Row
 from align.data.types import Example, Preference, SplitName
 from align.errors import UserError

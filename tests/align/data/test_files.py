@@ -196,7 +196,7 @@ def test_a_row_of_a_table_with_too_few_or_many_cells_is_handed_on_with_its_first
         ("one.json", b'{\n "a": 1\n}', r"one\.json is one JSON object over several lines"),
         ("latin.json", b'[{"a": "\xe9"}]', r"latin\.json: not UTF-8"),
         ("latin.csv", b"a,b\n1,\xe9\n", r"latin\.csv: not UTF-8"),
-        ("open.csv", b'a,b\n1,"2', r"open\.csv, line 2: unexpected end of data"),
+        ("open.csv", b'a,b\n1,2\n3,"4\n5,6\n', r"open\.csv, line 3: unexpected end of data"),
         ("twice.csv", b"a,a\n1,2", r"twice\.csv, line 1: each column must have a name of its own: a, a"),
         ("rows.parquet", b"PAR1 is not enough", r"rows\.parquet is not a readable Parquet file"),
     ],
@@ -206,6 +206,22 @@ def test_a_file_that_cannot_be_read_is_refused_in_a_sentence(
 ) -> None:
     with pytest.raises(UserError, match=message):
         list(read_rows(written(tmp_path, name, content)))
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array([0, 2**60], pa.timestamp("us")),
+        pa.array([0, 1], pa.timestamp("us", tz="Mars/Phobos")),
+        pa.Array.from_buffers(
+            pa.string(), 2, [None, pa.py_buffer(bytes([0, 0, 0, 0, 1, 0, 0, 0, 2, 0, 0, 0])), pa.py_buffer(b"a\xff")]
+        ),
+    ],
+)
+def test_values_of_parquet_that_python_has_not_are_refused_with_their_rows(column: pa.Array, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"prompt": ["x", "y"], "other": column}), tmp_path / "rows.parquet")
+    with pytest.raises(UserError, match=r"rows\.parquet, rows 1 to 2: a value cannot be read"):
+        list(read_rows(tmp_path / "rows.parquet"))
 
 
 @pytest.mark.parametrize(

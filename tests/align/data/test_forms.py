@@ -291,6 +291,14 @@ def test_an_answer_may_be_other_json_than_messages(answer: str) -> None:
         {"chosen": [ASKED, SAID], "rejected": [ASKED, SAID | {"content": "5."}]},
         {"chosen": f"{TEXT} 4.", "rejected": f"{TEXT} 5."},
         {"chosen": f"\n\nHuman: {TEXT}\n\nAssistant: 4.", "rejected": f"\n\nHuman: {TEXT}\n\nAssistant: 5."},
+        {"chosen": f"Human: {TEXT}\n\nAssistant: 4.", "rejected": f"Human: {TEXT}\n\nAssistant: 5."},
+        {"prompt": f"\n\nHuman: {TEXT}\n\nAssistant:", "chosen": "4.", "rejected": "5."},
+        {
+            "prompt": f"\n\nHuman: {TEXT}\n\nAssistant:",
+            "chosen": f"\n\nHuman: {TEXT}\n\nAssistant: 4.",
+            "rejected": f"\n\nHuman: {TEXT}\n\nAssistant: 5.",
+        },
+        {"prompt": TEXT, "chosen": f"{TEXT} 4.", "rejected": f"{TEXT} 5."},
         {"prompt": TEXT, "chosen": json.dumps([SAID]), "rejected": json.dumps([SAID | {"content": "5."}])},
         {"prompt": TEXT, "chosen": [ASKED, SAID], "rejected": [ASKED, SAID | {"content": "5."}]},
         {"prompt": TEXT, "messages": [ASKED, SAID], "chosen": "4.", "rejected": "5."},
@@ -306,6 +314,27 @@ def test_a_pair_is_read_of_each_form(values: dict[str, Any]) -> None:
     for margin in (2, "2", " 2.0e0"):  # a CSV file has text alone
         read = preference(values | {"margin": margin})
         assert (read.messages, read.chosen, read.rejected, read.margin) == ((ASKED,), "4.", "5.", 2.0)
+
+
+@pytest.mark.parametrize("first", [TEXT, f"{TEXT} \n", [ASKED]])
+def test_a_column_with_the_beginning_of_what_both_completions_share_has_no_more_to_say(first: Any) -> None:
+    shared = [ASKED, SAID, ASKED | {"content": "And 3 + 3?"}]
+    both = {name: [*shared, SAID | {"content": text}] for name, text in (("chosen", "6."), ("rejected", "7."))}
+    read = preference({"prompt": first, **both})
+    assert (read.messages, read.chosen, read.rejected) == (tuple(shared), "6.", "7.")
+
+
+def test_a_system_message_before_the_prompt_that_both_completions_share_is_kept() -> None:
+    system = {"role": "system", "content": "Be brief."}
+    read = preference(
+        {"prompt": [system, ASKED], "chosen": [ASKED, SAID], "rejected": [ASKED, SAID | {"content": "5."}]}
+    )
+    assert read.messages == (system, ASKED)
+
+
+def test_a_pair_keeps_its_row_s_other_columns_and_ground_truth_for_rewards() -> None:
+    read = preference({"prompt": TEXT, "chosen": "4.", "rejected": "5.", "answer": 4, "unit": "none"})
+    assert (read.answer, read.metadata) == ("4", {"answer": 4, "unit": "none"})
 
 
 @pytest.mark.parametrize(
@@ -392,6 +421,22 @@ def test_the_common_prompt_of_two_texts_ends_before_the_word_in_which_they_diffe
         ({"prompt": "\ud83d", "answer": "4"}, "column 'prompt': character 1 is half of a surrogate pair"),
         ({"prompt": 7, "answer": "4"}, "column 'prompt' must hold text or a list of messages, not 7"),
         ({"instruction": TEXT, "output": 4}, "column 'output' must hold text, not 4"),
+        (
+            {"prompt": TEXT, "completion": "5.", "label": False},
+            "column 'label' is false: the completion is one that is",
+        ),
+        ({"prompt": TEXT, "completion": "5.", "label": "False"}, "column 'label' is false"),
+        ({"prompt": TEXT, "completion": str([SAID])}, "column 'completion' is not JSON"),
+        (
+            {"prompt": TEXT, "completion": [ASKED | {"content": "3 + 3?"}, SAID]},
+            "column 'completion' must begin with what",
+        ),
+        ({"messages": [ASKED, SAID], "images": [{"path": "a.png"}]}, "column 'images' is for models that see"),
+        ({"messages": [ASKED | {"content": "<image> 2 + 2"}, SAID], "image": "a.png"}, "column 'image' is for models"),
+        ({"question": TEXT, "choices": ["3", "four"], "answer": 1}, "column 'choices' may be a part of what is asked"),
+        ({"question": TEXT, "options": {"A": "three"}, "answer": "A"}, "column 'options' may be a part"),
+        ({"question": TEXT, "context": "Two and two are four.", "answer": "4"}, "column 'context' may be a part"),
+        ({"prompt": TEXT, "chosen": "4.", "rejected": ""}, "column 'rejected' is empty"),
     ],
 )
 def test_a_row_that_cannot_be_used_is_refused_with_its_column(values: dict[str, Any], message: str) -> None:
@@ -407,6 +452,11 @@ def test_a_row_that_cannot_be_used_is_refused_with_its_column(values: dict[str, 
         ({"chosen": "yes", "rejected": "no"}, "no column prompt, and chosen and rejected do not begin with one"),
         ({"prompt": [ASKED], "chosen": [SAID, ASKED, SAID], "rejected": [SAID]}, "'chosen' must be one message of the"),
         ({"chosen": [SAID], "rejected": [SAID | {"content": "5."}]}, "have no prompt of the user in common"),
+        ({"prompt": TEXT, "chosen": str([SAID]), "rejected": str([ASKED])}, "column 'chosen' is not JSON"),
+        (
+            {"prompt": "Another", "chosen": [ASKED, SAID], "rejected": [ASKED, SAID | {"content": "5."}]},
+            "column 'prompt' is another prompt than the one that chosen and rejected begin with",
+        ),
         (
             {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: c\n\nAssistant: d"},
             "the dialogues differ",
@@ -416,6 +466,18 @@ def test_a_row_that_cannot_be_used_is_refused_with_its_column(values: dict[str, 
 def test_a_pair_that_cannot_be_used_is_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=rf"mine\.jsonl, line 1: .*{message}"):
         preference(values)
+
+
+def test_a_completion_of_messages_may_repeat_its_prompt() -> None:
+    read = example({"prompt": TEXT, "completion": [ASKED, SAID], "label": True})
+    assert (read.messages, read.response) == ((ASKED,), "4.")
+
+
+def test_parts_of_a_question_that_the_prompt_says_and_files_that_no_text_has_a_place_for_are_columns_for_rewards() -> (
+    None
+):
+    asked = {"question": f"{TEXT} Is it 3 or four?", "choices": ["3", "four"], "answer": "B", "image": "swe:latest"}
+    assert example(asked).metadata["choices"] == ["3", "four"]
 
 
 def test_every_form_has_a_name_of_its_own() -> None:

@@ -349,7 +349,7 @@ def test_domains_are_those_that_rows_say_and_a_reward_must_be_for_each(tmp_path:
     [
         ("sft", problems(9), r"mine\.jsonl is not for sft, only for grpo, eval"),
         ("sft", pairs(9), r"mine\.jsonl is not for sft, only for reward_model, eval"),
-        ("reward_model", chats(9), r"mine\.jsonl is not for reward_model, only for sft, grpo, eval"),
+        ("reward_model", chats(9), r"mine\.jsonl is not for reward models and DPO, which need pairs, only for sft"),
         ("grpo", bad(9), r"9 of 9 rows cannot be used"),
     ],
 )
@@ -393,6 +393,17 @@ def test_a_recipe_s_path_may_be_a_pattern_and_must_name_something(path: str, fou
             load_recipe(Path("recipes/nano/grpo.yaml"), overrides)
 
 
+def test_another_name_of_the_validation_split_is_refused_where_it_would_not_be_read(tmp_path: Path) -> None:
+    for name in ("train", "test", "valid"):
+        write_rows(tmp_path / f"{name}.jsonl", problems(9))
+    with pytest.raises(
+        UserError, match=r"valid\.jsonl is not read, for a directory's splits are called train, validation"
+    ):
+        own_card(source(str(tmp_path)))
+    write_rows(tmp_path / "validation.jsonl", problems(9))
+    assert set(own_card(source(str(tmp_path))).splits) == {"train", "validation", "test"}
+
+
 def test_pairs_of_a_file_are_preferences(tmp_path: Path) -> None:
     card = own_card(source(write_rows(tmp_path / "mine.jsonl", pairs(40))))
     found = [pair for split in card.splits for pair in load_preferences(card, split).examples]
@@ -406,7 +417,8 @@ def test_a_policy_that_learns_from_pairs_of_a_file_answers_their_prompts_once_ea
     held_out = load_preferences(card, "test").examples
     assert len(asked) == len(held_out) / 2 > 0
     assert {one.prompt_text for one in asked} == {pair.prompt_text for pair in held_out}
-    assert all(one.response is None and one.answer is None for one in asked)
+    assert all(one.response is None for one in asked)
+    assert [one.prompt_text for one in read_user_file(tmp_path / "mine.jsonl")] == [row["prompt"] for row in pairs(40)]
     trained = {pair.prompt_text for pair in load_preferences(card, "train").examples}
     assert trained.isdisjoint(one.prompt_text for one in asked)
 

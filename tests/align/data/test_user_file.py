@@ -48,9 +48,7 @@ def test_other_columns_and_those_of_metadata_reach_rewards_alike(tmp_path):
     assert example.metadata == {"id": "1", "answer": "2", "unit": "cm", "k": 1}
 
 
-def test_pairs_are_not_problems(tmp_path):
-    path = write(tmp_path, {"prompt": "?", "chosen": "a", "rejected": "b"})
-    with pytest.raises(
-        UserError, match=r"has pairs of completions .*, where problems with a prompt each are asked for"
-    ):
-        read_user_file(path)
+def test_of_pairs_the_prompts_are_problems(tmp_path):
+    path = write(tmp_path, {"prompt": "?", "chosen": "a", "rejected": "b", "answer": "2"})
+    [example] = read_user_file(path)
+    assert (example.prompt_text, example.response, example.answer) == ("?", None, "2")

@@ -46,6 +46,15 @@ def test_shared_experts_are_not_those_that_are_routed_and_come_with_their_gate()
     assert short(frozen_names(names, ["shared_experts"])) == {*expected, "mlp.shared_expert_gate.weight"}
 
 
+@pytest.mark.parametrize("name", ["Llama", "DeepSeek-V2"])
+def test_layers_are_frozen_whole_from_the_first_one_on(name: str) -> None:
+    names = names_of(name)
+    frozen = frozen_names(names, ["first_1_layers"])
+    assert frozen == {each for each in names if ".layers.0." in each}
+    assert frozen
+    assert frozen_names(names, ["first_1_layers", "embeddings"]) == frozen | frozen_names(names, ["embeddings"])
+
+
 @pytest.mark.parametrize(
     ("name", "freeze", "said"),
     [

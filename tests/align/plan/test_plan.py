@@ -408,3 +408,15 @@ def test_dpo_computes_its_reference_once_a_step_and_is_not_told_to_leave_it_out(
     assert plan.seconds["training"] == pytest.approx(supervised.seconds["training"] * 8 / 6)
     (refused,) = planned("recipes/nano/dpo.yaml", LITE, 1, 8).refusals
     assert "kl_coefficient" not in refused
+
+
+@pytest.mark.parametrize("recipe", ["dpo", "reward_model"])
+def test_a_micro_batch_has_room_for_both_completions_of_a_pair(recipe: str) -> None:
+    def activations(length: int, tokens: int) -> float:
+        section = "rollout" if recipe == "dpo" else "reward_model"
+        overrides = ["model.init=random", f"{section}.max_length={length}", f"learner.micro_batch_tokens={tokens}"]
+        plan = planned(f"recipes/nano/{recipe}.yaml", NANO, 1, 0, *overrides)
+        return next(role.total for role in plan.roles if role.name.startswith("learner"))
+
+    assert activations(1024, 512) == activations(1024, 2048)
+    assert activations(512, 2048) == activations(1024, 2048)

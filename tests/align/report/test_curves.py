@@ -112,6 +112,13 @@ def test_a_run_without_rewards_has_its_loss_plotted_with_gaps(write_run: WriteRu
     assert len(line.marks) == 3
 
 
+def test_the_plot_of_dpo_has_the_pairs_in_the_right_order(write_run: WriteRun) -> None:
+    records = [{"step": s, "loss": 0.7, "pair_accuracy": 0.5 + s / 10} for s in range(1, 5)]
+    root = write_run(stage="dpo", metrics=[*records, {"step": 4, "validation_pair_accuracy": 0.75}])
+    _, pairs = build_plot(read_run(root)).panels
+    assert [(line.name, line.last) for line in pairs.lines] == [("training", "90%"), ("held-out", "75%")]
+
+
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (0, 3), (-2.5, 7), (1e-9, 2e-9), (0, 12345)])
 def test_ticks_are_round_few_and_within(low: float, high: float) -> None:
     ticks = round_numbers(low, high, 5)

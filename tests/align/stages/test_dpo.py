@@ -19,6 +19,7 @@ from align.model.policy import load_policy, load_tokenizer
 from align.recipe import LearnerOptions, ModelOptions, OptimizerOptions, load_recipe
 from align.session.checks import check_names
 from align.stages.dpo import Margins, completions_of, encode_pair, margins_of
+from align.stages.held_out import HeldOut
 
 SMALL = ("dpo.steps=4", "dpo.pairs_per_step=3", "dpo.validation_limit=2", "learner.optimizer.warmup_steps=1")
 TOKENIZER = load_tokenizer("recipes/nano/policy")
@@ -64,9 +65,28 @@ def test_a_margin_is_what_the_policy_has_raised_of_the_chosen_less_what_it_has_r
         raised = [(n + 1) * sum(1 / t for t in range(1, length + 1)) for n, length in enumerate(of_batch)]
         margins = torch.tensor(raised[::2]) - torch.tensor(raised[1::2])
         assert line["margin"] == pytest.approx(float(margins.mean()), rel=1e-4)
-        assert line["pair_accuracy"] == float((margins > 0).float().mean())
+        assert line["pair_accuracy"] == float((margins > 0).float().mean() + (margins == 0).float().mean() / 2)
         assert line["pair_loss"] == pytest.approx(float(-logsigmoid(0.1 * margins).mean()), rel=1e-4)
     assert {batch.objective.dpo for batch in stage.learner.batches} == {stage.recipe.dpo}
+
+
+def test_before_a_policy_has_moved_its_pairs_are_as_often_right_as_wrong() -> None:
+    found = Margins(torch.tensor([0.0, 0.0, 2.0]), torch.tensor([0.0, 0.0, 1.0])).metrics(0.1)
+    assert found["pair_accuracy"] == pytest.approx(2 / 3)
+
+
+def test_a_pair_that_is_the_same_tokens_is_refused() -> None:
+    turn = ({"role": "user", "content": "Hello"},)
+    same = Preference("p", turn, "Yes", "Yes", "chat")
+    with pytest.raises(UserError, match=r"preference 'p': the chat template makes .* the same tokens"):
+        encode_pair(TOKENIZER, same)
+
+
+def test_a_policy_that_sft_has_just_asked_the_same_is_not_asked_again(
+    train: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(HeldOut, "was_asked_before", lambda self: True)
+    assert train("dpo", *SMALL).evaluated == ["after DPO"]
 
 
 def test_the_validation_pairs_are_measured_every_so_many_steps_and_at_the_end(train: Any) -> None:

@@ -14,6 +14,7 @@ from align.evaluate import hooks
 from align.evaluate.accuracy import Evaluation
 from align.model.policy import load_tokenizer
 from align.recipe import GrpoRecipe, PolicyRecipe, SftRecipe, load_recipe
+from align.run import RunDirectory, write_samples
 from align.session.checks import check_names
 from align.session.run import Run, open_run
 from align.session.session import Session
@@ -291,3 +292,17 @@ def test_rollout_workers_that_fail_in_a_hook_end_the_run(monkeypatch: pytest.Mon
         monkeypatch.setattr(hooks, "run", MagicMock(side_effect=RolloutError("no worker is left")))
         with pytest.raises(RolloutError):
             HeldOut(made, Problems([], []), MagicMock(run=run, policy=made.model)).run_hooks(made.model, 4)
+
+
+@pytest.mark.parametrize(("asked", "again"), [("ab", False), ("abc", False), ("a", True), (None, True)])
+def test_problems_that_sft_has_just_asked_need_not_be_asked_again(
+    asked: str | None, again: bool, tmp_path: Path
+) -> None:
+    if asked is not None:
+        table = RunDirectory(tmp_path / "sft").evaluations_directory / "after SFT.parquet"
+        write_samples(table, [{"id": id_, "completion": ""} for id_ in asked])
+    problems = [SimpleNamespace(example=SimpleNamespace(id=id_)) for id_ in "ab"]
+    of_run = SimpleNamespace(
+        _run=SimpleNamespace(directory=RunDirectory(tmp_path)), _problems=SimpleNamespace(problems=problems)
+    )
+    assert HeldOut.was_asked_before(of_run) is not again  # type: ignore[arg-type]

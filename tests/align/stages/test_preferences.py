@@ -89,6 +89,10 @@ def test_a_split_without_pairs_does_not_take_the_others_with_it(tmp_path: Path) 
         UserError, match="no validation prompt of domain sums and no test prompt of domain code had both"
     ):
         write_pairs(of_splits, tmp_path, print)
+    with pytest.raises(
+        UserError, match=r"7 right answers were cut off, and are in no pair: raise sampling\.max_new_tokens"
+    ):
+        write_pairs({("sums", "train"): []}, tmp_path, print, cut_off=7)
     assert sorted(str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*.jsonl")) == [
         "code/train.jsonl",
         "sums/test.jsonl",

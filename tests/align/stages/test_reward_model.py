@@ -307,7 +307,7 @@ def test_one_file_for_all_splits_is_refused(tmp_path: Path) -> None:
         ({"reward_model": {"step": 1}}, r"unknown key 'reward_model.step' \(did you mean 'steps'"),
         ({"rewards": [{"name": "exact_answer"}]}, "unknown key 'rewards'"),
         ({"data": {"card": "nano_chat", "levels": [1]}}, "preferences have no levels"),
-        ({"data": {"card": "nano_math"}}, "nano_math is not for reward_model"),
+        ({"data": {"card": "nano_math"}}, "nano_math is not for reward models"),
         ({"init_from": "/nowhere.yaml"}, "init_from names /nowhere.yaml, which does not exist"),
         ({"reward_model": {"steps": 1, "pairs_per_step": 401}}, "is 401, but data card .* gives only 400 examples"),
     ],
