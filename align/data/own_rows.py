@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from align.data.pair_rows import hh_prompt, is_hh_dialogue
-from align.data.rows import ROLES, Row, asked, message_of
+from align.data.rows import ROLES, NothingToJudgeBy, Row, asked, message_of
 from align.data.types import Message
 from align.errors import UserError
 from reward.rows import PROMPTS, prompt_column
@@ -14,6 +14,7 @@ from reward.rows import PROMPTS, prompt_column
 Turns = tuple[Message, ...]
 SYSTEM = ("system", "system_prompt")
 PARTS_OF_QUESTIONS = ("choices", "options", "passage", "context")
+"""Columns that questions are often published with."""
 _MESSAGES = re.compile(r"""\s*\[\s*\{\s*["'](?:role|content|from|value)["']\s*:""")
 """How text begins that holds messages."""
 
@@ -73,7 +74,10 @@ def asked_in(row: Row, column: str) -> Conversation:
     if isinstance(row.values[column], str) and not holds_messages(row.values[column]):
         text = row.filled(column)
         if is_hh_dialogue(text) and text.rstrip().endswith("Assistant:"):
-            return Conversation(hh_prompt(text), (column,))
+            try:
+                return Conversation(hh_prompt(text), (column,))
+            except NothingToJudgeBy as reason:
+                raise row.error(column, f"is a dialogue, and {reason}") from None
         _refuse_parts_apart(row, text)
         return Conversation(asked(text), (column,))
     turns = row.conversation(column)
@@ -83,7 +87,7 @@ def asked_in(row: Row, column: str) -> Conversation:
 
 
 def _refuse_parts_apart(row: Row, text: str) -> None:
-    """Raise UserError for texts in a column that questions are often published with, where the `text` of the prompt has them not."""
+    """Raise UserError for texts in a column that may be a part of the question, where the `text` of the prompt lacks them."""
     for column in PARTS_OF_QUESTIONS:
         if not all(part in text for part in _texts_in(row.values.get(column))):
             raise row.error(
