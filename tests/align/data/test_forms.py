@@ -422,6 +422,10 @@ def test_the_common_prompt_of_two_texts_ends_before_the_word_in_which_they_diffe
         ({"prompt": 7, "answer": "4"}, "column 'prompt' must hold text or a list of messages, not 7"),
         ({"instruction": TEXT, "output": 4}, "column 'output' must hold text, not 4"),
         (
+            {"prompt": "Human: a\n\nHuman: b\n\nAssistant:", "answer": "4"},
+            "column 'prompt' is a dialogue, and its turns do not alternate",
+        ),
+        (
             {"prompt": TEXT, "completion": "5.", "label": False},
             "column 'label' is false: the completion is one that is",
         ),
