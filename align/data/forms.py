@@ -155,7 +155,8 @@ def _completion(row: Row) -> Conversation:
     """TRL's prompt and completion, of texts or of messages."""
     prompt = asking(row)
     column = next(name for name in COMPLETIONS if filled(row, name))
-    if row.values.get("label") in (False, "False", "false"):
+    label = row.values.get("label")
+    if label is False or label in ("False", "false"):
         raise row.error("label", f"is false: the {column} is one that is not to be learned from. Take such rows out")
     if is_answer_text(row, column):
         return Conversation((*prompt.turns, {"role": "assistant", "content": row.filled(column)}), prompt.columns)

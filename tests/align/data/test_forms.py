@@ -473,8 +473,9 @@ def test_a_pair_that_cannot_be_used_is_refused(values: dict[str, Any], message: 
 
 
 def test_a_completion_of_messages_may_repeat_its_prompt() -> None:
-    read = example({"prompt": TEXT, "completion": [ASKED, SAID], "label": True})
-    assert (read.messages, read.response) == ((ASKED,), "4.")
+    for label in (True, 0):
+        read = example({"prompt": TEXT, "completion": [ASKED, SAID], "label": label})
+        assert (read.messages, read.response) == ((ASKED,), "4.")
 
 
 def test_parts_of_a_question_that_the_prompt_says_and_files_that_no_text_has_a_place_for_are_columns_for_rewards() -> (
