@@ -57,11 +57,12 @@ class Form:
 
 def form_of(row: Row) -> Form:
     """The form that a row's columns have. Raises UserError where they have none."""
-    empty = [column for column in ("chosen", "rejected") if column in row.values and not filled(row, column)]
+    both = ("chosen", "rejected") if row.values.keys() >= {"chosen", "rejected"} else ()
+    empty = [column for column in both if not filled(row, column)]
     for form in FORMS if len(empty) != 1 else ():
         if form.fits(row):
             return form
-    for column in (*empty, *PROMPTS, "conversations"):
+    for column in (*empty, *PROMPTS, "conversations", "chosen", "rejected"):
         if column in row.values and not filled(row, column):
             raise UserError(f"{row.where}: column {column!r} is empty")
     raise UserError(

@@ -29,7 +29,7 @@ from reward.rows import DOMAIN
 _log = logging.getLogger(__name__)
 SHOWN = 20
 """So many bad rows are told one by one."""
-OTHER_NAMES = ("valid", "val", "dev", "eval")
+OTHER_NAMES = ("valid", "val", "dev")
 """What others call the validation split."""
 CURE = "Correct them, or leave them out and have them counted: with data.bad_rows=leave_out, or in a card with bad_rows: leave_out in its source"
 TAKE_OUT = "Correct them, or take them out"

@@ -1,6 +1,7 @@
 """Pairs of completions in rows without a card: TRL's texts and messages, hh-rlhf's dialogues, Alpaca's columns."""
 
 import re
+from collections.abc import Sequence
 from itertools import takewhile
 from typing import NamedTuple
 
@@ -35,10 +36,11 @@ def pair_of(row: Row) -> Pair:
         chosen, rejected = row.conversation("chosen"), row.conversation("rejected")
         if not prompt and not _shared(chosen, rejected):
             prompt, columns = _instructed(row)
-        return _pair_of_messages(row, prompt, chosen, rejected)._replace(columns=columns)
+        return _pair_of_messages(row, columns, prompt, chosen, rejected)._replace(columns=columns)
     chosen_text, rejected_text = row.filled("chosen"), row.filled("rejected")
     if is_hh_dialogue(chosen_text) and is_hh_dialogue(rejected_text):
-        return _pair_of_dialogues(row, chosen_text, rejected_text)
+        pair = _pair_of_dialogues(row, chosen_text, rejected_text)
+        return pair._replace(prompt=_longer_prompt(row, columns, prompt, pair.prompt), columns=columns)
     if not prompt:
         prompt, columns = _instructed(row)
     if not prompt:
@@ -72,26 +74,26 @@ def _shared(chosen: Turns, rejected: Turns) -> bool:
     return len(chosen) > 1 and chosen[:-1] == rejected[:-1]
 
 
-def _longer_prompt(row: Row, prompt: Turns, shared: Turns) -> Turns:
-    """The longer one of the prompt in a column, maybe empty, and the turns that both completions begin with. Raises UserError where neither is a part
+def _longer_prompt(row: Row, columns: Sequence[str], prompt: Turns, shared: Turns) -> Turns:
+    """The longer one of the prompt in `columns`, maybe empty, and the turns that both completions begin with. Raises UserError where neither is a part
     of the other."""
     (fewer, more) = sorted(
         ([(turn["role"], turn["content"].split()) for turn in turns] for turns in (prompt, shared)), key=len
     )
     if fewer and fewer not in (more[: len(fewer)], more[-len(fewer) :]):
         raise row.error(
-            "prompt", "is another prompt than the one that chosen and rejected begin with: take one of them out"
+            columns[0], "is another prompt than the one that chosen and rejected begin with: take one of them out"
         )
     return prompt if len(prompt) > len(shared) else shared
 
 
-def _pair_of_messages(row: Row, prompt: Turns, chosen: Turns, rejected: Turns) -> Pair:
+def _pair_of_messages(row: Row, columns: Sequence[str], prompt: Turns, chosen: Turns, rejected: Turns) -> Pair:
     if prompt and chosen[: len(prompt)] == rejected[: len(prompt)] == prompt:
         chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
         if _shared(chosen, rejected):  # the column has the beginning of the conversation alone
             prompt, chosen, rejected = (*prompt, *chosen[:-1]), chosen[-1:], rejected[-1:]
     elif _shared(chosen, rejected):
-        prompt, chosen, rejected = _longer_prompt(row, prompt, chosen[:-1]), chosen[-1:], rejected[-1:]
+        prompt, chosen, rejected = _longer_prompt(row, columns, prompt, chosen[:-1]), chosen[-1:], rejected[-1:]
     for column, turns in (("chosen", chosen), ("rejected", rejected)):
         if [turn["role"] for turn in turns] != ["assistant"]:
             raise row.error(column, "must be one message of the assistant after the prompt that both completions share")

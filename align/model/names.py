@@ -100,15 +100,23 @@ PARTS = {
 """By what is in their names, the parameters of the parts that `learner.freeze` can name. Those that are tied to the embeddings have no name of their own."""
 
 
-FIRST_LAYERS, LAYER = re.compile(r"first_(\d+)_layers"), re.compile(r"\b(?:layers|h|blocks)\.(\d+)\.")
+LAYER = re.compile(r"\b(?:layers|h|blocks)\.(\d+)\.")
 
 
-def is_part(name: str, part: str) -> bool:
-    """Whether a parameter is of a part that `learner.freeze` can name: by PARTS, or by the number of its layer."""
-    if first := FIRST_LAYERS.fullmatch(part):
-        layer = LAYER.search(name)
-        return layer is not None and int(layer[1]) < int(first[1])
-    return re.search(PARTS[part], name) is not None
+def names_of_part(names: Sequence[str], part: str) -> set[str]:
+    """The parameters of a part that `learner.freeze` can name: by PARTS, or, of `first_N_layers`, by the number of their layer.
+
+    Raises UserError where no layer would be left.
+    """
+    if part in PARTS:
+        return {name for name in names if re.search(PARTS[part], name)}
+    first = int(part.split("_")[1])
+    layers = {name: int(found[1]) for name in names if (found := LAYER.search(name))}
+    if layers and first > max(layers.values()):
+        raise UserError(
+            f"learner.freeze: {part} is more than all but one of the model's {1 + max(layers.values())} layers"
+        )
+    return {name for name, layer in layers.items() if layer < first}
 
 
 def frozen_names(names: Iterable[str], freeze: Sequence[str]) -> set[str]:
@@ -118,7 +126,7 @@ def frozen_names(names: Iterable[str], freeze: Sequence[str]) -> set[str]:
     """
     names, frozen = list(names), set[str]()
     for part in freeze:
-        found = {name for name in names if is_part(name, part)}
+        found = names_of_part(names, part)
         if not found:
             there = [other for other, pattern in PARTS.items() if any(re.search(pattern, name) for name in names)]
             raise UserError(f"learner.freeze: the model has no {part} of its own; it has {', '.join(there)}")

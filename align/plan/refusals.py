@@ -82,8 +82,9 @@ def cure(training: Training, limit: float, ranks_to_add: int) -> str:
 def with_option(training: Training, key: str, value: int) -> Training:
     """The same work with another value of `learner.key`; more ranks have less of it each."""
     options = training.options.model_copy(update={key: value})
-    sequences = -(-training.step_tokens * training.options.ranks // (training.longest * options.ranks))
-    return replace(training, options=options, step_tokens=sequences * training.longest)
+    least = training.longest_together
+    shares = -(-training.step_tokens * training.options.ranks // (least * options.ranks))
+    return replace(training, options=options, step_tokens=shares * least)
 
 
 def too_much_to_sample(work: Work, options: FleetOptions, role: Role, cluster: Cluster) -> list[str]:

@@ -49,11 +49,12 @@ def work_of(
         beside = trained if roles.rollout and element != ELEMENT_BYTES["float32"] else 0
         sent = trained if roles.weights and roles.weights.transport == "adapter" else sent + beside
     frozen = frozen_names(sizes.parameters, roles.learner.freeze)
+    together = 2 if roles.margins or roles.trained == "reward_model" else 1
     training = Training(
         sizes=sizes,
         options=roles.learner,
         trained=trained - sum(math.prod(sizes.parameters[name]) for name in frozen),
-        step_tokens=-(-roles.trained_sequences // roles.learner.ranks) * roles.longest,
+        step_tokens=-(-roles.trained_sequences // (together * roles.learner.ranks)) * together * roles.longest,
         longest=roles.longest,
         element=element,
         reference_copy=roles.reference and lora is None,
@@ -61,7 +62,7 @@ def work_of(
         teacher=others.get(roles.teacher, sizes) if roles.teacher else None,
         # A reward model has a number where a policy has logits.
         logits=roles.trained == "policy",
-        together=2 if roles.margins or roles.trained == "reward_model" else 1,
+        together=together,
     )
     return Work(roles, sizes, element, training, sent if roles.rollout else 0, beside)
 

@@ -1,9 +1,10 @@
 """The options of a recipe's learner: ranks and ZeRO, optimizer, adapters, balance losses, what is frozen."""
 
+import re
 from contextlib import suppress
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from align.options import Options, refuse_without_effect
 from rollout.types import Resources
@@ -87,10 +88,16 @@ class BalanceOptions(Options):
         raise ValueError("should be a number of at least 0, or config")
 
 
-Freezable = (
-    Literal["router", "experts", "shared_experts", "attention", "mlp", "norms", "embeddings", "head"]
-    | Annotated[str, Field(pattern=r"^first_[1-9]\d*_layers$")]
-)
+FREEZABLE = ("router", "experts", "shared_experts", "attention", "mlp", "norms", "embeddings", "head")
+FIRST_LAYERS = re.compile(r"first_([1-9]\d*)_layers")
+
+
+def _freezable(part: str) -> str:
+    if part not in FREEZABLE and not FIRST_LAYERS.fullmatch(part):
+        raise ValueError(
+            f"should be one of {', '.join(FREEZABLE)}, or first_N_layers such as first_15_layers, not {part!r}"
+        )
+    return part
 
 
 class LearnerOptions(Options):
@@ -126,7 +133,7 @@ class LearnerOptions(Options):
     port: int | None = Field(None, ge=1024, le=65535, description="where the ranks meet; a free port when not given")
     optimizer: OptimizerOptions
     lora: LoraOptions | None = Field(None, description="train adapters alone; all parameters when not given")
-    freeze: list[Freezable] = Field(
+    freeze: list[Annotated[str, AfterValidator(_freezable)]] = Field(
         [],
         description="parts that stay as they are: router, experts (the routed ones), shared_experts, attention, mlp (of layers without experts), "
         "norms, embeddings, head, and whole layers from the first one on, such as first_15_layers",
@@ -175,8 +182,8 @@ class LearnerOptions(Options):
                 raise ValueError(f"expert_parallel needs zero_stage 1 or 2, not {self.zero_stage}")
             if self.lora is not None:
                 raise ValueError("expert_parallel trains whole experts: leave out lora, or expert_parallel")
-            if "experts" in self.freeze:
+            if any(part == "experts" or FIRST_LAYERS.fullmatch(part) for part in self.freeze):
                 raise ValueError(
-                    "expert_parallel is for experts that are trained: leave it out, or experts out of freeze"
+                    "expert_parallel is for experts that are trained: leave it out, or experts and first layers out of freeze"
                 )
         return self

@@ -20,7 +20,7 @@ from align.data.drawing import Source, items_of_step, left_out
 from align.data.entries import Notes, Reader, Room, entries_of
 from align.data.loader import held_together, load_preferences, refuse_one_file
 from align.data.types import Preference
-from align.errors import UserError, naming
+from align.errors import naming
 from align.evaluate.accuracy import Evaluation
 from align.learner.batch import PolicyPair, TrainingSequence
 from align.learner.group import LearnerGroup
@@ -152,10 +152,7 @@ def encode_pair(tokenizer: Any, preference: Preference) -> list[PolicyPair]:
         encoded = (
             encode_example(tokenizer, preference.messages, text) for text in (preference.chosen, preference.rejected)
         )
-        pair = PolicyPair(*(TrainingSequence.of_completion(ids, length, 0.0) for ids, length in encoded))
-        if pair.chosen.token_ids == pair.rejected.token_ids:
-            raise UserError("the chat template makes the chosen and the rejected completion the same tokens")
-    return [pair]
+        return [PolicyPair(*(TrainingSequence.of_completion(ids, length, 0.0) for ids, length in encoded))]
 
 
 def completions_of(pairs: Sequence[PolicyPair]) -> list[TrainingSequence]:

@@ -31,7 +31,7 @@ from align.session.checks import check_columns
 from align.session.run import recorded_evaluations
 from align.session.session import Session
 from align.stages.guards import Alarm, habit_alarms, stop_at
-from reward import RewardTerm
+from reward import RewardTerm, Verdict
 from rollout import Prompt, RolloutError
 
 PROBE_PROMPTS = 8
@@ -108,6 +108,7 @@ class HeldOut:
         run = session.run
         self._problems, self._session, self._run = problems, session, run
         self._alarms = recipe.alarms
+        self._after_sft = getattr(recipe, "init_from", None) is not None
         self._split = ""
         self._longest = recipe.rollout.max_length - recipe.evaluation.max_new_tokens
         self._others = answers_of(recipe.evaluation.against.run) if recipe.evaluation.against else []
@@ -135,10 +136,14 @@ class HeldOut:
         return chosen
 
     def was_asked_before(self) -> bool:
-        """Whether the stage of `init_from` has ended by asking its policy all of these problems: then nothing is gained by asking it again."""
+        """Whether the stage of `init_from` has ended by asking its policy all of these problems, and had the answers scored where there are rewards:
+        then nothing is gained by asking it again."""
         table = RunDirectory(self._run.directory.path / FIRST).evaluations_directory / "after SFT.parquet"
-        asked = set(read_parquet(table, ["id"])["id"].to_pylist()) if table.exists() else set()
-        return {problem.example.id for problem in self._problems.problems} <= asked
+        if not (self._after_sft and table.exists()):
+            return False
+        rows = read_parquet(table, ["id", "prompt", "verdict"]).to_pylist()
+        told = [row for row in rows if not self._session.pool or row["verdict"] != Verdict.UNSCORED]
+        return asked_of(self._problems.problems) <= {(row["id"], row["prompt"]) for row in told}
 
     def evaluate_start(self, name: str, done: int) -> dict[str, Evaluation]:
         """Evaluate the policy that the stage began with, which the rollout workers hold unless steps are `done`: nothing where it was not
@@ -285,9 +290,14 @@ class HeldOut:
         self._run.record_numbers(self._stage, step, name, metrics.values, metrics.rows, facts, prefix=prefix)
 
 
+def asked_of(problems: Sequence[Problem]) -> set[tuple[str, str]]:
+    """What problems are known by: their ids, and what they ask."""
+    return {(problem.example.id, problem.example.prompt_text) for problem in problems}
+
+
 def check_comparable(problems: Sequence[Problem], others: Sequence[Mapping[str, Any]], run: Path, judge: str) -> None:
     """Raise UserError where the answers of another run are to none of the problems, by id and text, or none of the greedy ones has a value of `judge`."""
-    asked = {(problem.example.id, problem.example.prompt_text) for problem in problems}
+    asked = asked_of(problems)
     shared = [row for row in others if (row["id"], row["prompt"]) in asked]
     if not shared:
         raise UserError(

@@ -144,14 +144,15 @@ def can_be_read(form: Form, row: Row) -> bool:
 
 def uses_of(form: Form, row: Row) -> dict[str, str]:
     """What the columns of a row are read as, but those that rewards alone read."""
-    truth = next((c for c in TRUTHS if row.has(c)), "") if form.kind != "pairs" else ""
+    truth = next((c for c in TRUTHS if row.has(c)), "")
     domain = next((c for c in DOMAINS if isinstance(row.values.get(c), str | list) and row.has(c)), "")
     read = form.read(row)
     turns: Turns = read.prompt if isinstance(read, Pair) else read.turns
     system = system_column(row, turns) or ""
     if isinstance(read, Pair):
-        uses = dict.fromkeys(row.values, "not read") | dict.fromkeys(read.columns, "prompt")
+        uses = dict.fromkeys(row.values, "for rewards of DPO's evaluation") | dict.fromkeys(read.columns, "prompt")
         return uses | {
+            truth: "ground truth of DPO's evaluation",
             "chosen": "the better completion",
             "rejected": "the worse completion",
             "margin": "margin",

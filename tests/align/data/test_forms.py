@@ -478,6 +478,18 @@ def test_a_completion_of_messages_may_repeat_its_prompt() -> None:
         assert (read.messages, read.response) == ((ASKED,), "4.")
 
 
+def test_an_empty_column_of_pairs_alone_makes_no_pair() -> None:
+    assert example({"prompt": TEXT, "completion": "4.", "rejected": None}).response == "4."
+
+
+def test_dialogues_of_a_pair_may_have_their_system_message_in_the_prompt() -> None:
+    system = {"role": "system", "content": "Be brief."}
+    said = {name: f"\n\nHuman: {TEXT}\n\nAssistant: {n}." for name, n in (("chosen", 4), ("rejected", 5))}
+    assert preference({"prompt": [system, ASKED], **said}).messages == (system, ASKED)
+    with pytest.raises(UserError, match="column 'question' is another prompt"):
+        preference({"question": "Another?", **said})
+
+
 def test_parts_of_a_question_that_the_prompt_says_and_files_that_no_text_has_a_place_for_are_columns_for_rewards() -> (
     None
 ):

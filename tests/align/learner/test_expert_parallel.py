@@ -140,7 +140,9 @@ def test_sft_and_grpo_sample_and_learn_the_same(tmp_path: Path, align: Any, read
         ({"ranks": 3}, "multiple of expert_parallel"),
         ({"zero_stage": 3}, "zero_stage 1 or 2"),
         ({"lora": LoraOptions()}, "leave out lora"),
-        ({"freeze": ["experts"]}, "experts out of freeze"),
+        ({"freeze": ["experts"]}, "experts and first layers out of freeze"),
+        ({"freeze": ["first_2_layers"]}, "experts and first layers out of freeze"),
+        ({"expert_parallel": 1, "freeze": ["routr"]}, "should be one of router, .*, or first_N_layers such as"),
     ],
 )
 def test_what_does_not_go_together_is_refused(changed: dict[str, Any], said: str) -> None:

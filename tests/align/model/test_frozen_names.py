@@ -59,6 +59,7 @@ def test_layers_are_frozen_whole_from_the_first_one_on(name: str) -> None:
     ("name", "freeze", "said"),
     [
         ("Llama", ["router"], "the model has no router of its own; it has attention, mlp, norms, embeddings, head"),
+        ("Llama", ["first_9_layers"], "first_9_layers is more than all but one of the model's 2 layers"),
         ("Mixtral", ["shared_experts"], "the model has no shared_experts of its own"),
         (
             "Llama",

@@ -75,13 +75,6 @@ def test_before_a_policy_has_moved_its_pairs_are_as_often_right_as_wrong() -> No
     assert found["pair_accuracy"] == pytest.approx(2 / 3)
 
 
-def test_a_pair_that_is_the_same_tokens_is_refused() -> None:
-    turn = ({"role": "user", "content": "Hello"},)
-    same = Preference("p", turn, "Yes", "Yes", "chat")
-    with pytest.raises(UserError, match=r"preference 'p': the chat template makes .* the same tokens"):
-        encode_pair(TOKENIZER, same)
-
-
 def test_a_policy_that_sft_has_just_asked_the_same_is_not_asked_again(
     train: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -294,15 +294,28 @@ def test_rollout_workers_that_fail_in_a_hook_end_the_run(monkeypatch: pytest.Mon
             HeldOut(made, Problems([], []), MagicMock(run=run, policy=made.model)).run_hooks(made.model, 4)
 
 
-@pytest.mark.parametrize(("asked", "again"), [("ab", False), ("abc", False), ("a", True), (None, True)])
-def test_problems_that_sft_has_just_asked_need_not_be_asked_again(
-    asked: str | None, again: bool, tmp_path: Path
+@pytest.mark.parametrize(
+    ("asked", "after_sft", "again"),
+    [
+        ([("a", "A?", "pass"), ("b", "B?", "wrong"), ("c", "C?", "pass")], True, False),
+        ([("a", "A?", "pass")], True, True),
+        ([("a", "A?", "pass"), ("b", "another", "pass")], True, True),
+        ([("a", "A?", "pass"), ("b", "B?", "unscored")], True, True),
+        ([("a", "A?", "pass"), ("b", "B?", "wrong")], False, True),
+        (None, True, True),
+    ],
+)
+def test_problems_whose_answers_sft_has_just_had_scored_need_not_be_asked_again(
+    asked: list[tuple[str, str, str]] | None, after_sft: bool, again: bool, tmp_path: Path
 ) -> None:
     if asked is not None:
         table = RunDirectory(tmp_path / "sft").evaluations_directory / "after SFT.parquet"
-        write_samples(table, [{"id": id_, "completion": ""} for id_ in asked])
-    problems = [SimpleNamespace(example=SimpleNamespace(id=id_)) for id_ in "ab"]
+        write_samples(table, [{"id": id_, "prompt": prompt, "verdict": verdict} for id_, prompt, verdict in asked])
+    problems = [SimpleNamespace(example=SimpleNamespace(id=id_, prompt_text=f"{id_.upper()}?")) for id_ in "ab"]
     of_run = SimpleNamespace(
-        _run=SimpleNamespace(directory=RunDirectory(tmp_path)), _problems=SimpleNamespace(problems=problems)
+        _run=SimpleNamespace(directory=RunDirectory(tmp_path)),
+        _problems=SimpleNamespace(problems=problems),
+        _session=SimpleNamespace(pool=Judges()),
+        _after_sft=after_sft,
     )
     assert HeldOut.was_asked_before(of_run) is not again  # type: ignore[arg-type]

@@ -78,7 +78,7 @@ def test_what_is_trained_on_is_marked_in_the_model_s_own_tokens(tmp_path: Path) 
     [
         ({"prompt": "Hi {}.", "chosen": "A", "rejected": "B"}, "system_prompt", "system message"),
         ({"instruction": "Hi {}.", "chosen": "A", "rejected": "B"}, "instruction", "prompt"),
-        ({"prompt": "Hi {}.", "chosen": "A", "rejected": "B"}, "unit", "not read"),
+        ({"prompt": "Hi {}.", "chosen": "A", "rejected": "B"}, "unit", "for rewards of DPO's evaluation"),
         ({"instruction": "Hi {}.", "output": "A"}, "system", "system message"),
         ({"prompt": "Hi {}."}, "system_prompt", "system message, and for rewards"),
     ],
