@@ -5,8 +5,8 @@
 lets MODEL answer requests about the training topics of the card `instructions`, and writes FILE (JSONL, `prompt`, `chosen`, `rejected`), which
 dpo.yaml reads. The chosen completion is what the model says to the plain request, edited by a program until the reward `instructions` passes it.
 The rejected one is the same with an instruction left out, or with one that nobody gave; or what the model says to the whole prompt, where that
-does not pass; or a few words of the chosen one and no more, or over and over; or one about another topic. As both are the model's own, it learns
-the forms and when they are wanted, and little else. A FILE that has the same model's pairs is left as it is.
+does not pass; or no more than a few words of the chosen one; or one about another topic. As both are the model's own, it learns the forms and
+when they are wanted, and little else. A FILE that has the same model's pairs is left as it is.
 """
 
 import re
@@ -33,7 +33,7 @@ from rollout import FleetOptions, SamplingOptions
 
 REQUESTS_OF_A_TOPIC = 5
 PLAIN_SHARE = 0.3
-GREEDY_PROMPTS = 600
+GREEDY_PROMPTS = 450
 MAX_NEW_TOKENS = 160
 TEMPERATURE = 0.7
 ATTEMPTS = 8
@@ -41,18 +41,8 @@ PAIRS = 1400
 WORDS_OF_AN_ANSWER = (50, 110)
 MOST_CAPITALS = 320
 """Characters of an answer in capitals, which take twice as many tokens as others."""
-SHARES = {
-    "left out": 0.75,
-    "unasked": 0.35,
-    "quoted": 0.08,
-    "own": 1.0,
-    "loop": 0.1,
-    "short": 0.08,
-    "another topic": 0.07,
-}
-"""How many of the pairs of each kind are kept. Quotation marks are rejected where nobody asked for them as often as they are missed: one token decides on
-them, and they become a habit before all others."""
-WORDS_OF_A_LOOP = (1, 12)
+SHARES = {"left out": 0.8, "unasked": 0.35, "own": 1.0, "short": 0.12, "another topic": 0.1}
+"""How many of the pairs of each kind are kept, for their numbers not to differ too much."""
 CAPITALS, SMALL = "change_case:english_capital", "change_case:english_lowercase"
 NO_COMMA, QUOTED, ENDING = "punctuation:no_comma", "startend:quotation", "startend:end_checker"
 TITLE, POSTSCRIPT = "detectable_format:title", "detectable_content:postscript"
@@ -198,29 +188,14 @@ def pairs_of(
     for kind in draw.sample(unasked, min(1, len(unasked))):
         for text in otherwise({**request.asked, kind: other.asked[kind]}):
             yield "unasked", chosen, text
-    if fits(QUOTED, request.asked):
-        for text in otherwise({**request.asked, QUOTED: {}}):
-            yield "quoted", chosen, text
     if own is not None and own.strip() and not request.judged(own.strip()).passes:
         yield "own", chosen, own.strip()
-    loop = looped(chosen, draw)
-    if not request.judged(loop).passes:
-        yield "loop", chosen, loop
     start = " ".join(chosen.split()[: draw.randint(1, 10)])
     if not request.judged(start).passes:
         yield "short", chosen, start
     elsewhere = edited(said[other.plain], other.topic, request.asked, seed)
     if elsewhere and other.topic != request.topic:
         yield "another topic", chosen, elsewhere
-
-
-def looped(text: str, draw: Random) -> str:
-    """The beginning of a text whose last words come again until it is as long as the longest answers."""
-    words = text.split(" ")
-    end = draw.randint(1, len(words))
-    again = words[max(0, end - draw.randint(*WORDS_OF_A_LOOP)) : end]
-    times = max(max(WORDS_OF_AN_ANSWER) - end, 0) // len(again)
-    return " ".join(words[:end] + again * max(times, 5))
 
 
 def fits(kind: str, asked: Asked) -> bool:
