@@ -81,14 +81,16 @@ def test_a_request_about_a_topic_is_asked_in_few_wordings_and_no_prompt_comes_tw
 
 
 def test_the_same_models_pairs_are_left_as_they_are(
-    script: ModuleType, requests: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[float] = []
+    few = generate("train", seed=0, plain_share=0.3)[:400]
+    monkeypatch.setattr(script, "generate", lambda split, **_: few)
+    monkeypatch.setattr(script, "PAIRS", 100)
 
     def answers(model: Any, prompts: dict[float, list[str]]) -> list[dict[str, str]]:
         asked.extend(prompts)
-        requests = script.about_few_requests(map(script.Request.of, generate("train", seed=0, plain_share=0.3)))
-        return [said_of(requests)] * len(prompts)
+        return [said_of(script.about_few_requests(map(script.Request.of, few)))] * len(prompts)
 
     monkeypatch.setattr(script, "answers", answers)
     monkeypatch.setattr(script, "check_model_directory", lambda path, options: None)
