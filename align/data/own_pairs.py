@@ -14,6 +14,7 @@ from reward.rows import prompt_column
 MAYBE_PROMPTS = ("instruction", "input", "conversations", "conversation", "query", "context")
 """Columns beside which texts are not looked through for a prompt that both begin with."""
 LEAST_WORDS = 3
+"""Of a prompt that completions are looked through for: an answer may begin with fewer by chance."""
 
 
 class Pair(NamedTuple):

@@ -27,6 +27,7 @@ class Conversation(NamedTuple):
 
 
 def filled(row: Row, column: str) -> bool:
+    """Whether there is anything in a column: an empty list is nothing."""
     return row.has(column) and row.values[column] != []
 
 
@@ -40,8 +41,8 @@ def answered(row: Row, column: str) -> Turns:
 
 def instruction(row: Row) -> Conversation:
     """What Alpaca's columns ask, after the turns before it."""
-    instruction, more = row.filled("instruction"), row.text("input", empty=True) if "input" in row.values else ""
-    prompt = f"{instruction}\n\n{more}" if more.strip() else instruction
+    prompt, more = row.filled("instruction"), row.text("input", empty=True) if "input" in row.values else ""
+    prompt = f"{prompt}\n\n{more}" if more.strip() else prompt
     return Conversation((*_history(row), *asked(prompt)), ("instruction", "input", "system", "history"))
 
 
