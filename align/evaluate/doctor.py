@@ -4,7 +4,6 @@
 one line, and a failure with its cause and its cure.
 """
 
-import json
 import math
 import re
 from collections.abc import Collection, Sequence
@@ -20,7 +19,7 @@ from align.data.chat import encode_example, encode_prompt
 from align.errors import UserError
 from align.model.names import from_checkpoint, layout_of, to_checkpoint
 from align.model.policy import has_fused_experts, persistent_buffers, stop_token_ids, tied_names, turn_end
-from align.model.sizes import ELEMENT_BYTES, GIB, has_attention, kv_elements, lacks_cache, skeleton_of
+from align.model.sizes import ELEMENT_BYTES, GIB, has_attention, kv_elements, lacks_cache, skeleton_of, stored_shapes
 from align.recipe import ModelOptions
 from rollout import EngineOptions, FleetOptions
 from rollout.arguments import Device, refusal
@@ -267,14 +266,14 @@ def check_checkpoint(skeleton: Any, directory: Path | None) -> Finding:
         stored = stored_shapes(directory) if directory else {}
     except UserError as error:
         return FAILED, str(error)
+    extra = stored.keys() - {*split, *tied, *(name for name, _ in persistent_buffers(skeleton))}
     ignored = getattr(skeleton, "_keys_to_ignore_on_load_unexpected", None) or ()
-    known = {*split, *tied, *(name for name, _ in persistent_buffers(skeleton))}
-    unknown = {name for name in stored.keys() - known if not any(re.search(pattern, name) for pattern in ignored)}
-    absent = split.keys() - stored
+    aside = {name for name in extra if any(re.search(pattern, name) for pattern in ignored)}
+    unknown, absent = extra - aside, split.keys() - stored
     if (unknown or absent) and (otherwise := sorted(split.keys() ^ saved_names(skeleton, own))):
-        return (
-            FAILED,
-            f"checkpoints of {type(skeleton).__name__} call {otherwise[0]} otherwise. Cause: an architecture whose names are not known here, so that the sampler could not take new weights. Cure: another architecture",
+        return FAILED, (
+            f"checkpoints of {type(skeleton).__name__} call {otherwise[0]} otherwise. Cause: an architecture whose names are not known here, so "
+            "that the sampler could not take new weights. Cure: another architecture"
         )
     if stored and (unknown or absent):
         return FAILED, (
@@ -288,44 +287,9 @@ def check_checkpoint(skeleton: Any, directory: Path | None) -> Finding:
                 f"{name} is {list(stored[name])} in the files and {list(tensor.shape)} by config.json. Cause: a config.json of another "
                 "model, or one that was edited. Cure: take both from the same model"
             )
-    where = "and are those of the files" if stored else "(no local files to compare with)"
+    more = f"; {len(aside)} more, {min(aside)} for one, are not trained, and not in what is saved" if aside else ""
+    where = f"and are those of the files{more}" if stored else "(no local files to compare with)"
     return OK, f"{len(own)} parameters are {len(split)} tensors and back {where}"
-
-
-def stored_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of a model's tensors, by the headers of its safetensors files. Raises UserError for a file that is missing or damaged.
-
-    Those are the files that the index names, or else `model.safetensors`: some directories hold the weights a second time, in another layout.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    again = "Cure: copy or download it again"
-    index = directory / "model.safetensors.index.json"
-    try:
-        named = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else set()
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{index} is damaged ({error}). {again}") from None
-    if lost := sorted(name for name in named if not (directory / name).is_file()):
-        raise UserError(
-            f"{directory} lacks {len(lost)} of {len(named)} files with weights, {lost[0]} for one. {again.replace('it', 'them')}"
-        )
-    shapes: dict[str, tuple[int, ...]] = {}
-    whole = directory / "model.safetensors"
-    unnamed = [whole] if whole.is_file() else sorted(directory.glob("*.safetensors"))
-    for file in sorted(directory / name for name in named) or unnamed:
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            with file.open("rb") as begin:
-                is_pointer = begin.read(20) == b"version https://git-"
-            told = (
-                "a pointer of Git LFS, not the weights. Cure: git lfs pull"
-                if is_pointer
-                else f"cut off or damaged ({error}). {again}"
-            )
-            raise UserError(f"{file} is {told}") from None
-    return shapes
 
 
 def saved_names(skeleton: Any, parameters: Collection[str]) -> Collection[str]:

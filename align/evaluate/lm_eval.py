@@ -22,7 +22,7 @@ from align.recipe import ModelOptions
 from align.run.machine import threads_available
 from rollout import EngineOptions, Fleet
 from rollout.arguments import prepare
-from rollout.processes import usable_gpus, visibility
+from rollout.processes import free_gpus, on_gpus, visibility
 from rollout.worker import environment
 
 REPORT_TASKS: Mapping[str, int] = {
@@ -53,6 +53,8 @@ The prompts are the harness's.
 
 Tasks = Literal["deepseek_v2_report"] | list[str] | dict[str, Annotated[int, Field(ge=0)] | None]
 BatchSize = Annotated[int, Field(ge=1)] | Literal["auto"] | None
+START_S = 300.0
+"""Seconds within which the harness has to have its GPUs."""
 
 
 class HarnessEngine(EngineOptions):
@@ -107,14 +109,19 @@ def lm_eval_tasks(
     import ray
 
     require_package()
-    gpus = engine.gpus * (engine.tensor_parallel if backend == "vllm" else 1) if usable_gpus() else 0
-    if gpus > (free := ray.available_resources().get("GPU", 0.0)):
+    gpus = engine.gpus * (engine.tensor_parallel if backend == "vllm" else 1) if on_gpus() else 0
+    if gpus > (free := free_gpus()):
         told = (
-            f"the harness takes {gpus:g} GPUs beside those of learners and rollout workers, and Ray has {free:g} free: lower learner.ranks or "
+            f"the harness takes {gpus:g} GPUs beside those of learners and rollout workers, and no node has more than {free:g} free: lower learner.ranks or "
             "rollout.workers, or give it a share that they leave with engine: {gpus: SHARE}"
         )
         return Metrics({}, not_run=dict.fromkeys(with_shots(tasks), told))
     harness = start_harness(gpus, unsafe_code=unsafe_code)
+    started, _ = ray.wait([harness.__ray_ready__.remote()], timeout=START_S)
+    if not started:  # another run was quicker
+        ray.kill(harness)
+        told = f"its process was not started within {START_S:g} s: no node has {gpus:g} GPUs free any more"
+        return Metrics({}, not_run=dict.fromkeys(with_shots(tasks), told))
     result = harness.evaluate.remote(
         with_shots(tasks),
         include_path and include_path.absolute(),
@@ -266,10 +273,14 @@ def load_model(
     """The checkpoint as one of the harness's models."""
     if backend == "hf":
         from lm_eval.models.huggingface import HFLM
+        from transformers import GenerationConfig
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         tokenizer = load_tokenizer(model.path, trust_remote_code=model.trust_remote_code)
-        return HFLM(load_policy(model).to(device), tokenizer=tokenizer, batch_size=batch_size or 8)
+        policy = load_policy(model).to(device)
+        # Otherwise a penalty of generation_config.json, as Qwen2.5's, would be part of what is measured, here and with no other backend.
+        policy.generation_config = GenerationConfig(eos_token_id=policy.generation_config.eos_token_id)
+        return HFLM(policy, tokenizer=tokenizer, batch_size=batch_size or 8)
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)

@@ -166,18 +166,41 @@ def _older_config(written: dict[str, Any], config: Any) -> dict[str, Any]:
         older["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else scaling
     if "partial_rotary_factor" in rope:
         older["partial_rotary_factor"] = rope["partial_rotary_factor"]
+        if older["rope_scaling"] and config.model_type == "phi3":  # which takes these three keys and no other
+            older["rope_scaling"] = {
+                "type": rope["rope_type"],
+                **{key: rope[key] for key in ("short_factor", "long_factor")},
+            }
+    # The layers that predict tokens further ahead are not read, so that no checkpoint written here has them.
+    older |= {key: 0 for key in ("num_nextn_predict_layers", "num_mtp_layers") if written.get(key)}
     if config.attribute_map.get("num_experts") in written:
         older["num_experts"] = written[config.attribute_map["num_experts"]]
     return older
 
 
+def builds_its_rules(kind: type | None) -> bool:
+    """Whether a class of tokenizers has rules of its own, by which it cuts text in the place of those in `tokenizer.json`: some of transformers 5 have."""
+    from transformers import TokenizersBackend
+
+    return (
+        kind is not None
+        and kind is not TokenizersBackend
+        and issubclass(kind, TokenizersBackend)
+        and "__init__" in vars(kind)
+    )
+
+
 def _older_tokenizer(written: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
-    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config, tokenizer_class_from_name
 
     older: dict[str, Any] = {}
     if written.get("tokenizer_class") == NEW_CLASS:
         base = get_tokenizer_config(tokenizer.name_or_path).get("tokenizer_class") if tokenizer.name_or_path else None
-        older["tokenizer_class"] = OLD_CLASS if base in (None, NEW_CLASS) else base
+        kept = base not in (None, NEW_CLASS) and not builds_its_rules(
+            tokenizer_class_from_name(base.removesuffix("Fast"))
+        )
+        older["tokenizer_class"] = base if kept else OLD_CLASS
+        older["model_input_names"] = tokenizer.model_input_names
     extra = written.get("extra_special_tokens")
     if isinstance(extra, list):
         older |= {"additional_special_tokens": extra, "extra_special_tokens": {}}

@@ -12,12 +12,16 @@ from typing import Any, Literal
 import torch
 
 from align.errors import UserError, reward_errors
-from align.model.names import add_older_forms
+from align.model.names import add_older_forms, builds_its_rules
 from align.recipe import ModelOptions
 from reward.chat import end_of_answer
 
 logger = logging.getLogger(__name__)
 
+CUT_BY_RULES = " 1.  17\n\n2. It's 2024,\n\t  don't  BE2b…\r\nÄpfel 漢字 🙂  "
+"""What tokenizers of one vocabulary cut into different tokens where their rules differ. It begins with a space, which none adds then."""
+OF_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")
+"""Keys of a generation config that greedy decoding does not read."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 if not torch.cuda.is_available():
@@ -39,6 +43,7 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
             tokenizer = AutoTokenizer.from_pretrained(
                 str(path), trust_remote_code=trust_remote_code, mistral_format=False
             )
+        tokenizer = as_its_file_says(tokenizer, path)
     except (OSError, ValueError) as error:
         if len(Path(path).parts) > 2 and not Path(path).exists():
             raise UserError(f"model.path: {path} does not exist") from None
@@ -51,6 +56,28 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
         if (tokenizer.pad_token_id or 0) >= rows:
             tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def as_its_file_says(tokenizer: Any, path: str | Path) -> Any:
+    """A tokenizer that cuts text as its `tokenizer.json` says where that is a byte-level one.
+
+    The class that `tokenizer_config.json` names may build another from the same vocabulary: "GPT2Tokenizer" in SmolLM2's drops the splitting of numbers,
+    and "LlamaTokenizerFast" beside an adapter of DeepSeek-V2, without a `config.json`, all of it.
+    """
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+    from transformers.utils import cached_file
+
+    if not builds_its_rules(type(tokenizer)):
+        return tokenizer
+    file = cached_file(str(path), "tokenizer.json", _raise_exceptions_for_missing_entries=False)
+    in_file = Tokenizer.from_file(file) if file else None
+    if in_file is None or "ByteLevel" not in str(in_file.pre_tokenizer):
+        return tokenizer
+    ids = tokenizer(CUT_BY_RULES, add_special_tokens=False)["input_ids"]
+    if ids == in_file.encode(CUT_BY_RULES, add_special_tokens=False).ids:
+        return tokenizer
+    return PreTrainedTokenizerFast.from_pretrained(str(path), model_input_names=tokenizer.model_input_names)
 
 
 @contextmanager
@@ -137,7 +164,7 @@ def load_policy(options: ModelOptions, dtype: torch.dtype | None = None, *, empt
             f"model.path: config.json of {options.path} has tie_word_embeddings, but {own[0]} in the files is another than the embedding: saved and "
             "loaded again it would be lost. Cure: tie_word_embeddings: false in config.json"
         )
-    use_fast_experts(model)
+    choose_kernels(model)
     return model
 
 
@@ -181,6 +208,9 @@ def save_policy(model: Any, tokenizer: Any, directory: Path, state_dict: dict[st
     Versions 4 and 5 of transformers read it.
     Its `generation_config.json` names all tokens that end a completion, so that whoever loads it stops where training did.
     """
+    if not model.is_remote_code():
+        # Code that a model brings is not written where transformers' own was used in its place.
+        vars(model.config).pop("auto_map", None)
     if (generation := getattr(model, "generation_config", None)) is not None:
         ends = ends_of(generation, tokenizer)
         generation.eos_token_id = ends[0] if len(ends) == 1 else ends
@@ -195,14 +225,19 @@ def save_policy(model: Any, tokenizer: Any, directory: Path, state_dict: dict[st
 def writable(generation: Any) -> Any:
     """A generation config that transformers writes: it reads some that it then refuses to write, such as a temperature without `do_sample`.
 
-    What still cannot be written is left out but for the tokens that begin, end and fill up, and said.
+    Where `do_sample` is false it stays so, and what it leaves without effect goes. What still cannot be written is left out but for the tokens that
+    begin, end and fill up, and said.
     """
     from transformers import GenerationConfig
 
     try:
         generation.validate(strict=True)
     except ValueError:
-        generation.do_sample = True
+        if generation.do_sample is False:
+            for name in OF_SAMPLING:
+                setattr(generation, name, None)
+        else:
+            generation.do_sample = True
         try:
             generation.validate(strict=True)
         except ValueError as error:
@@ -273,10 +308,15 @@ def no_progress_bars() -> Iterator[None]:
         logging.enable_progress_bar()
 
 
-def use_fast_experts(model: Any) -> None:
-    """Run the experts as grouped matrix products where the model has fused experts."""
+def choose_kernels(model: Any) -> None:
+    """Run fused experts as grouped matrix products, and attention whose logits have a cap, as Gemma 2's, by plain ones.
+
+    torch's fused attention knows no such cap, and transformers leaves it out there without a word.
+    """
     if has_fused_experts(model):
         model.set_experts_implementation("grouped_mm")
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
+        model.set_attn_implementation("eager")
 
 
 def has_fused_experts(model: Any) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from align.errors import UserError
-from align.model.policy import DTYPES, code_of, first_line, turn_end, use_fast_experts, without_content
+from align.model.policy import DTYPES, choose_kernels, code_of, first_line, turn_end, without_content
 from align.recipe import ModelOptions
 
 HEAD = "score.weight"
@@ -77,7 +77,7 @@ def load_reward_model(options: ModelOptions, tokenizer: Any, *, empty: bool = Fa
         raise UserError(
             f"model.path: transformers cannot make a reward model of {options.path}: {first_line(error)}"
         ) from None
-    use_fast_experts(model)
+    choose_kernels(model)
     return model
 
 

@@ -235,3 +235,39 @@ def sent_bytes(model: ModelOptions, lora: LoraOptions | None) -> int:
     blocks = [""] if lora is None else [f"{block_of(part.parameter)}." for part in chosen_parts(skeleton, lora.targets)]
     sent = (p.numel() for name, p in skeleton.named_parameters() if name.startswith(tuple(blocks)))
     return sum(sent) * ELEMENT_BYTES[model.dtype]
+
+
+def stored_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of a model's tensors, by the headers of its safetensors files. Raises UserError for a file that is missing or damaged.
+
+    Those are the files that the index names, or else `model.safetensors`: some directories hold the weights a second time, in another layout.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    again = "Cure: copy or download it again"
+    index = directory / "model.safetensors.index.json"
+    try:
+        named = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else set()
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{index} is damaged ({error}). {again}") from None
+    if lost := sorted(name for name in named if not (directory / name).is_file()):
+        raise UserError(
+            f"{directory} lacks {len(lost)} of {len(named)} files with weights, {lost[0]} for one. {again.replace('it', 'them')}"
+        )
+    shapes: dict[str, tuple[int, ...]] = {}
+    whole = directory / "model.safetensors"
+    unnamed = [whole] if whole.is_file() else sorted(directory.glob("*.safetensors"))
+    for file in sorted(directory / name for name in named) or unnamed:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            with file.open("rb") as begin:
+                is_pointer = begin.read(20) == b"version https://git-"
+            told = (
+                "a pointer of Git LFS, not the weights. Cure: git lfs pull"
+                if is_pointer
+                else f"cut off or damaged ({error}). {again}"
+            )
+            raise UserError(f"{file} is {told}") from None
+    return shapes

@@ -18,7 +18,7 @@ from align.losses import LossOptions
 from align.model.policy import (
     attention_kernel,
     attention_sizes,
-    use_fast_experts,
+    choose_kernels,
 )
 from align.model.sizes import sizes_of
 from align.plan.memory import GIB, GPU_PROCESS, Training, learner_memory
@@ -91,13 +91,13 @@ def attention_kernels(sizes: tuple[int, int, int], rows: int, length: int) -> No
 
 
 def lora() -> None:
-    """l: the learner with LoRA on all 27 layers of V2-Lite (31 GB, made on the card), gradient checkpointing"""
+    """l: the learner with LoRA on all 27 layers of V2-Lite (31 GB, made on the card), gradient checkpointing; it rests, and resumes"""
     directory = empty_directory("lite-deep", lite_config(DEEP))
 
     def made_on_the_card(*_: Any) -> Any:
         with timed("random weights made on the card"):
             model = random_model(directory, 0)
-        use_fast_experts(model)
+        choose_kernels(model)
         return model
 
     adapter = {"rank": 4 if TINY else 32, "alpha": 32, "targets": "attention+shared"}
@@ -109,10 +109,16 @@ def lora() -> None:
         train(learner, f"LoRA step {turn}", sft_sequences(*ADAPTED, turn), flops)
     send_and_rest(learner)
     train(learner, "LoRA step after rest", sft_sequences(*ADAPTED, 2), flops)
+    state = WORK / "lora-state"
+    state.mkdir(exist_ok=True)
+    with timed("state saved and read back"):
+        learner.save_state(state)
+        learner.load_state(state)
+    train(learner, "LoRA step after resuming", sft_sequences(*ADAPTED, 2), flops)
 
 
 def new_learner(directory: Path, **options: Any) -> policy.PolicyRank:
-    """A learner rank in this process, alone and without Ray; ZeRO-2, since what ZeRO-1 holds in bfloat16 cannot leave the GPU."""
+    """A learner rank in this process, alone and without Ray."""
     threads = os.cpu_count() or 1
     os.environ |= engine.environment(0, 1, threads)
     given = {"ranks": 1, "threads": threads, "zero_stage": 2, "micro_batch_tokens": MICRO_BATCH} | options

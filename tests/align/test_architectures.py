@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForCausalLM,
     DeepseekV2Config,
     DeepseekV3Config,
+    Gemma2Config,
     Gemma3TextConfig,
     Glm4MoeConfig,
     LlamaConfig,
@@ -71,6 +72,9 @@ ARCHITECTURES: dict[str, Callable[[], PretrainedConfig]] = {
     "Qwen2-MoE": lambda: Qwen2MoeConfig(**SIZES, **EXPERTS, shared_expert_intermediate_size=128),
     "Qwen3-MoE": lambda: Qwen3MoeConfig(**SIZES, **EXPERTS, head_dim=32),
     "OLMoE": lambda: OlmoeConfig(**SIZES, num_experts=8, num_experts_per_tok=2),
+    "Gemma 2": lambda: Gemma2Config(
+        **SIZES, head_dim=32, query_pre_attn_scalar=32, sliding_window=64, attn_logit_softcapping=0.5
+    ),
     "Gemma 3": lambda: Gemma3TextConfig(**SIZES, head_dim=32, query_pre_attn_scalar=32, sliding_window=64),
     "Mixtral": lambda: MixtralConfig(**SIZES, num_local_experts=8, num_experts_per_tok=2),
     "GLM-4-MoE": lambda: Glm4MoeConfig(**SIZES, **BIASED, head_dim=32),

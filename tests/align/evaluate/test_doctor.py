@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
-from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV2Config, GptOssConfig
+from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV2Config, DeepseekV3Config, GptOssConfig
 
 from align.errors import UserError
 from align.evaluate.doctor import (
@@ -38,13 +38,24 @@ from align.evaluate.doctor import (
     verdict,
     with_room,
 )
-from align.model.policy import load_tokenizer
+from align.model.policy import load_tokenizer, save_policy
 from align.model.sizes import empty_model, read_config
 from align.recipe import ModelOptions
 from align.tools.offline import doctor
 from rollout import FleetOptions
 
 from ..small_models import save_llama
+
+SMALL_V3 = {
+    "vocab_size": 912,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "first_k_dense_replace": 1,
+    "num_mtp_layers": 1,
+}
 
 
 @pytest.fixture
@@ -187,6 +198,20 @@ def test_files_that_lack_a_tensor(skeleton: Any, policy: ModelOptions, tmp_path:
     assert_failed(check_checkpoint(skeleton, tmp_path), "lack 1", "experts.3.up_proj")
     save_file(tensors | {"model.layers.1.mlp.experts.3.up.weight": lost}, tmp_path / "model.safetensors")
     assert_failed(check_checkpoint(skeleton, tmp_path), "have 1 tensors that the architecture does not know")
+
+
+def test_tensors_that_are_not_trained_are_told(policy: ModelOptions, tmp_path: Path) -> None:
+    """Layers that predict tokens further ahead, which transformers does not read; the configuration that is saved has none."""
+    config = DeepseekV3Config(**SMALL_V3)
+    model = AutoModelForCausalLM.from_config(config)
+    save_policy(model, load_tokenizer(policy.path), tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["num_nextn_predict_layers"] == 0
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file(tensors | {"model.layers.61.eh_proj.weight": torch.zeros(2)}, tmp_path / "model.safetensors")
+    status, detail = check_checkpoint(model.to("meta"), tmp_path)
+    assert status is CheckStatus.OK
+    assert "1 more, model.layers.61.eh_proj.weight for one" in detail
+    assert "not in what is saved" in detail
 
 
 def test_weights_that_are_there_a_second_time_in_another_layout_are_not_looked_at(llama: Path, tmp_path: Path) -> None:

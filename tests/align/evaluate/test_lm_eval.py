@@ -223,12 +223,16 @@ def test_the_harness_computes_with_the_cores_that_a_container_leaves(monkeypatch
 def test_where_every_gpu_is_taken_the_tasks_are_not_run_and_it_is_told(
     checkpoint: PolicyCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lm_eval, "usable_gpus", lambda: 8.0)
-    monkeypatch.setattr("ray.available_resources", lambda: {"CPU": 4.0, "GPU": 0.3})
+    monkeypatch.setattr(lm_eval, "on_gpus", lambda: True)
+    nodes = {"one": {"CPU": 4.0, "GPU": 0.3}, "other": {"GPU": 0.3}, "head": {"CPU": 4.0}}
+    monkeypatch.setattr("ray._private.state.available_resources_per_node", lambda: nodes)
     monkeypatch.setattr(lm_eval, "start_harness", lambda gpus, **_: pytest.fail("a harness starts"))
     found = run("lm_eval", checkpoint, NO_FLEET, {"tasks": ["piqa"], "engine": {"gpus": 0.4}})
     assert found.values == {}
-    assert "takes 0.4 GPUs beside those of learners and rollout workers, and Ray has 0.3 free" in found.not_run["piqa"]
+    assert (
+        "takes 0.4 GPUs beside those of learners and rollout workers, and no node has more than 0.3 free"
+        in found.not_run["piqa"]
+    )
 
 
 def test_code_is_found_in_groups_under_tags_and_in_what_a_group_overrides() -> None:

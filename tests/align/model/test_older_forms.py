@@ -20,6 +20,8 @@ from transformers import (
     MixtralForCausalLM,
     OlmoeConfig,
     OlmoeForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
@@ -41,6 +43,7 @@ SMALL = {
     "max_position_embeddings": 512,
 }
 EXPERTS = {"num_experts_per_tok": 2}
+LONG_ROPE = {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
 MLA = {
     "num_key_value_heads": 4,
@@ -68,6 +71,9 @@ MODELS: dict[str, Any] = {
     ),
     "qwen3": lambda **o: Qwen3ForCausalLM(Qwen3Config(head_dim=16, rope_theta=1e6, rope_scaling=YARN, **o)),
     "gemma3": lambda **o: Gemma3ForCausalLM(Gemma3TextConfig(head_dim=16, sliding_window=8, **o)),
+    "phi3": lambda **o: Phi3ForCausalLM(
+        Phi3Config(rope_scaling=dict(LONG_ROPE), original_max_position_embeddings=128, pad_token_id=0, **o)
+    ),
     "olmoe": lambda **o: OlmoeForCausalLM(OlmoeConfig(num_experts=4, **EXPERTS, **o)),
     "mixtral": lambda **o: MixtralForCausalLM(MixtralConfig(num_local_experts=4, rope_theta=1e6, **EXPERTS, **o)),
     "qwen3_moe": lambda **o: Qwen3MoeForCausalLM(
@@ -104,6 +110,9 @@ def test_names_of_both_versions_are_written(written: tuple[Path, torch.Tensor]) 
     whole = rope.get("full_attention", rope)
     assert config["rope_theta"] == whole["rope_theta"]
     scaling = config["rope_scaling"] or {"rope_type": "default"}
+    if config["model_type"] == "phi3":  # of which older versions take three keys alone
+        assert scaling == LONG_ROPE
+        return
     assert scaling == {key: value for key, value in whole.items() if key != "rope_theta"}
     tokenizer = json.loads((directory / "tokenizer_config.json").read_text())
     assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"

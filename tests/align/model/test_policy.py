@@ -14,6 +14,8 @@ from transformers import (
     AutoTokenizer,
     DeepseekV2Config,
     DeepseekV2ForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     GenerationConfig,
@@ -34,6 +36,7 @@ from align.model.policy import (
     save_policy,
     stop_token_ids,
 )
+from align.model.reward_model import load_reward_model
 from align.model.sizes import skeleton_of
 from align.recipe import LoraOptions, ModelOptions
 from reward.chat import encode_prompt
@@ -104,7 +107,7 @@ class TestEnds:
         ("given", "kept"),
         [
             ({"temperature": 0.9, "top_p": 0.6}, {"temperature": 0.9, "top_p": 0.6, "do_sample": True}),
-            ({"top_k": 20, "do_sample": False}, {"top_k": 20, "do_sample": True}),
+            ({"top_k": 20, "temperature": 0.6, "do_sample": False}, {"do_sample": False}),
             ({"temperature": 0.7, "do_sample": True}, {"temperature": 0.7, "do_sample": True}),
             ({"output_scores": True, "return_dict_in_generate": False}, {}),
             ({"pad_token_id": -1}, {}),
@@ -130,6 +133,67 @@ def test_a_tokenizer_is_that_of_tokenizer_json_whatever_mistral_puts_beside_it(t
     tokenizer.save_pretrained(tmp_path)
     (tmp_path / "tekken.json").symlink_to(data / "tekken_240911.json")
     assert encode_prompt(load_tokenizer(tmp_path), ASKED) == encode_prompt(tokenizer, ASKED)
+
+
+@pytest.mark.parametrize("beside", ["a config.json", "no config.json, as beside an adapter"])
+@pytest.mark.parametrize("named", ["GPT2Tokenizer", "LlamaTokenizerFast"])
+def test_a_byte_level_tokenizer_cuts_as_its_file_says_whatever_class_is_named(
+    named: str, beside: str, tmp_path: Path
+) -> None:
+    """transformers 5 builds a tokenizer of its own for such names: of GPT-2's rules, or of SentencePiece's."""
+    tokenizer = tokenizer_with()
+    tokenizer.save_pretrained(tmp_path)
+    name = tmp_path / "tokenizer_config.json"
+    name.write_text(json.dumps(json.loads(name.read_text()) | {"tokenizer_class": named}))
+    if beside == "a config.json":
+        LlamaConfig(vocab_size=len(tokenizer), **SMALL).save_pretrained(tmp_path)
+
+    def ids(one: Any) -> list[int]:
+        return one("a  17\n\n1. b", add_special_tokens=False)["input_ids"]
+
+    changed = ids(AutoTokenizer.from_pretrained(tmp_path))
+    found = load_tokenizer(tmp_path)
+    assert ids(found) == ids(tokenizer) != changed
+    assert encode_prompt(found, ASKED) == encode_prompt(tokenizer, ASKED)
+    # Written again, everybody reads it so.
+    save_policy(LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **SMALL)), found, tmp_path / "final")
+    again = AutoTokenizer.from_pretrained(tmp_path / "final")
+    assert ids(again) == ids(tokenizer)
+    assert again.model_input_names == ["input_ids", "attention_mask"]
+
+
+@pytest.mark.parametrize("empty", [False, True], ids=["read", "built without its weights"])
+def test_attention_has_the_cap_that_the_configuration_gives_its_logits(empty: bool, tmp_path: Path) -> None:
+    """Gemma 2 has one, which transformers' default for attention leaves out."""
+    torch.manual_seed(0)
+    tokenizer = tokenizer_with()
+    config = Gemma2Config(
+        vocab_size=len(tokenizer), num_key_value_heads=2, head_dim=8, attn_logit_softcapping=0.1, **SMALL
+    )
+    model = Gemma2ForCausalLM(config)
+    for parameter in model.parameters():
+        parameter.data *= 30
+    save_policy(model, tokenizer, tmp_path)
+    ids = torch.arange(3, 12)[None]
+    model.set_attn_implementation("eager")
+    capped = model.eval()(input_ids=ids).logits
+    model.set_attn_implementation("sdpa")
+    assert not torch.allclose(model(input_ids=ids).logits, capped)
+    options = ModelOptions(path=str(tmp_path))
+    loaded, classifier = load_policy(options, empty=empty), load_reward_model(options, tokenizer, empty=empty)
+    assert attention_kernel(loaded, torch.device("cpu")) == attention_kernel(classifier, torch.device("cpu")) == "eager"
+    if not empty:
+        torch.testing.assert_close(loaded.eval()(input_ids=ids).logits, capped)
+
+
+def test_code_that_is_not_written_is_not_named(tmp_path: Path) -> None:
+    """A model may bring code and be trained without it, by what transformers has of its own."""
+    tokenizer = tokenizer_with()
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=len(tokenizer), **SMALL, auto_map={"AutoModelForCausalLM": "of.Its"})
+    )
+    save_policy(model, tokenizer, tmp_path)
+    assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())
 
 
 def test_the_buffers_of_a_checkpoint_are_those_that_persist() -> None:

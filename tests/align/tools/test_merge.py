@@ -184,3 +184,16 @@ def test_an_adapter_that_peft_would_read_in_part_is_refused(tmp_path: Path) -> N
     with pytest.raises(UserError, match=r"no place in .* for 8 of its tensors, .*layers\.0\.mlp\.experts\..* for one"):
         merge_adapter(tmp_path / "adapter", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_beside_an_adapter_is_read_as_its_file_says(tmp_path: Path) -> None:
+    """Versions 4 of transformers, and what trains with them, save it there, where no configuration says of which model it is."""
+    origin = base(tmp_path / "base", tied=False)
+    adapted(origin, tmp_path / "adapter", target_modules=["q_proj"])
+    tokenizer = load_tokenizer(origin)
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    named = tmp_path / "adapter" / "tokenizer_config.json"
+    named.write_text(json.dumps(json.loads(named.read_text()) | {"tokenizer_class": "LlamaTokenizerFast"}))
+    merge_adapter(tmp_path / "adapter", tmp_path / "out")
+    text = "a  17 and more"
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")(text)["input_ids"] == tokenizer(text)["input_ids"]
