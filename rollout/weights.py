@@ -3,7 +3,8 @@
 The engine is one process, or several that each hold a part of the model. `run_step` runs a step of an update in each of them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ class WeightUpdate:
     def __init__(self, worker: Any, modules: Sequence[str] | None):
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
-        self._model = worker.model_runner.get_model()
+        self._worker, self._model = worker, worker.model_runner.get_model()
         self._config = worker.model_runner.model_config
         self._is_whole = modules is None
         self._parts = {f"{name}.": part_of(self._model, name) for name in modules or ()} or {"": self._model}
@@ -108,7 +109,24 @@ class WeightUpdate:
         elif foreign := sorted(self._loaded - self._expected):
             raise WeightUpdateError(f"the update wrote {foreign[0]}, which is in none of the modules that it is for")
         check_coverage(self._expected, self._loaded)
-        self._low_rank.add()
+        with memory_that_sleeps(self._worker):
+            self._low_rank.add()
+
+
+@contextmanager
+def memory_that_sleeps(worker: Any) -> Iterator[None]:
+    """A block whose tensors are offloaded with the model where the worker's engine can be, and after which weights that they replace are given back.
+
+    vLLM offloads what was allocated from its own pools, and never releases the segments of one by itself after it was filled.
+    """
+    with worker._maybe_get_memory_pool_context("runtime"):
+        yield
+    if worker.device.type == "cuda" and worker.vllm_config.model_config.enable_cumem_allocator:
+        from vllm.device_allocator import get_mem_allocator_instance
+
+        allocator = get_mem_allocator_instance()
+        for pool, _ in allocator.allocator_and_pools.get("weights", ()):
+            allocator._trim(pool)
 
 
 def part_of(model: torch.nn.Module, name: str) -> torch.nn.Module:

@@ -80,7 +80,8 @@ def load_state(engine: Any, directory: Path) -> dict[str, torch.Tensor]:
     state = engine.basic_optimizer.state
     for content, master in zip(own["moments"], _stepped(engine), strict=True):
         if content:
-            state[master] = {name: _moved(value, master) for name, value in content.items()}
+            # Adam's count of steps too, a tensor of one number: its fused kernel reads that on the device.
+            state[master] = {name: value.to(master.device, copy=True) for name, value in content.items()}
     if _is_partitioned(engine) and (kept := engine.optimizer.persistent_parameters):
         # Small parameters are whole on every rank between steps, and those copies are of before.
         kept[0].partition(kept)
@@ -133,11 +134,6 @@ def _stepped(engine: Any) -> list[torch.Tensor]:
 def _random_states() -> dict[str, torch.Tensor]:
     states = {"cpu": torch.get_rng_state()}
     return states | {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else states
-
-
-def _moved(value: torch.Tensor, master: torch.Tensor) -> torch.Tensor:
-    # Adam's count of steps is a number on the CPU, whatever the device.
-    return value.to(master.device if value.dim() else "cpu", copy=True)
 
 
 def _copy(content: torch.Tensor, tensor: torch.Tensor, name: str) -> None:

@@ -196,14 +196,15 @@ class Nccl:
     """Processes on GPUs, by vLLM's handle of NCCL: torch's ends the process, in the end, where others are waited for in vain."""
 
     def __init__(self, store: TCPStore, rank: int, size: int, device: torch.device):
-        from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
-        from vllm.distributed.device_communicators.pynccl_wrapper import NCCLLibrary
+        with torch_kept_as_it_is(device):
+            from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
+            from vllm.distributed.device_communicators.pynccl_wrapper import NCCLLibrary
 
-        if rank == 0:
-            store.set("id", bytes(NCCLLibrary().ncclGetUniqueId().internal).hex())
-        self._processes = PyNcclCommunicator.from_unique_id_bytes(
-            bytes.fromhex(store.get("id").decode()), rank, size, device
-        )
+            if rank == 0:
+                store.set("id", bytes(NCCLLibrary().ncclGetUniqueId().internal).hex())
+            self._processes = PyNcclCommunicator.from_unique_id_bytes(
+                bytes.fromhex(store.get("id").decode()), rank, size, device
+            )
 
     def broadcast(self, tensor: torch.Tensor) -> None:
         """Send the tensor from rank 0, or receive it; returns when this GPU has. Raises RuntimeError.
@@ -217,6 +218,17 @@ class Nccl:
     def abort(self) -> None:
         """End what is under way on the GPU, and close the connections."""
         self._processes.destroy()
+
+
+@contextmanager
+def torch_kept_as_it_is(device: torch.device) -> Iterator[None]:
+    """A block in which vLLM is imported and used, after which a learner computes as before: on the same stream, with the same kernels for attention."""
+    stream, has_cudnn = torch.cuda.current_stream(device), torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        yield
+    finally:
+        torch.cuda.set_stream(stream)
+        torch.backends.cuda.enable_cudnn_sdp(has_cudnn)
 
 
 def wait_for(is_done: Callable[[], bool]) -> None:

@@ -10,7 +10,7 @@ import torch
 from align.recipe import ModelOptions
 from rollout import BroadcastSync, Trajectory, stored
 from rollout.sync.base import Bucket
-from rollout.sync.broadcast import Address, meet
+from rollout.sync.broadcast import Address, meet, torch_kept_as_it_is
 
 from .injuries import Injury, WitnessedFleet
 from .publisher import LocalPublisher, changed_weights
@@ -86,3 +86,17 @@ def test_a_worker_that_is_lost_while_it_receives_is_replaced_and_the_others_go_o
     witnessed.fleet.wait_until_ready()
     witnessed.until_healthy()
     assert witnessed.sample() == expected
+
+
+def test_a_learner_s_stream_and_kernels_for_attention_are_what_they_were_before_vllm_was_imported(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """For GPUs vLLM puts cuDNN's attention off where it is imported, and goes on with a stream of its own."""
+    streams = ["the default one"]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: streams[-1])
+    monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
+    with torch_kept_as_it_is(torch.device("cuda")):
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        streams.append("vLLM's")
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    assert streams[-1] == "the default one"

@@ -1,9 +1,15 @@
 """What a sampler computes beside its weights: W x + s B (A x), of linear layers and of experts, whatever W would round away."""
 
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
 import torch
 from torch.nn.functional import silu
 
 from rollout.low_rank import Factors, experts_forward, silu_and_mul, split
+from rollout.weights import memory_that_sleeps
 
 EXPERTS, HIDDEN, INNER, TOKENS = 4, 32, 16, 24
 RANK = 3
@@ -92,3 +98,25 @@ def test_what_is_sent_of_an_update_is_told_from_weights_by_its_name() -> None:
     assert weights.keys() == {"layer.weight"}
     assert updates.keys() == sent.keys()
     assert float(sent["layer.weight.lora_scale"]) == 8 / 3
+
+
+@pytest.mark.parametrize("sleeps", [True, False])
+def test_on_a_gpu_that_is_shared_what_is_beside_the_weights_is_offloaded_with_them(
+    sleeps: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the weights of which it has a copy leave the pool that they were loaded into."""
+    happened: list[Any] = []
+
+    @contextmanager
+    def pool(tag: str) -> Any:
+        happened.append(tag)
+        yield
+        happened.append("end of it")
+
+    allocator = SimpleNamespace(allocator_and_pools={"weights": [("a pool", None)]}, _trim=happened.append)
+    monkeypatch.setattr("vllm.device_allocator.get_mem_allocator_instance", lambda: allocator)
+    config = SimpleNamespace(model_config=SimpleNamespace(enable_cumem_allocator=sleeps))
+    worker = SimpleNamespace(device=torch.device("cuda"), vllm_config=config, _maybe_get_memory_pool_context=pool)
+    with memory_that_sleeps(worker):
+        happened.append("added")
+    assert happened == ["runtime", "added", "end of it", *(["a pool"] if sleeps else [])]
