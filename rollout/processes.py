@@ -11,6 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar
@@ -72,6 +73,26 @@ def usable_gpus() -> float:
     if os.environ.get("CUDA_VISIBLE_DEVICES") in HIDDEN or not torch.backends.cuda.is_built():
         return 0.0
     return float(ray.cluster_resources().get("GPU", 0.0))
+
+
+def on_gpus() -> bool:
+    """Whether the processes of the run are on GPUs: as it was when this was first asked in a cluster, which may lose all of them for a while."""
+    import ray
+
+    context = ray.get_runtime_context()
+    return _was_on_gpus(context.gcs_address, context.get_job_id())
+
+
+def free_gpus() -> float:
+    """The GPUs that are free on the node of the Ray cluster that has most."""
+    from ray._private.state import available_resources_per_node
+
+    return max((node.get("GPU", 0.0) for node in available_resources_per_node().values()), default=0.0)
+
+
+@lru_cache(maxsize=1)
+def _was_on_gpus(cluster: str, job: str) -> bool:
+    return usable_gpus() > 0
 
 
 def samples_on_cpus() -> bool:

@@ -159,6 +159,8 @@ class WorkerHandle:
                 limit = TRANSFER_S
             if limit is not None and now - self.task.since > limit:
                 cure = "; raise it, or lower rollout.batch_sequences" if doing is Doing.SAMPLING else ""
+                if starting and self.process is None:
+                    cure = "; Ray has not placed it: no node has free what rollout.tensor_parallel, rollout.gpus and rollout.resources ask for"
                 # An engine that samples goes on; and of a first start nobody knows whether it would ever succeed.
                 is_stuck = self.restarts > 0 if starting else doing is not Doing.SAMPLING
                 return Overdue(f"was not done {doing} within rollout.{key} = {limit:g} s{cure}", is_stuck)
@@ -188,7 +190,7 @@ def new_actor(options: FleetOptions, placement_group: Any, number: int) -> Actor
     """Start the actor of a worker, in the bundle of its number where there is a placement group. Ray does not restart it: it would lack its weights."""
     import ray
 
-    gpus = options.tensor_parallel * options.gpus if processes.usable_gpus() else 0
+    gpus = options.tensor_parallel * options.gpus if processes.on_gpus() else 0
     actor_class = ray.remote(
         num_cpus=0,
         num_gpus=gpus,

@@ -32,9 +32,9 @@ from align.recipe import LearnerOptions, ModelOptions, Replay
 from align.run.checkpoints import Entry
 from align.run.files import whole_directory
 from align.run.machine import check_port
-from rollout import Colocation, Fleet, ObjectStoreSync, Precision, WeightSync
+from rollout import Colocation, Fleet, ObjectStoreSync, Precision, WeightSync, processes
 from rollout.parts import Distance
-from rollout.processes import ProcessId, in_placement_group, kill, stacks, start_limit_s, usable_gpus, visibility
+from rollout.processes import ProcessId
 from rollout.sync.base import WriteBuckets
 from rollout.types import PublisherDiedError, PublishError
 
@@ -72,14 +72,14 @@ class RankGroup:
         `setup` is what their method of that name needs besides the place to meet.
         """
         self._options = options
-        if options.port is not None:
+        if options.port is not None and not processes.cluster_address():  # of which rank 0 may be on another node
             check_port(options.port)
         self._ranks = [
             self._start(kind, model, rank, colocation and colocation.placement_group) for rank in range(options.ranks)
         ]
         self._setup = setup
         models = [given.path for given in (model, *setup) if isinstance(given, ModelOptions)]
-        self._start_limit_s = start_limit_s(options.start_timeout_s, START_S, *models)
+        self._start_limit_s = processes.start_limit_s(options.start_timeout_s, START_S, *models)
         self._processes: list[ProcessId] = []
         self._stalled = False
         self.updates = self.bad_updates = 0
@@ -95,15 +95,15 @@ class RankGroup:
         import ray
 
         options = self._options
-        gpus = options.gpus if usable_gpus() else 0
-        variables = environment(rank, options.ranks, options.threads, on_gpu=gpus > 0) | visibility(gpus)
+        gpus = options.gpus if processes.on_gpus() else 0
+        variables = environment(rank, options.ranks, options.threads, on_gpu=gpus > 0) | processes.visibility(gpus)
         return ray.remote(
             num_cpus=0,
             num_gpus=gpus,
             resources=options.resources,
             max_restarts=0,
             runtime_env={"env_vars": variables},
-            **in_placement_group(placement_group, rank),
+            **processes.in_placement_group(placement_group, rank),
         )(kind).remote(model, options)
 
     def _end(self, rank: Any) -> None:
@@ -116,7 +116,7 @@ class RankGroup:
         if self._colocation:
             self._colocation.claim(self)
         start = self._options.start_timeout_s or START_S
-        self._processes = self._gather([rank.process.remote() for rank in self._ranks], "starting", start)
+        self._processes = self._gather([rank.process.remote() for rank in self._ranks], "being placed by Ray", start)
         master = self._gather([self._ranks[0].address.remote()], "starting", start)[0]
         port = self._options.port or self._gather([self._ranks[0].free_port.remote()], "starting", start)[0]
         setups = [rank.setup.remote(master, port, *self._setup) for rank in self._ranks]
@@ -242,7 +242,7 @@ class RankGroup:
         if self._stalled:
             # Ray asks first; a rank that is stopped or hung would stay for seconds, with the memory it has.
             for process in self._processes:
-                kill(process)
+                processes.kill(process)
         self._ranks = []
 
     def _at_work(self) -> list[Any]:
@@ -270,7 +270,9 @@ class RankGroup:
             _, late = ray.wait(list(references), num_returns=len(references), timeout=0)
             who = ", ".join(str(place) for place, reference in enumerate(references) if reference in late)
             stalled = LearnerError(f"learner rank {who} was not done {doing} within {limit_s:g} s ({key})")
-            stalled.stacks = "\n".join(f"rank {n}: {stacks(process)}" for n, process in enumerate(self._processes))
+            stalled.stacks = "\n".join(
+                f"rank {n}: {processes.stacks(process)}" for n, process in enumerate(self._processes)
+            )
             self._stalled = True
             raise stalled from None
         except ray.exceptions.RayTaskError as error:

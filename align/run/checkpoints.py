@@ -86,6 +86,11 @@ class CheckpointDirectory:
             raise DamagedCheckpointError(f"no checkpoint in {self._path} is whole")
         return None
 
+    @property
+    def last_step(self) -> int:
+        """The step of the last checkpoint, whole or not; 0 where there is none."""
+        return max(self._steps(), default=0)
+
     def sweep(self) -> None:
         """Remove partly written or partly removed checkpoints that a killed process left behind."""
         for rest in self._path.glob(f".*{TEMPORARY_SUFFIX}"):

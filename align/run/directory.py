@@ -85,6 +85,11 @@ class RunDirectory:
     @classmethod
     def _own(cls, path: str | Path, *, earlier_run: Literal["refuse", "replace", "keep"]) -> Self:
         root = Path(path).expanduser().absolute()
+        if any(part.startswith("_ray_pkg_") for part in root.parts):
+            raise UserError(
+                f"{root} is in the copy of the working directory that Ray has made for this job, and that is another for the next one and may be removed: "
+                "give run.dir a whole path on storage that stays"
+            )
         with ExitStack() as undo:
             try:
                 # A run that goes on leaves the files of others where they are.

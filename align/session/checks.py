@@ -51,6 +51,7 @@ from align.session.ray import check_address
 from reward import Mixture, RewardTerm
 from reward.mixture import is_judged, share_a_domain
 from reward.own import columns_of
+from reward.own.file import is_prompt
 from rollout import FleetOptions, Precision
 from rollout.processes import cluster_address
 
@@ -105,7 +106,7 @@ def check_recipe(recipe: Recipe) -> list[str]:
         check_address(address, os.environ.get("RAY_AUTH_MODE"))
     else:  # a cluster may grow
         check_places(recipe, torch.cuda.device_count())
-    if roles.learner is not None and roles.learner.port is not None:
+    if roles.learner is not None and roles.learner.port is not None and not address:
         check_port(roles.learner.port)
     notes: list[str] = []
     if isinstance(recipe, GrpoRecipe):
@@ -232,7 +233,7 @@ def check_columns(rewards: Sequence[RewardTerm], examples: Iterable[Example]) ->
             lack = "have, but without text or a number in it" if column in columns else "lack"
             raise UserError(
                 f"rewards: {component} reads the column {column!r}, which the data of the domain {domain!r} {lack} (such as "
-                f"{first.id}); their columns: {', '.join(columns)}. Add it to the data, or give the reward `domains`"
+                f"{first.id}); their columns: {', '.join(columns)}. Add it to the data, or give the reward `domains`{is_prompt([column])}"
             )
 
 

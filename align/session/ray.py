@@ -27,7 +27,7 @@ from align.run.machine import (
 )
 from align.run.watcher import watched
 from align.session.signals import SIGNALS
-from rollout.processes import HIDDEN, cluster_address, usable_gpus
+from rollout.processes import HIDDEN, cluster_address, on_gpus, usable_gpus
 
 HEAD = ("gcs_server", "raylet")
 """Ray's processes without which nothing goes on."""
@@ -48,14 +48,15 @@ def local_ray(sent: int = 0, gpus: float = 0) -> Iterator[None]:
     that has fewer now may grow, and is waited for. Raises UserError for a cluster that may not be used, where torch cannot
     use the GPUs that it is built for, and where the machine has no room for the object store.
     """
+    import ray
+
     if address := cluster_address():
         # In a cluster of others Ray itself ends the actors of a driver that is gone.
         with _joined(address, sent):
-            if 0 < (there := usable_gpus()) < gpus:
+            if on_gpus() and (free := ray.available_resources().get("GPU", 0.0)) < gpus:
                 _log.warning(
-                    "the run takes %g GPUs, and the cluster has %g: it waits for the others until its time limits",
-                    gpus,
-                    there,
+                    "the run takes %g GPUs, and of the %g of the cluster %g are free: it waits for the others until its time limits",
+                    *(gpus, usable_gpus(), free),
                 )
             yield
     else:
@@ -74,8 +75,8 @@ def _joined(address: str, sent: int) -> Iterator[None]:
     check_address(address, os.environ.get("RAY_AUTH_MODE"))
     try:
         with kept_signal_handlers():
-            # Through Ray's client (ray://) the options are sent as JSON, and no working directory is.
-            ray.init(log_to_driver=False, **({} if "://" in address else {"job_config": job_config()}))
+            keep_environment()
+            ray.init(log_to_driver=False, job_config=job_config())
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.AuthenticationError) as error:
         told = ": ".join(" ".join(str(each).split()) for each in (error, error.__cause__) if each is not None)
         raise UserError(f"RAY_ADDRESS={address}: the cluster cannot be joined: {told}") from error
@@ -97,6 +98,7 @@ def _started(store: int) -> Iterator[None]:
     os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
     ray_constants.ENABLE_RAY_CLUSTER = False
     give_token(os.environ)
+    keep_environment()
     with kept_signal_handlers():
         start_node(store)
     head = _Head()
@@ -189,6 +191,11 @@ def check_address(address: str, auth_mode: str | None) -> None:
             f"RAY_ADDRESS={address} is the dashboard of a cluster, where `ray job submit --address` hands in jobs, and not its head node: name that "
             "(HOST:6379), or unset it"
         )
+    if address.startswith("ray://"):
+        raise UserError(
+            f"RAY_ADDRESS={address}: weights cannot be sent through Ray's client. Start the run on a node of the cluster and name its head (HOST:6379), or "
+            "hand it in with `ray job submit`"
+        )
     if address == "local" or (auth_mode or "").lower() == "token":
         return
     host = urlsplit(address if "://" in address else f"//{address}").hostname or ""
@@ -225,6 +232,13 @@ def kept_signal_handlers() -> Iterator[None]:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     if put_off:
         signal.raise_signal(signal.SIGHUP)
+
+
+def keep_environment() -> None:
+    """Let Ray's workers run in the environment of this process below `uv run` too, where Ray would make them another of the working directory."""
+    from ray._private import ray_constants
+
+    ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = False
 
 
 def give_token(environment: MutableMapping[str, str]) -> None:

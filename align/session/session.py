@@ -44,11 +44,11 @@ from rollout import (
     WeightOptions,
     WeightSync,
 )
-from rollout.processes import cluster_address, samples_on_cpus, start_limit_s, usable_gpus
+from rollout.processes import cluster_address, on_gpus, samples_on_cpus, start_limit_s
 from rollout.sync.base import MIB
 
 RESTARTS = 3
-"""How often a stage goes on by itself after a learner rank has died."""
+"""How often a stage goes on by itself from one checkpoint after learner ranks have died."""
 LITTLE_CPU = 0.01
 PLACEMENT_TIMEOUT_S = 60.0
 
@@ -157,17 +157,21 @@ class Session:
 
     def restarting(self, train: Callable[[], T]) -> T:
         """Return what `train` returns. Where a learner rank dies in it, call it again from the run's last checkpoint."""
-        for restart in range(1, RESTARTS + 2):
+        restarts, begun_at = 0, -1
+        while True:
             try:
                 return train()
             except LearnerDiedError as error:
                 # A signal to all processes of the run ends learners too.
                 self.run.stop.check()
-                if restart > RESTARTS:
+                reached = self.run.checkpoints.last_step
+                restarts, begun_at = (restarts + 1 if reached == begun_at else 1), reached
+                if restarts > RESTARTS:
                     raise
                 self.run.rewind()
-                self.run.warn(f"{first_line(error)}; the learners were started again ({restart} of {RESTARTS} times)")
-        raise AssertionError
+                self.run.warn(
+                    f"{first_line(error)}; the learners were started again ({restarts} of {RESTARTS} times from this checkpoint)"
+                )
 
 
 @contextmanager
@@ -201,7 +205,7 @@ def prepare_policy(
 
 def check_sampler() -> None:
     """Raise UserError where the vLLM that is installed could not sample in the Ray that was started: it is for GPUs, and there are none."""
-    if not usable_gpus() and not samples_on_cpus():
+    if not on_gpus() and not samples_on_cpus():
         raise UserError(
             "vLLM is built for GPUs, and there is none that it may use: `export ACCELERATOR=cpu`, then `make clean setup` installs one that samples on CPUs"
         )
@@ -214,7 +218,7 @@ def shared_gpus(count: int, patience_s: float) -> Any:
     """
     import ray
 
-    bundle = {"GPU": 1.0} if usable_gpus() else {"CPU": LITTLE_CPU}
+    bundle = {"GPU": 1.0} if on_gpus() else {"CPU": LITTLE_CPU}
     group = ray.util.placement_group([bundle] * count)
     if not group.wait(max(PLACEMENT_TIMEOUT_S, patience_s if cluster_address() else 0.0)):
         raise UserError(
@@ -239,7 +243,7 @@ def weight_sync_of(options: WeightOptions, directory: Path) -> WeightSync:
 def scoring_pool(rewards: Sequence[RewardTerm], options: ScoringOptions) -> Iterator[ScoringPool]:
     """Start what scores trajectories, and end it afterwards. Raises UserError where a reward cannot run here."""
     mixture = Mixture(rewards, infra_error_limit=options.infra_error_limit)
-    there = usable_gpus()
+    there = on_gpus()
     if there and not options.gpus and any(term.name == "reward_model" for term in rewards):
         _log.warning(
             "reward models run on the CPU, for scoring.gpus is 0: it gives a scoring worker a GPU, or a share of one"

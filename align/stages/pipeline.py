@@ -165,6 +165,7 @@ def is_done(stage: PlannedStage) -> bool:
 def stop_with_the_pipeline() -> None:
     """Ask the kernel to tell a stage to stop when the pipeline's process is gone: by SIGINT, which ends one at once that was told to stop before."""
     if sys.platform == "linux":
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # which Ray blocks in what it starts, such as a job
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGINT)
 
 

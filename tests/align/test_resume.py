@@ -242,7 +242,7 @@ def test_a_learner_that_is_killed_is_started_again_and_the_end_is_the_same(
     assert len(learners) == 2
     learners[1].kill()
     output = command.ends(0)
-    assert "the learners were started again (1 of 3 times)" in output
+    assert "the learners were started again (1 of 3 times from this checkpoint)" in output
     assert "resuming from step" in output
     assert_same(whole(stage, align), run, read_lines)
 

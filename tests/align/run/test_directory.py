@@ -217,6 +217,13 @@ def test_a_file_in_the_place_of_the_directory_or_of_its_parent_is_refused(tmp_pa
     assert tree(tmp_path) == {"file": b"precious"}
 
 
+def test_a_run_in_the_copy_that_ray_makes_for_a_job_is_refused(tmp_path: Path) -> None:
+    """It would be gone with the job, and never found by the next one."""
+    with pytest.raises(UserError, match=r"give run\.dir a whole path on storage that stays"):
+        RunDirectory.create(tmp_path / "working_dir_files" / "_ray_pkg_029f88d5" / "runs" / "first")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_path_that_cannot_be_made_is_refused_and_leaves_no_parents(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot write the run directory .* run\.dir="):
         RunDirectory.create(tmp_path / "runs" / ("n" * 300))

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray._private import ray_constants
 
 from align.errors import UserError
 from align.recipe import load_recipe
@@ -13,16 +14,12 @@ from align.session.ray import check_address, check_stores, give_token, job_confi
 GIB = 2**30
 
 
-@pytest.mark.parametrize(
-    "address", ["127.0.0.1:6379", "localhost:6379", "ray://[::1]:10001", "127.0.0.2:6379", "local"]
-)
+@pytest.mark.parametrize("address", ["127.0.0.1:6379", "localhost:6379", "[::1]:10001", "127.0.0.2:6379", "local"])
 def test_a_cluster_on_loopback_needs_no_token(address: str) -> None:
     check_address(address, None)
 
 
-@pytest.mark.parametrize(
-    "address", ["10.0.0.5:6379", "ray://head.example:10001", "auto", "[2001:db8::1]:6379", ":6379"]
-)
+@pytest.mark.parametrize("address", ["10.0.0.5:6379", "head.example:10001", "auto", "[2001:db8::1]:6379", ":6379"])
 def test_any_other_cluster_needs_token_authentication(address: str) -> None:
     check_address(address, "token")
     check_address(address, "TOKEN")
@@ -43,6 +40,7 @@ def test_a_run_is_refused_before_it_connects(monkeypatch: pytest.MonkeyPatch) ->
     [
         ("http://127.0.0.1:8265", "is the dashboard of a cluster"),
         ("192.0.2.1:6379", "anyone who reaches it"),
+        ("ray://127.0.0.1:10001", "weights cannot be sent through Ray's client"),
     ],
 )
 def test_a_check_refuses_the_cluster_that_the_run_would(
@@ -68,15 +66,15 @@ def test_why_a_cluster_cannot_be_joined_is_told_with_what_caused_it(
         pass
 
 
-@pytest.mark.parametrize(("address", "own"), [("127.0.0.1:1", True), ("ray://127.0.0.1:1", False)])
-def test_through_rays_client_go_only_options_that_are_json(
-    address: str, own: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def join(**options: Any) -> None:
-        assert ("job_config" in options) is own
+def test_below_uv_run_workers_are_in_the_environment_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray would make them another, of the working directory."""
+
+    def join(**_: Any) -> None:
+        assert not ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV
         raise ConnectionError("nobody")
 
-    monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setattr(ray_constants, "RAY_ENABLE_UV_RUN_RUNTIME_ENV", True)
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     monkeypatch.setattr("ray.init", join)
     with pytest.raises(UserError, match="nobody"), local_ray():
         pass

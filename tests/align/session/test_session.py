@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from align.errors import UserError
+from align.learner.group import LearnerDiedError
 from align.model.policy import load_tokenizer
 from align.model.sizes import sent_bytes
 from align.recipe import GrpoRecipe, ModelOptions, load_recipe
@@ -150,7 +151,7 @@ def test_the_workers_trust_the_code_of_a_model_as_the_recipe_does(
 
 def test_a_vllm_for_gpus_is_not_asked_to_sample_on_a_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("align.session.session.local_ray", lambda *_: nullcontext())
-    monkeypatch.setattr("align.session.session.usable_gpus", lambda: 0.0)
+    monkeypatch.setattr("align.session.session.on_gpus", lambda: False)
     monkeypatch.setattr("rollout.processes.version", lambda name: "0.32.0")
     made = recipe(f"run.dir={tmp_path / 'run'}", "machine={}")
     with pytest.raises(UserError, match=r"vLLM is built for GPUs.*ACCELERATOR=cpu"), open_run(made) as run:
@@ -170,3 +171,20 @@ def test_of_an_adapter_the_modules_that_it_changes_are_sent() -> None:
     model = ModelOptions(path="deepseek-ai/DeepSeek-V2-Lite", dtype="bfloat16")
     assert sent_bytes(model, None) / 2 == pytest.approx(15.7e9, rel=0.01)
     assert sent_bytes(model, LoraOptions(targets=["attention"])) / 2 == pytest.approx(0.37e9, rel=0.02)
+
+
+def test_learners_are_started_again_as_long_as_there_are_new_checkpoints_between_their_deaths(tmp_path: Path) -> None:
+    """A long run on machines that come and go outlives any number of them; one that always dies at the same place does not."""
+    with open_run(recipe(f"run.dir={tmp_path / 'run'}")) as run:
+        steps = [3, 6, 9, 12, 15, 15, 15, 15]
+        begun: list[int] = []
+
+        def train() -> None:
+            begun.append(run.resume.step if run.resume else 0)
+            if (reached := steps[len(begun) - 1]) != begun[-1]:
+                run.checkpoints.write(reached, {"positions": {}}, lambda _: {})
+            raise LearnerDiedError("learner rank 0 is gone")
+
+        with pytest.raises(LearnerDiedError):
+            Session(run, ModelOptions(path="recipes/nano"), None).restarting(train)
+    assert begun == [0, 3, 6, 9, 12, 15, 15, 15]

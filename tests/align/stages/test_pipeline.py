@@ -2,8 +2,10 @@
 
 import os
 import re
+import signal
 import socket
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +17,7 @@ from align.recipe import GrpoRecipe, Pipeline, PlannedStage, dump_recipe, load_p
 from align.run import RunDirectory, read_status
 from align.session.checks import check_names
 from align.stages.commands import run_stage
-from align.stages.pipeline import forget, run_pipeline, stages_to_run
+from align.stages.pipeline import forget, run_pipeline, stages_to_run, stop_with_the_pipeline
 
 STAGES = """\
 name: three
@@ -307,3 +309,17 @@ def test_a_round_of_iterative_grpo_goes_on_from_the_policy_and_the_reward_model_
     assert policy.reference is None  # the policy at the start of the stage
     assert [term.params.get("path") for term in policy.rewards] == [None, final["reward_2"]]
     assert {stage.recipe.seed for name, stage in made.items() if name.endswith("_2")} == {1}
+
+
+def test_a_stage_hears_of_the_end_of_a_pipeline_that_ray_has_started_as_a_job() -> None:
+    """Ray blocks SIGINT in what it starts, and what is blocked stays so in a new process."""
+    blocked = "import signal; print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))"
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        said = [
+            subprocess.run([sys.executable, "-c", blocked], preexec_fn=first, capture_output=True, text=True).stdout
+            for first in (None, stop_with_the_pipeline)
+        ]
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    assert said == ["True\n", "False\n"]
