@@ -16,6 +16,7 @@ class ScoredPair:
     """A pair with the rewards of its completions and their lengths in tokens."""
 
     id: str
+    prompt: str
     domain: str
     rewards: tuple[float, float]
     """Of the chosen completion and of the rejected one."""
@@ -74,11 +75,12 @@ class PairEvaluation:
 def evaluate_pairs(scored: Sequence[ScoredPair]) -> PairEvaluation:
     """What the rewards say of the pairs, of which there is at least one."""
     right = [share_right(pair.difference) for pair in scored]
+    prompts = len({pair.prompt for pair in scored})  # pairs of one prompt are alike
     reliability = reliability_bins([pair.difference for pair in scored])
     return PairEvaluation(
         pairs=len(scored),
         accuracy=fmean(right),
-        interval=wilson_interval(sum(right), len(right)),
+        interval=wilson_interval(fmean(right) * prompts, prompts),
         difference=fmean(pair.difference for pair in scored),
         longer=fmean(share_right(pair.lengths[0] - pair.lengths[1]) for pair in scored),
         calibration_error=sum(b.pairs * abs(b.accuracy - b.confidence) for b in reliability) / len(scored),

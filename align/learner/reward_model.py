@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from align.learner.balance import BalanceLosses
+from align.learner.balance import Balance, BalanceLosses, balance_metrics
 from align.learner.batch import in_order, plan_micro_batches, share_out, whole_rows
 from align.learner.group import RankGroup
 from align.learner.loading import load_from_rank_0
@@ -143,6 +143,10 @@ class RewardModelRank(LearnerRank):
             )
         return total
 
+    def take_balance(self) -> Balance:
+        """The balance losses of this rank since they were last asked for."""
+        return self._balance.take()
+
     def rewards(self, micro_batches: list[list[Sequence[int]]]) -> list[list[float]]:
         """The reward of every conversation, in the shape of the micro-batches."""
         self._engine.eval()
@@ -168,6 +172,10 @@ class RewardModelGroup(RankGroup):
         for sums in self._gather(calls, "computing gradients"):
             total.add(sums)
         return total
+
+    def balance(self) -> dict[str, float]:
+        """The balance losses of all `accumulate` since the last time; see `balance_metrics`."""
+        return balance_metrics(self._gather([rank.take_balance.remote() for rank in self._ranks], "balancing experts"))
 
     def rewards(self, sequences: Sequence[Sequence[int]]) -> list[float]:
         """The reward of each conversation: token ids up to the end-of-sequence token."""

@@ -25,7 +25,12 @@ PANELS = (
     ("problems by which checkpoints are chosen, by kind", "", False, r"validation/accuracy/.*"),
     ("held-out problems by which checkpoints are chosen", "", False, r"validation/(?!mean_length).*"),
     ("length", "tokens", False, r"length|length_max|(evaluation|validation)/mean_length"),
-    ("shares of the samples", "", False, r"truncated|zero_variance_groups|not_judged|trained_on|clip_fraction"),
+    ("shares", "", False, r"truncated|zero_variance_groups|not_judged|trained_on|clip_fraction|refill/with_variance"),
+    ("groups that were replaced", "", False, r"refill/replaced"),
+    ("routing: shares", "", False, r"routing/(changed|undecided|fell_back|prompt_changed)"),
+    ("routing: first layer that changed", "", False, r"routing/first_layer"),
+    ("after a weight sync: sampler and learner", "nats", True, r"sync/(mean|max)"),
+    ("after a weight sync: k3", "nats", True, r"sync/k3"),
     ("agreement of sampler and learner", "nats", True, r"agreement/(mean|max)"),
     ("agreement: k3", "nats", True, r"agreement/k3"),
     ("agreement: share of tokens equal to the last bit", "", False, r"agreement/equal"),
@@ -35,7 +40,7 @@ PANELS = (
     ("expert load", "", False, r"experts/[^/]*"),
     ("gradient norm", "", False, r"gradient_norm"),
     ("learning rate", "", False, r"learning_rate"),
-    ("seconds by part", "s", False, r"seconds/.*|step_seconds"),
+    ("seconds by part", "s", False, r"seconds/.*|(.*/|step_)seconds"),
     ("throughput", "tokens/s", False, r"(.*_)?tokens_per_second"),
 )
 

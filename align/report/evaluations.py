@@ -27,7 +27,7 @@ GROUPS = (
     ("right answers", r"accuracy(/(?!kind/).*)?"),
     ("instructions followed, by kind", r"accuracy/kind/.*"),
     ("sampled", r"pass@.*"),
-    ("rates", r"[^/]*_(rate|share)"),
+    ("rates", r"[^/]*_(rate|share)(_sampled)?|(over_)?refusals"),
     ("answers", r"truncated|[^/]*length[^/]*"),
     ("other", r"[^/]*"),
 )
@@ -158,8 +158,8 @@ def is_right(row: Record) -> bool:
 def compared_evaluations(run: RunRecord) -> list[Evaluation]:
     """The evaluations of all stages in the order in which they were made, each with its changes.
 
-    Each is compared with the last one of the stage that made the policy, else of the stage before, on the same problems
-    where there is such a one; where there is none, with the first one of its own stage. Evaluations by which checkpoints
+    Each is compared with one of the same problems: the last one of the stage that made the policy, else of the stage before, or the first one of its
+    own stage. Where there is none, it is compared with the last one of that earlier stage, or else the first one of its own. Evaluations by which checkpoints
     are chosen are compared with one another alone, and so is what a hook measured. What the tables of completions count has a
     95 % interval: paired where both hold the same problems; else shares have an unpaired one.
     """
@@ -170,8 +170,9 @@ def compared_evaluations(run: RunRecord) -> list[Evaluation]:
         made = [Evaluation(stage, record) for record in stage.evaluations]
         before = by_product.get(Path(stage.model_path).absolute(), before)
         for position, evaluation in enumerate(made):
-            candidates = evaluation.comparable(before) or evaluation.comparable(made[:position])[:1]
-            alike = [each for each in candidates if evaluation.pairs_with(each)] or candidates
+            earlier, own = evaluation.comparable(before), evaluation.comparable(made[:position])[:1]
+            paired = [list(filter(evaluation.pairs_with, candidates)) for candidates in (earlier, own)]
+            alike = paired[0] or paired[1] or earlier or own
             if alike:
                 evaluation.before = alike[-1]
                 shared = [column for column in evaluation.numbers if column in alike[-1].numbers]

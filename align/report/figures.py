@@ -23,7 +23,10 @@ SHOWN_PAIRS = 16
 OUTCOMES = ((False, True), (True, False), (False, False), (True, True))
 CHARACTERS_OF_AN_ANSWER = 1200
 VERDICTS = ("pass", "wrong", "no_answer")
-SHARES = re.compile(r"(accuracy|truncated)(/.*)?|pass@.*|.*_(rate|share)|[^/]+/(acc|acc_norm|exact_match)(/.*)?")
+SHARES = re.compile(
+    r"(accuracy|truncated)(/.*)?|pass@.*|.*_(rate|share)(_sampled)?|(over_)?refusals|preference/(accuracy.*|longer|shorter|calibration_error)"
+    r"|[^/]+/(acc|acc_norm|exact_match)(/.*)?"
+)
 GAINS, LOSSES = r"accuracy(/.*)?|pass@.*", r"truncated|degenerate_share"
 """Columns of which more is good news, and bad news."""
 

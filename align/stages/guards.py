@@ -57,7 +57,7 @@ class Guards:
         Raises NonFiniteError after too many steps with numbers that are not finite, AlarmError for an alarm of `alarms.stop`.
         """
         self._non_finite.observe(step, advantages.non_finite)
-        if self._guard and (alarm := self._guard.observe([a for group in groups for a in group.trajectories])):
+        if self._guard and (alarm := self._guard.observe(groups)):
             self._warn(f"GRPO step {step}: {alarm}")
         self._alarms.observe(step, metrics, samples_to_show(groups, advantages))
         self._habits.observe(step)
@@ -319,21 +319,22 @@ class OverOptimisationGuard:
     Compares the last `window` steps with as many before them.
 
     It says so when the learned reward went up and the trusted one down, each by more than two standard errors, and then
-    starts anew. `steps`, the rewards of the steps that it compares, is kept up to date for whoever goes on.
+    starts anew. Answers to one prompt are alike, so that prompts are what is counted: `steps` has their mean rewards, of the steps that it
+    compares, and is kept up to date for whoever goes on.
     """
 
     def __init__(self, options: GuardOptions, steps: list[tuple[list[float], list[float]]]):
         self._options, self._steps = options, steps
 
-    def observe(self, answers: Sequence[ScoredTrajectory]) -> str | None:
+    def observe(self, groups: Sequence[ScoredGroup]) -> str | None:
         """Take the rewards of a step; an alarm where the two rewards have parted."""
         learned, trusted = self._options.learned, self._options.trusted
-        pairs = [
-            (answer.reward.components[learned].value, answer.reward.components[trusted].value)
-            for answer in answers
-            if {learned, trusted} <= answer.reward.components.keys()
-        ]
-        judged = [pair for pair in pairs if all(map(isfinite, pair))]
+        judged = []
+        for group in groups:
+            components = [answer.reward.components for answer in group.trajectories]
+            pairs = [(c[learned].value, c[trusted].value) for c in components if {learned, trusted} <= c.keys()]
+            if pairs := [pair for pair in pairs if all(map(isfinite, pair))]:
+                judged.append([fmean(values) for values in zip(*pairs, strict=True)])
         self._steps.append(([of_learned for of_learned, _ in judged], [of_trusted for _, of_trusted in judged]))
         del self._steps[: -2 * self._options.window]
         if len(self._steps) < 2 * self._options.window:

@@ -62,12 +62,14 @@ def gather_preferences(recipe: PreferencesRecipe, splits: Sequence[SplitPrompts]
         drawn = session.fleet.sample(prompts, recipe.preferences.samples, recipe.sampling, seed=recipe.seed, step=step)
         submitted = submit(drawn, part.problems, session.tokenizer, session.pool)
         groups = gather(submitted, part.problems, session.pool, alone=True)
+        found = 0
         for group in groups:
-            found_pairs = pairs_of(group, recipe.preferences.pairs_per_prompt, recipe.seed)
-            pairs.setdefault((group.problem.example.domain, part.split), []).extend(found_pairs)
+            its = list(pairs_of(group, recipe.preferences.pairs_per_prompt, recipe.seed))
+            pairs.setdefault((group.problem.example.domain, part.split), []).extend(its)
+            found += len(its)
         answers = judged(groups)
-        cut_off += sum(answer.right and answer.truncated for answer in answers)
-        found = sum(len(rows) for rows in pairs.values())
+        lost = sum(answer.right and answer.truncated for answer in answers)
+        cut_off += lost
         run.record_step(
             "preferences",
             step + 1,
@@ -75,7 +77,7 @@ def gather_preferences(recipe: PreferencesRecipe, splits: Sequence[SplitPrompts]
                 "prompts": len(prompts),
                 "accuracy": mean_of([a.right for a in answers]),
                 "pairs": found,
-                "right_but_cut_off": cut_off,
+                "right_but_cut_off": lost,
             },
             SHOWN,
         )
@@ -102,7 +104,7 @@ def write_pairs(
             else ""
         )
         raise UserError(
-            f"no {' and no '.join(without)} had both right and wrong answers: {too_short}raise preferences.samples, preferences.prompts or "
+            f"no {' and no '.join(without)} had both right and wrong answers, by the first reward (a value above 0 is right): {too_short}raise preferences.samples, preferences.prompts or "
             "preferences.held_out_prompts, or take prompts that the policy finds neither too easy nor too hard"
         )
 

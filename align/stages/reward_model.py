@@ -30,7 +30,7 @@ from align.run import Progress, write_atomically
 from align.session.session import Session
 from align.session.steps import CENSUS_STEP
 
-SHOWN = ("loss", "accuracy", "difference", "validation_accuracy", "tokens_per_second")
+SHOWN = ("loss", "accuracy", "difference", "validation_accuracy", "training_tokens_per_second")
 NOTES = "reward_model.json"
 
 
@@ -103,9 +103,10 @@ def train_reward_model(
                 "difference": sums.difference / sums.pairs,
                 "learning_rate": rate,
                 "gradient_norm": norm,
-                "tokens_per_second": sums.padded_tokens / seconds,
+                "training_tokens_per_second": sums.padded_tokens / seconds,
                 "step_seconds": seconds,
                 **left_out(data.sources),
+                **learner.balance(),
             }
             if (step + 1) % options.validate_every == 0 or step + 1 == options.steps:
                 metrics["validation_accuracy"] = evaluate_pairs(scores(learner, data.validation)).accuracy
@@ -142,6 +143,7 @@ def scores(learner: RewardModelGroup, items: Sequence[EncodedPair]) -> list[Scor
     return [
         ScoredPair(
             id=item.preference.id,
+            prompt=item.preference.prompt_text,
             domain=item.preference.domain,
             rewards=(rewards[2 * place], rewards[2 * place + 1]),
             lengths=(len(item.pair.chosen) - item.prompt_length, len(item.pair.rejected) - item.prompt_length),

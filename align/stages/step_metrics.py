@@ -67,7 +67,6 @@ def step_metrics(
         "truncated": mean_of([answer.truncated for answer in answers]),
         "weight_version": float(answers[0].trajectory.weight_versions[-1].version),
         "loss": sums.loss,
-        "kl": sums.kl / tokens,
         "entropy": sums.entropy / tokens,
         "clip_fraction": sums.clipped / tokens,
         "gradient_norm": norm,
@@ -101,10 +100,12 @@ def step_metrics(
 
 
 def option_metrics(options: GrpoOptions, advantages: Advantages, sums: Sums) -> dict[str, float]:
-    """The metrics of what a recipe may ask for beside: distillation, in nats a token; correction, refill, skipping: shares of tokens, of the step's
+    """The metrics of what a recipe may ask for beside: a KL term and distillation, in nats a token; correction, refill, skipping: shares of tokens, of the step's
     groups, and of samples."""
     metrics: dict[str, float] = {}
     tokens = float(sums.tokens) or nan
+    if options.kl_coefficient:
+        metrics["kl"] = sums.kl / tokens
     if options.distill is not None:
         metrics["distill/kl"] = sums.teacher_kl / tokens
     if options.correction.kind != "none":

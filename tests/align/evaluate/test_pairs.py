@@ -1,15 +1,17 @@
 """What is said of scored pairs: accuracy with its interval, calibration, and the baselines of length."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 import pytest
 
 from align.evaluate.pairs import ScoredPair, evaluate_pairs, reliability_bins, rows
+from align.statistics import wilson_interval
 
 
 def pair(difference: float, lengths: tuple[int, int] = (5, 5), domain: str = "x") -> ScoredPair:
-    return ScoredPair("p", domain, (difference, 0.0), lengths)
+    return ScoredPair("p", "p", domain, (difference, 0.0), lengths)
 
 
 def test_accuracy_is_the_share_of_higher_rewards_and_half_of_equal_ones() -> None:
@@ -18,6 +20,11 @@ def test_accuracy_is_the_share_of_higher_rewards_and_half_of_equal_ones() -> Non
     assert found.by_domain == {"x": 0.75, "y": 0.5}
     assert found.difference == pytest.approx(-0.9 / 4)
     assert found.numbers()["preference/accuracy/y"] == 0.5
+
+
+def test_the_interval_counts_prompts_since_pairs_of_one_are_alike() -> None:
+    twice = [replace(pair(d), prompt=str(n)) for n, d in enumerate([1.0, 1.0, 1.0, -1.0]) for _ in range(2)]
+    assert evaluate_pairs(twice).interval == wilson_interval(3, 4)
 
 
 def test_length_alone_is_right_where_the_longer_one_was_chosen() -> None:

@@ -158,6 +158,7 @@ def test_both_conversations_of_a_pair_count_for_a_reward_model() -> None:
         rank._balance = BalanceLosses(model, balance)
         rank.accumulate([pairs], "pairwise")
         gradients.append(gradient_of(model))
+    assert balance_metrics([rank.take_balance()]).keys() == {"balance/expert"}
     found = gradients[1] - gradients[0]
     assert (found - expected).norm() / expected.norm() < 1e-4
 

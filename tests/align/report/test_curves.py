@@ -37,7 +37,7 @@ def test_metrics_go_where_they_are_compared(write_run: WriteRun) -> None:
         "held-out problems by kind": ["accuracy/kind/title"],
         "held-out problems": ["pass@4"],
         "length": ["mean_length", "length"],
-        "shares of the samples": ["zero_variance_groups"],
+        "shares": ["zero_variance_groups"],
         "agreement of sampler and learner": ["mean", "max"],
         "seconds by part": ["sampling"],
         "expert_load/max": ["layer_1", "layer_2"],

@@ -81,6 +81,8 @@ def test_other_problems_are_compared_as_two_samples(write_run: WriteRun) -> None
         (["before:wwww", "step 9:wwwr", "after:wwrr"], ["step 20:wrrr", "end:rrrr"], "- before before after after"),
         # Of several sets of problems, the same one.
         (["math:wwrr", "code:wwwww"], ["math 2:wrrr", "code 2:wwwwr"], "- math math code"),
+        # Where the stage before was asked others, the first one of the same stage.
+        (["sft:rwww"], ["start:rwwwr", "end:rrwwr"], "- sft start"),
         # Problems by which checkpoints are chosen are compared with one another alone.
         (["sft:rwww"], ["v1:rrrw", "v2:rrrw", "end:rrww"], "- - v1 sft"),
         ([], ["start:rwww", "v1:rrrw", "v2:rrrw", "end:rrww"], "- - v1 start"),
@@ -169,6 +171,7 @@ def figures(root: Path) -> Table:
 
 def test_every_number_of_a_record_is_a_row_in_its_group(tmp_path: Path, write_run: WriteRun) -> None:
     more = {"accuracy/code": 0.5, "pass@16": 0.9, "pass@4": 0.8, "refusal_rate": 0.1, "win_rate": 0.4, "judge": 7.5}
+    more |= {"over_refusals": 0.07, "win_rate_sampled": 0.3, "preference/longer": 0.6, "preference/difference": 1.5}
     more |= {"mean_length": 20.5, "truncated": 0.25, "needle/recall": 0.3, "accuracy/kind/title": 0.75}
     compared(write_run, [evaluated("after SFT", "rw", **more)], [])
     overview, table = section(tmp_path / "run", "evaluations").tables
@@ -194,8 +197,10 @@ def test_every_number_of_a_record_is_a_row_in_its_group(tmp_path: Path, write_ru
         ["pass@4", "–", "80.0%"],
         ["pass@16", "–", "90.0%"],
         ["rates"],
+        ["over_refusals", "–", "7.0%"],
         ["refusal_rate", "–", "10.0%"],
         ["win_rate", "–", "40.0%"],
+        ["win_rate_sampled", "–", "30.0%"],
         ["answers"],
         ["mean_length", "–", "20.5"],
         ["truncated", "–", "25.0%"],
@@ -203,6 +208,9 @@ def test_every_number_of_a_record_is_a_row_in_its_group(tmp_path: Path, write_ru
         ["judge", "–", "7.5"],
         ["needle"],
         ["needle/recall", "–", "0.3"],
+        ["preference"],
+        ["preference/difference", "–", "1.5"],
+        ["preference/longer", "–", "60.0%"],
     ]
 
 

@@ -109,7 +109,10 @@ def test_the_metrics_of_a_correction_are_shares_of_the_tokens(train: Any) -> Non
     }
     everything_masked = option_metrics(options, None, Sums(tokens=8, correction_masked=8))  # type: ignore[arg-type]
     assert everything_masked["correction/effective_sample_size"] == 0
+    with_reference = options.model_copy(update={"kl_coefficient": 0.1})
+    assert option_metrics(with_reference, None, Sums(tokens=8, kl=2.0))["kl"] == 0.25  # type: ignore[arg-type]
     stage = train("grpo", *SMALL)
+    assert "kl" not in stage.steps[0]
     assert [name for name in stage.steps[0] if name.startswith(("correction/", "refill/", "skipped_samples"))] == []
 
 

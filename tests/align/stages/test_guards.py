@@ -152,8 +152,8 @@ def scored(components: dict[str, Score]) -> ScoredTrajectory:
     return replace(answer(0), reward=SampleReward(0.0, Verdict.PASS, components))
 
 
-def alarms(learned_slope: float, trusted_slope: float, *, noise: float = 1.0) -> list[int]:
-    """The steps at which it goes off while both rewards drift by their slopes a step."""
+def alarms(learned_slope: float, trusted_slope: float, *, noise: float = 1.0, size: int = 1) -> list[int]:
+    """The steps at which it goes off while both rewards drift by their slopes a step; the `size` answers to a prompt are alike."""
     guard = OverOptimisationGuard(GuardOptions(learned="model", trusted="rule", window=3), [])
     draw = Random(0)
 
@@ -162,10 +162,11 @@ def alarms(learned_slope: float, trusted_slope: float, *, noise: float = 1.0) ->
 
     found = []
     for step in range(STEPS):
-        rewards = [
-            scored({"model": score(step * learned_slope), "rule": score(step * trusted_slope)}) for _ in range(64)
-        ]
-        if guard.observe(rewards):
+        groups = []
+        for _ in range(64):
+            components = {"model": score(step * learned_slope), "rule": score(step * trusted_slope)}
+            groups.append(ScoredGroup(PROBLEM, [scored(components)] * size))
+        if guard.observe(groups):
             found.append(step)
     return found
 
@@ -183,7 +184,13 @@ def test_rewards_that_cannot_be_compared_are_no_alarm() -> None:
     guard = OverOptimisationGuard(GuardOptions(learned="model", trusted="rule", window=2), [])
     broken = scored({"model": Score(1.0, Verdict.PASS), "rule": Score(math.nan, Verdict.INFRA_ERROR)})
     other_domain = scored({"code_tests": Score(1.0, Verdict.PASS)})
-    assert [guard.observe([broken, other_domain]) for _ in range(6)] == [None] * 6
+    groups = [ScoredGroup(PROBLEM, [one]) for one in (broken, other_domain)]
+    assert [guard.observe(groups) for _ in range(6)] == [None] * 6
+
+
+def test_many_answers_to_a_prompt_are_no_more_evidence_than_one_where_they_are_alike() -> None:
+    slopes = 0.02, -0.02
+    assert alarms(*slopes, size=16) == alarms(*slopes) == []
 
 
 def opened_by(word: str, length: int, step: int) -> Found:

@@ -285,6 +285,19 @@ def test_a_hook_that_fails_is_a_warning_and_the_others_are_run(monkeypatch: pyte
     assert measured[-1]["evaluation/hook 4/b"] == 2.0
 
 
+def test_what_a_hook_measures_is_no_metric_of_the_held_out_problems(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    made = sft_recipe(tmp_path / "run", "evaluation.hooks=[{name: drift}]")
+    with open_run(made) as run:
+        run.progress.stage("SFT", 4)
+        monkeypatch.setattr(hooks, "run", lambda *_: hooks.Metrics({"accuracy": 0.5}))
+        HeldOut(made, Problems([], []), MagicMock(run=run, policy=made.model)).run_hooks(made.model, 4)
+    [measured] = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert measured["evaluation/drift/accuracy"] == 0.5
+    assert "evaluation/accuracy" not in measured
+
+
 def test_rollout_workers_that_fail_in_a_hook_end_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     made = sft_recipe(tmp_path / "run")
     with open_run(made) as run:

@@ -120,7 +120,7 @@ def test_it_learns_and_every_step_is_measured(trained: Path) -> None:
     assert steps[0]["loss"] == pytest.approx(0.6931, abs=1e-4)
     assert steps[0]["accuracy"] == 0.5
     assert steps[-1]["loss"] < 0.35
-    assert {"accuracy", "difference", "gradient_norm", "learning_rate", "tokens_per_second"} <= steps[0].keys()
+    assert {"accuracy", "difference", "gradient_norm", "learning_rate", "training_tokens_per_second"} <= steps[0].keys()
     assert [line["step"] for line in steps if "validation_accuracy" in line] == [12, 24]
     assert json.loads((trained / "status.json").read_text())["state"] == "finished"
 
@@ -324,6 +324,6 @@ def test_a_card_that_somebody_has_edited_stays_beside_new_notes(tmp_path: Path, 
     made = shutil.copytree(NANO, tmp_path / "final")
     if edited:
         (made / "README.md").write_text("mine")
-    write_notes(made, {}, [ScoredPair("1", "d", (1.0, 0.0), (3, 3))])
+    write_notes(made, {}, [ScoredPair("1", "p", "d", (1.0, 0.0), (3, 3))])
     assert json.loads((made / "reward_model.json").read_text())["mean"] == 0.5
     assert ((made / "README.md").read_text() == "mine") is edited
