@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from reward.math.final_answer import boxes, normalise, without_thought
 from reward.mixture import Mixture, RewardTerm
+from reward.own import file as own_file
 from reward.registry import register
 from reward.types import RewardError, Sample, SampleReward, Score, UnusableAnswer, Verdict
 
@@ -246,6 +247,10 @@ def _mixture(given: str) -> Mixture:
         raise RewardError(f"rule: its rules are malformed: {error}") from error
     if any(one.name == "rule" for one in rules):
         raise RewardError("rule: a rule in a rule; write its rules into the one list")
+    if own := [one.name for one in rules if own_file.split(one.name)]:
+        raise RewardError(
+            f"rule: {own[0]} is a function in a file, which is a reward by itself: write it into `rewards`"
+        )
     return Mixture([RewardTerm(**one.model_dump()) for one in rules], infra_error_limit=1.0)
 
 

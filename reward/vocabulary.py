@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 from reward.types import RewardError
 
 _THOUGHT = ("<think>", "</think>")
+_CALL = re.compile(r"tool|python_tag", re.IGNORECASE)
+"""Finds a special token that marks a call, such as "[TOOL_CALLS]" or "<|python_tag|>"."""
 
 
 class Vocabulary(NamedTuple):
@@ -19,7 +21,8 @@ class Vocabulary(NamedTuple):
     special: Mapping[str, int]
     control: frozenset[int]
     """The special tokens, and the added ones that are no text in a user's message."""
-    special_thoughts: frozenset[int]
+    part_of_answers: frozenset[int]
+    """Special tokens that mark thoughts and tool calls."""
     swallowing: frozenset[int]
     """Tokens that take in the white space behind them."""
     found: re.Pattern[str]
@@ -46,7 +49,7 @@ def vocabulary_of(tokenizer: Any) -> Vocabulary:
     return Vocabulary(
         special,
         frozenset((special | guarded).values()),
-        frozenset(texts[mark] for mark in _THOUGHT if mark in texts),
+        frozenset(id_ for text, id_ in texts.items() if text in _THOUGHT or _CALL.search(text)),
         frozenset(id_ for id_, token in added.items() if token.rstrip),
         re.compile(every),
         re.compile(_any_of(special)),
@@ -91,12 +94,12 @@ def _begins_with_space(tokenizer: Any) -> bool:
 
 
 def decode_completion(tokenizer: Any, token_ids: Sequence[int]) -> str:
-    """The text of the ids without special tokens but those of thoughts, and otherwise as it is: a leading space stays."""
-    thoughts = vocabulary_of(tokenizer).special_thoughts
-    parts = groupby(token_ids, thoughts.__contains__) if thoughts else [(False, token_ids)]
+    """The text of the ids without special tokens but those of thoughts and tool calls, and otherwise as it is: a leading space stays."""
+    kept = vocabulary_of(tokenizer).part_of_answers
+    parts = groupby(token_ids, kept.__contains__) if kept else [(False, token_ids)]
     return "".join(
-        tokenizer.decode(list(ids), skip_special_tokens=not thought, clean_up_tokenization_spaces=False)
-        for thought, ids in parts
+        tokenizer.decode(list(ids), skip_special_tokens=not said, clean_up_tokenization_spaces=False)
+        for said, ids in parts
     )
 
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from typer import Argument, Option
 
-from align.cli.arguments import A_REWARD, BELOW_RUN, Dtype, MaxLength, Model, Params, TrustRemoteCode, Workers
+from align.cli.arguments import A_REWARD, BELOW_RUN, Dtype, MaxLength, Model, Params, Timeout, TrustRemoteCode, Workers
 from align.cli.scores import reward_term, run_of
 from align.errors import ENGINES, UserError, check_installed
 
@@ -49,6 +49,7 @@ def evaluate(
     ] = None,
     reward: Annotated[str, Option(help=A_REWARD)] = "exact_answer",
     params: Params = "{}",
+    timeout: Timeout = None,
     samples: Annotated[int, Option(min=0, help="answers to sample beside the greedy one, for pass@k")] = 0,
     temperature: Annotated[
         float | None, Option(min=0.01, max=2, help="of the sampled answers; 1 when not given")
@@ -79,7 +80,7 @@ def evaluate(
     if temperature is not None and not samples:
         raise UserError("--temperature has no effect on greedy answers: give --samples too, or leave it out")
     refuse_too_low(temperature or 1.0)
-    term, run = reward_term(reward, params), run_of(model)
+    term, run = reward_term(reward, params, timeout), run_of(model)
     if out is None:
         if run is None:
             raise UserError(f"--out is missing: {model} is in no run, below which the answers would be written")

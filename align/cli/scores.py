@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
-from align.cli.arguments import A_REWARD, BELOW_RUN, File, Overrides, Params
+from align.cli.arguments import A_REWARD, BELOW_RUN, File, Overrides, Params, Timeout
 from align.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ def score(
     ] = None,
     out: Annotated[Path | None, Option(help=f"JSONL to write: value, verdict and detail of each{BELOW_RUN}")] = None,
     params: Params = "{}",
+    timeout: Timeout = None,
 ) -> None:
     """score a file of completions, or a run's stored samples, by a reward
 
@@ -29,7 +30,7 @@ def score(
 
     if (run is None) == (data is None):
         raise UserError("give either a run directory or --data FILE")
-    term = reward_term(reward, params)
+    term = reward_term(reward, params, timeout)
     if run is not None:
         for line in score_run(term, run, out or default_out(run, term.component)):
             print(line)
@@ -73,9 +74,10 @@ def probe(
     probe_recipe(stage, Console(), answers=answers, prompts=prompts, samples=samples, tricks=trick or [], out=out)
 
 
-def reward_term(name: str, params: str) -> "RewardTerm":
-    """A reward by name, with parameters as YAML. Raises UserError where they are no mapping."""
+def reward_term(name: str, params: str, timeout_s: float | None) -> "RewardTerm":
+    """A reward by name, with parameters as YAML. Raises UserError where they are no mapping, and for a time limit of what has none."""
     import yaml
+    from pydantic import ValidationError
 
     from align.recipe.values import yaml_value
     from reward import RewardTerm
@@ -86,7 +88,12 @@ def reward_term(name: str, params: str) -> "RewardTerm":
         given = None
     if not isinstance(given, dict) or not all(isinstance(name, str) for name in given):
         raise UserError(f"--params {params!r} is no mapping of names to values; write it like {{partial: true}}")
-    return RewardTerm(name=name, params=given)
+    try:
+        return RewardTerm(name=name, params=given, timeout_s=timeout_s)
+    except ValidationError as error:
+        raise UserError(
+            "; ".join(f"--reward {name}: {one['msg'].removeprefix('Value error, ')}" for one in error.errors())
+        ) from None
 
 
 def run_of(path: str) -> Path | None:

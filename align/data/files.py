@@ -12,6 +12,7 @@ import json
 import re
 import sys
 import zlib
+from base64 import b64encode
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -32,7 +33,7 @@ SUFFIXES = (*JSON, ".parquet", *TABLES)
 COMPRESSED = (".gz", ".zst")
 HALF = re.compile(rb"\\u[dD][89a-fA-F]")
 """Where JSON may write half of a surrogate pair."""
-NOT_IN_JSON = re.compile(r"date|time|duration|decimal")
+NOT_IN_JSON = re.compile(r"date|time|duration|decimal|binary")
 """Parquet's types of values that JSON has no form for; a field of an object may be called so too."""
 OBJECTS = {*PROMPTS, "conversations", "completion", "response", "chosen", "rejected", "tools"}
 """Columns of messages, and of tools."""
@@ -228,7 +229,8 @@ def without_fill(value: Any) -> Any:
 
 
 def as_json(value: Any) -> Any:
-    """A value as files of JSON have it: a decimal as a number, or as text where no float is the same; a date or a time as its text."""
+    """A value as files of JSON have it: a decimal as a number, or as text where no float is the same; a date or a time as its text;
+    bytes in base64."""
     if isinstance(value, dict):
         return {key: as_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):  # a map of Parquet is a list of pairs
@@ -236,6 +238,8 @@ def as_json(value: Any) -> Any:
     if isinstance(value, Decimal):
         number = int(value) if value == value.to_integral_value() else float(value)
         return number if Decimal(repr(number)) == value else format(value, "f")
+    if isinstance(value, bytes):
+        return b64encode(value).decode()
     return str(value) if isinstance(value, date | time | timedelta) else value
 
 

@@ -17,7 +17,7 @@ from align.recipe.base import Recipe
 from align.recipe.dtype import with_dtype_chosen
 from align.recipe.options import ModelOptions, is_on_hub
 from align.recipe.recipes import STAGES, GrpoRecipe
-from align.recipe.values import yaml_text, yaml_value
+from align.recipe.values import not_in_json, yaml_text, yaml_value
 from align.shipped import found
 from reward.own.file import split as split_name
 
@@ -124,6 +124,9 @@ def recipe_of(
     stage = values.get("stage")
     if stage not in STAGES:
         raise UserError(f"{path}: stage must be one of {', '.join(STAGES)}, but is {stage!r}")
+    for at, fault in not_in_json(values):
+        line = f", line {lines[at]}" if at in lines else ""
+        raise UserError(f"{path}{line}: {'.'.join(at)}: {fault}")
     single = isinstance(values.get("data"), dict)
     find_reward_files(values, path, lines, pending)
     try:

@@ -97,7 +97,7 @@ def evaluate_file(
     rollout = served(model, rollout)
     with (
         running_fleet(model, rollout, tokenizer) as fleet,
-        closing(ScoringPool(mixture, workers=1, timeout_s=SCORING_S)) as judges,
+        closing(ScoringPool(mixture, workers=1, timeout_s=max(SCORING_S, 10 * (term.timeout_s or 0)))) as judges,
     ):
         with reward_errors():
             judges.wait_until_ready()

@@ -26,6 +26,7 @@ from typing import Any
 
 from reward.own import columns_of
 from reward.registry import Parameter, Reward
+from reward.rows import PROMPTS
 from reward.types import Abstention, RewardError, Sample, Score, Verdict
 
 NAME = re.compile(r"(?P<file>.+\.py):(?P<function>[^\W\d]\w*)")
@@ -237,8 +238,16 @@ class _Batch:
 def told_lack(lacking: Sequence[str], there: Mapping[str, Any]) -> str:
     """Which columns are missing, and which there are, in a message."""
     what = "the column" if len(lacking) == 1 else "the columns"
+    return f"{what} {', '.join(map(repr, lacking))}, which the data lack; they have {', '.join(sorted(there)) or 'none'}{is_prompt(lacking)}"
+
+
+def is_prompt(columns: Sequence[str]) -> str:
+    """What a message adds where a reward wants a column by a name that the prompt has, which is not among the others."""
+    asked = [name for name in columns if name in PROMPTS]
     return (
-        f"{what} {', '.join(map(repr, lacking))}, which the data lack; they have {', '.join(sorted(there)) or 'none'}"
+        f". Is {asked[0]!r} the prompt? Read it from `sample.prompt`, or in a function for TRL from `prompts`"
+        if asked
+        else ""
     )
 
 

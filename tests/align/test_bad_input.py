@@ -366,6 +366,13 @@ def test_a_reward_without_its_column_is_refused_before_an_engine_starts(
         )
         assert f"rewards: {reward} reads the column '{column}', which the data of the domain 'user' lack" in error
         assert "their columns: completion_tokens, messages, unit" in error
+        assert "Is " not in error
+    own = tmp_path / "own.py"
+    own.write_text("def f(completions, prompt): return [0.0 for _ in completions]\n")
+    error = refusal(
+        *grpo(tmp_path, f"data={{path: {data}}}", f"rewards=[{{name: '{own}:f'}}]", "evaluation={limit: 4}")
+    )
+    assert "Is 'prompt' the prompt? Read it from `sample.prompt`, or in a function for TRL from `prompts`" in error
 
 
 def test_an_output_file_is_never_written_over(refusal: Refusal, tmp_path: Path, policy) -> None:  # type: ignore[no-untyped-def]
@@ -404,6 +411,13 @@ def test_parameters_of_a_reward_that_are_no_mapping(params: str, refusal: Refusa
     out = str(tmp_path / "out.jsonl")
     arguments = ["score", "--reward", "exact_answer", "--params", params, "--data", data, "--out", out]
     assert "is no mapping of names to values" in refusal(*arguments)
+
+
+def test_a_time_limit_is_for_a_function_of_ones_own(refusal: Refusal, tmp_path: Path) -> None:
+    data = problems(tmp_path, '{"id": "1", "completion": "x", "answer": "2"}')
+    out = str(tmp_path / "out.jsonl")
+    said = refusal("score", "--reward", "exact_answer", "--timeout", "5", "--data", data, "--out", out)
+    assert "--reward exact_answer: timeout_s is for a function in a file" in said
 
 
 def test_a_run_that_has_finished_or_is_none_cannot_be_resumed(refusal: Refusal, tmp_path: Path) -> None:

@@ -409,6 +409,15 @@ def test_decoding_leaves_out_special_tokens_and_nothing_else() -> None:
     assert decode_completion(NANO, [*ids_of(NANO, " a  , b .\n"), NANO.eos_token_id]) == " a  , b .\n"
 
 
+def test_decoding_keeps_the_special_tokens_that_mark_a_tool_call() -> None:
+    """A reward for calls could not see them otherwise; Mistral's and Llama's are special."""
+    tokenizer = byte_level(special=("<|im_start|>", "<|im_end|>", "[TOOL_CALLS]", "<|python_tag|>"))
+    said = "[TOOL_CALLS]f{}<|python_tag|>1"
+    asked = [user("2 + 2?")]
+    ids = tokenizer(said + "<|im_end|>", add_special_tokens=False)["input_ids"]
+    assert answer_text(tokenizer, asked, ids) == said
+
+
 def test_encoding_is_fast_enough_for_sft() -> None:
     started = time.process_time()
     for i in range(2000):

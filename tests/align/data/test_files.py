@@ -136,6 +136,7 @@ def test_what_parquet_has_and_json_has_not_is_numbers_and_text_as_stored_samples
         "took": timedelta(seconds=90),
         "price": price,
         "tenth": Decimal("0.1"),
+        "bytes": b"\x00\xff",
         "exact": Decimal("3.141592653589793238462643"),
         "facts": {"all": [price, Decimal(3)]},
     }
@@ -148,6 +149,7 @@ def test_what_parquet_has_and_json_has_not_is_numbers_and_text_as_stored_samples
         "took": "0:01:30",
         "price": 2.5,
         "tenth": 0.1,
+        "bytes": "AP8=",
         "exact": "3.141592653589793238462643",
         "facts": {"all": [2.5, 3]},
         "plain": {"n": None},

@@ -235,6 +235,23 @@ def test_a_reward_file_is_found_beside_the_recipe_first_and_the_copy_has_its_who
     assert recipe.rewards[0].name == f"{working / 'mine.py'}:f"
 
 
+@pytest.mark.parametrize(
+    ("params", "said"),
+    [
+        ("{worth: {1: 0.2}}", "rewards.0.params.worth.1: the key 1 is not text"),
+        ("{worth: {yes: 1, other: 0}}", "rewards.0.params.worth.True: the key True is not text"),
+        ("{since: 2026-01-02}", "rewards.0.params.since: 2026-01-02 is a date"),
+    ],
+)
+def test_what_a_resumed_run_would_be_given_as_another_value_is_refused(params: str, said: str, tmp_path: Path) -> None:
+    """A run's files are JSON, and have text in the place of such a key or a date."""
+    file = tmp_path / "grpo.yaml"
+    file.write_text((NANO / "grpo.yaml").read_text())
+    with pytest.raises(UserError, match="put it in quotes") as refused:
+        load_recipe(file, [f"rewards=[{{name: exact_answer, params: {params}}}]"])
+    assert said in str(refused.value)
+
+
 def test_a_reward_file_that_is_nowhere_is_named_with_its_line(tmp_path: Path) -> None:
     file = with_reward(tmp_path, "mine.py:f")
     line = next(i for i, text in enumerate(file.read_text().splitlines(), 1) if "mine.py" in text)
