@@ -5,14 +5,16 @@
 lets MODEL answer requests about the training topics of the card `instructions`, and writes FILE (JSONL, `prompt`, `chosen`, `rejected`), which
 dpo.yaml reads. The chosen completion is what the model says to the plain request, edited by a program until the reward `instructions` passes it.
 The rejected one is the same with an instruction left out, or with one that nobody gave; or what the model says to the whole prompt, where that
-does not pass; or no more than a few words of the chosen one; or one about another topic. As both are the model's own, it learns the forms and
-when they are wanted, and little else. A FILE that has the same model's pairs is left as it is.
+does not pass; or a few words of the chosen one and no more, or over and over; or one about another topic. As both are the model's own, it learns
+the forms and when they are wanted, and little else. A FILE that has the same model's pairs, made by this script as it is, is left as it
+is.
 """
 
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -38,11 +40,21 @@ MAX_NEW_TOKENS = 160
 TEMPERATURE = 0.7
 ATTEMPTS = 8
 PAIRS = 1400
-WORDS_OF_AN_ANSWER = (50, 110)
+WORDS_OF_AN_ANSWER = (40, 90)
 MOST_CAPITALS = 320
 """Characters of an answer in capitals, which take twice as many tokens as others."""
-SHARES = {"left out": 0.8, "unasked": 0.35, "own": 1.0, "short": 0.12, "another topic": 0.1}
-"""How many of the pairs of each kind are kept, for their numbers not to differ too much."""
+SHARES = {
+    "left out": 0.75,
+    "unasked": 0.55,
+    "quoted": 0.08,
+    "own": 1.0,
+    "loop": 0.1,
+    "short": 0.08,
+    "another topic": 0.07,
+}
+"""How many of the pairs of each kind are kept. Quotation marks are rejected where nobody asked for them as often as they are missed: one token decides on
+them, and they become a habit before all others."""
+WORDS_OF_A_LOOP = (1, 12)
 CAPITALS, SMALL = "change_case:english_capital", "change_case:english_lowercase"
 NO_COMMA, QUOTED, ENDING = "punctuation:no_comma", "startend:quotation", "startend:end_checker"
 TITLE, POSTSCRIPT = "detectable_format:title", "detectable_content:postscript"
@@ -97,7 +109,8 @@ def pairs(model: str, file: Path) -> str:
     """Sample, edit and write; returns a line on what is there. Raises UserError for a model that cannot be used."""
     options = ModelOptions(path=model, dtype=dtype_of_machine()[0])
     check_model_directory(Path(model), options)
-    if file.exists() and {row.get("model") for row in read_jsonl(file)} == {model}:
+    source = {"model": model, "made_by": sha256(Path(__file__).read_bytes()).hexdigest()}
+    if file.exists() and {(row.get("model"), row.get("made_by")) for row in read_jsonl(file)} == {(*source.values(),)}:
         return f"pairs of {model}'s own words are in {file} already"
     requests = about_few_requests(map(Request.of, generate("train", seed=0, plain_share=PLAIN_SHARE)))
     plain = list(dict.fromkeys(request.plain for request in requests))
@@ -110,7 +123,7 @@ def pairs(model: str, file: Path) -> str:
         for kind, chosen, rejected in pairs_of(request, other, said, greedy.get(request.example.prompt_text)):
             if Random(f"{request.example.id}:{kind}").random() < SHARES[kind]:
                 prompt = request.example.prompt_text
-                rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected, "kind": kind, "model": model})
+                rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected, "kind": kind, **source})
     if not rows:
         raise UserError(f"none of the answers of {model} could be edited into a pair: is it a chat model?")
     Random(0).shuffle(rows)
@@ -188,14 +201,29 @@ def pairs_of(
     for kind in draw.sample(unasked, min(1, len(unasked))):
         for text in otherwise({**request.asked, kind: other.asked[kind]}):
             yield "unasked", chosen, text
+    if fits(QUOTED, request.asked):
+        for text in otherwise({**request.asked, QUOTED: {}}):
+            yield "quoted", chosen, text
     if own is not None and own.strip() and not request.judged(own.strip()).passes:
         yield "own", chosen, own.strip()
+    loop = looped(chosen, draw)
+    if not request.judged(loop).passes:
+        yield "loop", chosen, loop
     start = " ".join(chosen.split()[: draw.randint(1, 10)])
     if not request.judged(start).passes:
         yield "short", chosen, start
     elsewhere = edited(said[other.plain], other.topic, request.asked, seed)
     if elsewhere and other.topic != request.topic:
         yield "another topic", chosen, elsewhere
+
+
+def looped(text: str, draw: Random) -> str:
+    """The beginning of a text whose last words come again until it is as long as the longest answers."""
+    words = text.split(" ")
+    end = draw.randint(1, len(words))
+    again = words[max(0, end - draw.randint(*WORDS_OF_A_LOOP)) : end]
+    times = max(max(WORDS_OF_AN_ANSWER) - end, 0) // len(again)
+    return " ".join(words[:end] + again * max(times, 5))
 
 
 def fits(kind: str, asked: Asked) -> bool:

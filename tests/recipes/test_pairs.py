@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from types import ModuleType
 from typing import Any
 
@@ -45,12 +46,14 @@ def made(script: ModuleType, requests: list[Any]) -> list[tuple[Any, str, str, s
     return [(r, *pair) for r, other in neighbours for pair in script.pairs_of(r, other, said, "No idea.")]
 
 
-def test_the_chosen_completion_passes_and_the_rejected_one_is_another(made: list[tuple[Any, str, str, str]]) -> None:
-    assert {kind for _, kind, _, _ in made} == {"left out", "unasked", "own", "short", "another topic"}
+def test_the_chosen_completion_passes_and_the_rejected_one_is_another(
+    script: ModuleType, made: list[tuple[Any, str, str, str]]
+) -> None:
+    assert {kind for _, kind, _, _ in made} == set(script.SHARES)
     for request, kind, chosen, rejected in made:
         assert request.judged(chosen).passes
         assert rejected not in ("", chosen)
-        if kind in ("left out", "own", "short"):
+        if kind in ("left out", "own", "loop", "short"):
             assert not request.judged(rejected).passes, (kind, rejected)
 
 
@@ -63,6 +66,18 @@ def test_what_nobody_asked_for_is_rejected_for_plain_requests_as_for_others(
     assert len(plain) < len(unasked)
     for mark in ('"', "<<"):
         assert any(rejected.startswith(mark) and not chosen.startswith(mark) for chosen, rejected in plain)
+
+
+def test_an_answer_that_loops_begins_as_the_chosen_one_and_ends_in_the_same_words_over_and_over(
+    script: ModuleType,
+) -> None:
+    for seed in range(20):
+        for text in ("one two three", " ".join(SENTENCES * 3)):
+            looped = script.looped(text, Random(seed)).split()
+            assert looped[0] == text.split()[0]
+            assert looped[-12:] != text.split()[-12:]
+            assert looped.count(looped[-1]) >= 5
+            assert len(looped) <= len(text.split()) + max(script.WORDS_OF_AN_ANSWER)
 
 
 def test_an_instruction_that_is_at_odds_with_another_is_not_added(script: ModuleType) -> None:
@@ -101,9 +116,11 @@ def test_the_same_models_pairs_are_left_as_they_are(
     assert {row["model"] for row in rows} == {"one"}
     assert "already" in script.pairs("one", file)
     assert asked == [script.TEMPERATURE, 0.0]
-    write_jsonl(file, rows[:3])
-    script.pairs("other", file)
-    assert len(asked) == 4
+    for model, kept in (("other", rows[:3]), ("one", [rows[0] | {"made_by": "an earlier script"}])):
+        write_jsonl(file, kept)
+        before = len(asked)
+        script.pairs(model, file)
+        assert len(asked) == before + 2
 
 
 def test_a_sentence_that_is_longer_than_an_answer_makes_no_pair(script: ModuleType, requests: list[Any]) -> None:
