@@ -126,7 +126,7 @@ test-transformers4: $(OLDER)/.installed ## checkpoints as transformers 4.57 and 
 test-slow: $(OLDER)/.installed ## the nano recipe at full size on three seeds, and what else takes minutes
 	$(BIN)/pytest -m slow -s
 
-test-architectures: $(STAMP) ## SFT and GRPO of ten other architectures at nano size
+test-architectures: $(STAMP) ## SFT and GRPO of eleven other architectures at nano size
 	$(BIN)/pytest -m architectures -s
 
 # ISA of torch's own kernels, then of oneDNN's; the last pair is an AVX-512 CPU without AMX and bfloat16.
