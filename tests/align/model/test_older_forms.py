@@ -125,7 +125,8 @@ def test_transformers_4_and_peft_on_it_compute_the_same(written: tuple[Path, tor
         pytest.fail(f"{OLDER_PYTHON} is missing: `make test-transformers4` installs it")
     directory, logits = written
     base = load_policy(ModelOptions(path=str(directory)))
-    adapted = add_adapter(base, LoraOptions(rank=2, targets=["q_proj", "o_proj"]), "CAUSAL_LM", str(directory))
+    first = "qkv_proj" if base.config.model_type == "phi3" else "q_proj"
+    adapted = add_adapter(base, LoraOptions(rank=2, targets=[first, "o_proj"]), "CAUSAL_LM", str(directory))
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data += 0.1 * torch.randn_like(parameter)
