@@ -116,7 +116,8 @@ def end_of_answer(tokenizer: Any) -> int | None:
 
 
 def answer_text(tokenizer: Any, messages: Messages, token_ids: Sequence[int], tools: Tools = ()) -> str:
-    """What a completion says, as the content of the assistant's message: the inverse of `encode_example`.
+    """What a completion says, as the content of the assistant's message: the inverse of `encode_example`, but for special tokens that mark a tool call,
+    which no content can write.
 
     What the template itself writes around an answer, and which the model therefore writes (white space, an empty thought),
     is not part of it. A thought that the prompt opens is: "<think>" stands at the head of the text.

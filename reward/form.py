@@ -249,7 +249,7 @@ def _mixture(given: str) -> Mixture:
         raise RewardError("rule: a rule in a rule; write its rules into the one list")
     if own := [one.name for one in rules if own_file.split(one.name)]:
         raise RewardError(
-            f"rule: {own[0]} is a function in a file, which is a reward by itself: write it into `rewards`"
+            f"rule: {own[0]} is a function in a file, whose columns, changes and time limit only entries of `rewards` have: write it there"
         )
     return Mixture([RewardTerm(**one.model_dump()) for one in rules], infra_error_limit=1.0)
 

@@ -6,13 +6,19 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import groupby
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from reward.types import RewardError
 
 _THOUGHT = ("<think>", "</think>")
-_CALL = re.compile(r"tool|python_tag", re.IGNORECASE)
-"""Finds a special token that marks a call, such as "[TOOL_CALLS]" or "<|python_tag|>"."""
+_CALL = re.compile(r"(tool|function).?(call|sep)|python_tag|_ACTION", re.IGNORECASE)
+"""Finds a special token that marks a tool call, such as "[TOOL_CALLS]", "<|python_tag|>" or "<｜tool▁call▁begin｜>"."""
+
+
+CUT_BY_RULES = " 1.  17\n\n2. It's 2024,\n\t  don't  BE2b…\r\nÄpfel नमस्ते e\u0301 漢字 🙂  "
+"""What tokenizers of one vocabulary cut into different tokens where their rules differ. It begins with a space, so that `add_prefix_space` makes no
+difference."""
 
 
 class Vocabulary(NamedTuple):
@@ -106,3 +112,40 @@ def decode_completion(tokenizer: Any, token_ids: Sequence[int]) -> str:
 def name_of(tokenizer: Any) -> str:
     """What a message calls the tokenizer's model."""
     return getattr(tokenizer, "name_or_path", "") or "this model"
+
+
+def as_its_file_says(tokenizer: Any, path: str | Path) -> Any:
+    """A tokenizer that cuts text as its `tokenizer.json` says where that is a byte-level one.
+
+    The class that `tokenizer_config.json` names may build another from the same vocabulary: "GPT2Tokenizer" in SmolLM2's drops the splitting of numbers,
+    and "LlamaTokenizerFast" beside an adapter of DeepSeek-V2, without a `config.json`, all of it.
+    """
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+    from transformers.utils import cached_file
+
+    if not builds_its_rules(type(tokenizer)):
+        return tokenizer
+    file = cached_file(str(path), "tokenizer.json", _raise_exceptions_for_missing_entries=False)
+    in_file = Tokenizer.from_file(file) if file else None
+    if in_file is None or "ByteLevel" not in str(in_file.pre_tokenizer):
+        return tokenizer
+    in_file.no_padding()
+    in_file.no_truncation()
+    ids = tokenizer(CUT_BY_RULES, add_special_tokens=False)["input_ids"]
+    if ids == in_file.encode(CUT_BY_RULES, add_special_tokens=False).ids:
+        return tokenizer
+    kept = {"model_input_names": tokenizer.model_input_names, **tokenizer.special_tokens_map}
+    return PreTrainedTokenizerFast.from_pretrained(str(path), **kept)
+
+
+def builds_its_rules(kind: type | None) -> bool:
+    """Whether a class of transformers' tokenizers has rules of its own, by which it cuts text in the place of those in `tokenizer.json`: some of
+    version 5 have."""
+    from transformers import TokenizersBackend
+
+    if kind in (None, TokenizersBackend) or kind.__module__.startswith(
+        "transformers_modules"
+    ):  # of code that a model brings
+        return False
+    return issubclass(kind, TokenizersBackend) and "__init__" in vars(kind)

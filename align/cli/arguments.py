@@ -23,7 +23,8 @@ A_REWARD = "name of a reward, as `align rewards list` shows them, or a function 
 BELOW_RUN = "; a new file in the run's scores/ when not given"
 Params = Annotated[str, Option(help='the reward\'s parameters as YAML, for example "{partial: true}"')]
 Timeout = Annotated[
-    float | None, Option("--timeout", min=0.001, help="seconds that a call of a function of one's own may take (30)")
+    float | None,
+    Option("--timeout", min=0.001, max=86400, help="seconds that a call of a function of one's own may take (30)"),
 ]
 Workers = Annotated[int, Option(min=1, help="rollout workers")]
 TrustRemoteCode = Annotated[

@@ -90,9 +90,9 @@ def reward_term(name: str, params: str, timeout_s: float | None) -> "RewardTerm"
         raise UserError(f"--params {params!r} is no mapping of names to values; write it like {{partial: true}}")
     try:
         return RewardTerm(name=name, params=given, timeout_s=timeout_s)
-    except ValidationError as error:
+    except ValidationError:
         raise UserError(
-            "; ".join(f"--reward {name}: {one['msg'].removeprefix('Value error, ')}" for one in error.errors())
+            f"--timeout is a number of seconds for a call of a function in a file, and {name} is none: leave it out"
         ) from None
 
 

@@ -26,7 +26,7 @@ from typing import Any, BinaryIO, cast
 from align.data.rows import Row
 from align.errors import UserError
 from align.run.files import parse_json_line
-from reward.rows import PROMPTS
+from reward.rows import DOMAINS, PROMPTS, TRUTHS
 
 JSON, TABLES = (".jsonl", ".json", ".ndjson"), {".csv": ",", ".tsv": "\t"}
 SUFFIXES = (*JSON, ".parquet", *TABLES)
@@ -37,6 +37,8 @@ NOT_IN_JSON = re.compile(r"date|time|duration|decimal|binary")
 """Parquet's types of values that JSON has no form for; a field of an object may be called so too."""
 OBJECTS = {*PROMPTS, "conversations", "completion", "response", "chosen", "rejected", "tools"}
 """Columns of messages, and of tools."""
+TEXTS = {*OBJECTS, *TRUTHS, *DOMAINS}
+"""Columns that are read, and not only handed on to rewards."""
 KNOWN = f"{', '.join(SUFFIXES)}, also with {' or '.join(COMPRESSED)} behind it"
 ROWS_READ: ContextVar[int | None] = ContextVar("ROWS_READ", default=None)
 """So many rows of a file are read, the first; None for all. `first_rows` sets it."""
@@ -268,8 +270,14 @@ def _parquet(path: Path) -> Iterator[Row | UserError]:
                     filled = {name: without_fill(values[name]) for name in OBJECTS.intersection(values)}
                     if "tests" in values:
                         filled["tests"] = without_fill_in_calls(values["tests"])
+                    where = f"{path}, row {number}"
+                    if odd := [name for name in TEXTS.intersection(others) if isinstance(values[name], bytes)]:
+                        yield UserError(
+                            f"{where}: column {min(odd)!r} has bytes, where text must stand: write it as text (STRING)"
+                        )
+                        continue
                     filled |= {name: as_json(filled.get(name, values[name])) for name in others}
-                    yield Row(values | filled, f"{path}, row {number}")
+                    yield Row(values | filled, where)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except (OSError, pa.ArrowException) as error:

@@ -117,10 +117,9 @@ def lm_eval_tasks(
         )
         return Metrics({}, not_run=dict.fromkeys(with_shots(tasks), told))
     harness = start_harness(gpus, unsafe_code=unsafe_code)
-    started, _ = ray.wait([harness.__ray_ready__.remote()], timeout=START_S)
-    if not started:  # another run was quicker
+    if gpus and not ray.wait([harness.__ray_ready__.remote()], timeout=START_S)[0]:
         ray.kill(harness)
-        told = f"its process was not started within {START_S:g} s: no node has {gpus:g} GPUs free any more"
+        told = f"its process did not start within {START_S:g} s: another run may have taken the {gpus:g} GPUs that were free"
         return Metrics({}, not_run=dict.fromkeys(with_shots(tasks), told))
     result = harness.evaluate.remote(
         with_shots(tasks),

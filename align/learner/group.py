@@ -116,7 +116,7 @@ class RankGroup:
         if self._colocation:
             self._colocation.claim(self)
         start = self._options.start_timeout_s or START_S
-        self._processes = self._gather([rank.process.remote() for rank in self._ranks], "being placed by Ray", start)
+        self._processes = self._gather([rank.process.remote() for rank in self._ranks], "starting", start)
         master = self._gather([self._ranks[0].address.remote()], "starting", start)[0]
         port = self._options.port or self._gather([self._ranks[0].free_port.remote()], "starting", start)[0]
         setups = [rank.setup.remote(master, port, *self._setup) for rank in self._ranks]
@@ -269,7 +269,8 @@ class RankGroup:
         except ray.exceptions.GetTimeoutError:
             _, late = ray.wait(list(references), num_returns=len(references), timeout=0)
             who = ", ".join(str(place) for place, reference in enumerate(references) if reference in late)
-            stalled = LearnerError(f"learner rank {who} was not done {doing} within {limit_s:g} s ({key})")
+            why = "" if self._processes else ": no node has free what learner.gpus and learner.resources ask for"
+            stalled = LearnerError(f"learner rank {who} was not done {doing} within {limit_s:g} s ({key}){why}")
             stalled.stacks = "\n".join(
                 f"rank {n}: {processes.stacks(process)}" for n, process in enumerate(self._processes)
             )

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from align.errors import UserError
+from reward.vocabulary import builds_its_rules
 
 FUSED = re.compile(r"^(?P<prefix>.*\.experts)\.(?P<kind>gate_up_proj|down_proj)$")
 SPLIT = re.compile(r"^(?P<prefix>.*\.experts)\.(?P<expert>\d+)\.(?P<kind>\w+)\.weight$")
@@ -164,30 +165,14 @@ def _older_config(written: dict[str, Any], config: Any) -> dict[str, Any]:
         older["rope_theta"] = rope["rope_theta"]
         scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor")}
         older["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else scaling
+        if older["rope_scaling"] and config.model_type == "phi3":  # which takes these three keys and no other
+            factors = {key: rope[key] for key in ("short_factor", "long_factor")}
+            older["rope_scaling"] = {"type": rope["rope_type"], **factors}
     if "partial_rotary_factor" in rope:
         older["partial_rotary_factor"] = rope["partial_rotary_factor"]
-        if older["rope_scaling"] and config.model_type == "phi3":  # which takes these three keys and no other
-            older["rope_scaling"] = {
-                "type": rope["rope_type"],
-                **{key: rope[key] for key in ("short_factor", "long_factor")},
-            }
-    # The layers that predict tokens further ahead are not read, so that no checkpoint written here has them.
-    older |= {key: 0 for key in ("num_nextn_predict_layers", "num_mtp_layers") if written.get(key)}
     if config.attribute_map.get("num_experts") in written:
         older["num_experts"] = written[config.attribute_map["num_experts"]]
     return older
-
-
-def builds_its_rules(kind: type | None) -> bool:
-    """Whether a class of tokenizers has rules of its own, by which it cuts text in the place of those in `tokenizer.json`: some of transformers 5 have."""
-    from transformers import TokenizersBackend
-
-    return (
-        kind is not None
-        and kind is not TokenizersBackend
-        and issubclass(kind, TokenizersBackend)
-        and "__init__" in vars(kind)
-    )
 
 
 def _older_tokenizer(written: dict[str, Any], tokenizer: Any) -> dict[str, Any]:

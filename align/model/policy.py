@@ -12,16 +12,16 @@ from typing import Any, Literal
 import torch
 
 from align.errors import UserError, reward_errors
-from align.model.names import add_older_forms, builds_its_rules
+from align.model.names import add_older_forms
 from align.recipe import ModelOptions
 from reward.chat import end_of_answer
+from reward.vocabulary import as_its_file_says
 
 logger = logging.getLogger(__name__)
 
-CUT_BY_RULES = " 1.  17\n\n2. It's 2024,\n\t  don't  BE2b…\r\nÄpfel 漢字 🙂  "
-"""What tokenizers of one vocabulary cut into different tokens where their rules differ. It begins with a space, which none adds then."""
 OF_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")
 """Keys of a generation config that greedy decoding does not read."""
+AHEAD = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "num_mtp_modules")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 if not torch.cuda.is_available():
@@ -56,28 +56,6 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
         if (tokenizer.pad_token_id or 0) >= rows:
             tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-def as_its_file_says(tokenizer: Any, path: str | Path) -> Any:
-    """A tokenizer that cuts text as its `tokenizer.json` says where that is a byte-level one.
-
-    The class that `tokenizer_config.json` names may build another from the same vocabulary: "GPT2Tokenizer" in SmolLM2's drops the splitting of numbers,
-    and "LlamaTokenizerFast" beside an adapter of DeepSeek-V2, without a `config.json`, all of it.
-    """
-    from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerFast
-    from transformers.utils import cached_file
-
-    if not builds_its_rules(type(tokenizer)):
-        return tokenizer
-    file = cached_file(str(path), "tokenizer.json", _raise_exceptions_for_missing_entries=False)
-    in_file = Tokenizer.from_file(file) if file else None
-    if in_file is None or "ByteLevel" not in str(in_file.pre_tokenizer):
-        return tokenizer
-    ids = tokenizer(CUT_BY_RULES, add_special_tokens=False)["input_ids"]
-    if ids == in_file.encode(CUT_BY_RULES, add_special_tokens=False).ids:
-        return tokenizer
-    return PreTrainedTokenizerFast.from_pretrained(str(path), model_input_names=tokenizer.model_input_names)
 
 
 @contextmanager
@@ -209,8 +187,9 @@ def save_policy(model: Any, tokenizer: Any, directory: Path, state_dict: dict[st
     Its `generation_config.json` names all tokens that end a completion, so that whoever loads it stops where training did.
     """
     if not model.is_remote_code():
-        # Code that a model brings is not written where transformers' own was used in its place.
-        vars(model.config).pop("auto_map", None)
+        forget_what_is_not_written(model.config)
+    if tokenizer._auto_class is None:
+        tokenizer.init_kwargs.pop("auto_map", None)
     if (generation := getattr(model, "generation_config", None)) is not None:
         ends = ends_of(generation, tokenizer)
         generation.eos_token_id = ends[0] if len(ends) == 1 else ends
@@ -220,6 +199,16 @@ def save_policy(model: Any, tokenizer: Any, directory: Path, state_dict: dict[st
     tokenizer.save_pretrained(directory)
     add_older_forms(directory, model.config, tokenizer)
     let_weights_be_read_like(directory / "config.json")
+
+
+def forget_what_is_not_written(config: Any) -> None:
+    """Take out of a configuration what transformers' own classes neither read nor write: code that the model brought, and layers that predict tokens
+    further ahead."""
+    for part in (config, config.get_text_config()):
+        vars(part).pop("auto_map", None)
+        for key in AHEAD:
+            if getattr(part, key, None):
+                setattr(part, key, 0)
 
 
 def writable(generation: Any) -> Any:

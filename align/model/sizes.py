@@ -40,7 +40,7 @@ class ModelSizes:
 
     `parameters` by name; `kv_a_token` in the KV cache for a token in all layers (a latent and a rotary key a layer with MLA,
     576 in DeepSeek-V2: report, section 2.1.2); `experts_a_token` is the share of the routed experts that a token goes
-    through.
+    through. `caps_attention`: the logits of attention have a cap, for which it is computed by plain products.
     """
 
     parameters: Mapping[str, Shape]
@@ -50,6 +50,7 @@ class ModelSizes:
     heads: int
     kv_a_token: int
     experts_a_token: float
+    caps_attention: bool = False
 
     @property
     def total(self) -> int:
@@ -173,6 +174,7 @@ def model_sizes(model: Any) -> ModelSizes:
         heads=heads,
         kv_a_token=kv_elements(config),
         experts_a_token=share_of_experts(config),
+        caps_attention=bool(getattr(config, "attn_logit_softcapping", None)),
     )
 
 

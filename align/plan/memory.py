@@ -156,11 +156,15 @@ def at_rest(job: Training) -> float:
 def activation_memory(job: Training) -> dict[str, float]:
     """What backward needs of a micro-batch: with checkpointing one layer's, and the input of each layer; and a tile of logits.
 
+    Where the logits of attention have a cap, the matrices of all heads: 8 bytes an element were seen in bfloat16.
     Models that change their logits after the head, such as Gemma 2 and Granite, have the whole of them instead, which is not counted.
     """
     one_layer, all_layers = job.sizes.activations
     elements = one_layer + job.sizes.layers * job.sizes.hidden if job.options.gradient_checkpointing else all_layers
     parts: dict[str, float] = {"activations": job.tokens * elements * job.element}
+    if job.sizes.caps_attention:
+        layers = 1 if job.options.gradient_checkpointing else job.sizes.layers
+        parts["attention"] = layers * job.sizes.heads * job.tokens * job.longest * 4.0 * job.element
     if beside := experts_beside_factors(job):
         parts["experts beside adapters"] = beside / (job.sizes.layers if job.options.gradient_checkpointing else 1)
     if job.logits:

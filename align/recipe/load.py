@@ -125,7 +125,7 @@ def recipe_of(
     if stage not in STAGES:
         raise UserError(f"{path}: stage must be one of {', '.join(STAGES)}, but is {stage!r}")
     for at, fault in not_in_json(values):
-        line = f", line {lines[at]}" if at in lines else ""
+        line = next((f", line {lines[at[:n]]}" for n in range(len(at), 0, -1) if at[:n] in lines), "")
         raise UserError(f"{path}{line}: {'.'.join(at)}: {fault}")
     single = isinstance(values.get("data"), dict)
     find_reward_files(values, path, lines, pending)

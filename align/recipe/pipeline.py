@@ -17,7 +17,7 @@ from align.recipe.dtype import FASTEST
 from align.recipe.load import FREE, apply_override, explain, load_recipe, read_yaml
 from align.recipe.options import RunOptions
 from align.recipe.recipes import DpoRecipe, GrpoRecipe, RewardModelRecipe
-from align.recipe.values import yaml_text, yaml_value
+from align.recipe.values import not_in_json, yaml_text, yaml_value
 from align.shipped import found
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"
@@ -150,9 +150,12 @@ def with_products(override: str, directory: Path) -> str:
         return override
     try:
         # YAML reads the marked names as they stand, in a list or object too.
-        value = json.dumps(yaml_value(PRODUCT.sub(r"/@\1@", text)), default=str, ensure_ascii=False)
+        given = yaml_value(PRODUCT.sub(r"/@\1@", text))
     except yaml.YAMLError:
         return override
+    for at, fault in not_in_json(given, (key,)):
+        raise UserError(f"{'.'.join(at)}: {fault}")
+    value = json.dumps(given, ensure_ascii=False)
     filled = re.sub(
         "/@([^@]*)@", lambda match: json.dumps(str(directory / match[1] / "final"), ensure_ascii=False)[1:-1], value
     )

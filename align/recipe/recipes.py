@@ -157,7 +157,7 @@ class SupervisedRecipe(PolicyRecipe):
 
     rewards: list[RewardTerm] = Field(
         [],
-        description="what scores the answers to held-out prompts, of which the first for a domain says what is right (a value above 0); without any there are a validation loss and answers to read",
+        description="what scores the answers to held-out prompts, of which the first for a domain says what is right; without any there are a validation loss and answers to read",
     )
 
     @model_validator(mode="after")
@@ -262,7 +262,7 @@ class GrpoRecipe(PolicyRecipe):
     )
     rewards: list[RewardTerm] = Field(
         [],
-        description="what an answer is worth: a list, whose weighted sum counts, and of which the first for a domain says what is right (a value above 0); "
+        description="what an answer is worth: a list, whose weighted sum counts, and of which the first for a domain says what is right; "
         "beside grpo.distill there may be none, or all of weight 0, which are measured and not trained on",
     )
     sampling: SamplingOptions = SamplingOptions()

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from math import isfinite
 from typing import Any
 
 import yaml
@@ -46,3 +47,5 @@ def not_in_json(value: Any, at: tuple[str, ...] = ()) -> Iterator[tuple[tuple[st
             yield from not_in_json(item, (*at, str(place)))
     elif not isinstance(value, str | int | float | None):
         yield at, f"{value} is a {type(value).__name__}, and would be text when the run is resumed: put it in quotes"
+    elif isinstance(value, float) and not isfinite(value) and "params" in at:
+        yield at, f"{value} would be null when the run is resumed: give a number, or leave it out"

@@ -46,8 +46,8 @@ def evaluations_section(run: RunRecord, evaluations: Sequence[Evaluation], habit
             ]
             for each in answered
         ],
-        note="Each number has its change against the last evaluation of the stage before (where that made none of the "
-        "kind, against the first of its own stage), shares in percentage points, with the 95 % confidence interval in parentheses.",
+        note="Each number has its change against the last evaluation of the same problems in the stage before, or else the first one in its own "
+        "stage (where there is none, against one of other problems), shares in percentage points, with the 95 % confidence interval in parentheses.",
         kind="facts",
         numbers=range(2, 4 + len(columns)),
     )

@@ -51,7 +51,7 @@ from align.session.ray import check_address
 from reward import Mixture, RewardTerm
 from reward.mixture import is_judged, share_a_domain
 from reward.own import columns_of
-from reward.own.file import is_prompt
+from reward.own.file import prompt_hint
 from rollout import FleetOptions, Precision
 from rollout.processes import cluster_address
 
@@ -233,7 +233,7 @@ def check_columns(rewards: Sequence[RewardTerm], examples: Iterable[Example]) ->
             lack = "have, but without text or a number in it" if column in columns else "lack"
             raise UserError(
                 f"rewards: {component} reads the column {column!r}, which the data of the domain {domain!r} {lack} (such as "
-                f"{first.id}); their columns: {', '.join(columns)}. Add it to the data, or give the reward `domains`{is_prompt([column])}"
+                f"{first.id}); their columns: {', '.join(columns)}. Add it to the data, or give the reward `domains`{prompt_hint([column])}"
             )
 
 

@@ -169,8 +169,9 @@ class Session:
                 if restarts > RESTARTS:
                     raise
                 self.run.rewind()
+                whence = "this checkpoint" if reached else "the beginning"
                 self.run.warn(
-                    f"{first_line(error)}; the learners were started again ({restarts} of {RESTARTS} times from this checkpoint)"
+                    f"{first_line(error)}; the learners were started again ({restarts} of {RESTARTS} times from {whence})"
                 )
 
 

@@ -264,7 +264,7 @@ class HeldOut:
             self._run.progress.phase(f"evaluating ({name})")
             try:
                 metrics = hooks.run(hook.name, subject, self._session.fleet, hook.params)
-                self._record(step, name, metrics, hook.title)
+                self._record(step, name, metrics)
             except (RolloutError, RayDiedError):
                 raise
             except Exception as error:
@@ -275,7 +275,7 @@ class HeldOut:
                     file = self._run.directory.save_stacks(traceback.format_exc())
                     why = f"{type(error).__name__}: {error} (its traceback is in {file} of the run)"
                 metrics = Metrics({}, not_run={"all of it": why})
-                self._record(step, name, metrics, hook.title)
+                self._record(step, name, metrics)
             if hook.name == "drift" and metrics.values.get("difference", 0.0) >= self._alarms.drift:
                 moved = f"{metrics.values['difference']:.2f} nats a token"
                 self._run.warn(f"{name}: the policy has moved {moved} from the model that it began with", alarm="drift")
@@ -284,11 +284,10 @@ class HeldOut:
             shown = ", ".join(f"{key} {value:.4g}" for key, value in list(metrics.values.items())[:6])
             self._run.progress.note(f"{name}: {shown or 'nothing measured'}")
 
-    def _record(self, step: int, name: str, metrics: Metrics, title: str) -> None:
+    def _record(self, step: int, name: str, metrics: Metrics) -> None:
         facts = {"not_run": dict(metrics.not_run)} if metrics.not_run else None
-        self._run.record_numbers(
-            *(self._stage, step, name, metrics.values, metrics.rows, facts), prefix=f"evaluation/{title}"
-        )
+        prefix = f"evaluation/{name}"
+        self._run.record_numbers(self._stage, step, name, metrics.values, metrics.rows, facts, prefix=prefix)
 
 
 def asked_of(problems: Sequence[Problem]) -> set[tuple[str, str]]:

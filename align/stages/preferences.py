@@ -104,7 +104,7 @@ def write_pairs(
             else ""
         )
         raise UserError(
-            f"no {' and no '.join(without)} had both right and wrong answers, by the first reward (a value above 0 is right): {too_short}raise preferences.samples, preferences.prompts or "
+            f"no {' and no '.join(without)} had both right and wrong answers by the verdict of the first reward: {too_short}raise preferences.samples, preferences.prompts or "
             "preferences.held_out_prompts, or take prompts that the policy finds neither too easy nor too hard"
         )
 

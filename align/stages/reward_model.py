@@ -143,7 +143,7 @@ def scores(learner: RewardModelGroup, items: Sequence[EncodedPair]) -> list[Scor
     return [
         ScoredPair(
             id=item.preference.id,
-            prompt=item.preference.prompt_text,
+            prompt=item.preference.prompt_key,
             domain=item.preference.domain,
             rewards=(rewards[2 * place], rewards[2 * place + 1]),
             lengths=(len(item.pair.chosen) - item.prompt_length, len(item.pair.rejected) - item.prompt_length),

@@ -218,7 +218,7 @@ def pairs_of(
 
 
 def looped(text: str, draw: Random) -> str:
-    """The beginning of a text whose last words come again until it is as long as the longest answers."""
+    """The beginning of a text whose last words come five times more at least, and until it is as long as the longest answers."""
     words = text.split(" ")
     end = draw.randint(1, len(words))
     again = words[max(0, end - draw.randint(*WORDS_OF_A_LOOP)) : end]

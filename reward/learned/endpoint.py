@@ -21,6 +21,7 @@ from typing import Any
 from reward.learned.model import encode_conversation, read_scale, score_conversations
 from reward.registry import register
 from reward.types import RewardError, Sample, Score
+from reward.vocabulary import as_its_file_says
 
 FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 10.0
@@ -168,7 +169,7 @@ def _tokenizer(path: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(path, mistral_format=False)
+        return as_its_file_says(AutoTokenizer.from_pretrained(path, mistral_format=False), path)
     except (OSError, ValueError) as error:
         raise RewardError(f"reward_endpoint: {path} has no tokenizer: {str(error).strip().splitlines()[0]}") from None
 

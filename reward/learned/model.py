@@ -18,6 +18,7 @@ from reward.chat import encode_example, encode_finished
 from reward.registry import register
 from reward.rows import messages_of
 from reward.types import RewardError, Sample, Score, Verdict
+from reward.vocabulary import as_its_file_says
 
 NOTES = "reward_model.json"
 
@@ -190,7 +191,7 @@ def _load(path: str, dtype: str, device: str) -> _Model:
     where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, mistral_format=False)
+        tokenizer = as_its_file_says(AutoTokenizer.from_pretrained(path, mistral_format=False), path)
         network, report = AutoModelForSequenceClassification.from_pretrained(
             path, dtype=getattr(torch, dtype), output_loading_info=True
         )
@@ -211,6 +212,8 @@ def _load(path: str, dtype: str, device: str) -> _Model:
         )
     if any(name.endswith("experts.gate_up_proj") for name, _ in network.named_parameters()):
         network.set_experts_implementation("grouped_mm")
+    if getattr(network.config.get_text_config(), "attn_logit_softcapping", None):  # which fused attention has not
+        network.set_attn_implementation("eager")
     longest = tokenizer.model_max_length
     return _Model(tokenizer, network, min(getattr(network.config, "max_position_embeddings", longest), longest))
 

@@ -238,10 +238,10 @@ class _Batch:
 def told_lack(lacking: Sequence[str], there: Mapping[str, Any]) -> str:
     """Which columns are missing, and which there are, in a message."""
     what = "the column" if len(lacking) == 1 else "the columns"
-    return f"{what} {', '.join(map(repr, lacking))}, which the data lack; they have {', '.join(sorted(there)) or 'none'}{is_prompt(lacking)}"
+    return f"{what} {', '.join(map(repr, lacking))}, which the data lack; they have {', '.join(sorted(there)) or 'none'}{prompt_hint(lacking)}"
 
 
-def is_prompt(columns: Sequence[str]) -> str:
+def prompt_hint(columns: Sequence[str]) -> str:
     """What a message adds where a reward wants a column by a name that the prompt has, which is not among the others."""
     asked = [name for name in columns if name in PROMPTS]
     return (

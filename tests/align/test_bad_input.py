@@ -417,7 +417,7 @@ def test_a_time_limit_is_for_a_function_of_ones_own(refusal: Refusal, tmp_path: 
     data = problems(tmp_path, '{"id": "1", "completion": "x", "answer": "2"}')
     out = str(tmp_path / "out.jsonl")
     said = refusal("score", "--reward", "exact_answer", "--timeout", "5", "--data", data, "--out", out)
-    assert "--reward exact_answer: timeout_s is for a function in a file" in said
+    assert "--timeout is a number of seconds for a call of a function in a file, and exact_answer is none" in said
 
 
 def test_a_run_that_has_finished_or_is_none_cannot_be_resumed(refusal: Refusal, tmp_path: Path) -> None:

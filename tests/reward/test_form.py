@@ -178,7 +178,7 @@ def test_several_rules_are_their_weighted_mean() -> None:
         ([{"name": "repetition", "weight": 0}], "greater than 0"),
         ([{"name": "repetition", "wieght": 1}], "wieght"),
         ([{"name": "rule", "params": {"rules": []}}], "a rule in a rule"),
-        ([{"name": "mine.py:f"}], "a function in a file, which is a reward by itself"),
+        ([{"name": "mine.py:f"}], "a function in a file, whose columns, changes and time limit"),
         ([{"name": "repetitoin"}], "Did you mean 'repetition'"),
         ([{"name": "repetition", "params": {"m": 2}}], "unknown parameter 'm'"),
         ([{"name": "repetition"}, {"name": "repetition"}], "two terms"),

@@ -95,8 +95,12 @@ def test_a_learner_s_stream_and_kernels_for_attention_are_what_they_were_before_
     streams = ["the default one"]
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: streams[-1])
     monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(True)
     with torch_kept_as_it_is(torch.device("cuda")):
         torch.backends.cuda.enable_cudnn_sdp(False)
         streams.append("vLLM's")
-    assert torch.backends.cuda.cudnn_sdp_enabled()
+    kept = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(before)
+    assert kept
     assert streams[-1] == "the default one"

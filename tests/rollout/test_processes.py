@@ -1,9 +1,11 @@
-"""How long a process that loads a model may take."""
+"""How long a process that loads a model may take, and whether the processes of a run are on GPUs."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from rollout import processes
 from rollout.processes import UNSEEN_BYTES, start_limit_s
 
 GB = 10**9
@@ -34,3 +36,16 @@ def test_a_model_that_is_still_on_the_hub_has_the_time_of_the_largest() -> None:
 
 def test_what_the_recipe_gives_holds(model: str) -> None:
     assert start_limit_s(20.0, 300, model) == 20
+
+
+def test_a_cluster_that_loses_its_gpus_for_a_while_still_gets_processes_that_want_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gpus, context = [8.0], SimpleNamespace(gcs_address="10.0.0.1:6379", get_job_id=lambda: "01000000")
+    monkeypatch.setattr(processes, "usable_gpus", lambda: gpus[-1])
+    monkeypatch.setattr("ray.get_runtime_context", lambda: context)
+    assert processes.on_gpus()
+    gpus.append(0.0)
+    assert processes.on_gpus()
+    context.gcs_address = "10.0.0.2:6379"
+    assert not processes.on_gpus()

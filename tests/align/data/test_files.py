@@ -156,6 +156,15 @@ def test_what_parquet_has_and_json_has_not_is_numbers_and_text_as_stored_samples
     }
 
 
+def test_bytes_in_the_place_of_a_text_are_refused_by_row_and_column(tmp_path: Path) -> None:
+    """Parquet of Spark may hold texts so; in base64 they would be trained on."""
+    for column in ("prompt", "answer"):
+        row: dict[str, Any] = {"prompt": "2 + 2?", "answer": "4"}
+        pq.write_table(pa.Table.from_pylist([row | {column: row[column].encode()}]), tmp_path / "rows.parquet")
+        with pytest.raises(UserError, match=rf"row 1: column '{column}' has bytes, where text must stand"):
+            values(tmp_path / "rows.parquet")
+
+
 def test_a_row_that_cannot_be_read_is_handed_on_with_its_line_and_the_others_are_read(tmp_path: Path) -> None:
     content = (
         b'{"a": 1}\n\n{"a": \n[2]\n{"a": ' + b"[" * 100_000 + b'\n{"a": ' + b"9" * 5000 + b'}\n{"a": "\xff"}\n{"a": 3}'

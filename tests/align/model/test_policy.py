@@ -37,9 +37,10 @@ from align.model.policy import (
     stop_token_ids,
 )
 from align.model.reward_model import load_reward_model
-from align.model.sizes import skeleton_of
+from align.model.sizes import model_sizes, skeleton_of
 from align.recipe import LoraOptions, ModelOptions
 from reward.chat import encode_prompt
+from reward.learned.model import _load as reward_model_of
 
 NANO = Path(__file__).parents[3] / "recipes/nano/policy"
 CHATML = (
@@ -154,6 +155,7 @@ def test_a_byte_level_tokenizer_cuts_as_its_file_says_whatever_class_is_named(
     changed = ids(AutoTokenizer.from_pretrained(tmp_path))
     found = load_tokenizer(tmp_path)
     assert ids(found) == ids(tokenizer) != changed
+    assert found.eos_token_id == tokenizer.eos_token_id
     assert encode_prompt(found, ASKED) == encode_prompt(tokenizer, ASKED)
     # Written again, everybody reads it so.
     save_policy(LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **SMALL)), found, tmp_path / "final")
@@ -182,18 +184,25 @@ def test_attention_has_the_cap_that_the_configuration_gives_its_logits(empty: bo
     options = ModelOptions(path=str(tmp_path))
     loaded, classifier = load_policy(options, empty=empty), load_reward_model(options, tokenizer, empty=empty)
     assert attention_kernel(loaded, torch.device("cpu")) == attention_kernel(classifier, torch.device("cpu")) == "eager"
+    assert model_sizes(loaded).caps_attention
     if not empty:
         torch.testing.assert_close(loaded.eval()(input_ids=ids).logits, capped)
+        classifier.config.pad_token_id = 2
+        save_policy(classifier, tokenizer, tmp_path / "reward")
+        scorer = reward_model_of(str(tmp_path / "reward"), "float32", "cpu")
+        assert attention_kernel(scorer.network, torch.device("cpu")) == "eager"
 
 
 def test_code_that_is_not_written_is_not_named(tmp_path: Path) -> None:
     """A model may bring code and be trained without it, by what transformers has of its own."""
     tokenizer = tokenizer_with()
+    tokenizer.init_kwargs["auto_map"] = {"AutoTokenizer": ["of.Its", None]}
     model = LlamaForCausalLM(
         LlamaConfig(vocab_size=len(tokenizer), **SMALL, auto_map={"AutoModelForCausalLM": "of.Its"})
     )
     save_policy(model, tokenizer, tmp_path)
-    assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())
+    for file in ("config.json", "tokenizer_config.json"):
+        assert "auto_map" not in json.loads((tmp_path / file).read_text())
 
 
 def test_the_buffers_of_a_checkpoint_are_those_that_persist() -> None:

@@ -1,6 +1,7 @@
 """What a recipe takes on a cluster: by figures that can be worked out by hand."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -12,11 +13,11 @@ from align.cli import main
 from align.errors import UserError
 from align.model import sizes
 from align.model.lora import add_adapter
-from align.plan.memory import GIB, READING, adapted_parameters, adapter_size, changed_size
+from align.plan.memory import GIB, READING, Training, activation_memory, adapted_parameters, adapter_size, changed_size
 from align.plan.placement import NODE_MEMORY_GIB, Cluster, Demand, cluster_of, place
 from align.plan.plan import Plan, make_plan
 from align.plan.roles import PINNED, work_of
-from align.recipe import BFLOAT16_SUMS, LoraOptions, load_recipe
+from align.recipe import BFLOAT16_SUMS, LearnerOptions, LoraOptions, OptimizerOptions, load_recipe
 
 LITE, V2, NANO = "deepseek-ai/DeepSeek-V2-Lite", "deepseek-ai/DeepSeek-V2", "recipes/nano/policy"
 
@@ -248,6 +249,15 @@ def test_adapted_experts_are_copied_beside_their_factors_until_backward() -> Non
     assert checkpointed == pytest.approx(whole / 27)
     assert merged is None
     assert shared is None
+
+
+def test_attention_by_plain_products_keeps_its_matrices() -> None:
+    """Gemma 2's, whose logits have a cap: what eager attention keeps beside that of sdpa, seen in bfloat16."""
+    sizes = replace(sizes_of(LITE), caps_attention=True)
+    options = LearnerOptions(ranks=1, optimizer=OptimizerOptions(learning_rate=1e-3), micro_batch_tokens=8192)
+    job = Training(sizes, options, 10, 65536, 4096, 2, False)
+    assert activation_memory(job)["attention"] == 27 * 16 * 4096**2 * 2 * 8
+    assert "attention" not in activation_memory(replace(job, sizes=sizes_of(LITE)))
 
 
 def test_deepseek_v2_with_adapters_fits_sixty_four_gpus() -> None:

@@ -240,6 +240,7 @@ def test_a_reward_file_is_found_beside_the_recipe_first_and_the_copy_has_its_who
     [
         ("{worth: {1: 0.2}}", "rewards.0.params.worth.1: the key 1 is not text"),
         ("{worth: {yes: 1, other: 0}}", "rewards.0.params.worth.True: the key True is not text"),
+        ("{worth: {low: .inf}}", "rewards.0.params.worth.low: inf would be null"),
         ("{since: 2026-01-02}", "rewards.0.params.since: 2026-01-02 is a date"),
     ],
 )
@@ -247,7 +248,7 @@ def test_what_a_resumed_run_would_be_given_as_another_value_is_refused(params: s
     """A run's files are JSON, and have text in the place of such a key or a date."""
     file = tmp_path / "grpo.yaml"
     file.write_text((NANO / "grpo.yaml").read_text())
-    with pytest.raises(UserError, match="put it in quotes") as refused:
+    with pytest.raises(UserError, match="when the run is resumed") as refused:
         load_recipe(file, [f"rewards=[{{name: exact_answer, params: {params}}}]"])
     assert said in str(refused.value)
 

@@ -25,7 +25,8 @@ def test_metrics_go_where_they_are_compared(write_run: WriteRun) -> None:
     names = ["loss", "validation_loss", "reward", "reward/exact", "accuracy", "accuracy/code", "agreement/mean"]
     names += ["agreement/max", "seconds/sampling", "evaluation/pass@4", "evaluation/mean_length", "length"]
     names += ["uniform_groups", "expert_load/layer_1/max", "expert_load/layer_2/max", "expert_load/violation", "other"]
-    names += ["evaluation/accuracy/kind/title"]
+    names += ["evaluation/accuracy/kind/title", "routing/changed", "routing/first_layer", "refill/replaced"]
+    names += ["refill/with_variance", "refill/seconds", "sync/mean", "sync/k3"]
     found = drawn(
         write_run, *({"step": s, "stage": "grpo", "time": 9.0} | dict.fromkeys(names, 1.0) for s in (1, 2, 3))
     )
@@ -37,9 +38,14 @@ def test_metrics_go_where_they_are_compared(write_run: WriteRun) -> None:
         "held-out problems by kind": ["accuracy/kind/title"],
         "held-out problems": ["pass@4"],
         "length": ["mean_length", "length"],
-        "shares": ["zero_variance_groups"],
+        "shares": ["zero_variance_groups", "refill/with_variance"],
+        "groups that were replaced": ["refill/replaced"],
+        "routing: shares": ["routing/changed"],
+        "routing: first layer that changed": ["routing/first_layer"],
+        "after a weight sync: sampler and learner": ["sync/mean"],
+        "after a weight sync: k3": ["sync/k3"],
         "agreement of sampler and learner": ["mean", "max"],
-        "seconds by part": ["sampling"],
+        "seconds by part": ["sampling", "refill/seconds"],
         "expert_load/max": ["layer_1", "layer_2"],
         "expert_load": ["violation"],
         "other": ["other"],

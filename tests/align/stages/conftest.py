@@ -148,7 +148,9 @@ class FakeLearner:
         self.batches.append(Accumulated(list(sequences), objective))
         tokens = sum(s.sampled_tokens for s in sequences)
         apart = self.difference * tokens
-        sums = Sums(tokens=tokens, padded_tokens=tokens, entropy=tokens, compared=tokens, difference=apart, loss=0.5)
+        sums = Sums(
+            tokens=tokens, padded_tokens=2 * tokens, entropy=tokens, compared=tokens, difference=apart, loss=0.5
+        )
         sums.teacher_kl = 0.25 * tokens
         sums.routes = self.routes[len(self.batches) - 1 :][:1]
         sums.log_probs = [[np.full(s.sampled_tokens, -s.weight, dtype=np.float32) for s in sequences]]
