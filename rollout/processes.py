@@ -11,7 +11,6 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar
@@ -31,6 +30,8 @@ WEIGHT_FILES = ("*.safetensors", "*.bin")
 STACKS_SIGNAL = signal.SIGUSR2
 HIDDEN = ("", "-1")
 """Values of CUDA_VISIBLE_DEVICES that hide all GPUs."""
+_HAD_GPUS: set[tuple[str, str]] = set()
+"""Addresses of clusters, and jobs in them, in which there have been GPUs."""
 
 
 def openmp(threads: int) -> dict[str, str]:
@@ -76,11 +77,14 @@ def usable_gpus() -> float:
 
 
 def on_gpus() -> bool:
-    """Whether the processes of the run are on GPUs: as it was when this was first asked in a cluster, which may lose all of them for a while."""
+    """Whether the processes of the run are on GPUs: where its cluster has some, or had some before, of which it may lose all for a while."""
     import ray
 
     context = ray.get_runtime_context()
-    return _was_on_gpus(context.gcs_address, context.get_job_id())
+    run = context.gcs_address, context.get_job_id()
+    if usable_gpus():
+        _HAD_GPUS.add(run)
+    return run in _HAD_GPUS
 
 
 def free_gpus() -> float:
@@ -88,11 +92,6 @@ def free_gpus() -> float:
     from ray._private.state import available_resources_per_node
 
     return max((node.get("GPU", 0.0) for node in available_resources_per_node().values()), default=0.0)
-
-
-@lru_cache(maxsize=1)
-def _was_on_gpus(cluster: str, job: str) -> bool:
-    return usable_gpus() > 0
 
 
 def samples_on_cpus() -> bool:

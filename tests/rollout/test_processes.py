@@ -42,6 +42,7 @@ def test_a_cluster_that_loses_its_gpus_for_a_while_still_gets_processes_that_wan
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     gpus, context = [8.0], SimpleNamespace(gcs_address="10.0.0.1:6379", get_job_id=lambda: "01000000")
+    monkeypatch.setattr(processes, "_HAD_GPUS", set())
     monkeypatch.setattr(processes, "usable_gpus", lambda: gpus[-1])
     monkeypatch.setattr("ray.get_runtime_context", lambda: context)
     assert processes.on_gpus()

@@ -39,6 +39,7 @@ def test_an_actor_with_gpus_sees_its_own_and_one_without_sees_none(
 
     count = int(ray.cluster_resources()["GPU"])
     monkeypatch.setattr("torch.backends.cuda.is_built", lambda: True)
+    monkeypatch.setattr("rollout.processes._HAD_GPUS", set())
     for kind in ("rollout.worker_handle.RolloutWorker", "reward.pool.ScoringWorker", "align.evaluate.lm_eval.Harness"):
         monkeypatch.setattr(kind, Actor)
     learner = LearnerOptions(ranks=1, optimizer=OptimizerOptions(learning_rate=1))
