@@ -78,13 +78,17 @@ def usable_gpus() -> float:
 
 def on_gpus() -> bool:
     """Whether the processes of the run are on GPUs: where its cluster has some, or had some before, of which it may lose all for a while."""
+    if usable_gpus():
+        _HAD_GPUS.add(_this_job())
+        return True
+    return bool(_HAD_GPUS) and _this_job() in _HAD_GPUS
+
+
+def _this_job() -> tuple[str, str]:
     import ray
 
     context = ray.get_runtime_context()
-    run = context.gcs_address, context.get_job_id()
-    if usable_gpus():
-        _HAD_GPUS.add(run)
-    return run in _HAD_GPUS
+    return context.gcs_address, context.get_job_id()
 
 
 def free_gpus() -> float:
