@@ -144,8 +144,8 @@ def builds_its_rules(kind: type | None) -> bool:
     version 5 have."""
     from transformers import TokenizersBackend
 
-    if kind in (None, TokenizersBackend) or kind.__module__.startswith(
-        "transformers_modules"
-    ):  # of code that a model brings
+    if kind in (None, TokenizersBackend):
+        return False
+    if kind.__module__.startswith("transformers_modules"):  # of code that a model brings
         return False
     return issubclass(kind, TokenizersBackend) and "__init__" in vars(kind)

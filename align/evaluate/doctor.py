@@ -18,9 +18,10 @@ import torch
 from align.data.chat import encode_example, encode_prompt
 from align.errors import UserError
 from align.model.names import from_checkpoint, layout_of, to_checkpoint
-from align.model.policy import has_fused_experts, persistent_buffers, stop_token_ids, tied_names, turn_end
+from align.model.policy import persistent_buffers, stop_token_ids, tied_names, turn_end
 from align.model.sizes import ELEMENT_BYTES, GIB, has_attention, kv_elements, lacks_cache, skeleton_of, stored_shapes
 from align.recipe import ModelOptions
+from reward.learned.model import has_fused_experts
 from rollout import EngineOptions, FleetOptions
 from rollout.arguments import Device, refusal
 from rollout.processes import cluster_address

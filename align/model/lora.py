@@ -17,8 +17,9 @@ import torch
 
 from align.errors import UserError
 from align.model.names import ATTENTION
-from align.model.policy import has_fused_experts, let_weights_be_read_like
+from align.model.policy import let_weights_be_read_like
 from align.recipe import LoraOptions
+from reward.learned.model import has_fused_experts
 from rollout.low_rank import Factors, experts_forward
 
 ADAPTER = "default"

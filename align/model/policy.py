@@ -15,6 +15,7 @@ from align.errors import UserError, reward_errors
 from align.model.names import add_older_forms
 from align.recipe import ModelOptions
 from reward.chat import end_of_answer
+from reward.learned.model import choose_kernels
 from reward.vocabulary import as_its_file_says
 
 logger = logging.getLogger(__name__)
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 OF_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")
 """Keys of a generation config that greedy decoding does not read."""
 AHEAD = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "num_mtp_modules")
+"""Keys of a configuration for how many tokens further ahead layers predict."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 if not torch.cuda.is_available():
@@ -295,22 +297,6 @@ def no_progress_bars() -> Iterator[None]:
         yield
     finally:
         logging.enable_progress_bar()
-
-
-def choose_kernels(model: Any) -> None:
-    """Run fused experts as grouped matrix products, and attention whose logits have a cap, as Gemma 2's, by plain ones.
-
-    torch's fused attention knows no such cap, and transformers leaves it out there without a word.
-    """
-    if has_fused_experts(model):
-        model.set_experts_implementation("grouped_mm")
-    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
-        model.set_attn_implementation("eager")
-
-
-def has_fused_experts(model: Any) -> bool:
-    """Whether the experts of a layer are one stacked tensor each for gate-up and down projection."""
-    return any(name.endswith("experts.gate_up_proj") for name, _ in model.named_parameters())
 
 
 def attention_sizes(config: Any) -> tuple[int, int, int]:

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from align.errors import UserError
-from align.model.policy import DTYPES, choose_kernels, code_of, first_line, turn_end, without_content
+from align.model.policy import DTYPES, code_of, first_line, turn_end, without_content
 from align.recipe import ModelOptions
+from reward.learned.model import choose_kernels
 
 HEAD = "score.weight"
 USAGE = """# A reward model

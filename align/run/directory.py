@@ -87,7 +87,7 @@ class RunDirectory:
         root = Path(path).expanduser().absolute()
         if any(part.startswith("_ray_pkg_") for part in root.parts):
             raise UserError(
-                f"{root} is in the copy of the working directory that Ray has made for this job, and that is another for the next one and may be removed: "
+                f"{root} is inside the copy of the working directory that Ray made for this job. Ray may remove it, and the next job gets another: "
                 "give run.dir a whole path on storage that stays"
             )
         with ExitStack() as undo:

@@ -18,7 +18,6 @@ from align.losses import LossOptions
 from align.model.policy import (
     attention_kernel,
     attention_sizes,
-    choose_kernels,
 )
 from align.model.sizes import sizes_of
 from align.plan.memory import GIB, GPU_PROCESS, Training, learner_memory
@@ -35,6 +34,7 @@ from gpu_check.models import (
     training_sequences,
 )
 from gpu_check.results import DEVICE, GPU, TINY, WORK, emit, memory, timed
+from reward.learned.model import choose_kernels
 from rollout.sync.base import MIB
 
 PEAK_FLOPS = 989e12  # dense bfloat16 of an H100 SXM, by its data sheet

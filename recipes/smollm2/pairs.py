@@ -6,8 +6,7 @@ lets MODEL answer requests about the training topics of the card `instructions`,
 dpo.yaml reads. The chosen completion is what the model says to the plain request, edited by a program until the reward `instructions` passes it.
 The rejected one is the same with an instruction left out, or with one that nobody gave; or what the model says to the whole prompt, where that
 does not pass; or a few words of the chosen one and no more, or over and over; or one about another topic. As both are the model's own, it learns
-the forms and when they are wanted, and little else. A FILE that has the same model's pairs, made by this script as it is, is left as it
-is.
+the forms and when they are wanted, and little else. A FILE that has the same model's pairs, made by this very script, is kept.
 """
 
 import re

@@ -210,12 +210,25 @@ def _load(path: str, dtype: str, device: str) -> _Model:
             f"{path}: config.json has pad_token_id {padding}, so that transformers would read the reward before the "
             "token that ends a conversation; set it to another token, such as the BOS"
         )
-    if any(name.endswith("experts.gate_up_proj") for name, _ in network.named_parameters()):
-        network.set_experts_implementation("grouped_mm")
-    if getattr(network.config.get_text_config(), "attn_logit_softcapping", None):  # which fused attention has not
-        network.set_attn_implementation("eager")
+    choose_kernels(network)
     longest = tokenizer.model_max_length
     return _Model(tokenizer, network, min(getattr(network.config, "max_position_embeddings", longest), longest))
+
+
+def choose_kernels(model: Any) -> None:
+    """Run fused experts as grouped matrix products, and attention whose logits have a cap, as Gemma 2's, by plain ones.
+
+    torch's fused attention knows no such cap, and transformers leaves it out there without a word.
+    """
+    if has_fused_experts(model):
+        model.set_experts_implementation("grouped_mm")
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
+        model.set_attn_implementation("eager")
+
+
+def has_fused_experts(model: Any) -> bool:
+    """Whether the experts of a layer are one stacked tensor each for gate-up and down projection."""
+    return any(name.endswith("experts.gate_up_proj") for name, _ in model.named_parameters())
 
 
 def encode_conversation(path: str, tokenizer: Any, messages: Sequence[Mapping[str, Any]], completion: str) -> list[int]:

@@ -22,6 +22,8 @@ def test_a_step_is_a_mean_over_the_completion_tokens_of_its_sequences(train: Any
         assert batch.objective.temperature == 1.0
         tokens = sum(s.sampled_tokens for s in batch.sequences)
         assert [s.weight for s in batch.sequences] == pytest.approx([1 / tokens] * 4)
+    for line in stage.steps:  # of which half is padding
+        assert line["training_tokens_per_second"] == pytest.approx(2 * line["tokens_per_second"])
 
 
 def test_each_step_takes_the_sequences_that_seed_and_step_say(train: Any) -> None:
